@@ -1,0 +1,91 @@
+// The second line of argument checks: the Python door (normface_ext/_checks.py) has said it better
+// before, but an op can be called without passing the door. Sentences read
+// "op: expected `argument` to ..., got ...".
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace nf {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  text << ']';
+  return text.str();
+}
+
+inline const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
+  }
+}
+
+inline bool is_floating(ScalarType type) {
+  return type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::Half ||
+         type == ScalarType::BFloat16;
+}
+
+// float64 for float64, float32 for everything else.
+inline ScalarType accumulator(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_matrix(const char* op, const char* name, const Tensor& t) {
+  if (!is_floating(t.scalar_type()))
+    fail(op, ": expected `", name, "` to be float64, float32, float16 or bfloat16, got ",
+         name_of(t.scalar_type()));
+  if (t.dim() != 2 || !t.is_contiguous())
+    fail(op, ": expected `", name, "` to be 2-D and contiguous, got shape ", shape_of(t));
+}
+
+inline void check_shape(const char* op, const char* name, const Tensor& t, int64_t rows,
+                        int64_t columns) {
+  if (t.dim() != 2 || t.size(0) != rows || t.size(1) != columns)
+    fail(op, ": expected `", name, "` to have shape [", rows, ", ", columns, "], got ", shape_of(t));
+}
+
+inline void check_head(const char* op, const Tensor& x, const Tensor& weight) {
+  check_matrix(op, "x", x);
+  check_matrix(op, "weight", weight);
+  if (x.size(1) != weight.size(1))
+    fail(op, ": expected `weight` to be [C, ", x.size(1), "], got ", shape_of(weight));
+  if (weight.size(0) < 1) fail(op, ": expected `weight` to have at least one class, got none");
+  if (accumulator(x.scalar_type()) != accumulator(weight.scalar_type()))
+    fail(op, ": expected `x` and `weight` to be both float64 or both not, got ",
+         name_of(x.scalar_type()), " and ", name_of(weight.scalar_type()));
+}
+
+inline void check_labels(const char* op, const Tensor& labels, int64_t batch) {
+  if (labels.scalar_type() != ScalarType::Long || labels.dim() != 1 || labels.size(0) != batch ||
+      !labels.is_contiguous())
+    fail(op, ": expected `labels` to be contiguous int64 of shape [", batch, "], got ",
+         name_of(labels.scalar_type()), " of shape ", shape_of(labels));
+}
+
+}  // namespace nf

@@ -1,0 +1,97 @@
+// What the two heads (norm_linear, normface_loss) share on the CPU: classes walked in tiles, a thread
+// per run of tiles, unit rows made tile by tile in the accumulator type T.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "cpu/gemm.h"
+#include "cpu/library.h"
+
+namespace nf::cpu {
+
+struct Tile {
+  int64_t first;
+  int64_t width;
+};
+
+struct HeadShape {
+  int64_t batch;    // N
+  int64_t dim;      // D
+  int64_t classes;  // C
+  int64_t chunk;    // classes per tile
+  int64_t tiles;
+  int64_t slots;  // threads that take part; each owns a contiguous run of tiles
+
+  HeadShape(const Tensor& x, const Tensor& weight, int64_t class_chunk)
+      : batch(x.size(0)),
+        dim(x.size(1)),
+        classes(weight.size(0)),
+        chunk(std::clamp<int64_t>(class_chunk, 1, classes)),
+        tiles((classes + chunk - 1) / chunk),
+        slots(std::min(thread_count(), tiles)) {}
+
+  // body(slot, tile) for every tile, in order within a slot.
+  template <class Body>
+  void for_tiles(const Body& body) const {
+    for_slots(slots, tiles, [&](int64_t slot, int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k)
+        body(slot, Tile{k * chunk, std::min(chunk, classes - k * chunk)});
+    });
+  }
+};
+
+// Scratch of one accumulator type, uninitialised.
+template <class T>
+struct Buffer {
+  Tensor tensor;
+  T* data;
+  explicit Buffer(int64_t count)
+      : tensor(fresh({count}, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float)),
+        data(static_cast<T*>(tensor.mutable_data_ptr())) {}
+};
+
+// The value of a float argument or of the 0-d tensor given in its place.
+inline double scale_of(const std::optional<Tensor>& scale, double value) {
+  if (!scale) return value;
+  switch (scale->scalar_type()) {
+    case ScalarType::Double:
+      return *static_cast<const double*>(scale->const_data_ptr());
+    default: {
+      float wide;
+      stored_rows<float>(scale->scalar_type()).widen(scale->const_data_ptr(), 1, 1.0f, &wide);
+      return wide;
+    }
+  }
+}
+
+// y[r] = x[first + r] / ||.||, r < count; inverse[r] = 1 / ||.||.
+template <class T>
+void unit_rows(const Rows<T>& x, int64_t first, int64_t count, T eps, T* y, T* inverse) {
+  for (int64_t r = 0; r < count; ++r)
+    inverse[r] = T(1) / x.kernel.normalize_wide(x.row(first + r), x.length, 2, eps, y + r * x.length);
+}
+
+// The same rows again, from the norms saved before.
+template <class T>
+void unit_rows_again(const Rows<T>& x, int64_t first, int64_t count, const T* inverse, T* y) {
+  for (int64_t r = 0; r < count; ++r)
+    x.kernel.widen(x.row(first + r), x.length, inverse[first + r], y + r * x.length);
+}
+
+// sum over slots of parts[slot * count + k], in slot order, into parts[k].
+template <class T>
+void add_slots(T* parts, int64_t slots, int64_t count) {
+  for_rows(count, slots, [&](int64_t k) {
+    for (int64_t slot = 1; slot < slots; ++slot) parts[k] += parts[slot * count + k];
+  });
+}
+
+template <class T>
+double dot_in_double(const T* a, const T* b, int64_t n) {
+  double sum[4] = {};
+  for (int64_t j = 0; j < n; ++j) sum[j & 3] += double(a[j]) * double(b[j]);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+}  // namespace nf::cpu

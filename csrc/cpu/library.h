@@ -1,0 +1,78 @@
+// What every CPU kernel file needs of its surroundings: registration, rows of a tensor, threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+
+#include "checks.h"
+#include "cpu/rows.h"
+
+// The sanitizer build of these files registers them beside the real ones, in a namespace of its own.
+#ifndef NF_NAMESPACE
+#define NF_NAMESPACE normface_ext
+#endif
+#define NF_CPU_LIBRARY_IN(ns, m) STABLE_TORCH_LIBRARY_IMPL(ns, CPU, m)
+#define NF_CPU_LIBRARY(m) NF_CPU_LIBRARY_IN(NF_NAMESPACE, m)
+
+namespace nf::cpu {
+
+template <class T>
+const StoredRows<T>& stored_rows(ScalarType type);
+template <>
+inline const StoredRows<double>& stored_rows<double>(ScalarType) {
+  return row_table().float64;
+}
+template <>
+inline const StoredRows<float>& stored_rows<float>(ScalarType type) {
+  if (type == ScalarType::Half) return row_table().float16;
+  if (type == ScalarType::BFloat16) return row_table().bfloat16;
+  return row_table().float32;
+}
+
+// A tensor's memory as rows of `length` elements, storage type erased.
+template <class T>
+struct Rows {
+  const StoredRows<T>& kernel;
+  char* data;  // [rows, length]
+  int64_t length;
+
+  Rows(const Tensor& t, int64_t row_length)
+      : kernel(stored_rows<T>(t.scalar_type())),
+        data(static_cast<char*>(const_cast<void*>(t.const_data_ptr()))),
+        length(row_length) {}
+
+  void* row(int64_t i) const { return data + i * length * kernel.item; }
+};
+
+inline int64_t thread_count() { return torch::stable::get_num_threads(); }
+
+// Calls body(slot, begin, end) once for each of `slots` contiguous parts of [0, count), in parallel.
+// The parts depend only on `slots`, so sums kept per slot and added in order do not vary between runs.
+template <class Body>
+void for_slots(int64_t slots, int64_t count, const Body& body) {
+  if (slots == 1) return body(0, 0, count);
+  torch::stable::parallel_for(0, slots, 1, [&](int64_t first, int64_t last) {
+    for (int64_t slot = first; slot < last; ++slot)
+      body(slot, slot * count / slots, (slot + 1) * count / slots);
+  });
+}
+
+// Rows [0, count) in parallel, `cost` elements each.
+template <class Body>
+void for_rows(int64_t count, int64_t cost, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, cost));
+  const int64_t slots = std::min(thread_count(), (count + grain - 1) / grain);
+  for_slots(std::max<int64_t>(1, slots), count, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  });
+}
+
+// A fresh tensor. Memory that is large enough is asked for in huge pages: touching new 4 KiB pages one
+// by one can cost more than everything computed on them.
+Tensor fresh(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type);
+Tensor fresh_like(const Tensor& t);
+
+}  // namespace nf::cpu

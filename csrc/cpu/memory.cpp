@@ -1,0 +1,37 @@
+// Fresh tensors, in huge pages where the system offers them.
+#include "cpu/library.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace nf::cpu {
+namespace {
+
+constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
+
+void ask_for_huge_pages([[maybe_unused]] const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  const uintptr_t end = begin + size_t(t.numel()) * t.element_size();
+  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1), last = end & ~(kHugePage - 1);
+  // Advice only: where it is refused, small pages serve.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
+Tensor fresh(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  Tensor t = torch::stable::empty(sizes, type);
+  ask_for_huge_pages(t);
+  return t;
+}
+
+Tensor fresh_like(const Tensor& like) {
+  Tensor t = torch::stable::empty_like(like);
+  ask_for_huge_pages(t);
+  return t;
+}
+
+}  // namespace nf::cpu

@@ -1,0 +1,149 @@
+// norm_linear, s * cos(x_i, w_j), and its backward on the CPU. Unit rows of the weight exist only as
+// one tile per thread.
+#include "cpu/head.h"
+
+namespace nf::cpu {
+namespace {
+
+// A tile's columns of a stored [N, C] matrix, as T with the given leading dimension: in place where
+// the storage type is T, through `scratch` otherwise.
+template <class T>
+Matrix<T> columns(const Rows<T>& matrix, int64_t batch, const Tile& tile, T* scratch) {
+  if (scratch == nullptr)
+    return {static_cast<T*>(matrix.row(0)) + tile.first, batch, tile.width, matrix.length};
+  return {scratch, batch, tile.width, tile.width};
+}
+
+template <class T>
+void* cell(const Rows<T>& matrix, int64_t row, int64_t column) {
+  return static_cast<char*>(matrix.row(row)) + column * matrix.kernel.item;
+}
+
+// x_hat[i] = factor x_i / ||x_i|| (or factor x_i), and 1 / ||x_i|| (or 1).
+template <class T>
+void features(const Rows<T>& x, int64_t batch, bool normalize_input, T eps, T* x_hat, T* inverse) {
+  for_rows(batch, x.length, [&](int64_t i) {
+    T* row = x_hat + i * x.length;
+    inverse[i] = T(1);
+    if (normalize_input)
+      unit_rows(x, i, 1, eps, row, inverse + i);
+    else
+      x.kernel.widen(x.row(i), x.length, T(1), row);
+  });
+}
+
+// As many tiles as threads, of at most 512 classes: a tile of unit weights stays within L2.
+int64_t chunk_for(const Tensor& weight) {
+  return std::clamp<int64_t>((weight.size(0) + thread_count() - 1) / thread_count(), 1, 512);
+}
+
+template <class T>
+void forward(const Tensor& x, const Tensor& weight, double scale, bool normalize_input, double eps,
+             Tensor& out) {
+  const HeadShape shape(x, weight, chunk_for(weight));
+  const int64_t N = shape.batch, D = shape.dim;
+  const Rows<T> xs(x, D), ws(weight, D), outs(out, shape.classes);
+  const bool direct = out.element_size() == sizeof(T);
+  Buffer<T> x_hat(N * D), x_inverse(N), w_hat(shape.slots * shape.chunk * D);
+  Buffer<T> w_inverse(shape.slots * shape.chunk), scratch(direct ? 0 : shape.slots * N * shape.chunk);
+  features(xs, N, normalize_input, T(eps), x_hat.data, x_inverse.data);
+  for_rows(N, D, [&](int64_t i) {  // the scale goes onto the smaller operand
+    for (int64_t d = 0; d < D; ++d) x_hat.data[i * D + d] *= T(scale);
+  });
+  shape.for_tiles([&](int64_t slot, const Tile& tile) {
+    T* unit = w_hat.data + slot * shape.chunk * D;
+    unit_rows(ws, tile.first, tile.width, T(eps), unit, w_inverse.data + slot * shape.chunk);
+    const Matrix<T> result = columns(
+        outs, N, tile, direct ? nullptr : scratch.data + slot * N * shape.chunk);
+    multiply<T>({x_hat.data, N, D, D}, Matrix<T>{unit, tile.width, D, D}.transposed(), result);
+    if (!direct)
+      for (int64_t i = 0; i < N; ++i)
+        outs.kernel.narrow(result.data + i * tile.width, tile.width, T(1), cell(outs, i, tile.first));
+  });
+}
+
+template <class T>
+void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, double scale,
+              bool normalize_input, double eps, Tensor* dx, Tensor* dw, Tensor* dscale) {
+  const HeadShape shape(x, weight, chunk_for(weight));
+  const int64_t N = shape.batch, D = shape.dim;
+  const Rows<T> xs(x, D), ws(weight, D), grads(grad, shape.classes);
+  const bool direct = grad.element_size() == sizeof(T), need_rows = dx != nullptr || dscale != nullptr;
+  Buffer<T> x_hat(N * D), x_inverse(N), w_inverse(shape.slots * shape.chunk);
+  Buffer<T> w_hat(shape.slots * shape.chunk * D), dw_hat(shape.slots * shape.chunk * D);
+  Buffer<T> scratch(direct ? 0 : shape.slots * N * shape.chunk);
+  Buffer<T> dx_hat(need_rows ? shape.slots * N * D : 0);  // sum over j of G_ij w_hat_j, without s
+  features(xs, N, normalize_input, T(eps), x_hat.data, x_inverse.data);
+  std::fill_n(dx_hat.data, dx_hat.tensor.numel(), T(0));
+  shape.for_tiles([&](int64_t slot, const Tile& tile) {
+    T* unit = w_hat.data + slot * shape.chunk * D;
+    T* inverse = w_inverse.data + slot * shape.chunk;
+    unit_rows(ws, tile.first, tile.width, T(eps), unit, inverse);
+    const Matrix<T> g = columns(grads, N, tile, direct ? nullptr : scratch.data + slot * N * shape.chunk);
+    if (!direct)
+      for (int64_t i = 0; i < N; ++i)
+        grads.kernel.widen(cell(grads, i, tile.first), tile.width, T(1), g.data + i * tile.width);
+    const Matrix<T> w{unit, tile.width, D, D};
+    if (need_rows) multiply<T>(g, w, {dx_hat.data + slot * N * D, N, D, D}, true);
+    if (dw == nullptr) return;
+    const Rows<T> out(*dw, D);
+    T* product = dw_hat.data + slot * shape.chunk * D;
+    multiply<T>(g.transposed(), {x_hat.data, N, D, D}, {product, tile.width, D, D});
+    for (int64_t j = 0; j < tile.width; ++j)
+      ws.kernel.project(unit + j * D, product + j * D, D, T(scale) * inverse[j], out.row(tile.first + j));
+  });
+  if (need_rows) add_slots(dx_hat.data, shape.slots, N * D);
+  if (dscale != nullptr) {
+    double total = 0;
+    for (int64_t i = 0; i < N; ++i) total += dot_in_double(x_hat.data + i * D, dx_hat.data + i * D, D);
+    *static_cast<double*>(dscale->mutable_data_ptr()) = total;
+  }
+  if (dx == nullptr) return;
+  const Rows<T> out(*dx, D);
+  for_rows(N, D, [&](int64_t i) {
+    T* g = dx_hat.data + i * D;
+    if (normalize_input)
+      xs.kernel.project(x_hat.data + i * D, g, D, T(scale) * x_inverse.data[i], out.row(i));
+    else
+      xs.kernel.narrow(g, D, T(scale), out.row(i));
+  });
+}
+
+Tensor norm_linear(Tensor x, Tensor weight, std::optional<Tensor> scale, double scale_value,
+                   bool normalize_input, double eps) {
+  check_head("norm_linear", x, weight);
+  Tensor out = fresh({x.size(0), weight.size(0)}, x.scalar_type());
+  const double s = scale_of(scale, scale_value);
+  if (accumulator(x.scalar_type()) == ScalarType::Double)
+    forward<double>(x, weight, s, normalize_input, eps, out);
+  else
+    forward<float>(x, weight, s, normalize_input, eps, out);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_linear_backward(Tensor grad, Tensor x, Tensor weight,
+                                                        std::optional<Tensor> scale,
+                                                        double scale_value, bool normalize_input,
+                                                        double eps, bool need_x, bool need_weight,
+                                                        bool need_scale) {
+  const char* op = "norm_linear_backward";
+  check_head(op, x, weight);
+  check_matrix(op, "grad", grad);
+  check_shape(op, "grad", grad, x.size(0), weight.size(0));
+  Tensor dx = need_x ? fresh_like(x) : fresh({0}, x.scalar_type());
+  Tensor dw = need_weight ? fresh_like(weight) : fresh({0}, weight.scalar_type());
+  Tensor ds = need_scale ? fresh({}, ScalarType::Double) : fresh({0}, ScalarType::Double);
+  const double s = scale_of(scale, scale_value);
+  const auto run = accumulator(x.scalar_type()) == ScalarType::Double ? backward<double> : backward<float>;
+  run(grad, x, weight, s, normalize_input, eps, need_x ? &dx : nullptr, need_weight ? &dw : nullptr,
+      need_scale ? &ds : nullptr);
+  return {dx, dw, ds};
+}
+
+}  // namespace
+}  // namespace nf::cpu
+
+NF_CPU_LIBRARY(m) {
+  m.impl("norm_linear", TORCH_BOX(&nf::cpu::norm_linear));
+  m.impl("norm_linear_backward", TORCH_BOX(&nf::cpu::norm_linear_backward));
+}

@@ -1,0 +1,71 @@
+// Everything the CPU kernels do to one row, as function pointers chosen once for the machine's ISA.
+// rows.inc is the only source; rows_portable/avx2/avx512.cpp compile it for their target.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/stored.h"
+
+namespace nf::cpu {
+
+// Rows of the accumulator type T (float or double).
+template <class T>
+struct AccumRows {
+  struct Sums {
+    double exp;         // sum of E
+    double exp_cosine;  // sum of E c
+  };
+  // c[j] <- exp(scale c[j] - shift) in place, j < n; returns both sums.
+  Sums (*exp_fold)(T* c, int64_t n, T scale, T shift);
+  // The largest of scale * c[j]; -inf for n = 0.
+  T (*largest_scaled)(const T* c, int64_t n, T scale);
+  double (*dot)(const T* a, const T* b, int64_t n);
+  // y += a x
+  void (*axpy)(T a, const T* x, T* y, int64_t n);
+};
+
+// Rows in storage, computed in T: float for float32, float16 and bfloat16, double for float64. The
+// storage type is erased, so that what is built on these is compiled once per T.
+template <class T>
+struct StoredRows {
+  int64_t item;  // bytes of one element
+  // y = x / ||x||, y stored like x; returns the norm.
+  T (*normalize)(const void* x, int64_t n, int p, T eps, void* y);
+  // The same into the accumulator type.
+  T (*normalize_wide)(const void* x, int64_t n, int p, T eps, T* y);
+  // dx from x, its norm, g = dL/dy (may be null: zero) and g_norm = dL/dn.
+  void (*vjp)(const void* x, const void* g, int64_t n, int p, T eps, T norm, T g_norm, void* dx);
+  // out = inverse_norm (g - y <y, g>), y = x / ||x|| given wide: the tangent projection.
+  void (*project)(const T* y, const T* g, int64_t n, T inverse_norm, void* out);
+  // y = factor x, to and from the accumulator type.
+  void (*widen)(const void* x, int64_t n, T factor, T* y);
+  void (*narrow)(const T* x, int64_t n, T factor, void* y);
+};
+
+struct RowTable {
+  const char* isa;
+  AccumRows<float> accum_float;
+  AccumRows<double> accum_double;
+  StoredRows<float> float32;
+  StoredRows<float> float16;
+  StoredRows<float> bfloat16;
+  StoredRows<double> float64;
+};
+
+// The best the machine has; NORMFACE_SIMD=portable|avx2|avx512 asks for less.
+const RowTable& row_table();
+
+template <class T>
+const AccumRows<T>& accum_rows();
+
+namespace portable {
+RowTable make_row_table();
+}
+namespace avx2 {
+RowTable make_row_table();
+}
+namespace avx512 {
+RowTable make_row_table();
+}
+
+}  // namespace nf::cpu

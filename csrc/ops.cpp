@@ -1,0 +1,39 @@
+// The Python module `_C`: importing it registers every schema and the CPU kernels, and it says how it
+// was built. It holds no op itself; those are reached through torch's dispatcher.
+#include <pybind11/pybind11.h>
+
+#include "cpu/rows.h"
+#include "schemas.h"
+
+
+STABLE_TORCH_LIBRARY(normface_ext, m) { nf::define_ops(m); }
+
+namespace {
+
+const char* compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+pybind11::dict build_config() {
+  pybind11::dict config;
+  config["version"] = NF_VERSION;
+  config["torch_built"] = NF_BUILD_TORCH;
+  config["cuda_architectures"] = NF_CUDA_ARCHS;
+  config["cuda_version"] = NF_CUDA_VERSION;
+  config["compiler"] = compiler();
+  config["simd"] = nf::cpu::row_table().isa;
+  return config;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of normface_ext; used through torch.ops.normface_ext.";
+  m.def("build_config", &build_config, "How this module was built, and the SIMD path in use.");
+}

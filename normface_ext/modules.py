@@ -1,0 +1,218 @@
+"""Layers: parameters and state only; every formula is in ``functional``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, theory
+from .margins import CombinedMargin
+
+
+def gaussian_unitball_(weight: Tensor, eps: float = 1e-12) -> Tensor:
+    """Rows drawn from N(0, 1) and divided by sqrt(sum w^2 + eps): uniform on the unit sphere.
+
+    In place. Caffe's ``gaussian_unitball`` filler.
+    """
+    with torch.no_grad():
+        weight.normal_()
+        return weight.copy_(functional.normalize(weight, dim=1, eps=eps))
+
+
+def _positive(owner: str, name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: expected `{name}` to be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{owner}: expected `{name}` to be finite and > 0, got {value}")
+    return float(value)
+
+
+class _ScaledHead(nn.Module):
+    """A weight [classes, features] and a scale s, fixed (a float) or learned (a 0-d parameter)."""
+
+    weight: nn.Parameter
+    scale: float | nn.Parameter
+
+    def __init__(
+        self,
+        classes: int,
+        features: int,
+        scale: float,
+        learn_scale: bool,
+        min_scale: float,
+        max_scale: float | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        for name, size in (("number of classes", classes), ("number of features", features)):
+            if size < 1:
+                raise ValueError(f"{owner}: expected the {name} to be >= 1, got {size}")
+        scale = _positive(owner, "scale", scale)
+        self.min_scale = _positive(owner, "min_scale", min_scale)
+        self.max_scale = math.inf if max_scale is None else _positive(owner, "max_scale", max_scale)
+        if not self.min_scale <= scale <= self.max_scale:
+            raise ValueError(
+                f"{owner}: expected `scale` in [{self.min_scale:g}, {self.max_scale:g}], got {scale:g}"
+            )
+        self.weight = nn.Parameter(torch.empty(classes, features, device=device, dtype=dtype))
+        self.learn_scale = bool(learn_scale)
+        if self.learn_scale:
+            self.scale = nn.Parameter(torch.tensor(scale, device=device, dtype=torch.float32))
+        else:
+            self.scale = scale
+        self._initial_scale = scale
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weight rows uniform on the unit sphere; a learned scale back to its first value."""
+        gaussian_unitball_(self.weight)
+        if isinstance(self.scale, nn.Parameter):
+            with torch.no_grad():
+                self.scale.fill_(self._initial_scale)
+
+    def bounded_scale(self) -> float | Tensor:
+        """The scale after a learned one was moved into [min_scale, max_scale] in place.
+
+        As in Caffe's Scale layer the gradient is not masked, so a scale at a bound can come back. The
+        move does not count as a modification for autograd: it can change the value only right after an
+        optimizer step, when no graph holds it.
+        """
+        if isinstance(self.scale, nn.Parameter):
+            self.scale.data.clamp_(self.min_scale, self.max_scale)
+        return self.scale
+
+    def _scale_repr(self) -> str:
+        value = f"{float(self.scale):g}"
+        return f"scale={value}" + (", learn_scale=True" if self.learn_scale else "")
+
+
+class NormalizeLayer(nn.Module):
+    """Normalises along one axis: y = x / n (Caffe ``Normalize``; paper section 3.1).
+
+    Args are those of ``functional.normalize``; so are shapes, dtypes and errors.
+    """
+
+    def __init__(
+        self, dim: int = 1, p: int = 2, eps: float = 1e-12, return_norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.dim, self.p, self.eps, self.return_norm = dim, p, eps, return_norm
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if self.return_norm:
+            return functional.normalize(x, self.dim, self.p, self.eps, return_norm=True)
+        return functional.normalize(x, self.dim, self.p, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, p={self.p}, eps={self.eps:g}, return_norm={self.return_norm}"
+
+
+class NormLinear(_ScaledHead):
+    """s * cos(x, w_j) for every class: [N, in_features] -> [N, out_features], no bias.
+
+    Caffe's Normalize + InnerProduct + Scale with the gradient through both norms (paper section 3.2).
+
+    Args:
+        in_features, out_features: D and C; the weight is [C, D], rows uniform on the unit sphere.
+        scale: s; ``learn_scale`` makes it a parameter kept within [min_scale, max_scale].
+        normalize_input: ``False`` normalises the weight only.
+        eps: inside both norms.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        scale: float = 1.0,
+        learn_scale: bool = False,
+        min_scale: float = 0.01,
+        max_scale: float | None = None,
+        normalize_input: bool = True,
+        eps: float = 1e-12,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            out_features, in_features, scale, learn_scale, min_scale, max_scale, device, dtype
+        )
+        self.in_features, self.out_features = in_features, out_features
+        self.normalize_input, self.eps = normalize_input, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.norm_linear(
+            x, self.weight, self.bounded_scale(), self.eps, normalize_input=self.normalize_input
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self._scale_repr()}, eps={self.eps:g}"
+
+
+class NormFaceLoss(_ScaledHead):
+    """The normalised softmax head and its loss in one: (features [N, D], labels [N]) -> loss.
+
+    Args:
+        in_features, num_classes: D and C; ``weight`` is [C, D], rows uniform on the unit sphere.
+        scale: s, or "auto": the smallest scale whose loss bound is ``theory.AUTO_SCALE_BOUND``.
+        learn_scale: make s a parameter, kept within [min_scale, max_scale]. It needs no weight decay:
+            give it a parameter group of its own.
+        margin, reduction, ignore_index, eps, workspace: see ``functional.normface_loss``.
+
+    The forward call raises what ``functional.normface_loss`` raises. To classify use
+    ``functional.norm_linear(x, head.weight, head.scale)``; to verify, compare normalised features.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        scale: float | str = "auto",
+        learn_scale: bool = False,
+        margin: CombinedMargin | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        eps: float = 1e-12,
+        min_scale: float = 0.01,
+        max_scale: float | None = None,
+        workspace: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if isinstance(scale, str):
+            if scale != "auto":
+                raise ValueError(
+                    f"NormFaceLoss: expected `scale` to be a number or 'auto', got {scale!r}"
+                )
+            scale = theory.auto_scale(num_classes)
+        super().__init__(
+            num_classes, in_features, scale, learn_scale, min_scale, max_scale, device, dtype
+        )
+        self.in_features, self.num_classes = in_features, num_classes
+        self.margin, self.reduction, self.ignore_index = margin, reduction, ignore_index
+        self.eps, self.workspace = eps, workspace
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        return functional.normface_loss(
+            features,
+            self.weight,
+            labels,
+            self.bounded_scale(),
+            margin=self.margin,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            eps=self.eps,
+            workspace=self.workspace,
+        )
+
+    def loss_lower_bound(self) -> float:
+        """The paper's bound at the present scale: print it beside the loss (host sync on CUDA)."""
+        return theory.loss_lower_bound(self.num_classes, float(self.scale))
+
+    def extra_repr(self) -> str:
+        margin = "" if self.margin is None else f", margin={self.margin}"
+        return f"{self.in_features}, {self.num_classes}, {self._scale_repr()}{margin}"

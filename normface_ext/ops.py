@@ -1,0 +1,322 @@
+"""Each op in one paragraph: fake kernel, autograd Function, typed wrapper. No checks, no defaults.
+
+The kernels are looked up in ``_library.namespace()``: the real library, or, in tests, the emulated
+build of the CUDA kernels for CPU tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import _library, reference
+from .margins import CombinedMargin
+from .plan import Plan
+
+ROW_FIELDS = 7  # csrc/row_state.h
+
+
+def _kernels(*tensors: Tensor | None) -> Any:
+    """The op namespace for these tensors; CUDA tensors without CUDA kernels get a clear error."""
+    for tensor in tensors:
+        if tensor is not None and tensor.is_cuda:
+            _library.require_cuda("normface_ext")
+    return _library.namespace()
+
+
+def plan_device(x: Tensor) -> torch.device:
+    """Whose plan to follow: the device of x, or CUDA's when emulated CUDA kernels are in use."""
+    return torch.device("cuda") if _library.emulating() else x.device
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _no_second_derivative(op: str, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients that raise a sentence when somebody differentiates them again."""
+    if not torch.is_grad_enabled():
+        return gradients
+    message = (
+        f"{op}: second derivatives are not available; differentiate normface_ext.reference.{op} instead"
+    )
+    present = [g.detach().requires_grad_() for g in gradients if g is not None]
+    raising = iter(torch._C._functions.DelayedError(message.encode(), len(present))(*present))
+    return tuple(None if g is None else next(raising) for g in gradients)
+
+
+def as_rows(x: Tensor, dim: int) -> Tensor:
+    """x itself where the kernels can read it as it lies (contiguous, or ``dim`` innermost and the other
+    axes in order: channels_last), else a contiguous copy."""
+    if x.is_contiguous() or x.movedim(dim, -1).is_contiguous():
+        return x
+    return x.contiguous()
+
+
+# normalize ------------------------------------------------------------------------------------------
+
+
+def _normalize_fake(x: Tensor, dim: int, p: int, eps: float) -> tuple[Tensor, Tensor]:
+    shape = [1 if axis == dim else size for axis, size in enumerate(x.shape)]
+    return torch.empty_like(x), x.new_empty(shape, dtype=_accumulator(x.dtype))
+
+
+def _normalize_backward_fake(
+    grad_y: Tensor | None, grad_norm: Tensor | None, x: Tensor, norm: Tensor, dim: int, p: int, eps: float
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+class _Normalize(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, p: int, eps: float) -> tuple[Tensor, Tensor]:
+        y, norm = _kernels(x).normalize(x, dim, p, eps)
+        ctx.save_for_backward(x, norm)
+        ctx.set_materialize_grads(False)
+        ctx.arguments = dim, p, eps
+        return y, norm
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, grad_norm: Tensor | None) -> Any:
+        x, norm = ctx.saved_tensors
+        if grad_y is None and grad_norm is None:
+            return None, None, None, None
+        if torch.is_grad_enabled():  # create_graph: the specification differentiates any number of times
+            return reference.normalize_backward(grad_y, grad_norm, x, *ctx.arguments), None, None, None
+        if grad_y is not None and grad_y.stride() != x.stride():
+            grad_y = torch.empty_like(x).copy_(grad_y)
+        if grad_norm is not None:
+            grad_norm = grad_norm.contiguous()
+        dx = _kernels(x).normalize_backward(grad_y, grad_norm, x, norm, *ctx.arguments)
+        return dx, None, None, None
+
+
+def normalize(x: Tensor, dim: int, p: int, eps: float) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _Normalize.apply(x, dim, p, eps)
+    return result
+
+
+# norm_linear ----------------------------------------------------------------------------------------
+
+
+def _norm_linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    scale_value: float,
+    normalize_input: bool,
+    eps: float,
+) -> Tensor:
+    return x.new_empty([x.shape[0], weight.shape[0]])
+
+
+def _gradients_fake(
+    x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_scale: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_x else [0]),
+        weight.new_empty(weight.shape if need_weight else [0]),
+        x.new_empty([] if need_scale else [0], dtype=torch.float64),
+    )
+
+
+def _norm_linear_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    scale_value: float,
+    normalize_input: bool,
+    eps: float,
+    need_x: bool,
+    need_weight: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients_fake(x, weight, need_x, need_weight, need_scale)
+
+
+def _asked(needed: tuple[bool, ...], gradients: tuple[Tensor, ...], scale: Tensor | None) -> list[Tensor | None]:
+    """The gradients that were asked for, that of the scale in the scale's dtype."""
+    dx, dw, ds = gradients
+    return [
+        dx if needed[0] else None,
+        dw if needed[1] else None,
+        ds.to(scale.dtype) if needed[2] and scale is not None else None,
+    ]
+
+
+class _NormLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        scale_value: float,
+        normalize_input: bool,
+        eps: float,
+    ) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        ctx.save_for_backward(x, weight, scale)
+        ctx.arguments = scale_value, normalize_input, eps
+        out: Tensor = _kernels(x, weight).norm_linear(x, weight, scale, *ctx.arguments)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        scale_value, normalize_input, eps = ctx.arguments
+        needed = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # create_graph
+            s = torch.tensor(scale_value, dtype=_accumulator(x.dtype)) if scale is None else scale
+            gradients = reference.norm_linear_backward(grad, x, weight, s, eps, normalize_input)
+        else:
+            gradients = _kernels(x, weight).norm_linear_backward(
+                grad.contiguous(), x, weight, scale, *ctx.arguments, *needed
+            )
+        return *_asked(needed, gradients, scale), None, None, None
+
+
+def norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    scale_value: float,
+    normalize_input: bool,
+    eps: float,
+) -> Tensor:
+    result: Tensor = _NormLinear.apply(x, weight, scale, scale_value, normalize_input, eps)
+    return result
+
+
+# normface_loss --------------------------------------------------------------------------------------
+
+
+def _normface_loss_fake(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor | None,
+    scale_value: float,
+    m1: float,
+    m2: float,
+    m3: float,
+    reduction: int,
+    ignore_index: int,
+    eps: float,
+    class_chunk: int,
+    store: bool,
+    need_x: bool,
+    operand: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = _accumulator(x.dtype)
+    (batch, dim), classes = x.shape, weight.shape[0]
+    stored = wide if x.device.type == "cpu" and not _library.emulating() else operand
+    return (
+        x.new_empty([batch] if reduction == 0 else [], dtype=wide),
+        x.new_empty([ROW_FIELDS, batch], dtype=torch.float64),
+        x.new_empty([classes], dtype=wide),
+        x.new_empty([batch, dim] if need_x else [0], dtype=wide),
+        x.new_empty([batch * classes] if store else [0], dtype=stored),
+    )
+
+
+def _normface_loss_backward_fake(
+    grad_loss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor | None,
+    scale_value: float,
+    class_chunk: int,
+    rows: Tensor,
+    inverse_norm: Tensor,
+    x_sum: Tensor,
+    stored: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_scale: bool,
+    operand: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients_fake(x, weight, need_x, need_weight, need_scale)
+
+
+class _NormFaceLoss(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        scale: Tensor | None,
+        scale_value: float,
+        margin: CombinedMargin,
+        reduction: int,
+        ignore_index: int,
+        eps: float,
+        plan: Plan,
+        operand: torch.dtype,
+    ) -> Tensor:
+        x, weight, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        loss, *state = _kernels(x, weight).normface_loss(
+            x, weight, labels, scale, scale_value, *margin.parameters(), reduction, ignore_index, eps,
+            plan.class_chunk, plan.store and need_weight, need_x, operand,
+        )
+        ctx.save_for_backward(x, weight, labels, scale, *state)
+        ctx.arguments = scale_value, plan.class_chunk, operand
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:  # type: ignore[override]
+        x, weight, labels, scale, *state = ctx.saved_tensors
+        scale_value, class_chunk, operand = ctx.arguments
+        needed = *ctx.needs_input_grad[:2], ctx.needs_input_grad[3]
+        with torch.no_grad():
+            gradients = _kernels(x, weight).normface_loss_backward(
+                grad_loss.contiguous(), x, weight, labels, scale, scale_value, class_chunk, *state,
+                *needed, operand,
+            )
+        dx, dw, ds = _no_second_derivative("normface_loss", tuple(_asked(needed, gradients, scale)))
+        return dx, dw, None, ds, None, None, None, None, None, None, None
+
+
+def normface_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor | None,
+    scale_value: float,
+    margin: CombinedMargin,
+    reduction: int,
+    ignore_index: int,
+    eps: float,
+    plan: Plan,
+    operand: torch.dtype,
+) -> Tensor:
+    result: Tensor = _NormFaceLoss.apply(
+        x, weight, labels, scale, scale_value, margin, reduction, ignore_index, eps, plan, operand
+    )
+    return result
+
+
+FAKES = {
+    "normalize": _normalize_fake,
+    "normalize_backward": _normalize_backward_fake,
+    "norm_linear": _norm_linear_fake,
+    "norm_linear_backward": _norm_linear_backward_fake,
+    "normface_loss": _normface_loss_fake,
+    "normface_loss_backward": _normface_loss_backward_fake,
+}
+
+
+def register_fakes(namespace: str) -> None:
+    """Attach the fake (meta) kernels to the ops of ``namespace``."""
+    for name, fake in FAKES.items():
+        torch.library.register_fake(f"{namespace}::{name}")(fake)
+
+
+register_fakes("normface_ext")

@@ -1,0 +1,138 @@
+"""The specification: every op in plain PyTorch, slow, complete and differentiable to any order.
+
+Tests hold the kernels against these functions in float64, and second derivatives of the fused ops
+come from here. Nothing in this file is optimised. Arguments are those of ``normface_ext.functional``;
+bad input is that module's business.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .margins import NO_MARGIN, ArcFace, CombinedMargin, CosFace
+
+#: sin(theta) is held at this floor, which keeps value and slope finite at cos theta = +-1.
+SIN_FLOOR = 1e-4
+
+
+def _wide(x: Tensor) -> Tensor:
+    """16-bit values compute in float32, the others in themselves."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _norm(x: Tensor, dim: int, p: int, eps: float) -> Tensor:
+    if p == 1:
+        return x.abs().sum(dim, keepdim=True) + eps
+    return (x.square().sum(dim, keepdim=True) + eps).sqrt()
+
+
+def normalize(
+    x: Tensor, dim: int = 1, p: int = 2, eps: float = 1e-12, return_norm: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y = x / n with n = sqrt(sum x^2 + eps) for p = 2, sum |x| + eps for p = 1 (paper section 3.1)."""
+    wide = _wide(x)
+    norm = _norm(wide, dim, p, eps)
+    y = (wide / norm).to(x.dtype)
+    return (y, norm) if return_norm else y
+
+
+def normalize_backward(
+    grad_y: Tensor | None, grad_norm: Tensor | None, x: Tensor, dim: int, p: int, eps: float
+) -> Tensor:
+    """dx = (g - slope <y, g>) / n + g_n slope, slope = dn/dx: y for p = 2, sign(x) for p = 1."""
+    wide = _wide(x)
+    norm = _norm(wide, dim, p, eps)
+    y = wide / norm
+    slope = y if p == 2 else wide.sign()
+    dx = torch.zeros_like(wide)
+    if grad_y is not None:
+        g = _wide(grad_y)
+        dx = dx + (g - slope * (y * g).sum(dim, keepdim=True)) / norm
+    if grad_norm is not None:
+        dx = dx + grad_norm * slope
+    return dx.to(x.dtype)
+
+
+def cosine(x: Tensor, weight: Tensor, eps: float = 1e-12, normalize_input: bool = True) -> Tensor:
+    """c_ij = <x_i, w_j> / (||x_i|| ||w_j||), [N, C]."""
+    x, weight = _wide(x), _wide(weight)
+    if normalize_input:
+        x = x / _norm(x, 1, 2, eps)
+    return x @ (weight / _norm(weight, 1, 2, eps)).t()
+
+
+def norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: float | Tensor = 1.0,
+    eps: float = 1e-12,
+    *,
+    normalize_input: bool = True,
+) -> Tensor:
+    """s * cos, [N, C], in x's dtype."""
+    return (scale * cosine(x, weight, eps, normalize_input)).to(x.dtype)
+
+
+def norm_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, eps: float, normalize_input: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`norm_linear` with respect to x, weight and scale, written out."""
+    grad, wide_x, wide_w = _wide(grad), _wide(x), _wide(weight)
+    norm_w = _norm(wide_w, 1, 2, eps)
+    norm_x = _norm(wide_x, 1, 2, eps) if normalize_input else torch.ones_like(wide_x[:, :1])
+    x_hat, w_hat = wide_x / norm_x, wide_w / norm_w
+    dx, dw_hat = scale * (grad @ w_hat), scale * (grad.t() @ x_hat)
+    if normalize_input:
+        dx = (dx - x_hat * (x_hat * dx).sum(1, keepdim=True)) / norm_x
+    dw = (dw_hat - w_hat * (w_hat * dw_hat).sum(1, keepdim=True)) / norm_w
+    dscale = (grad * (x_hat @ w_hat.t())).sum()
+    return dx.to(x.dtype), dw.to(weight.dtype), dscale.to(scale.dtype)
+
+
+def margin(cos: Tensor, m: CombinedMargin) -> Tensor:
+    """psi = cos(m1 theta + m2) - m3, continued past m1 theta + m2 = pi with slope one."""
+    if m.m1 == 1.0 and m.m2 == 0.0:
+        return cos - m.m3
+    sine = ((1 - cos) * (1 + cos)).clamp_min(SIN_FLOOR**2).sqrt()
+    angle = m.m1 * torch.atan2(sine, cos) + m.m2
+    k = m.m2 * math.sin(m.m2) if m.m1 == 1.0 else 1.0 + math.cos((math.pi - m.m2) / m.m1)
+    return torch.where(angle > math.pi, cos - k, angle.cos()) - m.m3
+
+
+def normface_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    *,
+    margin: CombinedMargin | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    eps: float = 1e-12,
+) -> Tensor:
+    """loss_i = -log softmax_j(s psi(c_ij))[y_i], psi on the target column only (paper section 3.2)."""
+    cos = cosine(x, weight, eps)
+    kept = labels != ignore_index
+    safe = labels.clamp(0, weight.shape[0] - 1)[:, None]
+    target = _margin(cos.gather(1, safe), margin or NO_MARGIN)
+    logits = scale * cos.scatter(1, safe, target)
+    losses = torch.logsumexp(logits, 1) - (scale * target).squeeze(1)
+    losses = torch.where(kept, losses, torch.zeros_like(losses))
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total / kept.sum().clamp_min(1) if reduction == "mean" else total
+
+
+_margin = margin  # `margin` is a keyword of normface_loss
+
+#: Every margin the engine knows; tests, benchmarks and docs iterate over this table.
+MARGINS: dict[str, CombinedMargin | None] = {
+    "normface": None,
+    "cosface": CosFace(0.35),
+    "arcface": ArcFace(0.5),
+    "combined": CombinedMargin(1.2, 0.3, 0.1),
+}

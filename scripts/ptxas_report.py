@@ -1,0 +1,190 @@
+#!/usr/bin/env python3
+"""Compiles csrc/cuda for each architecture and holds what ptxas reports against tests/cuda_budget.json.
+
+    scripts/ptxas_report.py                       # the budget's architectures: table, then complaints
+    scripts/ptxas_report.py --arch sm_90 --csv out.csv
+    scripts/ptxas_report.py --update              # writes the numbers of today into the budget
+
+No kernel may spill or keep a stack frame, unless its line in the budget says "reason": "why" (written by
+hand; --update then records the bytes). Registers and static shared memory may not grow unseen. Register
+counts belong to one nvcc: under another version only spills and frames are judged. Needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET = ROOT / "tests" / "cuda_budget.json"
+DEFAULT_ARCHITECTURES = ["sm_80", "sm_90"]
+COSTS = ("registers", "shared")
+FAULTS = ("stack", "spill")
+
+
+@dataclass
+class Kernel:
+    arch: str
+    file: str
+    name: str
+    registers: int
+    shared: int  # static, bytes
+    stack: int  # bytes of local frame
+    spill: int  # bytes stored and loaded
+
+
+def short_name(demangled: str) -> str:
+    """`void nf::(anonymous namespace)::f<float>(float*)` is `nf::f<float>`."""
+    name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::", "", demangled).removeprefix("void ")
+    if not name.endswith(")"):
+        return name
+    depth = 0
+    for position in range(len(name) - 1, -1, -1):
+        depth += {")": 1, "(": -1}.get(name[position], 0)
+        if depth == 0:
+            return name[:position]
+    return name
+
+
+def parse(report: str, arch: str, file: str) -> list[Kernel]:
+    """Reads the output of `nvcc -Xptxas -v`, demangled or not."""
+    kernels = []
+    for entry in re.split(r"Compiling entry function '", report)[1:]:
+        name = entry.split("' for '", 1)[0]
+        frame = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry
+        )
+        used = re.search(r"Used (\d+) registers", entry)
+        shared = re.search(r"(\d+) bytes smem", entry)
+        if frame is None or used is None:
+            raise ValueError(f"ptxas_report: expected stack frame and registers of {name}, got:\n{entry}")
+        stack, stores, loads = map(int, frame.groups())
+        bytes_shared = int(shared[1]) if shared else 0
+        kernels.append(
+            Kernel(arch, file, short_name(name), int(used[1]), bytes_shared, stack, stores + loads)
+        )
+    return kernels
+
+
+def compile_for(arch: str, source: Path, command: list[str]) -> list[Kernel]:
+    with tempfile.TemporaryDirectory() as folder:
+        full = [
+            *command,
+            f"-arch={arch}",
+            "-cubin",
+            "-Xptxas=-v",
+            "-o",
+            f"{folder}/out.cubin",
+            str(source),
+        ]
+        done = subprocess.run(full, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(
+            f"ptxas_report: {source.name} does not compile for {arch}:\n{done.stdout}{done.stderr}"
+        )
+    plain = subprocess.run(["c++filt"], input=done.stderr, capture_output=True, text=True, check=True)
+    return parse(plain.stdout, arch, source.name)
+
+
+def complaints(kernels: list[Kernel], budget: dict[str, Any], same_nvcc: bool) -> list[str]:
+    """One sentence for each kernel that costs more than its budget, or is on one side only."""
+    said = []
+    for kernel in kernels:
+        where = f"{kernel.arch} {kernel.file} {kernel.name}"
+        line = budget.get(kernel.arch, {}).get(kernel.file, {}).get(kernel.name)
+        if line is None:
+            said.append(f"{where}: not in the budget")
+        for cost in (*FAULTS, *COSTS):
+            allowed = (line or {}).get(cost, 0)
+            judged = cost in FAULTS or (line is not None and same_nvcc)
+            if judged and getattr(kernel, cost) > allowed:
+                said.append(f"{where}: {cost} expected at most {allowed}, got {getattr(kernel, cost)}")
+    seen = {(kernel.arch, kernel.file, kernel.name) for kernel in kernels}
+    for arch in {kernel.arch for kernel in kernels}:
+        for file, lines in budget.get(arch, {}).items():
+            said += [
+                f"{arch} {file} {name}: gone, but in the budget"
+                for name in lines
+                if (arch, file, name) not in seen
+            ]
+    return said
+
+
+def updated(kernels: list[Kernel], budget: dict[str, Any]) -> dict[str, Any]:
+    """The budget with the numbers of today; a fault is recorded only where a reason stands."""
+    new = {key: value for key, value in budget.items() if key not in {kernel.arch for kernel in kernels}}
+    for kernel in sorted(kernels, key=lambda kernel: kernel.name):
+        old = budget.get(kernel.arch, {}).get(kernel.file, {}).get(kernel.name, {})
+        line: dict[str, Any] = {cost: getattr(kernel, cost) for cost in COSTS}
+        if "reason" in old:
+            line |= {fault: getattr(kernel, fault) for fault in FAULTS} | {"reason": old["reason"]}
+        new.setdefault(kernel.arch, {}).setdefault(kernel.file, {})[kernel.name] = line
+    return new
+
+
+def print_table(kernels: list[Kernel]) -> None:
+    print(f"{'arch':8}{'registers':>10}{'shared':>8}{'stack':>7}{'spill':>7}  kernel")
+    for kernel in kernels:
+        numbers = f"{kernel.registers:10}{kernel.shared:8}{kernel.stack:7}{kernel.spill:7}"
+        print(f"{kernel.arch:8}{numbers}  {kernel.file}: {kernel.name}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--arch",
+        nargs="+",
+        help=f"such as sm_90; default: the budget's, else {DEFAULT_ARCHITECTURES}",
+    )
+    parser.add_argument("--csv", type=Path, help="also write the table there")
+    parser.add_argument("--update", action="store_true", help="write the numbers into the budget")
+    parser.add_argument("--jobs", type=int, default=1, help="compilers at a time")
+    options = parser.parse_args(arguments)
+
+    build = runpy.run_path(str(ROOT / "setup.py"))  # the flags of the real build
+    nvcc = build["find_nvcc"]()
+    if nvcc is None or shutil.which("c++filt") is None:
+        raise SystemExit("ptxas_report: nvcc or c++filt not found")
+    folders = [str(ROOT / "csrc"), str(ROOT / "csrc" / "cuda")]
+    headers = [build["package_dir"]("torch") / "include"]
+    command = [nvcc, *build["NVCC_FLAGS"], *build["include_flags"](folders, headers)]
+    version = build["nvcc_version"](nvcc)
+
+    budget: dict[str, Any] = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+    archs = options.arch or [key for key in budget if key.startswith("sm_")] or DEFAULT_ARCHITECTURES
+    work = [(arch, source) for arch in archs for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    if not work:
+        raise SystemExit("ptxas_report: no .cu file in csrc/cuda")
+    with ThreadPoolExecutor(options.jobs) as pool:
+        compiled = pool.map(lambda pair: compile_for(*pair, command), work)
+        kernels = [kernel for group in compiled for kernel in group]
+    print_table(kernels)
+    if options.csv and kernels:
+        with options.csv.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, asdict(kernels[0]))
+            writer.writeheader()
+            writer.writerows(map(asdict, kernels))
+    same_nvcc = budget.get("nvcc") == version
+    if options.update:
+        same_nvcc, budget = True, {"nvcc": version, **updated(kernels, {**budget, "nvcc": version})}
+        BUDGET.write_text(json.dumps(budget, indent=2) + "\n")
+    elif not same_nvcc:
+        print(f"registers are not judged: the budget is of nvcc {budget.get('nvcc')}, this is {version}")
+    said = complaints(kernels, budget, same_nvcc)
+    print("\n".join(said) or f"{len(kernels)} kernels within the budget")
+    return 1 if said else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,313 @@
+#include "block.h"
+
+#include "fibre.h"
+#include "shared.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace nf::emulation {
+
+Place place;
+
+namespace {
+
+struct Thread {
+  enum State { kReady, kInBlockMeeting, kInWarpMeeting, kExited };
+
+  Fibre fibre;
+  State state;
+  // While it waits: for what, and what it brought.
+  const char* kind;
+  Where where;
+  unsigned mask;
+  void* offer;
+};
+
+struct Warp {
+  unsigned present;  // lanes that exist: the last warp of a block need not be full
+  unsigned ready;    // lanes that can go on
+  unsigned waiting;  // lanes in a meeting of the warp
+  unsigned exited;
+};
+
+// One launch at a time has the whole of what follows to itself.
+std::mutex one_at_a_time;
+
+std::vector<std::unique_ptr<Thread>> threads;  // kept from launch to launch, for their stacks
+std::vector<Warp> warps;
+int waiting_in_block = 0;
+int first_in_block = 0;  // the first of those who wait
+int exited = 0;
+bool fibre_is_running = false;
+const std::function<void()>* kernel = nullptr;
+std::string kernel_name;
+std::string failure;
+
+Thread& current() { return *threads[place.thread]; }
+
+std::string text_of(Where where) {
+  const char* slash = strrchr(where.file_name(), '/');
+  return std::string(slash ? slash + 1 : where.file_name()) + ":" + std::to_string(where.line());
+}
+
+bool same(Where a, Where b) {
+  return a.line() == b.line() && a.column() == b.column() &&
+         (a.file_name() == b.file_name() || strcmp(a.file_name(), b.file_name()) == 0);
+}
+
+std::string block_name() {
+  return kernel_name + ": block (" + std::to_string(place.block_x) + ", " +
+         std::to_string(place.block_y) + ")";
+}
+
+// Who goes first, where CUDA promises nothing.
+class Order {
+ public:
+  Order() {
+    const char* chosen = getenv("NORMFACE_EMULATION_ORDER");
+    const std::string name = chosen ? chosen : "forward";
+    if (name == "forward") return;
+    reverse_ = name == "reverse";
+    if (reverse_) return;
+    shuffle_ = true;
+    random_.seed(std::strtoul(chosen, nullptr, 10));
+  }
+
+  std::vector<int64_t> arrange(int64_t count) {
+    std::vector<int64_t> all(count);
+    std::iota(all.begin(), all.end(), 0);
+    if (reverse_) std::reverse(all.begin(), all.end());
+    if (shuffle_) std::shuffle(all.begin(), all.end(), random_);
+    return all;
+  }
+
+  int pick_lane(unsigned ready) {
+    if (reverse_) return kWarp - 1 - std::countl_zero(ready);
+    if (!shuffle_) return std::countr_zero(ready);
+    const int turn = static_cast<int>(random_() % kWarp);
+    return (std::countr_zero(std::rotr(ready, turn)) + turn) % kWarp;
+  }
+
+ private:
+  bool reverse_ = false;
+  bool shuffle_ = false;
+  std::mt19937 random_;
+};
+
+Warp& current_warp() { return warps[place.thread / kWarp]; }
+unsigned current_bit() { return 1u << place.thread % kWarp; }
+
+void wait_in(Thread::State state, const char* kind, Where where) {
+  Thread& self = current();
+  self.state = state;
+  self.kind = kind;
+  self.where = where;
+  current_warp().ready &= ~current_bit();
+  Fibre::suspend();
+}
+
+void run_thread() {
+  (*kernel)();
+  current().state = Thread::kExited;
+  current_warp().ready &= ~current_bit();
+  current_warp().exited |= current_bit();
+  exited += 1;
+  Fibre::suspend();
+}
+
+// "threads 0-31 wait in sync_block (reduce.cuh:12); threads 32-63 exited"
+std::string who_waits_where() {
+  std::string text;
+  const auto alike = [](const Thread& a, const Thread& b) {
+    if (a.state != b.state || a.state == Thread::kExited) return a.state == b.state;
+    return a.kind == b.kind && a.mask == b.mask && same(a.where, b.where);
+  };
+  for (int first = 0, next; first < place.threads; first = next) {
+    const Thread& thread = *threads[first];
+    for (next = first; next < place.threads && alike(thread, *threads[next]);) next += 1;
+    text += text.empty() ? "" : "; ";
+    text += next - first == 1 ? "thread " : "threads ";
+    text += std::to_string(first);
+    if (next - first > 1) text += "-" + std::to_string(next - 1);
+    if (thread.state == Thread::kExited) {
+      text += " exited";
+    } else {
+      text += std::string(" wait in ") + thread.kind + " (" + text_of(thread.where) + ")";
+    }
+  }
+  return text;
+}
+
+// A warp runs until none of its lanes can go on before the next has its turn. That is as far apart
+// as warps can drift between two barriers of the block.
+void run_block(int count, size_t shared_bytes, Order& order) {
+  place.threads = count;
+  waiting_in_block = exited = 0;
+  warps.assign((count + kWarp - 1) / kWarp, Warp{});
+  for (int thread = 0; thread < count; ++thread) {
+    threads[thread]->fibre.start(run_thread);
+    threads[thread]->state = Thread::kReady;
+    warps[thread / kWarp].present |= 1u << thread % kWarp;
+  }
+  for (Warp& warp : warps) warp.ready = warp.present;
+  begin_shared(shared_bytes, count);
+
+  const std::vector<int64_t> warp_order = order.arrange(static_cast<int64_t>(warps.size()));
+  for (bool progress = true; progress;) {
+    progress = false;
+    for (const int64_t warp : warp_order) {
+      while (warps[warp].ready != 0) {
+        progress = true;
+        place.thread = static_cast<int>(warp) * kWarp + order.pick_lane(warps[warp].ready);
+        fibre_is_running = true;
+        current().fibre.resume();
+        fibre_is_running = false;
+        if (!failure.empty()) throw std::runtime_error(failure);
+      }
+    }
+  }
+  if (exited < count) {
+    throw std::runtime_error(block_name() + ": deadlock: " + who_waits_where());
+  }
+}
+
+void check_limits(const char* name, int64_t blocks_x, int64_t blocks_y, int threads_per_block,
+                  size_t shared_bytes) {
+  const auto check = [&](const char* what, int64_t least, int64_t most, int64_t got) {
+    if (got >= least && got <= most) return;
+    throw std::runtime_error(std::string(name) + ": expected " + what + " in [" +
+                             std::to_string(least) + ", " + std::to_string(most) + "], got " +
+                             std::to_string(got));
+  };
+  check("blocks along x", 0, INT32_MAX, blocks_x);
+  check("blocks along y", 0, 65535, blocks_y);
+  check("threads per block", 1, kMaxThreads, threads_per_block);
+  check("bytes of shared memory", 0, kSharedLimit, static_cast<int64_t>(shared_bytes));
+}
+
+}  // namespace
+
+bool in_kernel() { return fibre_is_running; }
+
+void fail(const char* format, ...) {
+  char text[512];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(text, sizeof(text), format, arguments);
+  va_end(arguments);
+  failure = block_name() + ", thread " + std::to_string(place.thread) + ": " + text;
+  for (;;) Fibre::suspend();
+}
+
+void run(const char* name, int64_t blocks_x, int64_t blocks_y, int threads_per_block,
+         size_t shared_bytes, const std::function<void()>& kernel_of_thread) {
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  check_limits(name, blocks_x, blocks_y, threads_per_block, shared_bytes);
+  kernel = &kernel_of_thread;
+  kernel_name = name;
+  failure.clear();
+  while (threads.size() < static_cast<size_t>(threads_per_block)) {
+    threads.push_back(std::make_unique<Thread>());
+  }
+  Order order;
+  try {
+    for (const int64_t block : order.arrange(blocks_x * blocks_y)) {
+      place.block_x = block % blocks_x;
+      place.block_y = block / blocks_x;
+      place.blocks_x = blocks_x;
+      place.blocks_y = blocks_y;
+      run_block(threads_per_block, shared_bytes, order);
+    }
+  } catch (...) {
+    threads.clear();  // their stacks hold half-finished kernels
+    throw;
+  }
+}
+
+void meet_block(Where where) {
+  if (waiting_in_block == 0) first_in_block = place.thread;
+  const Where expected = waiting_in_block == 0 ? where : threads[first_in_block]->where;
+  if (!same(where, expected)) {
+    fail("sync_block at %s, while thread %d waits in the one at %s", text_of(where).c_str(),
+         first_in_block, text_of(expected).c_str());
+  }
+  waiting_in_block += 1;
+  if (waiting_in_block < place.threads) {
+    return wait_in(Thread::kInBlockMeeting, "sync_block", where);
+  }
+  waiting_in_block = 0;
+  for (int thread = 0; thread < place.threads; ++thread) threads[thread]->state = Thread::kReady;
+  for (Warp& warp : warps) warp.ready = warp.present;
+  met_in_block();
+}
+
+namespace {
+
+void check_same_meeting(const char* kind, unsigned mask, Where where, int other_thread) {
+  const Thread& other = *threads[other_thread];
+  if (other.mask == mask && strcmp(other.kind, kind) == 0 && same(other.where, where)) return;
+  fail("%s at %s with mask %08x, while thread %d waits in %s at %s with mask %08x", kind,
+       text_of(where).c_str(), mask, other_thread, other.kind, text_of(other.where).c_str(),
+       other.mask);
+}
+
+void check_meeting(const char* kind, unsigned mask, Where where) {
+  const Warp& warp = current_warp();
+  const int first = place.thread / kWarp * kWarp;
+  if (!(mask & current_bit())) fail("%s with mask %08x, which leaves out this lane", kind, mask);
+  if (mask & ~warp.present) fail("%s with mask %08x names lanes the block has not", kind, mask);
+  if (mask & warp.exited) {
+    fail("%s at %s with mask %08x waits for thread %d, which exited", kind, text_of(where).c_str(),
+         mask, first + std::countr_zero(mask & warp.exited));
+  }
+  // Those who wait inside the mask have been compared with one another, so any one of them will do.
+  if (warp.waiting & mask) {
+    check_same_meeting(kind, mask, where, first + std::countr_zero(warp.waiting & mask));
+  }
+  for (unsigned others = warp.waiting & ~mask; others != 0; others &= others - 1) {
+    const int other = first + std::countr_zero(others);
+    if (threads[other]->mask & current_bit()) check_same_meeting(kind, mask, where, other);
+  }
+}
+
+}  // namespace
+
+void meet_warp(const char* kind, unsigned mask, Where where, void* offer, Complete complete) {
+  check_meeting(kind, mask, where);
+  Warp& warp = current_warp();
+  current().mask = mask;
+  current().offer = offer;
+  warp.waiting |= current_bit();
+  if ((warp.waiting & mask) != mask) return wait_in(Thread::kInWarpMeeting, kind, where);
+
+  void* offers[kWarp] = {};
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    Thread& thread = *threads[place.thread / kWarp * kWarp + lane];
+    offers[lane] = thread.offer;
+    thread.state = Thread::kReady;
+  }
+  warp.waiting &= ~mask;
+  warp.ready |= mask;
+  // Only a barrier makes what its lanes wrote visible to one another; an exchange of values is no
+  // barrier, though on most hardware it looks like one.
+  if (complete == nullptr) {
+    met_in_warp(place.thread / kWarp, mask);
+  } else {
+    complete(offers, mask);
+  }
+}
+
+}  // namespace nf::emulation

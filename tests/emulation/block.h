@@ -1,0 +1,62 @@
+// The threads of a block, run on a CPU under CUDA's rules.
+//
+// Each CUDA thread is a fibre. It runs alone until it comes to a point where CUDA threads meet: a
+// barrier of the block, or one of the exchanges of a warp. There it stops, and goes on when all who
+// are expected have come. Blocks run one after another. Nothing happens twice at the same time, so
+// a run is exactly repeatable, and whatever goes wrong can be said in a sentence with a block and a
+// thread in it.
+//
+// What CUDA leaves undefined is an error here: threads that wait at different barriers, lanes that
+// name different masks, a lane that left while others count on it. And because the order in which
+// real threads run is nobody's promise, it can be turned round from outside
+// (NORMFACE_EMULATION_ORDER, see run()): a kernel whose result depends on it is wrong.
+//
+// shared.h tells how shared memory is watched.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <source_location>
+
+namespace nf::emulation {
+
+using Where = std::source_location;
+
+constexpr int kWarp = 32;
+constexpr unsigned kFullMask = 0xffffffffu;
+constexpr int kMaxThreads = 1024;
+constexpr size_t kSharedLimit = 99 * 1024;  // bytes per block on compute capability 8.6 and 8.9
+
+// Where the running thread stands.
+struct Place {
+  int thread, threads;
+  int64_t block_x, blocks_x;
+  int64_t block_y, blocks_y;
+};
+extern Place place;
+
+// Runs `kernel` once for every thread of every block, and throws std::runtime_error if any of them
+// breaks a rule. NORMFACE_EMULATION_ORDER decides who goes first: "forward" (the default),
+// "reverse", or a number, the seed of a shuffle of blocks, of warps and of lanes.
+void run(const char* name, int64_t blocks_x, int64_t blocks_y, int threads, size_t shared_bytes,
+         const std::function<void()>& kernel);
+
+// Whether a kernel thread is running, and not the code around a launch.
+bool in_kernel();
+
+// Ends the launch with an error that names kernel, block and thread. It unwinds nothing: it stops
+// this fibre and never resumes it, so it may be called from anywhere, including the depths of a
+// sanitizer's hook. Kernels hold nothing that needs a destructor.
+[[noreturn]] [[gnu::format(printf, 1, 2)]] void fail(const char* format, ...);
+
+// Waits for every thread of the block.
+void meet_block(Where where);
+
+// Waits for the lanes of `mask`, who must come for the same `kind` of meeting with the same mask
+// and from the same line. The last to come calls complete() with what each lane brought, by lane.
+using Complete = void (*)(void* const* offers, unsigned mask);
+void meet_warp(const char* kind, unsigned mask, Where where, void* offer = nullptr,
+               Complete complete = nullptr);
+
+}  // namespace nf::emulation

@@ -1,0 +1,128 @@
+"""Builds the CUDA kernels for the CPU, against the emulation, and loads them as operators.
+
+    emulation.build.load("emulation")   torch.ops.normface_emulation: csrc/cuda/*.cu on CPU tensors
+    emulation.build.load("faults")      torch.ops.normface_faults: the lane's own seeded faults
+    emulation.build.load("cpu")         torch.ops.normface_sanitized: csrc/cpu/*.cpp once more
+
+With NORMFACE_SANITIZE=1 in the environment everything is built with AddressSanitizer and
+UndefinedBehaviorSanitizer. Their libraries must then be in the process from its beginning, see
+`sanitizer_environment`. Without it, the kernels' memory accesses are watched by hooks.cpp.
+
+The results lie in build/emulation and are brought up to date by ninja. Needs g++ and ninja.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
+OUTPUT = ROOT / "build" / "emulation"
+
+SANITIZED = os.environ.get("NORMFACE_SANITIZE") == "1"
+CXX = os.environ.get("CXX", "g++")
+
+ENGINE = [HERE / name for name in ("block.cpp", "fibre.cpp", "shared.cpp")]
+NAMESPACES = {"emulation": "normface_emulation", "faults": "normface_faults", "cpu": "normface_sanitized"}
+
+COMMON = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra"]
+COMMON += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{HERE}", f"-I{CSRC}"]
+COMMON += [flag for path in include_paths() for flag in ("-isystem", path)]
+# Kernels read memory through vector types, as CUDA allows; and `#pragma unroll` is for nvcc.
+KERNELS = ["-x", "c++", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+REAL_SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+OUR_SANITIZERS = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
+OUR_SANITIZERS += ["-fsanitize=signed-integer-overflow,shift,integer-divide-by-zero,bounds"]
+
+
+def unavailable() -> str | None:
+    """Why nothing can be built here, if so."""
+    missing = [tool for tool in (CXX, "ninja") if shutil.which(tool) is None]
+    return f"not found: {', '.join(missing)}" if missing else None
+
+
+def sources_of(library: str) -> list[Path]:
+    if library == "faults":
+        return [HERE / "faults.cu"]
+    folder = sorted((CSRC / "cuda").glob("*.cu") if library == "emulation" else (CSRC / "cpu").glob("*.cpp"))
+    return [HERE / "library.cpp", *folder]
+
+
+def flags_of(library: str, source: Path, sanitize: bool) -> list[str]:
+    flags = [*COMMON, f"-DNF_NAMESPACE={NAMESPACES[library]}"]
+    if sanitize:
+        flags += REAL_SANITIZERS
+    elif source.suffix == ".cu":
+        flags += OUR_SANITIZERS
+    return flags + (KERNELS if source.suffix == ".cu" else [])
+
+
+def ninja_file(library: str, sanitize: bool) -> str:
+    lines = [
+        "rule compile",
+        f"  command = {shlex.quote(CXX)} $flags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {shlex.quote(CXX)} -shared $in $flags -o $out",
+    ]
+    sources = sources_of(library)
+    if library != "cpu":
+        # The sanitizers' own libraries take the place of the hooks.
+        sources += ENGINE + ([] if sanitize else [HERE / "hooks.cpp"])
+    objects = [f"{source.name}.o" for source in sources]
+    for source, built in zip(sources, objects, strict=True):
+        lines += [f"build {built}: compile {source}", f"  flags = {shlex.join(flags_of(library, source, sanitize))}"]
+    link = ["-Wl,-z,defs", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
+    link += REAL_SANITIZERS if sanitize else []
+    lines += [f"build {library}.so: link {' '.join(objects)}", f"  flags = {shlex.join(link)}"]
+    return "\n".join(lines) + "\n"
+
+
+def build(library: str = "emulation", sanitize: bool = SANITIZED) -> Path:
+    """Brings the library up to date and returns its path. MAX_JOBS limits how much compiles at once."""
+    folder = OUTPUT / ("sanitized" if sanitize else "plain") / library
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs may come at once
+        (folder / "build.ninja").write_text(ninja_file(library, sanitize))
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
+        ran = subprocess.run(["ninja", "-C", folder, "-j", jobs], capture_output=True, text=True)
+    if ran.returncode != 0:
+        raise RuntimeError(f"the {library} library of the test build does not compile:\n{ran.stdout}{ran.stderr}")
+    return folder / f"{library}.so"
+
+
+@functools.cache
+def load(library: str = "emulation"):
+    """The operators of a library, built and loaded."""
+    torch.ops.load_library(build(library))
+    return getattr(torch.ops, NAMESPACES[library])
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """The environment for a Python process that loads what was built with the sanitizers."""
+
+    def find(name: str) -> str:
+        return subprocess.run([CXX, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+
+    return {
+        **os.environ,
+        "NORMFACE_SANITIZE": "1",
+        # The sanitizer looks up what it intercepts when it starts: the C++ library must be there by then.
+        "LD_PRELOAD": f"{find('libasan.so')} {find('libstdc++.so')}",
+        # Python frees nothing on exit, and torch not all.
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }

@@ -1,0 +1,79 @@
+// csrc/cuda/device/launch.cuh for a CPU: every name of it, with the rules of CUDA enforced rather
+// than assumed. ../block.h tells how the threads of a block are run.
+#pragma once
+
+#include <block.h>
+#include <shared.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <functional>
+
+#ifndef NF_NAMESPACE
+#define NF_NAMESPACE normface_emulation
+#endif
+
+// The same kernels, but for CPU tensors and in a namespace of their own, so that they stand beside
+// the real operators instead of in their place.
+#define NF_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(NF_NAMESPACE, CPU, m)
+
+#define NF_KERNEL(kThreads) void
+#define NF_DEVICE inline
+#define NF_DEVICE_CHECK(condition, ...)                 \
+  do {                                                  \
+    if (!(condition)) nf::emulation::fail(__VA_ARGS__); \
+  } while (false)
+
+namespace nf {
+
+using emulation::kFullMask;
+using emulation::kWarp;
+
+inline int thread_id() { return emulation::place.thread; }
+inline int threads_per_block() { return emulation::place.threads; }
+inline int lane_id() { return thread_id() % kWarp; }
+inline int warp_id() { return thread_id() / kWarp; }
+inline int64_t block_id() { return emulation::place.block_x; }
+inline int64_t block_count() { return emulation::place.blocks_x; }
+inline int64_t block_y() { return emulation::place.block_y; }
+inline int64_t block_count_y() { return emulation::place.blocks_y; }
+
+// Callers leave `where` alone: it is the line of the call, by which the threads that meet here can
+// be seen to mean the same barrier.
+inline void sync_block(emulation::Where where = emulation::Where::current()) {
+  emulation::meet_block(where);
+}
+inline void sync_warp(unsigned mask = kFullMask,
+                      emulation::Where where = emulation::Where::current()) {
+  emulation::meet_warp("sync_warp", mask, where);
+}
+
+inline int atomic_add(int* at, int value) { return emulation::fetch_add(at, value); }
+inline unsigned atomic_add(unsigned* at, unsigned value) { return emulation::fetch_add(at, value); }
+inline int64_t atomic_add(int64_t* at, int64_t value) { return emulation::fetch_add(at, value); }
+
+struct Grid {
+  int64_t x;
+  int64_t y = 1;
+};
+
+// A device of three multiprocessors, so that grid-stride loops go round and splits split even in
+// small tests, with the least shared memory of any GPU that has the tensor-core instructions.
+class Queue {
+ public:
+  explicit Queue(const torch::stable::Tensor&) {}
+  int multiprocessors() const { return 3; }
+  int shared_limit() const { return static_cast<int>(emulation::kSharedLimit); }
+  int architecture() const { return 80; }
+};
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, Queue&, void (*kernel)(Parameters...), Grid grid, int threads,
+            size_t shared_bytes, Arguments... arguments) {
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "one argument per parameter");
+  emulation::run(name, grid.x, grid.y, threads, shared_bytes,
+                 [&] { kernel(static_cast<Parameters>(arguments)...); });
+}
+
+}  // namespace nf

@@ -1,0 +1,120 @@
+// csrc/cuda/device/tensor_core.cuh for a CPU. The last lane to arrive gathers the fragments into
+// whole matrices, works on those, and deals the result out again; where each element lies is the
+// table in the real header (PTX ISA, "Matrix Fragments for mma.m16n8k16").
+//
+// A tensor core adds in float, in an order of its own; here the order is that of the columns.
+#pragma once
+
+#include <device/launch.cuh>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstring>
+
+namespace nf {
+namespace emulation {
+
+struct Fragments {
+  float* d;           // [4]
+  const uint32_t* a;  // [4]
+  const uint32_t* b;  // [2]
+};
+
+// One of the two 16-bit values in a register.
+template <class T>
+float half_of(uint32_t word, int which) {
+  T value;
+  value.x = static_cast<uint16_t>(word >> (16 * which));
+  return static_cast<float>(value);
+}
+
+template <class T>
+void complete_mma(void* const* offers, unsigned) {
+  float a[16][16];
+  float b[16][8];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto& from = *static_cast<Fragments*>(offers[lane]);
+    const int g = lane / 4;
+    const int t = lane % 4;
+    for (int which = 0; which < 2; ++which) {
+      const int k = 2 * t + which;
+      a[g][k] = half_of<T>(from.a[0], which);
+      a[g + 8][k] = half_of<T>(from.a[1], which);
+      a[g][k + 8] = half_of<T>(from.a[2], which);
+      a[g + 8][k + 8] = half_of<T>(from.a[3], which);
+      b[k][g] = half_of<T>(from.b[0], which);
+      b[k + 8][g] = half_of<T>(from.b[1], which);
+    }
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto& to = *static_cast<Fragments*>(offers[lane]);
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + 8 * (i / 2);
+      const int column = 2 * (lane % 4) + i % 2;
+      for (int k = 0; k < 16; ++k) to.d[i] += a[row][k] * b[k][column];
+    }
+  }
+}
+
+struct MatrixRow {
+  uint32_t* r;      // [4]
+  uint16_t row[8];  // what lay where this lane pointed
+};
+
+template <bool kTransposed>
+void complete_load_matrix(void* const* offers, unsigned) {
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto& to = *static_cast<MatrixRow*>(offers[lane]);
+    const int g = lane / 4;
+    const int t = lane % 4;
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      const auto element = [&](int row, int column) -> uint32_t {
+        return static_cast<MatrixRow*>(offers[8 * matrix + row])->row[column];
+      };
+      const uint32_t low = kTransposed ? element(2 * t, g) : element(g, 2 * t);
+      const uint32_t high = kTransposed ? element(2 * t + 1, g) : element(g, 2 * t + 1);
+      to.r[matrix] = low | high << 16;
+    }
+  }
+}
+
+inline void load_matrix(const char* kind, uint32_t (&r)[4], const void* row, Where where,
+                        void (*complete)(void* const*, unsigned)) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
+    fail("%s of a row at %p, which is not a multiple of 16", kind, row);
+  }
+  if (!is_shared(row, 16)) fail("%s of a row at %p, which is not shared memory", kind, row);
+  MatrixRow offer{r, {}};
+  memcpy(offer.row, row, sizeof(offer.row));
+  meet_warp(kind, kFullMask, where, &offer, complete);
+}
+
+}  // namespace emulation
+
+inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                    emulation::Where where = emulation::Where::current()) {
+  emulation::Fragments offer{d, a, b};
+  emulation::meet_warp("mma_f16", kFullMask, where, &offer,
+                       emulation::complete_mma<torch::headeronly::Half>);
+}
+
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                     emulation::Where where = emulation::Where::current()) {
+  emulation::Fragments offer{d, a, b};
+  emulation::meet_warp("mma_bf16", kFullMask, where, &offer,
+                       emulation::complete_mma<torch::headeronly::BFloat16>);
+}
+
+inline void load_matrix_x4(uint32_t (&r)[4], const void* shared_row,
+                           emulation::Where where = emulation::Where::current()) {
+  emulation::load_matrix("load_matrix_x4", r, shared_row, where,
+                         emulation::complete_load_matrix<false>);
+}
+
+inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared_row,
+                                      emulation::Where where = emulation::Where::current()) {
+  emulation::load_matrix("load_matrix_x4_transposed", r, shared_row, where,
+                         emulation::complete_load_matrix<true>);
+}
+
+}  // namespace nf

@@ -1,0 +1,94 @@
+"""What was built: build_info's facts, the registered operators, and the promise of one build, any torch."""
+
+import importlib.metadata
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import normface_ext
+from normface_ext import _C, _library
+
+PACKAGE = Path(normface_ext.__file__).parent
+LIBRARIES = [path for path in (Path(_C.__file__), PACKAGE / "_cuda.so") if path.exists()]
+
+
+def undefined_symbols(library: Path) -> list[str]:
+    command = ["nm", "--dynamic", "--undefined-only", "--demangle", str(library)]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [line.split(maxsplit=1)[1] for line in listing.splitlines()]
+
+
+def unstable(symbols: list[str]) -> list[str]:
+    """Those of torch's C++, which change with its version; the stable ABI is plain C."""
+    return [symbol for symbol in symbols if re.search(r"\b(at|c10|caffe2|torch)::", symbol)]
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm not found")
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name.split(".")[0])
+def test_needs_only_the_stable_abi(library):
+    symbols = undefined_symbols(library)
+    assert any("aoti_torch" in symbol for symbol in symbols), (
+        "no torch symbol at all: is this the right file?"
+    )
+    assert unstable(symbols) == []
+
+
+def test_unstable_symbols_are_recognised():
+    stable = ["U aoti_torch_get_dtype", "U cudaLaunchKernel", "U std::__cat::format()"]
+    changing = [
+        "U c10::Error::what() const",
+        "U at::_ops::mm::call(at::Tensor const&)",
+        "U vtable for torch::jit::X",
+    ]
+    assert unstable(stable + changing) == changing
+
+
+def test_build_info_says_what_is_at_hand():
+    info = normface_ext.build_info()
+    assert info["version"] == importlib.metadata.version("normface_ext")
+    assert info["torch_run"] == torch.__version__
+    assert re.match(r"2\.\d+", str(info["torch_build"]))
+    assert info["compiler"] and info["simd"]
+    assert info["cuda_built"] == (PACKAGE / "_cuda.so").exists()
+    assert bool(info["cuda_architectures"]) == info["cuda_built"]
+    assert info["cuda_loaded"] == (info["cuda_reason"] is None)
+    if info["cuda_loaded"]:
+        assert torch.version.cuda is not None
+
+
+def test_every_operator_has_a_cpu_kernel():
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("normface_ext::")}
+    assert names
+    assert [name for name in names if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")] == []
+
+
+def test_cuda_kernels_cover_the_same_operators():
+    if not normface_ext.build_info()["cuda_loaded"]:
+        pytest.skip(str(normface_ext.build_info()["cuda_reason"]))
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("normface_ext::")}
+    assert [name for name in names if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")] == []
+
+
+def test_missing_cuda_is_explained(monkeypatch):
+    monkeypatch.setattr(_library, "_cuda_reason", "`_cuda` was not built")
+    with pytest.raises(
+        RuntimeError, match=r"^normalize: .*`_cuda` was not built.*NORMFACE_CUDA=1 pip install"
+    ):
+        _library.require_cuda("normalize")
+
+
+def test_loaded_cuda_is_not_complained_about(monkeypatch):
+    monkeypatch.setattr(_library, "_cuda_reason", None)
+    _library.require_cuda("normalize")
+
+
+def test_another_namespace_is_used_and_given_back():
+    other = torch.ops.normface_another
+    with pytest.raises(KeyError), _library.use_namespace(other):
+        assert _library.namespace() is other
+        raise KeyError
+    assert _library.namespace() is torch.ops.normface_ext
