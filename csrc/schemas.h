@@ -36,7 +36,7 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
       " Tensor inverse_norm, Tensor x_sum, Tensor stored)");
   m.def(
       "normface_loss_backward(Tensor grad_loss, Tensor x, Tensor weight, Tensor labels,"
-      " Tensor? scale, float scale_value, int class_chunk, Tensor rows, Tensor inverse_norm,"
+      " Tensor? scale, float scale_value, float eps, int class_chunk, Tensor rows, Tensor inverse_norm,"
       " Tensor x_sum, Tensor stored, bool need_x, bool need_weight, bool need_scale,"
       " ScalarType operand) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale)");
 }

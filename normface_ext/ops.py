@@ -166,7 +166,7 @@ class _NormLinear(Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:  
         x, weight, scale = ctx.saved_tensors
         scale_value, normalize_input, eps = ctx.arguments
         needed = ctx.needs_input_grad[:3]
@@ -214,13 +214,15 @@ def _normface_loss_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = _accumulator(x.dtype)
     (batch, dim), classes = x.shape, weight.shape[0]
-    stored = wide if x.device.type == "cpu" and not _library.emulating() else operand
+    cuda = plan_device(x).type == "cuda"
+    row = -(-classes // 8) * 8 if cuda else classes  # E in memory: csrc/cuda/normface_loss.cu
+    stored = torch.bfloat16 if cuda and operand.itemsize == 2 else wide
     return (
         x.new_empty([batch] if reduction == 0 else [], dtype=wide),
         x.new_empty([ROW_FIELDS, batch], dtype=torch.float64),
         x.new_empty([classes], dtype=wide),
         x.new_empty([batch, dim] if need_x else [0], dtype=wide),
-        x.new_empty([batch * classes] if store else [0], dtype=stored),
+        x.new_empty([batch * row if store else 0], dtype=stored),
     )
 
 
@@ -231,6 +233,7 @@ def _normface_loss_backward_fake(
     labels: Tensor,
     scale: Tensor | None,
     scale_value: float,
+    eps: float,
     class_chunk: int,
     rows: Tensor,
     inverse_norm: Tensor,
@@ -267,17 +270,17 @@ class _NormFaceLoss(Function):
             plan.class_chunk, plan.store and need_weight, need_x, operand,
         )
         ctx.save_for_backward(x, weight, labels, scale, *state)
-        ctx.arguments = scale_value, plan.class_chunk, operand
+        ctx.arguments = scale_value, eps, plan.class_chunk, operand
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:  
         x, weight, labels, scale, *state = ctx.saved_tensors
-        scale_value, class_chunk, operand = ctx.arguments
+        scale_value, eps, class_chunk, operand = ctx.arguments
         needed = *ctx.needs_input_grad[:2], ctx.needs_input_grad[3]
         with torch.no_grad():
             gradients = _kernels(x, weight).normface_loss_backward(
-                grad_loss.contiguous(), x, weight, labels, scale, scale_value, class_chunk, *state,
+                grad_loss.contiguous(), x, weight, labels, scale, scale_value, eps, class_chunk, *state,
                 *needed, operand,
             )
         dx, dw, ds = _no_second_derivative("normface_loss", tuple(_asked(needed, gradients, scale)))

@@ -51,7 +51,7 @@ def test_build_info_says_what_is_at_hand():
     info = normface_ext.build_info()
     assert info["version"] == importlib.metadata.version("normface_ext")
     assert info["torch_run"] == torch.__version__
-    assert re.match(r"2\.\d+", str(info["torch_build"]))
+    assert re.match(r"2\.\d+", str(info["torch_built"]))
     assert info["compiler"] and info["simd"]
     assert info["cuda_built"] == (PACKAGE / "_cuda.so").exists()
     assert bool(info["cuda_architectures"]) == info["cuda_built"]

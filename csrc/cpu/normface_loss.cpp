@@ -359,8 +359,9 @@ void backward(const Tensor& grad_loss, const Tensor& x, const Tensor& weight, co
 
 std::tuple<Tensor, Tensor, Tensor> normface_loss_backward(
     Tensor grad_loss, Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale,
-    double scale_value, int64_t class_chunk, Tensor rows, Tensor inverse_norm, Tensor x_sum,
-    Tensor stored, bool need_x, bool need_weight, bool need_scale, ScalarType /*operand*/) {
+    double scale_value, double /*eps: the norms are known by now*/, int64_t class_chunk, Tensor rows,
+    Tensor inverse_norm, Tensor x_sum, Tensor stored, bool need_x, bool need_weight, bool need_scale,
+    ScalarType /*operand*/) {
   const char* op = "normface_loss_backward";
   check_head(op, x, weight);
   check_labels(op, labels, x.size(0));

@@ -1,8 +1,5 @@
 #include "block.h"
 
-#include "fibre.h"
-#include "shared.h"
-
 #include <algorithm>
 #include <bit>
 #include <cstdarg>
@@ -16,6 +13,13 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "fibre.h"
+#include "shared.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace nf::emulation {
 
@@ -71,6 +75,15 @@ std::string block_name() {
   return kernel_name + ": block (" + std::to_string(place.block_x) + ", " +
          std::to_string(place.block_y) + ")";
 }
+
+#if defined(__SANITIZE_ADDRESS__)
+// AddressSanitizer ends the process after its report; it knows the line, we know the thread.
+void say_who(const char*) {
+  if (!fibre_is_running) return;
+  fprintf(stderr, "%s, thread %d\n", block_name().c_str(), place.thread);
+}
+const bool saying_who = (__asan_set_error_report_callback(say_who), true);
+#endif
 
 // Who goes first, where CUDA promises nothing.
 class Order {

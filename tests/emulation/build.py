@@ -16,10 +16,10 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -31,16 +31,16 @@ CSRC = ROOT / "csrc"
 OUTPUT = ROOT / "build" / "emulation"
 
 SANITIZED = os.environ.get("NORMFACE_SANITIZE") == "1"
-CXX = os.environ.get("CXX", "g++")
+CXX = os.environ.get("CXX") or "g++"
 
 ENGINE = [HERE / name for name in ("block.cpp", "fibre.cpp", "shared.cpp")]
 NAMESPACES = {"emulation": "normface_emulation", "faults": "normface_faults", "cpu": "normface_sanitized"}
 
-COMMON = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra"]
+COMMON = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra"]
 COMMON += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{HERE}", f"-I{CSRC}"]
 COMMON += [flag for path in include_paths() for flag in ("-isystem", path)]
 # Kernels read memory through vector types, as CUDA allows; and `#pragma unroll` is for nvcc.
-KERNELS = ["-x", "c++", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+KERNELS = ["-O1", "-x", "c++", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
 REAL_SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 OUR_SANITIZERS = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
 OUR_SANITIZERS += ["-fsanitize=signed-integer-overflow,shift,integer-divide-by-zero,bounds"]
@@ -65,7 +65,7 @@ def flags_of(library: str, source: Path, sanitize: bool) -> list[str]:
         flags += REAL_SANITIZERS
     elif source.suffix == ".cu":
         flags += OUR_SANITIZERS
-    return flags + (KERNELS if source.suffix == ".cu" else [])
+    return flags + (KERNELS if source.suffix == ".cu" else ["-O2"])
 
 
 def ninja_file(library: str, sanitize: bool) -> str:
@@ -83,7 +83,10 @@ def ninja_file(library: str, sanitize: bool) -> str:
         sources += ENGINE + ([] if sanitize else [HERE / "hooks.cpp"])
     objects = [f"{source.name}.o" for source in sources]
     for source, built in zip(sources, objects, strict=True):
-        lines += [f"build {built}: compile {source}", f"  flags = {shlex.join(flags_of(library, source, sanitize))}"]
+        lines += [
+            f"build {built}: compile {source}",
+            f"  flags = {shlex.join(flags_of(library, source, sanitize))}",
+        ]
     link = ["-Wl,-z,defs", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
     link += REAL_SANITIZERS if sanitize else []
     lines += [f"build {library}.so: link {' '.join(objects)}", f"  flags = {shlex.join(link)}"]
@@ -100,7 +103,9 @@ def build(library: str = "emulation", sanitize: bool = SANITIZED) -> Path:
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
         ran = subprocess.run(["ninja", "-C", folder, "-j", jobs], capture_output=True, text=True)
     if ran.returncode != 0:
-        raise RuntimeError(f"the {library} library of the test build does not compile:\n{ran.stdout}{ran.stderr}")
+        raise RuntimeError(
+            f"the {library} library of the test build does not compile:\n{ran.stdout}{ran.stderr}"
+        )
     return folder / f"{library}.so"
 
 
@@ -111,11 +116,38 @@ def load(library: str = "emulation"):
     return getattr(torch.ops, NAMESPACES[library])
 
 
+def nvcc() -> str | None:
+    return runpy.run_path(str(ROOT / "setup.py"))["find_nvcc"]()
+
+
+def build_faults_with_nvcc() -> Path:
+    """The faults against the real headers, as PTX for two generations: any GPU since can run it."""
+    real = runpy.run_path(str(ROOT / "setup.py"))
+    library = OUTPUT / "nvcc" / "faults.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    command = [
+        nvcc(),
+        *real["NVCC_FLAGS"],
+        f"-DNF_NAMESPACE={NAMESPACES['faults']}",
+        f"-I{CSRC}",
+        f"-I{CSRC / 'cuda'}",
+    ]
+    command += [flag for path in include_paths() for flag in ("-isystem", path)]
+    command += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in (75, 80)]
+    command += ["--no-compress"]  # so that the PTX can be read in the library
+    command += ["-shared", "-cudart=static", "-Xlinker=--no-as-needed"]
+    command += [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu"]
+    subprocess.run([*command, HERE / "faults.cu", "-o", library], check=True)
+    return library
+
+
 def sanitizer_environment() -> dict[str, str]:
     """The environment for a Python process that loads what was built with the sanitizers."""
 
     def find(name: str) -> str:
-        return subprocess.run([CXX, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            [CXX, f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
 
     return {
         **os.environ,

@@ -3,14 +3,14 @@
 // nvcc compiles this file against the real headers too, so that the two sets cannot drift apart.
 //
 // Every op maps x, float32 [n], to an output of the same shape, with blocks of 64 threads.
+#include <torch/csrc/stable/ops.h>
+
 #include <device/copy_async.cuh>
 #include <device/launch.cuh>
 #include <device/shared_memory.cuh>
 #include <device/tensor_core.cuh>
 #include <device/vector.cuh>
 #include <device/warp.cuh>
-#include <torch/csrc/stable/ops.h>
-
 #include <limits>
 
 namespace {
@@ -25,7 +25,8 @@ NF_DEVICE int64_t thread_of_grid() { return block_id() * threads_per_block() + t
 // Reverses each block's 64 values through shared memory. Faulty: a thread reads what another has
 // perhaps not written yet.
 template <bool kFaulty>
-NF_KERNEL(kThreads) missing_barrier(float* out, const float* x) {
+NF_KERNEL(kThreads)
+missing_barrier(float* out, const float* x) {
   SharedMemory shared;
   float* tile = shared.take<float>(kThreads);
   tile[thread_id()] = x[thread_of_grid()];
@@ -36,7 +37,8 @@ NF_KERNEL(kThreads) missing_barrier(float* out, const float* x) {
 // The same within a warp. Faulty: a shuffle stands where the barrier should. It makes the lanes meet,
 // and so seems to help, but it orders no memory.
 template <bool kFaulty>
-NF_KERNEL(kThreads) missing_warp_barrier(float* out, const float* x) {
+NF_KERNEL(kThreads)
+missing_warp_barrier(float* out, const float* x) {
   SharedMemory shared;
   float* tile = shared.take<float>(kThreads);
   tile[thread_id()] = x[thread_of_grid()];
@@ -48,9 +50,42 @@ NF_KERNEL(kThreads) missing_warp_barrier(float* out, const float* x) {
   out[thread_of_grid()] = tile[thread_id() ^ 31];
 }
 
+// Halves of a warp, each on its own, reverse their values. Faulty: a half reads from the other, with
+// which it never met.
+template <bool kFaulty>
+NF_KERNEL(kThreads)
+barrier_of_half_a_warp(float* out, const float* x) {
+  SharedMemory shared;
+  float* tile = shared.take<float>(kThreads);
+  tile[thread_id()] = x[thread_of_grid()];
+  sync_warp(lane_id() < 16 ? 0x0000ffffu : 0xffff0000u);
+  out[thread_of_grid()] = tile[thread_id() ^ (kFaulty ? 31 : 15)];
+}
+
+// Counts the positive values of a block in shared memory. Faulty: with a plain addition, where two
+// threads may read the same count before either writes.
+template <bool kFaulty>
+NF_KERNEL(kThreads)
+plain_increment(float* out, const float* x) {
+  SharedMemory shared;
+  int* count = shared.take<int>(1);
+  if (thread_id() == 0) *count = 0;
+  sync_block();
+  if (x[thread_of_grid()] > 0) {
+    if (kFaulty) {
+      *count += 1;
+    } else {
+      atomic_add(count, 1);
+    }
+  }
+  sync_block();
+  out[thread_of_grid()] = static_cast<float>(*count);
+}
+
 // One tile used twice. Faulty: the second round overwrites it while others still read the first.
 template <bool kFaulty>
-NF_KERNEL(kThreads) missing_second_barrier(float* out, const float* x) {
+NF_KERNEL(kThreads)
+missing_second_barrier(float* out, const float* x) {
   SharedMemory shared;
   float* tile = shared.take<float>(kThreads);
   float sum = 0;
@@ -65,14 +100,16 @@ NF_KERNEL(kThreads) missing_second_barrier(float* out, const float* x) {
 
 // Copies n values. Faulty: <= for <.
 template <bool kFaulty>
-NF_KERNEL(kThreads) tail_in_global(float* out, const float* x, int64_t n) {
+NF_KERNEL(kThreads)
+tail_in_global(float* out, const float* x, int64_t n) {
   const int64_t i = thread_of_grid();
   if (kFaulty ? i <= n : i < n) out[i] = x[i];
 }
 
 // Shifts a block's values by one through shared memory. Faulty: the array is one too short.
 template <bool kFaulty>
-NF_KERNEL(kThreads) tail_in_shared(float* out, const float* x) {
+NF_KERNEL(kThreads)
+tail_in_shared(float* out, const float* x) {
   SharedMemory shared;
   float* tile = shared.take<float>(kThreads + (kFaulty ? 0 : 1));
   shared.take<float>(1);  // a neighbour, into which the step too far would go unnoticed
@@ -85,7 +122,8 @@ NF_KERNEL(kThreads) tail_in_shared(float* out, const float* x) {
 // Every thread stores its block's sum. Faulty: where x ends before the block, shared memory keeps
 // what happened to be in it.
 template <bool kFaulty>
-NF_KERNEL(kThreads) uninitialised_shared(float* out, const float* x, int64_t n) {
+NF_KERNEL(kThreads)
+uninitialised_shared(float* out, const float* x, int64_t n) {
   SharedMemory shared;
   float* tile = shared.take<float>(kThreads);
   const bool inside = thread_of_grid() < n;
@@ -99,7 +137,8 @@ NF_KERNEL(kThreads) uninitialised_shared(float* out, const float* x, int64_t n) 
 // The lower half of each warp swaps neighbours. Faulty: the mask also names the upper half, which
 // never comes.
 template <bool kFaulty>
-NF_KERNEL(kThreads) wrong_mask(float* out, const float* x) {
+NF_KERNEL(kThreads)
+wrong_mask(float* out, const float* x) {
   float value = x[thread_of_grid()];
   if (lane_id() < 16) value = shuffle_xor(value, 1, kFaulty ? kFullMask : 0x0000ffffu);
   out[thread_of_grid()] = value;
@@ -107,7 +146,8 @@ NF_KERNEL(kThreads) wrong_mask(float* out, const float* x) {
 
 // Halves of a warp swap neighbours each on their own. Faulty: one lane takes its partner for alone.
 template <bool kFaulty>
-NF_KERNEL(kThreads) different_masks(float* out, const float* x) {
+NF_KERNEL(kThreads)
+different_masks(float* out, const float* x) {
   unsigned mask = lane_id() < 16 ? 0x0000ffffu : 0xffff0000u;
   if (kFaulty && lane_id() == 5) mask = 0x00000030u;
   out[thread_of_grid()] = shuffle_xor(x[thread_of_grid()], 1, mask);
@@ -115,7 +155,8 @@ NF_KERNEL(kThreads) different_masks(float* out, const float* x) {
 
 // Mirrors the lower half of each warp. Faulty: it reaches for the upper half, which is not asked.
 template <bool kFaulty>
-NF_KERNEL(kThreads) source_outside_mask(float* out, const float* x) {
+NF_KERNEL(kThreads)
+source_outside_mask(float* out, const float* x) {
   float value = x[thread_of_grid()];
   if (lane_id() < 16) value = shuffle(value, (kFaulty ? 31 : 15) - lane_id(), 0x0000ffffu);
   out[thread_of_grid()] = value;
@@ -123,7 +164,8 @@ NF_KERNEL(kThreads) source_outside_mask(float* out, const float* x) {
 
 // Neighbours swap. Faulty: one thread has left before.
 template <bool kFaulty>
-NF_KERNEL(kThreads) exited_lane(float* out, const float* x) {
+NF_KERNEL(kThreads)
+exited_lane(float* out, const float* x) {
   const float value = x[thread_of_grid()];
   out[thread_of_grid()] = value;
   if (kFaulty && thread_id() == 40) return;
@@ -133,14 +175,16 @@ NF_KERNEL(kThreads) exited_lane(float* out, const float* x) {
 // Reads element (row, column) of a matrix so large that only a part of it is here: the part that
 // begins at the matrix's element number `first`. Faulty: the number is computed in 32 bits.
 template <bool kFaulty>
-NF_KERNEL(kThreads) index_overflow(float* out, const float* x, int row, int columns, int64_t first) {
+NF_KERNEL(kThreads)
+index_overflow(float* out, const float* x, int row, int columns, int64_t first) {
   const int64_t begin = kFaulty ? row * columns : static_cast<int64_t>(row) * columns;
   out[thread_of_grid()] = x[begin - first + thread_of_grid()];
 }
 
 // Two halves of a block, each on its way to a barrier. Faulty: not to the same one.
 template <bool kFaulty>
-NF_KERNEL(kThreads) divergent_barrier(float* out, const float* x) {
+NF_KERNEL(kThreads)
+divergent_barrier(float* out, const float* x) {
   if (kFaulty && warp_id() == 1) {
     sync_block();
   } else {
@@ -151,7 +195,8 @@ NF_KERNEL(kThreads) divergent_barrier(float* out, const float* x) {
 
 // Faulty: threads without work leave, and the others wait for them.
 template <bool kFaulty>
-NF_KERNEL(kThreads) early_exit(float* out, const float* x, int64_t n) {
+NF_KERNEL(kThreads)
+early_exit(float* out, const float* x, int64_t n) {
   const bool inside = thread_of_grid() < n;
   if (kFaulty && !inside) return;
   sync_block();
@@ -172,18 +217,21 @@ NF_DEVICE void reverse_by_copies(float* out, const float* x) {
 }
 
 template <bool kFaulty>
-NF_KERNEL(kThreads) missing_copy_wait(float* out, const float* x) {
+NF_KERNEL(kThreads)
+missing_copy_wait(float* out, const float* x) {
   reverse_by_copies<!kFaulty, true>(out, x);
 }
 
 template <bool kFaulty>
-NF_KERNEL(kThreads) missing_copy_barrier(float* out, const float* x) {
+NF_KERNEL(kThreads)
+missing_copy_barrier(float* out, const float* x) {
   reverse_by_copies<true, !kFaulty>(out, x);
 }
 
 // Two copies in flight, the first waited for. Faulty: the wait leaves both in flight.
 template <bool kFaulty>
-NF_KERNEL(kThreads) wrong_copy_group(float* out, const float* x) {
+NF_KERNEL(kThreads)
+wrong_copy_group(float* out, const float* x) {
   SharedMemory shared;
   float* first = shared.take<float>(4 * kThreads);
   float* second = shared.take<float>(4 * kThreads);
@@ -199,7 +247,8 @@ NF_KERNEL(kThreads) wrong_copy_group(float* out, const float* x) {
 
 // Copies 16 bytes at a time. Faulty: from an address that is no multiple of 16.
 template <bool kFaulty>
-NF_KERNEL(kThreads) misaligned_vector(float* out, const float* x, int64_t n) {
+NF_KERNEL(kThreads)
+misaligned_vector(float* out, const float* x, int64_t n) {
   const int64_t at = 4 * thread_of_grid();
   if (at >= n) return;
   auto four = load_vector<4>(x + at);
@@ -213,7 +262,8 @@ NF_KERNEL(kThreads) misaligned_vector(float* out, const float* x, int64_t n) {
 
 // Faulty: takes one float more than the launch has room for.
 template <bool kFaulty>
-NF_KERNEL(kThreads) take_too_much(float* out, const float* x) {
+NF_KERNEL(kThreads)
+take_too_much(float* out, const float* x) {
   SharedMemory shared;
   float* tile = shared.take<float>(kThreads + (kFaulty ? 1 : 0));
   tile[thread_id()] = x[thread_of_grid()];
@@ -222,7 +272,8 @@ NF_KERNEL(kThreads) take_too_much(float* out, const float* x) {
 
 // Faulty: the threads do not agree on what is in shared memory.
 template <bool kFaulty>
-NF_KERNEL(kThreads) take_differently(float* out, const float* x) {
+NF_KERNEL(kThreads)
+take_differently(float* out, const float* x) {
   SharedMemory shared;
   float* tile = shared.take<float>(kFaulty && thread_id() == 3 ? 2 * kThreads : kThreads);
   tile[thread_id()] = x[thread_of_grid()];
@@ -231,7 +282,8 @@ NF_KERNEL(kThreads) take_differently(float* out, const float* x) {
 
 // Faulty: the caller promises what is not so.
 template <bool kFaulty>
-NF_KERNEL(kThreads) broken_promise(float* out, const float* x, int64_t n) {
+NF_KERNEL(kThreads)
+broken_promise(float* out, const float* x, int64_t n) {
   NF_DEVICE_CHECK(!kFaulty || thread_of_grid() + 1 < n, "expected less than %d, got %d",
                   static_cast<int>(n), static_cast<int>(thread_of_grid() + 1));
   out[thread_of_grid()] = x[thread_of_grid()];
@@ -240,13 +292,15 @@ NF_KERNEL(kThreads) broken_promise(float* out, const float* x, int64_t n) {
 // Faulty: each value is added to the one before, which another block may have changed already. The
 // result depends on the order of the blocks and of the warps; no sentence says so.
 template <bool kFaulty>
-NF_KERNEL(kThreads) order_dependence(float* out, const float* x) {
+NF_KERNEL(kThreads)
+order_dependence(float* out, const float* x) {
   const int64_t i = thread_of_grid();
   out[i] = x[i] + (kFaulty && i > 0 ? out[i - 1] : 0.0f);
 }
 
 template <bool kFaulty>
-NF_KERNEL(kThreads) copy(float* out, const float* x, int64_t n) {
+NF_KERNEL(kThreads)
+copy(float* out, const float* x, int64_t n) {
   for (int64_t i = thread_of_grid(); i < n; i += block_count() * threads_per_block()) out[i] = x[i];
 }
 
@@ -270,22 +324,24 @@ struct Call {
   size_t tile = shared_bytes<float>(kThreads);
 };
 
-#define WITHOUT_SIZE(name, bytes)                                                              \
-  Tensor name##_op(const Tensor& x, bool faulty) {                                             \
-    Call call(x);                                                                              \
+#define WITHOUT_SIZE(name, bytes)                                                                \
+  Tensor name##_op(const Tensor& x, bool faulty) {                                               \
+    Call call(x);                                                                                \
     launch(#name, call.queue, faulty ? name<true> : name<false>, {call.blocks}, kThreads, bytes, \
-           call.out, call.in);                                                                 \
-    return call.output;                                                                        \
+           call.out, call.in);                                                                   \
+    return call.output;                                                                          \
   }
-#define WITH_SIZE(name, bytes)                                                                 \
-  Tensor name##_op(const Tensor& x, bool faulty) {                                             \
-    Call call(x);                                                                              \
+#define WITH_SIZE(name, bytes)                                                                   \
+  Tensor name##_op(const Tensor& x, bool faulty) {                                               \
+    Call call(x);                                                                                \
     launch(#name, call.queue, faulty ? name<true> : name<false>, {call.blocks}, kThreads, bytes, \
-           call.out, call.in, call.n);                                                         \
-    return call.output;                                                                        \
+           call.out, call.in, call.n);                                                           \
+    return call.output;                                                                          \
   }
 WITHOUT_SIZE(missing_barrier, call.tile)
 WITHOUT_SIZE(missing_warp_barrier, call.tile)
+WITHOUT_SIZE(barrier_of_half_a_warp, call.tile)
+WITHOUT_SIZE(plain_increment, shared_bytes<int>(1))
 WITHOUT_SIZE(missing_second_barrier, call.tile)
 WITH_SIZE(tail_in_global, 0)
 WITHOUT_SIZE(tail_in_shared, call.tile + shared_bytes<float>(1) + shared_bytes<float>(1))
@@ -320,8 +376,8 @@ Tensor index_overflow_op(const Tensor& x, bool faulty) {
 Tensor too_much_shared_op(const Tensor& x, bool faulty) {
   Call call(x);
   const size_t most = static_cast<size_t>(call.queue.shared_limit());
-  launch("too_much_shared", call.queue, copy<false>, {call.blocks}, kThreads, most + faulty, call.out,
-         call.in, call.n);
+  launch("too_much_shared", call.queue, copy<false>, {call.blocks}, kThreads, most + faulty,
+         call.out, call.in, call.n);
   return call.output;
 }
 
@@ -345,7 +401,8 @@ Tensor too_many_threads_op(const Tensor& x, bool faulty) {
 // d = a · b on tensor cores, from a [16, 16] and b [16, 8] of 16-bit values, both by rows: ldmatrix
 // brings a as it lies and b transposed, as the multiplication wants them.
 template <bool kHalf>
-NF_KERNEL(kWarp) matrix_product(float* d, const uint16_t* a, const uint16_t* b) {
+NF_KERNEL(kWarp)
+matrix_product(float* d, const uint16_t* a, const uint16_t* b) {
   SharedMemory shared;
   uint16_t* a_tile = shared.take<uint16_t>(16 * 16);
   uint16_t* b_tile = shared.take<uint16_t>(16 * 8);
@@ -386,7 +443,8 @@ Tensor matrix_product_op(const Tensor& a, const Tensor& b, bool half) {
 }
 
 // Each exchange of a warp once, on values that are the lanes' numbers: out [14, 32].
-NF_KERNEL(kWarp) exchanges(int64_t* out, int* count, unsigned* unsigned_count, int64_t* wide_count) {
+NF_KERNEL(kWarp)
+exchanges(int64_t* out, int* count, unsigned* unsigned_count, int64_t* wide_count) {
   const int lane = lane_id();
   int64_t results[] = {
       shuffle(lane, 7),
@@ -412,8 +470,9 @@ Tensor exchanges_op(const Tensor& x) {
   Tensor out = torch::stable::new_empty(x, {14, 32}, torch::headeronly::ScalarType::Long);
   Tensor counts = torch::stable::new_zeros(x, {3}, torch::headeronly::ScalarType::Long);
   auto* count = static_cast<int64_t*>(counts.mutable_data_ptr());
-  launch("exchanges", queue, exchanges, {1}, kWarp, 0, static_cast<int64_t*>(out.mutable_data_ptr()),
-         reinterpret_cast<int*>(count), reinterpret_cast<unsigned*>(count + 1), count + 2);
+  launch("exchanges", queue, exchanges, {1}, kWarp, 0,
+         static_cast<int64_t*>(out.mutable_data_ptr()), reinterpret_cast<int*>(count),
+         reinterpret_cast<unsigned*>(count + 1), count + 2);
   return out;
 }
 
@@ -431,12 +490,15 @@ Tensor meetings_op(const Tensor& x, int64_t threads) {
 }  // namespace
 
 #define FOR_EACH_FAULT(DO)                                                                        \
-  DO(missing_barrier) DO(missing_warp_barrier) DO(missing_second_barrier) DO(tail_in_global)      \
-  DO(tail_in_shared) DO(uninitialised_shared) DO(wrong_mask) DO(different_masks)                  \
-  DO(source_outside_mask) DO(exited_lane) DO(index_overflow) DO(divergent_barrier) DO(early_exit) \
-  DO(missing_copy_wait) DO(missing_copy_barrier) DO(wrong_copy_group) DO(misaligned_vector)       \
-  DO(take_too_much) DO(take_differently) DO(broken_promise) DO(order_dependence)                  \
-  DO(too_much_shared) DO(too_large_grid) DO(too_many_threads)
+  DO(missing_barrier)                                                                             \
+  DO(missing_warp_barrier)                                                                        \
+  DO(barrier_of_half_a_warp) DO(plain_increment) DO(missing_second_barrier) DO(tail_in_global)    \
+      DO(tail_in_shared) DO(uninitialised_shared) DO(wrong_mask) DO(different_masks)              \
+          DO(source_outside_mask) DO(exited_lane) DO(index_overflow) DO(divergent_barrier)        \
+              DO(early_exit) DO(missing_copy_wait) DO(missing_copy_barrier) DO(wrong_copy_group)  \
+                  DO(misaligned_vector) DO(take_too_much) DO(take_differently) DO(broken_promise) \
+                      DO(order_dependence) DO(too_much_shared) DO(too_large_grid)                 \
+                          DO(too_many_threads)
 
 STABLE_TORCH_LIBRARY(NF_NAMESPACE, m) {
 #define DEFINE(name) m.def(#name "(Tensor x, bool faulty) -> Tensor");

@@ -3,10 +3,10 @@
 // -fsanitize=thread calls __tsan_… before each load and store, and in place of each atomic (there
 // are some in PyTorch's headers, in code around the kernels). -fsanitize=undefined calls
 // __ubsan_handle_… where arithmetic went wrong.
-#include "shared.h"
-
 #include <cstdio>
 #include <cstdlib>
+
+#include "shared.h"
 
 using nf::emulation::Access;
 using nf::emulation::check_access;
@@ -16,10 +16,10 @@ extern "C" {
 void __tsan_init() {}
 void __tsan_vptr_update(void**, void*) {}
 
-#define ACCESS(bytes)                                                                        \
-  void __tsan_read##bytes(void* at) { check_access(at, bytes, Access::kRead); }              \
-  void __tsan_write##bytes(void* at) { check_access(at, bytes, Access::kWrite); }            \
-  void __tsan_unaligned_read##bytes(void* at) { check_access(at, bytes, Access::kRead); }    \
+#define ACCESS(bytes)                                                                     \
+  void __tsan_read##bytes(void* at) { check_access(at, bytes, Access::kRead); }           \
+  void __tsan_write##bytes(void* at) { check_access(at, bytes, Access::kWrite); }         \
+  void __tsan_unaligned_read##bytes(void* at) { check_access(at, bytes, Access::kRead); } \
   void __tsan_unaligned_write##bytes(void* at) { check_access(at, bytes, Access::kWrite); }
 ACCESS(1)
 ACCESS(2)

@@ -1,5 +1,7 @@
 #include "shared.h"
 
+#include <algorithm>
+#include <bit>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -24,15 +26,16 @@ struct Array {
   Where where;
 };
 
-// Who touched a byte last. Time is counted in barriers.
+// Who touched a byte last: some lanes of a warp, the latest of them at `time`, which counts barriers.
 struct Touch {
-  uint64_t time : 48;
-  uint64_t warp : 8;
-  uint64_t lane : 8;
+  enum Kind : uint8_t { kPlain, kAtomic, kCopying };  // the last: a copy that has not landed
+
+  uint64_t time = 0;
+  unsigned lanes = 0;
+  uint8_t warp = 0;
+  Kind kind = kPlain;
 };
-constexpr uint64_t kSeveral = 255;  // lanes of a warp, or warps
-constexpr uint64_t kAtomic = 254;   // as a warp: an atomic operation
-constexpr uint64_t kCopying = 253;  // as a lane: an asynchronous copy that has not landed
+constexpr uint8_t kSeveralWarps = 255;
 
 struct Byte {
   Touch write, read;
@@ -45,9 +48,7 @@ struct Copy {
 };
 
 struct ThreadMemory {
-  // The last sync_warp of this thread that left out a part of its warp.
-  unsigned synced_mask = 0;
-  uint64_t synced_time = 0;
+  uint64_t synced[kWarp] = {};  // the last sync_warp of a part of the warp, with each of its lanes
   int open_group = 0;
   std::vector<Copy> copies;
 };
@@ -57,14 +58,15 @@ Byte bytes_of_arena[kArena];
 std::vector<Array> arrays;
 size_t bytes_given = 0;
 
+// Time only grows, from launch to launch, so that nothing has to be reset for a new block.
 uint64_t now = 1;
 uint64_t block_began = 1;
-uint64_t block_synced = 1;               // the last sync_block
-uint64_t warp_synced[kMaxThreads / 32];  // the last sync_warp of all lanes
+uint64_t block_synced = 1;                  // the last sync_block
+uint64_t warp_synced[kMaxThreads / kWarp];  // the last sync_warp of all lanes
 ThreadMemory memory_of[kMaxThreads];
 
-uint64_t my_warp() { return place.thread / kWarp; }
-uint64_t my_lane() { return place.thread % kWarp; }
+uint8_t my_warp() { return static_cast<uint8_t>(place.thread / kWarp); }
+unsigned my_lane() { return 1u << place.thread % kWarp; }
 
 Byte& byte_at(const unsigned char* address) { return bytes_of_arena[address - arena]; }
 
@@ -77,14 +79,30 @@ const Array* array_of(const void* address, size_t bytes) {
 }
 
 // Whether a barrier stands between that touch and what the running thread does now.
-bool happened_before(Touch touch) {
-  if (touch.lane == kCopying) return touch.time < block_began;
+bool happened_before(const Touch& touch) {
+  if (touch.kind == Touch::kCopying) return touch.time < block_began;
   if (touch.time < block_synced) return true;
   if (touch.warp != my_warp()) return false;
-  if (touch.lane == my_lane() || touch.time < warp_synced[touch.warp]) return true;
-  const ThreadMemory& mine = memory_of[place.thread];
-  return touch.lane != kSeveral && (mine.synced_mask >> touch.lane & 1) &&
-         touch.time < mine.synced_time;
+  if (touch.time < warp_synced[touch.warp]) return true;
+  for (unsigned others = touch.lanes & ~my_lane(); others != 0; others &= others - 1) {
+    if (touch.time >= memory_of[place.thread].synced[std::countr_zero(others)]) return false;
+  }
+  return true;
+}
+
+void replace(Touch& touch) { touch = {now, my_lane(), my_warp(), Touch::kPlain}; }
+
+// Reads do not mind one another, nor do atomics: there the touch becomes that of all who were not
+// parted by a barrier. Whoever was may be forgotten, for whoever comes after us comes after them.
+void join(Touch& touch, Touch::Kind kind) {
+  if (happened_before(touch)) {
+    replace(touch);
+  } else {
+    if (touch.warp != my_warp()) touch.warp = kSeveralWarps;
+    touch.lanes |= my_lane();
+    touch.time = now;
+  }
+  touch.kind = kind;
 }
 
 [[noreturn]] void fail_access(const char* does, const unsigned char* address, const char* why) {
@@ -95,34 +113,22 @@ bool happened_before(Touch touch) {
        static_cast<unsigned>(array.where.line()), why);
 }
 
-[[noreturn]] void fail_race(const char* does, const unsigned char* address, Touch other,
+[[noreturn]] void fail_race(const char* does, const unsigned char* address, const Touch& other,
                             const char* did) {
-  if (other.lane == kCopying) {
+  if (other.kind == Touch::kCopying) {
     fail_access(does, address, "an asynchronous copy that nobody waited for is still writing");
   }
-  std::string who = "several threads";
-  if (other.warp < kAtomic && other.lane < kWarp) {
-    who = "thread " + std::to_string(other.warp * kWarp + other.lane);
-  }
+  const int thread = other.warp * kWarp + std::countr_zero(other.lanes & ~my_lane());
+  const std::string who =
+      other.warp == kSeveralWarps ? "several warps" : "thread " + std::to_string(thread);
   fail_access(does, address, (who + " " + did + " with no barrier between").c_str());
-}
-
-void note_read(Touch& read) {
-  const bool alone = happened_before(read);  // every later writer that minds them minds us as well
-  const bool same_warp = read.warp == my_warp();
-  read.warp = alone || same_warp ? my_warp() : kSeveral;
-  read.lane = alone ? my_lane() : kSeveral;
-  read.time = now;
 }
 
 }  // namespace
 
 void begin_shared(size_t bytes, int threads) {
-  now += 1;
-  block_began = block_synced = now;
-  for (uint64_t& time : warp_synced) time = 0;
+  block_began = block_synced = ++now;
   for (int thread = 0; thread < threads; ++thread) {
-    memory_of[thread].synced_mask = 0;
     memory_of[thread].open_group = 0;
     memory_of[thread].copies.clear();
   }
@@ -143,10 +149,19 @@ void met_in_warp(int warp, unsigned mask) {
     warp_synced[warp] = now;
     return;
   }
+  // Who meets takes over what the others know from meetings of their own.
+  uint64_t synced[kWarp] = {};
   for (int lane = 0; lane < kWarp; ++lane) {
     if (!(mask >> lane & 1)) continue;
-    memory_of[warp * kWarp + lane].synced_mask = mask;
-    memory_of[warp * kWarp + lane].synced_time = now;
+    const ThreadMemory& memory = memory_of[warp * kWarp + lane];
+    for (int other = 0; other < kWarp; ++other) {
+      const bool here = mask >> other & 1;
+      synced[other] = here ? now : std::max(synced[other], memory.synced[other]);
+    }
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    std::copy_n(synced, kWarp, memory_of[warp * kWarp + lane].synced);
   }
 }
 
@@ -180,15 +195,18 @@ void check_access(const void* address, size_t bytes, Access access) {
   }
   for (const unsigned char* at = first; at < first + bytes; ++at) {
     Byte& byte = byte_at(at);
-    const bool both_atomic = access == Access::kAtomic && byte.write.warp == kAtomic;
+    const bool both_atomic = access == Access::kAtomic && byte.write.kind == Touch::kAtomic;
     if (!both_atomic && !happened_before(byte.write)) fail_race(does, at, byte.write, "wrote");
     if (access == Access::kRead) {
       if (byte.write.time < block_began) fail_access(does, at, "nobody wrote");
-      note_read(byte.read);
+      join(byte.read, Touch::kPlain);
+      continue;
+    }
+    if (!happened_before(byte.read)) fail_race(does, at, byte.read, "read");
+    if (access == Access::kAtomic) {
+      join(byte.write, Touch::kAtomic);
     } else {
-      if (!happened_before(byte.read)) fail_race(does, at, byte.read, "read");
-      byte.read = {};
-      byte.write = {now, access == Access::kAtomic ? kAtomic : my_warp(), my_lane()};
+      replace(byte.write);
     }
   }
 }
@@ -206,10 +224,11 @@ template int64_t fetch_add(int64_t*, int64_t);
 
 void start_copy(void* shared, const Bytes16& bytes) {
   auto* to = static_cast<unsigned char*>(shared);
-  if (!is_shared(to, sizeof(bytes))) fail("copy_async_16 to %p, which is not shared memory", shared);
+  if (!is_shared(to, sizeof(bytes)))
+    fail("copy_async_16 to %p, which is not shared memory", shared);
   check_access(to, sizeof(bytes), Access::kWrite);
   memset(to, 0xff, sizeof(bytes));
-  for (size_t i = 0; i < sizeof(bytes); ++i) byte_at(to + i).write.lane = kCopying;
+  for (size_t i = 0; i < sizeof(bytes); ++i) byte_at(to + i).write.kind = Touch::kCopying;
   ThreadMemory& mine = memory_of[place.thread];
   mine.copies.push_back({to, bytes, mine.open_group});
 }
@@ -221,9 +240,7 @@ void land_copies(int groups_left_in_flight) {
   std::erase_if(mine.copies, [&](const Copy& copy) {
     if (copy.group >= mine.open_group - groups_left_in_flight) return false;
     memcpy(copy.to, &copy.bytes, sizeof(copy.bytes));
-    for (size_t i = 0; i < sizeof(copy.bytes); ++i) {
-      byte_at(copy.to + i).write = {now, my_warp(), my_lane()};
-    }
+    for (size_t i = 0; i < sizeof(copy.bytes); ++i) replace(byte_at(copy.to + i).write);
     return true;
   });
 }

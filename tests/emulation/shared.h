@@ -34,7 +34,7 @@ void start_copy(void* shared, const Bytes16& bytes);
 void commit_copies();
 void land_copies(int groups_left_in_flight);
 
-// For block.cpp: a block begins, and threads have met, so that what they did before is done.
+// For block.cpp: a block begins; threads have met, so that what they did before is done.
 void begin_shared(size_t bytes, int threads);
 void met_in_block();
 void met_in_warp(int warp, unsigned mask);

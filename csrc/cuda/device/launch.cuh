@@ -31,14 +31,14 @@
 
 // Stops the kernel with a sentence when what the caller promised does not hold. The trap makes the
 // CUDA context unusable, as every device-side assertion does; nothing gentler can leave a kernel.
-#define NF_DEVICE_CHECK(condition, format, ...)                                         \
-  do {                                                                                  \
-    if (!(condition)) {                                                                 \
-      printf("block (%lld, %lld), thread %d: " format "\n",                             \
+#define NF_DEVICE_CHECK(condition, format, ...)                                             \
+  do {                                                                                      \
+    if (!(condition)) {                                                                     \
+      printf("block (%lld, %lld), thread %d: " format "\n",                                 \
              static_cast<long long>(nf::block_id()), static_cast<long long>(nf::block_y()), \
-             nf::thread_id(), ##__VA_ARGS__);                                           \
-      __trap();                                                                         \
-    }                                                                                   \
+             nf::thread_id(), ##__VA_ARGS__);                                               \
+      __trap();                                                                             \
+    }                                                                                       \
   } while (false)
 
 namespace nf {
@@ -64,8 +64,8 @@ NF_DEVICE void sync_warp(unsigned mask = kFullMask) { __syncwarp(mask); }
 NF_DEVICE int atomic_add(int* at, int value) { return atomicAdd(at, value); }
 NF_DEVICE unsigned atomic_add(unsigned* at, unsigned value) { return atomicAdd(at, value); }
 NF_DEVICE int64_t atomic_add(int64_t* at, int64_t value) {
-  return static_cast<int64_t>(atomicAdd(reinterpret_cast<unsigned long long*>(at),
-                                        static_cast<unsigned long long>(value)));
+  return static_cast<int64_t>(
+      atomicAdd(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(value)));
 }
 
 struct Grid {

@@ -4,9 +4,8 @@
 // The address must be a multiple of the whole vector's size.
 #pragma once
 
-#include <device/launch.cuh>
-
 #include <cstring>
+#include <device/launch.cuh>
 
 namespace nf {
 
@@ -22,13 +21,21 @@ namespace detail {
 template <size_t kBytes>
 struct Word;
 template <>
-struct Word<2> { using type = short; };
+struct Word<2> {
+  using type = short;
+};
 template <>
-struct Word<4> { using type = int; };
+struct Word<4> {
+  using type = int;
+};
 template <>
-struct Word<8> { using type = int2; };
+struct Word<8> {
+  using type = int2;
+};
 template <>
-struct Word<16> { using type = int4; };
+struct Word<16> {
+  using type = int4;
+};
 
 }  // namespace detail
 

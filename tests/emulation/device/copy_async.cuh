@@ -2,9 +2,8 @@
 // wait that covers its group, and until then its place holds NaN and may not be touched.
 #pragma once
 
-#include <device/launch.cuh>
-
 #include <cstring>
+#include <device/launch.cuh>
 
 namespace nf {
 

@@ -5,11 +5,11 @@
 // A tensor core adds in float, in an order of its own; here the order is that of the columns.
 #pragma once
 
-#include <device/launch.cuh>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cstring>
+#include <device/launch.cuh>
 
 namespace nf {
 namespace emulation {

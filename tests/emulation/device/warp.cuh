@@ -3,9 +3,8 @@
 // because once a lane is on its way again its offer is gone.
 #pragma once
 
-#include <device/launch.cuh>
-
 #include <cstring>
+#include <device/launch.cuh>
 
 namespace nf {
 namespace emulation {

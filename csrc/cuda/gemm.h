@@ -1,0 +1,67 @@
+// Matrix products through torch: cuBLAS with float32 accumulation, on the current stream.
+//
+// 16-bit factors give a float32 result (aten::mm.dtype_out), which torch offers on CUDA only. The
+// emulated build of these files runs on CPU tensors; there the factors are widened first.
+#pragma once
+
+#include <device/launch.cuh>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+
+#include "checks.h"
+
+namespace nf {
+
+// A borrowed view of device memory: element (r, c) at data[r * row_stride + c * column_stride].
+struct Matrix {
+  const void* data;
+  ScalarType type;
+  int64_t rows;
+  int64_t columns;
+  int64_t row_stride;
+  int64_t column_stride = 1;
+
+  Matrix transposed() const { return {data, type, columns, rows, column_stride, row_stride}; }
+};
+
+inline Tensor as_tensor(const Matrix& m, const Tensor& like) {
+  const int64_t sizes[] = {m.rows, m.columns}, strides[] = {m.row_stride, m.column_stride};
+  return torch::stable::from_blob(const_cast<void*>(m.data), {sizes, 2}, {strides, 2}, like.device(), m.type);
+}
+
+// out = a b, or out += a b. `like` lends its device.
+inline void multiply(const Tensor& like, const Matrix& a, const Matrix& b, const Matrix& out,
+                     bool accumulate = false) {
+  if (out.rows == 0 || out.columns == 0) return;
+  Tensor ta = as_tensor(a, like), tb = as_tensor(b, like), to = as_tensor(out, like);
+  bool widens = a.type != out.type;
+  if (widens && !like.is_cuda()) {
+    ta = torch::stable::to(ta, out.type);
+    tb = torch::stable::to(tb, out.type);
+    widens = false;
+  }
+  using torch::stable::detail::from;
+  std::array<StableIValue, 7> stack{};
+  size_t n = 0;
+  if (accumulate) stack[n++] = from(to);
+  stack[n++] = from(ta);
+  stack[n++] = from(tb);
+  if (widens) stack[n++] = from(out.type);
+  if (accumulate) {
+    stack[n++] = from(1.0);  // beta
+    stack[n++] = from(1.0);  // alpha
+  }
+  stack[n++] = from(to);
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(accumulate ? "aten::addmm" : "aten::mm",
+                                               widens ? "dtype_out" : "out", stack.data(),
+                                               TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // the op returns `out`: take and drop the handle
+}
+
+// Scratch on the device of `like`, uninitialised.
+inline Tensor device_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  return torch::stable::empty(sizes, type, {}, like.device());
+}
+
+}  // namespace nf

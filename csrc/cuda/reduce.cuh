@@ -1,0 +1,49 @@
+// Sums and maxima over a warp or a block. Every lane and thread gets the same result, and the order of
+// the additions is fixed: runs repeat bit by bit.
+#pragma once
+
+#include <device/launch.cuh>
+#include <device/shared_memory.cuh>
+#include <device/warp.cuh>
+
+namespace nf {
+
+template <class T>
+NF_DEVICE T warp_sum(T value) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+
+template <class T>
+NF_DEVICE T warp_largest(T value) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    const T other = shuffle_xor(value, mask);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// `scratch` holds one value per warp. All threads of the block take part.
+template <class T>
+NF_DEVICE T block_sum(T value, T* scratch) {
+  value = warp_sum(value);
+  sync_block();  // an earlier call's reads of scratch, before this one's writes
+  if (lane_id() == 0) scratch[warp_id()] = value;
+  sync_block();  // the writes above, before the reads below
+  T total = 0;
+  for (int w = 0; w < threads_per_block() / kWarp; ++w) total += scratch[w];
+  return total;
+}
+
+template <class T>
+NF_DEVICE T block_largest(T value, T* scratch) {
+  value = warp_largest(value);
+  sync_block();  // an earlier call's reads of scratch, before this one's writes
+  if (lane_id() == 0) scratch[warp_id()] = value;
+  sync_block();  // the writes above, before the reads below
+  T best = scratch[0];
+  for (int w = 1; w < threads_per_block() / kWarp; ++w) best = scratch[w] > best ? scratch[w] : best;
+  return best;
+}
+
+}  // namespace nf
