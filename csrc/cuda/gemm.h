@@ -30,9 +30,8 @@ inline Tensor as_tensor(const Matrix& m, const Tensor& like) {
   return torch::stable::from_blob(const_cast<void*>(m.data), {sizes, 2}, {strides, 2}, like.device(), m.type);
 }
 
-// out = a b, or out += a b. `like` lends its device.
-inline void multiply(const Tensor& like, const Matrix& a, const Matrix& b, const Matrix& out,
-                     bool accumulate = false) {
+// out = a b. `like` lends its device. (The stable ABI passes no Scalar, so there is no addmm here.)
+inline void multiply(const Tensor& like, const Matrix& a, const Matrix& b, const Matrix& out) {
   if (out.rows == 0 || out.columns == 0) return;
   Tensor ta = as_tensor(a, like), tb = as_tensor(b, like), to = as_tensor(out, like);
   bool widens = a.type != out.type;
@@ -42,20 +41,12 @@ inline void multiply(const Tensor& like, const Matrix& a, const Matrix& b, const
     widens = false;
   }
   using torch::stable::detail::from;
-  std::array<StableIValue, 7> stack{};
-  size_t n = 0;
-  if (accumulate) stack[n++] = from(to);
-  stack[n++] = from(ta);
-  stack[n++] = from(tb);
+  std::array<StableIValue, 4> stack{from(ta), from(tb)};
+  size_t n = 2;
   if (widens) stack[n++] = from(out.type);
-  if (accumulate) {
-    stack[n++] = from(1.0);  // beta
-    stack[n++] = from(1.0);  // alpha
-  }
-  stack[n++] = from(to);
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(accumulate ? "aten::addmm" : "aten::mm",
-                                               widens ? "dtype_out" : "out", stack.data(),
-                                               TORCH_ABI_VERSION));
+  stack[n] = from(to);
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", widens ? "dtype_out" : "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // the op returns `out`: take and drop the handle
 }
 

@@ -175,6 +175,14 @@ NF_DEVICE math::RowLoss row_loss(const RowState& rows, double scale, int64_t i) 
   return math::softmax_row(rows.at(kSum, i), rows.at(kShift, i), scale * rows.at(kPsi, i));
 }
 
+// sum[i] += part[i]
+template <class T>
+NF_KERNEL(kThreads)
+accumulate_kernel(const T* __restrict__ part, int64_t count, T* __restrict__ sum) {
+  const int64_t i = block_id() * kThreads + thread_id();
+  if (i < count) sum[i] += part[i];
+}
+
 // Losses, their reduction, and the rows' final weights. One block: N is small, and the order is fixed.
 template <class T>
 NF_KERNEL(kThreads)
@@ -402,7 +410,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Queue& queue, const H
   Tensor loss = reduction == kNone ? device_empty(x, {N}, head.wide) : device_empty(x, {}, head.wide);
   Tensor rows_tensor = head.buffer(kRowFields, N, ScalarType::Double);
   Tensor inverse_norm = device_empty(x, {head.classes}, head.wide);
-  Tensor x_sum = need_x ? torch::stable::new_zeros(x, {N, D}, head.wide) : device_empty(x, {0}, head.wide);
+  Tensor x_sum = need_x ? head.buffer(N, D, head.wide) : device_empty(x, {0}, head.wide);
   Tensor stored = device_empty(x, {store ? N * head.padded(head.classes) : 0}, head.other);
   const RowState rows(rows_tensor);
 
@@ -418,15 +426,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Queue& queue, const H
   const bool in_place = !head.narrow;
   const Tensor scores = store && in_place ? stored : head.buffer(N, head.padded(chunk), head.wide);
   const Tensor e = store ? stored : in_place ? scores : head.buffer(N, head.padded(chunk), head.other);
-  T* sums = need_x && x_sum.numel() > 0 ? static_cast<T*>(x_sum.mutable_data_ptr()) : nullptr;
+  T* sum = need_x && N * D > 0 ? static_cast<T*>(x_sum.mutable_data_ptr()) : nullptr;
+  const Tensor part = head.buffer(need_x && chunk < head.classes ? N : 0, D, head.wide);
   for (int64_t first = 0; first < head.classes; first += chunk) {
     const int64_t width = std::min(chunk, head.classes - first);
     head.unit_weights(queue, first, width, eps, w_hat, copies ? &w_copy : nullptr, &inverse_norm);
-    head.scores_to_e(queue, first, width, x_hat, w_hat, scores, e, rows, true, sums);
-    if (need_x)
-      multiply(x, {e.const_data_ptr(), head.other, N, width, head.padded(width)},
-               {(copies ? w_copy : w_hat).const_data_ptr(), head.other, width, D, D},
-               {x_sum.const_data_ptr(), head.wide, N, D, D}, true);
+    head.scores_to_e(queue, first, width, x_hat, w_hat, scores, e, rows, true, first > 0 ? sum : nullptr);
+    if (!need_x) continue;
+    multiply(x, {e.const_data_ptr(), head.other, N, width, head.padded(width)},
+             {(copies ? w_copy : w_hat).const_data_ptr(), head.other, width, D, D},
+             {(first == 0 ? x_sum : part).const_data_ptr(), head.wide, N, D, D});
+    if (first > 0)
+      launch("accumulate", queue, accumulate_kernel<T>, Grid{(N * D + kThreads - 1) / kThreads}, kThreads, 0,
+             static_cast<const T*>(part.const_data_ptr()), N * D, sum);
   }
   launch("finish_loss", queue, finish_loss_kernel<T>, Grid{1}, kThreads,
          shared_bytes<double>(kThreads / kWarp), rows, head.scale, reduction,
