@@ -34,9 +34,7 @@ def floating(op: str, name: str, value: object) -> Tensor:
 def matrix(op: str, name: str, value: object, meaning: str) -> Tensor:
     checked = floating(op, name, value)
     if checked.dim() != 2:
-        raise ValueError(
-            f"{op}: expected `{name}` to be 2-D {meaning}, got shape {list(checked.shape)}"
-        )
+        raise ValueError(f"{op}: expected `{name}` to be 2-D {meaning}, got shape {list(checked.shape)}")
     return checked
 
 
@@ -86,9 +84,7 @@ def scale(op: str, value: object, x: Tensor) -> tuple[Tensor | None, float]:
         same_device(op, "scale", value, "x", x)
         return value, 0.0
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(
-            f"{op}: expected `scale` to be a float or a 0-d tensor, got {type(value).__name__}"
-        )
+        raise TypeError(f"{op}: expected `scale` to be a float or a 0-d tensor, got {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"{op}: expected `scale` to be finite, got {value}")
     return None, float(value)
@@ -100,9 +96,7 @@ def labels(op: str, value: object, x: Tensor, classes: int, ignore_index: int) -
     if checked.dtype != torch.int64:
         raise TypeError(f"{op}: expected `labels` to be int64, got {checked.dtype}")
     if checked.dim() != 1 or checked.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"{op}: expected `labels` to have shape [{x.shape[0]}], got {list(checked.shape)}"
-        )
+        raise ValueError(f"{op}: expected `labels` to have shape [{x.shape[0]}], got {list(checked.shape)}")
     same_device(op, "labels", checked, "x", x)
     if checked.device.type == "cpu" and not torch.compiler.is_compiling():
         label_range(op, checked, classes, ignore_index)

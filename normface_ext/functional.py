@@ -149,8 +149,17 @@ def normface_loss(
     operand = operand_dtype(x, weight)
     chosen = plan(x.shape[0], dim, classes, operand, ops.plan_device(x), workspace=workspace)
     return ops.normface_loss(
-        x, weight, labels, scale_tensor, scale_value, margin or NO_MARGIN, code, ignore_index, eps,
-        chosen, operand,
+        x,
+        weight,
+        labels,
+        scale_tensor,
+        scale_value,
+        margin or NO_MARGIN,
+        code,
+        ignore_index,
+        eps,
+        chosen,
+        operand,
     )
 
 

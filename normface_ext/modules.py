@@ -96,9 +96,7 @@ class NormalizeLayer(nn.Module):
     Args are those of ``functional.normalize``; so are shapes, dtypes and errors.
     """
 
-    def __init__(
-        self, dim: int = 1, p: int = 2, eps: float = 1e-12, return_norm: bool = False
-    ) -> None:
+    def __init__(self, dim: int = 1, p: int = 2, eps: float = 1e-12, return_norm: bool = False) -> None:
         super().__init__()
         self.dim, self.p, self.eps, self.return_norm = dim, p, eps, return_norm
 
@@ -137,9 +135,7 @@ class NormLinear(_ScaledHead):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            out_features, in_features, scale, learn_scale, min_scale, max_scale, device, dtype
-        )
+        super().__init__(out_features, in_features, scale, learn_scale, min_scale, max_scale, device, dtype)
         self.in_features, self.out_features = in_features, out_features
         self.normalize_input, self.eps = normalize_input, eps
 
@@ -185,13 +181,9 @@ class NormFaceLoss(_ScaledHead):
     ) -> None:
         if isinstance(scale, str):
             if scale != "auto":
-                raise ValueError(
-                    f"NormFaceLoss: expected `scale` to be a number or 'auto', got {scale!r}"
-                )
+                raise ValueError(f"NormFaceLoss: expected `scale` to be a number or 'auto', got {scale!r}")
             scale = theory.auto_scale(num_classes)
-        super().__init__(
-            num_classes, in_features, scale, learn_scale, min_scale, max_scale, device, dtype
-        )
+        super().__init__(num_classes, in_features, scale, learn_scale, min_scale, max_scale, device, dtype)
         self.in_features, self.num_classes = in_features, num_classes
         self.margin, self.reduction, self.ignore_index = margin, reduction, ignore_index
         self.eps, self.workspace = eps, workspace

@@ -40,9 +40,7 @@ def _no_second_derivative(op: str, gradients: tuple[Tensor | None, ...]) -> tupl
     """Gradients that raise a sentence when somebody differentiates them again."""
     if not torch.is_grad_enabled():
         return gradients
-    message = (
-        f"{op}: second derivatives are not available; differentiate normface_ext.reference.{op} instead"
-    )
+    message = f"{op}: second derivatives are not available; differentiate normface_ext.reference.{op} instead"
     present = [g.detach().requires_grad_() for g in gradients if g is not None]
     raising = iter(torch._C._functions.DelayedError(message.encode(), len(present))(*present))
     return tuple(None if g is None else next(raising) for g in gradients)
@@ -138,7 +136,9 @@ def _norm_linear_backward_fake(
     return _gradients_fake(x, weight, need_x, need_weight, need_scale)
 
 
-def _asked(needed: tuple[bool, ...], gradients: tuple[Tensor, ...], scale: Tensor | None) -> list[Tensor | None]:
+def _asked(
+    needed: tuple[bool, ...], gradients: tuple[Tensor, ...], scale: Tensor | None
+) -> list[Tensor | None]:
     """The gradients that were asked for, that of the scale in the scale's dtype."""
     dx, dw, ds = gradients
     return [
@@ -166,7 +166,7 @@ class _NormLinear(Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, scale = ctx.saved_tensors
         scale_value, normalize_input, eps = ctx.arguments
         needed = ctx.needs_input_grad[:3]
@@ -266,22 +266,42 @@ class _NormFaceLoss(Function):
         x, weight, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
         need_x, need_weight = ctx.needs_input_grad[:2]
         loss, *state = _kernels(x, weight).normface_loss(
-            x, weight, labels, scale, scale_value, *margin.parameters(), reduction, ignore_index, eps,
-            plan.class_chunk, plan.store and need_weight, need_x, operand,
+            x,
+            weight,
+            labels,
+            scale,
+            scale_value,
+            *margin.parameters(),
+            reduction,
+            ignore_index,
+            eps,
+            plan.class_chunk,
+            plan.store and need_weight,
+            need_x,
+            operand,
         )
         ctx.save_for_backward(x, weight, labels, scale, *state)
         ctx.arguments = scale_value, eps, plan.class_chunk, operand
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> Any:  
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
         x, weight, labels, scale, *state = ctx.saved_tensors
         scale_value, eps, class_chunk, operand = ctx.arguments
         needed = *ctx.needs_input_grad[:2], ctx.needs_input_grad[3]
         with torch.no_grad():
             gradients = _kernels(x, weight).normface_loss_backward(
-                grad_loss.contiguous(), x, weight, labels, scale, scale_value, eps, class_chunk, *state,
-                *needed, operand,
+                grad_loss.contiguous(),
+                x,
+                weight,
+                labels,
+                scale,
+                scale_value,
+                eps,
+                class_chunk,
+                *state,
+                *needed,
+                operand,
             )
         dx, dw, ds = _no_second_derivative("normface_loss", tuple(_asked(needed, gradients, scale)))
         return dx, dw, None, ds, None, None, None, None, None, None, None

@@ -112,7 +112,11 @@ def _choose(
     stored = fixed + per_class * stored_chunk + stored_all
     if stored <= budget:
         return Plan(
-            "stored", stored_chunk, -(-classes // stored_chunk), stored, 3 * products,
+            "stored",
+            stored_chunk,
+            -(-classes // stored_chunk),
+            stored,
+            3 * products,
             traffic + 2 * batch * classes * operand,
         )
     chunk = min(chunk, (budget - fixed) // per_class) if budget > fixed else 0
@@ -122,7 +126,11 @@ def _choose(
             f" C={classes}, got {budget}"
         )
     return Plan(
-        "recompute", chunk, -(-classes // chunk), fixed + per_class * chunk, 4 * products,
+        "recompute",
+        chunk,
+        -(-classes // chunk),
+        fixed + per_class * chunk,
+        4 * products,
         traffic + classes * dim * item,
     )
 
@@ -149,6 +157,4 @@ def _cuda_layout(batch: int, dim: int, classes: int, dtype: torch.dtype, budget:
     fixed = 2 * batch * dim * operand + 2 * batch * dim * wide + 1280 * batch + classes * wide
     per_class = dim * (operand + wide) + batch * (wide + stored_bytes)
     chunk = max(1, min(classes, (1 << 28) // max(1, batch + dim)))
-    return _choose(
-        batch, dim, classes, operand, operand, budget, chunk, fixed, per_class, 0, classes
-    )
+    return _choose(batch, dim, classes, operand, operand, budget, chunk, fixed, per_class, 0, classes)

@@ -69,9 +69,7 @@ def make_rows(
         elif kind == "ones":
             result[i] = 1
         else:
-            raise ValueError(
-                f"make_rows: expected `kinds` among {', '.join(ROW_KINDS)}, got {kind!r}"
-            )
+            raise ValueError(f"make_rows: expected `kinds` among {', '.join(ROW_KINDS)}, got {kind!r}")
     return result.to(dtype).to(device)
 
 
