@@ -64,8 +64,7 @@ inline void check_matrix(const char* op, const char* name, const Tensor& t) {
     fail(op, ": expected `", name, "` to be 2-D and contiguous, got shape ", shape_of(t));
 }
 
-inline void check_shape(const char* op, const char* name, const Tensor& t, int64_t rows,
-                        int64_t columns) {
+inline void check_shape(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t columns) {
   if (t.dim() != 2 || t.size(0) != rows || t.size(1) != columns)
     fail(op, ": expected `", name, "` to have shape [", rows, ", ", columns, "], got ", shape_of(t));
 }
@@ -77,8 +76,8 @@ inline void check_head(const char* op, const Tensor& x, const Tensor& weight) {
     fail(op, ": expected `weight` to be [C, ", x.size(1), "], got ", shape_of(weight));
   if (weight.size(0) < 1) fail(op, ": expected `weight` to have at least one class, got none");
   if (accumulator(x.scalar_type()) != accumulator(weight.scalar_type()))
-    fail(op, ": expected `x` and `weight` to be both float64 or both not, got ",
-         name_of(x.scalar_type()), " and ", name_of(weight.scalar_type()));
+    fail(op, ": expected `x` and `weight` to be both float64 or both not, got ", name_of(x.scalar_type()),
+         " and ", name_of(weight.scalar_type()));
 }
 
 inline void check_labels(const char* op, const Tensor& labels, int64_t batch) {

@@ -5,7 +5,6 @@
 #include "cpu/rows.h"
 #include "schemas.h"
 
-
 STABLE_TORCH_LIBRARY(normface_ext, m) { nf::define_ops(m); }
 
 namespace {

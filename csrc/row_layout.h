@@ -13,8 +13,7 @@ struct RowLayout {
 };
 
 inline RowLayout row_layout(const char* op, const Tensor& x, int64_t dim) {
-  if (dim < 0 || dim >= x.dim())
-    fail(op, ": expected `dim` in [0, ", x.dim(), "), got ", dim);
+  if (dim < 0 || dim >= x.dim()) fail(op, ": expected `dim` in [0, ", x.dim(), "), got ", dim);
   RowLayout rows{1, x.size(dim), 1};
   for (int64_t d = 0; d < dim; ++d) rows.outer *= x.size(d);
   for (int64_t d = dim + 1; d < x.dim(); ++d) rows.inner *= x.size(d);

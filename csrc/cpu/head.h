@@ -35,8 +35,7 @@ struct HeadShape {
   template <class Body>
   void for_tiles(const Body& body) const {
     for_slots(slots, tiles, [&](int64_t slot, int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k)
-        body(slot, Tile{k * chunk, std::min(chunk, classes - k * chunk)});
+      for (int64_t k = begin; k < end; ++k) body(slot, Tile{k * chunk, std::min(chunk, classes - k * chunk)});
     });
   }
 };

@@ -53,8 +53,7 @@ void forward(const Tensor& x, const Tensor& weight, double scale, bool normalize
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
     T* unit = w_hat.data + slot * shape.chunk * D;
     unit_rows(ws, tile.first, tile.width, T(eps), unit, w_inverse.data + slot * shape.chunk);
-    const Matrix<T> result = columns(
-        outs, N, tile, direct ? nullptr : scratch.data + slot * N * shape.chunk);
+    const Matrix<T> result = columns(outs, N, tile, direct ? nullptr : scratch.data + slot * N * shape.chunk);
     multiply<T>({x_hat.data, N, D, D}, Matrix<T>{unit, tile.width, D, D}.transposed(), result);
     if (!direct)
       for (int64_t i = 0; i < N; ++i)
@@ -63,8 +62,8 @@ void forward(const Tensor& x, const Tensor& weight, double scale, bool normalize
 }
 
 template <class T>
-void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, double scale,
-              bool normalize_input, double eps, Tensor* dx, Tensor* dw, Tensor* dscale) {
+void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, double scale, bool normalize_input,
+              double eps, Tensor* dx, Tensor* dw, Tensor* dscale) {
   const HeadShape shape(x, weight, chunk_for(weight));
   const int64_t N = shape.batch, D = shape.dim;
   const Rows<T> xs(x, D), ws(weight, D), grads(grad, shape.classes);
@@ -122,10 +121,9 @@ Tensor norm_linear(Tensor x, Tensor weight, std::optional<Tensor> scale, double 
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_linear_backward(Tensor grad, Tensor x, Tensor weight,
-                                                        std::optional<Tensor> scale,
-                                                        double scale_value, bool normalize_input,
-                                                        double eps, bool need_x, bool need_weight,
-                                                        bool need_scale) {
+                                                        std::optional<Tensor> scale, double scale_value,
+                                                        bool normalize_input, double eps, bool need_x,
+                                                        bool need_weight, bool need_scale) {
   const char* op = "norm_linear_backward";
   check_head(op, x, weight);
   check_matrix(op, "grad", grad);

@@ -1,11 +1,11 @@
 // normalize and its backward on the CPU. Contiguous rows go through the row kernels. A channel axis is
 // walked in blocks of kColumns neighbouring positions, so that every access stays within a cache line
 // run; each block is gathered into contiguous rows, which then meet the same row kernels.
-#include "cpu/library.h"
-#include "row_layout.h"
-
 #include <optional>
 #include <vector>
+
+#include "cpu/library.h"
+#include "row_layout.h"
 
 namespace nf::cpu {
 namespace {
@@ -14,8 +14,7 @@ constexpr int64_t kColumns = 16;
 
 // rows[c][d] <-> memory[d * inner + c], c < columns, elements of `item` bytes.
 template <class E>
-void transpose(const E* from, int64_t from_stride, E* to, int64_t to_stride, int64_t rows,
-               int64_t columns) {
+void transpose(const E* from, int64_t from_stride, E* to, int64_t to_stride, int64_t rows, int64_t columns) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
 }
@@ -73,8 +72,7 @@ const char* bytes(const Tensor& t) { return static_cast<const char*>(t.const_dat
 
 void check_arguments(const char* op, const Tensor& x, int64_t p) {
   if (!is_floating(x.scalar_type()))
-    fail(op, ": expected `x` to be float64, float32, float16 or bfloat16, got ",
-         name_of(x.scalar_type()));
+    fail(op, ": expected `x` to be float64, float32, float16 or bfloat16, got ", name_of(x.scalar_type()));
   if (p != 1 && p != 2) fail(op, ": expected `p` to be 1 or 2, got ", p);
 }
 
@@ -89,15 +87,13 @@ void forward(const Tensor& x, const RowLayout& layout, int64_t p, double eps, Te
 }
 
 template <class T>
-void backward(const std::optional<Tensor>& grad_y, const std::optional<Tensor>& grad_norm,
-              const Tensor& x, const Tensor& norm, const RowLayout& layout, int64_t p, double eps,
-              Tensor& dx) {
+void backward(const std::optional<Tensor>& grad_y, const std::optional<Tensor>& grad_norm, const Tensor& x,
+              const Tensor& norm, const RowLayout& layout, int64_t p, double eps, Tensor& dx) {
   const StoredRows<T>& kernel = stored_rows<T>(x.scalar_type());
   const T* norms = static_cast<const T*>(norm.const_data_ptr());
   const T* grad_norms = grad_norm ? static_cast<const T*>(grad_norm->const_data_ptr()) : nullptr;
   each_row(layout, kernel.item, {bytes(x), grad_y ? bytes(*grad_y) : nullptr},
-           static_cast<char*>(dx.mutable_data_ptr()),
-           [&](const char* const* in, char* out, int64_t row) {
+           static_cast<char*>(dx.mutable_data_ptr()), [&](const char* const* in, char* out, int64_t row) {
              kernel.vjp(in[0], in[1], layout.length, int(p), T(eps), norms[row],
                         grad_norms ? grad_norms[row] : T(0), out);
            });

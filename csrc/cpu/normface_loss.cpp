@@ -78,8 +78,8 @@ void exponentiate(const HeadShape& shape, const Labels& labels, const double* sh
 // Unit features, their inverse norms, and the weight of each row's loss. An ignored row becomes zero,
 // so that nothing it holds, NaN included, reaches another row or a class.
 template <class T>
-void prepare_rows(const Rows<T>& x, const Labels& labels, int64_t ignore_index, int64_t reduction,
-                  T eps, T* x_hat, const RowState& rows) {
+void prepare_rows(const Rows<T>& x, const Labels& labels, int64_t ignore_index, int64_t reduction, T eps,
+                  T* x_hat, const RowState& rows) {
   int64_t kept = 0;
   for (int64_t i = 0; i < labels.batch; ++i) kept += labels.data[i] != ignore_index;
   const double weight = reduction == kMean ? 1.0 / double(std::max<int64_t>(1, kept)) : 1.0;
@@ -97,8 +97,8 @@ void prepare_rows(const Rows<T>& x, const Labels& labels, int64_t ignore_index, 
 
 // psi and psi' of the target cosine, which is a dot product in double.
 template <class T>
-void target_cosines(const Rows<T>& w, const Labels& labels, const T* x_hat, T eps,
-                    const math::Margin& margin, const RowState& rows) {
+void target_cosines(const Rows<T>& w, const Labels& labels, const T* x_hat, T eps, const math::Margin& margin,
+                    const RowState& rows) {
   for_rows(labels.batch, w.length, [&](int64_t i) {
     math::ValueAndSlope<double> psi{0.0, 0.0};
     if (rows[kRowWeight][i] != 0.0) {
@@ -148,8 +148,8 @@ void choose_shift(const HeadShape& shape, const Rows<T>& w, const Labels& labels
 
 // S, A, x_sum and the stored E.
 template <class T>
-void sweep(const HeadShape& shape, const Rows<T>& w, const Labels& labels, double scale, T eps,
-           T* x_hat, const RowState& rows, T* inverse_norm, T* x_sum, T* stored) {
+void sweep(const HeadShape& shape, const Rows<T>& w, const Labels& labels, double scale, T eps, T* x_hat,
+           const RowState& rows, T* inverse_norm, T* x_sum, T* stored) {
   const int64_t N = shape.batch, D = shape.dim;
   Buffer<T> w_hat(shape.slots * shape.chunk * D);
   Buffer<T> scores(stored != nullptr ? 0 : shape.slots * N * shape.chunk);
@@ -297,8 +297,7 @@ ForwardResult forward(const Tensor& x, const Tensor& weight, const Tensor& label
   const Labels labels(labels_tensor);
   ForwardResult out{reduction == kNone ? fresh({N}, wide) : fresh({}, wide),
                     fresh({kRowFields, N}, ScalarType::Double), fresh({C}, wide),
-                    need_x ? fresh({N, D}, wide) : fresh({0}, wide),
-                    fresh({store ? N * C : 0}, wide)};
+                    need_x ? fresh({N, D}, wide) : fresh({0}, wide), fresh({store ? N * C : 0}, wide)};
   const RowState rows = row_state(out.rows);
   const auto data = [](Tensor& t) { return t.numel() > 0 ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; };
   Buffer<T> x_hat(N * D);
@@ -321,7 +320,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normface_loss(
   const double s = scale_of(scale, scale_value);
   const math::Margin margin{m1, m2, m3};
   const auto run = accumulator(x.scalar_type()) == ScalarType::Double ? forward<double> : forward<float>;
-  ForwardResult out = run(x, weight, labels, s, margin, reduction, ignore_index, eps, class_chunk, store, need_x);
+  ForwardResult out =
+      run(x, weight, labels, s, margin, reduction, ignore_index, eps, class_chunk, store, need_x);
   return {out.loss, out.rows, out.inverse_norm, out.x_sum, out.stored};
 }
 
@@ -358,10 +358,9 @@ void backward(const Tensor& grad_loss, const Tensor& x, const Tensor& weight, co
 }
 
 std::tuple<Tensor, Tensor, Tensor> normface_loss_backward(
-    Tensor grad_loss, Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale,
-    double scale_value, double /*eps: the norms are known by now*/, int64_t class_chunk, Tensor rows,
-    Tensor inverse_norm, Tensor x_sum, Tensor stored, bool need_x, bool need_weight, bool need_scale,
-    ScalarType /*operand*/) {
+    Tensor grad_loss, Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
+    double /*eps: the norms are known by now*/, int64_t class_chunk, Tensor rows, Tensor inverse_norm,
+    Tensor x_sum, Tensor stored, bool need_x, bool need_weight, bool need_scale, ScalarType /*operand*/) {
   const char* op = "normface_loss_backward";
   check_head(op, x, weight);
   check_labels(op, labels, x.size(0));
@@ -372,8 +371,8 @@ std::tuple<Tensor, Tensor, Tensor> normface_loss_backward(
   Tensor ds = need_scale ? fresh({}, ScalarType::Double) : fresh({0}, ScalarType::Double);
   const double s = scale_of(scale, scale_value);
   const auto run = accumulator(x.scalar_type()) == ScalarType::Double ? backward<double> : backward<float>;
-  run(grad_loss, x, weight, labels, s, class_chunk, rows, inverse_norm, x_sum, stored,
-      need_x ? &dx : nullptr, need_weight ? &dw : nullptr, need_scale ? &ds : nullptr);
+  run(grad_loss, x, weight, labels, s, class_chunk, rows, inverse_norm, x_sum, stored, need_x ? &dx : nullptr,
+      need_weight ? &dw : nullptr, need_scale ? &ds : nullptr);
   return {dx, dw, ds};
 }
 

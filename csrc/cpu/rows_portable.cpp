@@ -2,10 +2,10 @@
 #define NF_ISA portable
 #define NF_ISA_NAME "portable"
 #define NF_VECTOR_BYTES 16
-#include "cpu/rows.inc"
-
 #include <cstdlib>
 #include <cstring>
+
+#include "cpu/rows.inc"
 
 namespace nf::cpu {
 namespace {
@@ -19,8 +19,7 @@ RowTable choose() {
     if (!at_most_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       return avx512::make_row_table();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      return avx2::make_row_table();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::make_row_table();
   }
 #endif
   (void)at_most_portable, (void)at_most_avx2;

@@ -27,7 +27,7 @@ struct VectorOf {
 template <class T>
 constexpr int kLanes = kVectorBytes > 0 ? kVectorBytes / int(sizeof(T)) : 1;
 template <class E, int lanes>
-using VecN = typename VectorOf<E, lanes * int(sizeof(E))>::type;
+using VecN = typename VectorOf<E, lanes* int(sizeof(E))>::type;
 template <class T>
 using Vec = VecN<T, kLanes<T>>;
 

@@ -4,10 +4,10 @@
 // emulated build of these files runs on CPU tensors; there the factors are widened first.
 #pragma once
 
-#include <device/launch.cuh>
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
+#include <device/launch.cuh>
 
 #include "checks.h"
 
@@ -51,7 +51,8 @@ inline void multiply(const Tensor& like, const Matrix& a, const Matrix& b, const
 }
 
 // Scratch on the device of `like`, uninitialised.
-inline Tensor device_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+inline Tensor device_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                           ScalarType type) {
   return torch::stable::empty(sizes, type, {}, like.device());
 }
 

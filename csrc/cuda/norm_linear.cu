@@ -45,8 +45,7 @@ dot_kernel(StoredArray a, StoredArray b, int64_t count, double* total) {
   SharedMemory shared;
   double* scratch = shared.take<double>(kThreads / kWarp);
   double sum = 0;
-  for (int64_t i = thread_id(); i < count; i += kThreads)
-    sum += double(a.load<T>(i)) * double(b.load<T>(i));
+  for (int64_t i = thread_id(); i < count; i += kThreads) sum += double(a.load<T>(i)) * double(b.load<T>(i));
   sum = block_sum(sum, scratch);
   if (thread_id() == 0) *total = sum;
 }
@@ -85,10 +84,9 @@ Tensor norm_linear(Tensor x, Tensor weight, std::optional<Tensor> scale, double 
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_linear_backward(Tensor grad, Tensor x, Tensor weight,
-                                                        std::optional<Tensor> scale,
-                                                        double scale_value, bool normalize_input,
-                                                        double eps, bool need_x, bool need_weight,
-                                                        bool need_scale) {
+                                                        std::optional<Tensor> scale, double scale_value,
+                                                        bool normalize_input, double eps, bool need_x,
+                                                        bool need_weight, bool need_scale) {
   const char* op = "norm_linear_backward";
   check_head(op, x, weight);
   check_matrix(op, "grad", grad);
@@ -114,8 +112,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_linear_backward(Tensor grad, Tensor x, T
       });
     if (need_x && normalize_input) {
       scale_into(queue, sum, sum, s);
-      project_rows(queue, {x.const_data_ptr(), type, x.size(0), x.size(1), eps,
-                           x_inverse.const_data_ptr(), sum.const_data_ptr(), dx.mutable_data_ptr()});
+      project_rows(queue, {x.const_data_ptr(), type, x.size(0), x.size(1), eps, x_inverse.const_data_ptr(),
+                           sum.const_data_ptr(), dx.mutable_data_ptr()});
     } else if (need_x) {
       scale_into(queue, sum, dx, s);
     }

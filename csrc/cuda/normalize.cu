@@ -1,10 +1,10 @@
 // normalize and its backward on CUDA. Contiguous rows: one warp each (rows.cu and below). A channel
 // axis: a block owns kColumns neighbouring positions of one outer index, 32 to a warp so that every
 // access is coalesced, and its warps share the channels.
+#include <torch/csrc/stable/ops.h>
+
 #include <optional>
 #include <vector>
-
-#include <torch/csrc/stable/ops.h>
 
 #include "row_access.cuh"
 #include "row_layout.h"
@@ -21,12 +21,12 @@ constexpr int kChannelThreads = kColumns * kGroups;
 
 template <class S, int kVec>
 NF_KERNEL(kThreads)
-normalize_rows_backward_kernel(const S* __restrict__ grad_y,                // [rows, length] or null
-                               const accum_t<S>* __restrict__ grad_norm,    // [rows] or null
-                               const S* __restrict__ x,                     // [rows, length]
-                               const accum_t<S>* __restrict__ norm,         // [rows]
+normalize_rows_backward_kernel(const S* __restrict__ grad_y,              // [rows, length] or null
+                               const accum_t<S>* __restrict__ grad_norm,  // [rows] or null
+                               const S* __restrict__ x,                   // [rows, length]
+                               const accum_t<S>* __restrict__ norm,       // [rows]
                                int64_t rows, int64_t length, int p, accum_t<S> eps,
-                               S* __restrict__ dx)                          // [rows, length]
+                               S* __restrict__ dx)  // [rows, length]
 {
   using T = accum_t<S>;
   const int64_t r = block_id() * kRowsPerBlock + warp_id();
@@ -133,11 +133,9 @@ normalize_channels_kernel(const S* __restrict__ x,  // [outer, length, inner]
     const T top = largest();
     const T factor = top > 0 ? T(1) / top : T(1);
     const T tamed = sum(factor);
-    scale = row_scale<T>(
-        p, eps, [&](T f) { return f == T(1) ? plain : tamed; }, [&] { return top; });
+    scale = row_scale<T>(p, eps, [&](T f) { return f == T(1) ? plain : tamed; }, [&] { return top; });
   } else {
-    scale = row_scale<T>(
-        p, eps, [&](T) { return plain; }, [] { return T(0); });
+    scale = row_scale<T>(p, eps, [&](T) { return plain; }, [] { return T(0); });
   }
   each([&](int64_t at) { y[at] = S(T(x[at]) * scale.outer * scale.inner); });
   if (me.active && warp_id() == 0) norm[me.outer * inner + me.column] = scale.norm;
@@ -145,12 +143,12 @@ normalize_channels_kernel(const S* __restrict__ x,  // [outer, length, inner]
 
 template <class S>
 NF_KERNEL(kChannelThreads)
-normalize_channels_backward_kernel(const S* __restrict__ grad_y,              // [outer, length, inner] or null
+normalize_channels_backward_kernel(const S* __restrict__ grad_y,  // [outer, length, inner] or null
                                    const accum_t<S>* __restrict__ grad_norm,  // [outer, inner] or null
                                    const S* __restrict__ x,                   // [outer, length, inner]
                                    const accum_t<S>* __restrict__ norm,       // [outer, inner]
                                    int64_t length, int64_t inner, int p, accum_t<S> eps,
-                                   S* __restrict__ dx)                        // [outer, length, inner]
+                                   S* __restrict__ dx)  // [outer, length, inner]
 {
   using T = accum_t<S>;
   SharedMemory shared;
@@ -198,10 +196,10 @@ std::tuple<Tensor, Tensor> normalize(Tensor x, int64_t dim, int64_t p, double ep
   }
   dispatch_stored(x.scalar_type(), [&]<class S>() {
     using T = accum_t<S>;
-    launch("normalize_channels", queue, normalize_channels_kernel<S>, channel_grid(layout),
-           kChannelThreads, shared_bytes<T>(kChannelThreads),
-           static_cast<const S*>(x.const_data_ptr()), layout.length, layout.inner, int(p), T(eps),
-           static_cast<S*>(y.mutable_data_ptr()), static_cast<T*>(norm.mutable_data_ptr()));
+    launch("normalize_channels", queue, normalize_channels_kernel<S>, channel_grid(layout), kChannelThreads,
+           shared_bytes<T>(kChannelThreads), static_cast<const S*>(x.const_data_ptr()), layout.length,
+           layout.inner, int(p), T(eps), static_cast<S*>(y.mutable_data_ptr()),
+           static_cast<T*>(norm.mutable_data_ptr()));
   });
   return {y, norm};
 }
@@ -219,15 +217,16 @@ Tensor normalize_backward(std::optional<Tensor> grad_y, std::optional<Tensor> gr
     const T* norms = static_cast<const T*>(norm.const_data_ptr());
     S* to = static_cast<S*>(dx.mutable_data_ptr());
     if (layout.inner == 1) {
-      const bool vector = layout.length % kVectorOf<S> == 0 && aligned16(g) && aligned16(from) && aligned16(to);
+      const bool vector =
+          layout.length % kVectorOf<S> == 0 && aligned16(g) && aligned16(from) && aligned16(to);
       launch("normalize_rows_backward", queue,
              vector ? normalize_rows_backward_kernel<S, kVectorOf<S>> : normalize_rows_backward_kernel<S, 1>,
              Grid{(layout.outer + kRowsPerBlock - 1) / kRowsPerBlock}, kThreads, 0, g, g_norm, from, norms,
              layout.outer, layout.length, int(p), T(eps), to);
     } else {
       launch("normalize_channels_backward", queue, normalize_channels_backward_kernel<S>,
-             channel_grid(layout), kChannelThreads, shared_bytes<T>(kChannelThreads), g, g_norm, from,
-             norms, layout.length, layout.inner, int(p), T(eps), to);
+             channel_grid(layout), kChannelThreads, shared_bytes<T>(kChannelThreads), g, g_norm, from, norms,
+             layout.length, layout.inner, int(p), T(eps), to);
     }
   });
   return dx;

@@ -46,19 +46,20 @@ struct Margin {
 // included, reaches another row or a class. One warp per row.
 template <class T>
 NF_KERNEL(kThreads)
-prepare_rows_kernel(StoredArray x, StoredArray w,              // [N, D], [C, D]
-                    const int64_t* __restrict__ labels,        // [N]
+prepare_rows_kernel(StoredArray x, StoredArray w,        // [N, D], [C, D]
+                    const int64_t* __restrict__ labels,  // [N]
                     int64_t dim, int64_t classes, int64_t ignore_index, double eps, Scale scale,
                     Margin margin, RowState rows,
-                    StoredArray x_hat)                         // [N, D], operand type
+                    StoredArray x_hat)  // [N, D], operand type
 {
   const int64_t i = block_id() * kRowsPerBlock + warp_id();
   if (i >= rows.batch) return;  // the whole warp leaves
   const int64_t label = labels[i];
   const bool ignored = label == ignore_index;
-  NF_DEVICE_CHECK(ignored || (label >= 0 && label < classes),
-                  "normface_loss: expected `labels` in [0, %lld) or ignore_index (%lld), got %lld at row %lld",
-                  (long long)classes, (long long)ignore_index, (long long)label, (long long)i);
+  NF_DEVICE_CHECK(
+      ignored || (label >= 0 && label < classes),
+      "normface_loss: expected `labels` in [0, %lld) or ignore_index (%lld), got %lld at row %lld",
+      (long long)classes, (long long)ignore_index, (long long)label, (long long)i);
   double xx = 0, ww = 0, xw = 0;
   if (!ignored)
     for (int64_t d = lane_id(); d < dim; d += kWarp) {
@@ -242,7 +243,7 @@ row_gradients_kernel(const T* __restrict__ grad_loss,  // [N] or []
 template <class T>
 NF_KERNEL(kThreads)
 weighted_features_kernel(StoredArray x, int64_t dim, RowState rows,
-                         const double* __restrict__ gradients,  // [kGradientFields, N]
+                         const double* __restrict__ gradients,     // [kGradientFields, N]
                          StoredArray x_hat, StoredArray weighted)  // [N, D], operand types; x_hat or null
 {
   const int64_t i = block_id() * kRowsPerBlock + warp_id();
@@ -259,13 +260,13 @@ weighted_features_kernel(StoredArray x, int64_t dim, RowState rows,
 // dx = P_x(others * x_sum + target * w_hat_y). One warp per row.
 template <class T>
 NF_KERNEL(kThreads)
-grad_features_kernel(StoredArray x, StoredArray w,            // [N, D], [C, D]
-                     const T* __restrict__ inverse_norm,      // [C]
-                     const int64_t* __restrict__ labels,      // [N]
+grad_features_kernel(StoredArray x, StoredArray w,        // [N, D], [C, D]
+                     const T* __restrict__ inverse_norm,  // [C]
+                     const int64_t* __restrict__ labels,  // [N]
                      int64_t dim, RowState rows,
-                     const double* __restrict__ gradients,    // [kGradientFields, N]
-                     const T* __restrict__ x_sum,             // [N, D]
-                     StoredArray dx)                          // [N, D]
+                     const double* __restrict__ gradients,  // [kGradientFields, N]
+                     const T* __restrict__ x_sum,           // [N, D]
+                     StoredArray dx)                        // [N, D]
 {
   const int64_t i = block_id() * kRowsPerBlock + warp_id();
   if (i >= rows.batch) return;  // the whole warp leaves
@@ -314,8 +315,7 @@ add_targets_kernel(StoredArray x, const int64_t* __restrict__ labels,  // [N, D]
       while (((same >> lane) & 1u) == 0) ++lane;
       const int64_t k = base + lane;
       const double factor = gradients[kTarget * rows.batch + k] * rows.at(kInverseNorm, k);
-      for (int64_t d = lane_id(); d < dim; d += kWarp)
-        out[d] += T(factor * x.load<double>(k * dim + d));
+      for (int64_t d = lane_id(); d < dim; d += kWarp) out[d] += T(factor * x.load<double>(k * dim + d));
     }
   }
 }
@@ -342,7 +342,9 @@ struct Head {
         batch(x_.size(0)),
         dim(x_.size(1)),
         classes(weight_.size(0)),
-        chunk(class_chunk < 1 ? 1 : class_chunk > classes ? classes : class_chunk),
+        chunk(class_chunk < 1         ? 1
+              : class_chunk > classes ? classes
+                                      : class_chunk),
         narrow(operand == ScalarType::Half || operand == ScalarType::BFloat16),
         wide(accumulator(x_.scalar_type())),
         score(narrow ? ScalarType::Half : wide),
@@ -362,7 +364,8 @@ struct Head {
   void unit_weights(Queue& queue, int64_t first, int64_t width, double eps, const Tensor& w_hat,
                     const Tensor* copy, const Tensor* inverse) const {
     const char* rows = static_cast<const char*>(weight.const_data_ptr());
-    UnitRows task{rows + first * dim * int64_t(weight.element_size()), weight.scalar_type(), width, dim, 2, eps};
+    UnitRows task{
+        rows + first * dim * int64_t(weight.element_size()), weight.scalar_type(), width, dim, 2, eps};
     task.y = w_hat.mutable_data_ptr();
     task.y_type = score;
     if (copy != nullptr) task.copy = copy->mutable_data_ptr();
@@ -395,8 +398,8 @@ struct Head {
              static_cast<T*>(e.mutable_data_ptr()), width, stride, stride, first, label_data(), scale, rows,
              partials);
     if (sums)
-      launch("add_partials", queue, add_partials_kernel, Grid{(batch + kThreads - 1) / kThreads}, kThreads,
-             0, partials, splits, rows);
+      launch("add_partials", queue, add_partials_kernel, Grid{(batch + kThreads - 1) / kThreads}, kThreads, 0,
+             partials, splits, rows);
   }
 };
 
@@ -461,7 +464,9 @@ void grad_weight(Queue& queue, const Head<T>& head, const RowState& rows, const 
 
   const Tensor w_hat = head.buffer(recompute ? chunk : 0, D, head.score);
   const Tensor scores = head.buffer(recompute ? N : 0, head.padded(chunk), head.wide);
-  const Tensor e = !recompute ? stored : head.narrow ? head.buffer(N, head.padded(chunk), head.other) : scores;
+  const Tensor e = !recompute    ? stored
+                   : head.narrow ? head.buffer(N, head.padded(chunk), head.other)
+                                 : scores;
   const bool direct = head.weight.scalar_type() == head.wide;  // the product can go where the result will be
   const Tensor buffer = head.buffer(direct ? 0 : chunk, D, head.wide);
   const int64_t item = int64_t(head.weight.element_size());
@@ -521,10 +526,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normface_loss(
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> normface_loss_backward(
-    Tensor grad_loss, Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale,
-    double scale_value, double eps, int64_t class_chunk, Tensor rows, Tensor inverse_norm, Tensor x_sum,
-    Tensor stored, bool need_x, bool need_weight, bool need_scale, ScalarType operand) {
+std::tuple<Tensor, Tensor, Tensor> normface_loss_backward(Tensor grad_loss, Tensor x, Tensor weight,
+                                                          Tensor labels, std::optional<Tensor> scale,
+                                                          double scale_value, double eps, int64_t class_chunk,
+                                                          Tensor rows, Tensor inverse_norm, Tensor x_sum,
+                                                          Tensor stored, bool need_x, bool need_weight,
+                                                          bool need_scale, ScalarType operand) {
   const char* op = "normface_loss_backward";
   check_head(op, x, weight);
   check_labels(op, labels, x.size(0));

@@ -1,7 +1,6 @@
 // Unit rows and tangent projections, one warp per row, 16 bytes per access where alignment allows.
-#include "rows.h"
-
 #include "row_access.cuh"
+#include "rows.h"
 
 namespace nf {
 namespace {
@@ -62,8 +61,8 @@ NF_DEVICE void store_typed(void* y, int type, int64_t at, const T (&values)[kVec
 template <class S, int kVec>
 NF_KERNEL(kThreads)
 unit_rows_kernel(const S* __restrict__ x,  // [rows, length]
-                 int64_t rows, int64_t length, int p, accum_t<S> eps,
-                 void* y, int y_type,               // [rows, length] or null
+                 int64_t rows, int64_t length, int p, accum_t<S> eps, void* y,
+                 int y_type,                        // [rows, length] or null
                  BFloat16* __restrict__ copy,       // [rows, length] or null
                  accum_t<S>* __restrict__ norm,     // [rows] or null
                  accum_t<S>* __restrict__ inverse)  // [rows] or null
@@ -116,13 +115,12 @@ project_rows_kernel(const S* __restrict__ x,  // [rows, length]
 void unit_rows(Queue& queue, const UnitRows& task) {
   dispatch_stored(task.type, [&]<class S>() {
     using T = accum_t<S>;
-    const bool vector = task.length % kVectorOf<S> == 0 && aligned16(task.x) && aligned16(task.y) &&
-                        aligned16(task.copy);
+    const bool vector =
+        task.length % kVectorOf<S> == 0 && aligned16(task.x) && aligned16(task.y) && aligned16(task.copy);
     const auto kernel = vector ? unit_rows_kernel<S, kVectorOf<S>> : unit_rows_kernel<S, 1>;
-    launch("unit_rows", queue, kernel, grid_for(task.rows), kThreads, 0,
-           static_cast<const S*>(task.x), task.rows, task.length, task.p, T(task.eps), task.y,
-           int(task.y_type), static_cast<BFloat16*>(task.copy), static_cast<T*>(task.norm),
-           static_cast<T*>(task.inverse));
+    launch("unit_rows", queue, kernel, grid_for(task.rows), kThreads, 0, static_cast<const S*>(task.x),
+           task.rows, task.length, task.p, T(task.eps), task.y, int(task.y_type),
+           static_cast<BFloat16*>(task.copy), static_cast<T*>(task.norm), static_cast<T*>(task.inverse));
   });
 }
 
@@ -131,10 +129,9 @@ void project_rows(Queue& queue, const ProjectRows& task) {
     using T = accum_t<S>;
     const bool vector = task.length % kVectorOf<S> == 0 && aligned16(task.x) && aligned16(task.out);
     const auto kernel = vector ? project_rows_kernel<S, kVectorOf<S>> : project_rows_kernel<S, 1>;
-    launch("project_rows", queue, kernel, grid_for(task.rows), kThreads, 0,
-           static_cast<const S*>(task.x), task.rows, task.length, T(task.eps),
-           static_cast<const T*>(task.inverse), static_cast<const T*>(task.g),
-           static_cast<S*>(task.out));
+    launch("project_rows", queue, kernel, grid_for(task.rows), kThreads, 0, static_cast<const S*>(task.x),
+           task.rows, task.length, T(task.eps), static_cast<const T*>(task.inverse),
+           static_cast<const T*>(task.g), static_cast<S*>(task.out));
   });
 }
 

@@ -2,11 +2,12 @@
 // matters once per row is read and written through StoredArray, which switches on it.
 #pragma once
 
-#include <device/launch.cuh>
-#include <device/vector.cuh>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+
+#include <device/launch.cuh>
+#include <device/vector.cuh>
 
 #include "checks.h"
 #include "math/host_device.h"
@@ -67,9 +68,7 @@ struct Scale {
   Scale(const std::optional<Tensor>& t, double value) : number(value) {
     if (t) tensor = StoredArray(*t);
   }
-  NF_DEVICE double value() const {
-    return tensor.data != nullptr ? tensor.load<double>(0) : number;
-  }
+  NF_DEVICE double value() const { return tensor.data != nullptr ? tensor.load<double>(0) : number; }
 };
 
 // Elements a thread moves at once: 16 bytes where rows allow it, else one.

@@ -39,7 +39,7 @@ NF_HD V exp_float(V x) {
 
 template <class V, class I>
 NF_HD V exp_double(V x) {
-  const V magic = V{} + 6755399441055744.0;  // 1.5 * 2^52
+  const V magic = V{} + 6755399441055744.0;       // 1.5 * 2^52
   const V low = V{} - 708.0, high = V{} + 710.0;  // past it the product overflows by itself
   const V floored = x < low ? low : x;
   const V clamped = floored > high ? high : floored;

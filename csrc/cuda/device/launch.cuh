@@ -31,14 +31,13 @@
 
 // Stops the kernel with a sentence when what the caller promised does not hold. The trap makes the
 // CUDA context unusable, as every device-side assertion does; nothing gentler can leave a kernel.
-#define NF_DEVICE_CHECK(condition, format, ...)                                             \
-  do {                                                                                      \
-    if (!(condition)) {                                                                     \
-      printf("block (%lld, %lld), thread %d: " format "\n",                                 \
-             static_cast<long long>(nf::block_id()), static_cast<long long>(nf::block_y()), \
-             nf::thread_id(), ##__VA_ARGS__);                                               \
-      __trap();                                                                             \
-    }                                                                                       \
+#define NF_DEVICE_CHECK(condition, format, ...)                                                     \
+  do {                                                                                              \
+    if (!(condition)) {                                                                             \
+      printf("block (%lld, %lld), thread %d: " format "\n", static_cast<long long>(nf::block_id()), \
+             static_cast<long long>(nf::block_y()), nf::thread_id(), ##__VA_ARGS__);                \
+      __trap();                                                                                     \
+    }                                                                                               \
   } while (false)
 
 namespace nf {
@@ -74,16 +73,14 @@ struct Grid {
 };
 
 inline void check_cuda(cudaError_t error, const char* name) {
-  STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorName(error), ": ",
-                  cudaGetErrorString(error));
+  STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
 }
 
 // The device a tensor lives on, made current for as long as this object lives, and the stream
 // PyTorch is recording on there. Make one before the first allocation of an op.
 class Queue {
  public:
-  explicit Queue(const torch::stable::Tensor& tensor)
-      : device_(tensor.get_device_index()), guard_(device_) {
+  explicit Queue(const torch::stable::Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_) {
     // The guard moves PyTorch's copy of the CUDA runtime to the device. Ours is linked statically
     // and keeps its own idea of the current device, so it is told as well.
     check_cuda(cudaSetDevice(device_), "cudaSetDevice");
@@ -98,8 +95,7 @@ class Queue {
   int shared_limit() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
   // 80 for compute capability 8.0: the tensor-core wrappers need that much.
   int architecture() const {
-    return 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
-           attribute(cudaDevAttrComputeCapabilityMinor);
+    return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
   }
 
  private:
@@ -120,18 +116,17 @@ template <class... Parameters, class... Arguments>
 void launch(const char* name, Queue& queue, void (*kernel)(Parameters...), Grid grid, int threads,
             size_t shared_bytes, Arguments... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "one argument per parameter");
-  STD_TORCH_CHECK(grid.x >= 0 && grid.x <= std::numeric_limits<int32_t>::max() && grid.y >= 0 &&
-                      grid.y <= 65535,
-                  name, ": expected a grid of at most 2147483647 x 65535 blocks, got ", grid.x,
-                  " x ", grid.y);
+  STD_TORCH_CHECK(
+      grid.x >= 0 && grid.x <= std::numeric_limits<int32_t>::max() && grid.y >= 0 && grid.y <= 65535, name,
+      ": expected a grid of at most 2147483647 x 65535 blocks, got ", grid.x, " x ", grid.y);
   if (grid.x == 0 || grid.y == 0) return;
 
   constexpr size_t kWithoutAsking = 48 * 1024;  // more is granted only on request
   if (shared_bytes > kWithoutAsking) {
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared_bytes)),
-               name);
+    check_cuda(
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        name);
   }
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
   kernel<<<blocks, static_cast<unsigned>(threads), shared_bytes, queue.stream()>>>(

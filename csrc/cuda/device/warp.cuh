@@ -26,12 +26,8 @@ NF_DEVICE T shuffle_down(T value, int delta, unsigned mask = kFullMask) {
   return __shfl_down_sync(mask, value, delta);
 }
 
-NF_DEVICE bool warp_any(bool predicate, unsigned mask = kFullMask) {
-  return __any_sync(mask, predicate);
-}
-NF_DEVICE bool warp_all(bool predicate, unsigned mask = kFullMask) {
-  return __all_sync(mask, predicate);
-}
+NF_DEVICE bool warp_any(bool predicate, unsigned mask = kFullMask) { return __any_sync(mask, predicate); }
+NF_DEVICE bool warp_all(bool predicate, unsigned mask = kFullMask) { return __all_sync(mask, predicate); }
 // Bit l is lane l's predicate.
 NF_DEVICE unsigned warp_ballot(bool predicate, unsigned mask = kFullMask) {
   return __ballot_sync(mask, predicate);
