@@ -34,8 +34,8 @@ constexpr int kWarpsAcross = 4;
 constexpr int kWarpRows = 64, kWarpColumns = 32;
 constexpr int kRowSteps = kWarpRows / 16, kColumnSteps = kWarpColumns / 8;
 
-NF_HD int64_t depth_steps(int64_t dim) { return (dim + kDepth - 1) / kDepth; }
-NF_HD int64_t x_row(int64_t dim) { return depth_steps(dim) * kDepth + kPad; }
+NF_HD int depth_steps(int64_t dim) { return int((dim + kDepth - 1) / kDepth); }
+NF_HD int x_row(int64_t dim) { return depth_steps(dim) * kDepth + kPad; }
 NF_HD int64_t tiles_of(int64_t count) { return (count + kTile - 1) / kTile; }
 
 // What a lane holds of the tile's result: rows row + {0, 8} of each row step, columns column + {0, 1} of
@@ -51,9 +51,9 @@ struct Fragment {
 
 NF_DEVICE void load_x(const Half* __restrict__ x_hat, int64_t first_row, int64_t batch, int64_t dim,
                       Half* x) {
-  const int64_t chunks = depth_steps(dim) * kDepth / kChunk;
-  for (int64_t k = thread_id(); k < kTile * chunks; k += kThreads) {
-    const int64_t row = k / chunks, column = k % chunks * kChunk;
+  const int chunks = depth_steps(dim) * kDepth / kChunk;
+  for (int k = thread_id(); k < kTile * chunks; k += kThreads) {
+    const int row = k / chunks, column = k % chunks * kChunk;
     const bool valid = first_row + row < batch && column < dim;
     copy_async_16(x + row * x_row(dim) + column, x_hat + (valid ? (first_row + row) * dim + column : 0),
                   valid);
@@ -61,8 +61,8 @@ NF_DEVICE void load_x(const Half* __restrict__ x_hat, int64_t first_row, int64_t
 }
 
 // Columns [depth * kDepth, + kDepth) of the classes [first, first + kTile).
-NF_DEVICE void load_w(const Half* __restrict__ w_hat, int64_t first, int64_t width, int64_t dim,
-                      int64_t depth, Half* w) {
+NF_DEVICE void load_w(const Half* __restrict__ w_hat, int64_t first, int64_t width, int64_t dim, int depth,
+                      Half* w) {
   constexpr int kChunks = kDepth / kChunk;
   for (int k = thread_id(); k < kTile * kChunks; k += kThreads) {
     const int row = k / kChunks, within = k % kChunks * kChunk;
@@ -73,7 +73,7 @@ NF_DEVICE void load_w(const Half* __restrict__ w_hat, int64_t first, int64_t wid
 }
 
 // acc += x[:, depth] w[:, depth]^T for this warp's part of the tile.
-NF_DEVICE void multiply_stage(const Half* x, int64_t x_stride, int64_t depth, const Half* w,
+NF_DEVICE void multiply_stage(const Half* x, int x_stride, int depth, const Half* w,
                               float (&acc)[kRowSteps][kColumnSteps][4]) {
   const int matrix = lane_id() / 8, row_in_matrix = lane_id() % 8;
   const Half* x_rows = x +
@@ -96,6 +96,20 @@ NF_DEVICE void multiply_stage(const Half* x, int64_t x_stride, int64_t depth, co
         const uint32_t pair[2] = {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]};
         mma_f16(acc[m][n], a[m], pair);
       }
+  }
+}
+
+// The staged tile to its place in E, 16 bytes per access.
+NF_DEVICE void store_tile(const ScoreExp& task, int64_t first_row, int64_t tile_first,
+                          const BFloat16* staging) {
+  constexpr int kChunks = kTile / kChunk;
+  for (int k = thread_id(); k < kTile * kChunks; k += kThreads) {
+    const int row = k / kChunks, column = k % kChunks * kChunk;
+    const int64_t i = first_row + row, j = tile_first + column;
+    // Rows of E are padded to a multiple of kChunk, so a chunk that begins inside fits.
+    if (i < task.batch && j < task.width)
+      store_vector<kChunk>(task.e + i * task.stride + j,
+                           load_vector<kChunk>(staging + row * kStagingRow + column));
   }
 }
 
@@ -131,7 +145,7 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
   if (kLargestOnly && math::has_fixed_shift<float>(s, double(task.classes))) return;
 
   SharedMemory shared;
-  const int64_t x_stride = x_row(task.dim), steps = depth_steps(task.dim);
+  const int x_stride = x_row(task.dim), steps = depth_steps(task.dim);
   Half* x = shared.take<Half>(kTile * x_stride);
   Half* w = shared.take<Half>(kStages * kTile * kStageRow);
   BFloat16* staging = shared.take<BFloat16>(kTile * kStagingRow);
@@ -147,11 +161,16 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
   const int64_t total = tiles * steps;
   const Fragment at;
 
-  const auto fetch = [&](int64_t step) {
-    if (step < total)
-      load_w(task.w_hat, (first_tile + step / steps) * kTile, task.width, task.dim, step % steps,
-             w + step % kStages * kTile * kStageRow);
+  // The fetches run kStages - 1 steps ahead; where they are is counted, not divided out of the step.
+  int64_t fetch_tile = first_tile;
+  int fetch_depth = 0, fetch_stage = 0;
+  const auto fetch = [&] {
+    if (fetch_tile < first_tile + tiles)
+      load_w(task.w_hat, fetch_tile * kTile, task.width, task.dim, fetch_depth,
+             w + fetch_stage * kTile * kStageRow);
     copy_async_commit();  // also when empty: a wait counts groups
+    fetch_stage = (fetch_stage + 1) % kStages;
+    if (++fetch_depth == steps) fetch_depth = 0, ++fetch_tile;
   };
 
   float sum[2 * kRowSteps], sum_cosine[2 * kRowSteps];
@@ -167,11 +186,12 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
   }
 
   load_x(task.x_hat, first_row, task.batch, task.dim, x);  // lands with the first stage
-  for (int stage = 0; stage < kStages - 1; ++stage) fetch(stage);
+  for (int stage = 0; stage < kStages - 1; ++stage) fetch();
 
   float acc[kRowSteps][kColumnSteps][4];
+  int64_t tile_first = first_tile * kTile;
+  int depth = 0, stage = 0;
   for (int64_t step = 0; step < total; ++step) {
-    const int64_t depth = step % steps;
     if (depth == 0)
       for (int m = 0; m < kRowSteps; ++m)
         for (int n = 0; n < kColumnSteps; ++n)
@@ -179,11 +199,11 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
     copy_async_wait<kStages - 2>();
     sync_block();  // this step's copies, made by all threads, before its reads; and the last step's reads
                    // before the fetch below overwrites their stage
-    fetch(step + kStages - 1);
-    multiply_stage(x, x_stride, depth, w + step % kStages * kTile * kStageRow, acc);
-    if (depth != steps - 1) continue;
+    fetch();
+    multiply_stage(x, x_stride, depth, w + stage * kTile * kStageRow, acc);
+    stage = (stage + 1) % kStages;
+    if (++depth < steps) continue;
 
-    const int64_t tile_first = (first_tile + step / steps) * kTile;
     const int64_t width_left = task.width - tile_first;
 #pragma unroll
     for (int r = 0; r < 2 * kRowSteps; ++r) {
@@ -213,18 +233,14 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
       }
     }
     if constexpr (!kLargestOnly) {
-      if (task.e == nullptr) continue;
-      sync_block();  // the staged tile, before it is read across threads
-      for (int k = thread_id(); k < kTile * kTile / kChunk; k += kThreads) {
-        const int row = k / (kTile / kChunk), column = k % (kTile / kChunk) * kChunk;
-        const int64_t i = first_row + row, j = tile_first + column;
-        // Rows of E are padded to a multiple of kChunk, so a chunk that begins inside fits.
-        if (i < task.batch && j < task.width)
-          store_vector<kChunk>(task.e + i * task.stride + j,
-                               load_vector<kChunk>(staging + row * kStagingRow + column));
+      if (task.e != nullptr) {
+        sync_block();  // the staged tile, before it is read across threads
+        store_tile(task, first_row, tile_first, staging);
+        // The next write to the staging buffer comes after the barrier of a later step.
       }
-      // The next write to the staging buffer comes after the barrier of a later step.
     }
+    depth = 0;
+    tile_first += kTile;
   }
   copy_async_wait<0>();  // no copy may be under way when the block ends
 
