@@ -89,8 +89,9 @@ def assert_close_to_truth(
     """Every element of ``actual`` is as close to the truth as plain PyTorch comes in the same dtype.
 
     allowed = factor * (largest error of ``plain``) + floor * epsilon * (largest finite ``|truth64|`` or
-    ``|terms|``) + tiny, each over the element's row along ``dim`` (``None``: over the whole tensor). NaN and infinities must lie where the truth, rounded to that dtype, has them.
-    Where ``plain`` is not finite although the truth is, it allows nothing.
+    ``|terms|``) + tiny, each over the element's row along ``dim`` (``None``: over the whole tensor).
+    NaN and infinities must lie where the truth, rounded to that dtype, has them. Where ``plain`` is not
+    finite although the truth is, it allows nothing.
 
     Args:
         actual: what the kernel computed.

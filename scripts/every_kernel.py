@@ -80,6 +80,15 @@ def main() -> None:
                     [make(17, 40), make(101, 40), torch.tensor(s, device=device, dtype=wide)],
                     tolerance,
                 )
+        weights = {"sample_weight": torch.rand(17), "class_weight": torch.rand(101)}
+        there = {name: weight.to(device) for name, weight in weights.items()}
+        run(
+            f"normface_loss {dtype}, weighted and smoothed",
+            lambda x, w: f.normface_loss(x, w, on_device, 9.0, label_smoothing=0.1, **there),
+            lambda x, w: r.normface_loss(x, w, labels, 9.0, label_smoothing=0.1, **weights),
+            [make(17, 40), make(101, 40)],
+            tolerance,
+        )
     if device == "cuda":
         torch.cuda.synchronize()
     print("every kernel ran and agreed with the reference")
