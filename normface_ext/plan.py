@@ -56,6 +56,11 @@ class Plan:
         )
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
 def _cpu_chunk(batch: int, dim: int, classes: int, threads: int) -> int:
     """Classes per tile: the tile of W and the tile of E should share a core's L2 cache, and every
     thread should get a few tiles."""
@@ -139,41 +144,55 @@ class _Costs:
 
 
 def _choose(
-    batch: int, dim: int, classes: int, budget: int, scores: str, costs: _Costs, chunk: int, stored_chunk: int
+    batch: int,
+    dim: int,
+    classes: int,
+    budget: int,
+    scores: str,
+    store: _Costs,
+    shrunk: _Costs,
+    chunk: int,
+    stored_chunk: int,
 ) -> Plan:
     products = 2 * batch * dim * classes
-    traffic = (3 * classes * dim + 2 * batch * dim) * costs.item
-    stored = costs.fixed + costs.per_class * stored_chunk + costs.stored
-    if stored <= budget:
+    traffic = (3 * classes * dim + 2 * batch * dim) * store.item
+    used = store.fixed + store.per_class * stored_chunk + store.stored
+    if used <= budget:
         chunks = -(-classes // stored_chunk)
-        moved = traffic + 2 * batch * classes * costs.e_item
-        return Plan("stored", scores, stored_chunk, chunks, stored, 3 * products, moved)
-    chunk = min(chunk, (budget - costs.fixed) // costs.per_class)
+        moved = traffic + 2 * batch * classes * store.e_item
+        return Plan("stored", scores, stored_chunk, chunks, used, 3 * products, moved)
+    used = store.fixed + store.per_class * chunk
+    if used > budget:
+        chunk = min(chunk, (budget - shrunk.fixed) // shrunk.per_class)
+        used = shrunk.fixed + shrunk.per_class * chunk
     if chunk < 1:
         raise ValueError(
-            f"plan: expected `workspace` of at least {costs.fixed + costs.per_class} bytes for N={batch},"
-            f" D={dim}, C={classes}, got {budget}"
+            f"plan: expected `workspace` of at least {shrunk.fixed + shrunk.per_class} bytes for"
+            f" N={batch}, D={dim}, C={classes}, got {budget}"
         )
-    used = costs.fixed + costs.per_class * chunk
-    moved = traffic + classes * dim * costs.item
+    moved = traffic + classes * dim * shrunk.item
     return Plan("recompute", scores, chunk, -(-classes // chunk), used, 4 * products, moved)
 
 
 def _cpu_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: int) -> Plan:
     item = 8 if dtype == torch.float64 else 4
-    threads = torch.get_num_threads()
+    threads = _threads()
     chunk = _cpu_chunk(batch, dim, classes, threads)
-    slots = min(threads, -(-classes // chunk))
-    costs = _Costs(
-        # x_hat and its weighted copy, x_sum, an accumulator per thread; the rows' state; norms of W.
-        fixed=(3 + slots) * batch * dim * item + (100 + 16 * slots) * batch + classes * item,
-        # Per class of a tile and thread: unit weights, their gradient, and a column of scores.
-        per_class=slots * (2 * dim + batch) * item,
-        stored=batch * classes * item,
-        item=item,
-        e_item=item,
-    )
-    return _choose(batch, dim, classes, budget, "blas", costs, chunk, chunk)
+
+    def costs(slots: int) -> _Costs:
+        return _Costs(
+            # x_hat and its weighted copy, x_sum, an accumulator per thread; the rows' state; norms of W.
+            fixed=(3 + slots) * batch * dim * item + (140 + 16 * slots) * batch + classes * item,
+            # Per class of a tile and thread: unit weights, their gradient, and a column of scores.
+            per_class=slots * (2 * dim + batch) * item,
+            stored=batch * classes * item,
+            item=item,
+            e_item=item,
+        )
+
+    # A chunk that had to shrink is walked by all threads.
+    store, shrunk = costs(min(threads, -(-classes // chunk))), costs(min(threads, classes))
+    return _choose(batch, dim, classes, budget, "blas", store, shrunk, chunk, chunk)
 
 
 def _cuda_plan(
@@ -185,7 +204,7 @@ def _cuda_plan(
     costs = _Costs(
         # x_hat and its weighted copy, x_sum and the part added to it; the rows' state and partial sums
         # (at most 64 splits); norms of W.
-        fixed=2 * batch * dim * (operand + wide) + (100 + 64 * 20) * batch + classes * wide,
+        fixed=2 * batch * dim * (operand + wide) + (140 + 64 * 20) * batch + classes * wide,
         # Unit weights and, for 16-bit operands, their copy or their gradient; a column of E and of scores.
         per_class=dim * (operand + wide) + (batch + 8) * (operand + scores),
         stored=0,
@@ -194,4 +213,4 @@ def _cuda_plan(
     )
     chunk = max(1, min(classes, (1 << 28) // max(1, batch + dim)))
     name = "tensor cores" if tensor_cores else "cublas"
-    return _choose(batch, dim, classes, budget, name, costs, chunk, classes)
+    return _choose(batch, dim, classes, budget, name, costs, costs, chunk, classes)

@@ -121,13 +121,17 @@ def normface_loss_samples(lane):
     double = {"x": x.double(), "weight": weight.double(), "operand": torch.float64}
     yield {**given, **double, "reduction": 0, "store": True}
     yield {**given, "x": x.bfloat16(), "operand": torch.bfloat16, "store": True}
+    yield {**given, "class_weight": lane.randn(8).abs(), "smoothing": 0.1, "reduction": 0}
+    yield {**given, "sample_weight": lane.randn(3).abs()}
 
 
 def normface_loss_backward_samples(lane):
     for given in normface_loss_samples(lane):
-        loss, *state = kernels(lane).normface_loss(*arguments(lane, "normface_loss", given))
-        given |= dict(zip(("rows", "inverse_norm", "x_sum", "stored"), state, strict=True))
-        given["grad_loss"] = torch.ones_like(loss)
+        op = kernels(lane).normface_loss
+        results = op(*arguments(lane, "normface_loss", given))
+        names = [result.name for result in op.default._schema.returns]
+        given |= dict(zip(names, results, strict=True))  # the state, under the names backward has for it
+        given["grad_loss"] = torch.ones_like(given["loss"])
         if given.get("need_x", True):
             yield given
         yield {**given, "need_x": False, "need_weight": False}
@@ -139,6 +143,7 @@ DEFAULTS = {
     "m1": 1.0, "m2": 0.0, "m3": 0.0, "reduction": 1, "ignore_index": -100, "class_chunk": 8,
     "store": False, "need_x": True, "need_weight": True, "need_scale": True, "score_kernel": 0,
     "operand": torch.float32,
+    "sample_weight": None, "class_weight": None, "smoothing": 0.0,
 }  # fmt: skip
 
 
@@ -173,6 +178,8 @@ def test_opcheck(lane, name):
 def test_fakes_know_the_padding_of_odd_class_counts(lane):
     for given in normface_loss_samples(lane):
         given["weight"], given["labels"] = given["weight"][:5].contiguous(), lane.tensor([0, 4, -100])
+        if "class_weight" in given:
+            given["class_weight"] = given["class_weight"][:5].contiguous()
         op = kernels(lane).normface_loss.default
         given_arguments = tuple(arguments(lane, "normface_loss", given))
         torch.library.opcheck(op, given_arguments, test_utils=("test_schema", "test_faketensor"))

@@ -84,11 +84,28 @@ int main() {
         std::printf("%d %.17g", has_fixed_shift<double>(s, classes), fixed_shift<double>(s, classes));
     } else if (what == "softmax") {
       const double sum = number(), kappa = number();
-      const RowLoss row = softmax_row(sum, kappa, number());
-      std::printf("%.17g %.17g %.17g", row.loss, row.q, row.weight);
-    } else if (what == "scale_slope") {
-      const double sum = number(), cosine = number(), kappa = number(), scale = number(), psi = number();
-      std::printf("%.17g", softmax_scale_slope(softmax_row(sum, kappa, scale * psi), cosine, psi));
+      const RowSoftmax row = softmax_row(sum, kappa, number());
+      std::printf("%.17g %.17g %.17g", row.softplus, row.q, row.weight);
+    } else if (what == "row") {
+      // One row from its cosines, the target first: value and slopes of its loss. The margin is a shift.
+      const double s = number(), smoothing = number(), kappa = number(), m3 = number();
+      std::vector<double> c(static_cast<size_t>(number())), u(c.size());
+      for (double& v : c) v = number();
+      for (double& v : u) v = number();
+      double sum = 0, sum_cosine = 0, weight_sum = 0, with_sum = 0;
+      for (size_t j = 0; j < c.size(); ++j) {
+        const double e = j == 0 ? 0.0 : std::exp(s * c[j] - kappa);
+        sum += e, sum_cosine += e * c[j], weight_sum += u[j], with_sum += u[j] * c[j];
+      }
+      const double psi = c[0] - m3;
+      const RowSoftmax row = softmax_row(sum, kappa, s * psi);
+      const RowWeights weights =
+          row_weights(smoothing, double(c.size()), u[0], weight_sum, psi, c[0], with_sum);
+      std::printf("%.17g %.17g %.17g", row_loss(row, weights, s), scale_slope(row, weights, sum_cosine, psi),
+                  s * (target_slope(row, weights, 1.0) - smoothing / double(c.size()) * u[0]));
+      for (size_t j = 1; j < c.size(); ++j)
+        std::printf(" %.17g", s * (others_slope(row, weights) * std::exp(s * c[j] - kappa) -
+                                   smoothing / double(c.size()) * u[j]));
     } else if (what == "rescue_float" || what == "rescue_double") {
       const int p = int(number());
       const double sum = number(), eps = number();
@@ -237,16 +254,27 @@ def test_nan_passes_through_a_row(ask):
         assert math.isnan(row[0]) and math.isnan(row[1])
 
 
-def test_slope_in_the_scale_is_the_derivative(ask):
-    cosines, psi, scale, kappa, step = [0.3, -0.8, 0.05], 0.4, 12.0, 3.6, 1e-5
-
-    def sums(s):
-        terms = [math.exp(s * c - kappa) for c in cosines]
-        return sum(terms), sum(e * c for e, c in zip(terms, cosines, strict=True))
-
-    below, above = ask([("softmax", repr(sums(s)[0]), kappa, s * psi) for s in (scale - step, scale + step)])
-    (slope,) = ask([("scale_slope", *map(repr, sums(scale)), kappa, scale, psi)])[0]
-    assert slope == pytest.approx((above[0] - below[0]) / (2 * step), rel=1e-8)
+@pytest.mark.parametrize("weights", [[1.0] * 4, [0.5, 2.0, 0.0, 1.25]], ids=["equal", "weighted"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("m3", [0.0, 0.35])
+def test_value_and_slopes_of_a_row(ask, m3, smoothing, weights):
+    """torch's cross_entropy of the same logits, and its gradient in every cosine and in the scale."""
+    numbers = [0.4, 0.3, -0.8, 0.05]
+    cosines = torch.tensor(numbers, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor(12.0, dtype=torch.float64, requires_grad=True)
+    shift = torch.tensor([m3, 0, 0, 0], dtype=torch.float64)
+    truth = torch.nn.functional.cross_entropy(
+        (scale * (cosines - shift))[None],
+        torch.tensor([0]),
+        torch.tensor(weights, dtype=torch.float64),
+        label_smoothing=smoothing,
+        reduction="sum",
+    )
+    truth.backward()
+    value, slope, *slopes = ask([("row", 12.0, smoothing, 3.6, m3, 4, *numbers, *weights)])[0]
+    assert value == pytest.approx(float(truth.detach()), rel=1e-13, abs=0)
+    assert slope == pytest.approx(float(scale.grad), rel=1e-12, abs=1e-15)
+    assert slopes == pytest.approx(cosines.grad.tolist(), rel=1e-12, abs=1e-14)
 
 
 # margin ---------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 // norm_linear, s * cos(x_i, w_j), and its backward on the CPU. Unit rows of the weight exist only as
 // one tile per thread.
 #include "cpu/head.h"
+#include "math/normalize.h"
 
 namespace nf::cpu {
 namespace {
@@ -89,7 +90,8 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, double 
     T* product = dw_hat.data + slot * shape.chunk * D;
     multiply<T>(g.transposed(), {x_hat.data, N, D, D}, {product, tile.width, D, D});
     for (int64_t j = 0; j < tile.width; ++j)
-      ws.kernel.project(unit + j * D, product + j * D, D, T(scale) * inverse[j], out.row(tile.first + j));
+      ws.kernel.project(unit + j * D, product + j * D, D, T(scale) * inverse[j],
+                        math::ruled_by_eps(2, T(1) / inverse[j], T(eps)), out.row(tile.first + j));
   });
   if (need_rows) add_slots(dx_hat.data, shape.slots, N * D);
   if (dscale != nullptr) {
@@ -102,7 +104,8 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, double 
   for_rows(N, D, [&](int64_t i) {
     T* g = dx_hat.data + i * D;
     if (normalize_input)
-      xs.kernel.project(x_hat.data + i * D, g, D, T(scale) * x_inverse.data[i], out.row(i));
+      xs.kernel.project(x_hat.data + i * D, g, D, T(scale) * x_inverse.data[i],
+                        math::ruled_by_eps(2, T(1) / x_inverse.data[i], T(eps)), out.row(i));
     else
       xs.kernel.narrow(g, D, T(scale), out.row(i));
   });

@@ -8,6 +8,7 @@
 
 #include "cpu/head.h"
 #include "math/margin.h"
+#include "math/normalize.h"
 #include "math/softmax.h"
 #include "row_state.h"
 
@@ -137,7 +138,7 @@ void choose_shift(const HeadShape& shape, const Rows<T>& w, const Labels& labels
                   T* x_hat, const RowState& rows) {
   const int64_t N = shape.batch, D = shape.dim;
   if (math::has_fixed_shift<T>(scale, double(shape.classes))) {
-    std::fill_n(rows[kShift], N, math::fixed_shift<T>(scale, double(shape.classes)));
+    std::fill_n(rows[kShift], N, math::fixed_shift<T>(double(shape.classes)));
     return;
   }
   Buffer<T> w_hat(shape.slots * shape.chunk * D), inverse(shape.slots * shape.chunk);
@@ -276,7 +277,7 @@ std::vector<RowGradient> row_gradients(const RowState& rows, double scale, doubl
 template <class T>
 void grad_features(const Rows<T>& x, const Rows<T>& w, const Labels& labels, const T* inverse_norm,
                    const std::vector<RowGradient>& gradients, const RowState& rows, const T* x_hat,
-                   const T* x_sum, const T* class_sum, const Rows<T>& dx) {
+                   const T* x_sum, const T* class_sum, T eps, const Rows<T>& dx) {
   for_rows(labels.batch, x.length, [&](int64_t i) {
     const RowGradient& row = gradients[size_t(i)];
     std::vector<T> g(size_t(x.length), T(0));
@@ -286,7 +287,9 @@ void grad_features(const Rows<T>& x, const Rows<T>& w, const Labels& labels, con
         g[size_t(d)] = T(row.others) * x_sum[i * x.length + d] + T(row.target) * g[size_t(d)];
       if (class_sum != nullptr) accum_rows<T>().axpy(T(row.uniform), class_sum, g.data(), x.length);
     }
-    x.kernel.project(x_hat + i * x.length, g.data(), x.length, T(rows[kInverseNorm][i]), dx.row(i));
+    const T inverse = T(rows[kInverseNorm][i]);
+    x.kernel.project(x_hat + i * x.length, g.data(), x.length, inverse,
+                     math::ruled_by_eps(2, T(1) / inverse, eps), dx.row(i));
   });
 }
 
@@ -303,7 +306,7 @@ std::vector<int64_t> rows_by_label(const Labels& labels, const RowState& rows) {
 template <class T>
 void grad_weight(const HeadShape& shape, const Rows<T>& w, const Labels& labels, double scale,
                  const T* inverse_norm, const std::vector<RowGradient>& gradients, const RowState& rows,
-                 const Weighting<T>& weighting, T* x_hat, T* stored, const Tensor& dw) {
+                 const Weighting<T>& weighting, T eps, T* x_hat, T* stored, const Tensor& dw) {
   const int64_t N = shape.batch, D = shape.dim;
   const Rows<T> out(dw, D);
   const bool direct = dw.element_size() == sizeof(T);  // the product can go where the result will be
@@ -340,7 +343,9 @@ void grad_weight(const HeadShape& shape, const Rows<T>& w, const Labels& labels,
       for (int64_t j = 0; j < tile.width; ++j)
         accum_rows<T>().axpy(T(weighting.of_class(tile.first + j)), uniform.data(), g + j * D, D);
     for (int64_t j = 0; j < tile.width; ++j)
-      w.kernel.project(unit + j * D, g + j * D, D, inverse_norm[tile.first + j], out.row(tile.first + j));
+      w.kernel.project(unit + j * D, g + j * D, D, inverse_norm[tile.first + j],
+                       math::ruled_by_eps(2, T(1) / inverse_norm[tile.first + j], eps),
+                       out.row(tile.first + j));
   });
 }
 
@@ -357,6 +362,7 @@ Weighting<T> weighting_of(const std::optional<Tensor>& sample_weight,
 struct LossArguments {
   Tensor x, weight, labels;
   double scale;
+  double eps;
   int64_t class_chunk;
   std::optional<Tensor> sample_weight, class_weight;
   double smoothing;
@@ -373,11 +379,12 @@ T* data_or_null(const Tensor& t) {
 
 template <class T>
 ForwardResult forward(const LossArguments& in, const math::Margin& margin, int64_t reduction,
-                      int64_t ignore_index, double eps, bool store, bool need_x) {
+                      int64_t ignore_index, bool store, bool need_x) {
   const HeadShape shape(in.x, in.weight, in.class_chunk);
   const int64_t N = shape.batch, D = shape.dim, C = shape.classes;
   const ScalarType wide = accumulator(in.x.scalar_type());
   const Rows<T> xs(in.x, D), ws(in.weight, D);
+  const T eps = T(in.eps);
   const Labels labels(in.labels);
   const Weighting<T> weighting = weighting_of<T>(in.sample_weight, in.class_weight, in.smoothing);
   ForwardResult out{reduction == kNone ? fresh({N}, wide) : fresh({}, wide),
@@ -389,10 +396,10 @@ ForwardResult forward(const LossArguments& in, const math::Margin& margin, int64
   const RowState rows = row_state(out.rows);
   T* class_sum = data_or_null<T>(out.class_sum);
   Buffer<T> x_hat(N * D);
-  prepare_rows(xs, labels, ignore_index, reduction, weighting, T(eps), x_hat.data, rows);
-  target_cosines(ws, labels, x_hat.data, T(eps), margin, rows);
-  choose_shift(shape, ws, labels, in.scale, T(eps), x_hat.data, rows);
-  sweep(shape, ws, labels, weighting, in.scale, T(eps), x_hat.data, rows, data_or_null<T>(out.inverse_norm),
+  prepare_rows(xs, labels, ignore_index, reduction, weighting, eps, x_hat.data, rows);
+  target_cosines(ws, labels, x_hat.data, eps, margin, rows);
+  choose_shift(shape, ws, labels, in.scale, eps, x_hat.data, rows);
+  sweep(shape, ws, labels, weighting, in.scale, eps, x_hat.data, rows, data_or_null<T>(out.inverse_norm),
         data_or_null<T>(out.x_sum), class_sum, data_or_null<T>(out.stored));
   weigh_rows(labels, weighting, C, x_hat.data, class_sum, D, rows);
   if (out.loss.numel() > 0) reduce_loss(rows, in.scale, reduction, data_or_null<T>(out.loss));
@@ -411,11 +418,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> normface_loss(
   check_weights(op, "sample_weight", sample_weight, x, x.size(0));
   check_weights(op, "class_weight", class_weight, x, weight.size(0));
   Labels(labels).check(op, weight.size(0), ignore_index);
-  const LossArguments in{x,           weight,        labels,       scale_of(scale, scale_value),
-                         class_chunk, sample_weight, class_weight, smoothing};
+  const LossArguments in{x,        weight,      labels,        scale_of(scale, scale_value),
+                         eps,      class_chunk, sample_weight, class_weight,
+                         smoothing};
   const math::Margin margin{m1, m2, m3};
   const auto run = accumulator(x.scalar_type()) == ScalarType::Double ? forward<double> : forward<float>;
-  ForwardResult out = run(in, margin, reduction, ignore_index, eps, store, need_x);
+  ForwardResult out = run(in, margin, reduction, ignore_index, store, need_x);
   return {out.loss, out.rows, out.inverse_norm, out.x_sum, out.class_sum, out.stored};
 }
 
@@ -446,17 +454,17 @@ void backward(const LossArguments& in, const Tensor& grad_loss, const Tensor& ro
                         [](double sum, const RowGradient& row) { return sum + row.scale; });
   if (dx != nullptr)
     grad_features(xs, ws, labels, inverse, gradients, rows, x_hat.data, data_or_null<T>(x_sum),
-                  data_or_null<T>(class_sum), Rows<T>(*dx, D));
+                  data_or_null<T>(class_sum), T(in.eps), Rows<T>(*dx, D));
   if (dw != nullptr)
-    grad_weight(shape, ws, labels, in.scale, inverse, gradients, rows, weighting, x_hat.data,
+    grad_weight(shape, ws, labels, in.scale, inverse, gradients, rows, weighting, T(in.eps), x_hat.data,
                 data_or_null<T>(stored), *dw);
 }
 
 std::tuple<Tensor, Tensor, Tensor> normface_loss_backward(
     Tensor grad_loss, Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
-    double /*eps: the norms are known by now*/, int64_t class_chunk, Tensor rows, Tensor inverse_norm,
-    Tensor x_sum, Tensor class_sum, Tensor stored, bool need_x, bool need_weight, bool need_scale,
-    int64_t /*score_kernel*/, ScalarType /*operand*/, std::optional<Tensor> class_weight, double smoothing) {
+    double eps, int64_t class_chunk, Tensor rows, Tensor inverse_norm, Tensor x_sum, Tensor class_sum,
+    Tensor stored, bool need_x, bool need_weight, bool need_scale, int64_t /*score_kernel*/,
+    ScalarType /*operand*/, std::optional<Tensor> class_weight, double smoothing) {
   const char* op = "normface_loss_backward";
   check_head(op, x, weight);
   check_labels(op, labels, x.size(0));
@@ -467,8 +475,9 @@ std::tuple<Tensor, Tensor, Tensor> normface_loss_backward(
   Tensor dw = need_weight ? fresh_like(weight) : fresh({0}, weight.scalar_type());
   Tensor ds = need_scale ? fresh({}, ScalarType::Double) : fresh({0}, ScalarType::Double);
   // The sample weights are in the rows' weights by now.
-  const LossArguments in{x,           weight,       labels,       scale_of(scale, scale_value),
-                         class_chunk, std::nullopt, class_weight, smoothing};
+  const LossArguments in{x,        weight,      labels,       scale_of(scale, scale_value),
+                         eps,      class_chunk, std::nullopt, class_weight,
+                         smoothing};
   const auto run = accumulator(x.scalar_type()) == ScalarType::Double ? backward<double> : backward<float>;
   run(in, grad_loss, rows, inverse_norm, x_sum, class_sum, stored, need_x ? &dx : nullptr,
       need_weight ? &dw : nullptr, need_scale ? &ds : nullptr);

@@ -35,8 +35,9 @@ struct StoredRows {
   T (*normalize_wide)(const void* x, int64_t n, int p, T eps, T* y);
   // dx from x, its norm, g = dL/dy (may be null: zero) and g_norm = dL/dn.
   void (*vjp)(const void* x, const void* g, int64_t n, int p, T eps, T norm, T g_norm, void* dx);
-  // out = inverse_norm (g - y <y, g>), y = x / ||x|| given wide: the tangent projection.
-  void (*project)(const T* y, const T* g, int64_t n, T inverse_norm, void* out);
+  // out = factor (g - y <y, g>), y = x / ||x|| given wide: the tangent projection. `eps_rules` holds it
+  // within +-largest_gradient, see math::ruled_by_eps.
+  void (*project)(const T* y, const T* g, int64_t n, T factor, bool eps_rules, void* out);
   // A channel axis: `columns` neighbouring rows whose element d lies `stride` after element d - 1.
   // sums[c] = the p-norm's terms of column c, or sum of x g where g is given. columns <= kColumns.
   void (*column_sums)(const void* x, const void* g, int64_t n, int64_t stride, int64_t columns, int p,

@@ -6,6 +6,7 @@
 #include "math/normalize.h"
 #include "math/softmax.h"
 #include "reduce.cuh"
+#include "row_access.cuh"
 #include "row_state.cuh"
 #include "stored.cuh"
 
@@ -71,7 +72,7 @@ prepare_rows_kernel(StoredArray x, StoredArray w,        // [N, D], [C, D]
   const math::ValueAndSlope<double> psi =
       ignored ? math::ValueAndSlope<double>{0.0, 0.0}
               : math::Margin{margin.m1, margin.m2, margin.m3}(xw / x_norm / w_norm);
-  rows.at(kShift, i) = fixed ? math::fixed_shift<T>(s, double(classes)) : -INFINITY;
+  rows.at(kShift, i) = fixed ? math::fixed_shift<T>(double(classes)) : -INFINITY;
   rows.at(kSum, i) = 0;
   rows.at(kSumCosine, i) = 0;
   rows.at(kPsi, i) = psi.value;
@@ -363,7 +364,8 @@ grad_features_kernel(StoredArray x, StoredArray w,        // [N, D], [C, D]
                      const double* __restrict__ gradients,  // [kGradientFields, N]
                      const T* __restrict__ x_sum,           // [N, D]
                      const T* __restrict__ class_sum,       // [D] or null
-                     StoredArray dx)                        // [N, D]
+                     double eps,
+                     StoredArray dx)  // [N, D]
 {
   const int64_t i = block_id() * kRowsPerBlock + warp_id();
   if (i >= rows.batch) return;  // the whole warp leaves
@@ -384,8 +386,9 @@ grad_features_kernel(StoredArray x, StoredArray w,        // [N, D], [C, D]
   radial = warp_sum(radial);
   for (int64_t d = lane_id(); d < dim; d += kWarp) {
     const double y = ignored ? 0.0 : x.load<double>(i * dim + d) * inverse;
-    dx.store<double>(i * dim + d,
-                     ignored ? 0.0 : math::normalize_vjp<double>(gradient(d), y, radial, inverse, 0.0));
+    double g = ignored ? 0.0 : math::normalize_vjp<double>(gradient(d), y, radial, inverse, 0.0);
+    if (dx.type == int(ScalarType::Half)) g = held_finite<Half>(g, 1.0 / inverse, eps, 2);
+    dx.store<double>(i * dim + d, g);
   }
 }
 

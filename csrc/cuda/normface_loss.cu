@@ -291,7 +291,7 @@ void backward(Queue& queue, const Head<T>& head, const Tensor& grad_loss, const 
     launch("grad_features", queue, grad_features_kernel<T>, warp_per_row(head.batch), kThreads, 0,
            StoredArray(head.x), StoredArray(head.weight),
            static_cast<const T*>(inverse_norm.const_data_ptr()), head.label_data(), head.dim, rows, factors,
-           data_or_null<T>(x_sum), data_or_null<T>(class_sum), StoredArray(*dx));
+           data_or_null<T>(x_sum), data_or_null<T>(class_sum), eps, StoredArray(*dx));
   if (dw != nullptr) grad_weight(queue, head, rows, factors, inverse_norm, stored, eps, *dw);
 }
 

@@ -105,7 +105,9 @@ project_rows_kernel(const S* __restrict__ x,  // [rows, length]
   row.each([&](int64_t at, const Vector<S, kVec>& v) {
     T d[kVec];
     for (int e = 0; e < kVec; ++e)
-      d[e] = math::normalize_vjp<T>(gradient[at + e], T(v.at[e]) * factor, radial, factor, T(0));
+      d[e] =
+          held_finite<S>(math::normalize_vjp<T>(gradient[at + e], T(v.at[e]) * factor, radial, factor, T(0)),
+                         T(1) / factor, eps, 2);
     store_as<S>(out, r * length + at, d);
   });
 }

@@ -1,6 +1,6 @@
 // exp(x) in float32 and float64 without branches, over one value or a vector of them (V supports
 // arithmetic, comparison and ?: lane by lane; I is the integer of the same width).
-//   x = n ln2 + r, |r| <= ln2 / 2;  exp x = 2^n p(r). Error below 1.5 ulp. Below the normal range the
+//   x = n ln2 + r, |r| <= ln2 / 2;  exp x = 2^n p(r). Error below 1.5 ulp. Below the normal range (x < -87.4, -708.4) the
 // result is 0, above it infinity, and NaN stays NaN. (CUDA kernels use the device's own exp.)
 #pragma once
 
@@ -13,7 +13,7 @@ namespace nf::math {
 template <class V, class I>
 NF_HD V exp_float(V x) {
   const V magic = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const V low = V{} - 87.3f, high = V{} + 89.0f;  // past it the product overflows by itself
+  const V low = V{} - 87.4f, high = V{} + 89.0f;  // past it the product overflows by itself
   // Both comparisons are false for NaN, which therefore passes through to p and to y.
   const V floored = x < low ? low : x;
   const V clamped = floored > high ? high : floored;
@@ -29,18 +29,21 @@ NF_HD V exp_float(V x) {
   p = p * (r * r) + r + 1.0f;
   I bits;
   std::memcpy(&bits, &shifted, sizeof bits);
-  // 2^128 has no float, so the factor 2^n is applied as 2^(n-1) * 2.
-  const I exponent = (bits - 0x4B400000 + 126) << 23;
-  V power;
-  std::memcpy(&power, &exponent, sizeof power);
-  const V y = p * power * 2.0f;
+  // 2^n in two factors, since n itself may lie outside the exponents of a normal number.
+  const I whole = bits - 0x4B400000;
+  const I half = whole >> 1;
+  const I first_bits = (half + 127) << 23, second_bits = (whole - half + 127) << 23;
+  V first, second;
+  std::memcpy(&first, &first_bits, sizeof first);
+  std::memcpy(&second, &second_bits, sizeof second);
+  const V y = p * first * second;
   return x < low ? V{} : y;
 }
 
 template <class V, class I>
 NF_HD V exp_double(V x) {
   const V magic = V{} + 6755399441055744.0;       // 1.5 * 2^52
-  const V low = V{} - 708.0, high = V{} + 710.0;  // past it the product overflows by itself
+  const V low = V{} - 708.4, high = V{} + 710.0;  // past it the product overflows by itself
   const V floored = x < low ? low : x;
   const V clamped = floored > high ? high : floored;
   const V shifted = clamped * 1.4426950408889634074 + magic;
@@ -62,10 +65,13 @@ NF_HD V exp_double(V x) {
   p = p * (r * r) + r + 1.0;
   I bits;
   std::memcpy(&bits, &shifted, sizeof bits);
-  const I exponent = (bits - 0x4338000000000000 + 1022) << 52;
-  V power;
-  std::memcpy(&power, &exponent, sizeof power);
-  const V y = p * power * 2.0;
+  const I whole = bits - 0x4338000000000000;
+  const I half = whole >> 1;
+  const I first_bits = (half + 1023) << 52, second_bits = (whole - half + 1023) << 52;
+  V first, second;
+  std::memcpy(&first, &first_bits, sizeof first);
+  std::memcpy(&second, &second_bits, sizeof second);
+  const V y = p * first * second;
   return x < low ? V{} : y;
 }
 

@@ -8,27 +8,25 @@
 
 namespace nf::math {
 
-// Where exp() neither flushes a term to zero nor lets the sum of C of them overflow.
+// What the exponent of E may be: below -kLow the factor s / S of the gradients would overflow long before
+// E is flushed to zero (e^-87.3 in float32), above kHigh the sum of C terms does.
 template <class T>
 struct ExpRange {
-  static constexpr double kLow = std::is_same_v<T, double> ? 708.0 : 87.3;
+  static constexpr double kLow = std::is_same_v<T, double> ? 690.0 : 80.0;
   static constexpr double kHigh = std::is_same_v<T, double> ? 709.0 : 88.7;
 };
 
-// Cosines are bounded, so one kappa = s c0 serves every row while
-//   s (1 + c0) <= kLow   and   s (1 - c0) + ln C <= kHigh.
+// Cosines are bounded, so one kappa serves every row while
+//   s + kappa <= kLow   and   s - kappa + ln C <= kHigh.
 template <class T>
 NF_HD bool has_fixed_shift(double scale, double classes) {
   return 2.0 * std::fabs(scale) + std::log(classes) <= ExpRange<T>::kLow + ExpRange<T>::kHigh;
 }
 
+// The middle between both limits, whatever the scale.
 template <class T>
-NF_HD double fixed_shift(double scale, double classes) {
-  const double s = std::fabs(scale);
-  const double lowest = s + std::log(classes) - ExpRange<T>::kHigh;
-  const double highest = ExpRange<T>::kLow - s;
-  const double preferred = 0.3 * s;
-  return preferred < lowest ? lowest : preferred > highest ? highest : preferred;
+NF_HD double fixed_shift(double classes) {
+  return 0.5 * (ExpRange<T>::kLow - ExpRange<T>::kHigh + std::log(classes));
 }
 
 struct RowSoftmax {
