@@ -16,6 +16,9 @@ enum RowField {
   kRowFields
 };
 
+// How CUDA makes 16-bit scores: by cuBLAS, or by score_exp.cu on tensor cores. plan.py chooses.
+enum ScoreKernel { kLibraryScores = 0, kTensorCoreScores = 1 };
+
 enum Reduction { kNone = 0, kMean = 1, kSumAll = 2 };
 
 }  // namespace nf

@@ -32,13 +32,13 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def(
       "normface_loss(Tensor x, Tensor weight, Tensor labels, Tensor? scale, float scale_value,"
       " float m1, float m2, float m3, int reduction, int ignore_index, float eps, int class_chunk,"
-      " bool store, bool need_x, ScalarType operand) -> (Tensor loss, Tensor rows,"
+      " bool store, bool need_x, int score_kernel, ScalarType operand) -> (Tensor loss, Tensor rows,"
       " Tensor inverse_norm, Tensor x_sum, Tensor stored)");
   m.def(
       "normface_loss_backward(Tensor grad_loss, Tensor x, Tensor weight, Tensor labels,"
       " Tensor? scale, float scale_value, float eps, int class_chunk, Tensor rows, Tensor inverse_norm,"
       " Tensor x_sum, Tensor stored, bool need_x, bool need_weight, bool need_scale,"
-      " ScalarType operand) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale)");
+      " int score_kernel, ScalarType operand) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale)");
 
   // x [N, D], weight [C, D] -> [N, C] in x's dtype: sum (x - w)^2 for p = 2, sum |x - w| for p = 1.
   // With labels [N] the gradient of the weight counts the cells (i, labels[i]) only.

@@ -210,6 +210,7 @@ def _normface_loss_fake(
     class_chunk: int,
     store: bool,
     need_x: bool,
+    score_kernel: int,
     operand: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = _accumulator(x.dtype)
@@ -242,6 +243,7 @@ def _normface_loss_backward_fake(
     need_x: bool,
     need_weight: bool,
     need_scale: bool,
+    score_kernel: int,
     operand: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients_fake(x, weight, need_x, need_weight, need_scale)
@@ -278,16 +280,17 @@ class _NormFaceLoss(Function):
             plan.class_chunk,
             plan.store and need_weight,
             need_x,
+            plan.score_kernel,
             operand,
         )
         ctx.save_for_backward(x, weight, labels, scale, *state)
-        ctx.arguments = scale_value, eps, plan.class_chunk, operand
+        ctx.arguments = scale_value, eps, plan, operand
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         x, weight, labels, scale, *state = ctx.saved_tensors
-        scale_value, eps, class_chunk, operand = ctx.arguments
+        scale_value, eps, plan, operand = ctx.arguments
         needed = *ctx.needs_input_grad[:2], ctx.needs_input_grad[3]
         with torch.no_grad():
             gradients = _kernels(x, weight).normface_loss_backward(
@@ -298,9 +301,10 @@ class _NormFaceLoss(Function):
                 scale,
                 scale_value,
                 eps,
-                class_chunk,
+                plan.class_chunk,
                 *state,
                 *needed,
+                plan.score_kernel,
                 operand,
             )
         dx, dw, ds = _no_second_derivative("normface_loss", tuple(_asked(needed, gradients, scale)))

@@ -313,7 +313,8 @@ ForwardResult forward(const Tensor& x, const Tensor& weight, const Tensor& label
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normface_loss(
     Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value, double m1,
     double m2, double m3, int64_t reduction, int64_t ignore_index, double eps, int64_t class_chunk,
-    bool store, bool need_x, ScalarType /*operand: CPU products are never narrower than float32*/) {
+    bool store, bool need_x, int64_t /*score_kernel: a CUDA choice*/,
+    ScalarType /*operand: CPU products are never narrower than float32*/) {
   check_head("normface_loss", x, weight);
   check_labels("normface_loss", labels, x.size(0));
   Labels(labels).check("normface_loss", weight.size(0), ignore_index);
@@ -360,7 +361,8 @@ void backward(const Tensor& grad_loss, const Tensor& x, const Tensor& weight, co
 std::tuple<Tensor, Tensor, Tensor> normface_loss_backward(
     Tensor grad_loss, Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
     double /*eps: the norms are known by now*/, int64_t class_chunk, Tensor rows, Tensor inverse_norm,
-    Tensor x_sum, Tensor stored, bool need_x, bool need_weight, bool need_scale, ScalarType /*operand*/) {
+    Tensor x_sum, Tensor stored, bool need_x, bool need_weight, bool need_scale, int64_t /*score_kernel*/,
+    ScalarType /*operand*/) {
   const char* op = "normface_loss_backward";
   check_head(op, x, weight);
   check_labels(op, labels, x.size(0));

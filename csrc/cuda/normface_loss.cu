@@ -1,6 +1,6 @@
-// The fused scaled softmax head on CUDA, version 1: scores and gradients by cuBLAS, everything else in
-// the kernels below. Classes are walked in chunks; see math/softmax.h for the formulas and
-// row_state.h for what is kept per row.
+// The fused scaled softmax head on CUDA: products by cuBLAS, everything else in the kernels below;
+// 16-bit scores, where the device and the shape allow it, by score_exp.cu instead. Classes are walked in
+// chunks; see math/softmax.h for the formulas and row_state.h for what is kept per row.
 //
 // Operands. float32 and float64 stay what they are. With a 16-bit input the scores come from float16
 // unit rows (their entries are bounded, so its 11 bits beat bfloat16's 8) and float32 sums; E, which
@@ -14,8 +14,9 @@
 #include "math/normalize.h"
 #include "math/softmax.h"
 #include "reduce.cuh"
-#include "row_state.h"
+#include "row_state.cuh"
 #include "rows.h"
+#include "score_exp.h"
 #include "stored.cuh"
 
 namespace nf {
@@ -26,16 +27,6 @@ constexpr int kRowsPerBlock = kThreads / kWarp;
 constexpr int64_t kColumnsPerBlock = 4096;  // of a row of scores, per block of `exponentiate`
 
 Grid warp_per_row(int64_t rows) { return {(rows + kRowsPerBlock - 1) / kRowsPerBlock}; }
-
-// rows[field][i] in device memory
-struct RowState {
-  double* data;
-  int64_t batch;
-
-  explicit RowState(const Tensor& rows)
-      : data(static_cast<double*>(const_cast<void*>(rows.const_data_ptr()))), batch(rows.size(1)) {}
-  NF_DEVICE double& at(RowField field, int64_t i) const { return data[field * batch + i]; }
-};
 
 struct Margin {
   double m1, m2, m3;
@@ -88,12 +79,25 @@ prepare_rows_kernel(StoredArray x, StoredArray w,        // [N, D], [C, D]
   rows.at(kRowWeight, i) = ignored ? 0.0 : 1.0;  // finish_loss_kernel divides by the count
 }
 
+// Where a row's logits can be read: `count` of them, at data[i * row_stride + k * step], to be multiplied
+// by the scale unless that was done. `first` is the class of k = 0, or kNoClass if k is not a class.
+template <class T>
+struct RowLogits {
+  const T* data;
+  int64_t count;
+  int64_t row_stride;
+  int64_t step;
+  bool scaled;
+  int64_t first;
+
+  static constexpr int64_t kNoClass = INT64_MIN / 2;  // no label lies within `count` of it
+};
+
 // Outside the window of math/softmax.h: kappa becomes the largest logit seen so far, and what was
 // added up under the old one is rescaled. Inside it every block returns at once. One block per row.
 template <class T>
 NF_KERNEL(kThreads)
-update_shift_kernel(const T* __restrict__ scores,  // [N, stride], `width` of them valid
-                    int64_t width, int64_t stride, int64_t first,
+update_shift_kernel(RowLogits<T> logits,
                     const int64_t* __restrict__ labels,  // [N]
                     int64_t classes, Scale scale, RowState rows,
                     T* __restrict__ x_sum,  // [N, D] or null
@@ -103,11 +107,12 @@ update_shift_kernel(const T* __restrict__ scores,  // [N, stride], `width` of th
   SharedMemory shared;
   T* scratch = shared.take<T>(kThreads / kWarp);
   const int64_t i = block_id();
-  const int64_t target = labels[i] - first;
+  const int64_t target = labels[i] - logits.first;
   T best = -T(INFINITY);
-  for (int64_t j = thread_id(); j < width; j += kThreads) {
-    const T z = T(s) * scores[i * stride + j];
-    best = j != target && z > best ? z : best;
+  for (int64_t k = thread_id(); k < logits.count; k += kThreads) {
+    const T value = logits.data[i * logits.row_stride + k * logits.step];
+    const T z = logits.scaled ? value : T(s) * value;
+    best = k != target && z > best ? z : best;
   }
   best = block_largest(best, scratch);
   const double old = rows.at(kShift, i);
@@ -328,13 +333,14 @@ struct Head {
   const Tensor& labels;
   Scale scale;
   int64_t batch, dim, classes, chunk;
-  bool narrow;       // 16-bit operands
-  ScalarType wide;   // sums, scores
-  ScalarType score;  // operands of the scores
-  ScalarType other;  // E and the operands it meets
+  bool narrow;        // 16-bit operands
+  bool tensor_cores;  // score_exp.cu
+  ScalarType wide;    // sums, scores
+  ScalarType score;   // operands of the scores
+  ScalarType other;   // E and the operands it meets
 
   Head(const Tensor& x_, const Tensor& weight_, const Tensor& labels_, const std::optional<Tensor>& scale_,
-       double scale_value, int64_t class_chunk, ScalarType operand)
+       double scale_value, int64_t class_chunk, int64_t score_kernel, ScalarType operand)
       : x(x_),
         weight(weight_),
         labels(labels_),
@@ -346,6 +352,7 @@ struct Head {
               : class_chunk > classes ? classes
                                       : class_chunk),
         narrow(operand == ScalarType::Half || operand == ScalarType::BFloat16),
+        tensor_cores(narrow && score_kernel == kTensorCoreScores),
         wide(accumulator(x_.scalar_type())),
         score(narrow ? ScalarType::Half : wide),
         other(narrow ? ScalarType::BFloat16 : wide) {}
@@ -373,21 +380,46 @@ struct Head {
     unit_rows(queue, task);
   }
 
-  // scores[N, width] = x_hat w_hat^T, then E in `e`; S and A into rows when `sums`.
+  // E of the classes [first, first + width) from x_hat and w_hat into `e`; with `sums`, S and A into rows,
+  // and x_sum rescaled where kappa had to rise. `scores` is scratch of the cuBLAS path.
   void scores_to_e(Queue& queue, int64_t first, int64_t width, const Tensor& x_hat, const Tensor& w_hat,
                    const Tensor& scores, const Tensor& e, const RowState& rows, bool sums, T* x_sum) const {
     const int64_t stride = padded(width);
+    const int64_t splits =
+        tensor_cores ? score_splits(queue, batch, width) : (width + kColumnsPerBlock - 1) / kColumnsPerBlock;
+    Tensor partial = device_empty(x, {sums ? 2 * splits * batch : 0}, ScalarType::Double);
+    double* partials = sums ? static_cast<double*>(partial.mutable_data_ptr()) : nullptr;
+    if constexpr (std::is_same_v<T, float>) {
+      if (tensor_cores) {
+        Tensor largest = device_empty(x, {sums ? splits * batch : 0}, ScalarType::Float);
+        const ScoreExp task{static_cast<const Half*>(x_hat.const_data_ptr()),
+                            static_cast<const Half*>(w_hat.const_data_ptr()),
+                            batch,
+                            dim,
+                            width,
+                            first,
+                            classes,
+                            label_data(),
+                            scale,
+                            rows,
+                            e.numel() > 0 ? static_cast<BFloat16*>(e.mutable_data_ptr()) : nullptr,
+                            stride,
+                            partials,
+                            sums ? static_cast<float*>(largest.mutable_data_ptr()) : nullptr};
+        if (sums) {
+          score_largest(queue, task);
+          update_shift(queue, {task.largest, splits, 1, batch, true, RowLogits<T>::kNoClass}, rows, x_sum);
+        }
+        score_exp(queue, task);
+        if (sums) add_partials(queue, partials, splits, rows);
+        return;
+      }
+    }
     multiply(x, {x_hat.const_data_ptr(), score, batch, dim, dim},
              Matrix{w_hat.const_data_ptr(), score, width, dim, dim}.transposed(),
              {scores.const_data_ptr(), wide, batch, width, stride});
     T* from = static_cast<T*>(scores.mutable_data_ptr());
-    const int64_t splits = (width + kColumnsPerBlock - 1) / kColumnsPerBlock;
-    Tensor partial = device_empty(x, {sums ? 2 * splits * batch : 0}, ScalarType::Double);
-    double* partials = sums ? static_cast<double*>(partial.mutable_data_ptr()) : nullptr;
-    if (sums)
-      launch("update_shift", queue, update_shift_kernel<T>, Grid{batch}, kThreads,
-             shared_bytes<T>(kThreads / kWarp), from, width, stride, first, label_data(), classes, scale,
-             rows, x_sum, dim);
+    if (sums) update_shift(queue, {from, width, stride, 1, false, first}, rows, x_sum);
     const size_t shared = shared_bytes<double>(kThreads / kWarp);
     if (narrow)
       launch("exponentiate", queue, exponentiate_kernel<T, BFloat16>, Grid{batch, splits}, kThreads, shared,
@@ -397,9 +429,17 @@ struct Head {
       launch("exponentiate", queue, exponentiate_kernel<T, T>, Grid{batch, splits}, kThreads, shared, from,
              static_cast<T*>(e.mutable_data_ptr()), width, stride, stride, first, label_data(), scale, rows,
              partials);
-    if (sums)
-      launch("add_partials", queue, add_partials_kernel, Grid{(batch + kThreads - 1) / kThreads}, kThreads, 0,
-             partials, splits, rows);
+    if (sums) add_partials(queue, partials, splits, rows);
+  }
+
+  void update_shift(Queue& queue, const RowLogits<T>& logits, const RowState& rows, T* x_sum) const {
+    launch("update_shift", queue, update_shift_kernel<T>, Grid{batch}, kThreads,
+           shared_bytes<T>(kThreads / kWarp), logits, label_data(), classes, scale, rows, x_sum, dim);
+  }
+
+  void add_partials(Queue& queue, const double* partial, int64_t splits, const RowState& rows) const {
+    launch("add_partials", queue, add_partials_kernel, Grid{(batch + kThreads - 1) / kThreads}, kThreads, 0,
+           partial, splits, rows);
   }
 };
 
@@ -424,11 +464,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Queue& queue, const H
 
   const Tensor w_hat = head.buffer(chunk, D, head.score);
   const bool copies = head.narrow && need_x;
+  const bool need_e = need_x || store || !head.tensor_cores;
   const Tensor w_copy = head.buffer(copies ? chunk : 0, D, head.other);
   // In the wide types E replaces the scores, so stored E is where they are written.
   const bool in_place = !head.narrow;
-  const Tensor scores = store && in_place ? stored : head.buffer(N, head.padded(chunk), head.wide);
-  const Tensor e = store ? stored : in_place ? scores : head.buffer(N, head.padded(chunk), head.other);
+  const Tensor scores =
+      store && in_place ? stored : head.buffer(head.tensor_cores ? 0 : N, head.padded(chunk), head.wide);
+  const Tensor e = store      ? stored
+                   : in_place ? scores
+                              : head.buffer(need_e ? N : 0, head.padded(chunk), head.other);
   T* sum = need_x && N * D > 0 ? static_cast<T*>(x_sum.mutable_data_ptr()) : nullptr;
   const Tensor part = head.buffer(need_x && chunk < head.classes ? N : 0, D, head.wide);
   for (int64_t first = 0; first < head.classes; first += chunk) {
@@ -463,7 +507,7 @@ void grad_weight(Queue& queue, const Head<T>& head, const RowState& rows, const 
          StoredArray(head.x), D, rows, gradients, unit, StoredArray(weighted));
 
   const Tensor w_hat = head.buffer(recompute ? chunk : 0, D, head.score);
-  const Tensor scores = head.buffer(recompute ? N : 0, head.padded(chunk), head.wide);
+  const Tensor scores = head.buffer(recompute && !head.tensor_cores ? N : 0, head.padded(chunk), head.wide);
   const Tensor e = !recompute    ? stored
                    : head.narrow ? head.buffer(N, head.padded(chunk), head.other)
                                  : scores;
@@ -516,22 +560,20 @@ auto dispatch_wide(const Tensor& x, const F& f) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normface_loss(
     Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value, double m1,
     double m2, double m3, int64_t reduction, int64_t ignore_index, double eps, int64_t class_chunk,
-    bool store, bool need_x, ScalarType operand) {
+    bool store, bool need_x, int64_t score_kernel, ScalarType operand) {
   check_head("normface_loss", x, weight);
   check_labels("normface_loss", labels, x.size(0));
   Queue queue(x);
   return dispatch_wide(x, [&]<class T>() {
-    const Head<T> head(x, weight, labels, scale, scale_value, class_chunk, operand);
+    const Head<T> head(x, weight, labels, scale, scale_value, class_chunk, score_kernel, operand);
     return forward(queue, head, {m1, m2, m3}, reduction, ignore_index, eps, store, need_x);
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> normface_loss_backward(Tensor grad_loss, Tensor x, Tensor weight,
-                                                          Tensor labels, std::optional<Tensor> scale,
-                                                          double scale_value, double eps, int64_t class_chunk,
-                                                          Tensor rows, Tensor inverse_norm, Tensor x_sum,
-                                                          Tensor stored, bool need_x, bool need_weight,
-                                                          bool need_scale, ScalarType operand) {
+std::tuple<Tensor, Tensor, Tensor> normface_loss_backward(
+    Tensor grad_loss, Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
+    double eps, int64_t class_chunk, Tensor rows, Tensor inverse_norm, Tensor x_sum, Tensor stored,
+    bool need_x, bool need_weight, bool need_scale, int64_t score_kernel, ScalarType operand) {
   const char* op = "normface_loss_backward";
   check_head(op, x, weight);
   check_labels(op, labels, x.size(0));
@@ -542,7 +584,7 @@ std::tuple<Tensor, Tensor, Tensor> normface_loss_backward(Tensor grad_loss, Tens
   Tensor dw = need_weight ? torch::stable::empty_like(weight) : device_empty(x, {0}, weight.scalar_type());
   Tensor ds = need_scale ? device_empty(x, {}, ScalarType::Double) : device_empty(x, {0}, ScalarType::Double);
   dispatch_wide(x, [&]<class T>() {
-    const Head<T> head(x, weight, labels, scale, scale_value, class_chunk, operand);
+    const Head<T> head(x, weight, labels, scale, scale_value, class_chunk, score_kernel, operand);
     backward(queue, head, grad_loss, rows, inverse_norm, x_sum, stored, eps, need_x ? &dx : nullptr,
              need_weight ? &dw : nullptr, need_scale ? &ds : nullptr);
   });
