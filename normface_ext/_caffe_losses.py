@@ -74,15 +74,15 @@ def contrastive(
         counted = (torch.arange(batch, device=target.device) == smallest)[:, None]
         printed = torch.where(own & ~counted, 0, printed)
     pulled = (target > pos_margin) & (target < positive_outlier_thresh) & counted
-    pull = torch.where(far | pulled, pos_weight, 0.0).to(distances.dtype)
-    pushed = active & chosen & ~far
-    push = torch.where(pushed, (-distances).exp() if exp_negative_weight else 1.0, 0.0) * neg_weight
+    pull = (far | pulled).to(distances.dtype) * pos_weight
+    pushed = (active & chosen & ~far).to(distances.dtype) * neg_weight
+    push = pushed * (-distances).exp() if exp_negative_weight else pushed
     if normalize_negative is not None:
         total = push.sum().abs() / normalize_negative / batch
         push = torch.where(total > pos_weight, push / total, push)
     gradient = torch.where(own, pull, -push) / batch
     stats = torch.stack([positive.sum() / batch, hinge.sum() / batch / (classes - 1)])
-    return printed.abs().sum() / batch, gradient.to(distances.dtype), stats
+    return printed.abs().sum() / batch, gradient, stats
 
 
 def triplet(
@@ -111,11 +111,11 @@ def triplet(
         push = torch.where(pushed, -neg_weight, torch.where(own, 0, printed))
     else:
         pushed = ~own & (target + margin > distances)
-        push = torch.where(pushed, -neg_weight, 0.0)
+        push = pushed.to(distances.dtype) * -neg_weight
     pulled = pushed.any(1, keepdim=True) | add_center_loss
-    pull = torch.where(far | pulled, pos_weight, 0.0)
+    pull = (far | pulled).to(distances.dtype) * pos_weight
     gradient = torch.where(own, pull, torch.where(far, 0, push)) / batch
     printed = torch.where(far, 0, printed)
     others = distances.sum() - target.sum()
     stats = torch.stack([target.sum() / batch, others / batch / (classes - 1)])
-    return printed.abs().sum() / batch, gradient.to(distances.dtype), stats
+    return printed.abs().sum() / batch, gradient, stats
