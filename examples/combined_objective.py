@@ -18,11 +18,12 @@ from __future__ import annotations
 import argparse
 import time
 
-import normface_ext as nf
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
+
+import normface_ext as nf
 
 CLASSES, FEATURES, BATCH, CONTRASTIVE_WEIGHT = 10, 16, 64, 0.01
 
@@ -50,7 +51,9 @@ HEADS = {
 }
 
 
-def train(name: str, images: Tensor, labels: Tensor, epochs: int, seed: int) -> tuple[nn.Module, nn.Module, float]:
+def train(
+    name: str, images: Tensor, labels: Tensor, epochs: int, seed: int
+) -> tuple[nn.Module, nn.Module, float]:
     torch.manual_seed(seed)  # the backbone is drawn first, so all start from the same one
     backbone = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, FEATURES))
     head = HEADS[name]()
@@ -86,7 +89,9 @@ def main() -> None:
     print(f"{'objective':30} final loss  accuracy  to own agent  to nearest other  ratio  seconds")
     for name in HEADS:
         start = time.perf_counter()
-        backbone, head, loss = train(name, images[train_rows], labels[train_rows], options.epochs, options.seed)
+        backbone, head, loss = train(
+            name, images[train_rows], labels[train_rows], options.epochs, options.seed
+        )
         with torch.no_grad():
             features = nf.functional.normalize(backbone(images[test_rows]))
             distances = nf.functional.inner_distance(features, head.weight, normalize=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -88,12 +88,16 @@ def _in_range(op: str, labels: object, x: Tensor, classes: int) -> Tensor:
     return checked
 
 
-def _agents(op: str, x: object, weight: object, labels: object, ignore_index: int) -> tuple[Tensor, Tensor | None]:
+def _agents(
+    op: str, x: object, weight: object, labels: object, ignore_index: int
+) -> tuple[Tensor, Tensor | None]:
     """x [N, D] and weight [C, D], or distances [N, C] and no weight; labels checked."""
     if weight is None:
         distances = _checks.matrix(op, "x", x, "[N, C] distances where `weight` is None")
         if distances.shape[1] == 0:
-            raise ValueError(f"{op}: expected `x` to have at least one class, got shape {list(distances.shape)}")
+            raise ValueError(
+                f"{op}: expected `x` to have at least one class, got shape {list(distances.shape)}"
+            )
         _checks.labels(op, labels, distances, distances.shape[1], ignore_index)
         return distances, None
     features, agents = _checks.features_and_weight(op, x, weight)
@@ -129,8 +133,18 @@ def _hinges(
         capacity = 0 if traced else min(classes // 16, 512)
     tensor, value = (margin, 0.0) if isinstance(margin, Tensor) else (None, margin)
     return _metric_ops.agent_hinge(
-        x, weight, labels, tensor, value, triplet, hardest, exponential, ignore_index, eps,
-        chosen.class_chunk, capacity,
+        x,
+        weight,
+        labels,
+        tensor,
+        value,
+        triplet,
+        hardest,
+        exponential,
+        ignore_index,
+        eps,
+        chosen.class_chunk,
+        capacity,
     )
 
 
@@ -193,7 +207,7 @@ def c_contrastive_loss(
     ignore_index: int = ...,
     reduction: str = ...,
     mode: str = ...,
-    return_stats: bool,
+    return_stats: Literal[True],
     eps: float = ...,
     workspace: int | None = ...,
     active_limit: int | None = ...,
@@ -270,7 +284,9 @@ def c_contrastive_loss(
         given["normalize_negative"] = normalize_negative
     if isinstance(neg_margin, Tensor):
         if neg_margin.dim() != 0 or neg_margin.dtype not in _checks.FLOATING or neg_margin.requires_grad:
-            raise ValueError(f"{op}: expected `neg_margin` to be a number or a 0-d floating tensor without gradient")
+            raise ValueError(
+                f"{op}: expected `neg_margin` to be a number or a 0-d floating tensor without gradient"
+            )
     else:
         _number(op, "neg_margin", neg_margin)
     numbers = {name: _number(op, name, value) for name, value in given.items()}
@@ -282,19 +298,24 @@ def c_contrastive_loss(
         raise ValueError(f"{op}: expected `normalize_negative` > 0, got {normalize_negative}")
     numbers.pop("normalize_negative", None)
     x, weight = _agents(op, x, weight, labels, 0 if mode == "caffe" else ignore_index)
-    options = {
+    options: dict[str, Any] = {
         **numbers, "neg_margin": neg_margin, "hardest_only": bool(hardest_only),
         "max_positive_only": bool(max_positive_only), "positive_first": bool(positive_first),
         "exp_negative_weight": bool(exp_negative_weight), "normalize_negative": normalize_negative,
     }  # fmt: skip
     if mode == "caffe":
         distances = _caffe_distances(x, weight, eps)
-        value, gradient, stats = _caffe_losses.contrastive(distances.detach(), labels, **options)  # type: ignore[arg-type]
+        value, gradient, stats = _caffe_losses.contrastive(distances.detach(), labels, **options)
         loss = _metric_ops.with_gradient(distances, value, gradient)
         return (loss, stats) if return_stats else loss
     if weight is None:
         loss = reference.c_contrastive_loss(
-            x, None, labels, ignore_index=ignore_index, reduction=reduction, **options  # type: ignore[arg-type]
+            x,
+            None,
+            labels,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            **options,
         )
         return (loss, _contrastive_stats(x, labels, options, ignore_index)) if return_stats else loss
 
@@ -324,12 +345,14 @@ def c_contrastive_loss(
     return loss, torch.stack([hinge_sum / count, others / count])
 
 
-def _contrastive_stats(distances: Tensor, labels: Tensor, options: dict[str, object], ignore_index: int) -> Tensor:
+def _contrastive_stats(
+    distances: Tensor, labels: Tensor, options: dict[str, Any], ignore_index: int
+) -> Tensor:
     wide = distances.detach().to(ops._accumulator(distances.dtype))
     target, others = reference._split(wide, labels)
     kept = labels != ignore_index
-    positive = (target - options["pos_margin"]).clamp(0, options["positive_outlier_thresh"])  # type: ignore
-    negative = (options["neg_margin"] - others).clamp_min(0).sum(1) / max(1, wide.shape[1] - 1)  # type: ignore
+    positive = (target - options["pos_margin"]).clamp(0, options["positive_outlier_thresh"])
+    negative = (options["neg_margin"] - others).clamp_min(0).sum(1) / max(1, wide.shape[1] - 1)
     return torch.stack([reference._reduce(part, kept, "mean") for part in (positive, negative)])
 
 
@@ -370,7 +393,7 @@ def c_triplet_loss(
     ignore_index: int = ...,
     reduction: str = ...,
     mode: str = ...,
-    return_stats: bool,
+    return_stats: Literal[True],
     eps: float = ...,
     workspace: int | None = ...,
     active_limit: int | None = ...,
@@ -414,7 +437,7 @@ def c_triplet_loss(
     Returns, raises: as :func:`c_contrastive_loss`.
     """
     op = "c_triplet_loss"
-    options = {
+    options: dict[str, Any] = {
         name: _number(op, name, value)
         for name, value in {
             "margin": margin, "pos_weight": pos_weight, "neg_weight": neg_weight,
@@ -432,13 +455,18 @@ def c_triplet_loss(
     x, weight = _agents(op, x, weight, labels, 0 if mode == "caffe" else ignore_index)
     if mode == "caffe":
         distances = _caffe_distances(x, weight, eps)
-        value, gradient, stats = _caffe_losses.triplet(distances.detach(), labels, **options)  # type: ignore[arg-type]
+        value, gradient, stats = _caffe_losses.triplet(distances.detach(), labels, **options)
         loss = _metric_ops.with_gradient(distances, value, gradient)
         return (loss, stats) if return_stats else loss
     kept = labels != ignore_index
     if weight is None:
         loss = reference.c_triplet_loss(
-            x, None, labels, ignore_index=ignore_index, reduction=reduction, **options  # type: ignore[arg-type]
+            x,
+            None,
+            labels,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            **options,
         )
         wide = x.detach().to(ops._accumulator(x.dtype))
         target, _ = reference._split(wide, labels)
@@ -468,7 +496,9 @@ def _rows(op: str, name: str, value: object, like: Tensor) -> Tensor:
     if rows.shape != like.shape:
         raise ValueError(f"{op}: expected `{name}` to have shape {list(like.shape)}, got {list(rows.shape)}")
     if (rows.dtype == torch.float64) != (like.dtype == torch.float64):
-        raise TypeError(f"{op}: expected `{name}` to be float64 only together with the others, got {rows.dtype}")
+        raise TypeError(
+            f"{op}: expected `{name}` to be float64 only together with the others, got {rows.dtype}"
+        )
     _checks.same_device(op, name, rows, "the first", like)
     return rows
 
@@ -501,9 +531,9 @@ def pair_contrastive_loss(
     if checked.shape != a.shape[:1]:
         raise ValueError(f"{op}: expected `same` to have shape [{a.shape[0]}], got {list(checked.shape)}")
     _checks.same_device(op, "same", checked, "a", a)
-    if checked.dtype == torch.int64 and checked.device.type == "cpu" and not torch.compiler.is_compiling():
-        if ((checked != 0) & (checked != 1)).any():
-            raise ValueError(f"{op}: expected `same` to hold 0 and 1, got {checked.unique().tolist()}")
+    readable = checked.device.type == "cpu" and not torch.compiler.is_compiling()
+    if checked.dtype == torch.int64 and readable and ((checked != 0) & (checked != 1)).any():
+        raise ValueError(f"{op}: expected `same` to hold 0 and 1, got {checked.unique().tolist()}")
     margin = _number(op, "margin", margin)
     _checks.reduction(op, reduction)
     squared = _metric_ops.pair_distance(a, b, 2)

@@ -192,8 +192,18 @@ class _AgentHinge(Function):
         if not any(ctx.needs_input_grad[:2]):
             capacity = 0
         target, value, *state = ops._kernels(x, weight).agent_hinge(
-            x, weight, labels, margin, margin_value, triplet, hardest, exponential, ignore_index, eps,
-            class_chunk, capacity,
+            x,
+            weight,
+            labels,
+            margin,
+            margin_value,
+            triplet,
+            hardest,
+            exponential,
+            ignore_index,
+            eps,
+            class_chunk,
+            capacity,
         )
         ctx.save_for_backward(x, weight, labels, *state)
         ctx.arguments = triplet, hardest, exponential, eps, class_chunk, capacity
@@ -229,8 +239,17 @@ def _agent_hinge_backward(ctx: Any, grad_target: Tensor, grad_value: Tensor) -> 
         if hardest:
             raise RuntimeError("agent_hinge: the hardest class has no dense gradient; expected a list")
         gradients = kernels.agent_hinge_backward(
-            target_factor, hinge_factor, x, weight, labels, rows, inverse_norm, exponential, eps,
-            class_chunk, *needed,
+            target_factor,
+            hinge_factor,
+            x,
+            weight,
+            labels,
+            rows,
+            inverse_norm,
+            exponential,
+            eps,
+            class_chunk,
+            *needed,
         )
         return _asked(needed, gradients)
     classes = classes[:, :listed].contiguous()
@@ -258,8 +277,18 @@ def agent_hinge(
     capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     result: tuple[Tensor, Tensor, Tensor] = _AgentHinge.apply(
-        x, weight, labels, margin, margin_value, triplet, hardest, exponential, ignore_index, eps,
-        class_chunk, capacity,
+        x,
+        weight,
+        labels,
+        margin,
+        margin_value,
+        triplet,
+        hardest,
+        exponential,
+        ignore_index,
+        eps,
+        class_chunk,
+        capacity,
     )
     return result
 

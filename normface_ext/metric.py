@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -121,7 +123,7 @@ class CContrastiveLoss(_Agents):
         self.in_features, self.num_classes = in_features, num_classes
         self.neg_margin, self.mode, self.return_stats = neg_margin, mode, return_stats
         self.add_intra_mae, self.max_negative_margin = bool(add_intra_mae), max_negative_margin
-        self.options = {
+        self.options: dict[str, Any] = {
             "pos_margin": pos_margin,
             "pos_weight": pos_weight,
             "neg_weight": neg_weight,
@@ -150,7 +152,7 @@ class CContrastiveLoss(_Agents):
             labels,
             neg_margin=margin,
             return_stats=True,
-            **self.options,  # type: ignore[arg-type]
+            **self.options,
         )
         if self.add_intra_mae:
             if self.training:
@@ -198,7 +200,7 @@ class CTripletLoss(_Agents):
         super().__init__(in_features, num_classes, device, dtype)
         self.in_features, self.num_classes = in_features, num_classes
         self.margin, self.mode, self.return_stats = margin, mode, return_stats
-        self.options = {
+        self.options: dict[str, Any] = {
             "pos_weight": pos_weight,
             "neg_weight": neg_weight,
             "hardest_only": hardest_only,
@@ -214,14 +216,10 @@ class CTripletLoss(_Agents):
         }
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        return functional.c_triplet_loss(
-            features,
-            self.weight,
-            labels,
-            margin=self.margin,
-            return_stats=self.return_stats,
-            **self.options,  # type: ignore[arg-type]
+        loss, stats = functional.c_triplet_loss(
+            features, self.weight, labels, margin=self.margin, return_stats=True, **self.options
         )
+        return (loss, stats) if self.return_stats else loss
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.num_classes}, margin={self.margin:g}, mode={self.mode!r}"

@@ -22,8 +22,9 @@ int64_t chunk_for(const Tensor& weight) {
 template <class T>
 Buffer<T> widened(const Rows<T>& rows, int64_t count) {
   Buffer<T> wide(count * rows.length);
-  for_rows(count, rows.length,
-           [&](int64_t i) { rows.kernel.widen(rows.row(i), rows.length, T(1), wide.data + i * rows.length); });
+  for_rows(count, rows.length, [&](int64_t i) {
+    rows.kernel.widen(rows.row(i), rows.length, T(1), wide.data + i * rows.length);
+  });
   return wide;
 }
 
@@ -97,8 +98,7 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const i
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
     T* w = agents.data + slot * shape.chunk * D;
     T* g = cells.data + slot * N * shape.chunk;
-    for (int64_t j = 0; j < tile.width; ++j)
-      ws.kernel.widen(ws.row(tile.first + j), D, T(1), w + j * D);
+    for (int64_t j = 0; j < tile.width; ++j) ws.kernel.widen(ws.row(tile.first + j), D, T(1), w + j * D);
     for (int64_t i = 0; i < N; ++i) {
       T* row = g + i * tile.width;
       grads.kernel.widen(cell(grads, i, tile.first), tile.width, T(1), row);
@@ -111,7 +111,8 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const i
       else
         for (int64_t i = 0; i < N; ++i)
           for (int64_t j = 0; j < tile.width; ++j)
-            kernel.add_distance_slope(g[i * tile.width + j], features.data + i * D, w + j * D, sum + i * D, D, 1);
+            kernel.add_distance_slope(g[i * tile.width + j], features.data + i * D, w + j * D, sum + i * D, D,
+                                      1);
     }
     if (dw == nullptr) return;
     const Rows<T> out(*dw, D);
@@ -127,7 +128,8 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const i
         const int64_t own = labels != nullptr ? labels[i] - tile.first : 0;
         const int64_t begin = labels == nullptr || (own >= 0 && own < tile.width) ? own : tile.width;
         for (int64_t j = begin; j < (labels != nullptr ? std::min(begin + 1, tile.width) : tile.width); ++j)
-          kernel.add_distance_slope(g[i * tile.width + j], w + j * D, features.data + i * D, product + j * D, D, p);
+          kernel.add_distance_slope(g[i * tile.width + j], w + j * D, features.data + i * D, product + j * D,
+                                    D, p);
       }
     for (int64_t j = 0; j < tile.width; ++j) {
       T* row = product + j * D;
@@ -146,8 +148,7 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const i
   for_rows(N, D, [&](int64_t i) {
     T* row = sums.data + i * D;
     if (p == 2)
-      for (int64_t d = 0; d < D; ++d)
-        row[d] = T(2) * (T(totals.data[i]) * features.data[i * D + d] - row[d]);
+      for (int64_t d = 0; d < D; ++d) row[d] = T(2) * (T(totals.data[i]) * features.data[i * D + d] - row[d]);
     out.kernel.narrow(row, D, T(1), out.row(i));
   });
 }

@@ -236,8 +236,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> agent_hinge(
       fail(op, ": expected `labels` in [0, ", weight.size(0), ") or ignore_index (", ignore_index, "), got ",
            given[i], " at row ", i);
   const auto run = accumulator(x.scalar_type()) == ScalarType::Double ? forward<double> : forward<float>;
-  HingeResult out = run(x, weight, labels, scale_of(margin, margin_value), triplet,
-                        {hardest, exponential, std::max<int64_t>(0, capacity)}, ignore_index, eps, class_chunk);
+  HingeResult out =
+      run(x, weight, labels, scale_of(margin, margin_value), triplet,
+          {hardest, exponential, std::max<int64_t>(0, capacity)}, ignore_index, eps, class_chunk);
   return {out.target, out.value, out.rows, out.inverse_norm, out.classes, out.slopes};
 }
 
@@ -294,15 +295,16 @@ void backward(const Tensor& target_factor, const Tensor& hinge_factor, const Ten
     hinge_gradients(shape, data_of<const int64_t>(labels), rows, data_of<const T>(target_factor),
                     data_of<const T>(hinge_factor), exponential, tile, g);
     if (dx != nullptr)
-      multiply<T>({g, N, tile.width, tile.width}, {unit, tile.width, D, D}, {sums.data + slot * N * D, N, D, D},
-                  true);
+      multiply<T>({g, N, tile.width, tile.width}, {unit, tile.width, D, D},
+                  {sums.data + slot * N * D, N, D, D}, true);
     if (dw == nullptr) return;
     const Rows<T> out(*dw, D);
     T* rows_of_tile = product.data + slot * shape.chunk * D;
     multiply<T>(Matrix<T>{g, N, tile.width, tile.width}.transposed(), {x_hat.data, N, D, D},
                 {rows_of_tile, tile.width, D, D});
     for (int64_t j = 0; j < tile.width; ++j)
-      ws.kernel.project(unit + j * D, rows_of_tile + j * D, D, inverse[tile.first + j], out.row(tile.first + j));
+      ws.kernel.project(unit + j * D, rows_of_tile + j * D, D, inverse[tile.first + j],
+                        out.row(tile.first + j));
   });
   if (dx == nullptr) return;
   add_slots(sums.data, shape.slots, N * D);
@@ -344,7 +346,8 @@ void pairs_backward(const Tensor& factors_tensor, const Tensor& classes_tensor, 
   const Rows<T> xs(x, D), ws(weight, D);
   const T *factors = data_of<const T>(factors_tensor), *x_inv = data_of<const T>(x_inverse);
   const T* w_inv = data_of<const T>(weight_inverse);
-  const int64_t *classes = data_of<const int64_t>(classes_tensor), *order = data_of<const int64_t>(order_tensor);
+  const int64_t *classes = data_of<const int64_t>(classes_tensor),
+                *order = data_of<const int64_t>(order_tensor);
   // out[r] = the projection of `add`ed pairs
   const auto project = [&](const Rows<T>& rows, int64_t r, T inverse, const Rows<T>& out, const auto& add) {
     std::vector<T> memory(static_cast<size_t>(2 * D), T(0));

@@ -13,10 +13,10 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kRowsPerBlock = kThreads / kWarp;
-constexpr int kTile = 64;                            // results per block: kTile x kTile
-constexpr int kSide = 16;                            // threads per side of it: kSide * kSide = kThreads
-constexpr int kOwn = kTile / kSide;                  // results per thread and side
-constexpr int kDepth = 16;                           // of the third axis, per step
+constexpr int kTile = 64;                           // results per block: kTile x kTile
+constexpr int kSide = 16;                           // threads per side of it: kSide * kSide = kThreads
+constexpr int kOwn = kTile / kSide;                 // results per thread and side
+constexpr int kDepth = 16;                          // of the third axis, per step
 constexpr int64_t kCellsAtOnce = int64_t(1) << 26;  // wide scratch of a 16-bit result
 
 Grid warp_per_row(int64_t rows) { return {(rows + kRowsPerBlock - 1) / kRowsPerBlock}; }
@@ -51,11 +51,11 @@ column_sums_kernel(StoredArray g, int64_t rows, int64_t columns, T* __restrict__
 // are computed again by the warp together.
 template <class T>
 NF_KERNEL(kThreads)
-finish_squared_kernel(const T* products, int64_t stride,     // [N, stride], `width` of them valid
-                      StoredArray x, StoredArray w,          // [N, D], [C, D]
+finish_squared_kernel(const T* products, int64_t stride,  // [N, stride], `width` of them valid
+                      StoredArray x, StoredArray w,       // [N, D], [C, D]
                       const T* __restrict__ xx, const T* __restrict__ ww,  // [N], [C]
                       int64_t batch, int64_t dim, int64_t classes, int64_t first, int64_t width,
-                      StoredArray out)                       // [N, C], perhaps where the products are
+                      StoredArray out)  // [N, C], perhaps where the products are
 {
   const int64_t groups = (width + kWarp - 1) / kWarp;
   const int64_t task = block_id() * kRowsPerBlock + warp_id();
@@ -73,7 +73,8 @@ finish_squared_kernel(const T* products, int64_t stride,     // [N, stride], `wi
     if ((near & 1u) == 0) continue;
     T sum = 0;
     for (int64_t k = lane_id(); k < dim; k += kWarp)
-      sum += math::distance_term<T>(2, x.load<T>(i * dim + k) - w.load<T>((first + start + lane) * dim + k)).value;
+      sum += math::distance_term<T>(2, x.load<T>(i * dim + k) - w.load<T>((first + start + lane) * dim + k))
+                 .value;
     sum = warp_sum(sum);
     if (lane_id() == lane) d = sum;
   }
@@ -83,7 +84,8 @@ finish_squared_kernel(const T* products, int64_t stride,     // [N, stride], `wi
 // out[m, n] = sum over k of |a[m, k] - b[n, k]|. Blocks: tiles of m x tiles of n.
 template <class T>
 NF_KERNEL(kThreads)
-manhattan_kernel(StoredArray a, StoredArray b, int64_t rows, int64_t columns, int64_t depth, StoredArray out) {
+manhattan_kernel(StoredArray a, StoredArray b, int64_t rows, int64_t columns, int64_t depth,
+                 StoredArray out) {
   SharedMemory shared;
   T* left = shared.take<T>(kDepth * kTile);   // [kDepth, kTile]
   T* right = shared.take<T>(kDepth * kTile);  // [kDepth, kTile]
@@ -103,8 +105,8 @@ manhattan_kernel(StoredArray a, StoredArray b, int64_t rows, int64_t columns, in
     for (int k = 0; k < kDepth; ++k)
       for (int m = 0; m < kOwn; ++m)
         for (int n = 0; n < kOwn; ++n)
-          sum[m][n] += math::distance_term<T>(1, left[k * kTile + m * kSide + row] -
-                                                     right[k * kTile + n * kSide + column])
+          sum[m][n] += math::distance_term<T>(
+                           1, left[k * kTile + m * kSide + row] - right[k * kTile + n * kSide + column])
                            .value;
   }
   for (int m = 0; m < kOwn; ++m)
@@ -188,7 +190,8 @@ own_rows_gradient_kernel(StoredArray g, StoredArray x, StoredArray w,  // [N, C]
     T sum = 0;
     for (int64_t k = i; k < batch; ++k)
       if (labels[k] == label)
-        sum += g.load<T>(k * classes + label) * math::distance_term<T>(p, agent - x.load<T>(k * dim + d)).slope;
+        sum +=
+            g.load<T>(k * classes + label) * math::distance_term<T>(p, agent - x.load<T>(k * dim + d)).slope;
     dw.store<T>(label * dim + d, sum);
   }
 }
@@ -249,14 +252,16 @@ void check_distance(const char* op, const Tensor& x, const Tensor& weight, int64
 template <class T>
 void squared_forward(Queue& queue, const Tensor& x, const Tensor& weight, const Tensor& out) {
   const int64_t N = x.size(0), D = x.size(1), C = weight.size(0);
-  const ScalarType wide = accumulator(x.scalar_type()), type = common_type(x.scalar_type(), weight.scalar_type());
+  const ScalarType wide = accumulator(x.scalar_type()),
+                   type = common_type(x.scalar_type(), weight.scalar_type());
   const Tensor xs = torch::stable::to(x, type), ws = torch::stable::to(weight, type);
   const Tensor xx = device_empty(x, {N}, wide), ww = device_empty(x, {C}, wide);
   for (const auto& [rows, sums] : {std::pair(&x, &xx), std::pair(&weight, &ww)})
-    launch("row_sums", queue, row_sums_kernel<T>, warp_per_row(rows->size(0)), kThreads, 0, StoredArray(*rows),
-           rows->size(0), D, true, data_of<T>(*sums));
+    launch("row_sums", queue, row_sums_kernel<T>, warp_per_row(rows->size(0)), kThreads, 0,
+           StoredArray(*rows), rows->size(0), D, true, data_of<T>(*sums));
   const bool direct = out.scalar_type() == wide;
-  const int64_t chunk = direct ? C : std::min(C, std::max<int64_t>(1, kCellsAtOnce / std::max<int64_t>(1, N)));
+  const int64_t chunk =
+      direct ? C : std::min(C, std::max<int64_t>(1, kCellsAtOnce / std::max<int64_t>(1, N)));
   const Tensor scratch = device_empty(x, {direct ? 0 : N, chunk}, wide);
   const Tensor& products = direct ? out : scratch;
   const int64_t item = int64_t(ws.element_size());
@@ -281,8 +286,9 @@ Tensor inner_distance(Tensor x, Tensor weight, int64_t p) {
     if (p == 2)
       squared_forward<T>(queue, x, weight, out);
     else
-      launch("manhattan", queue, manhattan_kernel<T>, Grid{((N + kTile - 1) / kTile) * ((C + kTile - 1) / kTile)},
-             kThreads, 2 * shared_bytes<T>(kDepth * kTile), StoredArray(x), StoredArray(weight), N, C, D,
+      launch("manhattan", queue, manhattan_kernel<T>,
+             Grid{((N + kTile - 1) / kTile) * ((C + kTile - 1) / kTile)}, kThreads,
+             2 * shared_bytes<T>(kDepth * kTile), StoredArray(x), StoredArray(weight), N, C, D,
              StoredArray(out));
   });
   return out;
@@ -290,8 +296,8 @@ Tensor inner_distance(Tensor x, Tensor weight, int64_t p) {
 
 // The gradient of `own` [rows, D]; g is the upstream gradient as [rows, others].
 template <class T>
-void squared_backward(Queue& queue, const Tensor& own, const Tensor& other, const Tensor& grad, bool transposed,
-                      const Tensor& out) {
+void squared_backward(Queue& queue, const Tensor& own, const Tensor& other, const Tensor& grad,
+                      bool transposed, const Tensor& out) {
   const int64_t rows = own.size(0), D = own.size(1);
   const ScalarType wide = accumulator(own.scalar_type());
   const ScalarType type = common_type(grad.scalar_type(), other.scalar_type());
@@ -331,9 +337,9 @@ std::tuple<Tensor, Tensor> inner_distance_backward(Tensor grad, Tensor x, Tensor
   Queue queue(x);
   const int64_t N = x.size(0), D = x.size(1), C = weight.size(0);
   Tensor dx = need_x ? torch::stable::empty_like(x) : device_empty(x, {0}, x.scalar_type());
-  Tensor dw = !need_weight               ? device_empty(x, {0}, weight.scalar_type())
+  Tensor dw = !need_weight       ? device_empty(x, {0}, weight.scalar_type())
               : labels || N == 0 ? torch::stable::new_zeros(weight, {C, D})
-                                         : torch::stable::empty_like(weight);
+                                 : torch::stable::empty_like(weight);
   if (N == 0 || D == 0) return {dx, dw};
   dispatch_wide(accumulator(x.scalar_type()), [&]<class T>() {
     const auto run = p == 2 ? squared_backward<T> : manhattan_backward<T>;

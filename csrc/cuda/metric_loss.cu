@@ -97,7 +97,7 @@ NF_DEVICE int count_bits(unsigned bits) {
 // A chunk of cosines into the rows' sums and lists. One block per row.
 template <class T>
 NF_KERNEL(kThreads)
-fold_kernel(const T* __restrict__ scores,        // [N, width]
+fold_kernel(const T* __restrict__ scores,  // [N, width]
             int64_t width, int64_t first,
             const int64_t* __restrict__ labels,  // [N]
             bool hardest, bool exponential, HingeRows rows, ActiveList<T> list) {
@@ -187,7 +187,7 @@ template <class T>
 NF_KERNEL(kThreads)
 hinge_gradients_kernel(T* __restrict__ scores,  // [N, width]
                        int64_t width, int64_t first,
-                       const int64_t* __restrict__ labels,  // [N]
+                       const int64_t* __restrict__ labels,                                       // [N]
                        const T* __restrict__ target_factor, const T* __restrict__ hinge_factor,  // [N]
                        bool exponential, HingeRows rows) {
   const int64_t i = block_id();
@@ -223,8 +223,8 @@ add_kernel(const T* __restrict__ part, int64_t count, T* __restrict__ sum) {
 
 // out[r] = inverse (g - y <y, g>), y = inverse own[r], for g(d) = `gradient(d)`; by one warp.
 template <class T, class Gradient>
-NF_DEVICE void project_row(const StoredArray& own, int64_t r, int64_t dim, T inverse, const Gradient& gradient,
-                             const StoredArray& out) {
+NF_DEVICE void project_row(const StoredArray& own, int64_t r, int64_t dim, T inverse,
+                           const Gradient& gradient, const StoredArray& out) {
   T radial = 0;
   for (int64_t d = lane_id(); d < dim; d += kWarp) radial += own.load<T>(r * dim + d) * inverse * gradient(d);
   radial = warp_sum(radial);
@@ -236,14 +236,16 @@ NF_DEVICE void project_row(const StoredArray& own, int64_t r, int64_t dim, T inv
 // dx = P_x(sum). One warp per row.
 template <class T>
 NF_KERNEL(kThreads)
-finish_features_kernel(StoredArray x, int64_t dim, HingeRows rows, const T* __restrict__ sum, StoredArray dx) {
+finish_features_kernel(StoredArray x, int64_t dim, HingeRows rows, const T* __restrict__ sum,
+                       StoredArray dx) {
   const int64_t i = block_id() * kWarps + warp_id();
   if (i >= rows.batch) return;  // the whole warp leaves
   if (rows.ignored(i)) {        // whatever it holds, NaN included, has no gradient
     for (int64_t d = lane_id(); d < dim; d += kWarp) dx.store<T>(i * dim + d, T(0));
     return;
   }
-  project_row<T>(x, i, dim, T(rows.at(kHingeInverseNorm, i)), [&](int64_t d) { return sum[i * dim + d]; }, dx);
+  project_row<T>(
+      x, i, dim, T(rows.at(kHingeInverseNorm, i)), [&](int64_t d) { return sum[i * dim + d]; }, dx);
 }
 
 struct Pairs {
@@ -323,12 +325,17 @@ void score_chunk(Queue& queue, const Tensor& x_hat, const Tensor& weight, int64_
   const int64_t N = x_hat.size(0), D = x_hat.size(1), item = int64_t(weight.element_size());
   const ScalarType wide = x_hat.scalar_type();
   UnitRows task{static_cast<const char*>(weight.const_data_ptr()) + first * D * item,
-                weight.scalar_type(), width, D, 2, eps};
+                weight.scalar_type(),
+                width,
+                D,
+                2,
+                eps};
   task.y = w_hat.mutable_data_ptr();
   task.y_type = wide;
   task.inverse = inverse;
   unit_rows(queue, task);
-  multiply(x_hat, {x_hat.const_data_ptr(), wide, N, D, D}, Matrix{w_hat.const_data_ptr(), wide, width, D, D}.transposed(),
+  multiply(x_hat, {x_hat.const_data_ptr(), wide, N, D, D},
+           Matrix{w_hat.const_data_ptr(), wide, width, D, D}.transposed(),
            {scores.const_data_ptr(), wide, N, width, width});
 }
 
@@ -356,7 +363,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> agent_hinge(
            Scale(margin, margin_value), triplet, rows, StoredArray(x_hat), list, data_of<T>(target));
     for (int64_t first = 0; first < C; first += chunk) {
       const int64_t width = std::min(chunk, C - first);
-      score_chunk<T>(queue, x_hat, weight, first, width, eps, w_hat, data_of<T>(inverse_norm) + first, scores);
+      score_chunk<T>(queue, x_hat, weight, first, width, eps, w_hat, data_of<T>(inverse_norm) + first,
+                     scores);
       launch("fold", queue, fold_kernel<T>, Grid{N}, kThreads,
              shared_bytes<double>(kWarps) + shared_bytes<int>(kWarps), data_of<const T>(scores), width, first,
              data_of<const int64_t>(labels), hardest, exponential, rows, list);
@@ -369,8 +377,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> agent_hinge(
 
 template <class T>
 void backward(Queue& queue, const Tensor& target_factor, const Tensor& hinge_factor, const Tensor& x,
-              const Tensor& weight, const Tensor& labels, const Tensor& rows_tensor, const Tensor& inverse_norm,
-              bool exponential, double eps, int64_t chunk, Tensor* dx, Tensor* dw) {
+              const Tensor& weight, const Tensor& labels, const Tensor& rows_tensor,
+              const Tensor& inverse_norm, bool exponential, double eps, int64_t chunk, Tensor* dx,
+              Tensor* dw) {
   const int64_t N = x.size(0), D = x.size(1), C = weight.size(0), item = int64_t(weight.element_size());
   const ScalarType wide = accumulator(x.scalar_type());
   const HingeRows rows(rows_tensor);
@@ -380,8 +389,8 @@ void backward(Queue& queue, const Tensor& target_factor, const Tensor& hinge_fac
   const Tensor product = device_empty(x, {dw != nullptr && !direct ? chunk : 0, D}, wide);
   const Tensor sum = device_empty(x, {dx != nullptr ? N : 0, D}, wide);
   const Tensor part = device_empty(x, {dx != nullptr && chunk < C ? N : 0, D}, wide);
-  launch("unit_features", queue, unit_features_kernel<T>, warp_per_row(N), kThreads, 0, StoredArray(x), D, rows,
-         data_of<T>(x_hat));
+  launch("unit_features", queue, unit_features_kernel<T>, warp_per_row(N), kThreads, 0, StoredArray(x), D,
+         rows, data_of<T>(x_hat));
   for (int64_t first = 0; first < C; first += chunk) {
     const int64_t width = std::min(chunk, C - first);
     score_chunk<T>(queue, x_hat, weight, first, width, eps, w_hat, nullptr, scores);
@@ -401,12 +410,13 @@ void backward(Queue& queue, const Tensor& target_factor, const Tensor& hinge_fac
     char* out = static_cast<char*>(dw->mutable_data_ptr()) + first * D * item;
     T* into = direct ? reinterpret_cast<T*>(out) : data_of<T>(product);
     multiply(x, g.transposed(), {x_hat.const_data_ptr(), wide, N, D, D}, {into, wide, width, D, D});
-    project_rows(queue, {static_cast<const char*>(weight.const_data_ptr()) + first * D * item,
-                         weight.scalar_type(), width, D, eps, data_of<const T>(inverse_norm) + first, into, out});
+    project_rows(queue,
+                 {static_cast<const char*>(weight.const_data_ptr()) + first * D * item, weight.scalar_type(),
+                  width, D, eps, data_of<const T>(inverse_norm) + first, into, out});
   }
   if (dx != nullptr)
-    launch("finish_features", queue, finish_features_kernel<T>, warp_per_row(N), kThreads, 0, StoredArray(x), D,
-           rows, data_of<const T>(sum), StoredArray(*dx));
+    launch("finish_features", queue, finish_features_kernel<T>, warp_per_row(N), kThreads, 0, StoredArray(x),
+           D, rows, data_of<const T>(sum), StoredArray(*dx));
 }
 
 // Gradients of the shape of x and of the weight, in zeros or uninitialised, or empty.
@@ -443,16 +453,18 @@ std::tuple<Tensor, Tensor> cosine_pairs_backward(Tensor factors, Tensor classes,
   check_shape(op, "factors", factors, x.size(0), classes.size(1));
   Queue queue(x);
   Tensor dx = gradient_like(x, need_x, false), dw = gradient_like(weight, need_weight, true);
-  const Pairs pairs{StoredArray(x), StoredArray(weight), data_of<const int64_t>(classes), x.size(0), x.size(1),
-                    weight.size(0), classes.size(1)};
+  const Pairs pairs{StoredArray(x), StoredArray(weight), data_of<const int64_t>(classes),
+                    x.size(0),      x.size(1),           weight.size(0),
+                    classes.size(1)};
   dispatch_wide(x, [&]<class T>() {
-    const T *f = data_of<const T>(factors), *xi = data_of<const T>(x_inverse), *wi = data_of<const T>(weight_inverse);
+    const T *f = data_of<const T>(factors), *xi = data_of<const T>(x_inverse),
+            *wi = data_of<const T>(weight_inverse);
     if (need_x)
-      launch("pairs_features", queue, pairs_features_kernel<T>, warp_per_row(pairs.batch), kThreads, 0, pairs, f,
-             xi, wi, StoredArray(dx));
+      launch("pairs_features", queue, pairs_features_kernel<T>, warp_per_row(pairs.batch), kThreads, 0, pairs,
+             f, xi, wi, StoredArray(dx));
     if (need_weight)
-      launch("pairs_weight", queue, pairs_weight_kernel<T>, warp_per_row(pairs.batch * pairs.listed), kThreads,
-             0, pairs, data_of<const int64_t>(order), f, xi, wi, StoredArray(dw));
+      launch("pairs_weight", queue, pairs_weight_kernel<T>, warp_per_row(pairs.batch * pairs.listed),
+             kThreads, 0, pairs, data_of<const int64_t>(order), f, xi, wi, StoredArray(dw));
   });
   return {dx, dw};
 }
