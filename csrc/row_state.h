@@ -9,10 +9,15 @@ enum RowField {
   kShift,        // kappa
   kSum,          // S = sum over j != y of exp(s c_j - kappa)
   kSumCosine,    // A = the same sum of exp(...) c_j
+  kCosine,       // c_y
   kPsi,          // psi(c_y), the target cosine after its margin
   kPsiSlope,     // psi'(c_y)
   kInverseNorm,  // 1 / ||x||
   kRowWeight,    // weight of this row's loss in the result: 0 when ignored, 1/count for the mean
+  kTotal,        // math::RowWeights
+  kSmooth,
+  kPull,
+  kPush,
   kRowFields
 };
 
