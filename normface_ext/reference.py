@@ -141,7 +141,6 @@ def normface_loss(
     return losses.sum() / torch.where(total_weight == 0, torch.ones_like(total_weight), total_weight)
 
 
-
 def inner_distance(
     x: Tensor,
     weight: Tensor,
