@@ -58,6 +58,7 @@ class Plan:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _threads() -> int:
+    """Dynamo cannot trace the question, and the answer holds for the life of a trace."""
     return torch.get_num_threads()
 
 
