@@ -2,26 +2,31 @@
 
 ``NormalizeLayer``, ``NormLinear`` and ``NormFaceLoss`` are the layers, ``functional`` what they call,
 ``reference`` the same in plain PyTorch, ``theory`` the paper's bounds, ``plan`` what a fused head will
-cost, ``build_info`` what was built.
+cost, ``build_info`` what was built, ``caffe`` what was NormFace's in Caffe.
 """
 
-from . import functional, reference, theory
+from . import caffe, functional, reference, theory
 from ._library import build_info
 from .margins import ArcFace, CombinedMargin, CosFace
+from .mirror import MirrorFace
 from .modules import NormalizeLayer, NormFaceLoss, NormLinear, gaussian_unitball_
+from .optim import parameter_groups
 from .plan import Plan, plan
 
 __all__ = [
     "ArcFace",
     "CombinedMargin",
     "CosFace",
+    "MirrorFace",
     "NormFaceLoss",
     "NormLinear",
     "NormalizeLayer",
     "Plan",
     "build_info",
+    "caffe",
     "functional",
     "gaussian_unitball_",
+    "parameter_groups",
     "plan",
     "reference",
     "theory",

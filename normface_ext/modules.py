@@ -21,6 +21,20 @@ def gaussian_unitball_(weight: Tensor, eps: float = 1e-12) -> Tensor:
         return weight.copy_(functional.normalize(weight, dim=1, eps=eps))
 
 
+def unit_rows_(weight: Tensor, eps: float, owner: str) -> Tensor:
+    """Divides the rows by sqrt(sum w^2 + eps), in place and outside autograd; a zero row stays zero.
+
+    Raises:
+        ValueError: a row with NaN or infinity; nothing is changed then.
+    """
+    with torch.no_grad():
+        unit = functional.normalize(weight, dim=1, eps=eps)
+        bad = ~torch.isfinite(weight).all(dim=1)
+        if bad.any():
+            raise ValueError(f"{owner}: expected finite weights, got row {int(bad.nonzero()[0])} that is not")
+        return weight.copy_(unit)
+
+
 def _positive(owner: str, name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: expected `{name}` to be a number, got {type(value).__name__}")
@@ -34,6 +48,7 @@ class _ScaledHead(nn.Module):
 
     weight: nn.Parameter
     scale: float | nn.Parameter
+    eps: float
 
     def __init__(
         self,
@@ -84,6 +99,14 @@ class _ScaledHead(nn.Module):
         if isinstance(self.scale, nn.Parameter):
             self.scale.data.clamp_(self.min_scale, self.max_scale)
         return self.scale
+
+    def renormalize_(self) -> None:
+        """Overwrites the weight by its unit rows: Caffe's ``normalize: true``, when it is asked for.
+
+        Not needed for the output, which depends on the directions only; see
+        ``caffe.renormalize_after_step``. Raises ValueError for NaN or infinity and then changes nothing.
+        """
+        unit_rows_(self.weight, self.eps, type(self).__name__)
 
     def _scale_repr(self) -> str:
         value = f"{float(self.scale):g}"
