@@ -102,12 +102,12 @@ def softmax_loss_backward(scores, labels, ignore=None, mode="VALID"):
     return grad / normalizer(mode, len(labels), count)
 
 
-CONTRASTIVE = dict(
-    positive_margin=0.0, negative_margin=1.0, positive_weight=1.0, negative_weight=1.0,
-    normalize_negative=None, positive_outlier_thresh=4.0, max_negative_only=False,
-    max_positive_only=False, positive_first=False, positive_upper_bound=1.0, exp_negative_weight=False,
-    add_intra_mae=False, max_negative_margin=1.2,
-)  # fmt: skip
+CONTRASTIVE = {
+    "positive_margin": 0.0, "negative_margin": 1.0, "positive_weight": 1.0, "negative_weight": 1.0,
+    "normalize_negative": None, "positive_outlier_thresh": 4.0, "max_negative_only": False,
+    "max_positive_only": False, "positive_first": False, "positive_upper_bound": 1.0,
+    "exp_negative_weight": False, "add_intra_mae": False, "max_negative_margin": 1.2,
+}  # fmt: skip
 
 
 def contrastive(d, labels, intra=0.0, **options):
@@ -162,10 +162,10 @@ def contrastive(d, labels, intra=0.0, **options):
     return np.abs(terms).sum() / rows, np.array(top), gradient / rows, intra
 
 
-TRIPLET = dict(
-    margin=0.2, add_center_loss=True, hardest_only=False, positive_first=False, positive_upper_bound=1.0,
-    positive_weight=1.0, negative_weight=1.0,
-)  # fmt: skip
+TRIPLET = {
+    "margin": 0.2, "add_center_loss": True, "hardest_only": False, "positive_first": False,
+    "positive_upper_bound": 1.0, "positive_weight": 1.0, "negative_weight": 1.0,
+}  # fmt: skip
 
 
 def triplet(d, labels, **options):

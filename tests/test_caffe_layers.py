@@ -460,7 +460,7 @@ def test_accuracy_ties():
 
 def test_accuracy_refuses():
     scores, labels = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(ValueError, match="top_k.*got 4"):
+    with pytest.raises(ValueError, match=r"top_k.*got 4"):
         nf.caffe.accuracy(scores, labels, top_k=4)
     with pytest.raises(ValueError, match="NaN, got one in row 1"):
         nf.caffe.accuracy(torch.tensor([[0.0, 1], [0, torch.nan]]), labels)
@@ -476,7 +476,7 @@ def test_flip():
     agree(head(layer("Flip"))(x=tensor(x)).tops["y"], x[:, :, :, ::-1])
     both = layer("Flip", "flip_param: flip_width: false flip_height: true")
     agree(head(both)(x=tensor(x)).tops["y"], x[:, :, ::-1])
-    with pytest.raises(ValueError, match='layer "it" .Flip.*4-D'):
+    with pytest.raises(ValueError, match=r'layer "it" \(Flip\).*4-D'):
         head(layer("Flip"))(x=tensor(x[0]))
 
 

@@ -139,7 +139,7 @@ def load_head(
     specs = specs if given is None else _reachable(specs, given, report)
     if not specs and not report.problems:
         report.problems.append((1, "expected at least one layer of a head, got none"))
-    head = Head(specs, report, context, declared if given is None else given)
+    head = Head(specs, report, context, declared if given is None else given, given is not None)
     if report.problems:
         count = len(report.problems)
         hint = ""
@@ -217,7 +217,9 @@ class Head(nn.Module):
         notes: "file:line: ..." of everything in the file that has no effect here, or another than it seems.
     """
 
-    def __init__(self, specs: list[Spec], report: Report, context: Context, declared: list[str]) -> None:
+    def __init__(
+        self, specs: list[Spec], report: Report, context: Context, declared: list[str], closed: bool
+    ) -> None:
         super().__init__()
         self.where, self.mode = report.where, context.mode
         self.layers = nn.ModuleDict()
@@ -238,8 +240,8 @@ class Head(nn.Module):
             keys[i] = key
             self._labels[key] = f"{spec} ({spec.at('')})"
             usable.append((key, spec, _phases(spec)))
-        produced = {top for spec in specs for top in spec.tops}
-        self._plans = {p: _wire(p, usable, self.layers, produced, declared, report) for p in PHASES}
+        made_here = {top for spec in specs for top in spec.tops}
+        self._plans = {p: _wire(p, usable, self.layers, made_here, declared, closed, report) for p in PHASES}
         self._fused: dict[str, list[tuple[str, ...]]] = {phase: [] for phase in PHASES}
         if not report.problems and self.mode == "math":
             for phase, plan in self._plans.items():
@@ -502,11 +504,13 @@ def _wire(
     phase: str,
     layers: list[tuple[str, Spec, tuple[str, ...]]],
     modules: nn.ModuleDict,
-    produced: set[str],
+    made_here: set[str],
     declared: list[str],
+    closed: bool,
     report: Report,
 ) -> Plan:
-    """Numbers every value of a phase. A bottom that no layer makes is an input of the head."""
+    """Numbers every value of a phase. A bottom that no layer makes is an input of the
+    head, unless the inputs are given (closed)."""
     plan, current = Plan(), {}
     for key, spec, phases in layers:
         if phase not in phases:
@@ -514,7 +518,7 @@ def _wire(
         numbers = []
         for i, bottom in enumerate(spec.bottoms):
             if bottom not in current:
-                if bottom in produced and bottom not in declared:
+                if bottom not in declared and (closed or bottom in made_here):
                     spec.refuse(
                         f"no layer before it in the phase {phase} makes the bottom `{bottom}`", "bottom", i
                     )

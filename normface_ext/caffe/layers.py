@@ -8,7 +8,7 @@ tops. Parameters are named as torch names them; ``BLOBS`` lists them in Caffe's 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,19 @@ class Layer(nn.Module):
         return self.wiring
 
 
-def check_filler(spec: Spec, path: str) -> Any:
+class Filler(NamedTuple):
+    """FillerParameter, in a form that copies and pickles."""
+
+    type: str
+    value: float
+    min: float
+    max: float
+    mean: float
+    std: float
+    variance_norm: int
+
+
+def check_filler(spec: Spec, path: str) -> Filler:
     filler = spec.get(path)
     if filler.type not in FILLERS:
         spec.refuse(
@@ -60,11 +72,12 @@ def check_filler(spec: Spec, path: str) -> Any:
         )
     if filler.sparse != -1:
         spec.refuse(f"`{path}.sparse` is not supported", f"{path}.sparse")
-    return filler
+    return Filler(*(getattr(filler, name) for name in Filler._fields))
 
 
 @torch.no_grad()
-def fill_(blob: Tensor, filler: Any) -> None:
+def fill_(blob: Tensor, filler: Filler) -> None:
+    """Caffe's initial values, in place."""
     if filler.type == "constant":
         blob.fill_(filler.value)
     elif filler.type == "uniform":
