@@ -39,6 +39,42 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
       " Tensor? scale, float scale_value, float eps, int class_chunk, Tensor rows, Tensor inverse_norm,"
       " Tensor x_sum, Tensor stored, bool need_x, bool need_weight, bool need_scale,"
       " ScalarType operand) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale)");
+
+  // x [N, D], weight [C, D] -> [N, C] in x's dtype: sum (x - w)^2 for p = 2, sum |x - w| for p = 1.
+  // With labels [N] the gradient of the weight counts the cells (i, labels[i]) only.
+  m.def("inner_distance(Tensor x, Tensor weight, int p) -> Tensor");
+  m.def(
+      "inner_distance_backward(Tensor grad, Tensor x, Tensor weight, Tensor? labels, int p, bool need_x,"
+      " bool need_weight) -> (Tensor grad_x, Tensor grad_weight)");
+
+  // a, b [N, D] -> [N], the same distances row by row, in the accumulator type.
+  m.def("pair_distance(Tensor a, Tensor b, int p) -> Tensor");
+  m.def(
+      "pair_distance_backward(Tensor grad, Tensor a, Tensor b, int p, bool need_a, bool need_b)"
+      " -> (Tensor grad_a, Tensor grad_b)");
+
+  // The sweep of the metric losses over agents (csrc/math/hinge.h). target [N] is the distance to the
+  // label's agent, value [N] what the loss takes of the hinges, rows the state [kHingeFields, N]
+  // (csrc/hinge_state.h), inverse_norm [C] that of the weight. classes [N, 1 + capacity] lists the label
+  // and the first `capacity` active classes of every row, C where there is none; slopes, when
+  // exponential, has their slopes. margin is a 0-d tensor, or margin_value.
+  m.def(
+      "agent_hinge(Tensor x, Tensor weight, Tensor labels, Tensor? margin, float margin_value,"
+      " bool triplet, bool hardest, bool exponential, int ignore_index, float eps, int class_chunk,"
+      " int capacity) -> (Tensor target, Tensor value, Tensor rows, Tensor inverse_norm, Tensor classes,"
+      " Tensor slopes)");
+  // Gradients from d loss / d cosine: target_factor [N] of the label's, hinge_factor [N] times the slope
+  // of every active class's. The scores are computed again.
+  m.def(
+      "agent_hinge_backward(Tensor target_factor, Tensor hinge_factor, Tensor x, Tensor weight,"
+      " Tensor labels, Tensor rows, Tensor inverse_norm, bool exponential, float eps, int class_chunk,"
+      " bool need_x, bool need_weight) -> (Tensor grad_x, Tensor grad_weight)");
+  // Gradients of sum over i, k of factors[i, k] cos(x_i, w_classes[i, k]), from the saved inverse norms.
+  // order sorts classes.flatten() stably; classes >= C are unused.
+  m.def(
+      "cosine_pairs_backward(Tensor factors, Tensor classes, Tensor order, Tensor x, Tensor weight,"
+      " Tensor x_inverse, Tensor weight_inverse, bool need_x, bool need_weight)"
+      " -> (Tensor grad_x, Tensor grad_weight)");
 }
 
 }  // namespace nf

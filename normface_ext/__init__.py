@@ -1,6 +1,7 @@
 """NormFace for PyTorch: the normalised classification head, fused.
 
-``NormalizeLayer``, ``NormLinear`` and ``NormFaceLoss`` are the layers, ``functional`` what they call,
+``NormalizeLayer``, ``NormLinear`` and ``NormFaceLoss`` are the layers, ``InnerDistance`` and the metric
+losses stand beside them, ``functional`` what they call,
 ``reference`` the same in plain PyTorch, ``theory`` the paper's bounds, ``plan`` what a fused head will
 cost, ``build_info`` what was built, ``caffe`` what was NormFace's in Caffe.
 """
@@ -8,6 +9,7 @@ cost, ``build_info`` what was built, ``caffe`` what was NormFace's in Caffe.
 from . import caffe, functional, reference, theory
 from ._library import build_info
 from .margins import ArcFace, CombinedMargin, CosFace
+from .metric import CContrastiveLoss, CTripletLoss, InnerDistance, PairContrastiveLoss, TripletLoss
 from .mirror import MirrorFace
 from .modules import NormalizeLayer, NormFaceLoss, NormLinear, gaussian_unitball_
 from .optim import parameter_groups
@@ -15,13 +17,18 @@ from .plan import Plan, plan
 
 __all__ = [
     "ArcFace",
+    "CContrastiveLoss",
+    "CTripletLoss",
     "CombinedMargin",
     "CosFace",
+    "InnerDistance",
     "MirrorFace",
     "NormFaceLoss",
     "NormLinear",
     "NormalizeLayer",
+    "PairContrastiveLoss",
     "Plan",
+    "TripletLoss",
     "build_info",
     "caffe",
     "functional",

@@ -13,8 +13,26 @@ import torch
 from torch import Tensor
 
 from . import _checks, ops
+from ._metric_functional import (
+    c_contrastive_loss,
+    c_triplet_loss,
+    inner_distance,
+    pair_contrastive_loss,
+    triplet_loss,
+)
 from .margins import NO_MARGIN, CombinedMargin
 from .plan import plan
+
+__all__ = [
+    "c_contrastive_loss",
+    "c_triplet_loss",
+    "inner_distance",
+    "norm_linear",
+    "normalize",
+    "normface_loss",
+    "pair_contrastive_loss",
+    "triplet_loss",
+]
 
 
 @overload

@@ -326,7 +326,7 @@ def normface_loss(
     return result
 
 
-FAKES = {
+FAKES: dict[str, Any] = {
     "normalize": _normalize_fake,
     "normalize_backward": _normalize_backward_fake,
     "norm_linear": _norm_linear_fake,
@@ -336,10 +336,16 @@ FAKES = {
 }
 
 
-def register_fakes(namespace: str) -> None:
-    """Attach the fake (meta) kernels to the ops of ``namespace``."""
-    for name, fake in FAKES.items():
+def register_fakes(namespace: str, fakes: dict[str, Any] | None = None) -> None:
+    """Attach the fake (meta) kernels to the ops of ``namespace``: ``fakes``, all by default."""
+    for name, fake in (FAKES if fakes is None else fakes).items():
         torch.library.register_fake(f"{namespace}::{name}")(fake)
+
+
+def add_fakes(fakes: dict[str, Any]) -> None:
+    """For modules with ops of their own: their fake kernels join the table."""
+    FAKES.update(fakes)
+    register_fakes("normface_ext", fakes)
 
 
 register_fakes("normface_ext")

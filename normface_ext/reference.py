@@ -120,11 +120,135 @@ def normface_loss(
     target = _margin(cos.gather(1, safe), margin or NO_MARGIN)
     logits = scale * cos.scatter(1, safe, target)
     losses = torch.logsumexp(logits, 1) - (scale * target).squeeze(1)
+    return _reduce(losses, kept, reduction)
+
+
+def inner_distance(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    p: int = 2,
+    normalize: bool = False,
+    labels: Tensor | None = None,
+    update_center_only: bool = False,
+    eps: float = 1e-12,
+) -> Tensor:
+    """d_ij = sum (x_i - w_j)^2 for p = 2, sum |x_i - w_j| for p = 1, [N, C], in x's dtype."""
+    features, agents = _wide(x), _wide(weight)
+    if normalize:
+        agents = agents / _norm(agents, 1, 2, eps)
+    if update_center_only and labels is not None:
+        own = labels[:, None] == torch.arange(weight.shape[0], device=labels.device)
+        agents = torch.where(own[..., None], agents, agents.detach())
+    difference = features[:, None] - agents
+    return (difference.square() if p == 2 else difference.abs()).sum(2).to(x.dtype)
+
+
+def _reduce(losses: Tensor, kept: Tensor, reduction: str) -> Tensor:
     losses = torch.where(kept, losses, torch.zeros_like(losses))
     if reduction == "none":
         return losses
     total = losses.sum()
     return total / kept.sum().clamp_min(1) if reduction == "mean" else total
+
+
+def _split(distances: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The label's distance [N], and the others' [N, C] with infinity in its place."""
+    safe = labels.clamp(0, distances.shape[1] - 1)[:, None]
+    return distances.gather(1, safe).squeeze(1), distances.scatter(1, safe, torch.inf)
+
+
+def _agent_distances(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return _wide(x) if weight is None else 2 - 2 * cosine(x, weight, eps)
+
+
+def c_contrastive_loss(
+    x: Tensor,
+    weight: Tensor | None,
+    labels: Tensor,
+    *,
+    pos_margin: float = 0.0,
+    neg_margin: float | Tensor = 1.0,
+    pos_weight: float = 1.0,
+    neg_weight: float = 1.0,
+    hardest_only: bool = False,
+    max_positive_only: bool = False,
+    positive_outlier_thresh: float = 4.0,
+    positive_first: bool = False,
+    positive_upper_bound: float = 1.0,
+    exp_negative_weight: bool = False,
+    normalize_negative: float | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    eps: float = 1e-12,
+) -> Tensor:
+    """loss_i = w+ min(T, (d_iy - m+)_+) + w- sum_{j != y} (m- - d_ij)_+ (paper section 4)."""
+    target, others = _split(_agent_distances(x, weight, eps), labels)
+    kept = labels != ignore_index
+    positive = (target - pos_margin).clamp(0, positive_outlier_thresh)
+    if max_positive_only:
+        best = torch.where(kept, positive, -torch.inf).argmax()
+        positive = torch.where(torch.arange(len(labels), device=labels.device) == best, positive, 0)
+    if hardest_only:
+        others = others.gather(1, others.argmin(1, keepdim=True))
+    active = ~(neg_margin - others <= 0)
+    terms = (-others).exp() if exp_negative_weight else neg_margin - others
+    dropped = (target > positive_upper_bound) & positive_first
+    terms = torch.where(active & kept[:, None] & ~dropped[:, None], terms, 0)
+    if normalize_negative is not None:
+        slopes = terms if exp_negative_weight else (terms != 0).to(terms.dtype)
+        size = abs(neg_weight) * slopes.sum().detach() / normalize_negative / kept.sum().clamp_min(1)
+        terms = torch.where(size > pos_weight, terms / size, terms)
+    return _reduce(pos_weight * positive + neg_weight * terms.sum(1), kept, reduction)
+
+
+def c_triplet_loss(
+    x: Tensor,
+    weight: Tensor | None,
+    labels: Tensor,
+    *,
+    margin: float = 0.8,
+    pos_weight: float = 1.0,
+    neg_weight: float = 1.0,
+    hardest_only: bool = False,
+    add_center_loss: bool = False,
+    positive_first: bool = False,
+    positive_upper_bound: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    eps: float = 1e-12,
+) -> Tensor:
+    """loss_i = w- sum_{j != y} (m + d_iy - d_ij)_+ [+ w+ d_iy] (paper section 4)."""
+    target, others = _split(_agent_distances(x, weight, eps), labels)
+    if hardest_only:
+        others = others.gather(1, others.argmin(1, keepdim=True))
+    excess = margin + target[:, None] - others
+    terms = torch.where(~(excess <= 0), excess, 0)
+    dropped = (target > positive_upper_bound) & positive_first
+    losses = neg_weight * torch.where(dropped, 0, terms.sum(1))
+    if add_center_loss:
+        losses = losses + pos_weight * target
+    return _reduce(losses, labels != ignore_index, reduction)
+
+
+def pair_contrastive_loss(
+    a: Tensor, b: Tensor, same: Tensor, *, margin: float = 1.0, reduction: str = "mean"
+) -> Tensor:
+    """loss_i = 1/2 (d^2 where same, (margin - d)_+^2 elsewhere), d = |a_i - b_i| (Hadsell et al. 2006)."""
+    squared = (_wide(a) - _wide(b)).square().sum(1)
+    # At d = 0 the distance has no slope; the push apart is taken as 0 there.
+    distance = torch.where(squared > 0, squared, 1).sqrt() * (squared > 0)
+    losses = torch.where(same.bool(), squared, (margin - distance).clamp_min(0).square()) / 2
+    return _reduce(losses, torch.ones_like(same, dtype=torch.bool), reduction)
+
+
+def triplet_loss(
+    anchor: Tensor, positive: Tensor, negative: Tensor, *, margin: float = 0.2, reduction: str = "mean"
+) -> Tensor:
+    """loss_i = (margin + |a_i - p_i|^2 - |a_i - n_i|^2)_+ (FaceNet, 2015)."""
+    a, p, n = _wide(anchor), _wide(positive), _wide(negative)
+    losses = (margin + (a - p).square().sum(1) - (a - n).square().sum(1)).clamp_min(0)
+    return _reduce(losses, torch.ones_like(losses, dtype=torch.bool), reduction)
 
 
 _margin = margin  # `margin` is a keyword of normface_loss

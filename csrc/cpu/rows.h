@@ -22,6 +22,17 @@ struct AccumRows {
   double (*dot)(const T* a, const T* b, int64_t n);
   // y += a x
   void (*axpy)(T a, const T* x, T* y, int64_t n);
+  // The p-distance of two rows.
+  double (*distance)(const T* a, const T* b, int64_t n, int p);
+  // y += factor * the slope of that distance with respect to a
+  void (*add_distance_slope)(T factor, const T* a, const T* b, T* y, int64_t n, int p);
+  struct Hinges {
+    double excess;  // sum of the positive excesses
+    double active;  // number of them
+    double cosine;  // sum of the cosines
+  };
+  // The hinges of n cosines against one threshold (math/hinge.h).
+  Hinges (*hinge_fold)(const T* c, int64_t n, T threshold);
 };
 
 // Rows in storage, computed in T: float for float32, float16 and bfloat16, double for float64. The

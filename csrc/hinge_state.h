@@ -1,0 +1,20 @@
+// What agent_hinge knows of one row after the sweep: rows[field][i], float64, [kHingeFields, N]. All
+// sums are over the classes other than the label, and add over shards of the classes.
+#pragma once
+
+namespace nf {
+
+enum HingeField {
+  kHingeThreshold,    // t, in terms of distance
+  kHingeInverseNorm,  // 1 / ||x||, and 0 for an ignored row
+  kHingeSum,          // sum of the hinges (t - d)_+
+  kHingeValue,        // what the loss takes of them: all, the hardest one, or their exponentials
+  kHingeSlope,        // sum of the slopes of those
+  kHingeActive,       // number of active classes
+  kHingeCosine,       // sum of the cosines
+  kHingeBest,         // largest cosine, -inf where there is no other class
+  kHingeBestClass,    // its class
+  kHingeFields
+};
+
+}  // namespace nf

@@ -1,0 +1,121 @@
+"""The released backward of NormFace's metric losses, as it was: ``mode="caffe"``.
+
+Happynear's Caffe layers GeneralContrastiveLoss and GeneralTripletLoss work on an N x C matrix of
+distances and are not everywhere the gradient of what they print. Old models were trained so; to repeat
+them, or to compare, the differences are kept here, and nowhere else. Plain torch on the full matrix.
+
+C-contrastive:
+    the outlier threshold T clips the positive hinge d - m, but the gradient stops at d >= T;
+    max_negative_only starts its search at class 0 without asking whether that is the label: a row of
+    class 0 whose positive term exceeds every hinge loses its negative;
+    max_positive_only keeps the smallest positive of the batch, not the largest;
+    positive_first: past the bound the positive's gradient is w+, whatever margin, threshold and
+    max_positive_only say, while the printed loss still clips;
+    normalize_negative divides the gradient and leaves the loss as it is;
+    negative weights count by their magnitude in the loss, with their sign in the gradient.
+C-triplet:
+    the positive's gradient is w+ once per row, not once per active negative;
+    add_center_loss adds that gradient to inactive rows and nothing to the loss;
+    hardest_only with a hardest distance of exactly 0 leaves the hinge itself as the gradient;
+    positive_first as above.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _own(distances: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(the label's distance [N, 1], where the label's column is [N, C])."""
+    columns = torch.arange(distances.shape[1], device=distances.device)
+    return distances.gather(1, labels[:, None]), columns == labels[:, None]
+
+
+def contrastive(
+    distances: Tensor,
+    labels: Tensor,
+    *,
+    pos_margin: float,
+    neg_margin: float | Tensor,
+    pos_weight: float,
+    neg_weight: float,
+    hardest_only: bool,
+    max_positive_only: bool,
+    positive_outlier_thresh: float,
+    positive_first: bool,
+    positive_upper_bound: float,
+    exp_negative_weight: bool,
+    normalize_negative: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, gradient [N, C], [mean positive hinge, mean negative hinge])."""
+    batch, classes = distances.shape
+    target, own = _own(distances, labels)
+    far = (target > positive_upper_bound) if positive_first else torch.zeros_like(target, dtype=torch.bool)
+    positive = (target - pos_margin).clamp(0, positive_outlier_thresh)
+    hinge = torch.where(own, 0, (neg_margin - distances).clamp_min(0))
+    active = ~own & (distances < neg_margin)
+    size = torch.where(active, (-distances).exp() if exp_negative_weight else hinge, 0) * neg_weight
+    printed = torch.where(own, positive * pos_weight, torch.where(far, 0, size))
+    chosen = ~own
+    if hardest_only:
+        # The largest active term wins over entry 0, even where that is the label's.
+        entries = torch.where(own, positive * pos_weight, size)
+        candidates = torch.where(active, entries, -torch.inf)
+        best, index = candidates.max(1, keepdim=True)
+        first = (candidates == best).to(torch.uint8).argmax(1, keepdim=True)
+        index = torch.where(best > entries[:, :1], first, 0)
+        chosen = ~own & (torch.arange(classes, device=index.device) == index)
+        printed = torch.where(own | chosen, printed, 0)
+    counted = torch.ones_like(target, dtype=torch.bool)
+    if max_positive_only:
+        weighted = (positive * pos_weight).squeeze(1)
+        smallest = (weighted == weighted.min()).to(torch.uint8).argmax()
+        counted = (torch.arange(batch, device=target.device) == smallest)[:, None]
+        printed = torch.where(own & ~counted, 0, printed)
+    pulled = (target > pos_margin) & (target < positive_outlier_thresh) & counted
+    pull = torch.where(far | pulled, pos_weight, 0.0).to(distances.dtype)
+    pushed = active & chosen & ~far
+    push = torch.where(pushed, (-distances).exp() if exp_negative_weight else 1.0, 0.0) * neg_weight
+    if normalize_negative is not None:
+        total = push.sum().abs() / normalize_negative / batch
+        push = torch.where(total > pos_weight, push / total, push)
+    gradient = torch.where(own, pull, -push) / batch
+    stats = torch.stack([positive.sum() / batch, hinge.sum() / batch / (classes - 1)])
+    return printed.abs().sum() / batch, gradient.to(distances.dtype), stats
+
+
+def triplet(
+    distances: Tensor,
+    labels: Tensor,
+    *,
+    margin: float,
+    pos_weight: float,
+    neg_weight: float,
+    hardest_only: bool,
+    add_center_loss: bool,
+    positive_first: bool,
+    positive_upper_bound: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, gradient [N, C], [mean positive distance, mean negative distance])."""
+    batch, classes = distances.shape
+    target, own = _own(distances, labels)
+    far = (target > positive_upper_bound) if positive_first else torch.zeros_like(target, dtype=torch.bool)
+    printed = torch.where(own, 0, (target + margin - distances).clamp_min(0) * neg_weight)
+    if hardest_only:
+        best, _ = printed.max(1, keepdim=True)
+        first = (printed == best).to(torch.uint8).argmax(1, keepdim=True)
+        hardest = (torch.arange(classes, device=first.device) == first) & (best > 0) & ~own
+        printed = torch.where((best > 0) & ~hardest, 0, printed)
+        pushed = hardest & (distances != 0)
+        push = torch.where(pushed, -neg_weight, torch.where(own, 0, printed))
+    else:
+        pushed = ~own & (target + margin > distances)
+        push = torch.where(pushed, -neg_weight, 0.0)
+    pulled = pushed.any(1, keepdim=True) | add_center_loss
+    pull = torch.where(far | pulled, pos_weight, 0.0)
+    gradient = torch.where(own, pull, torch.where(far, 0, push)) / batch
+    printed = torch.where(far, 0, printed)
+    others = distances.sum() - target.sum()
+    stats = torch.stack([target.sum() / batch, others / batch / (classes - 1)])
+    return printed.abs().sum() / batch, gradient.to(distances.dtype), stats

@@ -1,0 +1,257 @@
+"""Layers of the distances and the metric losses: parameters and state only, as in ``modules``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .modules import gaussian_unitball_
+
+
+class _Agents(nn.Module):
+    """A weight [classes, features], rows uniform on the unit sphere."""
+
+    weight: nn.Parameter
+
+    def __init__(
+        self, features: int, classes: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        for name, size in (("number of classes", classes), ("number of features", features)):
+            if size < 1:
+                raise ValueError(f"{owner}: expected the {name} to be >= 1, got {size}")
+        self.weight = nn.Parameter(torch.empty(classes, features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        gaussian_unitball_(self.weight)
+
+
+class InnerDistance(_Agents):
+    """Distances to every agent: [N, in_features] -> [N, out_features] (Caffe ``InnerDistance``).
+
+    Args:
+        in_features, out_features: D and C; ``weight`` is [C, D], rows uniform on the unit sphere.
+        p, normalize, update_center_only, eps: see ``functional.inner_distance``.
+
+    ``forward(x, labels)`` needs the labels with ``update_center_only`` and refuses them without.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        p: int = 2,
+        normalize: bool = False,
+        update_center_only: bool = False,
+        eps: float = 1e-12,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, device, dtype)
+        self.in_features, self.out_features = in_features, out_features
+        self.p, self.normalize, self.update_center_only, self.eps = p, normalize, update_center_only, eps
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return functional.inner_distance(
+            x,
+            self.weight,
+            p=self.p,
+            normalize=self.normalize,
+            labels=labels,
+            update_center_only=self.update_center_only,
+            eps=self.eps,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, p={self.p}, normalize={self.normalize}"
+
+
+class CContrastiveLoss(_Agents):
+    """C-contrastive loss with agents of its own: (features [N, D], labels [N]) -> loss.
+
+    Args:
+        in_features, num_classes: D and C; ``weight`` is [C, D], rows uniform on the unit sphere.
+        add_intra_mae: the negative margin grows with the spread of the classes: ``neg_margin`` plus the
+            running mean (factor 0.99) of the batches' mean positive hinge, capped at
+            ``max_negative_margin`` (the mean is, not the sum, as in Caffe). The margin of a step comes
+            from the steps before it. The mean is the buffer ``intra_mae``, saved with the module, and
+            moves in training mode only; Caffe keeps one per net, test nets too, and saves none.
+        return_stats: return (loss, stats), see below.
+        The others: see ``functional.c_contrastive_loss``.
+
+    With ``return_stats`` stats is [mean positive hinge, mean negative hinge], and the running mean where
+    ``add_intra_mae``.
+    """
+
+    intra_mae: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        pos_margin: float = 0.0,
+        neg_margin: float = 1.0,
+        pos_weight: float = 1.0,
+        neg_weight: float = 1.0,
+        hardest_only: bool = False,
+        max_positive_only: bool = False,
+        positive_outlier_thresh: float = 4.0,
+        positive_first: bool = False,
+        positive_upper_bound: float = 1.0,
+        exp_negative_weight: bool = False,
+        normalize_negative: float | None = None,
+        add_intra_mae: bool = False,
+        max_negative_margin: float = 1.2,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        mode: str = "math",
+        return_stats: bool = False,
+        eps: float = 1e-12,
+        workspace: int | None = None,
+        active_limit: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, device, dtype)
+        self.in_features, self.num_classes = in_features, num_classes
+        self.neg_margin, self.mode, self.return_stats = neg_margin, mode, return_stats
+        self.add_intra_mae, self.max_negative_margin = bool(add_intra_mae), max_negative_margin
+        self.options = {
+            "pos_margin": pos_margin,
+            "pos_weight": pos_weight,
+            "neg_weight": neg_weight,
+            "hardest_only": hardest_only,
+            "max_positive_only": max_positive_only,
+            "positive_outlier_thresh": positive_outlier_thresh,
+            "positive_first": positive_first,
+            "positive_upper_bound": positive_upper_bound,
+            "exp_negative_weight": exp_negative_weight,
+            "normalize_negative": normalize_negative,
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "mode": mode,
+            "eps": eps,
+            "workspace": workspace,
+            "active_limit": active_limit,
+        }
+        if self.add_intra_mae:
+            self.register_buffer("intra_mae", torch.zeros((), dtype=torch.float32, device=device))
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        margin = self.neg_margin + self.intra_mae if self.add_intra_mae else self.neg_margin
+        loss, stats = functional.c_contrastive_loss(
+            features,
+            self.weight,
+            labels,
+            neg_margin=margin,
+            return_stats=True,
+            **self.options,  # type: ignore[arg-type]
+        )
+        if self.add_intra_mae:
+            if self.training:
+                with torch.no_grad():
+                    self.intra_mae.mul_(0.99).add_(0.01 * stats[0].to(self.intra_mae.dtype))
+                    self.intra_mae.clamp_(max=self.max_negative_margin)
+            stats = torch.cat([stats, self.intra_mae.to(stats.dtype)[None]])
+        return (loss, stats) if self.return_stats else loss
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.num_classes}, neg_margin={self.neg_margin:g}, mode={self.mode!r}"
+
+
+class CTripletLoss(_Agents):
+    """C-triplet loss with agents of its own: (features [N, D], labels [N]) -> loss.
+
+    Args:
+        in_features, num_classes: D and C; ``weight`` is [C, D], rows uniform on the unit sphere.
+        return_stats: return (loss, [mean distance to the label's agent, to the others]).
+        The others: see ``functional.c_triplet_loss``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        margin: float = 0.8,
+        pos_weight: float = 1.0,
+        neg_weight: float = 1.0,
+        hardest_only: bool = False,
+        add_center_loss: bool = False,
+        positive_first: bool = False,
+        positive_upper_bound: float = 1.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        mode: str = "math",
+        return_stats: bool = False,
+        eps: float = 1e-12,
+        workspace: int | None = None,
+        active_limit: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, device, dtype)
+        self.in_features, self.num_classes = in_features, num_classes
+        self.margin, self.mode, self.return_stats = margin, mode, return_stats
+        self.options = {
+            "pos_weight": pos_weight,
+            "neg_weight": neg_weight,
+            "hardest_only": hardest_only,
+            "add_center_loss": add_center_loss,
+            "positive_first": positive_first,
+            "positive_upper_bound": positive_upper_bound,
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "mode": mode,
+            "eps": eps,
+            "workspace": workspace,
+            "active_limit": active_limit,
+        }
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return functional.c_triplet_loss(
+            features,
+            self.weight,
+            labels,
+            margin=self.margin,
+            return_stats=self.return_stats,
+            **self.options,  # type: ignore[arg-type]
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.num_classes}, margin={self.margin:g}, mode={self.mode!r}"
+
+
+class PairContrastiveLoss(nn.Module):
+    """(a [N, D], b [N, D], same [N]) -> loss; see ``functional.pair_contrastive_loss``."""
+
+    def __init__(self, *, margin: float = 1.0, reduction: str = "mean") -> None:
+        super().__init__()
+        self.margin, self.reduction = margin, reduction
+
+    def forward(self, a: Tensor, b: Tensor, same: Tensor) -> Tensor:
+        return functional.pair_contrastive_loss(a, b, same, margin=self.margin, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin:g}, reduction={self.reduction!r}"
+
+
+class TripletLoss(nn.Module):
+    """(anchor, positive, negative), each [N, D] -> loss; see ``functional.triplet_loss``."""
+
+    def __init__(self, *, margin: float = 0.2, reduction: str = "mean") -> None:
+        super().__init__()
+        self.margin, self.reduction = margin, reduction
+
+    def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        return functional.triplet_loss(
+            anchor, positive, negative, margin=self.margin, reduction=self.reduction
+        )
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin:g}, reduction={self.reduction!r}"
