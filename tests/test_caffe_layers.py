@@ -344,6 +344,16 @@ def test_contrastive_in_mode_caffe(options, seed):
         agree(d.grad, gradient, 1e-6)
 
 
+def test_running_mean_is_saved_and_rests_in_evaluation():
+    net = metric("Contrastive", {"add_intra_mae": True}, "math")
+    d, labels = tensor(some_distances()), torch.tensor(LABELS)
+    net(x=d, label=labels)
+    mean = truth.contrastive(d.detach().numpy(), LABELS, add_intra_mae=True)[3]
+    agree(net.state_dict()["layers.it.intra_mae"], mean, 1e-6)
+    net.eval()(x=d, label=labels)
+    agree(net.layers["it"].intra_mae, mean, 1e-6)
+
+
 def test_contrastive_slips_of_caffe():
     """Class 0's positive hides its negatives; max_positive_only keeps the smallest; math does neither."""
     d = np.array([[1.9, 0.5, 1.5], [1.5, 0.1, 1.5]])

@@ -155,18 +155,33 @@ def without_fusion(name, **options):
     return nf.caffe.load_head(text, in_features=5, dtype=torch.float64, **options)
 
 
-@pytest.mark.parametrize("name", ["scaled_cosine", "combined"])
+CHAINS = {
+    "scaled_cosine": ["NormFaceLoss: feature_norm + cosine + scale + softmax_loss"],
+    "c_contrastive": ["CContrastiveLoss: feature_norm + distance + contrastive_loss"],
+    "c_triplet": ["CTripletLoss: feature_norm + agents_norm + distance + triplet_loss"],
+    "combined": [
+        "NormFaceLoss: feature_norm + agents_ip_norm + cosine + cosine_scale + softmax_loss",
+        "CContrastiveLoss: feature_norm + agents_l2_norm + euclidean + contrastive_loss",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_fused_equals_unfused(name):
     fused, plain = load(name), without_fusion(name)
     plain.load_state_dict(fused.state_dict())
-    assert "TRAIN: fused into NormFaceLoss" in repr(fused) and "TEST: fused" not in repr(fused)
-    assert "fused" not in repr(plain) and "fused" not in repr(load(name, "caffe"))
+    assert all(f"TRAIN: fused into {chain}\n" in repr(fused) for chain in CHAINS[name])
+    assert ("TEST: fused" in repr(fused)) == (name == "combined")  # its Accuracy reads the cosines only
+    assert ("fused" in repr(plain)) == (name == "combined") and "fused" not in repr(load(name, "caffe"))
     grads = []
     for head in (fused, plain):
         x = features()
         out = head(feature=x, label=LABELS)
         out.loss.backward()
-        grads.append([out.loss, x.grad, *[p.grad for p in head.parameters()]])
+        out.tops.pop("accuracy", None)
+        grads.append(
+            [out.loss, out.printed_loss, *out.tops.values(), x.grad, *[p.grad for p in head.parameters()]]
+        )
     for a, b in zip(*grads, strict=True):
         close(a, b.detach().numpy())
 
@@ -233,7 +248,7 @@ def test_layers_keep_their_names_and_options():
     )
     close(head.layers["cosine"].weight.norm(dim=1), np.ones(6), 1e-6)
     assert head.inputs == ("feature", "label")
-    assert load("c_triplet").layers["triplet_loss"].options.margin == pytest.approx(0.8)
+    assert load("c_triplet").layers["triplet_loss"].options["margin"] == pytest.approx(0.8)
 
 
 def test_notes_tell_what_has_no_effect():
@@ -627,7 +642,11 @@ def heads():
     return [nf.NormLinear(5, 6, learn_scale=True), nf.NormFaceLoss(5, 6, learn_scale=True)]
 
 
-@pytest.mark.parametrize("head", heads(), ids=lambda head: type(head).__name__)
+def metric_heads():
+    return [nf.InnerDistance(5, 6), nf.CContrastiveLoss(5, 6), nf.CTripletLoss(5, 6)]
+
+
+@pytest.mark.parametrize("head", heads() + metric_heads(), ids=lambda head: type(head).__name__)
 def test_renormalize_after_step(head):
     model = nn.ModuleList([nn.Linear(5, 5), head])
     with torch.no_grad():

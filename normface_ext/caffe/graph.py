@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from .. import functional
 from ..optim import is_scale
 from . import proto
-from .layers import TYPES, Agents, InnerProduct, Layer, Normalize, Scale, SoftmaxWithLoss
+from .layers import (
+    TYPES,
+    Agents,
+    DistanceLoss,
+    InnerDistance,
+    InnerProduct,
+    Layer,
+    Normalize,
+    Scale,
+    SoftmaxWithLoss,
+)
 from .spec import Context, Report, Spec
 
 PHASES = ("TRAIN", "TEST")
@@ -210,8 +220,9 @@ class Head(nn.Module):
     ``head(last_ip_layer=x, label=y)`` or ``head({"last_ip_layer": x, "label": y})`` runs the layers of the
     present phase, TRAIN in training mode and TEST in eval mode, and returns a :class:`HeadOutput`.
     ``head.layers["cosine_layer"]`` is a layer by its name in the file. In mode "math", Normalize +
-    InnerProduct + Scale + SoftmaxWithLoss run as one fused NormFaceLoss in every phase where nothing else
-    reads the scores between them; ``print(head)`` shows where.
+    InnerProduct + Scale + SoftmaxWithLoss run as one fused NormFaceLoss, and Normalize + InnerDistance +
+    a metric loss as one fused CContrastiveLoss or CTripletLoss, in every phase where nothing else reads
+    what lies between; ``print(head)`` shows where.
 
     Attributes:
         notes: "file:line: ..." of everything in the file that has no effect here, or another than it seems.
@@ -347,27 +358,23 @@ class Head(nn.Module):
             torch.stack([term.detach() for _, term in weighted]).sum() if weighted else None,
         )
 
-    def _fused_loss(self, step: Step, bottoms: list[Tensor]) -> tuple[Tensor]:
-        """Normalize + InnerProduct [+ Scale] + SoftmaxWithLoss without the N x C scores."""
+    def _fused_loss(self, step: Step, bottoms: list[Tensor]) -> tuple[Tensor, ...]:
+        """A chain from Normalize to its loss without the N x C matrix between."""
         chain = [self.layers[key] for key in step.layers]
-        product = next(layer for layer in chain if isinstance(layer, InnerProduct))
+        agents = next(layer for layer in chain if isinstance(layer, Agents))
         scale = next((layer for layer in chain if isinstance(layer, Scale)), None)
-        loss = chain[-1]
-        assert isinstance(loss, SoftmaxWithLoss)
-        labels = bottoms[-1]
+        loss, labels = chain[-1], bottoms[-1]
         if bottoms[0].dim() > 2 and bottoms[0][:1, :1].numel() > 1:
             # Normalised at every position and then flattened, which is not one norm per row.
-            units = [functional.normalize(bottom, 1, 2, product.eps) for bottom in bottoms[:-1]]
-            scores = product(*units)[0]
-            value = loss(scores if scale is None else scale(scores)[0], labels)[0]
-            return (value,)
-        x, weight = product.operands(tuple(bottoms[:-1]))
-        mean = loss.normalization == "VALID"
-        value = functional.normface_loss(
-            x, weight, labels, 1.0 if scale is None else scale.bounded_scale(),
-            reduction="mean" if mean else "sum", ignore_index=loss.ignore_label, eps=product.eps,
-        )  # fmt: skip
-        return (value if mean else loss.averaged(value, len(labels), len(labels)),)
+            units = [functional.normalize(bottom, 1, 2, agents.eps) for bottom in bottoms[:-1]]
+            scores = agents(*units)[0]
+            tops: tuple[Tensor, ...] = loss(scores if scale is None else scale(scores)[0], labels)
+            return tops
+        x, weight = agents.operands(tuple(bottoms[:-1]))
+        if isinstance(loss, SoftmaxWithLoss):
+            return loss.tops(x, weight, labels, agents.eps, 1.0 if scale is None else scale.bounded_scale())
+        assert isinstance(loss, DistanceLoss)
+        return loss.tops(x, weight, labels, agents.eps)
 
     def renormalize_(self) -> list[str]:
         """Overwrites the weights of the layers with ``normalize: true`` by their unit rows; their names.
@@ -470,9 +477,9 @@ class Head(nn.Module):
         lines = [f"{self.where}, mode={self.mode!r}"]
         for phase, plan in self._plans.items():
             lines.append(f"{phase}: {', '.join(plan.inputs)} -> {', '.join(plan.outputs)}")
-            lines += [
-                f"{phase}: fused into NormFaceLoss: {' + '.join(chain)}" for chain in self._fused[phase]
-            ]
+            for chain in self._fused[phase]:
+                kind = self.layers[chain[-1]].FUSED
+                lines.append(f"{phase}: fused into {kind}: {' + '.join(chain)}")
         return "\n".join(lines)
 
 
@@ -545,51 +552,57 @@ def _wire(
 
 
 def _fuse(plan: Plan, layers: nn.ModuleDict) -> list[tuple[str, ...]]:
-    """Replaces Normalize + InnerProduct [+ Scale] + SoftmaxWithLoss by one step where nothing else reads
-    the scores; drops what then has no reader. Returns the chains."""
+    """Replaces every chain from Normalize to a loss by one step, where nothing else reads what is between,
+    and drops what then has no reader. Returns the chains."""
     chains = []
-    for last in [s for s in plan.steps if isinstance(layers[s.layers[0]], SoftmaxWithLoss)]:
+    for last in list(plan.steps):
         chain = _chain(plan, layers, last)
         if chain is None:
             continue
         fused, normalizers = chain
         plan.steps[plan.steps.index(last)] = fused
         chains.append((*normalizers, *fused.layers))
-    if chains:
-        unused = plan.steps
-        while unused:
-            unused = [s for s in plan.steps if not any(plan.uses(number) for number in s.outputs)]
-            plan.steps = [s for s in plan.steps if s not in unused]
+    unused = plan.steps if chains else []
+    while unused:
+        unused = [s for s in plan.steps if not any(plan.uses(number) for number in s.outputs)]
+        plan.steps = [s for s in plan.steps if s not in unused]
     return chains
 
 
 def _chain(plan: Plan, layers: nn.ModuleDict, last: Step) -> tuple[Step, tuple[str, ...]] | None:
+    """(the fused step, its Normalize layers) of a loss: Normalize + InnerProduct [+ Scale] +
+    SoftmaxWithLoss, or Normalize + InnerDistance (L2) + a metric loss."""
     loss = layers[last.layers[0]]
-    assert isinstance(loss, SoftmaxWithLoss)
-    if loss.return_probability or last.detached:
+    softmax = isinstance(loss, SoftmaxWithLoss) and not loss.return_probability
+    if not (softmax or isinstance(loss, DistanceLoss)) or last.detached:
         return None
-    scores, names = last.inputs[0], [last.layers[0]]
-    step = plan.producer(scores)
-    if step is not None and isinstance(layers[step.layers[0]], Scale):
-        if plan.uses(scores) != 1 or step.detached:
-            return None
+    names = [last.layers[0]]
+    step = _only_for(plan, last.inputs[0])
+    if softmax and step is not None and isinstance(layers[step.layers[0]], Scale):
         names.insert(0, step.layers[0])
-        scores = step.inputs[0]
-        step = plan.producer(scores)
-    if step is None or plan.uses(scores) != 1 or step.detached:
+        step = _only_for(plan, step.inputs[0])
+    if step is None:
         return None
-    product = layers[step.layers[0]]
-    if not isinstance(product, InnerProduct) or product.bias is not None:
+    agents = layers[step.layers[0]]
+    if softmax:
+        fits = isinstance(agents, InnerProduct) and agents.bias is None
+    else:
+        fits = isinstance(agents, InnerDistance) and agents.p == 2
+    if not fits or not isinstance(agents, Agents) or (agents.own and not agents.normalize):
         return None
     names.insert(0, step.layers[0])
-    sources = [_normalized(plan, layers, number, product.eps) for number in step.inputs]
-    if product.own and not product.normalize:
+    found = [_normalized(plan, layers, number, agents.eps) for number in step.inputs]
+    sources = [source for source in found if source is not None]
+    if len(sources) < len(found):
         return None
-    if any(source is None for source in sources):
-        return None
-    found = [source for source in sources if source is not None]
-    fused = Step(tuple(names), [number for number, _ in found] + [last.inputs[1]], list(last.outputs))
-    return fused, tuple(name for _, name in found)
+    fused = Step(tuple(names), [number for number, _ in sources] + [last.inputs[1]], list(last.outputs))
+    return fused, tuple(name for _, name in sources)
+
+
+def _only_for(plan: Plan, value: int) -> Step | None:
+    """The step that makes a value, if the value has one reader and its gradient flows on."""
+    step = plan.producer(value)
+    return step if step is not None and plan.uses(value) == 1 and not step.detached else None
 
 
 def _normalized(plan: Plan, layers: nn.ModuleDict, number: int, eps: float) -> tuple[int, str] | None:

@@ -16,7 +16,6 @@ from torch.nn.functional import linear, log_softmax
 
 from .. import _checks, functional
 from ..modules import gaussian_unitball_, unit_rows_
-from . import losses
 from .spec import Context, Spec
 
 #: -log(FLT_MIN): what a row costs at most in Caffe's SoftmaxWithLoss.
@@ -302,47 +301,32 @@ class InnerDistance(Agents):
 
     def forward(self, *bottoms: Tensor) -> tuple[Tensor]:
         x, weight = self.operands(bottoms)
-        if self.normalize:
-            weight = (
-                _UnitRows.apply(weight, self.eps) if self.hard else functional.normalize(weight, eps=self.eps)
-            )
-        if self.p == 1:
-            return (_L1Distance.apply(x, weight, self.hard),)
-        return (inner_distance(x, weight),)
+        if self.hard and self.normalize:
+            weight = _UnitRows.apply(weight, self.eps)
+        if self.hard and self.p == 1:
+            return (_L1OfCaffe.apply(x, weight),)
+        soft = self.normalize and not self.hard
+        return (functional.inner_distance(x, weight, p=self.p, normalize=soft, eps=self.eps),)
 
 
-def inner_distance(x: Tensor, weight: Tensor) -> Tensor:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    a, b = x.to(wide), weight.to(wide)
-    squares = a.square().sum(1, keepdim=True) + b.square().sum(1)
-    return (squares - 2 * (a @ b.t())).clamp_min(0).to(x.dtype)
-
-
-class _L1Distance(torch.autograd.Function):
-    """sum |x - w|, one row of x at a time. Caffe's gradient is -1, not -g, where the difference is
-    negative: its `sign` macro lacks the outer parentheses, on CPU and GPU."""
+class _L1OfCaffe(torch.autograd.Function):
+    """sum |x - w|, with Caffe's gradient: -1 and not -g where the difference is negative, since its `sign`
+    macro lacks the outer parentheses, on CPU and GPU."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, slip: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.slip = slip
-        return (
-            torch.stack([(row - weight.to(x.dtype)).abs().sum(1) for row in x]) if len(x) else x @ weight.t()
-        )
+        return functional.inner_distance(x, weight, p=1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         dx, dw = torch.empty_like(x), torch.zeros_like(weight)
         for i, (row, g) in enumerate(zip(x, grad[:, :, None], strict=True)):
-            sign = (row - weight.to(x.dtype)).sign()
-            if ctx.slip:
-                dx[i] = torch.where(sign > 0, g, -(sign < 0).to(g.dtype)).sum(0)
-                dw += torch.where(sign < 0, g, -(sign > 0).to(g.dtype)).to(dw.dtype)
-            else:
-                dx[i] = (g * sign).sum(0)
-                dw -= (g * sign).to(dw.dtype)
-        return dx, dw, None
+            difference = row - weight.to(x.dtype)
+            dx[i] = torch.where(difference > 0, g, -(difference < 0).to(g.dtype)).sum(0)
+            dw += torch.where(difference < 0, g, -(difference > 0).to(g.dtype)).to(dw.dtype)
+        return dx, dw
 
 
 class Scale(Layer):
@@ -416,6 +400,7 @@ class SoftmaxWithLoss(Layer):
 
     BOTTOMS, TOPS, LOSS = (2, 2), (1, 2), 1.0
     BLOCKS = ("softmax_param", "loss_param")
+    FUSED = "NormFaceLoss"
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
@@ -440,6 +425,22 @@ class SoftmaxWithLoss(Layer):
             return total
         return total / torch.as_tensor(valid if self.normalization == "VALID" else batch).clamp_min(1)
 
+    def tops(
+        self, x: Tensor, weight: Tensor, labels: Tensor, eps: float, scale: float | Tensor
+    ) -> tuple[Tensor, ...]:
+        """The loss of features x [N, D] and class weights [C, D], fused."""
+        mean = self.normalization == "VALID"
+        value = functional.normface_loss(
+            x,
+            weight,
+            labels,
+            scale,
+            reduction="mean" if mean else "sum",
+            ignore_index=self.ignore_label,
+            eps=eps,
+        )
+        return (value if mean else self.averaged(value, len(labels), len(labels)),)
+
     def forward(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         scores, labels = scores_and_labels("SoftmaxWithLoss", scores, labels, self.ignore_label)
         wide = scores if scores.dtype == torch.float64 else scores.float()
@@ -453,64 +454,99 @@ class SoftmaxWithLoss(Layer):
         return (loss, logs.exp()) if self.return_probability else (loss,)
 
 
-class _DistanceLoss(Layer):
+class DistanceLoss(Layer):
+    """A metric loss over given distances [N, C]; a second top has its statistics, without a gradient."""
+
     BOTTOMS, TOPS, LOSS, STATISTICS = (2, 2), (1, 2), 1.0, (1,)
+    #: The option names of normface_ext where Caffe's differ.
+    RENAMED: ClassVar[dict[str, str]] = {"positive_weight": "pos_weight", "negative_weight": "neg_weight"}
+    FUSED: ClassVar[str]
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
-        self.caffe, self.return_statistics = context.caffe, len(spec.tops) == 2
+        self.mode, self.return_statistics = context.mode, len(spec.tops) == 2
+        (block,) = self.BLOCKS
+        options = {
+            field.name: spec.get(f"{block}.{field.name}") for field in spec.get(block).DESCRIPTOR.fields
+        }
+        self.options: dict[str, Any] = {
+            self.RENAMED.get(name, name): value for name, value in options.items()
+        }
+
+    def loss(self, x: Tensor, weight: Tensor | None, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def forward(self, distances: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        return self.tops(distances, None, labels, 0.0)
+
+    def tops(self, x: Tensor, weight: Tensor | None, labels: Tensor, eps: float) -> tuple[Tensor, ...]:
+        """The tops of distances x [N, C], or fused of features x [N, D] and agents [C, D]."""
+        loss, statistics = self.loss(x, weight, labels, eps)
+        return (loss, statistics) if self.return_statistics else (loss,)
 
 
-class GeneralContrastiveLoss(_DistanceLoss):
-    """C-contrastive over given distances; a second top has (mean positive, mean negative hinge)."""
+class GeneralContrastiveLoss(DistanceLoss):
+    """C-contrastive; its statistics are (mean positive, mean negative hinge)."""
 
     BLOCKS = ("general_contrastive_loss_param",)
+    RENAMED: ClassVar[dict[str, str]] = {
+        **DistanceLoss.RENAMED,
+        "positive_margin": "pos_margin",
+        "negative_margin": "neg_margin",
+        "max_negative_only": "hardest_only",
+    }
+    FUSED = "CContrastiveLoss"
     intra_mae: Tensor
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
-        block, names = "general_contrastive_loss_param", losses.Contrastive.__dataclass_fields__
-        values = {name: spec.get(f"{block}.{name}") for name in names}
+        (block,) = self.BLOCKS
         if not spec.has(f"{block}.normalize_negative"):
-            values["normalize_negative"] = None
-        elif values["normalize_negative"] == 0:
+            self.options["normalize_negative"] = None
+        elif self.options["normalize_negative"] <= 0:
             spec.refuse(
-                "expected `normalize_negative` not to be 0, by which Caffe divides",
-                f"{block}.normalize_negative",
+                "expected `normalize_negative` > 0, since Caffe divides by it", f"{block}.normalize_negative"
             )
         if spec.has(f"{block}.square"):
             spec.note("`square` is declared in caffe.proto but no Caffe code reads it", f"{block}.square")
-        self.options = losses.Contrastive(**values)
-        self.register_buffer("intra_mae", torch.zeros((), device=context.device), persistent=False)
+        del self.options["square"]
+        self.add_intra_mae, self.cap = (self.options.pop(n) for n in ("add_intra_mae", "max_negative_margin"))
+        if self.add_intra_mae:
+            self.register_buffer("intra_mae", torch.zeros((), device=context.device, dtype=context.dtype))
 
-    def forward(self, distances: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        d, labels = scores_and_labels("GeneralContrastiveLoss", distances, labels, NO_IGNORED_LABEL)
-        formula = losses.contrastive_caffe if self.caffe else losses.contrastive_math
-        d = d if d.dtype == torch.float64 else d.float()
-        loss, statistics = formula(d, labels, self.options, self.intra_mae)
-        if self.options.add_intra_mae and self.training:
-            self.intra_mae.copy_(statistics[2])
-        return (loss, statistics) if self.return_statistics else (loss,)
+    def loss(self, x: Tensor, weight: Tensor | None, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        options = dict(self.options)
+        if self.add_intra_mae:
+            options["neg_margin"] = options["neg_margin"] + self.intra_mae
+        loss, statistics = functional.c_contrastive_loss(
+            x,
+            weight,
+            labels,
+            mode=self.mode,
+            ignore_index=NO_IGNORED_LABEL,
+            return_stats=True,
+            eps=eps,
+            **options,
+        )
+        if self.add_intra_mae:
+            moved = (0.99 * self.intra_mae + 0.01 * statistics[0].to(self.intra_mae)).clamp_max(self.cap)
+            if self.training:
+                self.intra_mae.copy_(moved)
+            statistics = torch.cat([statistics, moved.to(statistics)[None]])
+        return loss, statistics
 
 
-class GeneralTripletLoss(_DistanceLoss):
-    """C-triplet over given distances; a second top has (mean positive, mean negative distance)."""
+class GeneralTripletLoss(DistanceLoss):
+    """C-triplet; its statistics are (mean positive, mean negative distance)."""
 
     BLOCKS = ("general_triplet_loss_param",)
+    FUSED = "CTripletLoss"
 
-    def __init__(self, spec: Spec, context: Context) -> None:
-        super().__init__(spec, context)
-        names = losses.Triplet.__dataclass_fields__
-        self.options = losses.Triplet(
-            **{name: spec.get(f"general_triplet_loss_param.{name}") for name in names}
-        )
-
-    def forward(self, distances: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        d, labels = scores_and_labels("GeneralTripletLoss", distances, labels, NO_IGNORED_LABEL)
-        d = d if d.dtype == torch.float64 else d.float()
-        formula = losses.triplet_caffe if self.caffe else losses.triplet_math
-        loss, statistics = formula(d, labels, self.options)
-        return (loss, statistics) if self.return_statistics else (loss,)
+    def loss(self, x: Tensor, weight: Tensor | None, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return functional.c_triplet_loss(
+            x, weight, labels, mode=self.mode, ignore_index=NO_IGNORED_LABEL, return_stats=True, eps=eps,
+            **self.options,
+        )  # fmt: skip
 
 
 def accuracy(
