@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -452,7 +453,7 @@ class Head(nn.Module):
                 problems += [f"{self._labels[key]}: expected its weights in the file, got none"] * strict
                 continue
             spare = stored[key][len(names) : len(names) + layer.SPARE_BLOBS]
-            if len(stored[key]) != len(names) + len(spare) or any(v for b in spare for v in b.data):
+            if len(stored[key]) != len(names) + len(spare) or any(bool(_values(b).any()) for b in spare):
                 problems.append(
                     f"{self._labels[key]}: expected {len(names)} blobs ({', '.join(names)}),"
                     f" got {len(stored[key])}"
@@ -489,11 +490,15 @@ def _key(name: str) -> str:
     return f"{key}_" if hasattr(nn.ModuleDict, key) else key
 
 
+def _values(blob: Any) -> Tensor:
+    # NumPy takes protobuf's buffer as a whole; torch.tensor would take it number by number.
+    numbers, dtype = (blob.double_data, np.float64) if len(blob.double_data) else (blob.data, np.float32)
+    return torch.from_numpy(np.array(numbers, dtype=dtype))
+
+
 def _tensor(blob: Any, parameter: Tensor | None, layer: Layer) -> tuple[Tensor, str]:
     """(a stored blob in the shape of the parameter, what is wrong with it or "")."""
-    data = (
-        torch.tensor(blob.double_data, dtype=torch.float64) if blob.double_data else torch.tensor(blob.data)
-    )
+    data = _values(blob)
     legacy = not blob.HasField("shape")
     shape = [blob.num, blob.channels, blob.height, blob.width] if legacy else [int(n) for n in blob.shape.dim]
     open_shape = [getattr(layer, "num_output", 1), shape[-1] if shape else 1]
