@@ -24,15 +24,15 @@ def gaussian_unitball_(weight: Tensor, eps: float = 1e-12) -> Tensor:
 def unit_rows_(weight: Tensor, eps: float, owner: str) -> Tensor:
     """Divides the rows by sqrt(sum w^2 + eps), in place and outside autograd; a zero row stays zero.
 
-    Raises:
-        ValueError: a row with NaN or infinity; nothing is changed then.
+    A row with NaN or infinity raises ValueError on the CPU, with nothing changed, and stays as it is on
+    CUDA, where looking would stall the GPU at every step.
     """
     with torch.no_grad():
-        unit = functional.normalize(weight, dim=1, eps=eps)
-        bad = ~torch.isfinite(weight).all(dim=1)
-        if bad.any():
-            raise ValueError(f"{owner}: expected finite weights, got row {int(bad.nonzero()[0])} that is not")
-        return weight.copy_(unit)
+        finite = torch.isfinite(weight).all(dim=1, keepdim=True)
+        if weight.device.type == "cpu" and not finite.all():
+            row = int((~finite).nonzero()[0, 0])
+            raise ValueError(f"{owner}: expected finite weights, got row {row} that is not")
+        return weight.copy_(torch.where(finite, functional.normalize(weight, dim=1, eps=eps), weight))
 
 
 def _positive(owner: str, name: str, value: float) -> float:
@@ -104,7 +104,8 @@ class _ScaledHead(nn.Module):
         """Overwrites the weight by its unit rows: Caffe's ``normalize: true``, when it is asked for.
 
         Not needed for the output, which depends on the directions only; see
-        ``caffe.renormalize_after_step``. Raises ValueError for NaN or infinity and then changes nothing.
+        ``caffe.renormalize_after_step``. A row with NaN or infinity raises ValueError on the CPU, with
+        nothing changed, and is left alone on CUDA.
         """
         unit_rows_(self.weight, self.eps, type(self).__name__)
 
@@ -178,7 +179,7 @@ class NormFaceLoss(_ScaledHead):
         in_features, num_classes: D and C; ``weight`` is [C, D], rows uniform on the unit sphere.
         scale: s, or "auto": the smallest scale whose loss bound is ``theory.AUTO_SCALE_BOUND``.
         learn_scale: make s a parameter, kept within [min_scale, max_scale]. It needs no weight decay:
-            give it a parameter group of its own.
+            ``parameter_groups`` gives it a group without.
         margin, reduction, ignore_index, eps, workspace: see ``functional.normface_loss``.
 
     The forward call raises what ``functional.normface_loss`` raises. To classify use

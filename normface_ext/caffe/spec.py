@@ -82,7 +82,8 @@ class Spec:
     def never(self, path: str, why: str) -> None:
         """Refuses the option wherever the file writes it."""
         block, _, name = path.partition(".")
-        written = self.has(path) if not _repeated(self.message, path) else len(self.get(path)) > 0
+        value = self.get(path)
+        written = len(value) > 0 if _repeated(value) else self.has(path)
         if written:
             self.refuse(f"`{name or block}` is not supported ({why})", path)
 
@@ -99,7 +100,7 @@ class Spec:
         for descriptor, value in message.ListFields():
             path = f"{prefix}{descriptor.name}"
             places = lines.fields.get(descriptor.name, [])
-            values = value if descriptor.is_repeated else [value]
+            values = value if _repeated(value) else [value]
             for place, one in zip(places, values, strict=False):
                 if descriptor.message_type is not None:
                     self._check(place, one, f"{path}.", blocks)
@@ -109,12 +110,8 @@ class Spec:
                     )
 
 
-def _repeated(message: Any, path: str) -> bool:
-    descriptor = message.DESCRIPTOR
-    for name in path.split("."):
-        found = descriptor.fields_by_name[name]
-        descriptor = found.message_type
-    return bool(found.is_repeated)
+def _repeated(value: object) -> bool:
+    return hasattr(value, "__len__") and not isinstance(value, (str, bytes))
 
 
 def _text(value: object) -> str:
