@@ -3,14 +3,16 @@
 ``NormalizeLayer``, ``NormLinear`` and ``NormFaceLoss`` are the layers, ``InnerDistance`` and the metric
 losses stand beside them, ``functional`` what they call,
 ``reference`` the same in plain PyTorch, ``theory`` the paper's bounds, ``plan`` what a fused head will
-cost, ``build_info`` what was built.
+cost, ``build_info`` what was built, ``caffe`` what was NormFace's in Caffe.
 """
 
-from . import functional, reference, theory
+from . import caffe, functional, reference, theory
 from ._library import build_info
 from .margins import ArcFace, CombinedMargin, CosFace
 from .metric import CContrastiveLoss, CTripletLoss, InnerDistance, PairContrastiveLoss, TripletLoss
+from .mirror import MirrorFace
 from .modules import NormalizeLayer, NormFaceLoss, NormLinear, gaussian_unitball_
+from .optim import parameter_groups
 from .plan import Plan, plan
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "CombinedMargin",
     "CosFace",
     "InnerDistance",
+    "MirrorFace",
     "NormFaceLoss",
     "NormLinear",
     "NormalizeLayer",
@@ -27,8 +30,10 @@ __all__ = [
     "Plan",
     "TripletLoss",
     "build_info",
+    "caffe",
     "functional",
     "gaussian_unitball_",
+    "parameter_groups",
     "plan",
     "reference",
     "theory",

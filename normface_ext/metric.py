@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .modules import gaussian_unitball_
+from .modules import gaussian_unitball_, unit_rows_
 
 
 class _Agents(nn.Module):
     """A weight [classes, features], rows uniform on the unit sphere."""
 
     weight: nn.Parameter
+    eps: float
 
     def __init__(
         self, features: int, classes: int, device: torch.device | str | None, dtype: torch.dtype | None
@@ -29,6 +30,10 @@ class _Agents(nn.Module):
 
     def reset_parameters(self) -> None:
         gaussian_unitball_(self.weight)
+
+    def renormalize_(self) -> None:
+        """Overwrites the weight by its unit rows; see ``caffe.renormalize_after_step``."""
+        unit_rows_(self.weight, self.eps, type(self).__name__)
 
 
 class InnerDistance(_Agents):
@@ -121,7 +126,7 @@ class CContrastiveLoss(_Agents):
     ) -> None:
         super().__init__(in_features, num_classes, device, dtype)
         self.in_features, self.num_classes = in_features, num_classes
-        self.neg_margin, self.mode, self.return_stats = neg_margin, mode, return_stats
+        self.neg_margin, self.mode, self.return_stats, self.eps = neg_margin, mode, return_stats, eps
         self.add_intra_mae, self.max_negative_margin = bool(add_intra_mae), max_negative_margin
         self.options: dict[str, Any] = {
             "pos_margin": pos_margin,
@@ -199,7 +204,7 @@ class CTripletLoss(_Agents):
     ) -> None:
         super().__init__(in_features, num_classes, device, dtype)
         self.in_features, self.num_classes = in_features, num_classes
-        self.margin, self.mode, self.return_stats = margin, mode, return_stats
+        self.margin, self.mode, self.return_stats, self.eps = margin, mode, return_stats, eps
         self.options: dict[str, Any] = {
             "pos_weight": pos_weight,
             "neg_weight": neg_weight,

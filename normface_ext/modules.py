@@ -21,6 +21,20 @@ def gaussian_unitball_(weight: Tensor, eps: float = 1e-12) -> Tensor:
         return weight.copy_(functional.normalize(weight, dim=1, eps=eps))
 
 
+def unit_rows_(weight: Tensor, eps: float, owner: str) -> Tensor:
+    """Divides the rows by sqrt(sum w^2 + eps), in place and outside autograd; a zero row stays zero.
+
+    A row with NaN or infinity raises ValueError on the CPU, with nothing changed, and stays as it is on
+    CUDA, where looking would stall the GPU at every step.
+    """
+    with torch.no_grad():
+        finite = torch.isfinite(weight).all(dim=1, keepdim=True)
+        if weight.device.type == "cpu" and not finite.all():
+            row = int((~finite).nonzero()[0, 0])
+            raise ValueError(f"{owner}: expected finite weights, got row {row} that is not")
+        return weight.copy_(torch.where(finite, functional.normalize(weight, dim=1, eps=eps), weight))
+
+
 def _positive(owner: str, name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: expected `{name}` to be a number, got {type(value).__name__}")
@@ -34,6 +48,7 @@ class _ScaledHead(nn.Module):
 
     weight: nn.Parameter
     scale: float | nn.Parameter
+    eps: float
 
     def __init__(
         self,
@@ -84,6 +99,15 @@ class _ScaledHead(nn.Module):
         if isinstance(self.scale, nn.Parameter):
             self.scale.data.clamp_(self.min_scale, self.max_scale)
         return self.scale
+
+    def renormalize_(self) -> None:
+        """Overwrites the weight by its unit rows: Caffe's ``normalize: true``, when it is asked for.
+
+        Not needed for the output, which depends on the directions only; see
+        ``caffe.renormalize_after_step``. A row with NaN or infinity raises ValueError on the CPU, with
+        nothing changed, and is left alone on CUDA.
+        """
+        unit_rows_(self.weight, self.eps, type(self).__name__)
 
     def _scale_repr(self) -> str:
         value = f"{float(self.scale):g}"
@@ -157,7 +181,7 @@ class NormFaceLoss(_ScaledHead):
         in_features, num_classes: D and C; ``weight`` is [C, D], rows uniform on the unit sphere.
         scale: s, or "auto": the smallest scale whose loss bound is ``theory.AUTO_SCALE_BOUND``.
         learn_scale: make s a parameter, kept within [min_scale, max_scale]. It needs no weight decay:
-            give it a parameter group of its own.
+            ``parameter_groups`` gives it a group without.
         margin, reduction, ignore_index, eps, class_weight, label_smoothing, workspace: see
             ``functional.normface_loss``. ``class_weight`` becomes a buffer.
 

@@ -1,0 +1,12 @@
+"""From Caffe: the heads of NormFace's prototxt files, their weights, and what Caffe did on the way.
+
+``load_head`` reads a prototxt, ``Head.load_caffemodel`` its weights (both need protobuf: the extra
+``caffe``), ``renormalize_after_step`` is the hard normalisation of ``normalize: true``, ``accuracy`` has
+Caffe's ties. docs/caffe-compatibility.md compares layer by layer.
+"""
+
+from ..optim import renormalize_after_step
+from .graph import Head, HeadOutput, load_head
+from .losses import accuracy
+
+__all__ = ["Head", "HeadOutput", "accuracy", "load_head", "renormalize_after_step"]

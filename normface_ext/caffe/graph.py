@@ -1,0 +1,461 @@
+"""`load_head`: the head part of a prototxt as a module that wires Caffe's layers by blob names."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..optim import is_scale
+from . import proto
+from .layers import Agents, InnerDistance, InnerProduct, Layer, Normalize, Parameter, Scale
+from .losses import Accuracy, DistanceLoss, GeneralContrastiveLoss, GeneralTripletLoss, SoftmaxWithLoss
+from .shapes import Concat, Eltwise, Flip, Slice
+from .spec import Context, Report, Spec
+from .wiring import Step, fuse, wire
+
+#: Caffe's name of every type that `load_head` knows.
+TYPES: dict[str, type[Layer]] = {
+    kind.__name__: kind
+    for kind in (
+        Accuracy, Concat, Eltwise, Flip, GeneralContrastiveLoss, GeneralTripletLoss, InnerDistance,
+        InnerProduct, Normalize, Parameter, Scale, Slice, SoftmaxWithLoss,
+    )
+}  # fmt: skip
+
+PHASES = ("TRAIN", "TEST")
+MODES = ("math", "caffe")
+
+
+class HeadOutput(NamedTuple):
+    """What a head returns.
+
+    loss: the sum of loss_weight * top over the tops that have a gradient, or None without a loss layer.
+    tops: the blobs that no layer consumes, by name, such as each loss before its weight.
+    printed_loss: the sum over every top with a loss_weight, statistics too: what Caffe prints. No gradient.
+    """
+
+    loss: Tensor | None
+    tops: dict[str, Tensor]
+    printed_loss: Tensor | None
+
+
+def load_head(
+    path_or_text: str | os.PathLike[str],
+    *,
+    mode: str = "math",
+    inputs: Iterable[str] | None = None,
+    in_features: int | None = None,
+    eps: float = 1e-12,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Head:
+    """The head of a NormFace prototxt as a module: its layers, options, wiring and multipliers.
+
+    Args:
+        path_or_text: a file, or its text (anything with a line break or a brace).
+        mode: "math": every gradient is that of the value. "caffe": values and gradients as the released
+            layers computed them, slips included; see docs/caffe-compatibility.md.
+        inputs: blobs given from outside. By default those that no layer of the file makes. Name them to
+            load the head of a whole net: layers that cannot be reached from them are left out.
+        in_features: D, where a layer has its own weights: Caffe infers it from the net before the head.
+            Without it those weights appear with the first forward call, or with load_caffemodel.
+        eps: inside the L2 norms; Caffe has 1e-12 on the GPU and 1e-6 on the CPU.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: what the file has that is not supported, all of it, each with its file and line.
+        ImportError: protobuf is missing (`pip install 'normface_ext[caffe]'`).
+    """
+    if mode not in MODES:
+        raise ValueError(f"load_head: expected `mode` to be one of {', '.join(MODES)}, got {mode!r}")
+    if in_features is not None and in_features < 1:
+        raise ValueError(f"load_head: expected `in_features` to be >= 1, got {in_features}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"load_head: expected `eps` to be finite and >= 0, got {eps}")
+    where, text = _read(path_or_text)
+    net, lines = proto.parse_text(text, where)
+    report = Report(where)
+    for name, line in lines.unknown:
+        report.problems.append((line, f"unknown option `{name}` of the net"))
+    if net.layers:
+        report.problems.append(
+            (lines.of("layers"), "`layers` is Caffe's format of before 2014: upgrade the file")
+        )
+    given = None if inputs is None else [str(name) for name in inputs]
+    declared = [str(name) for name in net.input]
+    context = Context(mode, float(eps), in_features, device, dtype)
+    specs = [Spec(layer, lines.fields["layer"][i], report) for i, layer in enumerate(net.layer)]
+    for spec in [spec for spec in specs if spec.type == "Input"]:
+        declared += spec.tops
+        specs.remove(spec)
+    specs = specs if given is None else _reachable(specs, given, report)
+    if not specs and not report.problems:
+        report.problems.append((1, "expected at least one layer of a head, got none"))
+    head = Head(specs, report, context, declared if given is None else given, given is not None)
+    if report.problems:
+        count = len(report.problems)
+        hint = ""
+        if given is None and any(
+            "is not part of a NormFace head" in sentence for _, sentence in report.problems
+        ):
+            hint = (
+                "\nTo load the head of a whole net, name the blobs it starts from,"
+                " such as inputs=('ip1', 'label')."
+            )
+        raise ValueError(
+            f"load_head: {where} has {count} thing{'s' * (count > 1)} that {'are' if count > 1 else 'is'} not"
+            " supported:\n" + "\n".join(report.lines(report.problems)) + hint
+        )
+    return head
+
+
+def _read(path_or_text: str | os.PathLike[str]) -> tuple[str, str]:
+    if isinstance(path_or_text, str) and ("\n" in path_or_text or "{" in path_or_text):
+        return "<text>", path_or_text
+    if not isinstance(path_or_text, (str, os.PathLike)):
+        raise TypeError(f"load_head: expected a path or text, got {type(path_or_text).__name__}")
+    try:
+        return os.fspath(path_or_text), Path(path_or_text).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"load_head: expected {path_or_text} to be a text file (prototxt)") from error
+
+
+def _reachable(specs: list[Spec], given: list[str], report: Report) -> list[Spec]:
+    """The layers behind the given blobs: those that get one, directly or not, and their Parameters."""
+    known, kept = set(given), []
+    for spec in specs:
+        if any(bottom in known for bottom in spec.bottoms) or spec.type == "Parameter":
+            kept.append(spec)
+            known |= set(spec.tops)
+    written = {bottom for spec in specs for bottom in spec.bottoms}
+    for name in given:
+        if name not in written:
+            report.problems.append(
+                (1, f"expected a layer with the bottom `{name}`, which is in `inputs`, got none")
+            )
+    wanted = {bottom for spec in kept for bottom in spec.bottoms}
+    return [spec for spec in kept if spec.bottoms or wanted & set(spec.tops)]
+
+
+def _phases(spec: Spec) -> tuple[str, ...]:
+    """The phases that a layer's include and exclude rules allow."""
+    message = spec.message
+    if message.include and message.exclude:
+        spec.refuse("expected `include` or `exclude`, got both", "exclude")
+    for name in ("include", "exclude"):
+        for i, rule in enumerate(getattr(message, name)):
+            for other in ("min_level", "max_level", "stage", "not_stage"):
+                if other in spec.lines.fields[name][i].fields:
+                    spec.refuse(f"`{other}` in `{name}` is not supported", name, i)
+            if not rule.HasField("phase"):
+                spec.refuse(f"expected a phase in `{name}`", name, i)
+    include = {PHASES[rule.phase] for rule in message.include}
+    exclude = {PHASES[rule.phase] for rule in message.exclude}
+    if message.HasField("phase"):
+        include.add(PHASES[message.phase])
+    return tuple(p for p in PHASES if (p in include or not include) and p not in exclude)
+
+
+class Head(nn.Module):
+    """What :func:`load_head` returns.
+
+    ``head(last_ip_layer=x, label=y)`` or ``head({"last_ip_layer": x, "label": y})`` runs the layers of the
+    present phase, TRAIN in training mode and TEST in eval mode, and returns a :class:`HeadOutput`.
+    ``head.layers["cosine_layer"]`` is a layer by its name in the file. In mode "math", Normalize +
+    InnerProduct + Scale + SoftmaxWithLoss run as one fused NormFaceLoss, and Normalize + InnerDistance +
+    a metric loss as one fused CContrastiveLoss or CTripletLoss, in every phase where nothing else reads
+    what lies between; ``print(head)`` shows where.
+
+    Attributes:
+        notes: "file:line: ..." of everything in the file that has no effect here, or another than it seems.
+    """
+
+    def __init__(
+        self, specs: list[Spec], report: Report, context: Context, declared: list[str], closed: bool
+    ) -> None:
+        super().__init__()
+        self.where, self.mode = report.where, context.mode
+        self.layers = nn.ModuleDict()
+        self._multipliers: dict[str, list[tuple[float, float]]] = {}
+        self._labels: dict[str, str] = {}
+        keys: dict[int, str] = {}
+        usable = []
+        for i, spec in enumerate(specs):
+            key = _key(spec.name)
+            if spec.type not in TYPES:
+                spec.refuse(f"the layer type {spec.type!r} is not part of a NormFace head", "type")
+                continue
+            if not spec.name or key in self.layers:
+                spec.refuse(f"expected a name of its own, got {spec.name!r}", "name")
+                continue
+            layer = self._build(spec, context)
+            self.layers[key] = layer
+            keys[i] = key
+            self._labels[key] = f"{spec} ({spec.at('')})"
+            usable.append((key, spec, _phases(spec)))
+        made_here = {top for spec in specs for top in spec.tops}
+        self._plans = {p: wire(p, usable, self.layers, made_here, declared, closed, report) for p in PHASES}
+        self._fused: dict[str, list[tuple[str, ...]]] = {phase: [] for phase in PHASES}
+        if not report.problems and self.mode == "math":
+            for phase, plan in self._plans.items():
+                self._fused[phase] = fuse(plan, self.layers)
+        if self.mode == "caffe":
+            for _key_, spec, _ in usable:
+                if getattr(self.layers[_key_], "normalize", False):
+                    spec.note(
+                        "`normalize: true` overwrites the weight in Caffe's forward pass; here"
+                        " `normface_ext.caffe.renormalize_after_step` does so after each step"
+                    )
+        self.notes = tuple(dict.fromkeys(report.lines(report.notes)))
+        if not report.problems and context.in_features is not None:
+            for module in self.layers.values():
+                if isinstance(module, Agents):
+                    module.materialize(context.in_features)
+
+    def _build(self, spec: Spec, context: Context) -> Layer:
+        kind, message = TYPES[spec.type], spec.message
+        spec.check_fields(kind.BLOCKS)
+        for what, count, (least, most) in (
+            ("bottom", len(spec.bottoms), kind.BOTTOMS), ("top", len(spec.tops), kind.TOPS)
+        ):  # fmt: skip
+            if not least <= count <= most:
+                wanted = (
+                    str(least) if least == most else f"{least} or more" if most > 9 else f"{least} or {most}"
+                )
+                hint = " (the second is the label)" if what == "bottom" and kind.BOTTOMS == (2, 2) else ""
+                spec.refuse(f"expected {wanted} `{what}`{hint}, got {count}", what)
+        if message.blobs:
+            spec.refuse("`blobs` in a text file are not supported: load_caffemodel reads weights", "blobs")
+        if len(message.loss_weight) not in (0, len(spec.tops)):
+            spec.refuse(f"expected `loss_weight` once per top, got {len(message.loss_weight)}", "loss_weight")
+        if len(message.propagate_down) not in (0, len(spec.bottoms)):
+            spec.refuse(
+                f"expected `propagate_down` once per bottom, got {len(message.propagate_down)}",
+                "propagate_down",
+            )
+        layer = kind(spec, context)
+        most = len(layer.BLOBS) + layer.SPARE_BLOBS
+        if len(message.param) > most:
+            spec.refuse(f"expected at most {most} `param`, got {len(message.param)}", "param", most)
+        multipliers = [(1.0, 1.0)] * len(layer.BLOBS)
+        for i, param in enumerate(message.param[: len(multipliers)]):
+            if param.HasField("name") or param.HasField("share_mode"):
+                spec.refuse("shared parameters (`param { name }`) are not supported", "param", i)
+            if param.lr_mult < 0 or param.decay_mult < 0:
+                spec.refuse("expected `lr_mult` and `decay_mult` >= 0", "param", i)
+            multipliers[i] = (float(param.lr_mult), float(param.decay_mult))
+        layer.lr_mults = [lr for lr, _ in multipliers]  # type: ignore[assignment]
+        self._multipliers[_key(spec.name)] = multipliers
+        for blob, (lr, _) in zip(layer.blobs(), multipliers, strict=True):
+            if blob is not None:
+                blob.requires_grad_(lr != 0)
+        return layer
+
+    @property
+    def phase(self) -> str:
+        return "TRAIN" if self.training else "TEST"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The blobs that forward needs in the present phase."""
+        return tuple(self._plans[self.phase].inputs)
+
+    def forward(self, blobs: Mapping[str, Tensor] | None = None, /, **named: Tensor) -> HeadOutput:
+        given = {**(blobs or {}), **named}
+        plan = self._plans[self.phase]
+        missing = [name for name in plan.inputs if name not in given]
+        if missing:
+            raise ValueError(
+                f"load_head({self.where}): expected the blobs {', '.join(plan.inputs)} in the phase"
+                f" {self.phase}, got no {', '.join(missing)}"
+            )
+        unknown = [name for name in given if not any(name in p.inputs for p in self._plans.values())]
+        if unknown:
+            raise ValueError(f"load_head({self.where}): no layer reads {', '.join(unknown)} from outside")
+        values: dict[int, Tensor] = {number: given[name] for name, number in plan.inputs.items()}
+        for name, number in plan.inputs.items():
+            if not isinstance(values[number], Tensor):
+                raise TypeError(
+                    f"load_head({self.where}): expected `{name}` to be a Tensor,"
+                    f" got {type(values[number]).__name__}"
+                )
+        for step in plan.steps:
+            bottoms = [values[number] for number in step.inputs]
+            for position in step.detached:
+                bottoms[position] = bottoms[position].detach()
+            try:
+                tops = (
+                    self._fused_loss(step, bottoms)
+                    if len(step.layers) > 1
+                    else self.layers[step.layers[0]](*bottoms)
+                )
+            except (ValueError, TypeError, IndexError) as error:
+                raise type(error)(f"{self._labels[step.layers[-1]]}: {error}") from error
+            values.update(zip(step.outputs, tops, strict=True))
+        weighted = [(w, (w.weight * values[w.value]).sum()) for w in plan.weighted]
+        objective = [term for w, term in weighted if not w.statistic]
+        return HeadOutput(
+            torch.stack(objective).sum() if len(objective) > 1 else objective[0] if objective else None,
+            {name: values[number] for name, number in plan.outputs.items()},
+            torch.stack([term.detach() for _, term in weighted]).sum() if weighted else None,
+        )
+
+    def _fused_loss(self, step: Step, bottoms: list[Tensor]) -> tuple[Tensor, ...]:
+        """A chain from Normalize to its loss without the N x C matrix between."""
+        chain = [self.layers[key] for key in step.layers]
+        agents = next(layer for layer in chain if isinstance(layer, Agents))
+        scale = next((layer for layer in chain if isinstance(layer, Scale)), None)
+        loss, labels = chain[-1], bottoms[-1]
+        if bottoms[0].dim() > 2 and bottoms[0][:1, :1].numel() > 1:
+            # Normalised at every position and then flattened, which is not one norm per row.
+            units = [functional.normalize(bottom, 1, 2, agents.eps) for bottom in bottoms[:-1]]
+            scores = agents(*units)[0]
+            tops: tuple[Tensor, ...] = loss(scores if scale is None else scale(scores)[0], labels)
+            return tops
+        x, weight = agents.operands(tuple(bottoms[:-1]))
+        if isinstance(loss, SoftmaxWithLoss):
+            return loss.tops(x, weight, labels, agents.eps, 1.0 if scale is None else scale.bounded_scale())
+        assert isinstance(loss, DistanceLoss)
+        return loss.tops(x, weight, labels, agents.eps)
+
+    def renormalize_(self) -> list[str]:
+        """Overwrites the weights of the layers with ``normalize: true`` by their unit rows; their names.
+
+        Raises:
+            ValueError: NaN or infinity in a weight; that weight is not changed.
+        """
+        chosen = [key for key, layer in self.layers.items() if getattr(layer, "normalize", False)]
+        for key in chosen:
+            self.layers[key].renormalize_()  # type: ignore[operator]
+        return chosen
+
+    def parameter_groups(
+        self, lr: float, weight_decay: float, *, decay_scale: bool = True
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups with the file's multipliers: lr * lr_mult and weight_decay * decay_mult.
+
+        Parameters with ``lr_mult: 0`` are fixed and left out.
+
+        Args:
+            decay_scale: ``False`` takes the learned scales out of the weight decay, which Caffe's default
+                ``decay_mult: 1`` applies to them.
+
+        Raises:
+            ValueError: a weight whose number of features is not known yet.
+        """
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for key, multipliers in self._multipliers.items():
+            layer = self.layers[key]
+            assert isinstance(layer, Layer)
+            for name, blob, (lr_mult, decay_mult) in zip(
+                layer.BLOBS, layer.blobs(), multipliers, strict=True
+            ):
+                if blob is None:
+                    raise ValueError(
+                        f"{self._labels[key]}: the weight has no shape yet: give `in_features` to load_head,"
+                        " load_caffemodel, or run forward, before making an optimizer"
+                    )
+                if lr_mult:
+                    decayed = decay_mult if decay_scale or not is_scale(name, blob) else 0.0
+                    groups.setdefault((lr_mult, decayed), []).append(blob)
+        return [
+            {"params": blobs, "lr": lr * lr_mult, "weight_decay": weight_decay * decay_mult}
+            for (lr_mult, decay_mult), blobs in groups.items()
+        ]
+
+    @torch.no_grad()
+    def load_caffemodel(self, path: str | os.PathLike[str] | bytes, *, strict: bool = True) -> list[str]:
+        """Copies the weights of the layers that the file has by the same name; returns those names.
+
+        All or nothing: a file with one wrong blob changes nothing.
+
+        Args:
+            path: a .caffemodel (binary NetParameter), or its bytes. Its other layers are skipped.
+            strict: the file must have every layer of the head that has parameters.
+
+        Raises:
+            ValueError: no such file format, missing layers, a wrong shape or count of blobs, NaN or infinity.
+        """
+        where, data = (
+            ("<bytes>", path) if isinstance(path, bytes) else (os.fspath(path), Path(path).read_bytes())
+        )
+        net = proto.parse_binary(data, where)
+        stored = {
+            _key(str(layer.name)): layer.blobs for layer in [*net.layers, *net.layer] if len(layer.blobs)
+        }
+        copies: list[tuple[str, str, Tensor]] = []
+        problems = []
+        for key, layer in self.layers.items():
+            assert isinstance(layer, Layer)
+            names = layer.BLOBS
+            if not names:
+                continue
+            if key not in stored:
+                problems += [f"{self._labels[key]}: expected its weights in the file, got none"] * strict
+                continue
+            spare = stored[key][len(names) : len(names) + layer.SPARE_BLOBS]
+            if len(stored[key]) != len(names) + len(spare) or any(bool(_values(b).any()) for b in spare):
+                problems.append(
+                    f"{self._labels[key]}: expected {len(names)} blobs ({', '.join(names)}),"
+                    f" got {len(stored[key])}"
+                )
+                continue
+            for name, blob in zip(names, stored[key], strict=False):
+                value, problem = _tensor(blob, getattr(layer, name), layer)
+                if problem:
+                    problems.append(f"{self._labels[key]}: expected `{name}` {problem}")
+                else:
+                    copies.append((key, name, value))
+        if problems:
+            raise ValueError(f"load_caffemodel: {where} does not fit:\n" + "\n".join(problems))
+        for key, name, value in copies:
+            layer = self.layers[key]
+            if getattr(layer, name) is None:
+                layer.materialize(value.shape[1])  # type: ignore[operator]
+            getattr(layer, name).copy_(value)
+        return list(dict.fromkeys(key for key, _, _ in copies))
+
+    def extra_repr(self) -> str:
+        lines = [f"{self.where}, mode={self.mode!r}"]
+        for phase, plan in self._plans.items():
+            lines.append(f"{phase}: {', '.join(plan.inputs)} -> {', '.join(plan.outputs)}")
+            for chain in self._fused[phase]:
+                kind = self.layers[chain[-1]].FUSED
+                lines.append(f"{phase}: fused into {kind}: {' + '.join(chain)}")
+        return "\n".join(lines)
+
+
+def _key(name: str) -> str:
+    """A layer's name as a module's: no dots, and no attribute of ModuleDict."""
+    key = name.replace(".", "_")
+    return f"{key}_" if hasattr(nn.ModuleDict, key) else key
+
+
+def _values(blob: Any) -> Tensor:
+    # NumPy takes protobuf's buffer as a whole; torch.tensor would take it number by number.
+    numbers, dtype = (blob.double_data, np.float64) if len(blob.double_data) else (blob.data, np.float32)
+    return torch.from_numpy(np.array(numbers, dtype=dtype))
+
+
+def _tensor(blob: Any, parameter: Tensor | None, layer: Layer) -> tuple[Tensor, str]:
+    """(a stored blob in the shape of the parameter, what is wrong with it or "")."""
+    data = _values(blob)
+    legacy = not blob.HasField("shape")
+    shape = [blob.num, blob.channels, blob.height, blob.width] if legacy else [int(n) for n in blob.shape.dim]
+    open_shape = [getattr(layer, "num_output", 1), shape[-1] if shape else 1]
+    wanted = open_shape if parameter is None else list(parameter.shape)
+    fits = shape == ([1] * (4 - len(wanted)) + wanted if legacy else wanted)
+    if not fits or data.numel() != math.prod(wanted):
+        meant = wanted if parameter is not None else f"[{layer.num_output}, D]"
+        return data, f"of shape {meant}, got {shape} with {data.numel()} values"
+    if not torch.isfinite(data).all():
+        return data, f"to be finite, got {float(data[~torch.isfinite(data)][0])}"
+    return data.reshape(wanted), ""

@@ -1,0 +1,223 @@
+"""The part of caffe.proto that a NormFace head needs, and the line of every option in a text file.
+
+Field numbers are those of the Caffe fork that NormFace was released with (happynear/caffe-windows,
+branch ``ms``), so binary ``.caffemodel`` files parse; whatever is not listed here is skipped in binary
+files and reported with its line in text files. protobuf is imported when it is used, not before.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+#: message -> its fields "<label><type> <name>=<number>[:<default>]"; the label is `?` optional,
+#: `*` repeated or `#` repeated and packed.
+MESSAGES: dict[str, str] = {
+    "BlobShape": "#int64 dim=1",
+    "BlobProto": """?BlobShape shape=7  #float data=5  #float diff=6  #double double_data=8
+        #double double_diff=9  ?int32 num=1:0  ?int32 channels=2:0  ?int32 height=3:0  ?int32 width=4:0""",
+    "FillerParameter": """?string type=1:constant  ?float value=2:0  ?float min=3:0  ?float max=4:1
+        ?float mean=5:0  ?float std=6:1  ?int32 sparse=7:-1  ?VarianceNorm variance_norm=8:FAN_IN
+        ?float alpha=9:0""",
+    "NetParameter": """?string name=1  *V1LayerParameter layers=2  *string input=3  *int32 input_dim=4
+        ?bool force_backward=5:false  ?NetState state=6  ?bool debug_info=7:false  *BlobShape input_shape=8
+        *LayerParameter layer=100""",
+    "NetState": "?Phase phase=1:TEST  ?int32 level=2:0  *string stage=3",
+    "NetStateRule": """?Phase phase=1  ?int32 min_level=2  ?int32 max_level=3  *string stage=4
+        *string not_stage=5""",
+    "ParamSpec": "?string name=1  ?DimCheckMode share_mode=2  ?float lr_mult=3:1  ?float decay_mult=4:1",
+    "LayerParameter": """?string name=1  ?string type=2  *string bottom=3  *string top=4
+        *float loss_weight=5  *ParamSpec param=6  *BlobProto blobs=7  *NetStateRule include=8
+        *NetStateRule exclude=9  ?Phase phase=10  *bool propagate_down=11  ?LossParameter loss_param=101
+        ?AccuracyParameter accuracy_param=102  ?ConcatParameter concat_param=104
+        ?EltwiseParameter eltwise_param=110  ?InnerProductParameter inner_product_param=117
+        ?SoftmaxParameter softmax_param=125  ?SliceParameter slice_param=126
+        ?ScaleParameter scale_param=142  ?InputParameter input_param=143
+        ?ParameterParameter parameter_param=145  ?FlipParameter flip_param=212
+        ?InnerDistanceParameter inner_distance_param=213  ?NormalizeParameter normalize_param=214
+        ?GeneralContrastiveParameter general_contrastive_loss_param=215
+        ?GeneralTripletParameter general_triplet_loss_param=217""",
+    # Layers of before 2014: their weights still load.
+    "V1LayerParameter": "*string bottom=2  *string top=3  ?string name=4  *BlobProto blobs=6",
+    "LossParameter": "?int32 ignore_label=1  ?bool normalize=2  ?NormalizationMode normalization=3:VALID",
+    "AccuracyParameter": """?uint32 top_k=1:1  ?int32 axis=2:1  ?int32 ignore_label=3
+        ?bool min_is_better=4:false""",
+    "ConcatParameter": "?uint32 concat_dim=1:1  ?int32 axis=2:1",
+    "EltwiseParameter": "?EltwiseOp operation=1:SUM  *float coeff=2  ?bool stable_prod_grad=3:true",
+    # distance_type is no field of Caffe's message: the released combine_softmax_contrastive.prototxt
+    # writes it here for an InnerDistance layer, so it has a number that no file uses.
+    "InnerProductParameter": """?uint32 num_output=1  ?bool bias_term=2:true
+        ?FillerParameter weight_filler=3  ?FillerParameter bias_filler=4  ?int32 axis=5:1
+        ?bool transpose=6:false  ?bool normalize=7:false  ?string distance_type=1000:L2""",
+    "InnerDistanceParameter": """?uint32 num_output=1  ?bool bias_term=2:true
+        ?FillerParameter weight_filler=3  ?FillerParameter bias_filler=4  ?int32 axis=5:1
+        ?bool transpose=6:false  ?string distance_type=7:L2  ?bool normalize=8:false
+        ?bool update_center_only=9:false""",
+    "InputParameter": "*BlobShape shape=1",
+    "ParameterParameter": "?BlobShape shape=1  ?FillerParameter blob_filler=2",
+    "ScaleParameter": """?int32 axis=1:1  ?int32 num_axes=2:1  ?FillerParameter filler=3
+        ?bool bias_term=4:false  ?FillerParameter bias_filler=5  ?float min_value=6  ?float max_value=7""",
+    "SliceParameter": "?uint32 slice_dim=1:1  *uint32 slice_point=2  ?int32 axis=3:1",
+    "SoftmaxParameter": """?Engine engine=1:DEFAULT  ?int32 axis=2:1  ?float hard_ratio=3:1
+        *float class_weight=4  ?int32 hard_mining_label=5  ?float cutting_point=6
+        ?string normalize_type=7:Softmax  ?float label_smooth_factor=8:0""",
+    "FlipParameter": "?bool flip_width=1:true  ?bool flip_height=2:false",
+    "NormalizeParameter": "?string normalize_type=1:L2  ?bool fix_gradient=2:false  ?bool bp_norm=3:false",
+    "GeneralContrastiveParameter": """?float positive_margin=1:0  ?float negative_margin=2:1
+        ?float positive_weight=3:1  ?float negative_weight=4:1  ?float normalize_negative=5:0
+        ?float positive_outlier_thresh=6:4  ?bool square=7:false  ?bool max_negative_only=8:false
+        ?bool max_positive_only=9:false  ?bool positive_first=10:false  ?float positive_upper_bound=11:1
+        ?bool exp_negative_weight=12:false  ?bool add_intra_mae=13:false
+        ?float max_negative_margin=14:1.2""",
+    "GeneralTripletParameter": """?float margin=1:0.2  ?bool add_center_loss=2:true
+        ?bool hardest_only=3:false  ?bool positive_first=4:false  ?float positive_upper_bound=5:1
+        ?float positive_weight=6:1  ?float negative_weight=7:1""",
+}
+
+ENUMS: dict[str, dict[str, int]] = {
+    "Phase": {"TRAIN": 0, "TEST": 1},
+    "DimCheckMode": {"STRICT": 0, "PERMISSIVE": 1},
+    "VarianceNorm": {"FAN_IN": 0, "FAN_OUT": 1, "AVERAGE": 2},
+    "NormalizationMode": {"FULL": 0, "VALID": 1, "BATCH_SIZE": 2, "NONE": 3},
+    "EltwiseOp": {"PROD": 0, "SUM": 1, "MAX": 2, "SORT": 3},
+    "Engine": {"DEFAULT": 0, "CAFFE": 1, "CUDNN": 2},
+}
+
+_PACKAGE = "normface_caffe"
+
+
+def require(module: str) -> Any:
+    """A module of google.protobuf, or an ImportError that says what to install."""
+    try:
+        return importlib.import_module(f"google.protobuf.{module}")
+    except ImportError as error:
+        raise ImportError(
+            "normface_ext.caffe: reading Caffe files needs protobuf, which is not installed;"
+            " `pip install 'normface_ext[caffe]'` brings it"
+        ) from error
+
+
+@cache
+def messages() -> dict[str, Any]:
+    """message name -> its class, in a pool of their own: another caffe_pb2 in the process does not clash."""
+    descriptor_pb2, pool = require("descriptor_pb2"), require("descriptor_pool").DescriptorPool()
+    kinds = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="normface_caffe.proto", package=_PACKAGE, syntax="proto2")
+    for name, values in ENUMS.items():  # enum values are siblings of their enum, so each sits in a message
+        holder = file.message_type.add(name=f"{name}Enum").enum_type.add(name=name)
+        for value, number in values.items():
+            holder.value.add(name=value, number=number)
+    for name, fields in MESSAGES.items():
+        message = file.message_type.add(name=name)
+        words = fields.split()
+        for kind, declaration in zip(words[::2], words[1::2], strict=True):
+            label, type_name = kind[0], kind[1:]
+            declaration, _, default = declaration.partition(":")
+            field_name, _, digits = declaration.partition("=")
+            entry = message.field.add(name=field_name, number=int(digits))
+            entry.label = kinds.LABEL_OPTIONAL if label == "?" else kinds.LABEL_REPEATED
+            if label == "#":
+                entry.options.packed = True
+            if type_name in MESSAGES:
+                entry.type, entry.type_name = kinds.TYPE_MESSAGE, f".{_PACKAGE}.{type_name}"
+            elif type_name in ENUMS:
+                entry.type = kinds.TYPE_ENUM
+                entry.type_name = f".{_PACKAGE}.{type_name}Enum.{type_name}"
+            else:
+                entry.type = getattr(kinds, f"TYPE_{type_name.upper()}")
+            if default:
+                entry.default_value = default
+    pool.AddSerializedFile(file.SerializeToString())
+    factory = require("message_factory")
+    return {
+        name: factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}")) for name in MESSAGES
+    }
+
+
+@dataclass
+class Lines:
+    """Where a message stands in its text file: its first line, and that of each of its fields."""
+
+    line: int
+    fields: dict[str, list[Lines]] = field(default_factory=dict)
+    unknown: list[tuple[str, int]] = field(default_factory=list)  # names that the message does not have
+
+    def of(self, path: str, index: int = 0) -> int:
+        """The line of the (last written) field `a.b.c`; that of the message where it is not written."""
+        here = self
+        for name in path.split("."):
+            if name not in here.fields:
+                return here.line
+            here = here.fields[name][min(index, len(here.fields[name]) - 1)]
+        return here.line
+
+
+def parse_text(text: str, where: str) -> tuple[Any, Lines]:
+    """A prototxt as (NetParameter, its lines). Unknown options are kept in the lines, not in the message.
+
+    Raises:
+        ValueError: what is no prototxt, as "file:line: what was expected".
+    """
+    text_format, net = require("text_format"), messages()["NetParameter"]()
+    lines = Lines(1)
+    try:
+        # The walk is for the lines; the values come from protobuf's own parser.
+        _walk(text_format.Tokenizer(text.splitlines()), net.DESCRIPTOR, lines, None)
+        text_format.Parse(text, net, allow_unknown_field=True)
+    except text_format.ParseError as error:
+        line = error.GetLine() or 1
+        raise ValueError(f"{where}:{line}: expected a prototxt, got: {error}") from error
+    return net, lines
+
+
+def _walk(tokenizer: Any, descriptor: Any, lines: Lines, closing: str | None) -> None:
+    """Reads `name: value` and `name { ... }` up to the closing bracket (None: the end of the text)."""
+    while not (tokenizer.AtEnd() if closing is None else tokenizer.TryConsume(closing)):
+        line = tokenizer.ParseError("").GetLine()
+        if tokenizer.AtEnd():
+            raise tokenizer.ParseError(f"Expected {closing!r} before the end of the text.")
+        name = tokenizer.ConsumeIdentifierOrNumber()
+        known = None if descriptor is None else descriptor.fields_by_name.get(name)
+        if known is None and descriptor is not None:
+            lines.unknown.append((name, line))
+        child = None if known is None else known.message_type
+        places = lines.fields.setdefault(name, [])
+        tokenizer.TryConsume(":")
+        if tokenizer.TryConsume("["):
+            while not tokenizer.TryConsume("]"):
+                _value(tokenizer, child, places, tokenizer.ParseError("").GetLine())
+                tokenizer.TryConsume(",")
+        else:
+            _value(tokenizer, child, places, line)
+        if not tokenizer.TryConsume(","):
+            tokenizer.TryConsume(";")
+
+
+def _value(tokenizer: Any, child: Any, places: list[Lines], line: int) -> None:
+    places.append(Lines(line))
+    for opening, closing in (("{", "}"), ("<", ">")):
+        if tokenizer.TryConsume(opening):
+            return _walk(tokenizer, child, places[-1], closing)
+    tokenizer.TryConsume("-")
+    if tokenizer.token.startswith(("'", '"')):
+        tokenizer.ConsumeString()
+    elif tokenizer.token and (tokenizer.token[0].isalnum() or tokenizer.token[0] in "_.+-"):
+        tokenizer.NextToken()
+    else:
+        raise tokenizer.ParseError(f"Expected a value, got {tokenizer.token!r}.")
+
+
+def parse_binary(data: bytes, where: str) -> Any:
+    """A .caffemodel as NetParameter.
+
+    Raises:
+        ValueError: what is no NetParameter.
+    """
+    net = messages()["NetParameter"]()
+    try:
+        net.ParseFromString(data)
+    except require("message").DecodeError as error:
+        raise ValueError(f"{where}: expected a binary NetParameter (.caffemodel), got: {error}") from error
+    return net
