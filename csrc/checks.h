@@ -57,6 +57,12 @@ inline ScalarType accumulator(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+inline void check_normalize(const char* op, const Tensor& x, int64_t p) {
+  if (!is_floating(x.scalar_type()))
+    fail(op, ": expected `x` to be float64, float32, float16 or bfloat16, got ", name_of(x.scalar_type()));
+  if (p != 1 && p != 2) fail(op, ": expected `p` to be 1 or 2, got ", p);
+}
+
 inline void check_matrix(const char* op, const char* name, const Tensor& t) {
   if (!is_floating(t.scalar_type()))
     fail(op, ": expected `", name, "` to be float64, float32, float16 or bfloat16, got ",

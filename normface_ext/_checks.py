@@ -114,9 +114,9 @@ def label_range(op: str, value: Tensor, classes: int, ignore_index: int) -> None
 
 
 def reduction(op: str, value: object) -> int:
-    if value not in REDUCTIONS:
+    if not isinstance(value, str) or value not in REDUCTIONS:
         raise ValueError(f"{op}: expected `reduction` to be one of none, mean, sum, got {value!r}")
-    return REDUCTIONS[str(value)]
+    return REDUCTIONS[value]
 
 
 def smoothing(op: str, value: object) -> float:

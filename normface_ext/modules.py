@@ -109,9 +109,11 @@ class _ScaledHead(nn.Module):
         """
         unit_rows_(self.weight, self.eps, type(self).__name__)
 
+    def _scale_value(self) -> float:
+        return float(self.scale.detach()) if isinstance(self.scale, Tensor) else self.scale
+
     def _scale_repr(self) -> str:
-        value = f"{float(self.scale):g}"
-        return f"scale={value}" + (", learn_scale=True" if self.learn_scale else "")
+        return f"scale={self._scale_value():g}" + (", learn_scale=True" if self.learn_scale else "")
 
 
 class NormalizeLayer(nn.Module):
@@ -237,7 +239,7 @@ class NormFaceLoss(_ScaledHead):
 
     def loss_lower_bound(self) -> float:
         """The paper's bound at the present scale: print it beside the loss (host sync on CUDA)."""
-        return theory.loss_lower_bound(self.num_classes, float(self.scale))
+        return theory.loss_lower_bound(self.num_classes, self._scale_value())
 
     def extra_repr(self) -> str:
         margin = "" if self.margin is None else f", margin={self.margin}"

@@ -303,14 +303,15 @@ void backward(const Tensor& target_factor, const Tensor& hinge_factor, const Ten
     multiply<T>(Matrix<T>{g, N, tile.width, tile.width}.transposed(), {x_hat.data, N, D, D},
                 {rows_of_tile, tile.width, D, D});
     for (int64_t j = 0; j < tile.width; ++j)
-      ws.kernel.project(unit + j * D, rows_of_tile + j * D, D, inverse[tile.first + j],
+      ws.kernel.project(unit + j * D, rows_of_tile + j * D, D, inverse[tile.first + j], false,
                         out.row(tile.first + j));
   });
   if (dx == nullptr) return;
   add_slots(sums.data, shape.slots, N * D);
   const Rows<T> out(*dx, D);
   for_rows(N, D, [&](int64_t i) {
-    xs.kernel.project(x_hat.data + i * D, sums.data + i * D, D, T(rows[kHingeInverseNorm][i]), out.row(i));
+    xs.kernel.project(x_hat.data + i * D, sums.data + i * D, D, T(rows[kHingeInverseNorm][i]), false,
+                      out.row(i));
   });
 }
 
@@ -354,7 +355,7 @@ void pairs_backward(const Tensor& factors_tensor, const Tensor& classes_tensor, 
     T *g = memory.data(), *scratch = g + D;
     add(scratch, g);
     rows.kernel.widen(rows.row(r), D, inverse, scratch);
-    rows.kernel.project(scratch, g, D, inverse, out.row(r));
+    rows.kernel.project(scratch, g, D, inverse, false, out.row(r));
   };
   if (dx != nullptr) {
     const Rows<T> out(*dx, D);

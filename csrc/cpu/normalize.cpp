@@ -39,12 +39,6 @@ void copy_strided(const char* from, int64_t from_stride, char* to, int64_t to_st
 
 const char* bytes(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
 
-void check_arguments(const char* op, const Tensor& x, int64_t p) {
-  if (!is_floating(x.scalar_type()))
-    fail(op, ": expected `x` to be float64, float32, float16 or bfloat16, got ", name_of(x.scalar_type()));
-  if (p != 1 && p != 2) fail(op, ": expected `p` to be 1 or 2, got ", p);
-}
-
 template <class T>
 void forward_channels(const StoredRows<T>& kernel, const char* x, const RowLayout& layout, int p, T eps,
                       char* y, T* norms) {
@@ -122,7 +116,7 @@ void backward(const std::optional<Tensor>& grad_y, const std::optional<Tensor>& 
 }
 
 std::tuple<Tensor, Tensor> normalize(Tensor x, int64_t dim, int64_t p, double eps) {
-  check_arguments("normalize", x, p);
+  check_normalize("normalize", x, p);
   const RowLayout layout = row_layout("normalize", x, dim);
   std::vector<int64_t> norm_sizes(x.sizes().begin(), x.sizes().end());
   norm_sizes[size_t(dim)] = 1;
@@ -137,7 +131,7 @@ std::tuple<Tensor, Tensor> normalize(Tensor x, int64_t dim, int64_t p, double ep
 
 Tensor normalize_backward(std::optional<Tensor> grad_y, std::optional<Tensor> grad_norm, Tensor x,
                           Tensor norm, int64_t dim, int64_t p, double eps) {
-  check_arguments("normalize_backward", x, p);
+  check_normalize("normalize_backward", x, p);
   const RowLayout layout = row_layout("normalize_backward", x, dim);
   Tensor dx = fresh_like(x);
   if (accumulator(x.scalar_type()) == ScalarType::Double)

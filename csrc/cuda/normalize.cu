@@ -206,6 +206,7 @@ std::tuple<Tensor, Tensor> normalize(Tensor x, int64_t dim, int64_t p, double ep
 
 Tensor normalize_backward(std::optional<Tensor> grad_y, std::optional<Tensor> grad_norm, Tensor x,
                           Tensor norm, int64_t dim, int64_t p, double eps) {
+  check_normalize("normalize_backward", x, p);
   Queue queue(x);
   const RowLayout layout = row_layout("normalize_backward", x, dim);
   Tensor dx = torch::stable::empty_like(x);

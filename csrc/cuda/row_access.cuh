@@ -15,29 +15,28 @@ class WarpRow {
   static constexpr int kStep = kWarp * kVec;
 
   // length % kVec == 0
-  NF_DEVICE WarpRow(const S* row, int64_t length) : row_(row), length_(length) {
+  NF_DEVICE WarpRow(const S* row, int64_t length) : row_(row + lane_id() * kVec), first_(lane_id() * kVec) {
+    const int64_t left = length - first_;
+    vectors_ = int(left > 0 ? (left + kStep - 1) / kStep : 0);
 #pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
-      const int64_t at = int64_t(k) * kStep + lane_id() * kVec;
-      if (at < length) held_[k] = load_vector<kVec>(row + at);
-    }
+    for (int k = 0; k < kHeld; ++k)
+      if (k < vectors_) held_[k] = load_vector<kVec>(row_ + k * kStep);
   }
 
   // f(position, vector) for each of this lane's vectors.
   template <class F>
   NF_DEVICE void each(const F& f) const {
 #pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
-      const int64_t at = int64_t(k) * kStep + lane_id() * kVec;
-      if (at < length_) f(at, held_[k]);
-    }
-    for (int64_t at = int64_t(kHeld) * kStep + lane_id() * kVec; at < length_; at += kStep)
-      f(at, load_vector<kVec>(row_ + at));
+    for (int k = 0; k < kHeld; ++k)
+      if (k < vectors_) f(first_ + k * kStep, held_[k]);
+    for (int k = kHeld; k < vectors_; ++k)
+      f(first_ + int64_t(k) * kStep, load_vector<kVec>(row_ + int64_t(k) * kStep));
   }
 
  private:
-  const S* row_;
-  int64_t length_;
+  const S* row_;   // this lane's first vector
+  int64_t first_;  // and its position in the row
+  int vectors_;    // how many it has, kStep apart: one number, where a position each would cost registers
   Vector<S, kVec> held_[kHeld];
 };
 

@@ -44,18 +44,14 @@ NF_DEVICE void store_as(void* y, int64_t at, const T (&values)[kVec]) {
   }
 }
 
-template <int kVec, class T>
-NF_DEVICE void store_typed(void* y, int type, int64_t at, const T (&values)[kVec]) {
-  switch (ScalarType(type)) {
-    case ScalarType::Half:
-      return store_as<Half>(y, at, values);
-    case ScalarType::BFloat16:
-      return store_as<BFloat16>(y, at, values);
-    case ScalarType::Double:
-      return store_as<double>(y, at, values);
-    default:
-      return store_as<float>(y, at, values);
-  }
+// y = x * scale for the whole row, stored as O.
+template <class O, class S, int kVec, class T>
+NF_DEVICE void store_unit_row(const WarpRow<S, kVec>& row, const RowScale<T>& scale, void* y, int64_t first) {
+  row.each([&](int64_t at, const Vector<S, kVec>& v) {
+    T unit[kVec];
+    for (int e = 0; e < kVec; ++e) unit[e] = T(v.at[e]) * scale.outer * scale.inner;
+    store_as<O>(y, first + at, unit);
+  });
 }
 
 template <class S, int kVec>
@@ -76,12 +72,19 @@ unit_rows_kernel(const S* __restrict__ x,  // [rows, length]
     if (norm != nullptr) norm[r] = scale.norm;
     if (inverse != nullptr) inverse[r] = T(1) / scale.norm;
   }
-  row.each([&](int64_t at, const Vector<S, kVec>& v) {
-    T unit[kVec];
-    for (int e = 0; e < kVec; ++e) unit[e] = T(v.at[e]) * scale.outer * scale.inner;
-    if (y != nullptr) store_typed(y, y_type, r * length + at, unit);
-    if (copy != nullptr) store_as<BFloat16>(copy, r * length + at, unit);
-  });
+  const int64_t first = r * length;
+  if (copy != nullptr) store_unit_row<BFloat16>(row, scale, copy, first);
+  if (y == nullptr) return;
+  switch (ScalarType(y_type)) {
+    case ScalarType::Half:
+      return store_unit_row<Half>(row, scale, y, first);
+    case ScalarType::BFloat16:
+      return store_unit_row<BFloat16>(row, scale, y, first);
+    case ScalarType::Double:
+      return store_unit_row<double>(row, scale, y, first);
+    default:
+      return store_unit_row<float>(row, scale, y, first);
+  }
 }
 
 template <class S, int kVec>
