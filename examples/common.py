@@ -38,7 +38,7 @@ def parser(description: str | None, out: str, epochs: int) -> argparse.ArgumentP
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument("--data", choices=["digits", "fashion"], default="digits",
-                        help="digits: in scikit-learn (default); fashion: Fashion-MNIST, a Debian package")  # fmt: skip
+                        help="scikit-learn's digits (default) or Debian's Fashion-MNIST")  # fmt: skip
     result.add_argument("--images", type=positive, metavar="N", help="use only N images, for a quick look")
     result.add_argument("--epochs", type=positive, default=epochs, help=f"default: {epochs}")
     result.add_argument("--seed", type=int, default=0)

@@ -168,33 +168,35 @@ def summary(runs: list[Run]) -> list[tuple[object, ...]]:
     return rows
 
 
-def draw(runs: list[Run], path: Path, count: int) -> None:
+def draw(runs: list[Run], path: Path) -> None:
+    """Accuracy minus the plain softmax's in the same run: dots; mean and standard error: bar and band."""
     plt = pyplot()
     names = list(dict.fromkeys(r.head for r in runs))
-    figure, axes = plt.subplots(1, 2, figsize=(12, 0.5 * len(names) + 1.8), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(
+        1, 2, figsize=(12, 0.55 * len(names) + 1.8), layout="constrained", sharey=True
+    )
     at = np.arange(len(names))[::-1]
-    for axis, kind, title in (
-        (axes[0], "unseen", "classes never trained on"),
-        (axes[1], "seen", "new images of the training classes"),
-    ):
+    titles = {"unseen": "classes never trained on", "seen": "new images of the training classes"}
+    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
+        base = {r.run: getattr(r, kind) for r in runs if r.head == "softmax"}
+        axis.axvline(0, color=FAINT, linestyle=":", linewidth=1.5, zorder=0)
         for y, name in zip(at, names, strict=True):
             mine = [r for r in runs if r.head == name]
-            values = np.array([getattr(r, kind) for r in mine])
+            gaps = 100 * np.array([getattr(r, kind) - base[r.run] for r in mine])
+            mean, error = gaps.mean(), gaps.std(ddof=1) / np.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
             color = "#8a8f98" if name == "softmax" else "#3f6fb5" if "only" in name else "#c8421c"
-            axis.plot(
-                values, np.full(len(values), y), "o", color=color, alpha=0.35, markersize=5, linewidth=0
-            )
-            axis.plot([values.mean()] * 2, [y - 0.28, y + 0.28], color=color, linewidth=3.5)
-            axis.text(values.mean(), y + 0.32, f"{values.mean():.1%}", color=color, ha="center", fontsize=9)
-        base = np.mean([getattr(r, kind) for r in runs if r.head == "softmax"])
-        axis.axvline(base, color=FAINT, linestyle=":", linewidth=1.2, zorder=0)
+            axis.barh(y, 2 * error, left=mean - error, height=0.5, color=color, alpha=0.22)
+            axis.plot([mean] * 2, [y - 0.25, y + 0.25], color=color, linewidth=3.5)
+            axis.plot(gaps, np.full(len(gaps), y), "o", color=color, alpha=0.6, markersize=4, linewidth=0)
+            accuracy = np.mean([getattr(r, kind) for r in mine])
+            axis.text(1.0, y, f"{accuracy:.1%}", color=color, ha="left", va="center",
+                      transform=axis.get_yaxis_transform())  # fmt: skip
+        axis.text(1.0, len(names) - 0.35, "mean", color=FAINT, transform=axis.get_yaxis_transform())
         axis.set_title(title, weight="bold")
-        axis.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}" if kind == "unseen" else f"{v:.1%}")
-        axis.set_xlabel("verification accuracy")
+        axis.set_xlabel("verification accuracy minus the plain softmax's, same run (percentage points)")
         axis.tick_params(axis="y", length=0)
         axis.spines["left"].set_visible(False)
     axes[0].set_yticks(at, names)
-    figure.suptitle(f"dots: {count} runs, bar: their mean, dotted: plain softmax", fontsize=10)
     figure.savefig(path)
     plt.close(figure)
 
@@ -221,7 +223,7 @@ def main(arguments: list[str] | None = None) -> list[Run]:
     for name, *v in rows:
         cells = "  ".join(f"{100 * v[i]:5.1f} +- {100 * v[i + 1]:3.1f}" for i in (0, 2, 4, 6))
         print(f"{name:17}  {cells}  {v[8]:7.1f}   {100 * v[10]:+5.1f} +- {100 * v[11]:.1f}")
-    draw(runs, options.out / "compare_losses.png", options.runs)
+    draw(runs, options.out / "compare_losses.png")
     header = [f"{m}{part}" for m in MEASURES for part in ("", "_deviation")]
     columns = ["head", "run", "left_out", *MEASURES]
     files = [

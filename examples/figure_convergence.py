@@ -162,7 +162,8 @@ def main(arguments: list[str] | None = None) -> tuple[dict[str, History], dict[s
         options.out / "convergence.png",
         write_csv(options.out / "convergence.csv", ["head", "epoch", "scale", "loss", "bound"], (
             (name, i + 1, s, loss, nf.theory.loss_lower_bound(data.classes, s))
-            for name, h in histories.items() for i, (s, loss) in enumerate(zip(h.scales, h.losses, strict=True))
+            for name, h in histories.items()
+            for i, (s, loss) in enumerate(zip(h.scales, h.losses, strict=True))
         )),
         write_csv(options.out / "gradients.csv", ["head", "lead", "pull"], (
             (name, float(lead), float(strength))

@@ -506,7 +506,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float] | None:
         print(f"{when:6}  accuracy {values['accuracy']:.2%}, TAR@FAR=1% {values['tar_at_far_1']:.2%}")
     print(
         f"deploy {options.out / 'embedder.pt2'}: its output is the unit-length embedding; same person when"
-        f" the dot product of two is above {after['threshold']:.3f}. The head stays behind, in the checkpoint."
+        f" the dot product of two is above {after['threshold']:.3f}. The head is not deployed."
     )
     return after
 
