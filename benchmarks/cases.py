@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from normface_ext import reference
 from torch import Tensor
+
+from normface_ext import reference
 
 SCALE = 64.0  # what today's face heads use; the hardest on rounding
 CASIA, MS1MV2 = 10_572, 85_742  # identities in the two commonest training sets
@@ -109,7 +110,7 @@ def choose(device: str, quick: bool, full: bool) -> list[Case]:
             cases += [head(256, 512, CASIA, margin=m) for m in reference.MARGINS if m != "normface"]
         return cases
     grid = [(512, CASIA), (512, MS1MV2), (128, CASIA), (128, MS1MV2)]
-    cases = [head(256, dim, classes, dtype) for dim, classes in grid for dtype in ("amp-bfloat16", "float32")]
+    cases = [head(256, dim, classes, dtype) for dtype in ("amp-bfloat16", "float32") for dim, classes in grid]
     cases += others
     if full:
         sizes = [(n, d, c) for d in (512, 128) for c in (CASIA, MS1MV2) for n in (64, 1024)]

@@ -33,7 +33,8 @@ def cpu_call(case: Case, inputs: Inputs, mode: str) -> Callable[[], object]:
             return lambda: out.copy_(x)
         return lambda: (out.copy_(x), torch.add(x, upstream, out=out))  # reads x; reads x and g
 
-    weight, width, workers = inputs.weight.detach(), 512, torch.get_num_threads()
+    x, weight = x.float(), inputs.weight.detach().float()  # as 16-bit operands are computed, too
+    width, workers = 512, torch.get_num_threads()
     dw = torch.empty_like(weight)
     starts = range(0, case.classes, width)
     tiles, dx = torch.empty(workers, case.batch * width), torch.zeros(workers, *x.shape)

@@ -89,8 +89,9 @@ def peak_extra_mib(name: str, forward: Forward, case: Case, inputs: Inputs, mode
     """MiB in use at the highest point of one call, beyond inputs and gradients; None if not measurable.
 
     CUDA: torch's allocator counts. CPU: one call in a process of its own, whose resident set is read at
-    its peak, so that memory no allocator knows of counts too (resolution about 1 MiB). torch.compile
-    is left out there: the compiler's own memory would drown the call's.
+    its peak, so that memory no allocator knows of counts too (resolution about 1 MiB; eager's varies by
+    some 20 % with the order of malloc's calls). torch.compile is left out there: the compiler's own
+    memory would drown the call's.
     """
     if inputs.x.is_cuda:
         return _cuda_peak(forward, case, inputs, mode)

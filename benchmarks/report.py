@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,25 +60,25 @@ COLUMNS = (
 )
 
 
+def _line(cells: Sequence[str]) -> str:
+    widths = [14, *(max(9, len(name)) for name in COLUMNS[1:])]
+    padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+    return "  ".join([cells[0].ljust(widths[0]), *padded[1:]])
+
+
 def table(rows: list[Row]) -> str:
     """Rows grouped by case; a provider that could not take part shows its reason."""
     lines, case = [], None
-    widths = [max(14, len(COLUMNS[0])), *(max(9, len(c)) for c in COLUMNS[1:])]
     for row in rows:
         if row.case != case:
             case = row.case
-            lines += ["", f"{case}  ({row.mode}; floor {_number(row.floor_ms)} ms)"]
-            lines.append("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(COLUMNS, widths))))
+            lines += ["", f"{case}  ({row.mode}; floor {_number(row.floor_ms)} ms)", _line(COLUMNS)]
         if row.median_ms is None:
-            lines.append(f"{row.provider.ljust(widths[0])}  {row.note}")
+            lines.append(f"{row.provider:14}  {row.note}")
             continue
-        cells = [
-            *(row.provider, _number(row.median_ms), _number(row.p20_ms), _number(row.p80_ms)),
-            *(_number(row.ratio_to_eager), _number(row.peak_extra_mib)),
-            *map(_error, (row.err_loss, row.err_dx, row.err_dw, row.err_ds)),
-            _number(row.percent_of_floor, 2),
-        ]
-        lines.append("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))))
+        times = map(_number, (row.median_ms, row.p20_ms, row.p80_ms, row.ratio_to_eager, row.peak_extra_mib))
+        errors = map(_error, (row.err_loss, row.err_dx, row.err_dw, row.err_ds))
+        lines.append(_line([row.provider, *times, *errors, _number(row.percent_of_floor, 2)]))
     return "\n".join(lines)
 
 

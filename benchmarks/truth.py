@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from cases import Case, Inputs
 from competitors import Forward, step
-from normface_ext import reference
 from torch import Tensor
+
+from normface_ext import reference
 
 QUANTITIES = ("loss", "dx", "dw", "ds")
 CHUNK_BYTES = 256 << 20
@@ -89,14 +90,16 @@ def relative_errors(value: Tensor, right: Tensor) -> tuple[float, float]:
     return (square / norm) ** 0.5 if norm else square**0.5, worst / largest if largest else worst
 
 
-def errors(forward: Forward, inputs: Inputs, scale: float, case: Case, right: Values) -> dict[str, float]:
+def errors(
+    forward: Forward, inputs: Inputs, scale: float, case: Case, right: Values, *, learn_scale: bool = True
+) -> dict[str, float]:
     """Relative errors under the names of QUANTITIES, and under "worst <name>" by the largest element.
 
     Both ways of passing the scale are checked, as a number (what is timed) and as a tensor with a
-    gradient; the larger error counts.
+    gradient (unless `learn_scale` is False; then there is no "ds"); the larger error counts.
     """
     found: dict[str, float] = {}
-    for learned in (False, True) if "ds" in right else (False,):
+    for learned in (False, True) if learn_scale and "ds" in right else (False,):
         s = torch.tensor(scale, device=inputs.x.device, requires_grad=True) if learned else scale
         inputs.clear_gradients()
         values = {"loss": step(forward, inputs, s, case, "fwd+bwd"), "dx": inputs.x.grad}

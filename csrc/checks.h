@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -78,6 +79,14 @@ inline void check_head(const char* op, const Tensor& x, const Tensor& weight) {
   if (accumulator(x.scalar_type()) != accumulator(weight.scalar_type()))
     fail(op, ": expected `x` and `weight` to be both float64 or both not, got ", name_of(x.scalar_type()),
          " and ", name_of(weight.scalar_type()));
+}
+
+inline void check_weights(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& x,
+                          int64_t count) {
+  if (t && (t->scalar_type() != accumulator(x.scalar_type()) || t->dim() != 1 || t->size(0) != count ||
+            !t->is_contiguous()))
+    fail(op, ": expected `", name, "` to be contiguous ", name_of(accumulator(x.scalar_type())),
+         " of shape [", count, "], got ", name_of(t->scalar_type()), " of shape ", shape_of(*t));
 }
 
 inline void check_labels(const char* op, const Tensor& labels, int64_t batch) {

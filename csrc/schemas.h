@@ -26,19 +26,22 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
       " bool normalize_input, float eps, bool need_x, bool need_weight, bool need_scale)"
       " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale)");
 
-  // x [N, D], weight [C, D], labels [N] int64. rows is the per-row state [kRowFields, N] in float64
+  // x [N, D], weight [C, D], labels [N] int64; sample_weight [N] and class_weight [C] in the accumulator
+  // dtype. class_sum [D] = sum over all classes of class_weight_j w_hat_j, where label smoothing needs it. rows is the per-row state [kRowFields, N] in float64
   // (csrc/row_state.h), inverse_norm [C] that of the weight, x_sum [N, D] = sum over the other classes
   // of E_j w_j, stored the E of every tile when `store`.
   m.def(
       "normface_loss(Tensor x, Tensor weight, Tensor labels, Tensor? scale, float scale_value,"
       " float m1, float m2, float m3, int reduction, int ignore_index, float eps, int class_chunk,"
-      " bool store, bool need_x, ScalarType operand) -> (Tensor loss, Tensor rows,"
-      " Tensor inverse_norm, Tensor x_sum, Tensor stored)");
+      " bool store, bool need_x, int score_kernel, ScalarType operand, Tensor? sample_weight,"
+      " Tensor? class_weight, float smoothing) -> (Tensor loss, Tensor rows, Tensor inverse_norm,"
+      " Tensor x_sum, Tensor class_sum, Tensor stored)");
   m.def(
       "normface_loss_backward(Tensor grad_loss, Tensor x, Tensor weight, Tensor labels,"
       " Tensor? scale, float scale_value, float eps, int class_chunk, Tensor rows, Tensor inverse_norm,"
-      " Tensor x_sum, Tensor stored, bool need_x, bool need_weight, bool need_scale,"
-      " ScalarType operand) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale)");
+      " Tensor x_sum, Tensor class_sum, Tensor stored, bool need_x, bool need_weight, bool need_scale,"
+      " int score_kernel, ScalarType operand, Tensor? class_weight, float smoothing)"
+      " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale)");
 }
 
 }  // namespace nf

@@ -117,3 +117,24 @@ def reduction(op: str, value: object) -> int:
     if value not in REDUCTIONS:
         raise ValueError(f"{op}: expected `reduction` to be one of none, mean, sum, got {value!r}")
     return REDUCTIONS[str(value)]
+
+
+def smoothing(op: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: expected `label_smoothing` to be a number, got {type(value).__name__}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{op}: expected `label_smoothing` in [0, 1), got {value}")
+    return float(value)
+
+
+def weights(op: str, name: str, value: object, x: Tensor, count: int) -> Tensor | None:
+    """Constant factors [count], in the accumulator dtype of x."""
+    if value is None:
+        return None
+    checked = floating(op, name, value)
+    if checked.dim() != 1 or checked.shape[0] != count:
+        raise ValueError(f"{op}: expected `{name}` to have shape [{count}], got {list(checked.shape)}")
+    if checked.requires_grad:
+        raise ValueError(f"{op}: expected `{name}` not to require a gradient, got one that does")
+    same_device(op, name, checked, "x", x)
+    return checked.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()

@@ -106,6 +106,9 @@ def normface_loss(
     reduction: str = "mean",
     ignore_index: int = -100,
     eps: float = 1e-12,
+    sample_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
     workspace: int | None = None,
 ) -> Tensor:
     """loss_i = -log softmax_j(s psi(cos_ij))[y_i], fused: no N x C matrix beyond the workspace budget.
@@ -124,6 +127,11 @@ def normface_loss(
         ignore_index: rows with this label count neither in the loss nor in the mean, and get no
             gradient.
         eps: inside both norms, see :func:`normalize`.
+        sample_weight: [N] factors of the rows' losses, without gradient.
+        class_weight: [C] factors of the classes, without gradient, as in ``F.cross_entropy``: the mean
+            divides by the sum of sample_weight_i * class_weight_(y_i) over the rows that count.
+        label_smoothing: a in [0, 1): the target gets 1 - a, and a / C goes to every class, weighted by
+            class_weight, as in ``F.cross_entropy``.
         workspace: bytes allowed beyond inputs and gradients; see ``normface_ext.plan``.
 
     Returns:
@@ -147,19 +155,24 @@ def normface_loss(
     code = _checks.reduction(op, reduction)
     eps = _checks.eps(op, eps)
     operand = operand_dtype(x, weight)
-    chosen = plan(x.shape[0], dim, classes, operand, ops.plan_device(x), workspace=workspace)
+    options = ops.LossOptions(
+        scale_value=scale_value,
+        margin=margin or NO_MARGIN,
+        reduction=code,
+        ignore_index=ignore_index,
+        eps=eps,
+        smoothing=_checks.smoothing(op, label_smoothing),
+        plan=plan(x.shape[0], dim, classes, operand, ops.plan_device(x), workspace=workspace),
+        operand=operand,
+    )
     return ops.normface_loss(
         x,
         weight,
-        labels,
         scale_tensor,
-        scale_value,
-        margin or NO_MARGIN,
-        code,
-        ignore_index,
-        eps,
-        chosen,
-        operand,
+        labels,
+        _checks.weights(op, "sample_weight", sample_weight, x, x.shape[0]),
+        _checks.weights(op, "class_weight", class_weight, x, classes),
+        options,
     )
 
 

@@ -151,12 +151,15 @@ class NormLinear(_ScaledHead):
 class NormFaceLoss(_ScaledHead):
     """The normalised softmax head and its loss in one: (features [N, D], labels [N]) -> loss.
 
+    ``forward`` also takes ``sample_weight`` [N].
+
     Args:
         in_features, num_classes: D and C; ``weight`` is [C, D], rows uniform on the unit sphere.
         scale: s, or "auto": the smallest scale whose loss bound is ``theory.AUTO_SCALE_BOUND``.
         learn_scale: make s a parameter, kept within [min_scale, max_scale]. It needs no weight decay:
             give it a parameter group of its own.
-        margin, reduction, ignore_index, eps, workspace: see ``functional.normface_loss``.
+        margin, reduction, ignore_index, eps, class_weight, label_smoothing, workspace: see
+            ``functional.normface_loss``. ``class_weight`` becomes a buffer.
 
     The forward call raises what ``functional.normface_loss`` raises. To classify use
     ``functional.norm_linear(x, head.weight, head.scale)``; to verify, compare normalised features.
@@ -175,6 +178,8 @@ class NormFaceLoss(_ScaledHead):
         eps: float = 1e-12,
         min_scale: float = 0.01,
         max_scale: float | None = None,
+        class_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
         workspace: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -186,9 +191,11 @@ class NormFaceLoss(_ScaledHead):
         super().__init__(num_classes, in_features, scale, learn_scale, min_scale, max_scale, device, dtype)
         self.in_features, self.num_classes = in_features, num_classes
         self.margin, self.reduction, self.ignore_index = margin, reduction, ignore_index
-        self.eps, self.workspace = eps, workspace
+        self.eps, self.label_smoothing, self.workspace = eps, label_smoothing, workspace
+        self.class_weight: Tensor | None
+        self.register_buffer("class_weight", class_weight)
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         return functional.normface_loss(
             features,
             self.weight,
@@ -198,6 +205,9 @@ class NormFaceLoss(_ScaledHead):
             reduction=self.reduction,
             ignore_index=self.ignore_index,
             eps=self.eps,
+            sample_weight=sample_weight,
+            class_weight=self.class_weight,
+            label_smoothing=self.label_smoothing,
             workspace=self.workspace,
         )
 

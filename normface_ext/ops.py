@@ -6,6 +6,7 @@ build of the CUDA kernels for CPU tensors.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from . import _library, reference
 from .margins import CombinedMargin
 from .plan import Plan
 
-ROW_FIELDS = 7  # csrc/row_state.h
+ROW_FIELDS = 12  # csrc/row_state.h
 
 
 def _kernels(*tensors: Tensor | None) -> Any:
@@ -210,8 +211,12 @@ def _normface_loss_fake(
     class_chunk: int,
     store: bool,
     need_x: bool,
+    score_kernel: int,
     operand: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = _accumulator(x.dtype)
     (batch, dim), classes = x.shape, weight.shape[0]
     cuda = plan_device(x).type == "cuda"
@@ -222,6 +227,7 @@ def _normface_loss_fake(
         x.new_empty([ROW_FIELDS, batch], dtype=torch.float64),
         x.new_empty([classes], dtype=wide),
         x.new_empty([batch, dim] if need_x else [0], dtype=wide),
+        x.new_empty([dim if smoothing > 0 else 0], dtype=wide),
         x.new_empty([batch * row if store else 0], dtype=stored),
     )
 
@@ -238,13 +244,31 @@ def _normface_loss_backward_fake(
     rows: Tensor,
     inverse_norm: Tensor,
     x_sum: Tensor,
+    class_sum: Tensor,
     stored: Tensor,
     need_x: bool,
     need_weight: bool,
     need_scale: bool,
+    score_kernel: int,
     operand: torch.dtype,
+    class_weight: Tensor | None,
+    smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients_fake(x, weight, need_x, need_weight, need_scale)
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The arguments of ``normface_loss`` that are neither tensors nor differentiable."""
+
+    scale_value: float  # where the scale is no tensor
+    margin: CombinedMargin
+    reduction: int
+    ignore_index: int
+    eps: float
+    smoothing: float
+    plan: Plan
+    operand: torch.dtype
 
 
 class _NormFaceLoss(Function):
@@ -253,42 +277,42 @@ class _NormFaceLoss(Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        labels: Tensor,
         scale: Tensor | None,
-        scale_value: float,
-        margin: CombinedMargin,
-        reduction: int,
-        ignore_index: int,
-        eps: float,
-        plan: Plan,
-        operand: torch.dtype,
+        labels: Tensor,
+        sample_weight: Tensor | None,
+        class_weight: Tensor | None,
+        options: LossOptions,
     ) -> Tensor:
         x, weight, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
         need_x, need_weight = ctx.needs_input_grad[:2]
+        plan = options.plan
         loss, *state = _kernels(x, weight).normface_loss(
             x,
             weight,
             labels,
             scale,
-            scale_value,
-            *margin.parameters(),
-            reduction,
-            ignore_index,
-            eps,
+            options.scale_value,
+            *options.margin.parameters(),
+            options.reduction,
+            options.ignore_index,
+            options.eps,
             plan.class_chunk,
             plan.store and need_weight,
             need_x,
-            operand,
+            plan.score_kernel,
+            options.operand,
+            sample_weight,
+            class_weight,
+            options.smoothing,
         )
-        ctx.save_for_backward(x, weight, labels, scale, *state)
-        ctx.arguments = scale_value, eps, plan.class_chunk, operand
+        ctx.save_for_backward(x, weight, scale, labels, class_weight, *state)
+        ctx.options = options
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        x, weight, labels, scale, *state = ctx.saved_tensors
-        scale_value, eps, class_chunk, operand = ctx.arguments
-        needed = *ctx.needs_input_grad[:2], ctx.needs_input_grad[3]
+        x, weight, scale, labels, class_weight, *state = ctx.saved_tensors
+        options, needed = ctx.options, ctx.needs_input_grad[:3]
         with torch.no_grad():
             gradients = _kernels(x, weight).normface_loss_backward(
                 grad_loss.contiguous(),
@@ -296,33 +320,30 @@ class _NormFaceLoss(Function):
                 weight,
                 labels,
                 scale,
-                scale_value,
-                eps,
-                class_chunk,
+                options.scale_value,
+                options.eps,
+                options.plan.class_chunk,
                 *state,
                 *needed,
-                operand,
+                options.plan.score_kernel,
+                options.operand,
+                class_weight,
+                options.smoothing,
             )
-        dx, dw, ds = _no_second_derivative("normface_loss", tuple(_asked(needed, gradients, scale)))
-        return dx, dw, None, ds, None, None, None, None, None, None, None
+        asked = _no_second_derivative("normface_loss", tuple(_asked(needed, gradients, scale)))
+        return *asked, None, None, None, None
 
 
 def normface_loss(
     x: Tensor,
     weight: Tensor,
-    labels: Tensor,
     scale: Tensor | None,
-    scale_value: float,
-    margin: CombinedMargin,
-    reduction: int,
-    ignore_index: int,
-    eps: float,
-    plan: Plan,
-    operand: torch.dtype,
+    labels: Tensor,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    options: LossOptions,
 ) -> Tensor:
-    result: Tensor = _NormFaceLoss.apply(
-        x, weight, labels, scale, scale_value, margin, reduction, ignore_index, eps, plan, operand
-    )
+    result: Tensor = _NormFaceLoss.apply(x, weight, scale, labels, sample_weight, class_weight, options)
     return result
 
 

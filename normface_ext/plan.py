@@ -22,6 +22,8 @@ class Plan:
 
     Attributes:
         algorithm: "stored" or "recompute".
+        scores: what makes the scores: "blas" (CPU), "cublas", or "tensor cores": the library's own kernel,
+            for 16-bit operands on compute capability 8.0 and newer, which never writes the scores.
         class_chunk: classes per chunk.
         chunks: number of chunks.
         workspace_bytes: predicted peak memory beyond inputs and gradients.
@@ -30,6 +32,7 @@ class Plan:
     """
 
     algorithm: str
+    scores: str
     class_chunk: int
     chunks: int
     workspace_bytes: int
@@ -40,9 +43,14 @@ class Plan:
     def store(self) -> bool:
         return self.algorithm == "stored"
 
+    @property
+    def score_kernel(self) -> int:
+        """The code of ``scores`` in csrc/row_state.h."""
+        return 1 if self.scores == "tensor cores" else 0
+
     def __str__(self) -> str:
         return (
-            f"{self.algorithm}: {self.chunks} chunk(s) of {self.class_chunk} classes,"
+            f"{self.algorithm}, {self.scores}: {self.chunks} chunk(s) of {self.class_chunk} classes,"
             f" workspace {self.workspace_bytes / 2**20:.1f} MiB,"
             f" {self.flops / 1e9:.2f} GFLOP, at least {self.bytes_moved / 2**20:.1f} MiB moved"
         )
@@ -82,8 +90,9 @@ def plan(
             raise ValueError(f"plan: expected `{name}` >= {least}, got {size}")
     kind = torch.device(device).type
     budget = _default_workspace(kind, device) if workspace is None else workspace
-    layout = _cuda_layout if kind == "cuda" else _cpu_layout
-    return layout(batch, dim, classes, dtype, budget)
+    if kind == "cuda":
+        return _cuda_plan(batch, dim, classes, dtype, budget, _tensor_cores(dim, dtype, device))
+    return _cpu_plan(batch, dim, classes, dtype, budget)
 
 
 def _default_workspace(kind: str, device: str | torch.device) -> int:
@@ -93,68 +102,96 @@ def _default_workspace(kind: str, device: str | torch.device) -> int:
     return budget
 
 
+#: Shared memory a block may use, where no device is at hand to ask: the least among the GPUs that have
+#: what the kernel needs (compute capability 8.6).
+LEAST_SHARED_MEMORY = 101_376
+
+
+def _tensor_cores(dim: int, dtype: torch.dtype, device: str | torch.device) -> bool:
+    """Whether csrc/cuda/score_exp.cu takes this shape on this device."""
+    if dtype.itemsize != 2 or dim % 8:
+        return False
+    limit = LEAST_SHARED_MEMORY
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(device)
+        if properties.major < 8:
+            return False
+        limit = getattr(properties, "shared_memory_per_block_optin", limit)  # not in torch's stubs
+    return score_shared_bytes(dim) <= limit
+
+
+def score_shared_bytes(dim: int) -> int:
+    """Shared memory of a block of score_exp.cu: a tile of features, the stages of the weight, a tile of E,
+    partial sums, and two numbers per row (``score_shared_bytes`` there)."""
+    row = -(-dim // 32) * 32 + 8
+    return 128 * row * 2 + 4 * 128 * 40 * 2 + 128 * 136 * 2 + 4 * 128 * 4 + 128 * 4 + 128 * 8
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Bytes of workspace: `fixed`, `per_class` of a chunk, and `stored` for E where it is not in a chunk."""
+
+    fixed: int
+    per_class: int
+    stored: int
+    item: int  # bytes of an element of inputs and gradients
+    e_item: int  # bytes of an element of E
+
+
 def _choose(
-    batch: int,
-    dim: int,
-    classes: int,
-    item: int,
-    operand: int,
-    budget: int,
-    chunk: int,
-    fixed: int,
-    per_class: int,
-    stored_all: int,
-    stored_chunk: int,
+    batch: int, dim: int, classes: int, budget: int, scores: str, costs: _Costs, chunk: int, stored_chunk: int
 ) -> Plan:
-    """`fixed` bytes plus `per_class` bytes for each class of a chunk; `stored_all` more for E."""
     products = 2 * batch * dim * classes
-    traffic = (3 * classes * dim + 2 * batch * dim) * item
-    stored = fixed + per_class * stored_chunk + stored_all
+    traffic = (3 * classes * dim + 2 * batch * dim) * costs.item
+    stored = costs.fixed + costs.per_class * stored_chunk + costs.stored
     if stored <= budget:
-        return Plan(
-            "stored",
-            stored_chunk,
-            -(-classes // stored_chunk),
-            stored,
-            3 * products,
-            traffic + 2 * batch * classes * operand,
-        )
-    chunk = min(chunk, (budget - fixed) // per_class) if budget > fixed else 0
+        chunks = -(-classes // stored_chunk)
+        moved = traffic + 2 * batch * classes * costs.e_item
+        return Plan("stored", scores, stored_chunk, chunks, stored, 3 * products, moved)
+    chunk = min(chunk, (budget - costs.fixed) // costs.per_class)
     if chunk < 1:
         raise ValueError(
-            f"plan: expected `workspace` of at least {fixed + per_class} bytes for N={batch}, D={dim},"
-            f" C={classes}, got {budget}"
+            f"plan: expected `workspace` of at least {costs.fixed + costs.per_class} bytes for N={batch},"
+            f" D={dim}, C={classes}, got {budget}"
         )
-    return Plan(
-        "recompute",
-        chunk,
-        -(-classes // chunk),
-        fixed + per_class * chunk,
-        4 * products,
-        traffic + classes * dim * item,
-    )
+    used = costs.fixed + costs.per_class * chunk
+    moved = traffic + classes * dim * costs.item
+    return Plan("recompute", scores, chunk, -(-classes // chunk), used, 4 * products, moved)
 
 
-def _cpu_layout(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: int) -> Plan:
+def _cpu_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: int) -> Plan:
     item = 8 if dtype == torch.float64 else 4
     threads = torch.get_num_threads()
     chunk = _cpu_chunk(batch, dim, classes, threads)
     slots = min(threads, -(-classes // chunk))
-    # x_hat and V, x_sum, one accumulator per thread; the rows' state and the label order; norms of W.
-    fixed = (3 + slots) * batch * dim * item + 80 * batch + classes * item
-    # Per class of a tile and thread: unit weights, their gradient, and a column of scores.
-    per_class = slots * (2 * dim + batch) * item
-    return _choose(
-        batch, dim, classes, item, item, budget, chunk, fixed, per_class, batch * classes * item, chunk
+    costs = _Costs(
+        # x_hat and its weighted copy, x_sum, an accumulator per thread; the rows' state; norms of W.
+        fixed=(3 + slots) * batch * dim * item + (100 + 16 * slots) * batch + classes * item,
+        # Per class of a tile and thread: unit weights, their gradient, and a column of scores.
+        per_class=slots * (2 * dim + batch) * item,
+        stored=batch * classes * item,
+        item=item,
+        e_item=item,
     )
+    return _choose(batch, dim, classes, budget, "blas", costs, chunk, chunk)
 
 
-def _cuda_layout(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: int) -> Plan:
-    operand = dtype.itemsize  # of the matrix products' inputs; sums and scores are never below float32
+def _cuda_plan(
+    batch: int, dim: int, classes: int, dtype: torch.dtype, budget: int, tensor_cores: bool
+) -> Plan:
+    operand = dtype.itemsize  # of the products' operands and of E; scores and sums are at least float32
     wide = max(operand, 4)
-    stored_bytes = 0 if operand == wide else operand  # 16-bit E stands beside the scores, else replaces
-    # x_hat and V, x_sum and its partner; the rows' state and partial sums; norms of W.
-    fixed = 2 * batch * dim * operand + 2 * batch * dim * wide + 1280 * batch + classes * wide
-    per_class = dim * (operand + wide) + batch * (wide + stored_bytes)
+    scores = 0 if tensor_cores or operand == wide else wide  # E replaces scores of its own size
+    costs = _Costs(
+        # x_hat and its weighted copy, x_sum and the part added to it; the rows' state and partial sums
+        # (at most 64 splits); norms of W.
+        fixed=2 * batch * dim * (operand + wide) + (100 + 64 * 20) * batch + classes * wide,
+        # Unit weights and, for 16-bit operands, their copy or their gradient; a column of E and of scores.
+        per_class=dim * (operand + wide) + (batch + 8) * (operand + scores),
+        stored=0,
+        item=operand,
+        e_item=operand,
+    )
     chunk = max(1, min(classes, (1 << 28) // max(1, batch + dim)))
-    return _choose(batch, dim, classes, operand, operand, budget, chunk, fixed, per_class, 0, classes)
+    name = "tensor cores" if tensor_cores else "cublas"
+    return _choose(batch, dim, classes, budget, name, costs, chunk, classes)

@@ -112,19 +112,33 @@ def normface_loss(
     reduction: str = "mean",
     ignore_index: int = -100,
     eps: float = 1e-12,
+    sample_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
-    """loss_i = -log softmax_j(s psi(c_ij))[y_i], psi on the target column only (paper section 3.2)."""
+    """loss_i = -log softmax_j(s psi(c_ij))[y_i], psi on the target column only (paper section 3.2).
+
+    With class weights u and smoothing a: (1 - a) u_y loss_iy + a/C sum_j u_j loss_ij.
+    """
     cos = cosine(x, weight, eps)
     kept = labels != ignore_index
     safe = labels.clamp(0, weight.shape[0] - 1)[:, None]
     target = _margin(cos.gather(1, safe), margin or NO_MARGIN)
     logits = scale * cos.scatter(1, safe, target)
-    losses = torch.logsumexp(logits, 1) - (scale * target).squeeze(1)
-    losses = torch.where(kept, losses, torch.zeros_like(losses))
+    every = torch.logsumexp(logits, 1, keepdim=True) - logits  # -log p_j
+    of_class = cos.new_ones(weight.shape[0]) if class_weight is None else class_weight.to(cos.dtype)
+    of_row = cos.new_ones(x.shape[0]) if sample_weight is None else sample_weight.to(cos.dtype)
+    of_target = of_class[safe.squeeze(1)]
+    losses = (1 - label_smoothing) * of_target * every.gather(1, safe).squeeze(1)
+    if label_smoothing > 0:
+        losses = losses + label_smoothing / weight.shape[0] * (every * of_class).sum(1)
+    losses = torch.where(kept, of_row * losses, torch.zeros_like(losses))
     if reduction == "none":
         return losses
-    total = losses.sum()
-    return total / kept.sum().clamp_min(1) if reduction == "mean" else total
+    if reduction == "sum":
+        return losses.sum()
+    total_weight = torch.where(kept, of_row * of_target, torch.zeros_like(of_row)).sum()
+    return losses.sum() / torch.where(total_weight == 0, torch.ones_like(total_weight), total_weight)
 
 
 _margin = margin  # `margin` is a keyword of normface_loss

@@ -84,12 +84,14 @@ def assert_close_to_truth(
     dim: int | None = -1,
     terms: Tensor | None = None,
     eps: float | None = None,
+    tiny: float = 0.0,
 ) -> float:
     """Every element of ``actual`` is as close to the truth as plain PyTorch comes in the same dtype.
 
     allowed = factor * (largest error of ``plain``) + floor * epsilon * (largest finite ``|truth64|`` or
-    ``|terms|``), each over the element's row along ``dim`` (``None``: over the whole tensor). NaN and infinities must lie where the truth, rounded to that dtype, has them.
-    Where ``plain`` is not finite although the truth is, it allows nothing.
+    ``|terms|``) + tiny, each over the element's row along ``dim`` (``None``: over the whole tensor).
+    NaN and infinities must lie where the truth, rounded to that dtype, has them. Where ``plain`` is not
+    finite although the truth is, it allows nothing.
 
     Args:
         actual: what the kernel computed.
@@ -100,6 +102,7 @@ def assert_close_to_truth(
         terms: of ``actual``'s shape, what the result is a small difference of: where terms cancel, their
             rounding and not the result's is the least possible error.
         eps: that of ``actual``'s dtype by default.
+        tiny: what underflow on the way may cost.
 
     Returns:
         The largest error as a fraction of what is allowed.
@@ -131,7 +134,7 @@ def assert_close_to_truth(
     size = _largest(truth, finite, dim)
     if terms is not None:
         size = size.maximum(_largest(terms.detach().double().cpu(), finite, dim))
-    allowed = floor * (info.eps if eps is None else eps) * (size + info.smallest_normal)
+    allowed = floor * (info.eps if eps is None else eps) * (size + info.smallest_normal) + tiny
     if plain is not None:
         theirs = plain.detach().double().cpu()
         allowed = allowed + factor * _largest(theirs - truth, finite & theirs.isfinite(), dim)
@@ -233,6 +236,7 @@ def assert_matches_reference(
     factor: float = 2.0,
     floor: float = 8.0,
     dim: int | None = -1,
+    tiny: float = 0.0,
 ) -> None:
     """Values and gradients of ``kernel(*tensors)`` against ``reference`` in float64, both functions of
     the same tensors; see :func:`assert_close_to_truth` for the tolerance.
@@ -272,4 +276,5 @@ def assert_matches_reference(
                 dim=dim,
                 terms=apart[i] if part == 1 and apart is not None else None,
                 eps=max(torch.finfo(got.dtype).eps, torch.finfo(wide).eps),
+                tiny=tiny,
             )

@@ -1,6 +1,6 @@
-// The fused scaled softmax head on CUDA, version 1: scores and gradients by cuBLAS, everything else in
-// the kernels below. Classes are walked in chunks; see math/softmax.h for the formulas and
-// row_state.h for what is kept per row.
+// The fused scaled softmax head on CUDA: products by cuBLAS, everything else in the kernels below;
+// 16-bit scores, where the device and the shape allow it, by score_exp.cu instead. Classes are walked in
+// chunks; see math/softmax.h for the formulas and row_state.h for what is kept per row.
 //
 // Operands. float32 and float64 stay what they are. With a 16-bit input the scores come from float16
 // unit rows (their entries are bounded, so its 11 bits beat bfloat16's 8) and float32 sums; E, which
@@ -10,314 +10,34 @@
 #include <optional>
 
 #include "gemm.h"
-#include "math/margin.h"
-#include "math/normalize.h"
-#include "math/softmax.h"
-#include "reduce.cuh"
-#include "row_state.h"
+#include "loss_kernels.cuh"
 #include "rows.h"
-#include "stored.cuh"
+#include "score_exp.h"
 
 namespace nf {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kRowsPerBlock = kThreads / kWarp;
-constexpr int64_t kColumnsPerBlock = 4096;  // of a row of scores, per block of `exponentiate`
-
-Grid warp_per_row(int64_t rows) { return {(rows + kRowsPerBlock - 1) / kRowsPerBlock}; }
-
-// rows[field][i] in device memory
-struct RowState {
-  double* data;
-  int64_t batch;
-
-  explicit RowState(const Tensor& rows)
-      : data(static_cast<double*>(const_cast<void*>(rows.const_data_ptr()))), batch(rows.size(1)) {}
-  NF_DEVICE double& at(RowField field, int64_t i) const { return data[field * batch + i]; }
+// The arguments that forward and backward share.
+struct LossArguments {
+  Tensor x, weight, labels;
+  std::optional<Tensor> scale;
+  double scale_value;
+  double eps;
+  int64_t class_chunk;
+  int64_t score_kernel;
+  ScalarType operand;
+  std::optional<Tensor> sample_weight, class_weight;
+  double smoothing;
 };
 
-struct Margin {
-  double m1, m2, m3;
-};
-
-// Everything a row knows before the sweep: its norm, its target cosine (products and sums in double,
-// from the raw rows), the margin, the shift. An ignored row becomes zero, so that nothing it holds, NaN
-// included, reaches another row or a class. One warp per row.
 template <class T>
-NF_KERNEL(kThreads)
-prepare_rows_kernel(StoredArray x, StoredArray w,        // [N, D], [C, D]
-                    const int64_t* __restrict__ labels,  // [N]
-                    int64_t dim, int64_t classes, int64_t ignore_index, double eps, Scale scale,
-                    Margin margin, RowState rows,
-                    StoredArray x_hat)  // [N, D], operand type
-{
-  const int64_t i = block_id() * kRowsPerBlock + warp_id();
-  if (i >= rows.batch) return;  // the whole warp leaves
-  const int64_t label = labels[i];
-  const bool ignored = label == ignore_index;
-  NF_DEVICE_CHECK(
-      ignored || (label >= 0 && label < classes),
-      "normface_loss: expected `labels` in [0, %lld) or ignore_index (%lld), got %lld at row %lld",
-      (long long)classes, (long long)ignore_index, (long long)label, (long long)i);
-  double xx = 0, ww = 0, xw = 0;
-  if (!ignored)
-    for (int64_t d = lane_id(); d < dim; d += kWarp) {
-      const double a = x.load<double>(i * dim + d), b = w.load<double>(label * dim + d);
-      xx += a * a;
-      ww += b * b;
-      xw += a * b;
-    }
-  xx = warp_sum(xx), ww = warp_sum(ww), xw = warp_sum(xw);
-  const double x_norm = math::norm_value(2, xx, eps), w_norm = math::norm_value(2, ww, eps);
-  const double inverse = ignored ? 0.0 : 1.0 / x_norm;
-  for (int64_t d = lane_id(); d < dim; d += kWarp)
-    x_hat.store<T>(i * dim + d, ignored ? T(0) : T(x.load<double>(i * dim + d) * inverse));
-  if (lane_id() != 0) return;
-  const double s = scale.value();
-  const bool fixed = math::has_fixed_shift<T>(s, double(classes));
-  const math::ValueAndSlope<double> psi =
-      ignored ? math::ValueAndSlope<double>{0.0, 0.0}
-              : math::Margin{margin.m1, margin.m2, margin.m3}(xw / x_norm / w_norm);
-  rows.at(kShift, i) = fixed ? math::fixed_shift<T>(s, double(classes)) : -INFINITY;
-  rows.at(kSum, i) = 0;
-  rows.at(kSumCosine, i) = 0;
-  rows.at(kPsi, i) = psi.value;
-  rows.at(kPsiSlope, i) = psi.slope;
-  rows.at(kInverseNorm, i) = inverse;
-  rows.at(kRowWeight, i) = ignored ? 0.0 : 1.0;  // finish_loss_kernel divides by the count
+T* data_or_null(const Tensor& t) {
+  return t.numel() > 0 ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
 }
 
-// Outside the window of math/softmax.h: kappa becomes the largest logit seen so far, and what was
-// added up under the old one is rescaled. Inside it every block returns at once. One block per row.
 template <class T>
-NF_KERNEL(kThreads)
-update_shift_kernel(const T* __restrict__ scores,  // [N, stride], `width` of them valid
-                    int64_t width, int64_t stride, int64_t first,
-                    const int64_t* __restrict__ labels,  // [N]
-                    int64_t classes, Scale scale, RowState rows,
-                    T* __restrict__ x_sum,  // [N, D] or null
-                    int64_t dim) {
-  const double s = scale.value();
-  if (math::has_fixed_shift<T>(s, double(classes))) return;
-  SharedMemory shared;
-  T* scratch = shared.take<T>(kThreads / kWarp);
-  const int64_t i = block_id();
-  const int64_t target = labels[i] - first;
-  T best = -T(INFINITY);
-  for (int64_t j = thread_id(); j < width; j += kThreads) {
-    const T z = T(s) * scores[i * stride + j];
-    best = j != target && z > best ? z : best;
-  }
-  best = block_largest(best, scratch);
-  const double old = rows.at(kShift, i);
-  const double shift = double(best) > old ? double(best) : old;
-  const double factor = shift > old ? std::exp(old - shift) : 1.0;
-  sync_block();  // every thread's read of the old shift, before it changes
-  if (thread_id() == 0) {
-    rows.at(kShift, i) = shift;
-    rows.at(kSum, i) *= factor;
-    rows.at(kSumCosine, i) *= factor;
-  }
-  if (x_sum != nullptr && factor != 1.0)
-    for (int64_t d = thread_id(); d < dim; d += kThreads) x_sum[i * dim + d] *= T(factor);
-}
-
-// scores -> E, stored as O (in place where O is T); partial sums of S and A per row and split. The
-// target's E is 0: its term is added apart, in double and with its margin. Blocks: rows x splits.
-template <class T, class O>
-NF_KERNEL(kThreads)
-exponentiate_kernel(const T* scores,  // [N, stride], `width` of them valid
-                    O* e,             // [N, e_stride], perhaps the same memory
-                    int64_t width, int64_t stride, int64_t e_stride, int64_t first,
-                    const int64_t* __restrict__ labels,  // [N]
-                    Scale scale, RowState rows,
-                    double* __restrict__ partial)  // [2, splits, N] or null
-{
-  SharedMemory shared;
-  double* scratch = shared.take<double>(kThreads / kWarp);
-  const int64_t i = block_id(), split = block_y(), splits = block_count_y();
-  const int64_t begin = split * kColumnsPerBlock;
-  const int64_t end = begin + kColumnsPerBlock < width ? begin + kColumnsPerBlock : width;
-  const int64_t target = labels[i] - first;
-  const T s = T(scale.value()), shift = T(rows.at(kShift, i));
-  T sum = 0, sum_cosine = 0;
-  for (int64_t j = begin + thread_id(); j < end; j += kThreads) {
-    const T cosine = scores[i * stride + j];
-    const T value = j == target ? T(0) : std::exp(cosine * s - shift);
-    e[i * e_stride + j] = O(value);
-    sum += value;
-    sum_cosine += value * cosine;
-  }
-  if (partial == nullptr) return;
-  const double total = block_sum(double(sum), scratch), total_cosine = block_sum(double(sum_cosine), scratch);
-  if (thread_id() == 0) {
-    partial[split * rows.batch + i] = total;
-    partial[(splits + split) * rows.batch + i] = total_cosine;
-  }
-}
-
-// rows.S += the partial sums, in the order of the splits.
-NF_KERNEL(kThreads)
-add_partials_kernel(const double* __restrict__ partial,  // [2, splits, N]
-                    int64_t splits, RowState rows) {
-  const int64_t i = block_id() * kThreads + thread_id();
-  if (i >= rows.batch) return;
-  double sum = 0, sum_cosine = 0;
-  for (int64_t k = 0; k < splits; ++k) {
-    sum += partial[k * rows.batch + i];
-    sum_cosine += partial[(splits + k) * rows.batch + i];
-  }
-  rows.at(kSum, i) += sum;
-  rows.at(kSumCosine, i) += sum_cosine;
-}
-
-NF_DEVICE math::RowLoss row_loss(const RowState& rows, double scale, int64_t i) {
-  return math::softmax_row(rows.at(kSum, i), rows.at(kShift, i), scale * rows.at(kPsi, i));
-}
-
-// sum[i] += part[i]
-template <class T>
-NF_KERNEL(kThreads)
-accumulate_kernel(const T* __restrict__ part, int64_t count, T* __restrict__ sum) {
-  const int64_t i = block_id() * kThreads + thread_id();
-  if (i < count) sum[i] += part[i];
-}
-
-// Losses, their reduction, and the rows' final weights. One block: N is small, and the order is fixed.
-template <class T>
-NF_KERNEL(kThreads)
-finish_loss_kernel(RowState rows, Scale scale, int64_t reduction,
-                   T* __restrict__ loss)  // [N] or []
-{
-  SharedMemory shared;
-  double* scratch = shared.take<double>(kThreads / kWarp);
-  const double s = scale.value();
-  double kept = 0, total = 0;
-  for (int64_t i = thread_id(); i < rows.batch; i += kThreads) kept += rows.at(kRowWeight, i);
-  kept = block_sum(kept, scratch);
-  const double weight = reduction == kMean ? 1.0 / (kept > 1 ? kept : 1.0) : 1.0;
-  for (int64_t i = thread_id(); i < rows.batch; i += kThreads) {
-    const bool counts = rows.at(kRowWeight, i) != 0.0;
-    const double weighted = counts ? weight * row_loss(rows, s, i).loss : 0.0;
-    rows.at(kRowWeight, i) = counts ? weight : 0.0;
-    if (reduction == kNone) loss[i] = T(weighted);
-    total += weighted;
-  }
-  total = block_sum(total, scratch);
-  if (reduction != kNone && thread_id() == 0) *loss = T(total);
-}
-
-// What row i contributes to the gradients (see the fields), upstream gradient and scale included.
-enum GradientField { kOthers, kTarget, kGradientFields };
-
-// Factors of every row, and d loss / d scale. One block, fixed order.
-template <class T>
-NF_KERNEL(kThreads)
-row_gradients_kernel(const T* __restrict__ grad_loss,  // [N] or []
-                     bool per_row, RowState rows, Scale scale,
-                     double* __restrict__ gradients,   // [kGradientFields, N]
-                     double* __restrict__ grad_scale)  // [] or null
-{
-  SharedMemory shared;
-  double* scratch = shared.take<double>(kThreads / kWarp);
-  const double s = scale.value();
-  double total = 0;
-  for (int64_t i = thread_id(); i < rows.batch; i += kThreads) {
-    double others = 0, target = 0;
-    if (rows.at(kRowWeight, i) != 0.0) {
-      const double g = double(grad_loss[per_row ? i : 0]) * rows.at(kRowWeight, i);
-      const math::RowLoss row = row_loss(rows, s, i);
-      others = g * s * row.weight;
-      target = -g * s * row.q * rows.at(kPsiSlope, i);
-      total += g * math::softmax_scale_slope(row, rows.at(kSumCosine, i), rows.at(kPsi, i));
-    }
-    gradients[kOthers * rows.batch + i] = others;
-    gradients[kTarget * rows.batch + i] = target;
-  }
-  total = block_sum(total, scratch);
-  if (grad_scale != nullptr && thread_id() == 0) *grad_scale = total;
-}
-
-// Unit features once more (for scores), and times the factor of the row (for dW). One warp per row.
-template <class T>
-NF_KERNEL(kThreads)
-weighted_features_kernel(StoredArray x, int64_t dim, RowState rows,
-                         const double* __restrict__ gradients,     // [kGradientFields, N]
-                         StoredArray x_hat, StoredArray weighted)  // [N, D], operand types; x_hat or null
-{
-  const int64_t i = block_id() * kRowsPerBlock + warp_id();
-  if (i >= rows.batch) return;  // the whole warp leaves
-  const bool ignored = rows.at(kRowWeight, i) == 0.0;
-  const double inverse = rows.at(kInverseNorm, i), factor = gradients[kOthers * rows.batch + i];
-  for (int64_t d = lane_id(); d < dim; d += kWarp) {
-    const double unit = ignored ? 0.0 : x.load<double>(i * dim + d) * inverse;
-    if (x_hat.data != nullptr) x_hat.store<T>(i * dim + d, T(unit));
-    weighted.store<T>(i * dim + d, T(factor * unit));
-  }
-}
-
-// dx = P_x(others * x_sum + target * w_hat_y). One warp per row.
-template <class T>
-NF_KERNEL(kThreads)
-grad_features_kernel(StoredArray x, StoredArray w,        // [N, D], [C, D]
-                     const T* __restrict__ inverse_norm,  // [C]
-                     const int64_t* __restrict__ labels,  // [N]
-                     int64_t dim, RowState rows,
-                     const double* __restrict__ gradients,  // [kGradientFields, N]
-                     const T* __restrict__ x_sum,           // [N, D]
-                     StoredArray dx)                        // [N, D]
-{
-  const int64_t i = block_id() * kRowsPerBlock + warp_id();
-  if (i >= rows.batch) return;  // the whole warp leaves
-  const bool ignored = rows.at(kRowWeight, i) == 0.0;
-  const int64_t label = ignored ? 0 : labels[i];
-  const double inverse = rows.at(kInverseNorm, i);
-  const double others = gradients[kOthers * rows.batch + i], target = gradients[kTarget * rows.batch + i];
-  const auto gradient = [&](int64_t d) {
-    return others * double(x_sum[i * dim + d]) +
-           target * (w.load<double>(label * dim + d) * double(inverse_norm[label]));
-  };
-  double radial = 0;
-  if (!ignored)
-    for (int64_t d = lane_id(); d < dim; d += kWarp)
-      radial += x.load<double>(i * dim + d) * inverse * gradient(d);
-  radial = warp_sum(radial);
-  for (int64_t d = lane_id(); d < dim; d += kWarp) {
-    const double y = ignored ? 0.0 : x.load<double>(i * dim + d) * inverse;
-    dx.store<double>(i * dim + d,
-                     ignored ? 0.0 : math::normalize_vjp<double>(gradient(d), y, radial, inverse, 0.0));
-  }
-}
-
-// g[y_i] += target_i x_hat_i for the rows whose label lies in the chunk. The first row of a label adds
-// for all rows that share it, in order, so no two warps write the same class. One warp per row.
-template <class T>
-NF_KERNEL(kThreads)
-add_targets_kernel(StoredArray x, const int64_t* __restrict__ labels,  // [N, D], [N]
-                   int64_t dim, int64_t first, int64_t width, RowState rows,
-                   const double* __restrict__ gradients,  // [kGradientFields, N]
-                   T* __restrict__ g)                     // [width, D]
-{
-  const int64_t i = block_id() * kRowsPerBlock + warp_id();
-  if (i >= rows.batch || rows.at(kRowWeight, i) == 0.0) return;  // the whole warp leaves
-  const int64_t label = labels[i];
-  if (label < first || label >= first + width) return;
-  bool earlier = false;
-  for (int64_t k = lane_id(); k < i; k += kWarp) earlier = earlier || labels[k] == label;
-  if (warp_any(earlier)) return;
-  T* out = g + (label - first) * dim;
-  for (int64_t base = i - i % kWarp; base < rows.batch; base += kWarp) {
-    const int64_t mine = base + lane_id();
-    unsigned same = warp_ballot(mine < rows.batch && mine >= i && labels[mine] == label);
-    for (; same != 0; same &= same - 1) {
-      int lane = 0;
-      while (((same >> lane) & 1u) == 0) ++lane;
-      const int64_t k = base + lane;
-      const double factor = gradients[kTarget * rows.batch + k] * rows.at(kInverseNorm, k);
-      for (int64_t d = lane_id(); d < dim; d += kWarp) out[d] += T(factor * x.load<double>(k * dim + d));
-    }
-  }
+T* data_or_null(const std::optional<Tensor>& t) {
+  return t ? static_cast<T*>(t->const_data_ptr()) : nullptr;
 }
 
 // Shapes, types and buffers shared by forward and backward.
@@ -327,26 +47,28 @@ struct Head {
   const Tensor& weight;
   const Tensor& labels;
   Scale scale;
+  Weighting<T> weighting;
   int64_t batch, dim, classes, chunk;
-  bool narrow;       // 16-bit operands
-  ScalarType wide;   // sums, scores
-  ScalarType score;  // operands of the scores
-  ScalarType other;  // E and the operands it meets
+  bool narrow;        // 16-bit operands
+  bool tensor_cores;  // score_exp.cu
+  ScalarType wide;    // sums, scores
+  ScalarType score;   // operands of the scores
+  ScalarType other;   // E and the operands it meets
 
-  Head(const Tensor& x_, const Tensor& weight_, const Tensor& labels_, const std::optional<Tensor>& scale_,
-       double scale_value, int64_t class_chunk, ScalarType operand)
-      : x(x_),
-        weight(weight_),
-        labels(labels_),
-        scale(scale_, scale_value),
-        batch(x_.size(0)),
-        dim(x_.size(1)),
-        classes(weight_.size(0)),
-        chunk(class_chunk < 1         ? 1
-              : class_chunk > classes ? classes
-                                      : class_chunk),
-        narrow(operand == ScalarType::Half || operand == ScalarType::BFloat16),
-        wide(accumulator(x_.scalar_type())),
+  explicit Head(const LossArguments& in)
+      : x(in.x),
+        weight(in.weight),
+        labels(in.labels),
+        scale(in.scale, in.scale_value),
+        weighting{data_or_null<const T>(in.sample_weight), data_or_null<const T>(in.class_weight),
+                  in.smoothing},
+        batch(x.size(0)),
+        dim(x.size(1)),
+        classes(weight.size(0)),
+        chunk(std::clamp<int64_t>(in.class_chunk, 1, classes)),
+        narrow(in.operand == ScalarType::Half || in.operand == ScalarType::BFloat16),
+        tensor_cores(narrow && in.score_kernel == kTensorCoreScores),
+        wide(accumulator(x.scalar_type())),
         score(narrow ? ScalarType::Half : wide),
         other(narrow ? ScalarType::BFloat16 : wide) {}
 
@@ -373,21 +95,46 @@ struct Head {
     unit_rows(queue, task);
   }
 
-  // scores[N, width] = x_hat w_hat^T, then E in `e`; S and A into rows when `sums`.
+  // E of the classes [first, first + width) from x_hat and w_hat into `e`; with `sums`, S and A into rows,
+  // and x_sum rescaled where kappa had to rise. `scores` is scratch of the cuBLAS path.
   void scores_to_e(Queue& queue, int64_t first, int64_t width, const Tensor& x_hat, const Tensor& w_hat,
                    const Tensor& scores, const Tensor& e, const RowState& rows, bool sums, T* x_sum) const {
     const int64_t stride = padded(width);
+    const int64_t splits =
+        tensor_cores ? score_splits(queue, batch, width) : (width + kColumnsPerBlock - 1) / kColumnsPerBlock;
+    Tensor partial = device_empty(x, {sums ? 2 * splits * batch : 0}, ScalarType::Double);
+    double* partials = sums ? static_cast<double*>(partial.mutable_data_ptr()) : nullptr;
+    if constexpr (std::is_same_v<T, float>) {
+      if (tensor_cores) {
+        Tensor largest = device_empty(x, {sums ? splits * batch : 0}, ScalarType::Float);
+        const ScoreExp task{static_cast<const Half*>(x_hat.const_data_ptr()),
+                            static_cast<const Half*>(w_hat.const_data_ptr()),
+                            batch,
+                            dim,
+                            width,
+                            first,
+                            classes,
+                            label_data(),
+                            scale,
+                            rows,
+                            e.numel() > 0 ? static_cast<BFloat16*>(e.mutable_data_ptr()) : nullptr,
+                            stride,
+                            partials,
+                            sums ? static_cast<float*>(largest.mutable_data_ptr()) : nullptr};
+        if (sums) {
+          score_largest(queue, task);
+          update_shift(queue, {task.largest, splits, 1, batch, true, RowLogits<T>::kNoClass}, rows, x_sum);
+        }
+        score_exp(queue, task);
+        if (sums) add_partials(queue, partials, splits, rows);
+        return;
+      }
+    }
     multiply(x, {x_hat.const_data_ptr(), score, batch, dim, dim},
              Matrix{w_hat.const_data_ptr(), score, width, dim, dim}.transposed(),
              {scores.const_data_ptr(), wide, batch, width, stride});
     T* from = static_cast<T*>(scores.mutable_data_ptr());
-    const int64_t splits = (width + kColumnsPerBlock - 1) / kColumnsPerBlock;
-    Tensor partial = device_empty(x, {sums ? 2 * splits * batch : 0}, ScalarType::Double);
-    double* partials = sums ? static_cast<double*>(partial.mutable_data_ptr()) : nullptr;
-    if (sums)
-      launch("update_shift", queue, update_shift_kernel<T>, Grid{batch}, kThreads,
-             shared_bytes<T>(kThreads / kWarp), from, width, stride, first, label_data(), classes, scale,
-             rows, x_sum, dim);
+    if (sums) update_shift(queue, {from, width, stride, 1, false, first}, rows, x_sum);
     const size_t shared = shared_bytes<double>(kThreads / kWarp);
     if (narrow)
       launch("exponentiate", queue, exponentiate_kernel<T, BFloat16>, Grid{batch, splits}, kThreads, shared,
@@ -397,56 +144,90 @@ struct Head {
       launch("exponentiate", queue, exponentiate_kernel<T, T>, Grid{batch, splits}, kThreads, shared, from,
              static_cast<T*>(e.mutable_data_ptr()), width, stride, stride, first, label_data(), scale, rows,
              partials);
-    if (sums)
-      launch("add_partials", queue, add_partials_kernel, Grid{(batch + kThreads - 1) / kThreads}, kThreads, 0,
-             partials, splits, rows);
+    if (sums) add_partials(queue, partials, splits, rows);
+  }
+
+  void update_shift(Queue& queue, const RowLogits<T>& logits, const RowState& rows, T* x_sum) const {
+    launch("update_shift", queue, update_shift_kernel<T>, Grid{batch}, kThreads,
+           shared_bytes<T>(kThreads / kWarp), logits, label_data(), classes, scale, rows, x_sum, dim);
+  }
+
+  void add_partials(Queue& queue, const double* partial, int64_t splits, const RowState& rows) const {
+    launch("add_partials", queue, add_partials_kernel, Grid{(batch + kThreads - 1) / kThreads}, kThreads, 0,
+           partial, splits, rows);
   }
 };
 
+struct ForwardResult {
+  Tensor loss, rows, inverse_norm, x_sum, class_sum, stored;
+};
+
+// class_sum = sum of class_weight_j w_hat_j, and what the rows need of it.
 template <class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Queue& queue, const Head<T>& head,
-                                                           const Margin& margin, int64_t reduction,
-                                                           int64_t ignore_index, double eps, bool store,
-                                                           bool need_x) {
+void sum_classes(Queue& queue, const Head<T>& head, const RowState& rows, const T* inverse_norm,
+                 T* class_sum) {
+  const int64_t D = head.dim, runs = std::min<int64_t>(head.classes, 8 * queue.multiprocessors());
+  const int64_t columns = (D + kThreads - 1) / kThreads;
+  const Tensor partial = head.buffer(runs, D, ScalarType::Double);
+  double* partials = data_or_null<double>(partial);
+  launch("class_sum", queue, class_sum_kernel<T>, Grid{runs, columns}, kThreads, 0, StoredArray(head.weight),
+         inverse_norm, head.classes, D, head.weighting, partials);
+  launch("add_class_sums", queue, add_class_sums_kernel<T>, Grid{columns}, kThreads, 0, partials, runs, D,
+         class_sum);
+  launch("dot_class_sum", queue, dot_class_sum_kernel<T>, warp_per_row(head.batch), kThreads, 0,
+         StoredArray(head.x), class_sum, D, rows);
+}
+
+template <class T>
+ForwardResult forward(Queue& queue, const Head<T>& head, const Margin& margin, int64_t reduction,
+                      int64_t ignore_index, double eps, bool store, bool need_x) {
   const int64_t N = head.batch, D = head.dim, chunk = store ? head.classes : head.chunk;
   const Tensor& x = head.x;
-  Tensor loss = reduction == kNone ? device_empty(x, {N}, head.wide) : device_empty(x, {}, head.wide);
-  Tensor rows_tensor = head.buffer(kRowFields, N, ScalarType::Double);
-  Tensor inverse_norm = device_empty(x, {head.classes}, head.wide);
-  Tensor x_sum = need_x ? head.buffer(N, D, head.wide) : device_empty(x, {0}, head.wide);
-  Tensor stored = device_empty(x, {store ? N * head.padded(head.classes) : 0}, head.other);
-  const RowState rows(rows_tensor);
+  const bool smooth = head.weighting.smoothing > 0;
+  ForwardResult out{reduction == kNone ? device_empty(x, {N}, head.wide) : device_empty(x, {}, head.wide),
+                    head.buffer(kRowFields, N, ScalarType::Double),
+                    device_empty(x, {head.classes}, head.wide),
+                    need_x ? head.buffer(N, D, head.wide) : device_empty(x, {0}, head.wide),
+                    device_empty(x, {smooth ? D : 0}, head.wide),
+                    device_empty(x, {store ? N * head.padded(head.classes) : 0}, head.other)};
+  const RowState rows(out.rows);
 
   const Tensor x_hat = head.buffer(N, D, head.score);
   launch("prepare_rows", queue, prepare_rows_kernel<T>, warp_per_row(N), kThreads, 0, StoredArray(x),
          StoredArray(head.weight), head.label_data(), D, head.classes, ignore_index, eps, head.scale, margin,
-         rows, StoredArray(x_hat));
+         head.weighting, rows, StoredArray(x_hat));
 
   const Tensor w_hat = head.buffer(chunk, D, head.score);
   const bool copies = head.narrow && need_x;
+  const bool need_e = need_x || store || !head.tensor_cores;
   const Tensor w_copy = head.buffer(copies ? chunk : 0, D, head.other);
   // In the wide types E replaces the scores, so stored E is where they are written.
   const bool in_place = !head.narrow;
-  const Tensor scores = store && in_place ? stored : head.buffer(N, head.padded(chunk), head.wide);
-  const Tensor e = store ? stored : in_place ? scores : head.buffer(N, head.padded(chunk), head.other);
-  T* sum = need_x && N * D > 0 ? static_cast<T*>(x_sum.mutable_data_ptr()) : nullptr;
+  const Tensor scores =
+      store && in_place ? out.stored : head.buffer(head.tensor_cores ? 0 : N, head.padded(chunk), head.wide);
+  const Tensor e = store      ? out.stored
+                   : in_place ? scores
+                              : head.buffer(need_e ? N : 0, head.padded(chunk), head.other);
+  T* sum = data_or_null<T>(out.x_sum);
   const Tensor part = head.buffer(need_x && chunk < head.classes ? N : 0, D, head.wide);
   for (int64_t first = 0; first < head.classes; first += chunk) {
     const int64_t width = std::min(chunk, head.classes - first);
-    head.unit_weights(queue, first, width, eps, w_hat, copies ? &w_copy : nullptr, &inverse_norm);
+    head.unit_weights(queue, first, width, eps, w_hat, copies ? &w_copy : nullptr, &out.inverse_norm);
     head.scores_to_e(queue, first, width, x_hat, w_hat, scores, e, rows, true, first > 0 ? sum : nullptr);
     if (!need_x) continue;
     multiply(x, {e.const_data_ptr(), head.other, N, width, head.padded(width)},
              {(copies ? w_copy : w_hat).const_data_ptr(), head.other, width, D, D},
-             {(first == 0 ? x_sum : part).const_data_ptr(), head.wide, N, D, D});
+             {(first == 0 ? out.x_sum : part).const_data_ptr(), head.wide, N, D, D});
     if (first > 0)
       launch("accumulate", queue, accumulate_kernel<T>, Grid{(N * D + kThreads - 1) / kThreads}, kThreads, 0,
              static_cast<const T*>(part.const_data_ptr()), N * D, sum);
   }
+  if (smooth)
+    sum_classes(queue, head, rows, data_or_null<T>(out.inverse_norm), data_or_null<T>(out.class_sum));
   launch("finish_loss", queue, finish_loss_kernel<T>, Grid{1}, kThreads,
-         shared_bytes<double>(kThreads / kWarp), rows, head.scale, reduction,
-         loss.numel() > 0 ? static_cast<T*>(loss.mutable_data_ptr()) : nullptr);
-  return {loss, rows_tensor, inverse_norm, x_sum, stored};
+         shared_bytes<double>(kThreads / kWarp), rows, head.scale, reduction, head.classes, head.weighting,
+         data_or_null<T>(out.loss));
+  return out;
 }
 
 template <class T>
@@ -461,9 +242,13 @@ void grad_weight(Queue& queue, const Head<T>& head, const RowState& rows, const 
   if (!recompute) unit.data = nullptr;
   launch("weighted_features", queue, weighted_features_kernel<T>, warp_per_row(N), kThreads, 0,
          StoredArray(head.x), D, rows, gradients, unit, StoredArray(weighted));
+  const Tensor uniform = device_empty(head.x, {head.weighting.smoothing > 0 ? D : 0}, head.wide);
+  if (uniform.numel() > 0)
+    launch("uniform_gradient", queue, uniform_gradient_kernel<T>, Grid{(D + kThreads - 1) / kThreads},
+           kThreads, 0, StoredArray(head.x), D, rows, gradients, data_or_null<T>(uniform));
 
   const Tensor w_hat = head.buffer(recompute ? chunk : 0, D, head.score);
-  const Tensor scores = head.buffer(recompute ? N : 0, head.padded(chunk), head.wide);
+  const Tensor scores = head.buffer(recompute && !head.tensor_cores ? N : 0, head.padded(chunk), head.wide);
   const Tensor e = !recompute    ? stored
                    : head.narrow ? head.buffer(N, head.padded(chunk), head.other)
                                  : scores;
@@ -482,6 +267,9 @@ void grad_weight(Queue& queue, const Head<T>& head, const RowState& rows, const 
              {weighted.const_data_ptr(), head.other, N, D, D}, {g, head.wide, width, D, D});
     launch("add_targets", queue, add_targets_kernel<T>, warp_per_row(N), kThreads, 0, StoredArray(head.x),
            head.label_data(), D, first, width, rows, gradients, g);
+    if (uniform.numel() > 0)
+      launch("add_uniform", queue, add_uniform_kernel<T>, Grid{32 * queue.multiprocessors()}, kThreads, 0,
+             data_or_null<T>(uniform), D, first, width * D, head.weighting, g);
     project_rows(queue, {static_cast<const char*>(head.weight.const_data_ptr()) + first * D * item,
                          head.weight.scalar_type(), width, D, eps,
                          static_cast<const T*>(inverse_norm.const_data_ptr()) + first, g, out});
@@ -490,20 +278,20 @@ void grad_weight(Queue& queue, const Head<T>& head, const RowState& rows, const 
 
 template <class T>
 void backward(Queue& queue, const Head<T>& head, const Tensor& grad_loss, const Tensor& rows_tensor,
-              const Tensor& inverse_norm, const Tensor& x_sum, const Tensor& stored, double eps, Tensor* dx,
-              Tensor* dw, Tensor* dscale) {
+              const Tensor& inverse_norm, const Tensor& x_sum, const Tensor& class_sum, const Tensor& stored,
+              double eps, Tensor* dx, Tensor* dw, Tensor* dscale) {
   const RowState rows(rows_tensor);
   const Tensor gradients = head.buffer(kGradientFields, head.batch, ScalarType::Double);
-  double* factors = static_cast<double*>(gradients.mutable_data_ptr());
+  double* factors = data_or_null<double>(gradients);
   launch("row_gradients", queue, row_gradients_kernel<T>, Grid{1}, kThreads,
          shared_bytes<double>(kThreads / kWarp), static_cast<const T*>(grad_loss.const_data_ptr()),
-         grad_loss.dim() == 1, rows, head.scale, factors,
+         grad_loss.dim() == 1, head.weighting.smoothing / double(head.classes), rows, head.scale, factors,
          dscale != nullptr ? static_cast<double*>(dscale->mutable_data_ptr()) : nullptr);
   if (dx != nullptr)
     launch("grad_features", queue, grad_features_kernel<T>, warp_per_row(head.batch), kThreads, 0,
            StoredArray(head.x), StoredArray(head.weight),
            static_cast<const T*>(inverse_norm.const_data_ptr()), head.label_data(), head.dim, rows, factors,
-           static_cast<const T*>(x_sum.const_data_ptr()), StoredArray(*dx));
+           data_or_null<T>(x_sum), data_or_null<T>(class_sum), StoredArray(*dx));
   if (dw != nullptr) grad_weight(queue, head, rows, factors, inverse_norm, stored, eps, *dw);
 }
 
@@ -513,38 +301,46 @@ auto dispatch_wide(const Tensor& x, const F& f) {
                                                             : f.template operator()<float>();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normface_loss(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> normface_loss(
     Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value, double m1,
     double m2, double m3, int64_t reduction, int64_t ignore_index, double eps, int64_t class_chunk,
-    bool store, bool need_x, ScalarType operand) {
-  check_head("normface_loss", x, weight);
-  check_labels("normface_loss", labels, x.size(0));
+    bool store, bool need_x, int64_t score_kernel, ScalarType operand, std::optional<Tensor> sample_weight,
+    std::optional<Tensor> class_weight, double smoothing) {
+  const char* op = "normface_loss";
+  check_head(op, x, weight);
+  check_labels(op, labels, x.size(0));
+  check_weights(op, "sample_weight", sample_weight, x, x.size(0));
+  check_weights(op, "class_weight", class_weight, x, weight.size(0));
   Queue queue(x);
-  return dispatch_wide(x, [&]<class T>() {
-    const Head<T> head(x, weight, labels, scale, scale_value, class_chunk, operand);
-    return forward(queue, head, {m1, m2, m3}, reduction, ignore_index, eps, store, need_x);
+  const LossArguments in{x,           weight,       labels,  scale,         scale_value,  eps,
+                         class_chunk, score_kernel, operand, sample_weight, class_weight, smoothing};
+  const ForwardResult out = dispatch_wide(x, [&]<class T>() {
+    return forward(queue, Head<T>(in), {m1, m2, m3}, reduction, ignore_index, eps, store, need_x);
   });
+  return {out.loss, out.rows, out.inverse_norm, out.x_sum, out.class_sum, out.stored};
 }
 
-std::tuple<Tensor, Tensor, Tensor> normface_loss_backward(Tensor grad_loss, Tensor x, Tensor weight,
-                                                          Tensor labels, std::optional<Tensor> scale,
-                                                          double scale_value, double eps, int64_t class_chunk,
-                                                          Tensor rows, Tensor inverse_norm, Tensor x_sum,
-                                                          Tensor stored, bool need_x, bool need_weight,
-                                                          bool need_scale, ScalarType operand) {
+std::tuple<Tensor, Tensor, Tensor> normface_loss_backward(
+    Tensor grad_loss, Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
+    double eps, int64_t class_chunk, Tensor rows, Tensor inverse_norm, Tensor x_sum, Tensor class_sum,
+    Tensor stored, bool need_x, bool need_weight, bool need_scale, int64_t score_kernel, ScalarType operand,
+    std::optional<Tensor> class_weight, double smoothing) {
   const char* op = "normface_loss_backward";
   check_head(op, x, weight);
   check_labels(op, labels, x.size(0));
   check_shape(op, "rows", rows, kRowFields, x.size(0));
+  check_weights(op, "class_weight", class_weight, x, weight.size(0));
   if (need_x) check_shape(op, "x_sum", x_sum, x.size(0), x.size(1));
   Queue queue(x);
   Tensor dx = need_x ? torch::stable::empty_like(x) : device_empty(x, {0}, x.scalar_type());
   Tensor dw = need_weight ? torch::stable::empty_like(weight) : device_empty(x, {0}, weight.scalar_type());
   Tensor ds = need_scale ? device_empty(x, {}, ScalarType::Double) : device_empty(x, {0}, ScalarType::Double);
+  // The sample weights are in the rows' weights by now.
+  const LossArguments in{x,           weight,       labels,  scale,        scale_value,  eps,
+                         class_chunk, score_kernel, operand, std::nullopt, class_weight, smoothing};
   dispatch_wide(x, [&]<class T>() {
-    const Head<T> head(x, weight, labels, scale, scale_value, class_chunk, operand);
-    backward(queue, head, grad_loss, rows, inverse_norm, x_sum, stored, eps, need_x ? &dx : nullptr,
-             need_weight ? &dw : nullptr, need_scale ? &ds : nullptr);
+    backward(queue, Head<T>(in), grad_loss, rows, inverse_norm, x_sum, class_sum, stored, eps,
+             need_x ? &dx : nullptr, need_weight ? &dw : nullptr, need_scale ? &ds : nullptr);
   });
   return {dx, dw, ds};
 }

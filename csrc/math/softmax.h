@@ -1,6 +1,6 @@
 // The scaled softmax of one row (NormFace section 3.2), target column apart from the others.
 //   E_j = exp(s c_j - kappa), j != y      S = sum E_j      A = sum E_j c_j      z = s psi(c_y)
-//   t = ln S + kappa - z      loss = softplus(t)      q = 1 - p_y = sigmoid(t)
+//   t = ln S + kappa - z      -log p_y = softplus(t)      q = 1 - p_y = sigmoid(t)
 // S and A add over tiles, threads and machines. Nothing here subtracts p from 1.
 #pragma once
 
@@ -31,23 +31,59 @@ NF_HD double fixed_shift(double scale, double classes) {
   return preferred < lowest ? lowest : preferred > highest ? highest : preferred;
 }
 
-struct RowLoss {
-  double loss;
-  double q;       // 1 - p_y
-  double weight;  // p_j = E_j * weight; q / S, and 0 where there is no other class
+struct RowSoftmax {
+  double softplus;  // -log p_y
+  double q;         // 1 - p_y
+  double weight;    // p_j = E_j * weight; q / S, and 0 where there is no other class
 };
 
-NF_HD RowLoss softmax_row(double sum, double kappa, double target_logit) {
+NF_HD RowSoftmax softmax_row(double sum, double kappa, double target_logit) {
   const double t = std::log(sum) + kappa - target_logit;
   const double e = std::exp(t > 0 ? -t : t);
-  const double loss = (t > 0 ? t : 0.0) + std::log1p(e);
+  const double softplus = (t > 0 ? t : 0.0) + std::log1p(e);
   const double q = t > 0 ? 1.0 / (1.0 + e) : e / (1.0 + e);
-  return {loss, q, sum > 0 ? q / sum : sum};
+  return {softplus, q, sum > 0 ? q / sum : sum};
 }
 
-// d loss / ds = (sum_j p_j c_j) - q psi
-NF_HD double softmax_scale_slope(const RowLoss& row, double sum_cosine, double psi) {
-  return row.weight * sum_cosine - row.q * psi;
+// Class weights u and label smoothing a (torch's cross_entropy): with lse = softplus + z,
+//   loss = (1 - a) u_y (lse - z) + a/C sum_j u_j (lse - z_j) = total * softplus + s * smooth
+//   total  = (1 - a) u_y + a/C sum u
+//   smooth = a/C [psi sum u - <x_hat, U> - u_y (psi - c_y)],  U = sum_j u_j w_hat_j
+// d loss / d z_j is total p_j - a/C u_j for the others, -total q + pull for the target, with
+//   pull = a/C (sum u - u_y),  push = a/C u_y.
+// Without either: total = 1 and the rest is 0.
+struct RowWeights {
+  double total;
+  double smooth;
+  double pull;
+  double push;
+};
+
+NF_HD RowWeights row_weights(double smoothing, double classes, double target_weight, double weight_sum,
+                             double psi, double cosine, double cosine_with_sum) {
+  const double each = smoothing / classes;
+  return {(1.0 - smoothing) * target_weight + each * weight_sum,
+          each * (psi * weight_sum - cosine_with_sum - target_weight * (psi - cosine)),
+          each * (weight_sum - target_weight), each * target_weight};
+}
+
+NF_HD double row_loss(const RowSoftmax& row, const RowWeights& weights, double scale) {
+  return weights.total * row.softplus + scale * weights.smooth;
+}
+
+// d loss / d (s c_j), j != y, is others * E_j - push_j, push_j = a/C u_j.
+NF_HD double others_slope(const RowSoftmax& row, const RowWeights& weights) {
+  return weights.total * row.weight;
+}
+
+// d loss / d (s c_y): through psi, and what the target's part of U takes back.
+NF_HD double target_slope(const RowSoftmax& row, const RowWeights& weights, double psi_slope) {
+  return (weights.pull - weights.total * row.q) * psi_slope + weights.push;
+}
+
+// d loss / ds
+NF_HD double scale_slope(const RowSoftmax& row, const RowWeights& weights, double sum_cosine, double psi) {
+  return weights.total * (row.weight * sum_cosine - row.q * psi) + weights.smooth;
 }
 
 }  // namespace nf::math

@@ -1,0 +1,42 @@
+// Scores by our own tensor-core kernel: E = exp(s x_hat w_hat^T - kappa) leaves the kernel as bfloat16
+// and the scores themselves never reach memory. Definition: score_exp.cu.
+#pragma once
+
+#include <device/launch.cuh>
+
+#include "row_state.cuh"
+#include "stored.cuh"
+
+namespace nf {
+
+struct ScoreExp {
+  const Half* x_hat;  // [batch, dim]
+  const Half* w_hat;  // [width, dim]
+  int64_t batch;
+  int64_t dim;  // a multiple of 8, so that rows begin at multiples of 16 bytes
+  int64_t width;
+  int64_t first;    // class of w_hat's row 0
+  int64_t classes;  // C
+  const int64_t* labels;
+  Scale scale;
+  RowState rows;
+  BFloat16* e;      // [batch, stride] or null: only the sums
+  int64_t stride;   // a multiple of 8
+  double* partial;  // [2, splits, batch] or null
+  float* largest;   // [splits, batch]
+};
+
+// Blocks along the classes, each with its own partial sums.
+int64_t score_splits(const Queue& queue, int64_t batch, int64_t width);
+
+// Shared memory of one block; more than the device grants means that the kernel cannot be used.
+size_t score_shared_bytes(int64_t dim);
+
+// `largest[split][i]` = the row's largest s c_j of the split, j != y_i; returns at once, and writes
+// nothing, where the fixed shift of math/softmax.h serves.
+void score_largest(Queue& queue, const ScoreExp& task);
+
+// E and the partial sums.
+void score_exp(Queue& queue, const ScoreExp& task);
+
+}  // namespace nf
