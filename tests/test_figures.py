@@ -47,7 +47,7 @@ def test_idx_files_are_read_and_missing_ones_explained(tmp_path: Path):
     np.testing.assert_array_equal(got, np.concatenate([images, images]))
     assert labels.tolist() == [3, 200, 3, 200]
     (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(SystemExit, match="t10k-labels.*missing.*apt-get install dataset-fashion-mnist"):
+    with pytest.raises(SystemExit, match=r"t10k-labels.*missing.*apt-get install dataset-fashion-mnist"):
         common.fashion(tmp_path)
     (tmp_path / "bad.gz").write_bytes(gzip.compress(b"hello world"))
     with pytest.raises(SystemExit, match="expected an IDX file"):
@@ -200,14 +200,14 @@ def test_compare_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     real = compare_losses.train
 
     def spy(backbone: nn.Module, head: nn.Module, images: torch.Tensor, labels: torch.Tensor, **options):
-        seen.append({image.numpy().tobytes(): int(label) for image, label in zip(images, labels, strict=True)})
+        seen.append({i.numpy().tobytes(): int(label) for i, label in zip(images, labels, strict=True)})
         return real(backbone, head, images, labels, **options)
 
     monkeypatch.setattr(compare_losses, "train", spy)
     arguments = ["--out", str(tmp_path), "--runs", "2", "--epochs", "3", "--device", "cpu"]
     runs = compare_losses.main([*arguments, "--heads", "softmax", "NormFace"])
     assert is_figure(tmp_path / "compare_losses.png")
-    assert [(r.head, r.run) for r in runs] == [("softmax", 0), ("NormFace", 0), ("softmax", 1), ("NormFace", 1)]
+    assert [(r.head, r.run) for r in runs] == [(h, run) for run in (0, 1) for h in ("softmax", "NormFace")]
     data = common.load(common.parser(None, "x", 1).parse_args([]))
     digits = {i.numpy().tobytes(): int(d) for i, d in zip(data.train_images, data.train_labels, strict=True)}
     for run, images in zip(runs, seen, strict=True):
