@@ -109,9 +109,7 @@ def draw(paths: dict[float, Path2], cosines: dict[str, np.ndarray], path: Path) 
     for rate, p in paths.items():
         steps = np.arange(len(p.points))
         middle.plot(steps, p.lengths[:, 0], color=RATES[rate], linewidth=2, label=f"rate {rate:g}")
-        middle.plot(
-            steps[::3], p.predicted[::3, 0], "o", color=RATES[rate], markersize=5, markerfacecolor="white"
-        )
+        middle.plot(steps, p.predicted[:, 0], "o", color=RATES[rate], markersize=5, markerfacecolor="white")
     middle.axhline(1, color=FAINT, linewidth=1, linestyle=":")
     middle.set_xlabel("step")
     middle.set_ylabel("||x||")
