@@ -208,7 +208,7 @@ def train(
             total += loss.detach() * len(batch)
         schedule.step()
         history.losses.append(float(total) / sum(len(batch) for batch in batches))
-        history.scales.append(float("nan") if scale is None else float(scale))
+        history.scales.append(float("nan") if scale is None else float(torch.as_tensor(scale).detach()))
         bar.set_postfix_str(f"loss {history.losses[-1]:.4f}")
         if after_epoch:
             after_epoch(epoch)

@@ -69,7 +69,7 @@ def descend(rate: float, steps: int, degrees: tuple[float, float] = (200.0, 40.0
             points -= rate * gradient
         seen.append(points.detach().clone())
         moved.append(-rate * gradient)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return Path2(torch.stack(seen).numpy(), torch.stack(moved).numpy(), np.array(losses))
 
 
