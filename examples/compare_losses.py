@@ -14,9 +14,9 @@ loss with the plain softmax of the same run: mean difference, +- standard error.
 What to expect. The paper fine-tunes a trained face network of 10,575 people; ten classes of small images,
 trained from nothing, are another world. With the defaults NormFace and NormFace + C-contrastive (the
 paper's best) do lead on unseen classes, by 2 to 3 points with a standard error of 0.6. Other things differ
-from the paper: on seen classes the order is the reverse, since what packs the training classes tightest seems to keep
-least of what tells strangers apart; feature-only, weight-only and C-contrastive do not beat the plain softmax
-on unseen classes; and the margins, at values made for faces, help neither.
+from the paper: on seen classes the order is the reverse, it seems because what packs the training classes
+tightest keeps least of what tells strangers apart; feature-only, weight-only and C-contrastive do not beat
+the plain softmax on unseen classes; and the margins, at values made for faces, help neither.
 """
 
 from __future__ import annotations

@@ -66,11 +66,13 @@ def pull(cosines: Tensor, labels: Tensor, scale: float) -> Pull:
     return Pull((own - others).cpu().numpy(), logits.grad.norm(dim=1).cpu().numpy())
 
 
-def run(name: str, head: nf.NormFaceLoss, data: Data, epochs: int, seed: int, snapshot: int | None = None):
-    """The history, and the training cosines after `snapshot` epochs."""
+def run(
+    name: str, data: Data, epochs: int, seed: int, snapshot: int | None = None, **options: float
+) -> tuple[History, Tensor | None]:
+    """The history of a head with these options, and the test cosines after `snapshot` epochs."""
     torch.manual_seed(seed)
     backbone = lenet(FEATURES, data.size).to(data.train_images.device)
-    head = head.to(data.train_images.device)
+    head = nf.NormFaceLoss(FEATURES, data.classes, **options).to(data.train_images.device)
     seen: list[Tensor] = []
 
     def look(epoch: int) -> None:
@@ -139,13 +141,12 @@ def main(arguments: list[str] | None = None) -> tuple[dict[str, History], dict[s
     for scale in SCALES:
         # Seen early in the run at s = 10, when some samples are still wrong.
         snapshot = max(1, options.epochs // 10) if scale == 10.0 else None
-        head = nf.NormFaceLoss(FEATURES, data.classes, scale=scale)
-        histories[f"s = {scale:g}"], seen = run(
-            f"s = {scale:g}", head, data, options.epochs, options.seed, snapshot
-        )
+        name = f"s = {scale:g}"
+        histories[name], seen = run(name, data, options.epochs, options.seed, snapshot, scale=scale)
         cosines = seen if seen is not None else cosines
-    head = nf.NormFaceLoss(FEATURES, data.classes, scale=1.0, learn_scale=True)
-    histories["learned s"], _ = run("learned s", head, data, options.epochs, options.seed)
+    histories["learned s"], _ = run(
+        "learned s", data, options.epochs, options.seed, scale=1.0, learn_scale=True
+    )
     assert cosines is not None
     pulls = {f"s = {scale:g}": pull(cosines, data.test_labels, scale) for scale in SCALES}
 

@@ -16,6 +16,7 @@ features.csv has the numbers: test accuracy by angle, the spread around the clas
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,10 +65,10 @@ def spread_in_degrees(features: Tensor, labels: Tensor) -> float:
     return float(torch.rad2deg(torch.acos((unit * own).sum(1).clamp(-1, 1))).mean())
 
 
-def cloud(name: str, data: Data, head: nn.Module, dim: int, epochs: int, seed: int) -> Cloud:
+def cloud(name: str, data: Data, make: Callable[[], nn.Module], dim: int, epochs: int, seed: int) -> Cloud:
     torch.manual_seed(seed)
     backbone = lenet(dim, data.size).to(data.train_images.device)
-    head = head.to(data.train_images.device)
+    head = make().to(data.train_images.device)
     train(backbone, head, data.train_images, data.train_labels, epochs=epochs, seed=seed, name=name)
     features = embed(backbone, data.test_images)
     with torch.no_grad():
@@ -155,11 +156,14 @@ def main(arguments: list[str] | None = None) -> list[Cloud]:
         "softmax without bias": lambda: Softmax(2, data.classes, bias=False),
         "normalised (s = auto)": lambda: nf.NormFaceLoss(2, data.classes),
     }
-    flat = [cloud(name, data, make(), 2, options.epochs, options.seed) for name, make in heads.items()]
+    flat = [cloud(name, data, make, 2, options.epochs, options.seed) for name, make in heads.items()]
     round_ = [
-        cloud(f"s = {s:g}", data, nf.NormFaceLoss(3, data.classes, scale=s), 3, options.epochs, options.seed)
+        cloud(
+            f"s = {s:g}", data, lambda s=s: nf.NormFaceLoss(3, data.classes, scale=s), 3, options.epochs,
+            options.seed,
+        )
         for s in SCALES
-    ]
+    ]  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     draw_2d(flat, data.names, options.out / "features_2d.png")
     draw_3d(round_, options.out / "features_3d.png")

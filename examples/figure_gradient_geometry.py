@@ -136,12 +136,13 @@ def main(arguments: list[str] | None = None) -> tuple[dict[float, Path2], dict[s
     start, data = time.perf_counter(), load(options)
     paths = {rate: descend(rate, 12) for rate in RATES}
     cosines = {}
-    for name, head in (
-        ("softmax", Softmax(32, data.classes)),
-        ("NormFaceLoss", nf.NormFaceLoss(32, data.classes)),
+    for name, make in (
+        ("softmax", Softmax),
+        ("NormFaceLoss", nf.NormFaceLoss),
     ):
         torch.manual_seed(options.seed)
-        backbone, head = lenet(32, data.size).to(options.device), head.to(options.device)
+        backbone = lenet(32, data.size).to(options.device)
+        head = make(32, data.classes).to(options.device)
         images, labels = data.train_images, data.train_labels
         train(backbone, head, images, labels, epochs=options.epochs, seed=options.seed, name=name)
         cosines[name] = cosine_with_gradient(embed(backbone, data.test_images), head, data.test_labels)

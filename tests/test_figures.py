@@ -114,6 +114,20 @@ def test_figure_features(tmp_path: Path):
     assert by_name["s = 1"].spread < by_name["s = 11"].spread
 
 
+def test_the_seed_decides_everything():
+    data = common.load(common.parser(None, "x", 1).parse_args(["--images", "300"]))
+
+    def weight(make, seed: int) -> np.ndarray:
+        torch.rand(1)  # whatever was drawn before
+        return figure_features.cloud("test", data, make, 2, 1, seed).weight
+
+    for make in (lambda: common.Softmax(2, 10), lambda: nf.NormFaceLoss(2, 10)):
+        np.testing.assert_array_equal(weight(make, 3), weight(make, 3))
+        assert (weight(make, 3) != weight(make, 4)).any()
+    first, second = (figure_convergence.run("test", data, 1, 0, scale=4.0)[0].losses for _ in range(2))
+    assert first == second
+
+
 def test_spread_by_hand():
     angle = torch.deg2rad(torch.tensor([10.0, 30.0, 170.0, 190.0]))
     features = torch.stack([angle.cos(), angle.sin()], 1) * torch.tensor([[1.0], [5.0], [2.0], [0.1]])
