@@ -234,6 +234,7 @@ def assert_matches_reference(
     terms: Callable[..., Outputs] | None = None,
     upstream: Sequence[Tensor | None] | None = None,
     factor: float = 2.0,
+    scalar_factor: float | None = None,
     floor: float = 8.0,
     dim: int | None = -1,
     tiny: float = 0.0,
@@ -246,6 +247,7 @@ def assert_matches_reference(
         use_plain: ``False`` allows the floor only.
         terms: the reference with what its gradient subtracts left out (a norm held constant, say); its
             gradients are the ``terms`` of the gradients.
+        scalar_factor: the factor for single numbers, which plain PyTorch can get right by luck.
         upstream: gradients of the outputs, Gaussian by default.
     """
     outputs, _ = value_and_gradients(kernel, [t.detach() for t in tensors])
@@ -271,7 +273,7 @@ def assert_matches_reference(
                 expected,
                 None if eagerly is None else eagerly.to(got.dtype),
                 f"{name}, {label}",
-                factor=factor,
+                factor=factor if got.dim() or scalar_factor is None else scalar_factor,
                 floor=floor,
                 dim=dim,
                 terms=apart[i] if part == 1 and apart is not None else None,

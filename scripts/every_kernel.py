@@ -44,6 +44,11 @@ def main() -> None:
     device = parser.parse_args().device
     torch.manual_seed(0)
     f, r = nf.functional, nf.reference
+    labels = torch.randint(101, (17,))
+    labels[2:5], labels[6] = 100, -100
+    on_device = labels.to(device)
+    weights = {"sample_weight": torch.rand(17), "class_weight": torch.rand(101)}
+    there = {name: weight.to(device) for name, weight in weights.items()}
     for dtype, tolerance in (
         (torch.float64, 1e-12),
         (torch.float32, 1e-5),
@@ -66,9 +71,6 @@ def main() -> None:
         wide = torch.promote_types(dtype, torch.float32)
         inputs = [make(17, 40), make(101, 40), torch.tensor(7.0, device=device, dtype=wide)]
         run(f"norm_linear {dtype}", f.norm_linear, r.norm_linear, inputs, tolerance)
-        labels = torch.randint(101, (17,))
-        labels[2:5], labels[6] = 100, -100
-        on_device = labels.to(device)
         for s in (10.0, 200.0):
             for workspace in (None, 60_000):  # stored, and recomputed in chunks
                 run(
@@ -80,8 +82,6 @@ def main() -> None:
                     [make(17, 40), make(101, 40), torch.tensor(s, device=device, dtype=wide)],
                     tolerance,
                 )
-        weights = {"sample_weight": torch.rand(17), "class_weight": torch.rand(101)}
-        there = {name: weight.to(device) for name, weight in weights.items()}
         run(
             f"normface_loss {dtype}, weighted and smoothed",
             lambda x, w: f.normface_loss(x, w, on_device, 9.0, label_smoothing=0.1, **there),

@@ -27,17 +27,19 @@ ODD_SIZES = [1, 31, 32, 33, 257]
 class Lane:
     name: str
     namespace: str
-    device: torch.device = torch.device("cpu")
+    where: str = "cpu"
     slow: bool = False  # one fibre per CUDA thread: keep what runs here small
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.where)
 
     @property
     def widens(self) -> bool:
         """16-bit operands of matrix products are computed in float32 (CUDA kernels: tensor cores)."""
         return self.name in ("cpu", "normface_sanitized")
 
-    def tensor(
-        self, value: object, dtype: torch.dtype | None = None, *, grad: bool = False
-    ) -> torch.Tensor:
+    def tensor(self, value: object, dtype: torch.dtype | None = None, *, grad: bool = False) -> torch.Tensor:
         """A tensor of this lane from numbers or from another tensor, a leaf of its own."""
         made = value.detach().clone() if isinstance(value, torch.Tensor) else torch.tensor(value)
         return made.to(device=self.device, dtype=dtype).requires_grad_(grad)
@@ -49,7 +51,9 @@ class Lane:
         made = torch.randn(*shape, generator=generator, dtype=torch.float64)
         return self.tensor(made, dtype, grad=grad)
 
-    def rows(self, rows: int, dim: int, dtype: torch.dtype = torch.float32, **options: object) -> torch.Tensor:
+    def rows(
+        self, rows: int, dim: int, dtype: torch.dtype = torch.float32, **options: object
+    ) -> torch.Tensor:
         grad = bool(options.pop("grad", False))
         return self.tensor(testing.make_rows(rows, dim, dtype, **options), grad=grad)  # type: ignore[arg-type]
 
@@ -91,7 +95,7 @@ def available() -> tuple[list[Lane], list[str]]:
         reasons.append(f"no lane `emulated`: {reason}")
     info = nf.build_info()
     if torch.cuda.is_available() and info["cuda_loaded"]:
-        lanes.append(Lane("cuda", "normface_ext", torch.device("cuda")))
+        lanes.append(Lane("cuda", "normface_ext", "cuda"))
     else:
         reasons.append(f"no lane `cuda`: {info['cuda_reason'] or 'no GPU is available'}")
     return lanes, reasons

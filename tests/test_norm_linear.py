@@ -14,10 +14,19 @@ from normface_ext.testing import assert_close_to_truth, assert_matches_reference
 SHAPES = [(5, 33, 7), (1, 1, 1), (4, 8, 1), (1, 64, 33), (33, 31, 32), (3, 257, 65)]  # N, D, C
 
 
-def sharpness(lane, *dtypes):
-    """Tensor cores multiply 16-bit operands, which rounds the unit rows; plain torch here does not."""
-    rounds = not lane.widens and any(dtype.itemsize == 2 for dtype in dtypes)
-    return {"factor": 6.0, "floor": 16.0} if rounds else {}
+def plain_torch(lane, x, weight):
+    """The reference, or, where tensor cores multiply 16-bit operands, what autocast makes of it."""
+    operand = min(x.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)
+    if lane.widens or operand.itemsize > 2:
+        return reference.norm_linear
+
+    def function(x, weight, scale, eps=1e-12, *, normalize_input=True):
+        wide_x, wide_w = x.float(), weight.float()
+        x_hat = wide_x / reference._norm(wide_x, 1, 2, eps) if normalize_input else wide_x
+        w_hat = wide_w / reference._norm(wide_w, 1, 2, eps)
+        return (scale * (x_hat.to(operand) @ w_hat.to(operand).t()).float()).to(x.dtype)
+
+    return function
 
 
 def held(normalize_input=True):
@@ -32,14 +41,14 @@ def held(normalize_input=True):
 
 def check(lane, tensors, name="norm_linear", **options):
     *_, scale = tensors
-    sharp = sharpness(lane, tensors[0].dtype, tensors[1].dtype)
+    plain = plain_torch(lane, *tensors[:2])
     assert_matches_reference(
         lambda x, w, s=scale: nf.functional.norm_linear(x, w, s, **options),
         lambda x, w, s=scale: reference.norm_linear(x, w, s, **options),
         [t for t in tensors if isinstance(t, torch.Tensor)],
         name,
+        plain=lambda x, w, s=scale: plain(x, w, s, **options),
         terms=lambda x, w, s=scale: held(**options)(x, w, s),
-        **sharp,
     )
 
 
@@ -134,7 +143,10 @@ def test_strided_operands(lane):
     truth = reference.norm_linear_backward(g.double(), x.double(), weight.double(), five.double(), 1e-12)
     plain = reference.norm_linear_backward(g, x, weight, five, 1e-12)
     assert_close_to_truth(
-        out, reference.norm_linear(x.double(), weight.double(), 5.0), reference.norm_linear(x, weight, 5.0), "out"
+        out,
+        reference.norm_linear(x.double(), weight.double(), 5.0),
+        reference.norm_linear(x, weight, 5.0),
+        "out",
     )
     for leaf, expected, eager in zip(leaves, truth, plain, strict=False):
         assert_close_to_truth(leaf.grad, expected, eager, "gradient")

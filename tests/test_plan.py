@@ -117,7 +117,7 @@ def test_bad_sizes_are_named(shape, name, least):
 def test_a_plan_reads_as_a_sentence_and_cannot_be_changed():
     plan = nf.plan(64, 128, 1000, workspace=1 << 30)
     assert re.fullmatch(
-        rf"stored: {plan.chunks} chunk\(s\) of {plan.class_chunk} classes,"
+        rf"stored, {plan.scores}: {plan.chunks} chunk\(s\) of {plan.class_chunk} classes,"
         r" workspace [\d.]+ MiB, 0\.05 GFLOP, at least [\d.]+ MiB moved",
         str(plan),
     )

@@ -72,8 +72,7 @@ def test_cosines_by_hand():
 def test_written_backward_of_norm_linear_is_its_derivative(normalize_input):
     generator = torch.Generator().manual_seed(0)
     x, weight, g = (
-        torch.randn(*shape, generator=generator, dtype=torch.float64)
-        for shape in ((4, 3), (5, 3), (4, 5))
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((4, 3), (5, 3), (4, 5))
     )
     scale = torch.tensor(7.0, dtype=torch.float64)
     inputs = [t.requires_grad_() for t in (x, weight, scale)]

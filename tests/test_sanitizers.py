@@ -22,7 +22,7 @@ def test_op_tests_pass_under_the_sanitizers(library: str) -> None:
     build.build(library, sanitize=True)
     namespace = build.NAMESPACES[library]
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", str(build.HERE.parent), "-k", namespace],
+        [sys.executable, "-m", "pytest", "-q", "--maxfail=3", "-p", "no:cacheprovider", "-k", namespace, "."],
         capture_output=True,
         text=True,
         cwd=build.HERE.parent,  # the root would hide the installed package behind the source folder

@@ -85,6 +85,12 @@ def test_a_coarser_epsilon_can_be_asked_for():
         assert_close_to_truth(actual + 1e-3, TRUTH, None, "op", eps=1e-5)
 
 
+def test_underflow_can_be_allowed_for():
+    judge(bumped((1, 0), 1e-5), tiny=2e-5)
+    with pytest.raises(AssertionError):
+        judge(bumped((1, 0), 1e-4), tiny=2e-5)
+
+
 def test_plain_torch_that_overflowed_buys_nothing():
     overflowed = ROUNDED.clone()
     overflowed[0] = math.inf
@@ -221,6 +227,19 @@ def test_float64_is_held_to_float64():
         assert_matches_reference(
             lambda x: reference.normalize(x.float()).double(), reference.normalize, [x], "normalize"
         )
+
+
+def test_single_numbers_may_have_a_factor_of_their_own():
+    x = torch.tensor(0.1, requires_grad=True)
+    options = {"plain": lambda x: 3 * (x + 1e-4), "floor": 1.0}
+
+    def judge_scalar(**more):
+        assert_matches_reference(lambda x: 3 * (x + 4e-4), lambda x: 3 * x, [x], "op", **options, **more)
+
+    judge_scalar(scalar_factor=5.0)
+    for more in ({}, {"factor": 2.0}, {"factor": 5.0, "scalar_factor": 2.0}):
+        with pytest.raises(AssertionError, match="op, output 0: worst at"):
+            judge_scalar(**more)
 
 
 def test_a_kernel_is_compared_in_value_and_gradient():

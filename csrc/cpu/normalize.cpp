@@ -1,6 +1,8 @@
-// normalize and its backward on the CPU. Contiguous rows go through the row kernels. A channel axis is
-// walked in blocks of kColumns neighbouring positions, so that every access stays within a cache line
-// run; each block is gathered into contiguous rows, which then meet the same row kernels.
+// normalize and its backward on the CPU: contiguous rows one by one, a channel axis in blocks of
+// neighbouring columns, along which every access is contiguous.
+#include "math/normalize.h"
+
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -10,62 +12,29 @@
 namespace nf::cpu {
 namespace {
 
-constexpr int64_t kColumns = 16;
+// Where a block of neighbouring columns of a channel axis lies: `columns` of them, the first of which is
+// row `row` of the tensor and begins `offset` elements into it.
+struct ColumnBlock {
+  int64_t row;
+  int64_t columns;
+  int64_t offset;
+};
 
-// rows[c][d] <-> memory[d * inner + c], c < columns, elements of `item` bytes.
-template <class E>
-void transpose(const E* from, int64_t from_stride, E* to, int64_t to_stride, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
-}
-
-void transpose_bytes(const char* from, int64_t from_stride, char* to, int64_t to_stride, int64_t rows,
-                     int64_t columns, int64_t item) {
-  if (item == 8)
-    transpose(reinterpret_cast<const uint64_t*>(from), from_stride, reinterpret_cast<uint64_t*>(to),
-              to_stride, rows, columns);
-  else if (item == 4)
-    transpose(reinterpret_cast<const uint32_t*>(from), from_stride, reinterpret_cast<uint32_t*>(to),
-              to_stride, rows, columns);
-  else
-    transpose(reinterpret_cast<const uint16_t*>(from), from_stride, reinterpret_cast<uint16_t*>(to),
-              to_stride, rows, columns);
-}
-
-// Calls one(inputs, output, index) for every row; null inputs stay null. Rows of a channel axis are
-// copied out of and into place around the call.
-template <class One>
-void each_row(const RowLayout& layout, int64_t item, std::vector<const char*> inputs, char* output,
-              const One& one) {
-  const int64_t n = layout.length;
-  if (layout.inner == 1) {
-    for_rows(layout.outer, n, [&](int64_t row) {
-      const char* in[2] = {nullptr, nullptr};
-      for (size_t k = 0; k < inputs.size(); ++k)
-        if (inputs[k] != nullptr) in[k] = inputs[k] + row * n * item;
-      one(in, output + row * n * item, row);
-    });
-    return;
-  }
+template <class Body>
+void for_column_blocks(const RowLayout& layout, const Body& body) {
   const int64_t blocks = (layout.inner + kColumns - 1) / kColumns;
-  for_rows(layout.outer * blocks, n * kColumns, [&](int64_t block) {
+  for_rows(layout.outer * blocks, layout.length * std::min(layout.inner, kColumns), [&](int64_t block) {
     const int64_t outer = block / blocks, first = block % blocks * kColumns;
-    const int64_t columns = std::min(kColumns, layout.inner - first);
-    const int64_t offset = (outer * n * layout.inner + first) * item, row_bytes = n * item;
-    std::vector<char> rows(size_t((inputs.size() + 1) * kColumns * row_bytes));
-    char* result = rows.data() + inputs.size() * kColumns * row_bytes;
-    const char* in[2] = {nullptr, nullptr};
-    for (size_t k = 0; k < inputs.size(); ++k)
-      if (inputs[k] != nullptr)
-        transpose_bytes(inputs[k] + offset, layout.inner, rows.data() + k * kColumns * row_bytes, n, n,
-                        columns, item);
-    for (int64_t c = 0; c < columns; ++c) {
-      for (size_t k = 0; k < inputs.size(); ++k)
-        if (inputs[k] != nullptr) in[k] = rows.data() + (k * kColumns + c) * row_bytes;
-      one(in, result + c * row_bytes, outer * layout.inner + first + c);
-    }
-    transpose_bytes(result, n, output + offset, layout.inner, columns, n, item);
+    body(ColumnBlock{outer * layout.inner + first, std::min(kColumns, layout.inner - first),
+                     outer * layout.length * layout.inner + first});
   });
+}
+
+// A column gathered into a contiguous row, or a row scattered back into its column.
+void copy_strided(const char* from, int64_t from_stride, char* to, int64_t to_stride, int64_t count,
+                  int64_t item) {
+  for (int64_t d = 0; d < count; ++d)
+    std::memcpy(to + d * to_stride * item, from + d * from_stride * item, item);
 }
 
 const char* bytes(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
@@ -77,13 +46,61 @@ void check_arguments(const char* op, const Tensor& x, int64_t p) {
 }
 
 template <class T>
+void forward_channels(const StoredRows<T>& kernel, const char* x, const RowLayout& layout, int p, T eps,
+                      char* y, T* norms) {
+  const int64_t n = layout.length, item = kernel.item;
+  for_column_blocks(layout, [&](const ColumnBlock& block) {
+    const char* from = x + block.offset * item;
+    char* to = y + block.offset * item;
+    T sums[kColumns], factor[kColumns];
+    kernel.column_sums(from, nullptr, n, layout.inner, block.columns, p, sums);
+    for (int64_t c = 0; c < block.columns; ++c) {
+      norms[block.row + c] = math::norm_value(p, sums[c], eps);
+      factor[c] = T(1) / norms[block.row + c];
+    }
+    kernel.column_scale(from, n, layout.inner, block.columns, factor, to);
+    for (int64_t c = 0; c < block.columns; ++c) {  // few, if any: one by one, as rows
+      if (!math::norm_needs_rescue(p, sums[c], eps)) continue;
+      std::vector<char> row(size_t(2 * n * item));
+      copy_strided(from + c * item, layout.inner, row.data(), 1, n, item);
+      norms[block.row + c] = kernel.normalize(row.data(), n, p, eps, row.data() + n * item);
+      copy_strided(row.data() + n * item, 1, to + c * item, layout.inner, n, item);
+    }
+  });
+}
+
+template <class T>
 void forward(const Tensor& x, const RowLayout& layout, int64_t p, double eps, Tensor& y, Tensor& norm) {
   const StoredRows<T>& kernel = stored_rows<T>(x.scalar_type());
   T* norms = static_cast<T*>(norm.mutable_data_ptr());
-  each_row(layout, kernel.item, {bytes(x)}, static_cast<char*>(y.mutable_data_ptr()),
-           [&](const char* const* in, char* out, int64_t row) {
-             norms[row] = kernel.normalize(in[0], layout.length, int(p), T(eps), out);
-           });
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  if (layout.inner != 1) return forward_channels<T>(kernel, bytes(x), layout, int(p), T(eps), out, norms);
+  const int64_t row_bytes = layout.length * kernel.item;
+  for_rows(layout.outer, layout.length, [&](int64_t row) {
+    norms[row] =
+        kernel.normalize(bytes(x) + row * row_bytes, layout.length, int(p), T(eps), out + row * row_bytes);
+  });
+}
+
+template <class T>
+void backward_channels(const StoredRows<T>& kernel, const char* grad_y, const T* grad_norms, const char* x,
+                       const T* norms, const RowLayout& layout, int p, T eps, char* dx) {
+  const int64_t n = layout.length, item = kernel.item;
+  for_column_blocks(layout, [&](const ColumnBlock& block) {
+    const char* from = x + block.offset * item;
+    const char* g = grad_y != nullptr ? grad_y + block.offset * item : nullptr;
+    T inverse[kColumns], along[kColumns] = {}, g_norm[kColumns], bound[kColumns];
+    if (g != nullptr) kernel.column_sums(from, g, n, layout.inner, block.columns, p, along);
+    for (int64_t c = 0; c < block.columns; ++c) {
+      const T norm = norms[block.row + c];
+      inverse[c] = T(1) / norm;
+      along[c] *= inverse[c];
+      g_norm[c] = grad_norms != nullptr ? grad_norms[block.row + c] : T(0);
+      bound[c] = math::ruled_by_eps(p, norm, eps) ? kernel.largest_gradient : T(INFINITY);
+    }
+    kernel.column_vjp(from, g, n, layout.inner, block.columns, p, inverse, along, g_norm, bound,
+                      dx + block.offset * item);
+  });
 }
 
 template <class T>
@@ -92,11 +109,16 @@ void backward(const std::optional<Tensor>& grad_y, const std::optional<Tensor>& 
   const StoredRows<T>& kernel = stored_rows<T>(x.scalar_type());
   const T* norms = static_cast<const T*>(norm.const_data_ptr());
   const T* grad_norms = grad_norm ? static_cast<const T*>(grad_norm->const_data_ptr()) : nullptr;
-  each_row(layout, kernel.item, {bytes(x), grad_y ? bytes(*grad_y) : nullptr},
-           static_cast<char*>(dx.mutable_data_ptr()), [&](const char* const* in, char* out, int64_t row) {
-             kernel.vjp(in[0], in[1], layout.length, int(p), T(eps), norms[row],
-                        grad_norms ? grad_norms[row] : T(0), out);
-           });
+  const char* g = grad_y ? bytes(*grad_y) : nullptr;
+  char* out = static_cast<char*>(dx.mutable_data_ptr());
+  if (layout.inner != 1)
+    return backward_channels<T>(kernel, g, grad_norms, bytes(x), norms, layout, int(p), T(eps), out);
+  const int64_t row_bytes = layout.length * kernel.item;
+  for_rows(layout.outer, layout.length, [&](int64_t row) {
+    kernel.vjp(bytes(x) + row * row_bytes, g != nullptr ? g + row * row_bytes : nullptr, layout.length,
+               int(p), T(eps), norms[row], grad_norms != nullptr ? grad_norms[row] : T(0),
+               out + row * row_bytes);
+  });
 }
 
 std::tuple<Tensor, Tensor> normalize(Tensor x, int64_t dim, int64_t p, double eps) {

@@ -37,10 +37,23 @@ struct StoredRows {
   void (*vjp)(const void* x, const void* g, int64_t n, int p, T eps, T norm, T g_norm, void* dx);
   // out = inverse_norm (g - y <y, g>), y = x / ||x|| given wide: the tangent projection.
   void (*project)(const T* y, const T* g, int64_t n, T inverse_norm, void* out);
+  // A channel axis: `columns` neighbouring rows whose element d lies `stride` after element d - 1.
+  // sums[c] = the p-norm's terms of column c, or sum of x g where g is given. columns <= kColumns.
+  void (*column_sums)(const void* x, const void* g, int64_t n, int64_t stride, int64_t columns, int p,
+                      T* sums);
+  // y = x factor[c]
+  void (*column_scale)(const void* x, int64_t n, int64_t stride, int64_t columns, const T* factor, void* y);
+  // vjp of every column; along[c] = <y, g>, bound[c] as in vjp.
+  void (*column_vjp)(const void* x, const void* g, int64_t n, int64_t stride, int64_t columns, int p,
+                     const T* inverse_norm, const T* along, const T* g_norm, const T* bound, void* dx);
+  // The largest gradient an eps-ruled row may get; infinite but for float16.
+  T largest_gradient;
   // y = factor x, to and from the accumulator type.
   void (*widen)(const void* x, int64_t n, T factor, T* y);
   void (*narrow)(const T* x, int64_t n, T factor, void* y);
 };
+
+constexpr int64_t kColumns = 256;
 
 struct RowTable {
   const char* isa;

@@ -403,7 +403,8 @@ add_targets_kernel(StoredArray x, const int64_t* __restrict__ labels,  // [N, D]
   const int64_t label = labels[i];
   if (label < first || label >= first + width) return;
   bool earlier = false;
-  for (int64_t k = lane_id(); k < i; k += kWarp) earlier = earlier || labels[k] == label;
+  for (int64_t k = lane_id(); k < i; k += kWarp)  // a row that does not count has left above
+    earlier = earlier || (labels[k] == label && rows.at(kRowWeight, k) != 0.0);
   if (warp_any(earlier)) return;
   T* out = g + (label - first) * dim;
   for (int64_t base = i - i % kWarp; base < rows.batch; base += kWarp) {

@@ -67,13 +67,11 @@ NF_DEVICE RowScale<T> row_scale(int p, T eps, const Sum& sum, const Largest& lar
   return {T(1) / top, T(1) / scaled, top * scaled};
 }
 
-// float16 has no value for the gradient g / sqrt(eps) of a zero row: where eps rules the norm it is
-// held at the largest one, since an infinity there would poison every step of a padded batch.
+// A gradient that stays finite in float16 where eps rules the norm; see math::ruled_by_eps.
 template <class S, class T>
 NF_DEVICE T held_finite(T d, T norm, T eps, int p) {
   if constexpr (std::is_same_v<S, Half>) {
-    const bool ruled_by_eps = p == 2 ? norm * norm <= 2 * eps : norm <= 2 * eps;
-    if (ruled_by_eps) return d > T(65504) ? T(65504) : d < T(-65504) ? T(-65504) : d;
+    if (math::ruled_by_eps(p, norm, eps)) return d > T(65504) ? T(65504) : d < T(-65504) ? T(-65504) : d;
   }
   return d;
 }

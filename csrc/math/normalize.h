@@ -34,6 +34,14 @@ NF_HD T norm_scaled_eps(int p, T eps, T largest) {
   return p == 2 ? (eps / largest) / largest : eps / largest;
 }
 
+// Whether eps makes up most of the norm: a zero row, above all. Its gradient g / n may be too large for
+// float16; kernels hold it at the largest half there, since an infinity would poison every step of a
+// padded batch.
+template <class T>
+NF_HD bool ruled_by_eps(int p, T norm, T eps) {
+  return p == 2 ? norm * norm <= 2 * eps : norm <= 2 * eps;
+}
+
 // dn/dx of one element, from x and y = x / n.
 template <class T>
 NF_HD T norm_slope(int p, T x, T y) {

@@ -16,6 +16,7 @@
 
 #include "fibre.h"
 #include "shared.h"
+#include "watch.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -24,6 +25,14 @@
 namespace nf::emulation {
 
 Place place;
+thread_local bool in_kernel = false;
+
+int thread_id() { return place.thread; }
+int threads_per_block() { return place.threads; }
+int64_t block_id() { return place.block_x; }
+int64_t block_count() { return place.blocks_x; }
+int64_t block_y() { return place.block_y; }
+int64_t block_count_y() { return place.blocks_y; }
 
 namespace {
 
@@ -54,7 +63,6 @@ std::vector<Warp> warps;
 int waiting_in_block = 0;
 int first_in_block = 0;  // the first of those who wait
 int exited = 0;
-bool fibre_is_running = false;
 const std::function<void()>* kernel = nullptr;
 std::string kernel_name;
 std::string failure;
@@ -72,14 +80,14 @@ bool same(Where a, Where b) {
 }
 
 std::string block_name() {
-  return kernel_name + ": block (" + std::to_string(place.block_x) + ", " +
-         std::to_string(place.block_y) + ")";
+  return kernel_name + ": block (" + std::to_string(place.block_x) + ", " + std::to_string(place.block_y) +
+         ")";
 }
 
 #if defined(__SANITIZE_ADDRESS__)
 // AddressSanitizer ends the process after its report; it knows the line, we know the thread.
 void say_who(const char*) {
-  if (!fibre_is_running) return;
+  if (!in_kernel) return;
   fprintf(stderr, "%s, thread %d\n", block_name().c_str(), place.thread);
 }
 const bool saying_who = (__asan_set_error_report_callback(say_who), true);
@@ -175,6 +183,7 @@ void run_block(int count, size_t shared_bytes, Order& order) {
     warps[thread / kWarp].present |= 1u << thread % kWarp;
   }
   for (Warp& warp : warps) warp.ready = warp.present;
+  block_begins();
   begin_shared(shared_bytes, count);
 
   const std::vector<int64_t> warp_order = order.arrange(static_cast<int64_t>(warps.size()));
@@ -184,9 +193,9 @@ void run_block(int count, size_t shared_bytes, Order& order) {
       while (warps[warp].ready != 0) {
         progress = true;
         place.thread = static_cast<int>(warp) * kWarp + order.pick_lane(warps[warp].ready);
-        fibre_is_running = true;
+        in_kernel = true;
         current().fibre.resume();
-        fibre_is_running = false;
+        in_kernel = false;
         if (!failure.empty()) throw std::runtime_error(failure);
       }
     }
@@ -200,9 +209,8 @@ void check_limits(const char* name, int64_t blocks_x, int64_t blocks_y, int thre
                   size_t shared_bytes) {
   const auto check = [&](const char* what, int64_t least, int64_t most, int64_t got) {
     if (got >= least && got <= most) return;
-    throw std::runtime_error(std::string(name) + ": expected " + what + " in [" +
-                             std::to_string(least) + ", " + std::to_string(most) + "], got " +
-                             std::to_string(got));
+    throw std::runtime_error(std::string(name) + ": expected " + what + " in [" + std::to_string(least) +
+                             ", " + std::to_string(most) + "], got " + std::to_string(got));
   };
   check("blocks along x", 0, INT32_MAX, blocks_x);
   check("blocks along y", 0, 65535, blocks_y);
@@ -211,8 +219,6 @@ void check_limits(const char* name, int64_t blocks_x, int64_t blocks_y, int thre
 }
 
 }  // namespace
-
-bool in_kernel() { return fibre_is_running; }
 
 void fail(const char* format, ...) {
   char text[512];
@@ -224,8 +230,8 @@ void fail(const char* format, ...) {
   for (;;) Fibre::suspend();
 }
 
-void run(const char* name, int64_t blocks_x, int64_t blocks_y, int threads_per_block,
-         size_t shared_bytes, const std::function<void()>& kernel_of_thread) {
+void run(const char* name, int64_t blocks_x, int64_t blocks_y, int threads_per_block, size_t shared_bytes,
+         const std::function<void()>& kernel_of_thread) {
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   check_limits(name, blocks_x, blocks_y, threads_per_block, shared_bytes);
   kernel = &kernel_of_thread;
@@ -234,6 +240,7 @@ void run(const char* name, int64_t blocks_x, int64_t blocks_y, int threads_per_b
   while (threads.size() < static_cast<size_t>(threads_per_block)) {
     threads.push_back(std::make_unique<Thread>());
   }
+  launch_begins();
   Order order;
   try {
     for (const int64_t block : order.arrange(blocks_x * blocks_y)) {
@@ -244,7 +251,7 @@ void run(const char* name, int64_t blocks_x, int64_t blocks_y, int threads_per_b
       run_block(threads_per_block, shared_bytes, order);
     }
   } catch (...) {
-    threads.clear();  // their stacks hold half-finished kernels
+    for (const auto& thread : threads) thread->fibre.abandon();
     throw;
   }
 }
@@ -253,8 +260,8 @@ void meet_block(Where where) {
   if (waiting_in_block == 0) first_in_block = place.thread;
   const Where expected = waiting_in_block == 0 ? where : threads[first_in_block]->where;
   if (!same(where, expected)) {
-    fail("sync_block at %s, while thread %d waits in the one at %s", text_of(where).c_str(),
-         first_in_block, text_of(expected).c_str());
+    fail("sync_block at %s, while thread %d waits in the one at %s", text_of(where).c_str(), first_in_block,
+         text_of(expected).c_str());
   }
   waiting_in_block += 1;
   if (waiting_in_block < place.threads) {
@@ -272,8 +279,7 @@ void check_same_meeting(const char* kind, unsigned mask, Where where, int other_
   const Thread& other = *threads[other_thread];
   if (other.mask == mask && strcmp(other.kind, kind) == 0 && same(other.where, where)) return;
   fail("%s at %s with mask %08x, while thread %d waits in %s at %s with mask %08x", kind,
-       text_of(where).c_str(), mask, other_thread, other.kind, text_of(other.where).c_str(),
-       other.mask);
+       text_of(where).c_str(), mask, other_thread, other.kind, text_of(other.where).c_str(), other.mask);
 }
 
 void check_meeting(const char* kind, unsigned mask, Where where) {
@@ -282,8 +288,8 @@ void check_meeting(const char* kind, unsigned mask, Where where) {
   if (!(mask & current_bit())) fail("%s with mask %08x, which leaves out this lane", kind, mask);
   if (mask & ~warp.present) fail("%s with mask %08x names lanes the block has not", kind, mask);
   if (mask & warp.exited) {
-    fail("%s at %s with mask %08x waits for thread %d, which exited", kind, text_of(where).c_str(),
-         mask, first + std::countr_zero(mask & warp.exited));
+    fail("%s at %s with mask %08x waits for thread %d, which exited", kind, text_of(where).c_str(), mask,
+         first + std::countr_zero(mask & warp.exited));
   }
   // Those who wait inside the mask have been compared with one another, so any one of them will do.
   if (warp.waiting & mask) {

@@ -11,7 +11,7 @@
 // real threads run is nobody's promise, it can be turned round from outside
 // (NORMFACE_EMULATION_ORDER, see run()): a kernel whose result depends on it is wrong.
 //
-// shared.h tells how shared memory is watched.
+// shared.h has the shared memory, watch.h tells how every access to memory is watched.
 #pragma once
 
 #include <cstddef>
@@ -35,6 +35,13 @@ struct Place {
   int64_t block_y, blocks_y;
 };
 extern Place place;
+// The same for kernels, whose own accesses to memory are watched and so cost more.
+int thread_id();
+int threads_per_block();
+int64_t block_id();
+int64_t block_count();
+int64_t block_y();
+int64_t block_count_y();
 
 // Runs `kernel` once for every thread of every block, and throws std::runtime_error if any of them
 // breaks a rule. NORMFACE_EMULATION_ORDER decides who goes first: "forward" (the default),
@@ -42,8 +49,8 @@ extern Place place;
 void run(const char* name, int64_t blocks_x, int64_t blocks_y, int threads, size_t shared_bytes,
          const std::function<void()>& kernel);
 
-// Whether a kernel thread is running, and not the code around a launch.
-bool in_kernel();
+// Whether this operating-system thread is inside a kernel, and not in the code around a launch.
+extern thread_local bool in_kernel [[gnu::tls_model("initial-exec")]];
 
 // Ends the launch with an error that names kernel, block and thread. It unwinds nothing: it stops
 // this fibre and never resumes it, so it may be called from anywhere, including the depths of a

@@ -20,6 +20,7 @@ import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -31,9 +32,10 @@ CSRC = ROOT / "csrc"
 OUTPUT = ROOT / "build" / "emulation"
 
 SANITIZED = os.environ.get("NORMFACE_SANITIZE") == "1"
-CXX = os.environ.get("CXX") or "g++"
+# GCC's sanitizers report to hooks.cpp; other compilers call theirs differently.
+CXX = os.environ.get("CXX", "g++") if "clang" not in os.environ.get("CXX", "") else "g++"
 
-ENGINE = [HERE / name for name in ("block.cpp", "fibre.cpp", "shared.cpp")]
+ENGINE = [HERE / name for name in ("block.cpp", "fibre.cpp", "shared.cpp", "watch.cpp")]
 NAMESPACES = {"emulation": "normface_emulation", "faults": "normface_faults", "cpu": "normface_sanitized"}
 
 COMMON = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra"]
@@ -48,7 +50,9 @@ OUR_SANITIZERS += ["-fsanitize=signed-integer-overflow,shift,integer-divide-by-z
 
 def unavailable() -> str | None:
     """Why nothing can be built here, if so."""
-    missing = [tool for tool in (CXX, "ninja") if shutil.which(tool) is None]
+    if sys.platform != "linux":
+        return "the emulation is for Linux"
+    missing = [tool for tool in (shlex.split(CXX)[0], "ninja") if shutil.which(tool) is None]
     return f"not found: {', '.join(missing)}" if missing else None
 
 
@@ -71,11 +75,11 @@ def flags_of(library: str, source: Path, sanitize: bool) -> list[str]:
 def ninja_file(library: str, sanitize: bool) -> str:
     lines = [
         "rule compile",
-        f"  command = {shlex.quote(CXX)} $flags -MD -MF $out.d -c $in -o $out",
+        f"  command = {CXX} $flags -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {shlex.quote(CXX)} -shared $in $flags -o $out",
+        f"  command = {CXX} -shared $in $flags -o $out",
     ]
     sources = sources_of(library)
     if library != "cpu":
@@ -83,8 +87,9 @@ def ninja_file(library: str, sanitize: bool) -> str:
         sources += ENGINE + ([] if sanitize else [HERE / "hooks.cpp"])
     objects = [f"{source.name}.o" for source in sources]
     for source, built in zip(sources, objects, strict=True):
+        escaped = str(source).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
         lines += [
-            f"build {built}: compile {source}",
+            f"build {built}: compile {escaped}",
             f"  flags = {shlex.join(flags_of(library, source, sanitize))}",
         ]
     link = ["-Wl,-z,defs", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
@@ -146,7 +151,7 @@ def sanitizer_environment() -> dict[str, str]:
 
     def find(name: str) -> str:
         return subprocess.run(
-            [CXX, f"-print-file-name={name}"], check=True, capture_output=True, text=True
+            [*shlex.split(CXX), f"-print-file-name={name}"], check=True, capture_output=True, text=True
         ).stdout.strip()
 
     return {

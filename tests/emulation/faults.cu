@@ -284,19 +284,34 @@ take_differently(float* out, const float* x) {
 template <bool kFaulty>
 NF_KERNEL(kThreads)
 broken_promise(float* out, const float* x, int64_t n) {
-  NF_DEVICE_CHECK(!kFaulty || thread_of_grid() + 1 < n, "expected less than %d, got %d",
-                  static_cast<int>(n), static_cast<int>(thread_of_grid() + 1));
+  NF_DEVICE_CHECK(!kFaulty || thread_of_grid() + 1 < n, "expected less than %d, got %d", static_cast<int>(n),
+                  static_cast<int>(thread_of_grid() + 1));
   out[thread_of_grid()] = x[thread_of_grid()];
 }
 
-// Faulty: each value is added to the one before, which another block may have changed already. The
-// result depends on the order of the blocks and of the warps; no sentence says so.
+// Each thread writes its own place. Faulty: and first reads its neighbour's, which belongs to another
+// thread and perhaps to another block.
 template <bool kFaulty>
 NF_KERNEL(kThreads)
-order_dependence(float* out, const float* x) {
+neighbour_in_global(float* out, const float* x) {
   const int64_t i = thread_of_grid();
   out[i] = x[i] + (kFaulty && i > 0 ? out[i - 1] : 0.0f);
 }
+
+// Every block writes its number to the same place. Faulty: plainly, and who was last decides.
+template <bool kFaulty>
+NF_KERNEL(kThreads)
+blocks_in_one_place(int* highest) {
+  if (thread_id() != 0) return;
+  if (kFaulty) {
+    *highest = static_cast<int>(block_id());
+  } else {
+    atomic_add(highest, 1);
+  }
+}
+
+// Not a fault but a clock: who comes when.
+NF_KERNEL(kThreads) arrivals(int* arrived, int* out) { out[thread_of_grid()] = atomic_add(arrived, 1); }
 
 template <bool kFaulty>
 NF_KERNEL(kThreads)
@@ -324,19 +339,19 @@ struct Call {
   size_t tile = shared_bytes<float>(kThreads);
 };
 
-#define WITHOUT_SIZE(name, bytes)                                                                \
-  Tensor name##_op(const Tensor& x, bool faulty) {                                               \
-    Call call(x);                                                                                \
-    launch(#name, call.queue, faulty ? name<true> : name<false>, {call.blocks}, kThreads, bytes, \
-           call.out, call.in);                                                                   \
-    return call.output;                                                                          \
+#define WITHOUT_SIZE(name, bytes)                                                                          \
+  Tensor name##_op(const Tensor& x, bool faulty) {                                                         \
+    Call call(x);                                                                                          \
+    launch(#name, call.queue, faulty ? name<true> : name<false>, {call.blocks}, kThreads, bytes, call.out, \
+           call.in);                                                                                       \
+    return call.output;                                                                                    \
   }
-#define WITH_SIZE(name, bytes)                                                                   \
-  Tensor name##_op(const Tensor& x, bool faulty) {                                               \
-    Call call(x);                                                                                \
-    launch(#name, call.queue, faulty ? name<true> : name<false>, {call.blocks}, kThreads, bytes, \
-           call.out, call.in, call.n);                                                           \
-    return call.output;                                                                          \
+#define WITH_SIZE(name, bytes)                                                                             \
+  Tensor name##_op(const Tensor& x, bool faulty) {                                                         \
+    Call call(x);                                                                                          \
+    launch(#name, call.queue, faulty ? name<true> : name<false>, {call.blocks}, kThreads, bytes, call.out, \
+           call.in, call.n);                                                                               \
+    return call.output;                                                                                    \
   }
 WITHOUT_SIZE(missing_barrier, call.tile)
 WITHOUT_SIZE(missing_warp_barrier, call.tile)
@@ -359,7 +374,7 @@ WITH_SIZE(misaligned_vector, 0)
 WITHOUT_SIZE(take_too_much, call.tile)
 WITHOUT_SIZE(take_differently, 2 * call.tile)
 WITH_SIZE(broken_promise, 0)
-WITHOUT_SIZE(order_dependence, 0)
+WITHOUT_SIZE(neighbour_in_global, 0)
 #undef WITHOUT_SIZE
 #undef WITH_SIZE
 
@@ -367,32 +382,47 @@ Tensor index_overflow_op(const Tensor& x, bool faulty) {
   Call call(x);
   const int row = 1 << 20;
   const int columns = 1 << 14;
-  launch("index_overflow", call.queue, faulty ? index_overflow<true> : index_overflow<false>,
-         {call.blocks}, kThreads, 0, call.out, call.in, row, columns,
-         static_cast<int64_t>(row) * columns);
+  launch("index_overflow", call.queue, faulty ? index_overflow<true> : index_overflow<false>, {call.blocks},
+         kThreads, 0, call.out, call.in, row, columns, static_cast<int64_t>(row) * columns);
   return call.output;
+}
+
+Tensor blocks_in_one_place_op(const Tensor& x, bool faulty) {
+  Call call(x);
+  Tensor count = torch::stable::new_zeros(x, {1}, torch::headeronly::ScalarType::Int);
+  launch("blocks_in_one_place", call.queue, faulty ? blocks_in_one_place<true> : blocks_in_one_place<false>,
+         {call.blocks}, kThreads, 0, static_cast<int*>(count.mutable_data_ptr()));
+  return count;
+}
+
+Tensor arrivals_op(const Tensor& x) {
+  Call call(x);
+  Tensor arrived = torch::stable::new_zeros(x, {1}, torch::headeronly::ScalarType::Int);
+  Tensor out = torch::stable::new_empty(x, {call.n}, torch::headeronly::ScalarType::Int);
+  launch("arrivals", call.queue, arrivals, {call.blocks}, kThreads, 0,
+         static_cast<int*>(arrived.mutable_data_ptr()), static_cast<int*>(out.mutable_data_ptr()));
+  return out;
 }
 
 Tensor too_much_shared_op(const Tensor& x, bool faulty) {
   Call call(x);
   const size_t most = static_cast<size_t>(call.queue.shared_limit());
-  launch("too_much_shared", call.queue, copy<false>, {call.blocks}, kThreads, most + faulty,
-         call.out, call.in, call.n);
+  launch("too_much_shared", call.queue, copy<false>, {call.blocks}, kThreads, most + faulty, call.out,
+         call.in, call.n);
   return call.output;
 }
 
 Tensor too_large_grid_op(const Tensor& x, bool faulty) {
   Call call(x);
-  const int64_t rows = faulty ? 65536 : call.queue.multiprocessors();
-  launch("too_large_grid", call.queue, copy<false>, {call.blocks, rows}, kThreads, 0, call.out,
-         call.in, call.n);
+  launch("too_large_grid", call.queue, copy<false>, {call.queue.multiprocessors(), faulty ? 65536 : 1},
+         kThreads, 0, call.out, call.in, call.n);
   return call.output;
 }
 
 Tensor too_many_threads_op(const Tensor& x, bool faulty) {
   Call call(x);
-  launch("too_many_threads", call.queue, copy<false>, {call.blocks}, faulty ? 1056 : kThreads, 0,
-         call.out, call.in, call.n);
+  launch("too_many_threads", call.queue, copy<false>, {call.blocks}, faulty ? 1056 : kThreads, 0, call.out,
+         call.in, call.n);
   return call.output;
 }
 
@@ -436,8 +466,7 @@ Tensor matrix_product_op(const Tensor& a, const Tensor& b, bool half) {
   Tensor d = torch::stable::new_empty(a, {16, 8}, torch::headeronly::ScalarType::Float);
   launch("matrix_product", queue, half ? matrix_product<true> : matrix_product<false>, {1}, kWarp,
          shared_bytes<uint16_t>(16 * 16) + shared_bytes<uint16_t>(16 * 8),
-         static_cast<float*>(d.mutable_data_ptr()),
-         static_cast<const uint16_t*>(a.const_data_ptr()),
+         static_cast<float*>(d.mutable_data_ptr()), static_cast<const uint16_t*>(a.const_data_ptr()),
          static_cast<const uint16_t*>(b.const_data_ptr()));
   return d;
 }
@@ -470,9 +499,8 @@ Tensor exchanges_op(const Tensor& x) {
   Tensor out = torch::stable::new_empty(x, {14, 32}, torch::headeronly::ScalarType::Long);
   Tensor counts = torch::stable::new_zeros(x, {3}, torch::headeronly::ScalarType::Long);
   auto* count = static_cast<int64_t*>(counts.mutable_data_ptr());
-  launch("exchanges", queue, exchanges, {1}, kWarp, 0,
-         static_cast<int64_t*>(out.mutable_data_ptr()), reinterpret_cast<int*>(count),
-         reinterpret_cast<unsigned*>(count + 1), count + 2);
+  launch("exchanges", queue, exchanges, {1}, kWarp, 0, static_cast<int64_t*>(out.mutable_data_ptr()),
+         reinterpret_cast<int*>(count), reinterpret_cast<unsigned*>(count + 1), count + 2);
   return out;
 }
 
@@ -489,21 +517,24 @@ Tensor meetings_op(const Tensor& x, int64_t threads) {
 
 }  // namespace
 
-#define FOR_EACH_FAULT(DO)                                                                        \
-  DO(missing_barrier)                                                                             \
-  DO(missing_warp_barrier)                                                                        \
-  DO(barrier_of_half_a_warp) DO(plain_increment) DO(missing_second_barrier) DO(tail_in_global)    \
-      DO(tail_in_shared) DO(uninitialised_shared) DO(wrong_mask) DO(different_masks)              \
-          DO(source_outside_mask) DO(exited_lane) DO(index_overflow) DO(divergent_barrier)        \
-              DO(early_exit) DO(missing_copy_wait) DO(missing_copy_barrier) DO(wrong_copy_group)  \
-                  DO(misaligned_vector) DO(take_too_much) DO(take_differently) DO(broken_promise) \
-                      DO(order_dependence) DO(too_much_shared) DO(too_large_grid)                 \
-                          DO(too_many_threads)
+// clang-format off
+#define FOR_EACH_FAULT(DO) \
+  DO(missing_barrier) DO(missing_warp_barrier) DO(barrier_of_half_a_warp) \
+  DO(plain_increment) DO(missing_second_barrier) DO(tail_in_global) \
+  DO(tail_in_shared) DO(uninitialised_shared) DO(wrong_mask) \
+  DO(different_masks) DO(source_outside_mask) DO(exited_lane) \
+  DO(index_overflow) DO(divergent_barrier) DO(early_exit) \
+  DO(missing_copy_wait) DO(missing_copy_barrier) DO(wrong_copy_group) \
+  DO(misaligned_vector) DO(take_too_much) DO(take_differently) \
+  DO(broken_promise) DO(neighbour_in_global) DO(blocks_in_one_place) \
+  DO(too_much_shared) DO(too_large_grid) DO(too_many_threads)
+// clang-format on
 
 STABLE_TORCH_LIBRARY(NF_NAMESPACE, m) {
 #define DEFINE(name) m.def(#name "(Tensor x, bool faulty) -> Tensor");
   FOR_EACH_FAULT(DEFINE)
   m.def("matrix_product(Tensor a, Tensor b, bool half) -> Tensor");
+  m.def("arrivals(Tensor x) -> Tensor");
   m.def("exchanges(Tensor x) -> Tensor");
   m.def("meetings(Tensor x, int threads) -> Tensor");
 }
@@ -512,6 +543,7 @@ NF_CUDA_LIBRARY(m) {
 #define IMPLEMENT(name) m.impl(#name, TORCH_BOX(&name##_op));
   FOR_EACH_FAULT(IMPLEMENT)
   m.impl("matrix_product", TORCH_BOX(&matrix_product_op));
+  m.impl("arrivals", TORCH_BOX(&arrivals_op));
   m.impl("exchanges", TORCH_BOX(&exchanges_op));
   m.impl("meetings", TORCH_BOX(&meetings_op));
 }

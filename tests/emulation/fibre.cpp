@@ -20,23 +20,29 @@
 namespace nf::emulation {
 namespace {
 
-// Pages are only backed by memory once touched. The lowest is left unreadable: a kernel that
-// overruns its stack faults there instead of writing into its neighbour.
 constexpr size_t kPage = 4096;
-constexpr size_t kStack = 256 * 1024;
+
+char* map_stacks() {
+  void* memory = mmap(nullptr, kMostFibres * kStack, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  return static_cast<char*>(memory);
+}
+
+int made = 0;
 
 // If all stacks began at the same place in their pages, their innermost frames would contend for
 // the same few cache lines. Each begins some lines further down than the one before.
 constexpr size_t kLine = 64;
-size_t stagger() {
-  static size_t made = 0;
-  return made++ % (kPage / kLine) * kLine;
-}
+size_t stagger(int number) { return number % (kPage / kLine) * kLine; }
 
 void* scheduler = nullptr;  // where resume() was called, while a fibre runs
 Fibre* running = nullptr;
 
 }  // namespace
+
+// Pages are only backed by memory once touched.
+char* const all_stacks = map_stacks();
 
 #if defined(__x86_64__)
 
@@ -133,20 +139,16 @@ size_t scheduler_stack_size = 0;
 
 }  // namespace
 
-Fibre::Fibre() : bytes_(kStack - stagger()) {
-  void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  stack_ = static_cast<char*>(memory);
+Fibre::Fibre() : stack_(all_stacks + made * kStack), bytes_(kStack - stagger(made)) {
+  if (made++ == kMostFibres) throw std::bad_alloc();
+  // A kernel that overruns its stack faults here instead of writing into its neighbour's.
   mprotect(stack_, kPage, PROT_NONE);
 }
 
-Fibre::~Fibre() {
+void Fibre::abandon() {
 #if defined(__SANITIZE_ADDRESS__)
-  // A kernel that was abandoned left its frames standing, with their red zones.
-  ASAN_UNPOISON_MEMORY_REGION(stack_, kStack);
+  ASAN_UNPOISON_MEMORY_REGION(stack_, kStack);  // the frames left standing have red zones
 #endif
-  munmap(stack_, kStack);
 }
 
 void Fibre::start(void (*entry)()) {

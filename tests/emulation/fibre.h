@@ -6,10 +6,12 @@
 
 namespace nf::emulation {
 
+constexpr int kMostFibres = 1024;
+constexpr size_t kStack = 256 * 1024;
+
 class Fibre {
  public:
-  Fibre();
-  ~Fibre();
+  Fibre();  // at most kMostFibres, and they last
   Fibre(const Fibre&) = delete;
   Fibre& operator=(const Fibre&) = delete;
 
@@ -20,14 +22,22 @@ class Fibre {
   void resume();
   // Stops the running fibre.
   static void suspend();
+  // Makes the stack as good as new, after a kernel that was left in the middle.
+  void abandon();
 
  private:
   static void begin();
 
   char* stack_;
-  size_t bytes_;  // of it in use, at most
+  size_t bytes_;  // from there to where the first frame begins
   void (*entry_)() = nullptr;
   void* context_ = nullptr;  // where to go on
 };
+
+// All stacks lie side by side, so that a local variable of any fibre is told by its address.
+extern char* const all_stacks;
+inline bool is_on_a_stack(const void* address) {
+  return address >= all_stacks && address < all_stacks + kMostFibres * kStack;
+}
 
 }  // namespace nf::emulation

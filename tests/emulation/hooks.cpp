@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "shared.h"
+#include "watch.h"
 
 using nf::emulation::Access;
 using nf::emulation::check_access;
@@ -35,9 +35,7 @@ void __tsan_write_range(void* at, size_t bytes) { check_access(at, bytes, Access
 int32_t __tsan_atomic32_fetch_add(volatile int32_t* at, int32_t value, int) {
   return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST);
 }
-int8_t __tsan_atomic8_load(const volatile int8_t* at, int) {
-  return __atomic_load_n(at, __ATOMIC_SEQ_CST);
-}
+int8_t __tsan_atomic8_load(const volatile int8_t* at, int) { return __atomic_load_n(at, __ATOMIC_SEQ_CST); }
 
 // What went wrong where; every handler's first argument begins so.
 struct Incident {
@@ -46,7 +44,7 @@ struct Incident {
 };
 
 [[noreturn]] static void report(const Incident* at, const char* what) {
-  if (nf::emulation::in_kernel()) nf::emulation::fail("%s at %s:%u", what, at->file, at->line);
+  if (nf::emulation::in_kernel) nf::emulation::fail("%s at %s:%u", what, at->file, at->line);
   fprintf(stderr, "%s:%u: %s\n", at->file, at->line, what);
   abort();
 }

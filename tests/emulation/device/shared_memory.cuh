@@ -17,8 +17,7 @@ class SharedMemory {
  public:
   template <class T>
   T* take(int64_t count, emulation::Where where = emulation::Where::current()) {
-    auto* array =
-        emulation::take_shared(arrays_, taken_, static_cast<size_t>(count) * sizeof(T), where);
+    auto* array = emulation::take_shared(arrays_, taken_, static_cast<size_t>(count) * sizeof(T), where);
     taken_ += shared_bytes<T>(count);
     arrays_ += 1;
     return reinterpret_cast<T*>(array);

@@ -83,7 +83,7 @@ inline void load_matrix(const char* kind, uint32_t (&r)[4], const void* row, Whe
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
     fail("%s of a row at %p, which is not a multiple of 16", kind, row);
   }
-  if (!is_shared(row, 16)) fail("%s of a row at %p, which is not shared memory", kind, row);
+  if (!is_in_one_array(row, 16)) fail("%s of a row at %p, which is in no shared array", kind, row);
   MatrixRow offer{r, {}};
   memcpy(offer.row, row, sizeof(offer.row));
   meet_warp(kind, kFullMask, where, &offer, complete);
@@ -94,8 +94,7 @@ inline void load_matrix(const char* kind, uint32_t (&r)[4], const void* row, Whe
 inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                     emulation::Where where = emulation::Where::current()) {
   emulation::Fragments offer{d, a, b};
-  emulation::meet_warp("mma_f16", kFullMask, where, &offer,
-                       emulation::complete_mma<torch::headeronly::Half>);
+  emulation::meet_warp("mma_f16", kFullMask, where, &offer, emulation::complete_mma<torch::headeronly::Half>);
 }
 
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
@@ -107,8 +106,7 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 
 inline void load_matrix_x4(uint32_t (&r)[4], const void* shared_row,
                            emulation::Where where = emulation::Where::current()) {
-  emulation::load_matrix("load_matrix_x4", r, shared_row, where,
-                         emulation::complete_load_matrix<false>);
+  emulation::load_matrix("load_matrix_x4", r, shared_row, where, emulation::complete_load_matrix<false>);
 }
 
 inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared_row,

@@ -1,0 +1,32 @@
+// Who touched which byte of memory when, and whether that was allowed.
+//
+// The compiler hands us every access of the kernels: -fsanitize=thread turns each load and store into
+// a call, and the calls go to hooks.cpp, not to ThreadSanitizer, which knows nothing of barriers. Two
+// threads that touch the same byte, one of them writing, with no barrier between them, are a race and
+// an error, in whichever order the two came this time. So are two blocks of one launch, which no
+// barrier can part. (Under AddressSanitizer, which cannot be had together with this, nobody calls.)
+#pragma once
+
+#include "block.h"
+
+namespace nf::emulation {
+
+enum class Access { kRead, kWrite, kAtomic };
+void check_access(const void* address, size_t bytes, Access access);
+
+// *at += value, for int, unsigned and int64_t. One fibre runs at a time, so plain addition is atomic;
+// it only has to be told from a plain write.
+template <class T>
+T fetch_add(T* at, T value);
+
+// From here to there the running thread has an asynchronous copy on its way.
+void copy_departs(void* to, size_t bytes);
+void copy_lands(void* to, size_t bytes);
+
+// For block.cpp: whatever threads did before they met is done.
+void launch_begins();
+void block_begins();
+void met_in_block();
+void met_in_warp(int warp, unsigned mask);
+
+}  // namespace nf::emulation

@@ -1,0 +1,430 @@
+"""What holds for every op: kernels, fakes and references exist, and bad input is answered by a sentence.
+
+The list of ops is csrc/schemas.h; an op added there without the rest fails here.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lanes import LANES
+
+import normface_ext as nf
+from normface_ext import _library, ops, reference
+from normface_ext.functional import norm_linear, normalize, normface_loss
+
+SCHEMAS = Path(__file__).resolve().parent.parent / "csrc" / "schemas.h"
+NAMES = re.findall(r'def\(\s*"(\w+)\(', SCHEMAS.read_text())
+
+
+def sentence(text):
+    """A pattern that matches `text` and nothing around it."""
+    return f"^{re.escape(text)}$"
+
+
+# Every op exists everywhere -------------------------------------------------------------------------
+
+
+def has_kernel(name, key):
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+def test_the_list_of_ops_is_read():
+    assert len(NAMES) == len(set(NAMES)) >= 6
+    assert {"normalize", "norm_linear", "normface_loss"} <= set(NAMES)
+    registered = [
+        name.partition("::")[2]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("normface_ext::")
+    ]
+    assert sorted(registered) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_op_has_kernels_a_fake_and_a_sample(lane, name):
+    key = "CUDA" if lane.device.type == "cuda" else "CPU"
+    assert has_kernel(f"{lane.namespace}::{name}", key)
+    assert name in ops.FAKES and name in SAMPLES
+    real = arguments(lane, name, next(iter(SAMPLES[name](lane))))
+    # The fake answers without touching data.
+    with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+        faked = [
+            torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device)
+            if isinstance(a, torch.Tensor)
+            else a
+            for a in real
+        ]
+        getattr(kernels(lane), name)(*faked)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("_backward")])
+def test_every_op_has_a_function_and_a_reference(name):
+    assert callable(getattr(nf.functional, name)) and callable(getattr(reference, name))
+    assert f"{name}_backward" in NAMES
+    assert getattr(nf.functional, name).__doc__, "a public function says shapes, dtypes and formula"
+
+
+def test_public_names_are_those_of_the_design():
+    names = ["NormalizeLayer", "NormLinear", "NormFaceLoss", "CosFace", "ArcFace", "CombinedMargin"]
+    names += ["functional", "reference", "theory", "build_info", "plan"]
+    assert set(names) <= set(nf.__all__)
+    for name in nf.__all__:
+        assert getattr(nf, name).__doc__
+
+
+# Samples of every op for opcheck: real arguments, options that change shapes, empty results.
+
+
+def normalize_samples(lane):
+    yield {"x": lane.randn(3, 5)}
+    yield {"x": lane.randn(2, 5, 3, 4).to(memory_format=torch.channels_last), "p": 1}
+    yield {"x": lane.randn(2, 5, 3, dtype=torch.bfloat16), "dim": 0}
+    yield {"x": lane.randn(0, 5, dtype=torch.float64), "eps": 0.5}
+
+
+def normalize_backward_samples(lane):
+    for given in normalize_samples(lane):
+        given["norm"] = kernels(lane).normalize(*arguments(lane, "normalize", given))[1]
+        grad_y, grad_norm = torch.ones_like(given["x"]), torch.ones_like(given["norm"])
+        yield {**given, "grad_y": grad_y, "grad_norm": grad_norm}
+        yield {**given, "grad_y": None, "grad_norm": grad_norm}
+        yield {**given, "grad_y": grad_y, "grad_norm": None}
+
+
+def norm_linear_samples(lane):
+    x, weight = lane.randn(3, 5), lane.randn(4, 5)
+    yield {"x": x, "weight": weight}
+    yield {"x": x.bfloat16(), "weight": weight, "scale": lane.tensor(3.0), "normalize_input": False}
+    yield {"x": x.double()[:0], "weight": weight.double(), "eps": 0.5}
+
+
+def norm_linear_backward_samples(lane):
+    for i, given in enumerate(norm_linear_samples(lane)):
+        given["grad"] = lane.randn(given["x"].shape[0], 4, dtype=given["x"].dtype)
+        yield given
+        yield {**given, "need_x": i == 0, "need_weight": i == 1, "need_scale": i == 2}
+
+
+def normface_loss_samples(lane):
+    # 8 classes: CUDA kernels pad the stored E to a multiple of that, with whatever lay there.
+    x, weight, labels = lane.randn(3, 5), lane.randn(8, 5), lane.tensor([0, 7, -100])
+    given = {"x": x, "weight": weight, "labels": labels, "m3": 0.1}
+    for reduction in (0, 1, 2):
+        for store in (False, True):
+            yield {**given, "reduction": reduction, "store": store, "class_chunk": 4 if lane.widens else 8}
+    yield {**given, "scale": lane.tensor(200.0), "need_x": False}
+    double = {"x": x.double(), "weight": weight.double(), "operand": torch.float64}
+    yield {**given, **double, "reduction": 0, "store": True}
+    yield {**given, "x": x.bfloat16(), "operand": torch.bfloat16, "store": True}
+
+
+def normface_loss_backward_samples(lane):
+    for given in normface_loss_samples(lane):
+        loss, *state = kernels(lane).normface_loss(*arguments(lane, "normface_loss", given))
+        given |= dict(zip(("rows", "inverse_norm", "x_sum", "stored"), state, strict=True))
+        given["grad_loss"] = torch.ones_like(loss)
+        if given.get("need_x", True):
+            yield given
+        yield {**given, "need_x": False, "need_weight": False}
+
+
+#: What a sample does not say.
+DEFAULTS = {
+    "dim": 1, "p": 2, "eps": 1e-12, "normalize_input": True, "scale": None, "scale_value": 30.0,
+    "m1": 1.0, "m2": 0.0, "m3": 0.0, "reduction": 1, "ignore_index": -100, "class_chunk": 8,
+    "store": False, "need_x": True, "need_weight": True, "need_scale": True, "score_kernel": 0,
+    "operand": torch.float32,
+}  # fmt: skip
+
+
+def arguments(lane, name, given):
+    """The arguments of an op in the order of its schema."""
+    schema = getattr(kernels(lane), name).default._schema
+    return [given[a.name] if a.name in given else DEFAULTS[a.name] for a in schema.arguments]
+
+
+SAMPLES = {
+    "normalize": normalize_samples,
+    "normalize_backward": normalize_backward_samples,
+    "norm_linear": norm_linear_samples,
+    "norm_linear_backward": norm_linear_backward_samples,
+    "normface_loss": normface_loss_samples,
+    "normface_loss_backward": normface_loss_backward_samples,
+}
+
+
+def kernels(lane):
+    return getattr(torch.ops, lane.namespace)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(lane, name):
+    """Schema (nothing is modified, nothing aliased), fake kernel, tracing with dynamic shapes."""
+    op = getattr(kernels(lane), name).default
+    for given in SAMPLES[name](lane):
+        torch.library.opcheck(op, tuple(arguments(lane, name, given)))
+
+
+def test_fakes_know_the_padding_of_odd_class_counts(lane):
+    for given in normface_loss_samples(lane):
+        given["weight"], given["labels"] = given["weight"][:5].contiguous(), lane.tensor([0, 4, -100])
+        op = kernels(lane).normface_loss.default
+        given_arguments = tuple(arguments(lane, "normface_loss", given))
+        torch.library.opcheck(op, given_arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+# Sentences ------------------------------------------------------------------------------------------
+
+
+def good(**changed):
+    torch.manual_seed(0)
+    return {
+        "x": torch.randn(3, 4),
+        "weight": torch.randn(5, 4),
+        "labels": torch.tensor([0, 4, 2]),
+        "scale": 8.0,
+        **changed,
+    }
+
+
+def loss(**changed):
+    return normface_loss(**good(**changed))
+
+
+def linear(**changed):
+    given = good(**changed)
+    del given["labels"]
+    return norm_linear(**given)
+
+
+X, W = torch.zeros(3, 4), torch.zeros(5, 4)
+DTYPES = "float64, float32, float16 or bfloat16"
+
+HEAD_ERRORS = [
+    ({"x": [1.0]}, TypeError, "expected `x` to be a Tensor, got list"),
+    ({"x": np.zeros((3, 4))}, TypeError, "expected `x` to be a Tensor, got ndarray"),
+    ({"x": None}, TypeError, "expected `x` to be a Tensor, got NoneType"),
+    ({"x": X.int()}, TypeError, f"expected `x` to be {DTYPES}, got torch.int32"),
+    ({"x": X.bool()}, TypeError, f"expected `x` to be {DTYPES}, got torch.bool"),
+    ({"x": X.cfloat()}, TypeError, f"expected `x` to be {DTYPES}, got torch.complex64"),
+    ({"weight": W.long()}, TypeError, f"expected `weight` to be {DTYPES}, got torch.int64"),
+    ({"x": X[0]}, ValueError, "expected `x` to be 2-D [N, D], got shape [4]"),
+    ({"x": X[None]}, ValueError, "expected `x` to be 2-D [N, D], got shape [1, 3, 4]"),
+    ({"weight": W[0]}, ValueError, "expected `weight` to be 2-D [C, D], got shape [4]"),
+    (
+        {"weight": W[:, :3]},
+        ValueError,
+        "expected `weight` to be [C, 4] to match `x`, got shape [5, 3]",
+    ),
+    ({"weight": W[:0]}, ValueError, "expected `weight` to have at least one class, got shape [0, D]"),
+    (
+        {"x": X.double()},
+        TypeError,
+        "expected `weight` and `x` to be both float64 or both not, got torch.float32 and torch.float64",
+    ),
+    (
+        {"weight": W.double()},
+        TypeError,
+        "expected `weight` and `x` to be both float64 or both not, got torch.float64 and torch.float32",
+    ),
+    ({"weight": W.to("meta")}, ValueError, "expected `weight` on the device of `x` (cpu), got meta"),
+    ({"scale": "8"}, TypeError, "expected `scale` to be a float or a 0-d tensor, got str"),
+    ({"scale": None}, TypeError, "expected `scale` to be a float or a 0-d tensor, got NoneType"),
+    ({"scale": True}, TypeError, "expected `scale` to be a float or a 0-d tensor, got bool"),
+    ({"scale": float("nan")}, ValueError, "expected `scale` to be finite, got nan"),
+    ({"scale": float("inf")}, ValueError, "expected `scale` to be finite, got inf"),
+    (
+        {"scale": torch.ones(1)},
+        ValueError,
+        "expected `scale` to be a float or a 0-d floating tensor, got torch.float32 of shape [1]",
+    ),
+    (
+        {"scale": torch.tensor(8)},
+        ValueError,
+        "expected `scale` to be a float or a 0-d floating tensor, got torch.int64 of shape []",
+    ),
+    (
+        {"scale": torch.tensor(8.0, device="meta")},
+        ValueError,
+        "expected `scale` on the device of `x` (cpu), got meta",
+    ),
+    ({"eps": -1e-12}, ValueError, "expected `eps` to be finite and >= 0, got -1e-12"),
+    ({"eps": float("nan")}, ValueError, "expected `eps` to be finite and >= 0, got nan"),
+    ({"eps": "0"}, TypeError, "expected `eps` to be a number, got str"),
+    ({"eps": False}, TypeError, "expected `eps` to be a number, got bool"),
+]
+
+LABEL = "expected `labels` in [0, 5) or ignore_index (-100), got"
+LOSS_ERRORS = [
+    ({"labels": [0, 1, 2]}, TypeError, "expected `labels` to be a Tensor, got list"),
+    ({"labels": torch.zeros(3)}, TypeError, "expected `labels` to be int64, got torch.float32"),
+    ({"labels": torch.zeros(3).int()}, TypeError, "expected `labels` to be int64, got torch.int32"),
+    ({"labels": torch.tensor([0, 1])}, ValueError, "expected `labels` to have shape [3], got [2]"),
+    (
+        {"labels": torch.zeros(3, 5).long()},
+        ValueError,
+        "expected `labels` to have shape [3], got [3, 5]",
+    ),
+    (
+        {"labels": torch.zeros(3).long().to("meta")},
+        ValueError,
+        "expected `labels` on the device of `x` (cpu), got meta",
+    ),
+    ({"labels": torch.tensor([0, 5, 9])}, IndexError, f"{LABEL} 5 at row 1"),
+    ({"labels": torch.tensor([0, 1, -1])}, IndexError, f"{LABEL} -1 at row 2"),
+    ({"labels": torch.tensor([2**40, -100, 0])}, IndexError, f"{LABEL} {2**40} at row 0"),
+    (
+        {"labels": torch.tensor([-100, 1, 2]), "ignore_index": -1},
+        IndexError,
+        "expected `labels` in [0, 5) or ignore_index (-1), got -100 at row 0",
+    ),
+    ({"reduction": "avg"}, ValueError, "expected `reduction` to be one of none, mean, sum, got 'avg'"),
+    ({"reduction": None}, ValueError, "expected `reduction` to be one of none, mean, sum, got None"),
+    (
+        {"margin": 0.5},
+        TypeError,
+        "expected `margin` to be CosFace, ArcFace, CombinedMargin or None, got float",
+    ),
+]
+
+NORMALIZE_ERRORS = [
+    (([1.0, 2.0],), TypeError, "expected `x` to be a Tensor, got list"),
+    ((X.int(),), TypeError, f"expected `x` to be {DTYPES}, got torch.int32"),
+    ((torch.tensor(1.0), 0), ValueError, "expected `x` to have at least one dimension, got a 0-d tensor"),
+    ((X, 2), IndexError, "expected `dim` in [-2, 2), got 2"),
+    ((X, -3), IndexError, "expected `dim` in [-2, 2), got -3"),
+    ((torch.zeros(3),), IndexError, "expected `dim` in [-1, 1), got 1"),
+    ((X, 1, 3), ValueError, "expected `p` to be 1 or 2, got 3"),
+    ((X, 1, 0), ValueError, "expected `p` to be 1 or 2, got 0"),
+    ((X, 1, "2"), ValueError, "expected `p` to be 1 or 2, got '2'"),
+    ((X, 1, 2, -1.0), ValueError, "expected `eps` to be finite and >= 0, got -1.0"),
+    ((X, 1, 2, None), TypeError, "expected `eps` to be a number, got NoneType"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "text"), NORMALIZE_ERRORS)
+def test_errors_of_normalize(arguments, error, text):
+    with pytest.raises(error, match=sentence(f"normalize: {text}")):
+        normalize(*arguments)
+
+
+@pytest.mark.parametrize("op", [linear, loss])
+@pytest.mark.parametrize(("changed", "error", "text"), HEAD_ERRORS)
+def test_errors_of_the_heads(op, changed, error, text):
+    name = {linear: "norm_linear", loss: "normface_loss"}[op]
+    op()  # fine before the change
+    with pytest.raises(error, match=sentence(f"{name}: {text}")):
+        op(**changed)
+
+
+@pytest.mark.parametrize(("changed", "error", "text"), LOSS_ERRORS)
+def test_errors_of_the_loss(changed, error, text):
+    with pytest.raises(error, match=sentence(f"normface_loss: {text}")):
+        loss(**changed)
+
+
+def test_a_refused_call_leaves_its_inputs_alone():
+    given = good(labels=torch.tensor([0, 7, 2]))
+    before = {name: value.clone() for name, value in given.items() if isinstance(value, torch.Tensor)}
+    with pytest.raises(IndexError):
+        normface_loss(**given)
+    for name, value in before.items():
+        assert torch.equal(given[name], value) and given[name]._version == 0
+
+
+def test_distributed_tensors_are_refused(tmp_path):
+    """A DTensor's local shard would be read as if it were the whole (field notes, CCE 31)."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        shard = DTensor.from_local(torch.randn(5, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
+        for op, name in ((loss, "normface_loss"), (linear, "norm_linear")):
+            with pytest.raises(
+                TypeError, match=sentence(f"{name}: expected `weight` to be a plain Tensor, got a DTensor")
+            ):
+                op(weight=shard)
+        with pytest.raises(TypeError, match=r"^normalize: expected `x` to be a plain Tensor, got a DTensor$"):
+            normalize(shard)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_cuda_tensor_without_cuda_kernels_gets_the_reason(monkeypatch):
+    """The kernels of the wrong device must not be reached; tensors here are fakes on a fake GPU."""
+    monkeypatch.setattr(_library, "_cuda_reason", "`_cuda` was not built (a reason)")
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        x, weight = (torch.empty(shape, device="cuda") for shape in ((3, 4), (5, 4)))
+        labels = torch.empty(3, dtype=torch.int64, device="cuda")
+        calls = [lambda: normalize(x), lambda: norm_linear(x, weight)]
+        calls.append(lambda: normface_loss(x, weight, labels, 8.0))
+        for call in calls:
+            with pytest.raises(
+                RuntimeError,
+                match=r"^\w+: expected the CUDA kernels to be loaded, got a CUDA tensor .*`_cuda` was not"
+                r" built \(a reason\).*NORMFACE_CUDA=1 pip install",
+            ):
+                call()
+
+
+# The second line: ops called past the door ----------------------------------------------------------
+
+
+HEADS = ("norm_linear", "normface_loss")
+
+
+@pytest.mark.parametrize(
+    ("names", "change", "text"),
+    [
+        (["normalize"], {"x": X.int()}, r"expected `x` to be float64, float32"),
+        (["normalize"], {"dim": 2}, r"expected `dim` in \[0, 2\), got 2"),
+        (["normalize"], {"p": 3}, r"expected `p` to be 1 or 2, got 3"),
+        (HEADS, {"x": X[0]}, r"expected `x` to be 2-D and contiguous, got shape \[4\]"),
+        (HEADS, {"weight": torch.zeros(5, 4).t()}, r"expected `weight` to be 2-D and contiguous"),
+        (HEADS, {"weight": torch.zeros(0, 5)}, r"expected `weight` to have at least one class"),
+        (HEADS, {"weight": torch.zeros(5, 3)}, r"expected `weight` to be \[C, 5\], got \[5, 3\]"),
+        (HEADS, {"weight": torch.zeros(5, 5).double()}, r"expected .* both float64 or both not"),
+        (HEADS[1:], {"labels": torch.zeros(3).int()}, r"expected `labels` to be contiguous int64"),
+        (HEADS[1:], {"labels": torch.zeros(2).long()}, r"expected `labels` .* of shape \[3\]"),
+    ],
+)
+def test_ops_check_again(lane, names, change, text):
+    for name in names:
+        given = {**next(iter(SAMPLES[name](lane))), **change}
+        given = {k: v.to(lane.device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+        with pytest.raises(RuntimeError, match=f"^{name}: {text}"):
+            getattr(kernels(lane), name)(*arguments(lane, name, given))
+
+
+ABORTS = """
+import sys
+from lanes import LANES
+from test_contract import arguments, kernels
+lane = next(lane for lane in LANES if lane.name == sys.argv[1])
+with lane.active():
+    given = {"x": lane.randn(3, 4), "weight": lane.randn(5, 4), "labels": lane.tensor([0, 7, 2])}
+    print(float(kernels(lane).normface_loss(*arguments(lane, "normface_loss", given))[0]))
+"""
+
+
+def test_kernels_refuse_a_label_out_of_range_by_name(lane):
+    """Where nothing stood before them; on a GPU this ends the process, as torch's own cross_entropy does."""
+    command = [sys.executable, "-c", ABORTS, lane.name]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    ran = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment)
+    assert ran.returncode != 0, ran.stdout
+    said = ran.stdout + ran.stderr
+    assert "labels" in said and "7" in said and "row 1" in said, said[-2000:]
+
+
+def test_every_lane_of_this_machine_is_tested():
+    names = [lane.name for lane in LANES]
+    assert len(names) == len(set(names)) >= 1
+    if torch.cuda.is_available() and nf.build_info()["cuda_loaded"] and "cpu" in names:
+        assert "cuda" in names

@@ -1,0 +1,357 @@
+"""csrc/math on its own: the formulas compiled by the host's C++ compiler, without torch."""
+
+import math
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from normface_ext import reference
+from normface_ext.margins import NO_MARGIN
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CXX = os.environ.get("CXX", "g++")
+
+pytestmark = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no C++ compiler ({CXX})")
+
+PROGRAM = r"""
+#include <cstdio>
+#include <cstdint>
+#include <iostream>
+#include <string>
+#include <vector>
+#include "math/exp.h"
+#include "math/margin.h"
+#include "math/normalize.h"
+#include "math/softmax.h"
+using namespace nf::math;
+
+template <class T>
+void normalize(int p, double eps, double g_norm, const std::vector<double>& x, const std::vector<double>& g) {
+  T sum = 0, dot = 0;
+  for (double v : x) sum += norm_term<T>(p, T(v));
+  const T n = norm_value<T>(p, sum, T(eps)), inverse = T(1) / n;
+  for (size_t d = 0; d < x.size(); ++d) dot += T(x[d]) * inverse * T(g[d]);
+  std::printf("%.17g", double(n));
+  for (size_t d = 0; d < x.size(); ++d) {
+    const T y = T(x[d]) * inverse;
+    const T slope = norm_slope<T>(p, T(x[d]), y);
+    std::printf(" %.17g", double(normalize_vjp<T>(T(g[d]), slope, dot, inverse, T(g_norm))));
+  }
+}
+
+// exp of every float from the first to the last bit pattern, `stride` apart: the worst error in ulp.
+void sweep_exp(uint32_t first, uint32_t last, uint32_t stride) {
+  double worst = 0;
+  float where = 0;
+  for (uint64_t bits = first; bits <= last; bits += stride) {
+    const uint32_t low = uint32_t(bits);
+    float x;
+    std::memcpy(&x, &low, 4);
+    const double truth = std::exp(double(x));
+    const float rounded = float(truth);
+    const double ulp = double(std::nextafter(rounded, INFINITY)) - double(rounded);
+    const double error = std::fabs(double(exp_float<float, int32_t>(x)) - truth) / ulp;
+    if (!(error <= worst)) worst = error, where = x;
+  }
+  std::printf("%.17g %.9g", worst, double(where));
+}
+
+int main() {
+  std::string what;
+  while (std::cin >> what) {
+    const auto number = [] { std::string text; std::cin >> text; return std::stod(text); };
+    if (what == "margin") {
+      const double m1 = number(), m2 = number(), m3 = number();
+      const auto psi = Margin{m1, m2, m3}(number());
+      std::printf("%.17g %.17g", psi.value, psi.slope);
+    } else if (what == "exp_float") {
+      std::printf("%.17g", double(exp_float<float, int32_t>(float(number()))));
+    } else if (what == "exp_double") {
+      std::printf("%.17g", exp_double<double, int64_t>(number()));
+    } else if (what == "sweep_exp") {
+      const double first = number(), last = number(), stride = number();
+      sweep_exp(uint32_t(first), uint32_t(last), uint32_t(stride));
+    } else if (what == "shift_float" || what == "shift_double") {
+      const double s = number(), classes = number();
+      if (what == "shift_float")
+        std::printf("%d %.17g", has_fixed_shift<float>(s, classes), fixed_shift<float>(s, classes));
+      else
+        std::printf("%d %.17g", has_fixed_shift<double>(s, classes), fixed_shift<double>(s, classes));
+    } else if (what == "softmax") {
+      const double sum = number(), kappa = number();
+      const RowLoss row = softmax_row(sum, kappa, number());
+      std::printf("%.17g %.17g %.17g", row.loss, row.q, row.weight);
+    } else if (what == "scale_slope") {
+      const double sum = number(), cosine = number(), kappa = number(), scale = number(), psi = number();
+      std::printf("%.17g", softmax_scale_slope(softmax_row(sum, kappa, scale * psi), cosine, psi));
+    } else if (what == "rescue_float" || what == "rescue_double") {
+      const int p = int(number());
+      const double sum = number(), eps = number();
+      std::printf("%d", what == "rescue_float" ? norm_needs_rescue<float>(p, float(sum), float(eps))
+                                               : norm_needs_rescue<double>(p, sum, eps));
+    } else if (what == "normalize_float" || what == "normalize_double") {
+      const int p = int(number());
+      const double eps = number(), g_norm = number();
+      std::vector<double> x(static_cast<size_t>(number())), g(x.size());
+      for (double& v : x) v = number();
+      for (double& v : g) v = number();
+      if (what == "normalize_float") normalize<float>(p, eps, g_norm, x, g);
+      else normalize<double>(p, eps, g_norm, x, g);
+    } else {
+      return 1;
+    }
+    std::printf("\n");
+  }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory):
+    """Answers of the program to a list of questions, each a line of numbers."""
+    folder = tmp_path_factory.mktemp("math")
+    (folder / "program.cpp").write_text(PROGRAM)
+    flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
+    built = subprocess.run(
+        [CXX, *flags, "program.cpp", "-o", "program"], cwd=folder, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+
+    def answers(questions):
+        text = "\n".join(" ".join(str(part) for part in question) for question in questions)
+        ran = subprocess.run([folder / "program"], input=text, capture_output=True, text=True, check=True)
+        lines = [[float(number) for number in line.split()] for line in ran.stdout.splitlines()]
+        assert len(lines) == len(questions)
+        return lines
+
+    return answers
+
+
+def bits(value):
+    return struct.unpack("I", struct.pack("f", value))[0]
+
+
+# exp ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "last"), [(0.0, 88.7), (-0.0, -87.3), (1e-30, 1e-3)], ids=["positive", "negative", "small"]
+)
+def test_exp_float_is_within_its_error_over_the_whole_range(ask, first, last):
+    """Every 997th float of the range that kappa keeps the scores in: 1.5 ulp, nothing flushed."""
+    (worst, where), end = *ask([("sweep_exp", bits(first), bits(last), 997)]), ask([("exp_float", last)])
+    assert worst <= 1.5, f"{worst} ulp at {where}"
+    assert end[0][0] == pytest.approx(
+        math.exp(struct.unpack("f", struct.pack("f", last))[0]), rel=2e-7, abs=0
+    )
+
+
+def test_exp_float_at_the_edge_of_its_range(ask):
+    """The window of softmax.h reaches down to -87.3: the last terms there must not become 0."""
+    points = [-87.3, -87.2, -87.1, -87.0, -86.99, -86.9, -86.0, 88.7, 88.0]
+    for x, (y,) in zip(points, ask([("exp_float", x) for x in points]), strict=True):
+        assert y == pytest.approx(math.exp(x), rel=1e-5, abs=0), x
+
+
+@pytest.mark.parametrize("what", ["exp_float", "exp_double"])
+def test_exp_at_its_ends(ask, what):
+    beyond = {"exp_float": (-88.0, 88.8), "exp_double": (-709.0, 709.9)}[what]
+    below, above, lowest, highest, nan, one = (
+        answer[0] for answer in ask([(what, x) for x in (*beyond, "-inf", "inf", "nan", 0.0)])
+    )
+    assert (below, above, lowest, highest, one) == (0, math.inf, 0, math.inf, 1)
+    assert math.isnan(nan)
+
+
+def test_exp_double_is_exact_to_the_last_bits(ask):
+    points = [-708 + 1417 * i / 4000 for i in range(4001)] + [1e-300, -1e-17, 0.34657359]
+    for x, (y,) in zip(points, ask([("exp_double", repr(x)) for x in points]), strict=True):
+        assert y == pytest.approx(math.exp(x), rel=4e-16, abs=0), x
+
+
+# softmax --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("what", "low", "high"), [("float", 87.3, 88.72), ("double", 708.3, 709.78)])
+def test_the_shift_keeps_every_term_in_range(ask, what, low, high):
+    """No term flushed, no sum of C terms overflowing, for every scale that is said to have a shift."""
+    cases = [
+        (s * sign, classes)
+        for s in (0, 1e-3, 1, 10, 30, 64, 72, 78, 79.5, 80, 82, 86, 87.9, 88, 100, 300, 650, 700, 800)
+        for sign in (1, -1)
+        for classes in (1, 2, 1000, 10_000_000)
+    ]
+    answers = ask([(f"shift_{what}", *case) for case in cases])
+    fixed = 0
+    for (scale, classes), (has, kappa) in zip(cases, answers, strict=True):
+        inside = 2 * abs(scale) + math.log(classes) <= low + high - 0.05
+        if has:
+            fixed += 1
+            assert abs(scale) + kappa <= low + 1e-9, (scale, classes)
+            assert abs(scale) - kappa + math.log(classes) <= high + 1e-9, (scale, classes)
+        else:
+            assert not inside or abs(scale) + math.log(classes) > 80, (scale, classes)
+    assert fixed > 20
+    (has, _) = ask([("shift_float", 79, 1e7)])[0]
+    assert has, "the design promises s = 79 at ten million classes"
+
+
+def exact_row(sum_, kappa, z):
+    """loss, q and q / S in long arithmetic."""
+    import mpmath
+
+    with mpmath.workdps(60):
+        t = mpmath.log(sum_) + kappa - z if sum_ > 0 else -mpmath.inf
+        e = mpmath.exp(t)
+        q = e / (1 + e)
+        return float(mpmath.log1p(e)), float(q), float(q / sum_) if sum_ > 0 else 0.0
+
+
+def test_rows_of_softmax_keep_their_digits(ask):
+    """Down to losses of 1e-300, where 1 - p is zero in any floating type."""
+    cases = [
+        (s, kappa, z)
+        for s in (1e-30, 1e-3, 1.0, 3.7, 1e20)
+        for kappa in (-20.0, 0.0, 19.2)
+        for z in (-700.0, -64.0, -1.0, 0.0, 0.5, 30.0, 64.0, 600.0)
+    ]
+    for case, row in zip(cases, ask([("softmax", *case) for case in cases]), strict=True):
+        for got, truth in zip(row, exact_row(*case), strict=True):
+            # log S + kappa - z is exact to an epsilon of its largest term.
+            size = max(abs(math.log(case[0])), abs(case[1]), abs(case[2]), 1)
+            assert got == pytest.approx(truth, rel=4 * size * 2.3e-16, abs=1e-307), case
+
+
+def test_a_row_without_other_classes_has_no_loss(ask):
+    assert ask([("softmax", 0, 0, 30), ("softmax", 0, 0, -30)]) == [[0, 0, 0]] * 2
+
+
+def test_nan_passes_through_a_row(ask):
+    rows = ask([("softmax", "nan", 0, 1), ("softmax", 1, 0, "nan")])
+    for row in rows:
+        assert math.isnan(row[0]) and math.isnan(row[1])
+
+
+def test_slope_in_the_scale_is_the_derivative(ask):
+    cosines, psi, scale, kappa, step = [0.3, -0.8, 0.05], 0.4, 12.0, 3.6, 1e-5
+
+    def sums(s):
+        terms = [math.exp(s * c - kappa) for c in cosines]
+        return sum(terms), sum(e * c for e, c in zip(terms, cosines, strict=True))
+
+    below, above = ask([("softmax", repr(sums(s)[0]), kappa, s * psi) for s in (scale - step, scale + step)])
+    (slope,) = ask([("scale_slope", *map(repr, sums(scale)), kappa, scale, psi)])[0]
+    assert slope == pytest.approx((above[0] - below[0]) / (2 * step), rel=1e-8)
+
+
+# margin ---------------------------------------------------------------------------------------------
+
+
+MARGINS = [
+    (1, 0, 0),
+    (1, 0, 0.35),
+    (1, 0.5, 0),
+    (1, 3.0, 0),
+    (1.2, 0.3, 0.1),
+    (2, 0, 0),
+    (4, 0, 0),
+    (1.35, 0, 0),
+]
+COSINES = [-1, -0.9999999, -0.999, -0.9, -0.5, -0.1, 0, 1e-9, 0.2, 0.7071, 0.9, 0.999, 0.99999999, 1]
+
+
+@pytest.mark.parametrize("margin", MARGINS, ids=str)
+def test_margins_are_those_of_the_specification(ask, margin):
+    from normface_ext import CombinedMargin
+
+    answers = ask([("margin", *margin, repr(float(c))) for c in COSINES])
+    for c, (value, slope) in zip(COSINES, answers, strict=True):
+        cos = torch.tensor(float(c), dtype=torch.float64, requires_grad=True)
+        psi = reference.margin(
+            cos, CombinedMargin(*margin) if any(margin[1:]) or margin[0] != 1 else NO_MARGIN
+        )
+        psi.backward()
+        assert value == pytest.approx(float(psi.detach()), rel=1e-12, abs=1e-14), c
+        assert math.isfinite(slope)
+        if abs(c) < 0.9999999:
+            assert slope == pytest.approx(float(cos.grad), rel=1e-9), c
+
+
+@pytest.mark.parametrize("margin", MARGINS, ids=str)
+def test_slopes_of_margins_are_derivatives(ask, margin):
+    step = 1e-6
+    points = [-0.97 + 0.0613 * i for i in range(32)]
+    questions = [("margin", *margin, repr(c + d)) for c in points for d in (-step, 0, step)]
+    answers = ask(questions)
+    compared = 0
+    for i, c in enumerate(points):
+        (below, s0), (_, slope), (above, s2) = answers[3 * i : 3 * i + 3]
+        if abs(s0 - s2) > 0.1:
+            continue  # the guard begins between the two
+        compared += 1
+        assert slope == pytest.approx((above - below) / (2 * step), rel=2e-6, abs=1e-8), c
+    assert compared >= 30
+
+
+def test_margins_do_not_jump_up_where_the_guard_begins(ask):
+    """A harder sample never pays less: psi rises with the cosine through the guard."""
+    for m1, m2 in ((1, 0.5), (1.2, 0.3), (2, 0), (4, 0.2)):
+        edge = math.cos((math.pi - m2) / m1)
+        (below, _), (above, _) = ask([("margin", m1, m2, 0, repr(edge + d)) for d in (-1e-9, 1e-9)])
+        assert below <= above + 1e-8, (m1, m2)
+
+
+# normalize ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["normalize_float", "normalize_double"])
+@pytest.mark.parametrize("eps", [0.0, 1e-12, 0.5])
+@pytest.mark.parametrize("p", [1, 2])
+def test_slopes_of_normalize_are_derivatives(ask, p, eps, what):
+    x, g, g_norm, step = [0.5, -1.5, 2.0, -0.25], [1.0, 0.3, -2.0, 0.7], 0.9, 1e-6
+    (norm, *dx) = ask([(what, p, eps, g_norm, len(x), *x, *g)])[0]
+
+    def loss(x):
+        total = sum(v * v for v in x) if p == 2 else sum(abs(v) for v in x)
+        n = math.sqrt(total + eps) if p == 2 else total + eps
+        return n, sum(gd * v / n for gd, v in zip(g, x, strict=True)) + g_norm * n
+
+    tolerance = 1e-6 if what == "normalize_float" else 1e-8
+    assert norm == pytest.approx(loss(x)[0], rel=tolerance)
+    for d in range(len(x)):
+        low, high = ([*x[:d], x[d] + by, *x[d + 1 :]] for by in (-step, step))
+        difference = (loss(high)[1] - loss(low)[1]) / (2 * step)
+        assert dx[d] == pytest.approx(difference, rel=tolerance, abs=tolerance)
+
+
+def test_zero_entries_have_the_slopes_of_the_paper(ask):
+    (norm, *dx) = ask([("normalize_double", 1, 0.5, 9.0, 2, 0.0, 0.0, 1.0, 2.0)])[0]
+    assert (norm, dx) == (0.5, [2, 4])  # sign(0) = 0: the gradient of the norm does not act
+    (norm, *dx) = ask([("normalize_double", 2, 4.0, 3.0, 2, 0.0, 0.0, 6.0, -2.0)])[0]
+    assert (norm, dx) == (2, [3, -1])
+
+
+def test_only_rows_out_of_range_are_rescued(ask):
+    cases = {
+        ("rescue_float", 2, 1.0, 0.0): 0,
+        ("rescue_float", 2, 0.0, 1e-12): 0,  # eps rules: what was lost does not count
+        ("rescue_float", 2, 0.0, 0.0): 1,
+        ("rescue_float", 2, "inf", 1e-12): 1,
+        ("rescue_float", 1, "inf", 1e-12): 1,
+        ("rescue_float", 2, 1e38, 1e-12): 1,
+        ("rescue_float", 2, 1e36, 1e-12): 0,
+        ("rescue_float", 2, 1e-35, 0.0): 1,
+        ("rescue_float", 1, 1e-35, 0.0): 0,  # a sum of magnitudes loses nothing
+        ("rescue_float", 2, "nan", 1e-12): 1,
+        ("rescue_double", 2, 1e38, 0.0): 0,
+        ("rescue_double", 2, 1e-35, 0.0): 0,
+        ("rescue_double", 2, "inf", 0.0): 1,
+        ("rescue_double", 2, 1e-290, 0.0): 1,
+    }
+    for (question, expected), (got,) in zip(cases.items(), ask(list(cases)), strict=True):
+        assert got == expected, question
