@@ -1,0 +1,277 @@
+"""What the figure examples share: data, a small LeNet, training with a progress bar, figures and CSV.
+
+Each example is one command, `python examples/NAME.py`, with the options of `parser` below; everything it
+writes lies under --out. Defaults train on scikit-learn's digits and take a few minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import normface_ext as nf
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+BATCH = 64
+INK, FAINT = "#23272e", "#9aa1ab"
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def parser(description: str | None, out: str, epochs: int) -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--data", choices=["digits", "fashion"], default="digits",
+                        help="scikit-learn's digits (default) or Debian's Fashion-MNIST")  # fmt: skip
+    result.add_argument("--images", type=positive, metavar="N", help="use only N images, for a quick look")
+    result.add_argument("--epochs", type=positive, default=epochs, help=f"default: {epochs}")
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    result.add_argument("--threads", type=positive, default=1,
+                        help="CPU threads; such small networks are fastest with 1 (default)")  # fmt: skip
+    result.add_argument("--out", type=Path, metavar="DIR", default=Path(out), help=f"default: ./{out}")
+    return result
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return int(text)
+
+
+# -------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class Data:
+    """Images [N, 1, S, S] in [0, 1] and labels [N]; 70 % train, classes in the same proportion."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    names: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        return self.train_images.shape[-1]
+
+    @property
+    def classes(self) -> int:
+        return len(self.names)
+
+
+FASHION_NAMES = (
+    "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot",
+)  # fmt: skip
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An array in the gzipped IDX format of MNIST: two zero bytes, type 8, rank, sizes, bytes."""
+    raw = gzip.decompress(path.read_bytes())
+    if raw[:3] != b"\0\0\x08":
+        raise SystemExit(f"{path}: expected an IDX file of bytes, got a file that starts with {raw[:4]!r}")
+    shape = np.frombuffer(raw, dtype=">i4", count=raw[3], offset=4)
+    return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+
+
+def fashion(folder: Path = FASHION) -> tuple[np.ndarray, np.ndarray]:
+    """All 70,000 images and labels."""
+    files = [
+        [folder / f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k")]
+        for kind in ("images-idx3", "labels-idx1")
+    ]
+    missing = [str(path) for kind in files for path in kind if not path.exists()]
+    if missing:
+        raise SystemExit(
+            f"Fashion-MNIST is not there: {missing[0]} is missing. On Debian and Ubuntu"
+            " `sudo apt-get install dataset-fashion-mnist` puts it there; --data digits needs no files."
+        )
+    images, labels = (np.concatenate([read_idx(path) for path in kind]) for kind in files)
+    return images, labels
+
+
+def load(options: argparse.Namespace, default_images: int = 10_000) -> Data:
+    """The data of --data; of Fashion-MNIST `default_images` unless --images says otherwise."""
+    torch.set_num_threads(options.threads)
+    if options.data == "digits":
+        digits = load_digits()
+        pixels, labels, names = digits.images / 16, digits.target, tuple("0123456789")
+    else:
+        pixels, labels, names = (*fashion(), FASHION_NAMES)
+        options.images = options.images or default_images
+    rows = np.arange(len(labels))
+    if options.images and options.images < len(rows):
+        rows, _ = train_test_split(
+            rows, train_size=options.images, random_state=options.seed, stratify=labels
+        )
+    pixels, labels = pixels[rows], labels[rows]
+    images = torch.tensor(pixels, dtype=torch.float32)[:, None] / (1 if options.data == "digits" else 255)
+    targets = torch.tensor(labels, dtype=torch.int64)
+    split = train_test_split(range(len(labels)), test_size=0.3, random_state=options.seed, stratify=labels)
+    parts = [values[part].to(options.device) for part in split for values in (images, targets)]
+    return Data(*parts, names)
+
+
+# ---------------------------------------------------------------------------------- network, heads
+
+
+def lenet(features: int, size: int) -> nn.Module:
+    """[N, 1, size, size] -> [N, features]. It ends without a ReLU: features can point anywhere."""
+    layers: list[nn.Module] = []
+    channels, width = 1, 16
+    while size > 4:
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)]
+        channels, width, size = width, min(2 * width, 64), size // 2
+    layers += [nn.Conv2d(channels, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten()]
+    layers += [nn.Linear(64 * size * size, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, features)]
+    return nn.Sequential(*layers)
+
+
+class Softmax(nn.Module):
+    """The usual head, with or without bias, behind the interface of NormFaceLoss."""
+
+    def __init__(self, in_features: int, num_classes: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, num_classes, bias=bias)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.linear(features), labels)
+
+
+@dataclass
+class History:
+    """Mean training loss of each epoch, the scale after it, and the time training took."""
+
+    losses: list[float] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def train(
+    backbone: nn.Module,
+    head: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    seed: int,
+    name: str,
+    lr: float = 3e-3,
+    scale_lr: float | None = None,
+    after_epoch: Callable[[int], None] | None = None,
+) -> History:
+    """Adam with a cosine schedule; batches are drawn from `seed` alone, so all heads see the same ones."""
+    scale = getattr(head, "scale", None)
+    groups: list[dict[str, object]] = [
+        {"params": [p for p in (*backbone.parameters(), *head.parameters()) if p is not scale]}
+    ]
+    if isinstance(scale, nn.Parameter):
+        groups.append({"params": [scale], "lr": scale_lr or lr})
+    optimizer = torch.optim.Adam(groups, lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=lr / 50)
+    order = torch.Generator().manual_seed(seed)
+    history, start = History(), time.perf_counter()
+    bar = tqdm(range(epochs), desc=f"{name:20}", unit="epoch", file=sys.stderr, leave=False)
+    for epoch in bar:
+        backbone.train()
+        total = torch.zeros((), device=images.device)
+        # A last batch of one image would break BatchNorm.
+        batches = [b for b in torch.randperm(len(labels), generator=order).split(BATCH) if len(b) > 1]
+        for batch in batches:
+            chosen = batch.to(images.device)
+            loss = head(backbone(images[chosen]), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(batch)
+        schedule.step()
+        history.losses.append(float(total) / sum(len(batch) for batch in batches))
+        history.scales.append(float("nan") if scale is None else float(torch.as_tensor(scale).detach()))
+        bar.set_postfix_str(f"loss {history.losses[-1]:.4f}")
+        if after_epoch:
+            after_epoch(epoch)
+    history.seconds = time.perf_counter() - start
+    return history
+
+
+@torch.no_grad()
+def embed(backbone: nn.Module, images: Tensor, block: int = 1024) -> Tensor:
+    """Features of all images, in evaluation mode: [N, D]."""
+    backbone.eval()
+    return torch.cat([backbone(part) for part in images.split(block)])
+
+
+def nearest_by_angle(features: Tensor, weight: Tensor, labels: Tensor) -> float:
+    """The share of features whose nearest class weight, by angle, is their own."""
+    cosines = nf.functional.norm_linear(features.detach(), weight.detach())
+    return float((cosines.argmax(1) == labels).float().mean())
+
+
+def pairs_of(labels: Tensor, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(first, second, same): at most `count` pairs of one class and as many of two, shuffled."""
+    who = labels.cpu().numpy()
+    first, second = np.triu_indices(len(who), 1)
+    same = who[first] == who[second]
+    random = np.random.default_rng(seed)
+    count = min(count, int(same.sum()), int((~same).sum()))
+    chosen = np.concatenate(
+        [random.choice(np.flatnonzero(kind), count, replace=False) for kind in (same, ~same)]
+    )
+    random.shuffle(chosen)
+    return first[chosen], second[chosen], same[chosen]
+
+
+# ---------------------------------------------------------------------------------------- results
+
+
+def pyplot():
+    """matplotlib.pyplot, drawing to files, in the examples' style."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({
+        "figure.dpi": 130, "savefig.dpi": 130, "font.size": 10, "axes.titlesize": 11,
+        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+        "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT,
+        "xtick.color": INK, "ytick.color": INK,
+    })  # fmt: skip
+    return plt
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
+    """Numbers with six significant digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for row in rows:
+            writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row])
+    return path
+
+
+def report(files: Sequence[Path], start: float) -> None:
+    print(f"written in {time.perf_counter() - start:.0f} s: " + ", ".join(map(str, files)))

@@ -1,0 +1,41 @@
+"""Face verification protocols: LFW, ROC and TAR@FAR, BLUFR-style rates, YTF with HIK-SVM.
+
+Scores are cosines of features; a pair is accepted when its score is above the threshold. NumPy is enough
+for scores, thresholds and rates; PCA, SVM, ROC and AUC need scikit-learn, the ``evaluation`` extra.
+``python -m normface_ext.evaluation --help`` is the command.
+"""
+
+from .blufr import BlufrResult, Trial, blufr, identification_rate, random_trials, verification_rate
+from .lfw import LfwResult, lfw_protocol
+from .pairs import Pairs, read_index_pairs, read_lfw_pairs, read_names
+from .plots import plot_roc
+from .roc import Roc, best_threshold, roc, tar_at_far
+from .scores import merge_mirror, pair_scores, unit_rows
+from .ytf import frame_scores, hik_svm_protocol, histogram_intersection, score_histogram
+
+__all__ = [
+    "BlufrResult",
+    "LfwResult",
+    "Pairs",
+    "Roc",
+    "Trial",
+    "best_threshold",
+    "blufr",
+    "frame_scores",
+    "hik_svm_protocol",
+    "histogram_intersection",
+    "identification_rate",
+    "lfw_protocol",
+    "merge_mirror",
+    "pair_scores",
+    "plot_roc",
+    "random_trials",
+    "read_index_pairs",
+    "read_lfw_pairs",
+    "read_names",
+    "roc",
+    "score_histogram",
+    "tar_at_far",
+    "unit_rows",
+    "verification_rate",
+]

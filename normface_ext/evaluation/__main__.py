@@ -1,0 +1,100 @@
+"""python -m normface_ext.evaluation: features and a list of pairs in, a table and a ROC figure out."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from .lfw import lfw_protocol
+from .pairs import read_index_pairs, read_lfw_pairs, read_names
+from .plots import plot_roc
+from .roc import roc, tar_at_far
+from .scores import as_features, merge_mirror
+
+DESCRIPTION = """\
+Verification accuracy in folds, AUC, EER and TAR@FAR of features under a list of pairs.
+
+  LFW    python -m normface_ext.evaluation --features F.npy --names names.txt --pairs pairs.txt --pca 256
+  yours  python -m normface_ext.evaluation --features F.npy --pairs pairs.txt      (lines "i j same")
+
+F.npy holds one row per image. names.txt holds one image name per row (Al_Gore_0003.jpg); with it the pairs
+file is read in LFW's format, without it as row numbers with 1 for same and 0 for different."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m normface_ext.evaluation",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--features", type=Path, required=True, metavar="F.npy", help="[M, D]")
+    parser.add_argument("--mirror", type=Path, metavar="M.npy", help="features of the mirrored images, added")
+    parser.add_argument("--pairs", type=Path, required=True, metavar="pairs.txt")
+    parser.add_argument(
+        "--names", type=Path, metavar="names.txt", help="the image of each row: LFW pairs file"
+    )
+    parser.add_argument("--folds", type=int, default=10, help="for pairs without folds (default: 10)")
+    parser.add_argument(
+        "--pca", type=int, metavar="AXES", help="PCA fitted on the other folds; 0 keeps all axes"
+    )
+    parser.add_argument("--far", type=float, nargs="+", default=[0.1, 0.01, 0.001], help="for TAR@FAR")
+    parser.add_argument("--plot", type=Path, metavar="roc.png", help="write the ROC figure")
+    parser.add_argument("--csv", type=Path, metavar="table.csv", help="write the table, and every fold")
+    return parser
+
+
+def evaluate(options: argparse.Namespace) -> list[tuple[str, float]]:
+    """The rows of the table; writes the files asked for."""
+    features = as_features("--features", "F", np.load(options.features))
+    if options.mirror:
+        features = merge_mirror(features, np.load(options.mirror))
+    if options.names:
+        names = read_names(options.names)
+        if len(names) != len(features):
+            raise ValueError(f"{options.names}: expected {len(features)} names, got {len(names)}")
+        pairs = read_lfw_pairs(options.pairs, names)
+    else:
+        pairs = read_index_pairs(options.pairs, options.folds)
+    pca = None if options.pca is None else (options.pca or True)
+    result = lfw_protocol(features, pairs, pca=pca)
+    curve = roc(result.scores, pairs.same)
+    rates = tar_at_far(result.scores, pairs.same, options.far)
+    rows = [
+        ("pairs", float(len(pairs))),
+        ("accuracy", result.accuracy),
+        ("standard error", result.standard_error),
+        ("threshold", float(result.thresholds.mean())),
+        ("AUC", curve.auc),
+        ("EER", curve.eer),
+        *((f"TAR@FAR={far:g}", float(rate)) for far, rate in zip(options.far, rates, strict=True)),
+    ]
+    if options.csv:
+        folds = [(f"accuracy of fold {i + 1}", float(v)) for i, v in enumerate(result.accuracies)]
+        with options.csv.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["measure", "value"])
+            writer.writerows((name, f"{value:.8g}") for name, value in rows + folds)
+    if options.plot:
+        plot_roc({options.features.stem: curve}, options.plot)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        rows = evaluate(options)
+    except (ValueError, IndexError, OSError, ImportError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    for name, value in rows:
+        print(f"{name:16}  {value:.0f}" if name == "pairs" else f"{name:16}  {value:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

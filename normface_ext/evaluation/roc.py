@@ -1,0 +1,102 @@
+"""Thresholds and rates over scores [P] and same [P]: a pair is accepted when score > threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ._optional import require
+from .scores import Array
+
+
+def checked(op: str, scores: Array, same: Array, *, both: bool = True) -> tuple[Array, npt.NDArray[np.bool_]]:
+    """Scores [P] without NaN, same [P] bool; ``both``: at least one pair of each kind."""
+    scores, is_same = np.asarray(scores), np.asarray(same, dtype=bool)
+    if scores.ndim != 1 or scores.shape != is_same.shape:
+        raise ValueError(
+            f"{op}: expected `scores` and `same` to be of one shape [P],"
+            f" got {list(scores.shape)} and {list(is_same.shape)}"
+        )
+    if np.isnan(scores).any():
+        raise ValueError(f"{op}: expected `scores` without NaN, got one at pair {np.isnan(scores).argmax()}")
+    if both and not (is_same.any() and not is_same.all()):
+        raise ValueError(
+            f"{op}: expected same and different pairs, got {is_same.sum()} same of {len(scores)}"
+        )
+    return scores, is_same
+
+
+def best_threshold(scores: Array, same: Array) -> float:
+    """The threshold with the fewest mistakes on these pairs; of equally good ones the middle one.
+
+    Candidates lie half-way between neighbouring distinct scores, and outside all of them.
+    """
+    scores, is_same = checked("best_threshold", scores, same, both=False)
+    if len(scores) == 0:
+        raise ValueError("best_threshold: expected at least one pair, got none")
+    values, index = np.unique(scores, return_inverse=True)
+    same_at = np.bincount(index, weights=is_same, minlength=len(values))
+    different_at = np.bincount(index, weights=~is_same, minlength=len(values))
+    # Cut k rejects the k smallest values.
+    right = np.r_[0, different_at.cumsum()] + is_same.sum() - np.r_[0, same_at.cumsum()]
+    # In the scores' own precision; half-way between neighbours in it may round up to the upper one.
+    between = (values[:-1] + (values[1:] - values[:-1]) / 2).astype(values.dtype)
+    between = np.where(between < values[1:], between, values[:-1])
+    cuts = np.r_[np.nextafter(values[:1], -np.inf), between, values[-1:]]
+    best = np.flatnonzero(right == right.max())
+    return float(cuts[best[len(best) // 2]])
+
+
+def false_accept_threshold(impostors_descending: Array, accepted: int) -> float:
+    """The lowest threshold that accepts at most ``accepted`` impostors; -infinity when that is all."""
+    if accepted >= len(impostors_descending):
+        return -np.inf
+    return float(impostors_descending[accepted])
+
+
+def allowed(far: float, impostors: int) -> int:
+    """floor(far * impostors), safe from 0.3 * 10 = 2.9999999999999996."""
+    if not 0 <= far <= 1:
+        raise ValueError(f"expected a false accept rate in [0, 1], got {far}")
+    return int(np.floor(far * impostors * (1 + 1e-12)))
+
+
+def tar_at_far(scores: Array, same: Array, far: float | Sequence[float]) -> npt.NDArray[np.float64]:
+    """The true accept rate at each false accept rate: never above the FAR asked for, no interpolation.
+
+    The threshold is the lowest one that accepts at most floor(far * impostors) different pairs, so a FAR
+    below 1 / impostors means no false accept at all. Returns one value for each ``far``.
+    """
+    scores, is_same = checked("tar_at_far", scores, same)
+    impostors, genuine = np.sort(scores[~is_same])[::-1], scores[is_same]
+    counts = [allowed(value, len(impostors)) for value in np.atleast_1d(far)]
+    return np.array([(genuine > false_accept_threshold(impostors, count)).mean() for count in counts])
+
+
+@dataclass(frozen=True)
+class Roc:
+    """The curve: ``far`` and ``tar`` rise from 0 to 1 as ``threshold`` falls (accept: score >= threshold)."""
+
+    far: npt.NDArray[np.float64]
+    tar: npt.NDArray[np.float64]
+    threshold: npt.NDArray[np.float64]
+    auc: float
+    eer: float
+
+
+def roc(scores: Array, same: Array) -> Roc:
+    """The ROC curve with its area and its equal error rate (scikit-learn), every corner kept.
+
+    The EER is where FAR = 1 - TAR on the straight line between the two corners around it.
+    """
+    scores, is_same = checked("roc", scores, same)
+    metrics = require("sklearn.metrics", "roc")
+    far, tar, threshold = metrics.roc_curve(is_same, scores, drop_intermediate=False)
+    gap = far - (1 - tar)  # rises from -1 to 1
+    after = int(np.argmax(gap >= 0))
+    share = -gap[after - 1] / (gap[after] - gap[after - 1])
+    eer = float(far[after - 1] + share * (far[after] - far[after - 1]))
+    return Roc(far, tar, threshold, float(metrics.auc(far, tar)), eer)
