@@ -105,7 +105,9 @@ ff.main(sys.argv[2:])
 """
     examples = str(Path(ff.__file__).parent)
     command = [sys.executable, "-c", program, examples, *arguments, "--out", str(parts)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    # Results repeat bit by bit for one number of threads, and other tests may have changed it here.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 9, done.stderr
     assert checkpoint(parts)["step"] == 6
     ff.main([*arguments, "--out", str(parts), "--resume"])

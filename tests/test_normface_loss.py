@@ -475,7 +475,8 @@ def test_low_cosines_keep_their_digits(lane, scale):
     for classes in (2, 3, 40):
         weight = lane.tensor(direction + 0.05 * lane.randn(classes, 24, seed=3), grad=True)
         labels = lane.labels(3, classes)
-        check(lane, x, weight, labels, lane.tensor(scale, grad=True), name=f"C={classes}", floor=64)
+        # The scale's gradient is a difference of two cosines near 1: its error is an epsilon of those.
+        check(lane, x, weight, labels, lane.tensor(scale, grad=True), name=f"C={classes}", floor=256)
 
 
 @every_margin
