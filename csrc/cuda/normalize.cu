@@ -179,7 +179,7 @@ Grid channel_grid(const RowLayout& layout) {
 }
 
 std::tuple<Tensor, Tensor> normalize(Tensor x, int64_t dim, int64_t p, double eps) {
-  if (p != 1 && p != 2) fail("normalize: expected `p` to be 1 or 2, got ", p);
+  check_normalize("normalize", x, p);
   Queue queue(x);
   const RowLayout layout = row_layout("normalize", x, dim);
   std::vector<int64_t> norm_sizes(x.sizes().begin(), x.sizes().end());
