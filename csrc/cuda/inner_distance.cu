@@ -95,7 +95,7 @@ manhattan_kernel(StoredArray a, StoredArray b, int64_t rows, int64_t columns, in
   T sum[kOwn][kOwn] = {};
   for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
     sync_block();  // the reads below of the step before, before these writes
-#pragma unroll 1  // unrolled, the staging copies cost predicates that spill
+#pragma unroll 1   // unrolled, the staging copies cost predicates that spill
     for (int e = thread_id(); e < kTile * kDepth; e += kThreads) {
       const int r = e / kDepth, k = e % kDepth;
       const bool inside = k0 + k < depth;
@@ -137,7 +137,7 @@ manhattan_gradient_kernel(StoredArray a, StoredArray b, StoredArray g, int64_t r
     }
   for (int64_t k0 = 0; k0 < others; k0 += kDepth) {
     sync_block();  // the reads below of the step before, before these writes
-#pragma unroll 1  // unrolled, the staging copies cost predicates that spill
+#pragma unroll 1   // unrolled, the staging copies cost predicates that spill
     for (int e = thread_id(); e < kTile * kDepth; e += kThreads) {
       const int k = e / kTile, r = e % kTile;
       const bool inside = k0 + k < others;
