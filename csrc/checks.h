@@ -10,6 +10,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "row_state.h"
+
 namespace nf {
 
 using torch::headeronly::ScalarType;
@@ -76,12 +78,13 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, int64
     fail(op, ": expected `", name, "` to have shape [", rows, ", ", columns, "], got ", shape_of(t));
 }
 
-inline void check_head(const char* op, const Tensor& x, const Tensor& weight) {
+// `least`: 0 for a shard of the classes, which may have none.
+inline void check_head(const char* op, const Tensor& x, const Tensor& weight, int64_t least = 1) {
   check_matrix(op, "x", x);
   check_matrix(op, "weight", weight);
   if (x.size(1) != weight.size(1))
     fail(op, ": expected `weight` to be [C, ", x.size(1), "], got ", shape_of(weight));
-  if (weight.size(0) < 1) fail(op, ": expected `weight` to have at least one class, got none");
+  if (weight.size(0) < least) fail(op, ": expected `weight` to have at least one class, got none");
   if (accumulator(x.scalar_type()) != accumulator(weight.scalar_type()))
     fail(op, ": expected `x` and `weight` to be both float64 or both not, got ", name_of(x.scalar_type()),
          " and ", name_of(weight.scalar_type()));
@@ -100,6 +103,22 @@ inline void check_labels(const char* op, const Tensor& labels, int64_t batch) {
       !labels.is_contiguous())
     fail(op, ": expected `labels` to be contiguous int64 of shape [", batch, "], got ",
          name_of(labels.scalar_type()), " of shape ", shape_of(labels));
+}
+
+inline void check_shift(const char* op, const std::optional<Tensor>& shift, int64_t batch) {
+  if (shift && (shift->scalar_type() != ScalarType::Double || shift->dim() != 1 || shift->size(0) != batch ||
+                !shift->is_contiguous()))
+    fail(op, ": expected `shift` to be contiguous float64 of shape [", batch, "], got ",
+         name_of(shift->scalar_type()), " of shape ", shape_of(*shift));
+}
+
+inline void check_finish(const char* op, const Tensor& rows, const Tensor& x, const Tensor& class_sum,
+                         double smoothing) {
+  check_matrix(op, "x", x);
+  check_shape(op, "rows", rows, kRowFields, x.size(0));
+  if (class_sum.numel() != (smoothing > 0 ? x.size(1) + 1 : 0))
+    fail(op, ": expected `class_sum` of [D + 1] with smoothing and of [0] without, got ",
+         shape_of(class_sum));
 }
 
 }  // namespace nf

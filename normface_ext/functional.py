@@ -182,6 +182,7 @@ def normface_loss(
         smoothing=_checks.smoothing(op, label_smoothing),
         plan=plan(x.shape[0], dim, classes, operand, ops.plan_device(x), workspace=workspace),
         operand=operand,
+        classes_in_all=classes,
     )
     return ops.normface_loss(
         x,

@@ -7,7 +7,7 @@ build of the CUDA kernels for CPU tensors.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from . import _library, reference
 from .margins import CombinedMargin
 from .plan import Plan
 
-ROW_FIELDS = 12  # csrc/row_state.h
+# csrc/row_state.h
+ROW_FIELDS = 13
+ELSEWHERE = -1  # instead of a label: the target is a class of another shard
 
 
 def _kernels(*tensors: Tensor | None) -> Any:
@@ -196,43 +198,75 @@ def norm_linear(
 # normface_loss --------------------------------------------------------------------------------------
 
 
-def _normface_loss_fake(
+def _normface_sweep_fake(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
     scale: Tensor | None,
     scale_value: float,
-    m1: float,
-    m2: float,
-    m3: float,
-    reduction: int,
     ignore_index: int,
     eps: float,
     class_chunk: int,
     store: bool,
     need_x: bool,
+    need_class_sum: bool,
     score_kernel: int,
     operand: torch.dtype,
     sample_weight: Tensor | None,
     class_weight: Tensor | None,
-    smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    classes_in_all: int,
+    partial: bool,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = _accumulator(x.dtype)
     (batch, dim), classes = x.shape, weight.shape[0]
     cuda = plan_device(x).type == "cuda"
     row = -(-classes // 8) * 8 if cuda else classes  # E in memory: csrc/cuda/normface_loss.cu
     stored = torch.bfloat16 if cuda and operand.itemsize == 2 else wide
     return (
-        x.new_empty([batch] if reduction == 0 else [], dtype=wide),
         x.new_empty([ROW_FIELDS, batch], dtype=torch.float64),
         x.new_empty([classes], dtype=wide),
         x.new_empty([batch, dim] if need_x else [0], dtype=wide),
-        x.new_empty([dim if smoothing > 0 else 0], dtype=wide),
+        x.new_empty([dim + 1 if need_class_sum else 0], dtype=wide),
         x.new_empty([batch * row if store else 0], dtype=stored),
     )
 
 
-def _normface_loss_backward_fake(
+def _normface_shift_fake(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor | None,
+    scale_value: float,
+    ignore_index: int,
+    eps: float,
+    class_chunk: int,
+    score_kernel: int,
+    operand: torch.dtype,
+    classes_in_all: int,
+    partial: bool,
+) -> Tensor:
+    return x.new_empty([x.shape[0]], dtype=torch.float64)
+
+
+def _normface_finish_fake(
+    rows: Tensor,
+    x: Tensor,
+    class_sum: Tensor,
+    scale: Tensor | None,
+    scale_value: float,
+    m1: float,
+    m2: float,
+    m3: float,
+    reduction: int,
+    smoothing: float,
+    classes_in_all: int,
+) -> tuple[Tensor, Tensor]:
+    shape = [x.shape[0]] if reduction == 0 else []
+    return x.new_empty(shape, dtype=_accumulator(x.dtype)), torch.empty_like(rows)
+
+
+def _normface_backward_fake(
     grad_loss: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -253,13 +287,16 @@ def _normface_loss_backward_fake(
     operand: torch.dtype,
     class_weight: Tensor | None,
     smoothing: float,
+    classes_in_all: int,
+    partial: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients_fake(x, weight, need_x, need_weight, need_scale)
+    dx, dw, ds = _gradients_fake(x, weight, need_x, need_weight, need_scale)
+    return dx.to(_accumulator(x.dtype)) if partial else dx, dw, ds
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The arguments of ``normface_loss`` that are neither tensors nor differentiable."""
+    """The arguments of the fused head that are neither tensors nor differentiable."""
 
     scale_value: float  # where the scale is no tensor
     margin: CombinedMargin
@@ -269,6 +306,127 @@ class LossOptions:
     smoothing: float
     plan: Plan
     operand: torch.dtype
+    classes_in_all: int
+    partial: bool = False  # one shard of the classes of several
+
+
+class Swept(NamedTuple):
+    """What ``normface_sweep`` found, in the order in which ``normface_backward`` takes it."""
+
+    rows: Tensor
+    inverse_norm: Tensor
+    x_sum: Tensor
+    class_sum: Tensor
+    stored: Tensor
+
+
+def normface_sweep(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor | None,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    options: LossOptions,
+    *,
+    need_x: bool,
+    need_weight: bool,
+    shift: Tensor | None = None,
+) -> Swept:
+    """First stage: the sums over the classes at hand."""
+    swept = _kernels(x, weight).normface_sweep(
+        x,
+        weight,
+        labels,
+        scale,
+        options.scale_value,
+        options.ignore_index,
+        options.eps,
+        options.plan.class_chunk,
+        options.plan.store and need_weight,
+        need_x,
+        options.smoothing > 0,
+        options.plan.score_kernel,
+        options.operand,
+        sample_weight,
+        class_weight,
+        options.classes_in_all,
+        options.partial,
+        shift,
+    )
+    return Swept(*swept)
+
+
+def normface_shift(
+    x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor | None, options: LossOptions
+) -> Tensor:
+    """kappa as the classes at hand alone would have it, [N] float64; -inf where there is none."""
+    shift: Tensor = _kernels(x, weight).normface_shift(
+        x,
+        weight,
+        labels,
+        scale,
+        options.scale_value,
+        options.ignore_index,
+        options.eps,
+        options.plan.class_chunk,
+        options.plan.score_kernel,
+        options.operand,
+        options.classes_in_all,
+        options.partial,
+    )
+    return shift
+
+
+def normface_finish(
+    rows: Tensor, x: Tensor, class_sum: Tensor, scale: Tensor | None, options: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """Second stage, once the sums are over all classes: (loss, the rows' full state)."""
+    result: tuple[Tensor, Tensor] = _kernels(rows, x).normface_finish(
+        rows,
+        x,
+        class_sum,
+        scale,
+        options.scale_value,
+        *options.margin.parameters(),
+        options.reduction,
+        options.smoothing,
+        options.classes_in_all,
+    )
+    return result
+
+
+def normface_backward(
+    grad_loss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor | None,
+    class_weight: Tensor | None,
+    swept: Swept,
+    options: LossOptions,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and scale; ``swept`` with the rows' full state."""
+    gradients: tuple[Tensor, Tensor, Tensor] = _kernels(x, weight).normface_backward(
+        grad_loss.contiguous(),
+        x,
+        weight,
+        labels,
+        scale,
+        options.scale_value,
+        options.eps,
+        options.plan.class_chunk,
+        *swept,
+        *needed,
+        options.plan.score_kernel,
+        options.operand,
+        class_weight,
+        options.smoothing,
+        options.classes_in_all,
+        options.partial,
+    )
+    return gradients
 
 
 class _NormFaceLoss(Function):
@@ -285,50 +443,29 @@ class _NormFaceLoss(Function):
     ) -> Tensor:
         x, weight, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
         need_x, need_weight = ctx.needs_input_grad[:2]
-        plan = options.plan
-        loss, *state = _kernels(x, weight).normface_loss(
+        swept = normface_sweep(
             x,
             weight,
             labels,
             scale,
-            options.scale_value,
-            *options.margin.parameters(),
-            options.reduction,
-            options.ignore_index,
-            options.eps,
-            plan.class_chunk,
-            plan.store and need_weight,
-            need_x,
-            plan.score_kernel,
-            options.operand,
             sample_weight,
             class_weight,
-            options.smoothing,
+            options,
+            need_x=need_x,
+            need_weight=need_weight,
         )
-        ctx.save_for_backward(x, weight, scale, labels, class_weight, *state)
+        loss, rows = normface_finish(swept.rows, x, swept.class_sum, scale, options)
+        ctx.save_for_backward(x, weight, scale, labels, class_weight, *swept._replace(rows=rows))
         ctx.options = options
-        return loss  # type: ignore[no-any-return]
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        x, weight, scale, labels, class_weight, *state = ctx.saved_tensors
-        options, needed = ctx.options, ctx.needs_input_grad[:3]
+        x, weight, scale, labels, class_weight, *swept = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
         with torch.no_grad():
-            gradients = _kernels(x, weight).normface_loss_backward(
-                grad_loss.contiguous(),
-                x,
-                weight,
-                labels,
-                scale,
-                options.scale_value,
-                options.eps,
-                options.plan.class_chunk,
-                *state,
-                *needed,
-                options.plan.score_kernel,
-                options.operand,
-                class_weight,
-                options.smoothing,
+            gradients = normface_backward(
+                grad_loss, x, weight, labels, scale, class_weight, Swept(*swept), ctx.options, needed
             )
         asked = _no_second_derivative("normface_loss", tuple(_asked(needed, gradients, scale)))
         return *asked, None, None, None, None
@@ -352,8 +489,10 @@ FAKES: dict[str, Any] = {
     "normalize_backward": _normalize_backward_fake,
     "norm_linear": _norm_linear_fake,
     "norm_linear_backward": _norm_linear_backward_fake,
-    "normface_loss": _normface_loss_fake,
-    "normface_loss_backward": _normface_loss_backward_fake,
+    "normface_sweep": _normface_sweep_fake,
+    "normface_shift": _normface_shift_fake,
+    "normface_finish": _normface_finish_fake,
+    "normface_backward": _normface_backward_fake,
 }
 
 

@@ -33,7 +33,11 @@ CHECKED_ELSEWHERE = {
     "cosine_pairs_backward": "test_metric_losses.py",
 }
 #: Ops that users reach under other names.
-FUNCTIONS = {"agent_hinge": "c_contrastive_loss", "pair_distance": "triplet_loss"}
+FUNCTIONS = {
+    "agent_hinge": "c_contrastive_loss",
+    "pair_distance": "triplet_loss",
+    **dict.fromkeys(("normface_sweep", "normface_shift", "normface_finish"), "normface_loss"),
+}
 
 
 def sentence(text):
@@ -50,7 +54,7 @@ def has_kernel(name, key):
 
 def test_the_list_of_ops_is_read():
     assert len(NAMES) == len(set(NAMES)) >= 6
-    assert {"normalize", "norm_linear", "normface_loss"} <= set(NAMES)
+    assert {"normalize", "norm_linear", "normface_sweep"} <= set(NAMES)
     registered = [
         name.partition("::")[2]
         for name in torch._C._dispatch_get_all_op_names()
@@ -84,7 +88,7 @@ def test_every_op_has_kernels_a_fake_and_a_sample(lane, name):
 def test_every_op_has_a_function_and_a_reference(name):
     public = FUNCTIONS.get(name, name)
     assert callable(getattr(nf.functional, public)) and callable(getattr(reference, public))
-    assert f"{name}_backward" in NAMES
+    assert ("normface_backward" if public == "normface_loss" else f"{name}_backward") in NAMES
     assert getattr(nf.functional, public).__doc__, "a public function says shapes, dtypes and formula"
 
 
@@ -129,7 +133,7 @@ def norm_linear_backward_samples(lane):
         yield {**given, "need_x": i == 0, "need_weight": i == 1, "need_scale": i == 2}
 
 
-def normface_loss_samples(lane):
+def normface_sweep_samples(lane):
     # 8 classes: CUDA kernels pad the stored E to a multiple of that, with whatever lay there.
     x, weight, labels = lane.randn(3, 5), lane.randn(8, 5), lane.tensor([0, 7, -100])
     given = {"x": x, "weight": weight, "labels": labels, "m3": 0.1}
@@ -140,16 +144,33 @@ def normface_loss_samples(lane):
     double = {"x": x.double(), "weight": weight.double(), "operand": torch.float64}
     yield {**given, **double, "reduction": 0, "store": True}
     yield {**given, "x": x.bfloat16(), "operand": torch.bfloat16, "store": True}
-    yield {**given, "class_weight": lane.randn(8).abs(), "smoothing": 0.1, "reduction": 0}
+    smooth = {"smoothing": 0.1, "need_class_sum": True}
+    yield {**given, **smooth, "class_weight": lane.randn(8).abs(), "reduction": 0}
     yield {**given, "sample_weight": lane.randn(3).abs()}
+    shard = {"partial": True, "classes_in_all": 20, "labels": lane.tensor([0, -1, -100])}
+    yield {**given, **shard, "x": x.bfloat16(), "shift": lane.tensor([3.0, 2.0, 0.0], torch.float64)}
+    yield {**given, **shard, **smooth, "weight": weight[:0], "labels": lane.tensor([-1, -1, -100])}
 
 
-def normface_loss_backward_samples(lane):
-    for given in normface_loss_samples(lane):
-        op = kernels(lane).normface_loss
-        results = op(*arguments(lane, "normface_loss", given))
-        names = [result.name for result in op.default._schema.returns]
-        given |= dict(zip(names, results, strict=True))  # the state, under the names backward has for it
+def normface_shift_samples(lane):
+    return normface_sweep_samples(lane)
+
+
+def with_results(lane, name, given):
+    """The arguments and, under the names that the next stage has for them, the results of an op."""
+    op = getattr(kernels(lane), name)
+    names = [result.name for result in op.default._schema.returns]
+    return {**given, **dict(zip(names, op(*arguments(lane, name, given)), strict=True))}
+
+
+def normface_finish_samples(lane):
+    for given in normface_sweep_samples(lane):
+        yield with_results(lane, "normface_sweep", given)
+
+
+def normface_backward_samples(lane):
+    for given in normface_finish_samples(lane):
+        given = with_results(lane, "normface_finish", given)
         given["grad_loss"] = torch.ones_like(given["loss"])
         if given.get("need_x", True):
             yield given
@@ -160,7 +181,8 @@ def normface_loss_backward_samples(lane):
 DEFAULTS = {
     "dim": 1, "p": 2, "eps": 1e-12, "normalize_input": True, "scale": None, "scale_value": 30.0,
     "m1": 1.0, "m2": 0.0, "m3": 0.0, "reduction": 1, "ignore_index": -100, "class_chunk": 8,
-    "store": False, "need_x": True, "need_weight": True, "need_scale": True, "score_kernel": 0,
+    "store": False, "need_class_sum": False, "classes_in_all": 8, "partial": False, "shift": None,
+    "need_x": True, "need_weight": True, "need_scale": True, "score_kernel": 0,
     "operand": torch.float32,
     "sample_weight": None, "class_weight": None, "smoothing": 0.0,
 }  # fmt: skip
@@ -177,8 +199,10 @@ SAMPLES = {
     "normalize_backward": normalize_backward_samples,
     "norm_linear": norm_linear_samples,
     "norm_linear_backward": norm_linear_backward_samples,
-    "normface_loss": normface_loss_samples,
-    "normface_loss_backward": normface_loss_backward_samples,
+    "normface_sweep": normface_sweep_samples,
+    "normface_shift": normface_shift_samples,
+    "normface_finish": normface_finish_samples,
+    "normface_backward": normface_backward_samples,
 }
 
 
@@ -195,12 +219,14 @@ def test_opcheck(lane, name):
 
 
 def test_fakes_know_the_padding_of_odd_class_counts(lane):
-    for given in normface_loss_samples(lane):
+    for given in normface_sweep_samples(lane):
+        if given.get("partial"):
+            continue
         given["weight"], given["labels"] = given["weight"][:5].contiguous(), lane.tensor([0, 4, -100])
         if "class_weight" in given:
             given["class_weight"] = given["class_weight"][:5].contiguous()
-        op = kernels(lane).normface_loss.default
-        given_arguments = tuple(arguments(lane, "normface_loss", given))
+        op = kernels(lane).normface_sweep.default
+        given_arguments = tuple(arguments(lane, "normface_sweep", given))
         torch.library.opcheck(op, given_arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -402,7 +428,7 @@ def test_a_cuda_tensor_without_cuda_kernels_gets_the_reason(monkeypatch):
 # The second line: ops called past the door ----------------------------------------------------------
 
 
-HEADS = ("norm_linear", "normface_loss")
+HEADS = ("norm_linear", "normface_sweep")
 
 
 @pytest.mark.parametrize(
@@ -435,7 +461,7 @@ from test_contract import arguments, kernels
 lane = next(lane for lane in LANES if lane.name == sys.argv[1])
 with lane.active():
     given = {"x": lane.randn(3, 4), "weight": lane.randn(5, 4), "labels": lane.tensor([0, 7, 2])}
-    print(float(kernels(lane).normface_loss(*arguments(lane, "normface_loss", given))[0]))
+    print(float(kernels(lane).normface_sweep(*arguments(lane, "normface_sweep", given))[0].sum()))
 """
 
 

@@ -27,9 +27,9 @@ struct HeadShape {
       : batch(x.size(0)),
         dim(x.size(1)),
         classes(weight.size(0)),
-        chunk(std::clamp<int64_t>(class_chunk, 1, classes)),
+        chunk(std::max<int64_t>(1, std::min(class_chunk, classes))),
         tiles((classes + chunk - 1) / chunk),
-        slots(std::min(thread_count(), tiles)) {}
+        slots(std::max<int64_t>(1, std::min(thread_count(), tiles))) {}
 
   // body(slot, tile) for every tile, in order within a slot.
   template <class Body>

@@ -2,6 +2,8 @@
 // Used by normface_loss.cu, which says what they work towards.
 #pragma once
 
+#include <optional>
+
 #include "math/margin.h"
 #include "math/normalize.h"
 #include "math/softmax.h"
@@ -19,44 +21,44 @@ constexpr int64_t kColumnsPerBlock = 4096;  // of a row of scores, per block of 
 
 Grid warp_per_row(int64_t rows) { return {(rows + kRowsPerBlock - 1) / kRowsPerBlock}; }
 
-struct Margin {
-  double m1, m2, m3;
-};
-
-// sample_weight, class_weight and label smoothing; see math::RowWeights.
+// Constant factors of the rows or of the classes, all 1 unless given.
 template <class T>
-struct Weighting {
-  const T* sample;   // [N] or null: all 1
-  const T* classes;  // [C] or null: all 1
-  double smoothing;
+struct Factors {
+  bool given;
+  const T* data;  // [N] or [C]; null in an empty shard too
 
-  NF_DEVICE double of_row(int64_t i) const { return sample != nullptr ? double(sample[i]) : 1.0; }
-  NF_DEVICE double of_class(int64_t j) const { return classes != nullptr ? double(classes[j]) : 1.0; }
+  explicit Factors(const std::optional<Tensor>& t)
+      : given(t.has_value()), data(given ? static_cast<const T*>(t->const_data_ptr()) : nullptr) {}
+  NF_DEVICE double operator[](int64_t i) const { return given ? double(data[i]) : 1.0; }
 };
 
-// Everything a row knows before the sweep: its norm, its target cosine (products and sums in double,
-// from the raw rows), the margin, the shift. An ignored row becomes zero, so that nothing it holds, NaN
-// included, reaches another row or a class. One warp per row.
+// Everything a row knows before the sweep: its norm, its weight, the shift, and, where its target is among
+// the classes at hand, the target's cosine (products and sums in double, from the raw rows). An ignored
+// row becomes zero, so that nothing it holds, NaN included, reaches another row or a class. One warp per
+// row.
 template <class T>
 NF_KERNEL(kThreads)
 prepare_rows_kernel(StoredArray x, StoredArray w,        // [N, D], [C, D]
                     const int64_t* __restrict__ labels,  // [N]
-                    int64_t dim, int64_t classes, int64_t ignore_index, double eps, Scale scale,
-                    Margin margin, Weighting<T> weighting, RowState rows,
+                    int64_t dim, int64_t classes, int64_t classes_in_all, bool partial, int64_t ignore_index,
+                    double eps, Scale scale, const double* __restrict__ given_shift,  // [N] or null
+                    Factors<T> sample_weight, Factors<T> class_weight, RowState rows,
                     StoredArray x_hat)  // [N, D], operand type
 {
   const int64_t i = block_id() * kRowsPerBlock + warp_id();
   if (i >= rows.batch) return;  // the whole warp leaves
   const int64_t label = labels[i];
   const bool ignored = label == ignore_index;
+  const bool elsewhere = partial && label == kElsewhere;
+  const bool here = !ignored && !elsewhere;
   NF_DEVICE_CHECK(
-      ignored || (label >= 0 && label < classes),
-      "normface_loss: expected `labels` in [0, %lld) or ignore_index (%lld), got %lld at row %lld",
+      !here || (label >= 0 && label < classes),
+      "normface_sweep: expected `labels` in [0, %lld) or ignore_index (%lld), got %lld at row %lld",
       (long long)classes, (long long)ignore_index, (long long)label, (long long)i);
   double xx = 0, ww = 0, xw = 0;
   if (!ignored)
     for (int64_t d = lane_id(); d < dim; d += kWarp) {
-      const double a = x.load<double>(i * dim + d), b = w.load<double>(label * dim + d);
+      const double a = x.load<double>(i * dim + d), b = here ? w.load<double>(label * dim + d) : 0.0;
       xx += a * a;
       ww += b * b;
       xw += a * b;
@@ -67,22 +69,16 @@ prepare_rows_kernel(StoredArray x, StoredArray w,        // [N, D], [C, D]
   for (int64_t d = lane_id(); d < dim; d += kWarp)
     x_hat.store<T>(i * dim + d, ignored ? T(0) : T(x.load<double>(i * dim + d) * inverse));
   if (lane_id() != 0) return;
-  const double s = scale.value();
-  const bool fixed = math::has_fixed_shift<T>(s, double(classes));
-  const math::ValueAndSlope<double> psi =
-      ignored ? math::ValueAndSlope<double>{0.0, 0.0}
-              : math::Margin{margin.m1, margin.m2, margin.m3}(xw / x_norm / w_norm);
-  rows.at(kShift, i) = fixed ? math::fixed_shift<T>(double(classes)) : -INFINITY;
-  rows.at(kSum, i) = 0;
-  rows.at(kSumCosine, i) = 0;
-  rows.at(kPsi, i) = psi.value;
-  rows.at(kPsiSlope, i) = psi.slope;
+  const bool fixed = math::has_fixed_shift<T>(scale.value(), double(classes_in_all));
+  for (int field = 0; field < kRowFields; ++field) rows.at(RowField(field), i) = 0;
+  rows.at(kShift, i) = given_shift != nullptr ? given_shift[i]
+                       : fixed                ? math::fixed_shift<T>(double(classes_in_all))
+                                              : -INFINITY;
+  if (ignored) return;
   rows.at(kInverseNorm, i) = inverse;
-  rows.at(kCosine, i) = ignored ? 0.0 : xw / x_norm / w_norm;
-  // finish_loss_kernel makes of these what they are in the end.
-  rows.at(kRowWeight, i) = ignored ? 0.0 : weighting.of_row(i);
-  rows.at(kTotal, i) = ignored ? 0.0 : weighting.of_class(label);
-  rows.at(kSmooth, i) = 0;
+  rows.at(kCosine, i) = here ? xw / x_norm / w_norm : 0.0;
+  rows.at(kRowWeight, i) = sample_weight[i];
+  rows.at(kTargetWeight, i) = !class_weight.given ? 1.0 : here ? class_weight[label] : 0.0;
 }
 
 // Where a row's logits can be read: `count` of them, at data[i * row_stride + k * step], to be multiplied
@@ -105,11 +101,11 @@ template <class T>
 NF_KERNEL(kThreads)
 update_shift_kernel(RowLogits<T> logits,
                     const int64_t* __restrict__ labels,  // [N]
-                    int64_t classes, Scale scale, RowState rows,
+                    int64_t classes_in_all, Scale scale, RowState rows,
                     T* __restrict__ x_sum,  // [N, D] or null
                     int64_t dim) {
   const double s = scale.value();
-  if (math::has_fixed_shift<T>(s, double(classes))) return;
+  if (math::has_fixed_shift<T>(s, double(classes_in_all))) return;
   SharedMemory shared;
   T* scratch = shared.take<T>(kThreads / kWarp);
   const int64_t i = block_id();
@@ -191,46 +187,51 @@ accumulate_kernel(const T* __restrict__ part, int64_t count, T* __restrict__ sum
   if (i < count) sum[i] += part[i];
 }
 
-// partial[b][d] = sum of class_weight_j w_hat_jd over the b-th run of classes. Blocks: runs x columns.
+// partial[b][d] = sum of class_weight_j w_hat_jd over the b-th run of classes, and for d = D of
+// class_weight_j. Blocks: runs x columns.
 template <class T>
 NF_KERNEL(kThreads)
 class_sum_kernel(StoredArray w,                       // [C, D]
                  const T* __restrict__ inverse_norm,  // [C]
-                 int64_t classes, int64_t dim, Weighting<T> weighting,
-                 double* __restrict__ partial)  // [runs, D]
+                 int64_t classes, int64_t dim, Factors<T> class_weight,
+                 double* __restrict__ partial)  // [runs, D + 1]
 {
   const int64_t d = block_y() * kThreads + thread_id();
-  if (d >= dim) return;
+  if (d > dim) return;
   const int64_t first = block_id() * classes / block_count(),
                 last = (block_id() + 1) * classes / block_count();
   double sum = 0;
   for (int64_t j = first; j < last; ++j)
-    sum += weighting.of_class(j) * w.load<double>(j * dim + d) * double(inverse_norm[j]);
-  partial[block_id() * dim + d] = sum;
+    sum += class_weight[j] * (d < dim ? w.load<double>(j * dim + d) * double(inverse_norm[j]) : 1.0);
+  partial[block_id() * (dim + 1) + d] = sum;
 }
 
 // class_sum = the sum of the partial ones, in order.
 template <class T>
 NF_KERNEL(kThreads)
-add_class_sums_kernel(const double* __restrict__ partial, int64_t runs, int64_t dim,
-                      T* __restrict__ class_sum) {
+add_class_sums_kernel(const double* __restrict__ partial,  // [runs, count]
+                      int64_t runs, int64_t count,
+                      T* __restrict__ class_sum)  // [count]
+{
   const int64_t d = block_id() * kThreads + thread_id();
-  if (d >= dim) return;
+  if (d >= count) return;
   double sum = 0;
-  for (int64_t k = 0; k < runs; ++k) sum += partial[k * dim + d];
+  for (int64_t k = 0; k < runs; ++k) sum += partial[k * count + d];
   class_sum[d] = T(sum);
 }
 
 // kSmooth = <x_hat, U> for finish_loss_kernel. One warp per row.
 template <class T>
 NF_KERNEL(kThreads)
-dot_class_sum_kernel(StoredArray x, const T* __restrict__ class_sum, int64_t dim, RowState rows) {
+dot_class_sum_kernel(StoredArray x,                    // [N, D]
+                     const T* __restrict__ class_sum,  // [D + 1]
+                     int64_t dim, RowState swept, RowState rows) {
   const int64_t i = block_id() * kRowsPerBlock + warp_id();
-  if (i >= rows.batch || rows.at(kRowWeight, i) == 0.0) return;  // the whole warp leaves
+  if (i >= rows.batch) return;  // the whole warp leaves
   double dot = 0;
   for (int64_t d = lane_id(); d < dim; d += kWarp) dot += x.load<double>(i * dim + d) * double(class_sum[d]);
   dot = warp_sum(dot);
-  if (lane_id() == 0) rows.at(kSmooth, i) = dot * rows.at(kInverseNorm, i);
+  if (lane_id() == 0) rows.at(kSmooth, i) = dot * swept.at(kInverseNorm, i);
 }
 
 NF_DEVICE math::RowSoftmax softmax_of(const RowState& rows, double scale, int64_t i) {
@@ -241,34 +242,46 @@ NF_DEVICE math::RowWeights weights_of(const RowState& rows, int64_t i) {
   return {rows.at(kTotal, i), rows.at(kSmooth, i), rows.at(kPull, i), rows.at(kPush, i)};
 }
 
-// The rows' final weights, losses, and their reduction. One block: N is small, and the order is fixed.
+struct Margin {
+  double m1, m2, m3;
+};
+
+// Margin, final weights and losses of the rows, and the losses' reduction: `swept` holds sums over all
+// classes, `rows` receives them and the rest. One block: N is small, and the order is fixed.
 template <class T>
 NF_KERNEL(kThreads)
-finish_loss_kernel(RowState rows, Scale scale, int64_t reduction, int64_t classes, Weighting<T> weighting,
-                   T* __restrict__ loss)  // [N] or []
+finish_loss_kernel(RowState swept, RowState rows, Scale scale, Margin margin, int64_t reduction,
+                   double smoothing, int64_t classes_in_all,
+                   const T* __restrict__ class_weight_sum,  // [] or null: no smoothing
+                   T* __restrict__ loss)                    // [N] or []
 {
   SharedMemory shared;
   double* scratch = shared.take<double>(kThreads / kWarp);
   const double s = scale.value();
-  double kept = 0, total = 0, weight_sum = 0;
+  const double weight_sum = class_weight_sum != nullptr ? double(*class_weight_sum) : 0.0;
+  double kept = 0, total = 0;
   for (int64_t i = thread_id(); i < rows.batch; i += kThreads)
-    kept += rows.at(kRowWeight, i) * rows.at(kTotal, i);
+    kept += swept.at(kRowWeight, i) * swept.at(kTargetWeight, i);
   kept = block_sum(kept, scratch);
-  if (weighting.smoothing > 0) {
-    for (int64_t j = thread_id(); j < classes; j += kThreads) weight_sum += weighting.of_class(j);
-    weight_sum = block_sum(weight_sum, scratch);
-  }
   const double each = reduction != kMean ? 1.0 : kept != 0.0 ? 1.0 / kept : 0.0;
   for (int64_t i = thread_id(); i < rows.batch; i += kThreads) {
-    const math::RowWeights weights =
-        math::row_weights(weighting.smoothing, double(classes), rows.at(kTotal, i), weight_sum,
-                          rows.at(kPsi, i), rows.at(kCosine, i), rows.at(kSmooth, i));
+    for (int field = 0; field < kPsi; ++field) rows.at(RowField(field), i) = swept.at(RowField(field), i);
+    const double weight = swept.at(kRowWeight, i) * each;
+    const double with_sum = class_weight_sum != nullptr ? rows.at(kSmooth, i) : 0.0;
+    math::ValueAndSlope<double> psi{0.0, 0.0};
+    math::RowWeights weights{0.0, 0.0, 0.0, 0.0};
+    if (swept.at(kRowWeight, i) != 0.0) {  // else psi and the weights are 0
+      psi = math::Margin{margin.m1, margin.m2, margin.m3}(swept.at(kCosine, i));
+      weights = math::row_weights(smoothing, double(classes_in_all), swept.at(kTargetWeight, i), weight_sum,
+                                  psi.value, swept.at(kCosine, i), with_sum);
+    }
+    rows.at(kRowWeight, i) = weight;
+    rows.at(kPsi, i) = psi.value;
+    rows.at(kPsiSlope, i) = psi.slope;
     rows.at(kTotal, i) = weights.total;
     rows.at(kSmooth, i) = weights.smooth;
     rows.at(kPull, i) = weights.pull;
     rows.at(kPush, i) = weights.push;
-    const double weight = rows.at(kRowWeight, i) * each;
-    rows.at(kRowWeight, i) = weight;
     const double weighted = weight != 0.0 ? weight * math::row_loss(softmax_of(rows, s, i), weights, s) : 0.0;
     if (reduction == kNone) loss[i] = T(weighted);
     total += weighted;
@@ -330,10 +343,10 @@ uniform_gradient_kernel(StoredArray x, int64_t dim, RowState rows, const double*
 template <class T>
 NF_KERNEL(kThreads)
 add_uniform_kernel(const T* __restrict__ uniform, int64_t dim, int64_t first, int64_t count,
-                   Weighting<T> weighting, T* __restrict__ g)  // [count / D, D]
+                   Factors<T> class_weight, T* __restrict__ g)  // [count / D, D]
 {
   for (int64_t k = block_id() * kThreads + thread_id(); k < count; k += block_count() * kThreads)
-    g[k] += T(weighting.of_class(first + k / dim)) * uniform[k % dim];
+    g[k] += T(class_weight[first + k / dim]) * uniform[k % dim];
 }
 
 // Unit features once more (for scores), and times the factor of the row (for dW). One warp per row.
@@ -370,13 +383,14 @@ grad_features_kernel(StoredArray x, StoredArray w,        // [N, D], [C, D]
   const int64_t i = block_id() * kRowsPerBlock + warp_id();
   if (i >= rows.batch) return;  // the whole warp leaves
   const bool ignored = rows.at(kRowWeight, i) == 0.0;
-  const int64_t label = ignored ? 0 : labels[i];
+  const int64_t label = ignored ? kElsewhere : labels[i];
   const double inverse = rows.at(kInverseNorm, i);
   const double others = gradients[kOthers * rows.batch + i], target = gradients[kTarget * rows.batch + i];
   const double uniform = gradients[kUniform * rows.batch + i];
   const auto gradient = [&](int64_t d) {
     return others * double(x_sum[i * dim + d]) +
-           target * (w.load<double>(label * dim + d) * double(inverse_norm[label])) +
+           (label != kElsewhere ? target * (w.load<double>(label * dim + d) * double(inverse_norm[label]))
+                                : 0.0) +
            (class_sum != nullptr ? uniform * double(class_sum[d]) : 0.0);
   };
   double radial = 0;

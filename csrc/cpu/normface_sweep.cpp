@@ -1,0 +1,227 @@
+// First stage of the fused head on the CPU: prepare the rows, then sweep over the classes at hand for
+// their sums (normface_sweep), or for kappa only (normface_shift).
+#include "cpu/normface.h"
+
+namespace nf::cpu {
+namespace {
+
+struct SweepArguments {
+  Tensor x, weight, labels;
+  double scale;
+  int64_t ignore_index;
+  double eps;
+  int64_t class_chunk;
+  int64_t classes_in_all;
+  bool partial;
+};
+
+// Unit features and their inverse norms. An ignored row becomes zero, so that nothing it holds, NaN
+// included, reaches another row or a class.
+template <class T>
+void unit_features(const SweepArguments& in, T* x_hat, T* inverse) {
+  const Rows<T> x(in.x, in.x.size(1));
+  const Labels labels(in.labels);
+  for_rows(labels.batch, x.length, [&](int64_t i) {
+    inverse[i] = T(0);
+    if (labels.data[i] == in.ignore_index)
+      std::fill_n(x_hat + i * x.length, x.length, T(0));
+    else
+      unit_rows(x, i, 1, T(in.eps), x_hat + i * x.length, inverse + i);
+  });
+}
+
+// What a row knows before the sweep: its weight, and its target's cosine, a dot product in double.
+template <class T>
+void prepare_rows(const SweepArguments& in, const T* sample_weight, const ClassWeights<T>& class_weight,
+                  const T* x_hat, const T* inverse, const RowState& rows) {
+  const Rows<T> w(in.weight, in.weight.size(1));
+  const Labels labels(in.labels);
+  std::fill_n(rows.data, kRowFields * rows.batch, 0.0);
+  for_rows(labels.batch, w.length, [&](int64_t i) {
+    if (labels.data[i] == in.ignore_index) return;
+    const bool here = labels.data[i] != kElsewhere;
+    rows[kInverseNorm][i] = inverse[i];
+    rows[kRowWeight][i] = sample_weight != nullptr ? double(sample_weight[i]) : 1.0;
+    rows[kTargetWeight][i] = !class_weight.given ? 1.0 : here ? class_weight[labels.data[i]] : 0.0;
+    if (!here) return;
+    std::vector<T> unit(static_cast<size_t>(w.length));
+    T w_inverse;
+    unit_rows(w, labels.data[i], 1, T(in.eps), unit.data(), &w_inverse);
+    rows[kCosine][i] = dot_in_double(x_hat + i * w.length, unit.data(), w.length);
+  });
+}
+
+// The row's largest logit among the classes other than its label, -inf where there is none.
+template <class T>
+void largest_logits(const HeadShape& shape, const SweepArguments& in, T* x_hat, double* result) {
+  const int64_t N = shape.batch, D = shape.dim;
+  const Rows<T> w(in.weight, D);
+  const Labels labels(in.labels);
+  Buffer<T> w_hat(shape.slots * shape.chunk * D), inverse(shape.slots * shape.chunk);
+  Buffer<T> scores(shape.slots * N * shape.chunk), largest(shape.slots * N);
+  std::fill_n(largest.data, shape.slots * N, -T(INFINITY));
+  shape.for_tiles([&](int64_t slot, const Tile& tile) {
+    T* unit = w_hat.data + slot * shape.chunk * D;
+    T* tile_scores = scores.data + slot * N * shape.chunk;
+    unit_rows(w, tile.first, tile.width, T(in.eps), unit, inverse.data + slot * shape.chunk);
+    score_tile(shape, x_hat, unit, tile, tile_scores);
+    for (int64_t i = 0; i < N; ++i) {
+      T& best = largest.data[slot * N + i];
+      around_target(labels.data[i], tile, [&](int64_t begin, int64_t end) {
+        const T* row = tile_scores + i * tile.width;
+        best = std::max(best, accum_rows<T>().largest_scaled(row + begin, end - begin, T(in.scale)));
+      });
+    }
+  });
+  for (int64_t i = 0; i < N; ++i) {
+    T best = largest.data[i];
+    for (int64_t slot = 1; slot < shape.slots; ++slot) best = std::max(best, largest.data[slot * N + i]);
+    result[i] = double(best);
+  }
+}
+
+// kappa of every row as these classes alone would have it: one constant inside the window of softmax.h,
+// else the row's largest logit, which costs a sweep of its own.
+template <class T>
+void choose_shift(const HeadShape& shape, const SweepArguments& in, T* x_hat, double* shift) {
+  if (math::has_fixed_shift<T>(in.scale, double(in.classes_in_all)))
+    std::fill_n(shift, shape.batch, math::fixed_shift<T>(double(in.classes_in_all)));
+  else
+    largest_logits(shape, in, x_hat, shift);
+}
+
+struct SweepResult {
+  Tensor rows, inverse_norm, x_sum, class_sum, stored;
+};
+
+// S, A, x_sum, class_sum (U) and the stored E.
+template <class T>
+void sweep(const HeadShape& shape, const SweepArguments& in, const ClassWeights<T>& class_weight, T* x_hat,
+           const RowState& rows, const SweepResult& out) {
+  const int64_t N = shape.batch, D = shape.dim;
+  const Rows<T> w(in.weight, D);
+  const Labels labels(in.labels);
+  T* x_sum = data_or_null<T>(out.x_sum);
+  T* class_sum = data_or_null<T>(out.class_sum);  // U and, last, the sum of the class weights
+  T* stored = data_or_null<T>(out.stored);
+  T* inverse_norm = data_or_null<T>(out.inverse_norm);
+  Buffer<T> w_hat(shape.slots * shape.chunk * D);
+  Buffer<T> scores(stored != nullptr ? 0 : shape.slots * N * shape.chunk);
+  Buffer<double> sums(shape.slots * 2 * N);
+  // The first slot adds straight into x_sum, the others into partners of it.
+  Buffer<T> partners(x_sum != nullptr ? (shape.slots - 1) * N * D : 0);
+  Buffer<T> class_sums(class_sum != nullptr ? shape.slots * (D + 1) : 0);
+  std::fill_n(sums.data, shape.slots * 2 * N, 0.0);
+  std::fill_n(class_sums.data, class_sums.tensor.numel(), T(0));
+  if (x_sum != nullptr) {
+    std::fill_n(x_sum, N * D, T(0));
+    std::fill_n(partners.data, (shape.slots - 1) * N * D, T(0));
+  }
+  shape.for_tiles([&](int64_t slot, const Tile& tile) {
+    T* unit = w_hat.data + slot * shape.chunk * D;
+    T* e = stored != nullptr ? stored + N * tile.first : scores.data + slot * N * shape.chunk;
+    unit_rows(w, tile.first, tile.width, T(in.eps), unit, inverse_norm + tile.first);
+    if (class_sum != nullptr) {
+      T* sum = class_sums.data + slot * (D + 1);
+      for (int64_t j = 0; j < tile.width; ++j) {
+        const T factor = T(class_weight[tile.first + j]);
+        accum_rows<T>().axpy(factor, unit + j * D, sum, D);
+        sum[D] += factor;
+      }
+    }
+    score_tile(shape, x_hat, unit, tile, e);
+    double* sum = sums.data + slot * 2 * N;
+    exponentiate(shape, labels, rows[kShift], in.scale, tile, e, sum, sum + N);
+    T* into = slot == 0 ? x_sum : partners.data + (slot - 1) * N * D;
+    if (x_sum != nullptr)
+      multiply<T>({e, N, tile.width, tile.width}, {unit, tile.width, D, D}, {into, N, D, D}, true);
+  });
+  add_slots(sums.data, shape.slots, 2 * N);
+  std::copy_n(sums.data, N, rows[kSum]);
+  std::copy_n(sums.data + N, N, rows[kSumCosine]);
+  if (x_sum != nullptr)
+    for_rows(N * D, shape.slots, [&](int64_t k) {
+      for (int64_t slot = 0; slot + 1 < shape.slots; ++slot) x_sum[k] += partners.data[slot * N * D + k];
+    });
+  if (class_sum != nullptr) {
+    add_slots(class_sums.data, shape.slots, D + 1);
+    std::copy_n(class_sums.data, D + 1, class_sum);
+  }
+}
+
+template <class T>
+SweepResult run_sweep(const SweepArguments& in, bool store, bool need_x, bool need_class_sum,
+                      const std::optional<Tensor>& sample_weight, const ClassWeights<T>& class_weight,
+                      const std::optional<Tensor>& shift) {
+  const HeadShape shape(in.x, in.weight, in.class_chunk);
+  const int64_t N = shape.batch, D = shape.dim, C = shape.classes;
+  const ScalarType wide = accumulator(in.x.scalar_type());
+  SweepResult out{fresh({kRowFields, N}, ScalarType::Double), fresh({C}, wide),
+                  need_x ? fresh({N, D}, wide) : fresh({0}, wide), fresh({need_class_sum ? D + 1 : 0}, wide),
+                  fresh({store ? N * C : 0}, wide)};
+  const RowState rows = row_state(out.rows);
+  Buffer<T> x_hat(N * D), inverse(N);
+  unit_features(in, x_hat.data, inverse.data);
+  prepare_rows(in, sample_weight ? static_cast<const T*>(sample_weight->const_data_ptr()) : nullptr,
+               class_weight, x_hat.data, inverse.data, rows);
+  if (shift)
+    std::copy_n(static_cast<const double*>(shift->const_data_ptr()), N, rows[kShift]);
+  else
+    choose_shift(shape, in, x_hat.data, rows[kShift]);
+  sweep(shape, in, class_weight, x_hat.data, rows, out);
+  return out;
+}
+
+void check_arguments(const char* op, const SweepArguments& in) {
+  check_head(op, in.x, in.weight, in.partial ? 0 : 1);
+  check_labels(op, in.labels, in.x.size(0));
+  Labels(in.labels).check(op, in.weight.size(0), in.ignore_index, in.partial);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normface_sweep(
+    Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
+    int64_t ignore_index, double eps, int64_t class_chunk, bool store, bool need_x, bool need_class_sum,
+    int64_t /*score_kernel: a CUDA choice*/, ScalarType /*operand: CPU products are at least float32*/,
+    std::optional<Tensor> sample_weight, std::optional<Tensor> class_weight, int64_t classes_in_all,
+    bool partial, std::optional<Tensor> shift) {
+  const char* op = "normface_sweep";
+  const SweepArguments in{
+      x,           weight,         labels, scale_of(scale, scale_value), ignore_index, eps,
+      class_chunk, classes_in_all, partial};
+  check_arguments(op, in);
+  check_weights(op, "sample_weight", sample_weight, x, x.size(0));
+  check_weights(op, "class_weight", class_weight, x, weight.size(0));
+  check_shift(op, shift, x.size(0));
+  const auto run = [&]<class T>(T) {
+    return run_sweep<T>(in, store, need_x, need_class_sum, sample_weight, ClassWeights<T>(class_weight),
+                        shift);
+  };
+  SweepResult out = accumulator(x.scalar_type()) == ScalarType::Double ? run(double()) : run(float());
+  return {out.rows, out.inverse_norm, out.x_sum, out.class_sum, out.stored};
+}
+
+Tensor normface_shift(Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
+                      int64_t ignore_index, double eps, int64_t class_chunk, int64_t /*score_kernel*/,
+                      ScalarType /*operand*/, int64_t classes_in_all, bool partial) {
+  const SweepArguments in{
+      x,           weight,         labels, scale_of(scale, scale_value), ignore_index, eps,
+      class_chunk, classes_in_all, partial};
+  check_arguments("normface_shift", in);
+  Tensor shift = fresh({x.size(0)}, ScalarType::Double);
+  const auto run = [&]<class T>(T) {
+    const HeadShape shape(x, weight, class_chunk);
+    Buffer<T> x_hat(shape.batch * shape.dim), inverse(shape.batch);
+    unit_features(in, x_hat.data, inverse.data);
+    choose_shift(shape, in, x_hat.data, static_cast<double*>(shift.mutable_data_ptr()));
+  };
+  accumulator(x.scalar_type()) == ScalarType::Double ? run(double()) : run(float());
+  return shift;
+}
+
+}  // namespace
+}  // namespace nf::cpu
+
+NF_CPU_LIBRARY(m) {
+  m.impl("normface_sweep", TORCH_BOX(&nf::cpu::normface_sweep));
+  m.impl("normface_shift", TORCH_BOX(&nf::cpu::normface_shift));
+}
