@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/rows.h"
+#include "math/softmax.h"
 #include "schemas.h"
 
 STABLE_TORCH_LIBRARY(normface_ext, m) { nf::define_ops(m); }
@@ -30,9 +31,16 @@ pybind11::dict build_config() {
   return config;
 }
 
+bool has_fixed_shift(double scale, double classes, bool float64) {
+  return float64 ? nf::math::has_fixed_shift<double>(scale, classes)
+                 : nf::math::has_fixed_shift<float>(scale, classes);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of normface_ext; used through torch.ops.normface_ext.";
   m.def("build_config", &build_config, "How this module was built, and the SIMD path in use.");
+  m.def("has_fixed_shift", &has_fixed_shift,
+        "Whether one kappa serves every row, or the largest logits have to be found (csrc/math/softmax.h).");
 }

@@ -55,15 +55,30 @@ def eps(op: str, value: object) -> float:
 
 def features_and_weight(op: str, x: object, weight: object) -> tuple[Tensor, Tensor]:
     """x [N, D] and weight [C, D], floating, on one device; float64 only together with float64."""
-    features = matrix(op, "x", x, "[N, D]")
-    agents = matrix(op, "weight", weight, "[C, D]")
-    if features.shape[1] != agents.shape[1]:
-        raise ValueError(
-            f"{op}: expected `weight` to be [C, {features.shape[1]}] to match `x`,"
-            f" got shape {list(agents.shape)}"
-        )
+    features, agents = _head(op, x, weight, "C")
     if agents.shape[0] == 0:
         raise ValueError(f"{op}: expected `weight` to have at least one class, got shape [0, D]")
+    return features, agents
+
+
+def features_and_shard(op: str, x: object, weight: object, classes: int) -> tuple[Tensor, Tensor]:
+    """The same of one shard of the classes, which has `classes` of them, perhaps none."""
+    features, agents = _head(op, x, weight, str(classes))
+    if agents.shape[0] != classes:
+        raise ValueError(
+            f"{op}: expected `weight` to have this rank's {classes} classes, got shape {list(agents.shape)}"
+        )
+    return features, agents
+
+
+def _head(op: str, x: object, weight: object, classes: str) -> tuple[Tensor, Tensor]:
+    features = matrix(op, "x", x, "[N, D]")
+    agents = matrix(op, "weight", weight, f"[{classes}, D]")
+    if features.shape[1] != agents.shape[1]:
+        raise ValueError(
+            f"{op}: expected `weight` to be [{classes}, {features.shape[1]}] to match `x`,"
+            f" got shape {list(agents.shape)}"
+        )
     if (features.dtype == torch.float64) != (agents.dtype == torch.float64):
         raise TypeError(
             f"{op}: expected `weight` and `x` to be both float64 or both not,"

@@ -1,0 +1,158 @@
+"""Every communication of the class-parallel heads, and nothing else.
+
+A step of a head costs: the rows of all ranks to every rank (`gather_rows`), a few sums per row
+(`add_over_shards`), and the features' gradients back to their owners (`scatter_rows`). Ranks whose batches
+differ in size agree on the largest first; shorter ones are filled with rows that nobody counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+@contextmanager
+def explained(what: str, group: ProcessGroup) -> Iterator[None]:
+    """A failed collective says what failed and what to do, on every rank that is left."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"normface_ext.distributed: {what} failed on rank {dist.get_rank(group)} of"
+            f" {dist.get_world_size(group)}: a process of the group died, or came later than the group's"
+            " timeout allows. Start again from the last checkpoint (`torchrun --max-restarts` does)."
+            f" The backend says: {error}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of all ranks: rank r has [r * each, (r + 1) * each), first its own, then padding.
+
+    Attributes:
+        x: [W * each, D], labels: [W * each] global labels; padding has the ignored label and zeros.
+        sample_weight: [W * each] or None.
+        each: rows per rank, padding included.
+        mine: rows of this rank, without padding.
+        rank: of this process in the group.
+    """
+
+    x: Tensor
+    labels: Tensor
+    sample_weight: Tensor | None
+    each: int
+    mine: int
+    rank: int
+
+    def own(self, rows: Tensor) -> Tensor:
+        """This rank's part of something per row."""
+        first = self.rank * self.each
+        return rows[first : first + self.mine]
+
+
+def gather_rows(
+    x: Tensor,
+    labels: Tensor,
+    group: ProcessGroup,
+    *,
+    ignore_index: int,
+    sample_weight: Tensor | None = None,
+    equal_batches: bool = False,
+) -> Batch:
+    """The batches of all ranks, in one all-gather of bytes: features, label and weight of a row together.
+
+    Args:
+        x: [N, D], any N, and D and dtype the same on all ranks. labels: [N] int64. sample_weight: [N].
+        equal_batches: the caller's word that N is the same on all ranks, which saves asking (a collective
+            of 8 bytes, and on CUDA a wait of the host).
+    """
+    world, rank, mine = dist.get_world_size(group), dist.get_rank(group), x.shape[0]
+    each = mine if equal_batches else _largest(mine, x.device, group)
+    columns = [(x, 0), (labels[:, None], ignore_index)]
+    if sample_weight is not None:
+        columns.append((sample_weight[:, None], 0))
+    pieces = [_bytes(column, each, filler) for column, filler in columns]
+    packed = torch.cat(pieces, dim=1)
+    everyone = torch.empty((world * each, packed.shape[1]), dtype=torch.uint8, device=x.device)
+    with explained("the all-gather of features", group):
+        dist.all_gather_into_tensor(everyone, packed, group=group)
+    parts = everyone.split([piece.shape[1] for piece in pieces], dim=1)
+    unpacked = [
+        part.contiguous().view(column.dtype) if part.numel() else column.new_empty(world * each, column.shape[1])
+        for part, (column, _) in zip(parts, columns, strict=True)
+    ]
+    return Batch(
+        unpacked[0],
+        unpacked[1][:, 0].contiguous(),
+        unpacked[2][:, 0].contiguous() if sample_weight is not None else None,
+        each,
+        mine,
+        rank,
+    )
+
+
+def _largest(mine: int, device: torch.device, group: ProcessGroup) -> int:
+    """The largest number of rows on any rank."""
+    size = torch.tensor(mine, dtype=torch.int64, device=device)
+    with explained("the all-reduce of batch sizes", group):
+        dist.all_reduce(size, dist.ReduceOp.MAX, group=group)
+    return int(size)
+
+
+def _bytes(column: Tensor, rows: int, filler: int) -> Tensor:
+    """[rows, bytes of a row], rows past the column's end filled."""
+    padded = column.new_full((rows, column.shape[1]), filler)
+    padded[: column.shape[0]] = column
+    return padded.view(torch.uint8) if padded.numel() else padded.new_empty(rows, 0, dtype=torch.uint8)
+
+
+def gather_row_gradients(gradient: Tensor, batch: Batch, group: ProcessGroup) -> Tensor:
+    """The upstream gradients [N] of all ranks' rows: [W * each]."""
+    padded = gradient.new_zeros(batch.each)
+    padded[: batch.mine] = gradient
+    everyone = gradient.new_empty(batch.x.shape[0])
+    with explained("the all-gather of the loss's gradients", group):
+        dist.all_gather_into_tensor(everyone, padded, group=group)
+    return everyone
+
+
+def add_over_shards(parts: list[Tensor], group: ProcessGroup) -> list[Tensor]:
+    """Sums of float64 copies of the tensors over the group, in one all-reduce; the same bits on every rank."""
+    flat = torch.cat([part.reshape(-1).double() for part in parts])
+    with explained("the all-reduce of row sums", group):
+        dist.all_reduce(flat, group=group)
+    sums = flat.split([part.numel() for part in parts])
+    return [total.view(part.shape) for total, part in zip(sums, parts, strict=True)]
+
+
+def largest_over_shards(value: Tensor, group: ProcessGroup) -> Tensor:
+    """The elementwise maximum over the group."""
+    largest = value.clone()
+    with explained("the all-reduce of largest logits", group):
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return largest
+
+
+class ScatteredRows:
+    """The sum over ranks of a [W * each, D] gradient, on its way: `wait` gives this rank's rows [N, D].
+
+    Between the two the caller can compute; the gradient must stay as it is until then.
+    """
+
+    def __init__(self, gradient: Tensor, batch: Batch, group: ProcessGroup) -> None:
+        self._gradient, self._batch, self._group = gradient, batch, group
+        self._mine = gradient.new_empty(batch.each, gradient.shape[1])
+        with explained("the reduce-scatter of the features' gradient", group):
+            self._work = dist.reduce_scatter_tensor(self._mine, gradient, group=group, async_op=True)
+
+    def wait(self) -> Tensor:
+        with explained("the reduce-scatter of the features' gradient", self._group):
+            if self._work is not None:
+                self._work.wait()
+        return self._mine[: self._batch.mine]

@@ -1,0 +1,252 @@
+"""The class-parallel softmax head as a function of one shard of the classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.distributed.tensor import DTensor
+
+from .. import _C, _checks, ops
+from ..functional import operand_dtype
+from ..margins import NO_MARGIN, CombinedMargin
+from ..plan import plan
+from .collectives import (
+    Batch,
+    ScatteredRows,
+    add_over_shards,
+    gather_row_gradients,
+    gather_rows,
+    largest_over_shards,
+)
+from .shard import IGNORED, ClassShard
+
+OP = "distributed.normface_loss"
+
+
+def _shared_shift(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor | None,
+    options: ops.LossOptions,
+    largest_scale: float | None,
+    shard: ClassShard,
+) -> Tensor | None:
+    """kappa for all shards where no constant serves, else None. On CUDA a scale tensor without a bound is
+    read, and the host waits for it."""
+    bound = options.scale_value if scale is None else largest_scale
+    if bound is None:
+        assert scale is not None
+        bound = float(scale.detach())
+    if _C.has_fixed_shift(bound, shard.num_classes, x.dtype == torch.float64):
+        return None
+    return largest_over_shards(ops.normface_shift(x, weight, labels, scale, options), shard.group)
+
+
+class _ClassParallelLoss(Function):
+    """As ``ops._NormFaceLoss``, with the row sums added over shards between the stages.
+
+    ``weight`` is the shard [C_local, D]; with ``rows`` [K] only those of its classes take part, and its
+    gradient is a sparse tensor of them (``first`` says what its row 0 is called there).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        batch: Batch,
+        places: Tensor,
+        class_weight: Tensor | None,
+        rows: Tensor | None,
+        options: ops.LossOptions,
+        largest_scale: float | None,
+        replicas: int,
+        shard: ClassShard,
+    ) -> Tensor:
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        classes = local.contiguous() if rows is None else local.index_select(0, rows)
+        shift = _shared_shift(batch.x, classes, places, scale, options, largest_scale, shard)
+        swept = ops.normface_sweep(
+            batch.x,
+            classes,
+            places,
+            scale,
+            batch.sample_weight,
+            class_weight,
+            options,
+            need_x=need_x,
+            need_weight=need_weight,
+            shift=shift,
+        )
+        # S, A and the target's cosine; its class weight too, if there are any.
+        fields = 3 if class_weight is None else 4
+        sums, class_sum = add_over_shards([swept.rows[:fields], swept.class_sum], shard.group)
+        swept.rows[:fields] = sums
+        loss, state = ops.normface_finish(
+            swept.rows, batch.x, class_sum.to(swept.class_sum.dtype), scale, options
+        )
+        ctx.save_for_backward(
+            batch.x, classes, scale, places, class_weight, rows, *swept._replace(rows=state)
+        )
+        ctx.batch, ctx.options, ctx.replicas, ctx.shard = batch, options, replicas, shard
+        ctx.weight_shape, ctx.first = weight.shape, shard.first if isinstance(weight, DTensor) else 0
+        return batch.own(loss).clone() if options.reduction == 0 else loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        x, classes, scale, places, class_weight, rows, *swept = ctx.saved_tensors
+        need_x, need_weight, need_scale = ctx.needs_input_grad[:3]
+        batch, options, shard = ctx.batch, ctx.options, ctx.shard
+        if options.reduction == 0:
+            grad_loss = gather_row_gradients(grad_loss, batch, shard.group)
+
+        def gradients(*needed: bool) -> tuple[Tensor, Tensor, Tensor]:
+            with torch.no_grad():
+                return ops.normface_backward(
+                    grad_loss, x, classes, places, scale, class_weight, ops.Swept(*swept), options, needed
+                )
+
+        # The features' gradient travels while the weight's is computed.
+        dx_all, _, ds = gradients(need_x, False, need_scale)
+        moving = ScatteredRows(dx_all, batch, shard.group) if need_x else None
+        dw: Tensor | None = gradients(False, True, False)[1] if need_weight else None
+        if dw is not None and rows is not None:
+            dw = torch.sparse_coo_tensor(
+                (rows + ctx.first)[None], dw, ctx.weight_shape, is_coalesced=True, check_invariants=False
+            )
+        dx = None
+        if moving is not None:
+            dx = _narrow(moving.wait() * ctx.replicas, x.dtype)
+        given = (dx, dw, ds.to(scale.dtype) if need_scale else None)
+        return *ops._no_second_derivative("normface_loss", given), *[None] * 8
+
+
+def _narrow(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """To the features' dtype; finite numbers stay finite, so that a zero row's gradient of g / sqrt(eps)
+    does not become infinite in float16."""
+    if dtype == torch.float16:
+        largest = torch.finfo(dtype).max
+        gradient = torch.where(gradient.isfinite(), gradient.clamp(-largest, largest), gradient)
+    return gradient.to(dtype)
+
+
+def normface_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    shard: ClassShard,
+    *,
+    margin: CombinedMargin | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    eps: float = 1e-12,
+    sample_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    workspace: int | None = None,
+    largest_scale: float | None = None,
+    sample: Any = None,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+) -> Tensor:
+    """``functional.normface_loss`` of the rows of all ranks over the classes of all ranks.
+
+    Every rank of ``shard.group`` calls it with its own rows and its own classes, and the same options.
+    Per step the features travel once to every rank (all-gather), three float64 sums per row are added
+    (one all-reduce), and the features' gradient travels back (reduce-scatter).
+
+    Args:
+        x: [N, D] this rank's features, N as it likes. weight: [shard.count, D] its classes, or a DTensor
+            ``Shard(0)`` of [num_classes, D].
+        labels: [N] int64, global, in [0, num_classes) or ``ignore_index``.
+        class_weight: [num_classes], the same on all ranks.
+        largest_scale: a bound on a scale tensor: with it the host need not read the tensor to see whether
+            the fixed shift serves.
+        sample: a ``ClassSampler``, to train on the rows' own classes and a random part of the others. The
+            weight's gradient is then sparse.
+        backbone_gradients: "mean" if the backbone's gradients are averaged over the ranks afterwards, as
+            DistributedDataParallel and FSDP do: the features' gradient is multiplied by the number of ranks,
+            so that the average is the gradient of the loss. "sum" if they are added, or if the gradient of
+            the features themselves is wanted.
+        equal_batches: every rank has the same N; saves a collective of 8 bytes and its wait.
+        The others: see ``functional.normface_loss``.
+
+    Returns:
+        For "mean" and "sum" the loss over the rows of all ranks, the same bits on every rank; backward has
+        to be called on all of them, with the same upstream gradient. For "none" [N], of this rank's rows.
+
+    Raises:
+        TypeError, ValueError, IndexError: as ``functional.normface_loss``. RuntimeError: a rank died or
+        came too late.
+    """
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    _checks.features_and_shard(OP, x, local, shard.count)
+    _checks.labels(OP, labels, x, shard.num_classes, ignore_index)
+    scale_tensor, scale_value = _checks.scale(OP, scale, x)
+    if margin is not None and not isinstance(margin, CombinedMargin):
+        raise TypeError(f"{OP}: expected `margin` to be a CombinedMargin or None, got {type(margin).__name__}")
+    if backbone_gradients not in ("mean", "sum"):
+        raise ValueError(f"{OP}: expected `backbone_gradients` to be mean or sum, got {backbone_gradients!r}")
+    smoothing = _checks.smoothing(OP, label_smoothing)
+    if sample is not None and smoothing > 0:
+        raise ValueError(f"{OP}: expected `label_smoothing` 0 with sampled classes, got {smoothing}")
+    code, eps = _checks.reduction(OP, reduction), _checks.eps(OP, eps)
+    row_weight = _checks.weights(OP, "sample_weight", sample_weight, x, x.shape[0])
+    factors = _checks.weights(OP, "class_weight", class_weight, x, shard.num_classes)
+    if factors is not None:
+        factors = factors[shard.first : shard.first + shard.count]
+
+    batch = gather_rows(
+        x.detach(),
+        labels,
+        shard.group,
+        ignore_index=ignore_index,
+        sample_weight=row_weight,
+        equal_batches=equal_batches,
+    )
+    places = shard.places(batch.labels, ignore_index)
+    rows = None
+    if sample is not None:
+        rows, places = sample.draw(places, shard)
+        factors = None if factors is None else factors[rows]
+    elif isinstance(weight, DTensor):
+        weight = weight.to_local()  # differentiable; a sparse gradient goes past it
+    classes = shard.count if rows is None else rows.shape[0]
+    operand = operand_dtype(x, local)
+    options = ops.LossOptions(
+        scale_value=scale_value,
+        margin=margin or NO_MARGIN,
+        reduction=code,
+        ignore_index=IGNORED,
+        eps=eps,
+        smoothing=smoothing,
+        plan=plan(
+            batch.x.shape[0], x.shape[1], max(1, classes), operand, ops.plan_device(x), workspace=workspace
+        ),
+        operand=operand,
+        classes_in_all=shard.num_classes,
+        partial=True,
+    )
+    replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
+    loss: Tensor = _ClassParallelLoss.apply(
+        x,
+        weight,
+        scale_tensor,
+        batch,
+        places,
+        None if factors is None else factors.contiguous(),
+        rows,
+        options,
+        largest_scale,
+        replicas,
+        shard,
+    )
+    return loss

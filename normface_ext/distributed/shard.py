@@ -1,0 +1,55 @@
+"""Which classes a rank has, and where its rows' targets are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..ops import ELSEWHERE
+
+#: The label of a row that does not count, once labels are places in a shard. The user's own ignored index
+#: may be any number, that of ELSEWHERE too.
+IGNORED = -2
+
+
+@dataclass(frozen=True)
+class ClassShard:
+    """The classes [first, first + count) of num_classes, on one rank of a group.
+
+    The split is that of ``torch.distributed.tensor.Shard(0)`` and ``torch.chunk``: ceil(C / W) classes on
+    the first ranks, fewer or none on the last.
+    """
+
+    num_classes: int
+    first: int
+    count: int
+    group: ProcessGroup
+
+    @classmethod
+    def of(cls, num_classes: int, group: ProcessGroup) -> ClassShard:
+        first, count = shard_range(num_classes, dist.get_world_size(group), dist.get_rank(group))
+        return cls(num_classes, first, count, group)
+
+    def places(self, labels: Tensor, ignore_index: int) -> Tensor:
+        """Global labels [N] -> places in this shard, ELSEWHERE, or IGNORED.
+
+        A label that no shard has is an error: the door has seen it on the CPU; on CUDA the device asserts.
+        """
+        ignored = labels == ignore_index
+        if labels.is_cuda:
+            valid = ignored | ((labels >= 0) & (labels < self.num_classes))
+            torch._assert_async(valid.all(), "normface_ext.distributed: expected labels in [0, num_classes)")
+        place = labels - self.first
+        here = (place >= 0) & (place < self.count)
+        return place.where(here, ELSEWHERE).where(~ignored, IGNORED)
+
+
+def shard_range(num_classes: int, world_size: int, rank: int) -> tuple[int, int]:
+    """(first class, number of classes) of a rank."""
+    each = -(-num_classes // world_size)
+    first = min(rank * each, num_classes)
+    return first, min(each, num_classes - first)
