@@ -19,6 +19,7 @@ from .plan import Plan
 
 # csrc/row_state.h
 ROW_FIELDS = 13
+INVERSE_NORM = 5
 ELSEWHERE = -1  # instead of a label: the target is a class of another shard
 
 

@@ -1,0 +1,28 @@
+"""Heads whose classes are spread over the ranks of ``torch.distributed``.
+
+:func:`shard_head` makes the class-parallel twin of a ``NormFaceLoss``: every rank keeps some of the classes,
+its weight is a DTensor, and a step gives the loss and the gradients of one process with all of them. The
+ranks exchange the features, three sums per row, and the features' gradient, through the process groups that
+``torchrun`` and ``torch.distributed`` set up; gloo and NCCL both serve.
+"""
+
+from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from .functional import normface_loss
+from .modules import ShardedNormFaceLoss, shard_head
+from .optim import RowAdamW, RowSGD, clip_grad_norm_
+from .sampling import ClassSampler
+from .shard import ClassShard
+
+__all__ = [
+    "ClassSampler",
+    "ClassShard",
+    "RowAdamW",
+    "RowSGD",
+    "ShardedNormFaceLoss",
+    "checkpoints",
+    "clip_grad_norm_",
+    "load_checkpoint",
+    "normface_loss",
+    "save_checkpoint",
+    "shard_head",
+]

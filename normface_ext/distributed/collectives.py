@@ -84,7 +84,9 @@ def gather_rows(
         dist.all_gather_into_tensor(everyone, packed, group=group)
     parts = everyone.split([piece.shape[1] for piece in pieces], dim=1)
     unpacked = [
-        part.contiguous().view(column.dtype) if part.numel() else column.new_empty(world * each, column.shape[1])
+        part.contiguous().view(column.dtype)
+        if part.numel()
+        else column.new_empty(world * each, column.shape[1])
         for part, (column, _) in zip(parts, columns, strict=True)
     ]
     return Batch(

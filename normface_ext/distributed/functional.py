@@ -22,6 +22,7 @@ from .collectives import (
     gather_rows,
     largest_over_shards,
 )
+from .sampling import ClassSampler
 from .shard import IGNORED, ClassShard
 
 OP = "distributed.normface_loss"
@@ -123,17 +124,19 @@ class _ClassParallelLoss(Function):
             )
         dx = None
         if moving is not None:
-            dx = _narrow(moving.wait() * ctx.replicas, x.dtype)
+            norms = batch.own(swept[0][ops.INVERSE_NORM])
+            dx = _narrow(moving.wait() * ctx.replicas, x.dtype, norms, options.eps)
         given = (dx, dw, ds.to(scale.dtype) if need_scale else None)
         return *ops._no_second_derivative("normface_loss", given), *[None] * 8
 
 
-def _narrow(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """To the features' dtype; finite numbers stay finite, so that a zero row's gradient of g / sqrt(eps)
-    does not become infinite in float16."""
+def _narrow(gradient: Tensor, dtype: torch.dtype, inverse_norm: Tensor, eps: float) -> Tensor:
+    """To the features' dtype. In float16 the rows whose norm is mostly eps, zero rows above all, are held at
+    the largest half (math::ruled_by_eps); an overflow elsewhere stays one, for a GradScaler to see."""
     if dtype == torch.float16:
         largest = torch.finfo(dtype).max
-        gradient = torch.where(gradient.isfinite(), gradient.clamp(-largest, largest), gradient)
+        ruled = inverse_norm.pow(-2) <= 2 * eps
+        gradient = torch.where(ruled[:, None], gradient.clamp(-largest, largest), gradient)
     return gradient.to(dtype)
 
 
@@ -153,7 +156,7 @@ def normface_loss(
     label_smoothing: float = 0.0,
     workspace: int | None = None,
     largest_scale: float | None = None,
-    sample: Any = None,
+    sample: ClassSampler | None = None,
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
 ) -> Tensor:
@@ -192,7 +195,9 @@ def normface_loss(
     _checks.labels(OP, labels, x, shard.num_classes, ignore_index)
     scale_tensor, scale_value = _checks.scale(OP, scale, x)
     if margin is not None and not isinstance(margin, CombinedMargin):
-        raise TypeError(f"{OP}: expected `margin` to be a CombinedMargin or None, got {type(margin).__name__}")
+        raise TypeError(
+            f"{OP}: expected `margin` to be a CombinedMargin or None, got {type(margin).__name__}"
+        )
     if backbone_gradients not in ("mean", "sum"):
         raise ValueError(f"{OP}: expected `backbone_gradients` to be mean or sum, got {backbone_gradients!r}")
     smoothing = _checks.smoothing(OP, label_smoothing)

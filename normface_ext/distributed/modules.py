@@ -1,0 +1,172 @@
+"""The class-parallel head as a module: every rank has some of the classes."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from ..modules import NormFaceLoss, gaussian_unitball_, unit_rows_
+from . import functional
+from .sampling import ClassSampler
+from .shard import ClassShard
+
+#: Classes whose initial weights come from one generator: the start does not depend on the number of ranks.
+_INIT_BLOCK = 4096
+
+
+class ShardedNormFaceLoss(NormFaceLoss):
+    """``NormFaceLoss`` with its classes spread over the ranks of a mesh; made by :func:`shard_head`.
+
+    ``weight`` is a DTensor ``Shard(0)`` of [num_classes, D]; optimizers, ``state_dict`` and
+    ``torch.distributed.checkpoint`` take it as it is. ``forward`` is called by all ranks together, with the
+    rows of each; see ``distributed.normface_loss`` for what it returns and what it costs. In eval mode all
+    classes take part.
+    """
+
+    def __init__(
+        self,
+        head: NormFaceLoss,
+        mesh: DeviceMesh,
+        *,
+        sample_rate: float = 1.0,
+        seed: int = 0,
+        backbone_gradients: str = "mean",
+        equal_batches: bool = False,
+    ) -> None:
+        super().__init__(
+            head.in_features,
+            head.num_classes,
+            scale=head._scale_value(),
+            margin=head.margin,
+            reduction=head.reduction,
+            ignore_index=head.ignore_index,
+            eps=head.eps,
+            min_scale=head.min_scale,
+            max_scale=None if head.max_scale == float("inf") else head.max_scale,
+            class_weight=head.class_weight,
+            label_smoothing=head.label_smoothing,
+            workspace=head.workspace,
+            device="meta",
+            dtype=head.weight.dtype,
+        )
+        self.scale = head.scale  # the parameter itself, if it is learned
+        self.learn_scale = head.learn_scale
+        self.shard = ClassShard.of(self.num_classes, mesh.get_group())
+        self.backbone_gradients, self.equal_batches = backbone_gradients, equal_batches
+        self.sampler = None if sample_rate == 1 else ClassSampler(sample_rate, seed)
+        if head.weight.is_meta:
+            weight = self._initial_weight(mesh, seed)
+        else:
+            weight = distribute_tensor(head.weight.detach(), mesh, [Shard(0)])
+        self.weight = nn.Parameter(weight, requires_grad=head.weight.requires_grad)
+
+    def _initial_weight(self, mesh: DeviceMesh, seed: int) -> DTensor:
+        """Uniform on the unit sphere, the same for any number of ranks; nobody holds more than its classes."""
+        shard, width = self.shard, self.in_features
+        device = torch.device(mesh.device_type)
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
+        local = torch.empty(shard.count, width, dtype=self.weight.dtype, device=device)
+        for begin in range(shard.first - shard.first % _INIT_BLOCK, shard.first + shard.count, _INIT_BLOCK):
+            generator = torch.Generator().manual_seed((seed << 32) + begin // _INIT_BLOCK)
+            block = torch.randn(_INIT_BLOCK, width, generator=generator)
+            first, last = max(begin, shard.first), min(begin + _INIT_BLOCK, shard.first + shard.count)
+            local[first - shard.first : last - shard.first] = block[first - begin : last - begin]
+        unit_rows_(local, self.eps, type(self).__name__)
+        return DTensor.from_local(
+            local,
+            mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=torch.Size([self.num_classes, width]),
+            stride=(width, 1),
+        )
+
+    def forward(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        return functional.normface_loss(
+            features,
+            self.weight,
+            labels,
+            self.bounded_scale(),
+            self.shard,
+            margin=self.margin,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            eps=self.eps,
+            sample_weight=sample_weight,
+            class_weight=self.class_weight,
+            label_smoothing=self.label_smoothing,
+            workspace=self.workspace,
+            largest_scale=None if self.max_scale == float("inf") else self.max_scale,
+            sample=self.sampler if self.training else None,
+            backbone_gradients=self.backbone_gradients,
+            equal_batches=self.equal_batches,
+        )
+
+    def renormalize_(self) -> None:
+        """Overwrites this rank's rows by unit rows; see ``NormFaceLoss.renormalize_``."""
+        weight = self.weight
+        assert isinstance(weight, DTensor)
+        unit_rows_(weight.to_local().detach(), self.eps, type(self).__name__)
+
+    def extra_repr(self) -> str:
+        mine = (
+            f"{self.shard.first}..{self.shard.first + self.shard.count - 1} here"
+            if self.shard.count
+            else "none here"
+        )
+        return f"{super().extra_repr()}, classes {mine}"
+
+
+def shard_head(
+    head: NormFaceLoss,
+    mesh: DeviceMesh,
+    *,
+    sample_rate: float = 1.0,
+    seed: int = 0,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+) -> ShardedNormFaceLoss:
+    """A class-parallel head out of a ``NormFaceLoss``: rank r of W keeps ceil(C / W) of its classes.
+
+    Args:
+        head: on every rank; the weight of the mesh's first rank is the one that counts. On the "meta"
+            device no rank ever holds all classes: the weights are then drawn here, uniform on the unit
+            sphere, the same for any number of ranks.
+        mesh: 1-D, over the ranks that share the classes; of a larger mesh pass ``mesh["name"]``.
+        sample_rate: below 1, a training step takes part in this share of the negative classes (Partial
+            FC); the rows' own classes are always in. The weight's gradient is sparse then: use
+            ``distributed.RowSGD`` or ``RowAdamW``.
+        seed: of the initial weights and of the draws; the same on all ranks.
+        backbone_gradients: "mean" for backbones under DistributedDataParallel or FSDP, which average
+            gradients over ranks; "sum" if they are added.
+        equal_batches: see ``distributed.normface_loss``.
+
+    The scale parameter of a head that learns it stays one parameter per rank; its gradient is the same on
+    all of them.
+
+    Raises:
+        TypeError: head or mesh. ValueError: a mesh that is not 1-D, sample_rate outside (0, 1].
+    """
+    op = "shard_head"
+    if not isinstance(head, NormFaceLoss) or isinstance(head, ShardedNormFaceLoss):
+        raise TypeError(f"{op}: expected `head` to be a NormFaceLoss, got {type(head).__name__}")
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"{op}: expected `mesh` to be a DeviceMesh, got {type(mesh).__name__}")
+    if mesh.ndim != 1:
+        raise ValueError(f"{op}: expected `mesh` to be 1-D, got {mesh.ndim} dimensions; pass mesh['name']")
+    if not 0 < sample_rate <= 1:
+        raise ValueError(f"{op}: expected `sample_rate` in (0, 1], got {sample_rate}")
+    if backbone_gradients not in ("mean", "sum"):
+        raise ValueError(f"{op}: expected `backbone_gradients` to be mean or sum, got {backbone_gradients!r}")
+    return ShardedNormFaceLoss(
+        head,
+        mesh,
+        sample_rate=sample_rate,
+        seed=seed,
+        backbone_gradients=backbone_gradients,
+        equal_batches=equal_batches,
+    )
