@@ -13,12 +13,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from .collectives import explained
@@ -87,7 +86,7 @@ def save_checkpoint(
             shutil.rmtree(left_over)
     _wait_for_all("the barrier before saving")
     weights, states = get_state_dict(model, _optimizers(optimizers))
-    dcp.save({"model": weights, "optimizers": states, "extra": dict(extra or {})}, checkpoint_id=draft)
+    save({"model": weights, "optimizers": states, "extra": dict(extra or {})}, checkpoint_id=draft)
     _wait_for_all("the barrier after saving")
     if _is_first():
         if final.exists():
@@ -127,8 +126,8 @@ def load_checkpoint(
     loaded, path = found[-1]
     optimizer_list = _optimizers(optimizers)
     weights, states = get_state_dict(model, optimizer_list)
-    state = {"model": weights, "optimizers": states, "extra": {} if extra is None else extra}
-    dcp.load(state, checkpoint_id=path)
+    state: dict[str, Any] = {"model": weights, "optimizers": states, "extra": {} if extra is None else extra}
+    load(state, checkpoint_id=path)
     set_state_dict(model, optimizer_list, model_state_dict=weights, optim_state_dict=state["optimizers"])
     if extra is not None:
         extra.update(state["extra"])

@@ -125,7 +125,7 @@ def gather_row_gradients(gradient: Tensor, batch: Batch, group: ProcessGroup) ->
 
 
 def add_over_shards(parts: list[Tensor], group: ProcessGroup) -> list[Tensor]:
-    """Sums of float64 copies of the tensors over the group, in one all-reduce; the same bits on every rank."""
+    """Sums over the group in float64, in one all-reduce; the same bits on every rank."""
     flat = torch.cat([part.reshape(-1).double() for part in parts])
     with explained("the all-reduce of row sums", group):
         dist.all_reduce(flat, group=group)

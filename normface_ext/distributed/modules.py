@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from ..modules import NormFaceLoss, gaussian_unitball_, unit_rows_
+from ..modules import NormFaceLoss, unit_rows_
 from . import functional
 from .sampling import ClassSampler
 from .shard import ClassShard
@@ -64,7 +63,7 @@ class ShardedNormFaceLoss(NormFaceLoss):
         self.weight = nn.Parameter(weight, requires_grad=head.weight.requires_grad)
 
     def _initial_weight(self, mesh: DeviceMesh, seed: int) -> DTensor:
-        """Uniform on the unit sphere, the same for any number of ranks; nobody holds more than its classes."""
+        """Uniform on the unit sphere, the same for any number of ranks; nobody holds other ranks' classes."""
         shard, width = self.shard, self.in_features
         device = torch.device(mesh.device_type)
         if device.type == "cuda":
