@@ -142,3 +142,254 @@ def refused(rank, world, kind):
     except (TypeError, ValueError, IndexError) as error:
         return type(error).__name__, str(error)
     return None
+
+
+# Training -------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """A backbone and a head under one roof, so that every parameter has a name."""
+
+    def __init__(self, backbone, head):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, images, labels):
+        return self.head(self.backbone(images), labels)
+
+
+def make_net(classes, **options):
+    generator = torch.Generator().manual_seed(1)
+    backbone = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, DIM))
+    head = nf.NormFaceLoss(DIM, classes, learn_scale=True, scale=6.0, **options)
+    with torch.no_grad():
+        for parameter in [*backbone.parameters(), head.weight]:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return backbone, head
+
+
+def make_batches(classes, steps, batch):
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randn(steps, batch, 5, generator=generator)
+    return images, torch.randint(classes, (steps, batch), generator=generator)
+
+
+@contextmanager
+def maybe_autocast(on):
+    with torch.autocast("cpu", torch.bfloat16, enabled=on):
+        yield
+
+
+def train_alone(classes, steps, batch, accumulate, autocast, clip, make_optimizer):
+    backbone, head = make_net(classes)
+    optimizer = make_optimizer([*backbone.parameters(), *head.parameters()])
+    images, labels = make_batches(classes, steps * accumulate, batch)
+    losses = []
+    for step in range(steps):
+        for part in range(step * accumulate, (step + 1) * accumulate):
+            with maybe_autocast(autocast):
+                loss = head(backbone(images[part]), labels[part]) / accumulate
+            loss.backward()
+            losses.append(float(loss))
+        if clip:
+            torch.nn.utils.clip_grad_norm_([*backbone.parameters(), *head.parameters()], clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, [p.detach() for p in [*backbone.parameters(), head.weight, head.scale]]
+
+
+def train_sharded(rank, world, classes, steps, batch, accumulate, autocast, clip, scaled, make_optimizer):
+    backbone, head = make_net(classes)
+    head = nfd.shard_head(head, mesh_of(world))
+    ddp = nn.parallel.DistributedDataParallel(backbone)
+    optimizers = [make_optimizer(ddp.parameters()), make_optimizer(head.parameters())]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+    images, labels = make_batches(classes, steps * accumulate, batch)
+    mine = rows_of(rank, world, batch, ragged=False)
+    losses = []
+    for step in range(steps):
+        for part in range(step * accumulate, (step + 1) * accumulate):
+            with maybe_autocast(autocast):
+                loss = head(ddp(images[part, mine]), labels[part, mine]) / accumulate
+            scaler.scale(loss).backward()
+            losses.append(float(loss))
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        if clip:
+            nfd.clip_grad_norm_([*ddp.parameters(), *head.parameters()], clip)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+        scaler.update()
+    return losses, [full(p.detach()) for p in [*backbone.parameters(), head.weight, head.scale]]
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.2, momentum=0.9, weight_decay=1e-3)
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=0.02)
+
+
+def overflow_on_one_rank(rank, world):
+    """Whether a step is skipped everywhere when one rank's gradient overflows."""
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    moved = []
+    for rate in (1.0, 0.5):
+        head = nfd.shard_head(make_net(20)[1], mesh_of(world), sample_rate=rate)
+        optimizer = nfd.RowSGD([head.weight], lr=1.0)
+        scaler = ShardedGradScaler("cpu", init_scale=1.0)
+        x, labels = torch.randn(4, DIM), torch.arange(4)
+        scaler.scale(head(x, labels)).backward()
+        gradient = head.weight.grad
+        values = gradient._values() if gradient.is_sparse else gradient.to_local()
+        if rank == world - 1:
+            values[0, 0] = float("inf")
+        before = full(head.weight.detach()).clone()
+        scaler.step(optimizer)
+        scaler.update()
+        moved.append(not torch.equal(before, full(head.weight.detach())))
+    return moved
+
+
+def clipped(rank, world, sample_rate):
+    """(norm, gradients after clipping) with a plain and a sharded parameter."""
+    backbone, head = make_net(7)
+    head = nfd.shard_head(head, mesh_of(world), sample_rate=sample_rate, backbone_gradients="sum")
+    images, labels = make_batches(7, 1, 6)
+    head(
+        backbone(images[0]) if rank == 0 else backbone(images[0])[:0],
+        labels[0] if rank == 0 else labels[0, :0],
+    ).backward()
+    for parameter in backbone.parameters():
+        dist.all_reduce(parameter.grad)
+    parameters = [*backbone.parameters(), head.weight, head.scale]
+    before = [dense_gradient(p).clone() for p in parameters]
+    norm = nfd.clip_grad_norm_(parameters, 0.01)
+    return norm, before, [dense_gradient(p) for p in parameters]
+
+
+def dense_gradient(parameter):
+    gradient = parameter.grad
+    if gradient.is_sparse:  # the rows of all ranks, by their global names
+        gradient = gradient.to_dense()
+        dist.all_reduce(gradient)
+        return gradient
+    return full(gradient)
+
+
+# Sampling -------------------------------------------------------------------------------------------
+
+
+def sampled_steps(rank, world, classes, batch, rate, steps, seed):
+    """Per step: (loss, the classes drawn by all ranks, dweight in full, dx)."""
+    x, weight, labels = problem(classes, batch, torch.float32)
+    labels[1] = -100
+    head = nfd.shard_head(
+        head_of(classes, weight, scale=8.0, margin=nf.CosFace(0.1)),
+        mesh_of(world),
+        sample_rate=rate,
+        seed=seed,
+        backbone_gradients="sum",
+    )
+    mine, result = rows_of(rank, world, batch, ragged=True), []
+    for _ in range(steps):
+        features = x[mine].clone().requires_grad_()
+        loss = head(features, labels[mine])
+        loss.backward()
+        gradient = head.weight.grad
+        assert gradient.is_sparse and gradient.shape == (classes, DIM)
+        drawn = torch.zeros(classes, dtype=torch.int64)
+        drawn[gradient._indices()[0]] = 1
+        dist.all_reduce(drawn)
+        assert drawn.max() == 1
+        everyone = [None] * world
+        dist.all_gather_object(everyone, features.grad)
+        result.append((loss.detach(), drawn.bool(), dense_gradient(head.weight), torch.cat(everyone)))
+        head.weight.grad = None
+    head.eval()
+    result.append(head(x[mine], labels[mine]).detach())
+    return result
+
+
+# Checkpoints ----------------------------------------------------------------------------------------
+
+
+def trained_and_saved(rank, world, folder, classes, batch, start, stop, save_at, sample_rate):
+    """Losses of the steps [start, stop); loads what the folder has first, saves before step `save_at`."""
+    backbone, head = make_net(classes)
+    if start:  # what is loaded must matter
+        with torch.no_grad():
+            for parameter in [*backbone.parameters(), *head.parameters()]:
+                parameter.add_(1.0)
+    head = nfd.shard_head(head, mesh_of(world), sample_rate=sample_rate, seed=5)
+    ddp = nn.parallel.DistributedDataParallel(backbone)
+    net = Net(backbone, head)
+    optimizers = [
+        nfd.RowAdamW(backbone.parameters(), lr=0.02),
+        nfd.RowSGD(head.parameters(), lr=0.3, momentum=0.9),
+    ]
+    extra = {"seen": 0}
+    step = nfd.load_checkpoint(folder, net, optimizers, extra=extra)
+    assert (step or 0) == start and extra["seen"] == start * batch
+    images, labels = make_batches(classes, stop, batch)
+    mine, losses = rows_of(rank, world, batch, ragged=False), []
+    for step in range(start, stop):
+        if step == save_at:
+            nfd.save_checkpoint(folder, step, net, optimizers, extra={"seen": step * batch})
+        loss = head(ddp(images[step, mine]), labels[step, mine])
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses, [full(p.detach()) for p in net.parameters()]
+
+
+def dies_while_saving(rank, world, *arguments):
+    """Rank 1 ends when part of its files is written; the others say what they heard."""
+    import os
+
+    from normface_ext.distributed import checkpoint
+
+    def save(*_, checkpoint_id):
+        checkpoint_id.mkdir(exist_ok=True)
+        (checkpoint_id / "__1_0.distcp").write_bytes(b"half of it")
+        os._exit(9)
+
+    if rank == 1:
+        checkpoint.save = save
+    try:
+        trained_and_saved(rank, world, *arguments)
+    except Exception as error:
+        return str(error)
+    return None
+
+
+# Failures -------------------------------------------------------------------------------------------
+
+
+def loss_while_a_rank(rank, world, does):
+    """Rank 1 dies or stalls before the collective; the others report the error and how long it took."""
+    import os
+    import time
+    from datetime import timedelta
+
+    group = dist.new_group(timeout=timedelta(seconds=4))
+    shard = nfd.ClassShard.of(5, group)
+    x, weight, labels = problem(5, 4, torch.float32)
+    mine = weight[shard.first : shard.first + shard.count]
+    nfd.normface_loss(x, mine, labels, 4.0, shard)  # connections are made at the first call
+    if rank == 1:
+        if does == "dies":
+            os._exit(3)
+        time.sleep(8)
+        return None
+    start = time.monotonic()
+    try:
+        nfd.normface_loss(x, mine, labels, 4.0, shard)
+    except RuntimeError as error:
+        return str(error), time.monotonic() - start
+    return None

@@ -61,7 +61,8 @@ class Ranks:
             self._processes.append(process)
             self._pipes.append(ours)
 
-    def run(self, job: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def run(self, job: Callable[..., Any], *arguments: Any, dying: int | None = None) -> list[Any]:
+        """What the job returned on every rank; None on the one that is to die in it, if any."""
         if not self._processes:
             self._start()
         for pipe in self._pipes:
@@ -73,10 +74,11 @@ class Ranks:
                 answered = pipe.poll(1 if failures else TIMEOUT)
                 ok, result = pipe.recv() if answered else (False, "no answer in time")
             except EOFError:
-                ok, result = False, "the process died"
+                ok, result = rank == dying, None if rank == dying else "the process died"
             (results if ok else failures).append(result if ok else f"rank {rank}: {result}")
-        if failures:
+        if failures or dying is not None:
             self.stop()
+        if failures:
             raise AssertionError("\n".join(failures))
         return results
 
