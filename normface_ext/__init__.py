@@ -3,8 +3,12 @@
 ``NormalizeLayer``, ``NormLinear`` and ``NormFaceLoss`` are the layers, ``InnerDistance`` and the metric
 losses stand beside them, ``functional`` what they call,
 ``reference`` the same in plain PyTorch, ``theory`` the paper's bounds, ``plan`` what a fused head will
-cost, ``build_info`` what was built, ``caffe`` what was NormFace's in Caffe.
+cost, ``build_info`` what was built, ``caffe`` what was NormFace's in Caffe, ``distributed`` heads over
+several processes (loaded at first use).
 """
+
+import importlib
+from typing import Any
 
 from . import caffe, functional, reference, theory
 from ._library import build_info
@@ -31,6 +35,7 @@ __all__ = [
     "TripletLoss",
     "build_info",
     "caffe",
+    "distributed",
     "functional",
     "gaussian_unitball_",
     "parameter_groups",
@@ -38,3 +43,9 @@ __all__ = [
     "reference",
     "theory",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "distributed":  # brings DTensor and its imports, which a single process can do without
+        return importlib.import_module(".distributed", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

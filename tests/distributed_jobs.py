@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 import normface_ext as nf
 from normface_ext import distributed as nfd
+from normface_ext.distributed import collectives
 
 DIM = 6
 
@@ -71,7 +72,7 @@ def loss_and_gradients(
 @contextmanager
 def recorded():
     """The collectives of torch.distributed that are called: (name, bytes this rank puts in)."""
-    calls, saved = [], {}
+    calls, saved = [], []
 
     def counting(name, original, argument):
         def call(*args, **options):
@@ -80,14 +81,19 @@ def recorded():
 
         return call
 
-    for name, argument in (("all_reduce", 0), ("all_gather_into_tensor", 1), ("reduce_scatter_tensor", 1)):
-        saved[name] = getattr(dist, name)
-        setattr(dist, name, counting(name, saved[name], argument))
+    for owner, attribute, name, argument in (
+        (dist, "all_reduce", "all-reduce", 0),
+        (collectives, "_all_gather", "all-gather", 1),
+        (collectives, "_reduce_scatter", "reduce-scatter", 1),
+    ):
+        original = getattr(owner, attribute)
+        saved.append((owner, attribute, original))
+        setattr(owner, attribute, counting(name, original, argument))
     try:
         yield calls
     finally:
-        for name, original in saved.items():
-            setattr(dist, name, original)
+        for owner, attribute, original in saved:
+            setattr(owner, attribute, original)
 
 
 def collectives_of_a_step(rank, world, classes, batch, dtype, equal, options):

@@ -122,17 +122,17 @@ def test_what_a_step_sends(world):
     for forward, backward in ranks(world).run(
         jobs.collectives_of_a_step, CLASSES, batch, torch.float32, True, {}
     ):
-        assert forward == [("all_gather_into_tensor", 8 * row), ("all_reduce", batch * 3 * 8)]
-        assert backward == [("reduce_scatter_tensor", batch * jobs.DIM * 4)]
+        assert forward == [("all-gather", 8 * row), ("all-reduce", batch * 3 * 8)]
+        assert backward == [("reduce-scatter", batch * jobs.DIM * 4)]
     for forward, _ in ranks(world).run(jobs.collectives_of_a_step, CLASSES, batch, torch.float32, False, {}):
-        assert forward[0] == ("all_reduce", 8)  # whose batch is the largest
+        assert forward[0] == ("all-reduce", 8)  # whose batch is the largest
         assert len(forward) == 3
 
 
 def test_what_the_options_send():
     expected = {
-        "class weights": [("all_reduce", 8 * (4 * 16 + jobs.DIM + 1))],
-        "beyond the window": [("all_reduce", 8 * 16), ("all_reduce", 8 * 3 * 16)],
+        "class weights": [("all-reduce", 8 * (4 * 16 + jobs.DIM + 1))],
+        "beyond the window": [("all-reduce", 8 * 16), ("all-reduce", 8 * 3 * 16)],
     }
     for name, sums in expected.items():
         for forward, _ in ranks(2).run(

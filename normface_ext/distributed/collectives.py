@@ -16,6 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+# torch 2.13 gave both collectives new names and warns of the old ones.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 @contextmanager
 def explained(what: str, group: ProcessGroup) -> Iterator[None]:
@@ -81,7 +85,7 @@ def gather_rows(
     packed = torch.cat(pieces, dim=1)
     everyone = torch.empty((world * each, packed.shape[1]), dtype=torch.uint8, device=x.device)
     with explained("the all-gather of features", group):
-        dist.all_gather_into_tensor(everyone, packed, group=group)
+        _all_gather(everyone, packed, group=group)
     parts = everyone.split([piece.shape[1] for piece in pieces], dim=1)
     unpacked = [
         part.contiguous().view(column.dtype)
@@ -120,7 +124,7 @@ def gather_row_gradients(gradient: Tensor, batch: Batch, group: ProcessGroup) ->
     padded[: batch.mine] = gradient
     everyone = gradient.new_empty(batch.x.shape[0])
     with explained("the all-gather of the loss's gradients", group):
-        dist.all_gather_into_tensor(everyone, padded, group=group)
+        _all_gather(everyone, padded, group=group)
     return everyone
 
 
@@ -151,7 +155,7 @@ class ScatteredRows:
         self._gradient, self._batch, self._group = gradient, batch, group
         self._mine = gradient.new_empty(batch.each, gradient.shape[1])
         with explained("the reduce-scatter of the features' gradient", group):
-            self._work = dist.reduce_scatter_tensor(self._mine, gradient, group=group, async_op=True)
+            self._work = _reduce_scatter(self._mine, gradient, group=group, async_op=True)
 
     def wait(self) -> Tensor:
         with explained("the reduce-scatter of the features' gradient", self._group):

@@ -1,0 +1,55 @@
+"""examples/train_distributed.py as users start it: under torchrun, with a crash, and alone."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "train_distributed.py"
+CRASHING = Path(__file__).with_name("crashing_training.py")
+SMALL = ["--identities", "301", "--batch", "64", "--device", "cpu"]
+
+
+def torchrun(script, processes, *options, restarts=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), "--max-restarts", str(restarts), str(script)]
+    ran = subprocess.run([*command, *SMALL, *map(str, options)], capture_output=True, text=True, cwd="/")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout + ran.stderr
+
+
+def losses(folder):
+    with open(folder / "loss.csv") as file:
+        return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file)}
+
+
+def test_it_learns_and_any_number_of_processes_gives_the_same_run(tmp_path):
+    said = torchrun(EXAMPLE, 2, "--steps", 80, "--out", tmp_path / "two")
+    two = losses(tmp_path / "two")
+    assert two[79] < 0.6 * two[0]
+    auc = float(said.split("unseen identities: ")[1].split()[0])
+    assert auc > 0.9, said
+    alone = [sys.executable, EXAMPLE, *SMALL, "--steps", "6", "--out", tmp_path / "one"]
+    subprocess.run(alone, check=True, capture_output=True, cwd="/")
+    one = losses(tmp_path / "one")
+    assert [one[k] for k in range(6)] == pytest.approx([two[k] for k in range(6)], rel=1e-3)
+
+
+def test_a_process_that_dies_is_restarted_from_the_checkpoint(tmp_path):
+    options = ["--steps", 10, "--save-every", 5, "--sample-rate", 0.5, "--timeout", 60]
+    torchrun(EXAMPLE, 2, *options, "--out", tmp_path / "whole")
+    kept = ["--checkpoints", tmp_path / "kept"]
+    said = torchrun(CRASHING, 2, *options, *kept, "--out", tmp_path / "crashed", restarts=2)
+    assert "from the beginning" in said and "from the checkpoint of step 5" in said
+    whole, crashed = losses(tmp_path / "whole"), losses(tmp_path / "crashed")
+    assert sorted(crashed) == [5, 6, 7, 8, 9]
+    assert [crashed[k] for k in crashed] == pytest.approx([whole[k] for k in crashed], rel=1e-4)
+    again = torchrun(EXAMPLE, 1, *options, *kept, "--out", tmp_path / "again")
+    assert "from the checkpoint of step 10" in again and "nothing left to do" in again
+
+
+def test_mixed_precision_and_accumulation_run(tmp_path):
+    said = torchrun(EXAMPLE, 2, "--steps", 4, "--accumulate", 2, "--amp", "bf16", "--out", tmp_path)
+    assert "verification AUC" in said
