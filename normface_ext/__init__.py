@@ -18,6 +18,7 @@ from .mirror import MirrorFace
 from .modules import NormalizeLayer, NormFaceLoss, NormLinear, gaussian_unitball_
 from .optim import parameter_groups
 from .plan import Plan, plan
+from .sharded_plan import ShardedPlan
 
 __all__ = [
     "ArcFace",
@@ -32,6 +33,7 @@ __all__ = [
     "NormalizeLayer",
     "PairContrastiveLoss",
     "Plan",
+    "ShardedPlan",
     "TripletLoss",
     "build_info",
     "caffe",

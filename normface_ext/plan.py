@@ -7,9 +7,13 @@ computes the scores again in backward (four). The choice follows the workspace b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import overload
 
 import torch
+
+from .sharded_plan import ShardedPlan, sharded_plan
 
 GIB = 1 << 30
 #: Default budgets: what the head may hold beyond its inputs, gradients and per-class norms.
@@ -69,6 +73,7 @@ def _cpu_chunk(batch: int, dim: int, classes: int, threads: int) -> int:
     return max(1, min(fits, -(-classes // (4 * threads)) if classes > 256 else classes))
 
 
+@overload
 def plan(
     batch: int,
     dim: int,
@@ -77,15 +82,46 @@ def plan(
     device: str | torch.device = "cpu",
     *,
     workspace: int | None = None,
-) -> Plan:
+    world_size: None = None,
+) -> Plan: ...
+@overload
+def plan(
+    batch: int,
+    dim: int,
+    classes: int,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    *,
+    workspace: int | None = None,
+    world_size: int,
+    sample_rate: float = 1.0,
+    optimizer: str = "momentum",
+) -> ShardedPlan: ...
+def plan(
+    batch: int,
+    dim: int,
+    classes: int,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    *,
+    workspace: int | None = None,
+    world_size: int | None = None,
+    sample_rate: float = 1.0,
+    optimizer: str = "momentum",
+) -> Plan | ShardedPlan:
     """The algorithm, chunking, memory and work of ``normface_loss`` for a shape.
 
     Args:
-        batch, dim, classes: N, D and C.
+        batch, dim, classes: N, D and C; with ``world_size`` N is the batch of one rank.
         dtype: of the operands (float64, float32, float16 or bfloat16).
         device: where it will run.
         workspace: budget in bytes for everything beyond inputs and gradients; ``None`` is 2 GiB on the
             CPU and 8 GiB (at most a quarter of the card's memory) on CUDA.
+        world_size: W, for a head whose classes ``distributed.shard_head`` spreads over W ranks: the result
+            is then a :class:`ShardedPlan`, with the weight (float32, or float64), its gradient and the
+            optimizer's state among the bytes, and what a step sends.
+        sample_rate: of that head.
+        optimizer: of that head: "none", "sgd", "momentum" or "adamw".
 
     Raises:
         ValueError: a size below 1 (the batch may be 0), or a budget in which not even one class per
@@ -96,9 +132,24 @@ def plan(
             raise ValueError(f"plan: expected `{name}` >= {least}, got {size}")
     kind = torch.device(device).type
     budget = _default_workspace(kind, device) if workspace is None else workspace
-    if kind == "cuda":
-        return _cuda_plan(batch, dim, classes, dtype, budget, _tensor_cores(dim, dtype, device))
-    return _cpu_plan(batch, dim, classes, dtype, budget)
+
+    def sweep(rows: int, width: int) -> Plan:
+        if kind == "cuda":
+            return _cuda_plan(rows, dim, width, dtype, budget, _tensor_cores(dim, dtype, device))
+        return _cpu_plan(rows, dim, width, dtype, budget)
+
+    if world_size is None:
+        return sweep(batch, classes)
+    if world_size < 1:
+        raise ValueError(f"plan: expected `world_size` >= 1, got {world_size}")
+    if not 0 < sample_rate <= 1:
+        raise ValueError(f"plan: expected `sample_rate` in (0, 1], got {sample_rate}")
+    here = -(-classes // world_size)
+    # A draw has the rows' own classes and its share of the others.
+    positives = min(batch * world_size, here) if sample_rate < 1 else 0
+    drawn = min(here, positives + math.ceil((here - positives) * sample_rate))
+    local = sweep(batch * world_size, drawn)
+    return sharded_plan(local, batch, dim, here, drawn, world_size, dtype, optimizer)
 
 
 def _default_workspace(kind: str, device: str | torch.device) -> int:

@@ -176,3 +176,31 @@ def test_the_module_says_what_it_is():
 def test_bad_calls_say_so_before_anyone_waits(kind, sentence):
     name, text = ranks(2).run(jobs.refused, kind)[0]
     assert f"{name}: {text}".startswith(sentence)
+
+
+# The plan -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_plan_knows_what_a_step_sends(world):
+    batch = 8
+    plan = nf.plan(batch, jobs.DIM, CLASSES, world_size=world)
+    sent = {
+        "all-gather": plan.all_gather_bytes,
+        "all-reduce": plan.all_reduce_bytes,
+        "reduce-scatter": plan.reduce_scatter_bytes,
+    }
+    for forward, backward in ranks(world).run(
+        jobs.collectives_of_a_step, CLASSES, batch * world, torch.float32, True, {}
+    ):
+        assert dict(forward + backward) == sent
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.2])
+@pytest.mark.parametrize("workspace", [None, 3_000_000])
+@pytest.mark.parametrize("world", [2, 3])
+def test_memory_stays_within_the_plan(world, rate, workspace):
+    for measured, planned in ranks(world).run(jobs.peak_and_plan, 6001, 48, 64, rate, workspace):
+        # A random draw may be larger than its expectation, and labels and sizes are small change.
+        slack = (1.1 if rate < 1 else 1.0) * planned + 100_000
+        assert 0.4 * planned < measured <= slack, f"{measured} bytes, planned {planned}"
