@@ -27,6 +27,15 @@ def unstable(symbols: list[str]) -> list[str]:
     return [symbol for symbol in symbols if re.search(r"\b(at|c10|caffe2|torch)::", symbol)]
 
 
+def test_every_package_is_listed():
+    """A wheel has the packages that pyproject.toml names, and no others."""
+    root = Path(__file__).parents[1]
+    line = re.search(r"^packages = \[(.*)\]$", (root / "pyproject.toml").read_text(), re.MULTILINE)
+    listed = re.findall(r'"([^"]+)"', line[1])
+    found = [path.parent.relative_to(root) for path in (root / "normface_ext").rglob("__init__.py")]
+    assert sorted(listed) == sorted(".".join(path.parts) for path in found)
+
+
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm not found")
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name.split(".")[0])
 def test_needs_only_the_stable_abi(library):
