@@ -102,26 +102,28 @@ def test_gradcheck(lane, loss, options, limit):
 
 
 @pytest.mark.parametrize("exponential", [True, False])
+@pytest.mark.parametrize("partial", [True, False])
 @pytest.mark.parametrize("limit", [0, 5])
-def test_opcheck(lane, limit, exponential):
-    x, weight, labels = sample(lane, grad=False)
+def test_opcheck(lane, limit, partial, exponential):
+    x, weight, labels = sample(lane, dtype=torch.bfloat16, grad=False)
     op = nf._library.namespace()
-    tests = ("test_schema", "test_faketensor")
-    arguments = (x, weight, labels, None, 1.9, False, False, exponential, IGNORE, 1e-12, 16, limit)
-    torch.library.opcheck(op.agent_hinge.default, arguments, test_utils=tests)
-    _, _, rows, inverse, classes, _ = op.agent_hinge(*arguments)
-    g = lane.randn(6), lane.randn(6, seed=1)
-    torch.library.opcheck(
-        op.agent_hinge_backward.default,
-        (*g, x, weight, labels, rows, inverse, exponential, 1e-12, 16, True, True),
-        test_utils=tests,
-    )
-    factors, order = lane.randn(6, 1 + limit), classes.flatten().argsort(stable=True)
-    torch.library.opcheck(
-        op.cosine_pairs_backward.default,
-        (factors, classes, order, x, weight, rows[1].float(), inverse, True, False),
-        test_utils=tests,
-    )
+
+    def checked(op, *arguments):
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+        return op(*arguments)
+
+    for shard in (weight, weight[:0]) if partial else (weight,):
+        given = labels if len(shard) else torch.full_like(labels, -1)
+        cosine = checked(op.target_cosine.default, x, shard, given, IGNORE, 1e-12, partial)
+        options = (None, 1.9, False, False, exponential, IGNORE, 1e-12, 16, limit, partial)
+        _, _, rows, inverse, classes, _ = checked(op.agent_hinge.default, x, shard, given, cosine, *options)
+        g = lane.randn(6), lane.randn(6, seed=1)
+        options = (exponential, 1e-12, 16, partial, True, True)
+        checked(op.agent_hinge_backward.default, *g, x, shard, given, rows, inverse, *options)
+        factors, order = lane.randn(6, 1 + limit), classes.flatten().argsort(stable=True)
+        norms = rows[1].float(), inverse
+        options = (1e-12, partial, True, False)
+        checked(op.cosine_pairs_backward.default, factors, classes, order, x, shard, *norms, *options)
 
 
 def test_by_hand(lane):

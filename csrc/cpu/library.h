@@ -47,6 +47,19 @@ struct Rows {
   void* row(int64_t i) const { return data + i * length * kernel.item; }
 };
 
+// f.template operator()<T>() for the accumulator type of a storage type.
+template <class F>
+auto dispatch_accumulator(ScalarType type, const F& f) {
+  return accumulator(type) == ScalarType::Double ? f.template operator()<double>()
+                                                 : f.template operator()<float>();
+}
+
+// The memory of a tensor that is known to hold T; null for an empty one.
+template <class T>
+T* data_of(const Tensor& t) {
+  return t.numel() > 0 ? static_cast<T*>(const_cast<void*>(t.const_data_ptr())) : nullptr;
+}
+
 inline int64_t thread_count() { return torch::stable::get_num_threads(); }
 
 // Calls body(slot, begin, end) once for each of `slots` contiguous parts of [0, count), in parallel.
@@ -74,5 +87,16 @@ void for_rows(int64_t count, int64_t cost, const Body& body) {
 // by one can cost more than everything computed on them.
 Tensor fresh(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type);
 Tensor fresh_like(const Tensor& t);
+
+// Where a gradient will be written: like `t`, or empty where it was not asked for.
+inline Tensor gradient_like(const Tensor& t, bool needed) {
+  return needed ? fresh_like(t) : fresh({0}, t.scalar_type());
+}
+
+// The same for one shard's part of a gradient: added to others before it is rounded, so not yet rounded.
+inline Tensor partial_gradient_like(const Tensor& x, bool needed, bool partial) {
+  if (!needed || !partial) return gradient_like(x, needed);
+  return fresh({x.size(0), x.size(1)}, accumulator(x.scalar_type()));
+}
 
 }  // namespace nf::cpu
