@@ -24,7 +24,7 @@ inline void define_metric_ops(torch::stable::detail::StableLibrary& m) {
       " -> (Tensor grad_a, Tensor grad_b)");
 
   // The metric losses over agents, on all classes or on a shard of them (csrc/math/hinge.h). Labels lie in
-  // [0, C); a row with ignore_index counts nowhere. `partial`: C may be 0, and a label of -1 has its agent
+  // [0, C); a row with ignore_index counts nowhere. `partial`: C may be 0, and a label of -1 (kElsewhere) has its agent
   // in another shard: every class here is a negative.
   //
   // cos(x_i, w_labels[i]) in float64, [N]; 0 where the agent is not here, so that shards add.

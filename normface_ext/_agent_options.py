@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _caffe_losses, _checks, ops, reference
-from ._hinge_ops import HINGE_COSINE, HINGE_SUM, HingeOptions
+from ._hinge_ops import HingeOptions
 from .plan import plan
 
 
@@ -37,15 +37,6 @@ class AgentRows(NamedTuple):
     target: Tensor  # distance to the label's agent
     hinges: Tensor  # what the loss takes of the hinges of the other agents
     slope: Tensor  # sum of the slopes of those
-    hinge_sum: Tensor  # sum of all their hinges
-    distance_sum: Tensor  # sum of all their distances
-
-    @classmethod
-    def of_sweep(
-        cls, kept: Tensor, target: Tensor, hinges: Tensor, slope: Tensor, rows: Tensor, classes: int
-    ) -> AgentRows:
-        distances = 2.0 * (classes - 1) - 2.0 * rows[HINGE_COSINE]
-        return cls(kept, target, hinges, slope.to(target.dtype), rows[HINGE_SUM], distances)
 
 
 class AgentOptions:
@@ -111,16 +102,14 @@ class AgentOptions:
         """The first statistic of every row."""
         raise NotImplementedError
 
-    def negatives(self, rows: AgentRows) -> Tensor:
-        """The second, summed over the other classes."""
-        raise NotImplementedError
-
-    def stats(self, rows: AgentRows, classes: int) -> Tensor:
-        """[mean of the positives, mean of the negatives over rows and other classes], detached."""
-        with torch.no_grad():
-            parts = self.positives(rows.target), self.negatives(rows) / max(1, classes - 1)
-            means = [reference._reduce(part, rows.kept, "mean").to(rows.target.dtype) for part in parts]
-            return torch.stack(means)
+    @torch.no_grad()
+    def stats(
+        self, kept: Tensor, target: Tensor, hinge_sum: Tensor, distance_sum: Tensor, classes: int
+    ) -> Tensor:
+        """[mean positive, mean negative] over the rows that are kept; the sums are over the other classes."""
+        negatives = (distance_sum if self.triplet else hinge_sum) / max(1, classes - 1)
+        parts = self.positives(target), negatives
+        return torch.stack([reference._reduce(part, kept, "mean").to(target.dtype) for part in parts])
 
     def of_distances(
         self, distances: Tensor, labels: Tensor, ignore_index: int, reduction: str
@@ -133,9 +122,8 @@ class AgentOptions:
         wide = distances.detach().to(ops._accumulator(distances.dtype))
         target, others = reference._split(wide, labels)
         hinge_sum = (self.margin - others).clamp_min(0).sum(1)
-        none = torch.zeros_like(target)
-        rows = AgentRows(labels != ignore_index, target, none, none, hinge_sum, wide.sum(1) - target)
-        return loss, self.stats(rows, wide.shape[1])
+        kept, distance_sum = labels != ignore_index, wide.sum(1) - target
+        return loss, self.stats(kept, target, hinge_sum, distance_sum, wide.shape[1])
 
     def of_caffe(self, distances: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, gradient [N, C], stats) as the released layers have them."""
@@ -223,9 +211,6 @@ class ContrastiveOptions(AgentOptions):
     def positives(self, target: Tensor) -> Tensor:
         return (target - self.pos_margin).clamp(0, self.positive_outlier_thresh)
 
-    def negatives(self, rows: AgentRows) -> Tensor:
-        return rows.hinge_sum
-
     def losses(self, rows: AgentRows) -> Tensor:
         kept, hinges, slope = rows.kept, rows.hinges, rows.slope
         positive = self.positives(rows.target)
@@ -259,9 +244,6 @@ class TripletOptions(AgentOptions):
 
     def positives(self, target: Tensor) -> Tensor:
         return target
-
-    def negatives(self, rows: AgentRows) -> Tensor:
-        return rows.distance_sum
 
     def losses(self, rows: AgentRows) -> Tensor:
         hinges = rows.hinges

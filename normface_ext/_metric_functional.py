@@ -17,7 +17,7 @@ from ._agent_options import (
     check_active_limit,
 )
 from ._distance_functional import inner_distance, pair_contrastive_loss, triplet_loss
-from ._hinge_ops import HINGE_SLOPE
+from ._hinge_ops import HINGE_COSINE, HINGE_SLOPE, HINGE_SUM
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -95,11 +95,13 @@ def _loss(
         return (loss, stats) if return_stats else loss
     margin, given = options.sweep_options(x, weight.shape[0], ignore_index, eps, workspace, active_limit)
     target, hinges, state = _hinge_ops.agent_hinge(x, weight, labels, margin, given)
-    rows = AgentRows.of_sweep(
-        labels != ignore_index, target, hinges, state[HINGE_SLOPE], state, weight.shape[0]
-    )
+    rows = AgentRows(labels != ignore_index, target, hinges, state[HINGE_SLOPE].to(target.dtype))
     loss = reference._reduce(options.losses(rows), rows.kept, reduction)
-    return (loss, options.stats(rows, weight.shape[0])) if return_stats else loss
+    if not return_stats:
+        return loss
+    classes = weight.shape[0]
+    distance_sum = 2.0 * (classes - 1) - 2.0 * state[HINGE_COSINE]
+    return loss, options.stats(rows.kept, target, state[HINGE_SUM], distance_sum, classes)
 
 
 @overload

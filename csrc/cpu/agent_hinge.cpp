@@ -29,14 +29,6 @@ void prepare(const Rows<T>& x, const int64_t* labels, const double* target_cosin
   });
 }
 
-// Cosines of one tile, [N, width] = x_hat w_hat^T.
-template <class T>
-void score_tile(const HeadShape& shape, T* x_hat, T* w_hat, const Tile& tile, T* scores) {
-  multiply<T>({x_hat, shape.batch, shape.dim, shape.dim},
-              Matrix<T>{w_hat, tile.width, shape.dim, shape.dim}.transposed(),
-              {scores, shape.batch, tile.width, tile.width});
-}
-
 struct HingeResult {
   Tensor target, value, rows, inverse_norm, classes, slopes;
 };
@@ -74,9 +66,9 @@ HingeResult forward(const Tensor& x, const Tensor& weight, const Tensor& labels_
       const T* row = tile_scores + i * tile.width;
       const T threshold = T(rows[kHingeThreshold][i]);
       RowFold<T>& into = folds[size_t(slot * N + i)];
-      const int64_t own = std::clamp<int64_t>(labels[i] - tile.first, -1, tile.width);
-      if (own > 0) fold(row, 0, own, tile.first, threshold, options, into);
-      if (own + 1 < tile.width) fold(row, own + 1, tile.width, tile.first, threshold, options, into);
+      around_target(labels[i], tile, [&](int64_t begin, int64_t end) {
+        fold(row, begin, end, tile.first, threshold, options, into);
+      });
     }
   });
   for (int64_t i = 0; i < N; ++i) {

@@ -32,18 +32,17 @@ Tensor target_cosine(Tensor x, Tensor weight, Tensor labels, int64_t ignore_inde
   const char* op = "target_cosine";
   check_agents(op, x, weight, labels, partial);
   const int64_t N = x.size(0), D = x.size(1), C = weight.size(0);
-  const int64_t* label = data_of<const int64_t>(labels);
-  const auto elsewhere = [&](int64_t i) { return label[i] == ignore_index || (partial && label[i] == -1); };
-  for (int64_t i = 0; i < N; ++i)
-    if (!elsewhere(i) && (label[i] < 0 || label[i] >= C))
-      fail(op, ": expected `labels` in [0, ", C, ") or ignore_index (", ignore_index, "), got ", label[i],
-           " at row ", i);
+  const Labels given(labels);
+  given.check(op, C, ignore_index, partial);
   Tensor out = fresh({N}, ScalarType::Double);
   double* cosine = data_of<double>(out);
   dispatch_accumulator(x.scalar_type(), [&]<class T>() {
     const Rows<T> xs(x, D), ws(weight, D);
-    for_rows(N, 4 * D,
-             [&](int64_t i) { cosine[i] = elsewhere(i) ? 0.0 : cosine_of(xs, i, ws, label[i], eps); });
+    for_rows(N, 4 * D, [&](int64_t i) {
+      const int64_t label = given.data[i];
+      const bool here = label != ignore_index && label != kElsewhere;
+      cosine[i] = here ? cosine_of(xs, i, ws, label, eps) : 0.0;
+    });
   });
   return out;
 }

@@ -20,7 +20,7 @@ target_cosine_kernel(StoredArray x, StoredArray w,        // [N, D], [C, D]
   const int64_t i = block_id() * kWarps + warp_id();
   if (i >= batch) return;  // the whole warp leaves
   const int64_t label = labels[i];
-  const bool elsewhere = label == ignore_index || (partial && label == -1);
+  const bool elsewhere = label == ignore_index || (partial && label == kElsewhere);
   NF_DEVICE_CHECK(
       elsewhere || (label >= 0 && label < classes),
       "target_cosine: expected `labels` in [0, %lld) or ignore_index (%lld), got %lld at row %lld",
