@@ -1,13 +1,18 @@
 """The class-parallel metric losses: real processes, against one process with all rows and all agents."""
 
+import functools
 import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import on_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import normface_ext as nf
-from normface_ext.distributed import metric
+from normface_ext import distributed
+from normface_ext.distributed import ClassShard
 
 IGNORE = -100
 DIM = 7
@@ -16,6 +21,7 @@ LAYOUTS = {
     "even": ([0, 8, 16], [0, 6, 12]),
     "ragged": ([0, 7, 11, 17], [0, 2, 9, 13]),
     "empty shard": ([0, 9, 9, 17], [0, 5, 8, 12]),
+    "thirds": ([0, 6, 12, 17], [0, 4, 8, 12]),
     "no rows": ([0, 5, 17], [0, 0, 9]),
     "one class each": ([0, 1, 2, 3], [0, 3, 9, 15]),
 }
@@ -74,7 +80,21 @@ def shard_of(layout, rank, tensors):
     x, weight, labels, upstream = tensors
     part, mine = slice(*classes[rank : rank + 2]), slice(*rows[rank : rank + 2])
     x, weight = x[mine].clone().requires_grad_(), weight[part].clone().requires_grad_()
-    return x, weight, labels[mine], upstream[mine], {"first_class": part.start, "num_classes": classes[-1]}
+    place = ClassShard(classes[-1], part.start, len(weight), dist.group.WORLD)
+    return x, weight, labels[mine], upstream[mine], {"shard": place, "backbone_gradients": "sum"}
+
+
+def everything(rank, world):
+    """One start of the processes serves all tests: that is what takes long."""
+    found = {"cases": every_case(rank, world)}
+    if world == 3:
+        found |= {"sixteen bit": sixteen_bit(rank), "corners": corners(rank)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    return functools.cache(lambda world: on_ranks(world, tmp_path_factory.mktemp("ranks"), everything, world))
 
 
 def layouts_of(world):
@@ -88,14 +108,14 @@ def every_case(rank, world):
         layouts_of(world), CASES.items(), (torch.float32, torch.float64)
     ):
         x, weight, labels, upstream, place = shard_of(layout, rank, whole(layout, dtype))
-        loss = getattr(metric, name)(x, weight, labels, **place, **options)
+        loss = getattr(distributed, name)(x, weight, labels, **place, **options)
         found[layout, case, dtype] = [t.numpy() for t in gradients(loss, x, weight, upstream)]
     return found
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_equals_one_process(world, tmp_path):
-    ranks = on_ranks(world, tmp_path, every_case, world)
+def test_equals_one_process(world, ran):
+    ranks = [found["cases"] for found in ran(world)]
     for layout, case, dtype in ranks[0]:
         (classes, rows), (name, options) = LAYOUTS[layout], CASES[case]
         expected = in_one_process(layout, name, options, dtype)
@@ -111,32 +131,38 @@ def test_equals_one_process(world, tmp_path):
                 assert (error <= allowed).all(), f"{layout}, {case}, {dtype}, rank {rank}: {error.max():.2g}"
 
 
-def sixteen_bit(rank, dtype):
+HALF = (torch.float16, torch.bfloat16)
+WAYS = ({"active_limit": 0}, {"active_limit": 20}, {"hardest_only": True})
+
+
+def padded_batch(dtype):
     """A zero row and a zero agent among the others, and an ignored row with NaN."""
     x, weight, labels, upstream = whole("ragged", dtype)
     x[0], weight[8], labels[1], x[6] = 0, 0, 8, torch.nan
-    x, weight, labels, upstream, place = shard_of("ragged", rank, (x, weight, labels, upstream))
-    found = []
-    for options in ({"active_limit": 0}, {"active_limit": 20}, {"hardest_only": True}):
-        loss = metric.c_triplet_loss(x, weight, labels, margin=1.5, reduction="sum", **place, **options)
-        found.append([t.float().numpy() for t in gradients(loss, x, weight, upstream)])
-        assert loss.dtype == torch.float32 and found[-1][0] == found[-1][0]
+    return x, weight, labels, upstream
+
+
+def sixteen_bit(rank):
+    found = {}
+    for dtype, (i, options) in itertools.product(HALF, enumerate(WAYS)):
+        x, weight, labels, upstream, place = shard_of("ragged", rank, padded_batch(dtype))
+        loss = distributed.c_triplet_loss(x, weight, labels, margin=1.5, reduction="sum", **place, **options)
+        assert loss.dtype == torch.float32
+        found[dtype, i] = [t.float().numpy() for t in gradients(loss, x, weight, upstream)]
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_sixteen_bit(dtype, tmp_path):
+def test_sixteen_bit(ran):
     """The shards' parts of dx are added before they are rounded; float16 holds a zero row's finite."""
-    x, weight, labels, upstream = whole("ragged", dtype)
-    x[0], weight[8], labels[1], x[6] = 0, 0, 8, torch.nan
-    x.requires_grad_(), weight.requires_grad_()
-    ranks = on_ranks(3, tmp_path, sixteen_bit, dtype)
-    for i, options in enumerate(({"active_limit": 0}, {"active_limit": 20}, {"hardest_only": True})):
+    ranks = [found["sixteen bit"] for found in ran(3)]
+    for dtype, (i, options) in itertools.product(HALF, enumerate(WAYS)):
+        x, weight, labels, upstream = padded_batch(dtype)
+        x.requires_grad_(), weight.requires_grad_()
         loss = nf.functional.c_triplet_loss(x, weight, labels, margin=1.5, reduction="sum", **options)
         loss, dx, dw = gradients(loss, x, weight, upstream)
-        found = [[torch.from_numpy(array) for array in rank[i]] for rank in ranks]
+        found = [[torch.from_numpy(array) for array in rank[dtype, i]] for rank in ranks]
         got_x, got_w = (torch.cat([rank[k] for rank in found]) for k in (1, 2))
-        assert all(rank[0] == pytest.approx(float(loss), rel=1e-6) for rank in found)
+        assert all(float(rank[0]) == pytest.approx(float(loss), rel=1e-6) for rank in found)
         assert got_x.isfinite().all() and got_w.isfinite().all() and got_x[0].abs().max() > 1e4
         assert (got_x[0].abs().max() == 65504) == (dtype == torch.float16)
         assert torch.allclose(got_x, dx.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
@@ -146,73 +172,81 @@ def test_sixteen_bit(dtype, tmp_path):
 def corners(rank):
     """What depends on ranks, errors among it; each by its name."""
     found = {}
-    # Three negatives at the same distance, in three shards: the first shard's class counts.
-    place = {"first_class": 2 * rank, "num_classes": 6}
+    # A negative of every shard at the same distance: the first shard's class counts.
+    place = ClassShard(6, 2 * rank, 2, dist.group.WORLD)
     agents = torch.eye(8)[[7, 1, 2, 3, 4, 5]][2 * rank : 2 * rank + 2].requires_grad_()
-    x = torch.eye(8)[:1].requires_grad_() if rank == 1 else torch.zeros(0, 8, requires_grad=True)
-    loss = metric.c_triplet_loss(x, agents, torch.zeros(len(x), dtype=torch.int64), margin=1.0,
-                                 hardest_only=True, **place)  # fmt: skip
+    x = torch.eye(8)[: rank == 1].requires_grad_()
+    loss = distributed.c_triplet_loss(
+        x, agents, torch.zeros(len(x), dtype=torch.int64), place, margin=1.0, hardest_only=True
+    )
     found["ties"] = loss.item(), torch.autograd.grad(loss, agents)[0].abs().sum(1).tolist()
 
     x, weight, labels, _, place = shard_of("ragged", rank, whole("ragged", torch.float32))
-    for name, options in (("c_contrastive_loss", {"neg_margin": 2.0}), ("c_triplet_loss", {})):
-        for hardest in (False, True):
-            with torch.no_grad():
-                poisoned = x.clone()
-                if rank == 1:
-                    poisoned[3] = torch.nan
-                given = {**options, "hardest_only": hardest, "reduction": "none"}
-                losses = getattr(metric, name)(poisoned, weight, labels, **place, **given)
-            found["nan", name, hardest] = losses.isnan().tolist()
+    for name, hardest in itertools.product(("c_contrastive_loss", "c_triplet_loss"), (False, True)):
+        with torch.no_grad():
+            poisoned = x.clone()
+            if rank == 1:
+                poisoned[3] = torch.nan
+            losses = getattr(distributed, name)(
+                poisoned, weight, labels, hardest_only=hardest, reduction="none", **place
+            )
+        found["nan", name, hardest] = losses.isnan().tolist()
 
-    def said(**changed):
-        arguments = {"x": x, "weight": weight, "labels": labels, **place, **changed}
-        try:
-            metric.c_triplet_loss(**arguments)
-        except (ValueError, IndexError, TypeError, RuntimeError) as error:
-            return f"{type(error).__name__}: {error}"
-        return "nothing"
+    # What DistributedDataParallel will average; batches of one size, and the agents as a DTensor.
+    everything = whole("thirds", torch.float32)
+    x, weight, labels, upstream, place = shard_of("thirds", rank, everything)
+    loss = distributed.c_triplet_loss(x, weight, labels, **place)
+    _, dx, dw = gradients(loss, x, weight, upstream)
+    agents = distribute_tensor(everything[1], init_device_mesh("cpu", (3,)), [Shard(0)]).requires_grad_()
+    loss = distributed.c_triplet_loss(
+        x, agents, labels, place["shard"], backbone_gradients="mean", equal_batches=True
+    )
+    _, dx_mean, dw_sharded = gradients(loss, x, agents, upstream)
+    assert isinstance(dw_sharded, DTensor)
+    found["mean"] = bool(torch.equal(dx_mean, 3 * dx) and torch.equal(dw_sharded.to_local(), dw))
 
-    bad = labels.clone()
-    if rank == 2:
-        bad[0] = 17
-    found["label"] = said(labels=bad)
-    found["gap"] = said(weight=weight[: 1 if rank == 0 else 100])
-    found["overlap"] = said(first_class=max(0, place["first_class"] - 1))
-    found["outside"] = said(first_class=place["first_class"] + 100)
-    found["classes"] = said(num_classes=0)
-    found["labels"] = said(labels=labels[:0])
-    found["shape"] = said(weight=weight[:, :3])
-    loss = metric.c_contrastive_loss(x, weight, labels, neg_margin=2.0, **place)
+    loss = distributed.c_triplet_loss(x, weight, labels, **place)
     (dx,) = torch.autograd.grad(loss, x, create_graph=True)
     try:
         dx.sum().backward()
     except RuntimeError as error:
         found["second"] = str(error)
+
+    def said(**changed):
+        arguments = {"x": x, "weight": weight, "labels": labels, **place, **changed}
+        with pytest.raises((ValueError, IndexError, TypeError)) as raised:
+            distributed.c_triplet_loss(**arguments)
+        return f"{raised.type.__name__}: {raised.value}"
+
+    found["errors"] = [
+        said(labels=torch.full_like(labels, 17)),
+        said(labels=labels[:0]),
+        said(weight=weight[:2]),
+        said(weight=weight[:, :3]),
+        said(margin=torch.nan),
+        said(backbone_gradients="none"),
+    ]
     return found
 
 
-def test_corners(tmp_path):
-    ranks = on_ranks(3, tmp_path, corners)
-    # d = 2 for every negative, target at 2 as well: one hinge of 1, from class 1, and the label's pull.
+def test_corners(ran):
+    ranks = [found["corners"] for found in ran(3)]
+    # The negatives and the label's agent are all at d = 2: one hinge of 1, between classes 0 and 1.
     assert [rank["ties"][0] for rank in ranks] == [1.0, 1.0, 1.0]
-    assert [[size > 0 for size in rank["ties"][1]] for rank in ranks] == [
-        [True, True],
-        [False, False],
-        [False, False],
-    ]
-    for key in ranks[0]:
-        if key[0] == "nan":
-            assert [rank[key] for rank in ranks] == [[False] * 2, [i == 3 for i in range(7)], [False] * 4]
+    moved = [[size > 0 for size in rank["ties"][1]] for rank in ranks]
+    assert moved == [[True, True], [False, False], [False, False]]
+    for key in [key for key in ranks[0] if key[0] == "nan"]:
+        assert [rank[key] for rank in ranks] == [[False] * 2, [i == 3 for i in range(7)], [False] * 4]
     for rank in ranks:
-        assert rank["label"] == (
-            "IndexError: c_triplet_loss: expected `labels` in [0, 17) or ignore_index (-100), got 17 at row 9"
-        )
-        assert rank["gap"].startswith("ValueError: c_triplet_loss: expected the shards to have 17 classes")
-        assert rank["overlap"].startswith("ValueError: c_triplet_loss: expected `labels` in [0, 17) or")
-        assert rank["overlap"].endswith("and every class in one shard")
-        assert rank["outside"].startswith("ValueError: c_triplet_loss: expected `first_class` in [0, ")
-        assert rank["classes"] == "ValueError: c_triplet_loss: expected `num_classes` >= 1, got 0"
-        assert rank["labels"].startswith("ValueError: c_triplet_loss: expected `labels` to have shape")
-        assert rank["shape"].startswith("ValueError: c_triplet_loss: expected `weight` to be [C, 7]")
-        assert rank["second"].startswith("c_contrastive_loss: second derivatives are not available")
+        assert rank["mean"]
+        assert rank["second"].startswith("c_triplet_loss: second derivatives are not available")
+        starts = [
+            "IndexError: distributed.c_triplet_loss: expected `labels` in [0, 17) or ignore_index (-100)",
+            "ValueError: distributed.c_triplet_loss: expected `labels` to have shape [4], got [0]",
+            "ValueError: distributed.c_triplet_loss: expected `weight` to have this rank's",
+            "ValueError: distributed.c_triplet_loss: expected `weight` to be [",
+            "ValueError: distributed.c_triplet_loss: expected `margin` to be finite, got nan",
+            "ValueError: distributed.c_triplet_loss: expected `backbone_gradients` to be mean or sum",
+        ]
+        for said, start in zip(rank["errors"], starts, strict=True):
+            assert said.startswith(start)
