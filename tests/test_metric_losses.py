@@ -368,6 +368,28 @@ def test_rows_of_any_magnitude(lane, limit, loss):
 
 
 @both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("limit", [0, 40])
+def test_zero_rows_have_finite_gradients(lane, limit, dtype, loss):
+    """One padded row or one dead agent must not poison the step, in float16 neither."""
+    x = lane.rows(4, 9, dtype, kinds=("zero", "plain"), grad=True)
+    weight = lane.rows(4, 9, dtype, kinds=("plain", "zero"), seed=1, grad=True)
+    margin = {"neg_margin" if loss == "c_contrastive_loss" else "margin": 2.5}
+    value = getattr(nf.functional, loss)(x, weight, lane.tensor([0, 1, 2, 3]), active_limit=limit, **margin)
+    value.backward()
+    largest = torch.finfo(dtype).max
+    assert torch.isfinite(value) and torch.isfinite(x.grad).all() and torch.isfinite(weight.grad).all()
+    # g / sqrt(eps) in every dtype that has it
+    for grad, row in ((x.grad, 0), (weight.grad, 1)):
+        assert grad[row].abs().max() == largest if dtype == torch.float16 else grad[row].abs().max() > 1e5
+    truth = [t.detach().double().requires_grad_() for t in (x, weight)]
+    getattr(reference, loss)(*truth, lane.tensor([0, 1, 2, 3]), **margin).backward()
+    for grad, exact in zip((x.grad, weight.grad), truth, strict=True):
+        expected = exact.grad.clamp(-largest, largest)
+        assert torch.allclose(grad.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+@both
 def test_collapsed_onto_the_agents(lane, loss):
     """x = its agent: d = 0 to the last digits, and nothing pulls."""
     _, weight, labels = sample(lane, grad=False)
