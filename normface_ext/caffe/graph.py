@@ -17,6 +17,7 @@ from ..optim import is_scale
 from . import proto
 from .layers import Agents, InnerDistance, InnerProduct, Layer, Normalize, Parameter, Scale
 from .losses import Accuracy, DistanceLoss, GeneralContrastiveLoss, GeneralTripletLoss, SoftmaxWithLoss
+from .pairs import ContrastiveLoss, TripletLoss
 from .shapes import Concat, Eltwise, Flip, Slice
 from .spec import Context, Report, Spec
 from .wiring import Step, fuse, wire
@@ -25,8 +26,8 @@ from .wiring import Step, fuse, wire
 TYPES: dict[str, type[Layer]] = {
     kind.__name__: kind
     for kind in (
-        Accuracy, Concat, Eltwise, Flip, GeneralContrastiveLoss, GeneralTripletLoss, InnerDistance,
-        InnerProduct, Normalize, Parameter, Scale, Slice, SoftmaxWithLoss,
+        Accuracy, Concat, ContrastiveLoss, Eltwise, Flip, GeneralContrastiveLoss, GeneralTripletLoss,
+        InnerDistance, InnerProduct, Normalize, Parameter, Scale, Slice, SoftmaxWithLoss, TripletLoss,
     )
 }  # fmt: skip
 
@@ -230,7 +231,7 @@ class Head(nn.Module):
                 wanted = (
                     str(least) if least == most else f"{least} or more" if most > 9 else f"{least} or {most}"
                 )
-                hint = " (the second is the label)" if what == "bottom" and kind.BOTTOMS == (2, 2) else ""
+                hint = f" ({kind.BOTTOM_NAMES})" if what == "bottom" and kind.BOTTOM_NAMES else ""
                 spec.refuse(f"expected {wanted} `{what}`{hint}, got {count}", what)
         if message.blobs:
             spec.refuse("`blobs` in a text file are not supported: load_caffemodel reads weights", "blobs")

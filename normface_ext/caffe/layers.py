@@ -26,6 +26,8 @@ FILLERS = ("constant", "uniform", "gaussian", "gaussian_unitball", "xavier", "ms
 
 class Layer(nn.Module):
     BOTTOMS: ClassVar[tuple[int, int]] = (1, 1)
+    #: What the bottoms are, for who gives another number of them.
+    BOTTOM_NAMES: ClassVar[str] = ""
     TOPS: ClassVar[tuple[int, int]] = (1, 1)
     BLOCKS: ClassVar[tuple[str, ...]] = ()
     BLOBS: ClassVar[tuple[str, ...]] = ()
