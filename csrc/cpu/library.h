@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "accumulator.h"
 #include "checks.h"
 #include "cpu/rows.h"
 
@@ -46,19 +47,6 @@ struct Rows {
 
   void* row(int64_t i) const { return data + i * length * kernel.item; }
 };
-
-// f.template operator()<T>() for the accumulator type of a storage type.
-template <class F>
-auto dispatch_accumulator(ScalarType type, const F& f) {
-  return accumulator(type) == ScalarType::Double ? f.template operator()<double>()
-                                                 : f.template operator()<float>();
-}
-
-// The memory of a tensor that is known to hold T; null for an empty one.
-template <class T>
-T* data_of(const Tensor& t) {
-  return t.numel() > 0 ? static_cast<T*>(const_cast<void*>(t.const_data_ptr())) : nullptr;
-}
 
 inline int64_t thread_count() { return torch::stable::get_num_threads(); }
 
