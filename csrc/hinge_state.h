@@ -1,5 +1,7 @@
 // What agent_hinge knows of one row after the sweep: rows[field][i], float64, [kHingeFields, N]. All
-// sums are over the classes other than the label, and add over shards of the classes.
+// sums are over the classes other than the label, and add over shards of the classes; but where only the
+// hardest class counts, value and slope are those of the shard with the largest kHingeBest, of equal
+// ones the first. The threshold and the norm are the same in every shard.
 #pragma once
 
 namespace nf {

@@ -18,6 +18,8 @@ C-triplet:
     add_center_loss adds that gradient to inactive rows and nothing to the loss;
     hardest_only with a hardest distance of exactly 0 leaves the hinge itself as the gradient;
     positive_first as above.
+Contrastive, of pairs of rows:
+    the push apart divides by d + 1e-4 where its derivative divides by d.
 """
 
 from __future__ import annotations
@@ -119,3 +121,12 @@ def triplet(
     others = distances.sum() - target.sum()
     stats = torch.stack([target.sum() / batch, others / batch / (classes - 1)])
     return printed.abs().sum() / batch, gradient, stats
+
+
+def pair_contrastive(squared: Tensor, same: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """(loss, gradient with respect to the squared distances [N])."""
+    count = 2 * max(1, len(squared))
+    distance = squared.sqrt()
+    gap = (margin - distance).clamp_min(0)
+    value = torch.where(same, squared, gap.square()).sum() / count
+    return value, torch.where(same, 1, -gap / (distance + 1e-4)) / count

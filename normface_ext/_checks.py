@@ -105,14 +105,20 @@ def scale(op: str, value: object, x: Tensor) -> tuple[Tensor | None, float]:
     return None, float(value)
 
 
-def labels(op: str, value: object, x: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """labels [N] int64 in [0, C) or ignore_index. On CUDA the range is checked by the kernel."""
+def label_rows(op: str, value: object, x: Tensor) -> Tensor:
+    """labels [N] int64, of any value."""
     checked = tensor(op, "labels", value)
     if checked.dtype != torch.int64:
         raise TypeError(f"{op}: expected `labels` to be int64, got {checked.dtype}")
     if checked.dim() != 1 or checked.shape[0] != x.shape[0]:
         raise ValueError(f"{op}: expected `labels` to have shape [{x.shape[0]}], got {list(checked.shape)}")
     same_device(op, "labels", checked, "x", x)
+    return checked
+
+
+def labels(op: str, value: object, x: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """labels [N] int64 in [0, C) or ignore_index. On CUDA the range is checked by the kernel."""
+    checked = label_rows(op, value, x)
     if checked.device.type == "cpu" and not torch.compiler.is_compiling():
         label_range(op, checked, classes, ignore_index)
     return checked

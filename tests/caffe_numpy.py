@@ -217,3 +217,36 @@ def accuracy(scores, labels, min_is_better=False, top_k=1, ignore=None):
         right += y in [j for _, j in pairs[:top_k]]
         count += 1
     return right / count
+
+
+def pair_contrastive(a, b, labels_a, labels_b, margin, legacy):
+    """(loss, da, db)."""
+    loss, da, db, count = 0.0, np.zeros_like(a), np.zeros_like(b), len(a)
+    for i in range(count):
+        difference = a[i] - b[i]
+        squared = np.dot(difference, difference)
+        if labels_a[i] == labels_b[i]:
+            loss += squared
+            da[i] = difference / count
+        elif legacy:
+            loss += max(margin - squared, 0)
+            da[i] = -difference / count if margin > squared else 0
+        else:
+            distance = np.sqrt(squared)
+            loss += max(margin - distance, 0) ** 2
+            gap = margin - distance
+            da[i] = -gap / (distance + 1e-4) * difference / count if gap > 0 else 0
+        db[i] = -da[i]
+    return loss / count / 2, da, db
+
+
+def triplet_of_rows(a, p, n, margin):
+    """(loss, da, dp, dn)."""
+    loss, gradients, count = 0.0, [np.zeros_like(a) for _ in range(3)], len(a)
+    for i in range(count):
+        hinge = margin + np.sum((a[i] - p[i]) ** 2) - np.sum((a[i] - n[i]) ** 2)
+        if hinge > 0:
+            loss += hinge
+            for gradient, row in zip(gradients, (n[i] - p[i], p[i] - a[i], a[i] - n[i]), strict=True):
+                gradient[i] = row / count
+    return loss / count / 2, *gradients

@@ -517,3 +517,73 @@ def test_slice_and_concat_undo_each_other():
         agree(tops["b"], x[cut:])
     net = head(layer("Concat", "concat_param: axis: 0", ("a", "b")))
     agree(net(a=tensor(x[:2]), b=tensor(x[2:])).tops["y"], x)
+
+
+# Pairs and triplets of rows
+
+PAIRS = ("a", "b", "la", "lb")
+
+
+def pair_problem():
+    a = rng(1).normal(size=(8, 5))
+    b = a + rng(2).normal(size=(8, 5)) * np.linspace(0, 0.9, 8)[:, None]  # the first pair has d = 0
+    return a, b, torch.tensor([0, 1, 2, 3, 4, 5, 6, 7]), torch.tensor([9, 1, 9, 3, 9, 5, 9, 9])
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (8, 5, 1, 1)])
+@pytest.mark.parametrize("options", [{}, {"margin": 2.5}, {"margin": 3.0, "legacy_version": True}])
+def test_pair_contrastive_in_mode_caffe(options, shape):
+    a, b, la, lb = pair_problem()
+    text = layer("ContrastiveLoss", f"contrastive_loss_param: {prose(options)}", PAIRS)
+    blobs = {"a": tensor(a.reshape(shape)), "b": tensor(b.reshape(shape)), "la": la, "lb": lb}
+    out = head(text)(**blobs)
+    margin, legacy = options.get("margin", 1.0), options.get("legacy_version", False)
+    loss, da, db = truth.pair_contrastive(a, b, la, lb, margin, legacy)
+    active = (da != 0).any(1)
+    assert active[la == lb].all() and 0 < active[la != lb].sum() < 5
+    agree(out.loss, loss)
+    out.loss.backward()
+    agree(blobs["a"].grad.flatten(1), da)
+    agree(blobs["b"].grad.flatten(1), db)
+
+
+@pytest.mark.parametrize("options", [{"margin": 2.5}, {"margin": 3.0, "legacy_version": True}])
+def test_pair_contrastive_in_mode_math_has_the_gradient_of_its_value(options):
+    a, b, la, lb = pair_problem()
+    loaded = head(layer("ContrastiveLoss", f"contrastive_loss_param: {prose(options)}", PAIRS), "math")
+    legacy = options.get("legacy_version", False)
+    expected = truth.pair_contrastive(a, b, la, lb, options["margin"], legacy)[0]
+    agree(loaded(a=tensor(a), b=tensor(b), la=la, lb=lb).loss, expected)
+    apart = slice(1, None)  # at d = 0 the distance has no slope
+    leaves = tensor(a[apart]), tensor(b[apart])
+    assert torch.autograd.gradcheck(
+        lambda x, y: loaded(a=x, b=y, la=la[apart], lb=lb[apart]).loss, leaves, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("mode", ["math", "caffe"])
+@pytest.mark.parametrize("options", [{}, {"margin": 0.125}])
+def test_triplet_of_rows(options, mode):
+    rows = [rng(seed).normal(size=(9, 5)) for seed in (1, 2, 3)]
+    text = layer("TripletLoss", f"triplet_loss_param: {prose(options)}", ("a", "p", "n"))
+    blobs = [tensor(r) for r in rows]
+    out = head(text, mode)(a=blobs[0], p=blobs[1], n=blobs[2])
+    loss, *gradients = truth.triplet_of_rows(*rows, options.get("margin", 1.0))
+    assert 0 < (gradients[0] != 0).any(1).sum() < 9
+    agree(out.loss, loss)
+    out.loss.backward()
+    for blob, expected in zip(blobs, gradients, strict=True):
+        agree(blob.grad, expected)
+
+
+def test_pair_losses_say_what_they_take():
+    with pytest.raises(ValueError, match=r"4 `bottom` \(features a, features b, labels a, labels b\), got 3"):
+        head(layer("ContrastiveLoss", bottoms=("a", "b", "similar")))
+    with pytest.raises(ValueError, match=r"3 `bottom` \(anchors, positives, negatives\), got 2"):
+        head(layer("TripletLoss", bottoms=("a", "p")))
+    loaded = head(layer("TripletLoss", bottoms=("a", "p", "n")))
+    x = tensor(rng().normal(size=(3, 4)))
+    with pytest.raises(ValueError, match=r"expected bottom 2 to be \[N, D\] .* got shape \[3, 3\]"):
+        loaded(a=x, p=x, n=x[:, :3])
+    with pytest.raises(ValueError, match=r"expected bottom 0 to be \[N, D\] or .* got shape \[3, 2, 2\]"):
+        loaded(a=x.view(3, 2, 2), p=x, n=x)

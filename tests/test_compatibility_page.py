@@ -9,8 +9,9 @@ import pytest
 TESTS = Path(__file__).parent
 PAGE = TESTS.parent / "docs" / "caffe-compatibility.md"
 LAYERS = [
-    "Accuracy", "Eltwise", "Flip", "GeneralContrastiveLoss", "GeneralTripletLoss", "InnerDistance",
-    "InnerProduct", "Normalize", "Parameter", "Scale", "Slice, Concat", "SoftmaxWithLoss",
+    "Accuracy", "ContrastiveLoss", "Eltwise", "Flip", "GeneralContrastiveLoss", "GeneralTripletLoss",
+    "InnerDistance", "InnerProduct", "Normalize", "Parameter", "Scale", "Slice, Concat", "SoftmaxWithLoss",
+    "TripletLoss",
 ]  # fmt: skip
 
 

@@ -102,26 +102,28 @@ def test_gradcheck(lane, loss, options, limit):
 
 
 @pytest.mark.parametrize("exponential", [True, False])
+@pytest.mark.parametrize("partial", [True, False])
 @pytest.mark.parametrize("limit", [0, 5])
-def test_opcheck(lane, limit, exponential):
-    x, weight, labels = sample(lane, grad=False)
+def test_opcheck(lane, limit, partial, exponential):
+    x, weight, labels = sample(lane, dtype=torch.bfloat16, grad=False)
     op = nf._library.namespace()
-    tests = ("test_schema", "test_faketensor")
-    arguments = (x, weight, labels, None, 1.9, False, False, exponential, IGNORE, 1e-12, 16, limit)
-    torch.library.opcheck(op.agent_hinge.default, arguments, test_utils=tests)
-    _, _, rows, inverse, classes, _ = op.agent_hinge(*arguments)
-    g = lane.randn(6), lane.randn(6, seed=1)
-    torch.library.opcheck(
-        op.agent_hinge_backward.default,
-        (*g, x, weight, labels, rows, inverse, exponential, 1e-12, 16, True, True),
-        test_utils=tests,
-    )
-    factors, order = lane.randn(6, 1 + limit), classes.flatten().argsort(stable=True)
-    torch.library.opcheck(
-        op.cosine_pairs_backward.default,
-        (factors, classes, order, x, weight, rows[1].float(), inverse, True, False),
-        test_utils=tests,
-    )
+
+    def checked(op, *arguments):
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+        return op(*arguments)
+
+    for shard in (weight, weight[:0]) if partial else (weight,):
+        given = labels if len(shard) else torch.full_like(labels, -1)
+        cosine = checked(op.target_cosine.default, x, shard, given, IGNORE, 1e-12, partial)
+        options = (None, 1.9, False, False, exponential, IGNORE, 1e-12, 16, limit, partial)
+        _, _, rows, inverse, classes, _ = checked(op.agent_hinge.default, x, shard, given, cosine, *options)
+        g = lane.randn(6), lane.randn(6, seed=1)
+        options = (exponential, 1e-12, 16, partial, True, True)
+        checked(op.agent_hinge_backward.default, *g, x, shard, given, rows, inverse, *options)
+        factors, order = lane.randn(6, 1 + limit), classes.flatten().argsort(stable=True)
+        norms = rows[1].float(), inverse
+        options = (1e-12, partial, True, False)
+        checked(op.cosine_pairs_backward.default, factors, classes, order, x, shard, *norms, *options)
 
 
 def test_by_hand(lane):
@@ -363,6 +365,28 @@ def test_rows_of_any_magnitude(lane, limit, loss):
     assert_close_to_truth(value, truth, None, loss, floor=32)
     value.sum().backward()
     assert x.grad.isfinite().all() and weight.grad.isfinite().all()
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("limit", [0, 40])
+def test_zero_rows_have_finite_gradients(lane, limit, dtype, loss):
+    """One padded row or one dead agent must not poison the step, in float16 neither."""
+    x = lane.rows(4, 9, dtype, kinds=("zero", "plain"), grad=True)
+    weight = lane.rows(4, 9, dtype, kinds=("plain", "zero"), seed=1, grad=True)
+    margin = {"neg_margin" if loss == "c_contrastive_loss" else "margin": 2.5}
+    value = getattr(nf.functional, loss)(x, weight, lane.tensor([0, 1, 2, 3]), active_limit=limit, **margin)
+    value.backward()
+    largest = torch.finfo(dtype).max
+    assert torch.isfinite(value) and torch.isfinite(x.grad).all() and torch.isfinite(weight.grad).all()
+    # g / sqrt(eps) in every dtype that has it
+    for grad, row in ((x.grad, 0), (weight.grad, 1)):
+        assert grad[row].abs().max() == largest if dtype == torch.float16 else grad[row].abs().max() > 1e5
+    truth = [t.detach().double().requires_grad_() for t in (x, weight)]
+    getattr(reference, loss)(*truth, lane.tensor([0, 1, 2, 3]), **margin).backward()
+    for grad, exact in zip((x.grad, weight.grad), truth, strict=True):
+        expected = exact.grad.clamp(-largest, largest)
+        assert torch.allclose(grad.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-4)
 
 
 @both

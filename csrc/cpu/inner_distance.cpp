@@ -1,17 +1,12 @@
-// inner_distance, d(x_i, w_j) for all pairs, and pair_distance, d(a_i, b_i), with their backward, on the
-// CPU. The squared distance is one matrix product where that keeps its digits (math/distance.h); the
-// cells that lie too near, and every L1 cell, are computed from the differences, a tile of agents at a
-// time.
+// inner_distance, d(x_i, w_j) for all pairs, and its backward on the CPU. The squared distance is one
+// matrix product where that keeps its digits (math/distance.h); the cells that lie too near, and every L1
+// cell, are computed from the differences, a tile of agents at a time.
 #include "cpu/head.h"
+#include "distance_checks.h"
 #include "math/distance.h"
 
 namespace nf::cpu {
 namespace {
-
-void check_distance(const char* op, const Tensor& x, const Tensor& weight, int64_t p) {
-  check_head(op, x, weight);
-  if (p != 1 && p != 2) fail(op, ": expected `p` to be 1 or 2, got ", p);
-}
 
 // As many tiles as threads, of at most 256 agents: a tile stays within L2.
 int64_t chunk_for(const Tensor& weight) {
@@ -156,91 +151,20 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const i
 Tensor inner_distance(Tensor x, Tensor weight, int64_t p) {
   check_distance("inner_distance", x, weight, p);
   Tensor out = fresh({x.size(0), weight.size(0)}, x.scalar_type());
-  const auto run = accumulator(x.scalar_type()) == ScalarType::Double ? forward<double> : forward<float>;
-  run(x, weight, int(p), out);
+  dispatch_accumulator(x.scalar_type(), [&]<class T>() { forward<T>(x, weight, int(p), out); });
   return out;
 }
 
 std::tuple<Tensor, Tensor> inner_distance_backward(Tensor grad, Tensor x, Tensor weight,
                                                    std::optional<Tensor> labels, int64_t p, bool need_x,
                                                    bool need_weight) {
-  const char* op = "inner_distance_backward";
-  check_distance(op, x, weight, p);
-  check_matrix(op, "grad", grad);
-  check_shape(op, "grad", grad, x.size(0), weight.size(0));
-  if (labels) check_labels(op, *labels, x.size(0));
-  Tensor dx = need_x ? fresh_like(x) : fresh({0}, x.scalar_type());
-  Tensor dw = need_weight ? fresh_like(weight) : fresh({0}, weight.scalar_type());
-  const auto run = accumulator(x.scalar_type()) == ScalarType::Double ? backward<double> : backward<float>;
-  run(grad, x, weight, labels ? static_cast<const int64_t*>(labels->const_data_ptr()) : nullptr, int(p),
-      need_x ? &dx : nullptr, need_weight ? &dw : nullptr);
+  check_distance_backward("inner_distance_backward", grad, x, weight, labels, p);
+  Tensor dx = gradient_like(x, need_x), dw = gradient_like(weight, need_weight);
+  dispatch_accumulator(x.scalar_type(), [&]<class T>() {
+    backward<T>(grad, x, weight, labels ? data_of<const int64_t>(*labels) : nullptr, int(p),
+                need_x ? &dx : nullptr, need_weight ? &dw : nullptr);
+  });
   return {dx, dw};
-}
-
-void check_pair(const char* op, const Tensor& a, const Tensor& b, int64_t p) {
-  check_matrix(op, "a", a);
-  check_matrix(op, "b", b);
-  check_shape(op, "b", b, a.size(0), a.size(1));
-  if (accumulator(a.scalar_type()) != accumulator(b.scalar_type()))
-    fail(op, ": expected `a` and `b` to be both float64 or both not, got ", name_of(a.scalar_type()), " and ",
-         name_of(b.scalar_type()));
-  if (p != 1 && p != 2) fail(op, ": expected `p` to be 1 or 2, got ", p);
-}
-
-template <class T>
-void pair_forward(const Rows<T>& a, const Rows<T>& b, int64_t batch, int p, T* out) {
-  for_rows(batch, a.length, [&](int64_t i) {
-    std::vector<T> rows(static_cast<size_t>(2 * a.length));
-    a.kernel.widen(a.row(i), a.length, T(1), rows.data());
-    b.kernel.widen(b.row(i), a.length, T(1), rows.data() + a.length);
-    out[i] = T(accum_rows<T>().distance(rows.data(), rows.data() + a.length, a.length, p));
-  });
-}
-
-template <class T>
-void pair_backward(const T* grad, const Rows<T>& a, const Rows<T>& b, int64_t batch, int p, Tensor* da,
-                   Tensor* db) {
-  const int64_t D = a.length;
-  for_rows(batch, D, [&](int64_t i) {
-    std::vector<T> rows(static_cast<size_t>(3 * D), T(0));
-    T *first = rows.data(), *second = first + D, *slope = second + D;
-    a.kernel.widen(a.row(i), D, T(1), first);
-    b.kernel.widen(b.row(i), D, T(1), second);
-    accum_rows<T>().add_distance_slope(grad[i], first, second, slope, D, p);
-    if (da != nullptr) a.kernel.narrow(slope, D, T(1), Rows<T>(*da, D).row(i));
-    if (db != nullptr) b.kernel.narrow(slope, D, T(-1), Rows<T>(*db, D).row(i));
-  });
-}
-
-template <class F>
-void dispatch_wide(const Tensor& t, const F& f) {
-  if (accumulator(t.scalar_type()) == ScalarType::Double)
-    f.template operator()<double>();
-  else
-    f.template operator()<float>();
-}
-
-Tensor pair_distance(Tensor a, Tensor b, int64_t p) {
-  check_pair("pair_distance", a, b, p);
-  Tensor out = fresh({a.size(0)}, accumulator(a.scalar_type()));
-  dispatch_wide(a, [&]<class T>() {
-    pair_forward<T>(Rows<T>(a, a.size(1)), Rows<T>(b, a.size(1)), a.size(0), int(p),
-                    static_cast<T*>(out.mutable_data_ptr()));
-  });
-  return out;
-}
-
-std::tuple<Tensor, Tensor> pair_distance_backward(Tensor grad, Tensor a, Tensor b, int64_t p, bool need_a,
-                                                  bool need_b) {
-  check_pair("pair_distance_backward", a, b, p);
-  Tensor da = need_a ? fresh_like(a) : fresh({0}, a.scalar_type());
-  Tensor db = need_b ? fresh_like(b) : fresh({0}, b.scalar_type());
-  dispatch_wide(a, [&]<class T>() {
-    pair_backward<T>(static_cast<const T*>(grad.const_data_ptr()), Rows<T>(a, a.size(1)),
-                     Rows<T>(b, a.size(1)), a.size(0), int(p), need_a ? &da : nullptr,
-                     need_b ? &db : nullptr);
-  });
-  return {da, db};
 }
 
 }  // namespace
@@ -249,6 +173,4 @@ std::tuple<Tensor, Tensor> pair_distance_backward(Tensor grad, Tensor a, Tensor 
 NF_CPU_LIBRARY(m) {
   m.impl("inner_distance", TORCH_BOX(&nf::cpu::inner_distance));
   m.impl("inner_distance_backward", TORCH_BOX(&nf::cpu::inner_distance_backward));
-  m.impl("pair_distance", TORCH_BOX(&nf::cpu::pair_distance));
-  m.impl("pair_distance_backward", TORCH_BOX(&nf::cpu::pair_distance_backward));
 }

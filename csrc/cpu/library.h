@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "accumulator.h"
 #include "checks.h"
 #include "cpu/rows.h"
 
@@ -74,5 +75,16 @@ void for_rows(int64_t count, int64_t cost, const Body& body) {
 // by one can cost more than everything computed on them.
 Tensor fresh(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type);
 Tensor fresh_like(const Tensor& t);
+
+// Where a gradient will be written: like `t`, or empty where it was not asked for.
+inline Tensor gradient_like(const Tensor& t, bool needed) {
+  return needed ? fresh_like(t) : fresh({0}, t.scalar_type());
+}
+
+// The same for one shard's part of a gradient: added to others before it is rounded, so not yet rounded.
+inline Tensor partial_gradient_like(const Tensor& x, bool needed, bool partial) {
+  if (!needed || !partial) return gradient_like(x, needed);
+  return fresh({x.size(0), x.size(1)}, accumulator(x.scalar_type()));
+}
 
 }  // namespace nf::cpu

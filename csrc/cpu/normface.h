@@ -23,40 +23,6 @@ inline RowState row_state(const Tensor& rows) {
   return {static_cast<double*>(const_cast<void*>(rows.const_data_ptr())), rows.size(1)};
 }
 
-// [N]: the place of every row's target among the classes at hand, kElsewhere, or the ignored index.
-struct Labels {
-  const int64_t* data;
-  int64_t batch;
-
-  explicit Labels(const Tensor& t)
-      : data(static_cast<const int64_t*>(t.const_data_ptr())), batch(t.size(0)) {}
-
-  void check(const char* op, int64_t classes, int64_t ignore_index, bool partial) const {
-    for (int64_t i = 0; i < batch; ++i)
-      if (data[i] != ignore_index && !(partial && data[i] == kElsewhere) &&
-          (data[i] < 0 || data[i] >= classes))
-        fail(op, ": expected `labels` in [0, ", classes, ") or ignore_index (", ignore_index, "), got ",
-             data[i], " at row ", i);
-  }
-};
-
-// Scores of one tile, [N, width] = x_hat w_hat^T.
-template <class T>
-void score_tile(const HeadShape& shape, T* x_hat, T* w_hat, const Tile& tile, T* scores) {
-  multiply<T>({x_hat, shape.batch, shape.dim, shape.dim},
-              Matrix<T>{w_hat, tile.width, shape.dim, shape.dim}.transposed(),
-              {scores, shape.batch, tile.width, tile.width});
-}
-
-// Calls part(begin, end) for the columns of a tile other than the row's own target.
-template <class Part>
-void around_target(int64_t label, const Tile& tile, const Part& part) {
-  const int64_t target = label - tile.first;
-  if (target < 0 || target >= tile.width) return part(0, tile.width);
-  part(0, target);
-  part(target + 1, tile.width);
-}
-
 // scores -> E in place; sums, when given, receive S and A of this tile. The target's E is 0: its term
 // is added apart, in the accumulator's precision and with its margin.
 template <class T>

@@ -1,25 +1,22 @@
-// inner_distance and pair_distance on CUDA. The squared distance is one product by cuBLAS, whose cells
-// are finished by a kernel that computes those too near from the differences (math/distance.h). L1 has
-// no product: forward and backward are tiled kernels of our own, 64 x 64 results per block.
+// inner_distance on CUDA. The squared distance is one product by cuBLAS, whose cells are finished by a
+// kernel that computes those too near from the differences (math/distance.h). L1 has no product: forward
+// and backward are tiled kernels of our own, 64 x 64 results per block.
 #include <optional>
 
-#include "gemm.h"
+#include "agent_rows.cuh"
+#include "distance_checks.h"
 #include "math/distance.h"
-#include "reduce.cuh"
-#include "stored.cuh"
 
 namespace nf {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kRowThreads;
 constexpr int kRowsPerBlock = kThreads / kWarp;
 constexpr int kTile = 64;                           // results per block: kTile x kTile
 constexpr int kSide = 16;                           // threads per side of it: kSide * kSide = kThreads
 constexpr int kOwn = kTile / kSide;                 // results per thread and side
 constexpr int kDepth = 16;                          // of the third axis, per step
 constexpr int64_t kCellsAtOnce = int64_t(1) << 26;  // wide scratch of a 16-bit result
-
-Grid warp_per_row(int64_t rows) { return {(rows + kRowsPerBlock - 1) / kRowsPerBlock}; }
 
 // sum[r] = sum of x[r]^2 (squared) or of x[r]. One warp per row.
 template <class T>
@@ -198,58 +195,12 @@ own_rows_gradient_kernel(StoredArray g, StoredArray x, StoredArray w,  // [N, C]
   }
 }
 
-// One warp per row.
-template <class T>
-NF_KERNEL(kThreads)
-pair_distance_kernel(StoredArray a, StoredArray b, int64_t rows, int64_t dim, int p, T* __restrict__ out) {
-  const int64_t r = block_id() * kRowsPerBlock + warp_id();
-  if (r >= rows) return;  // the whole warp leaves
-  T sum = 0;
-  for (int64_t d = lane_id(); d < dim; d += kWarp)
-    sum += math::distance_term<T>(p, a.load<T>(r * dim + d) - b.load<T>(r * dim + d)).value;
-  sum = warp_sum(sum);
-  if (lane_id() == 0) out[r] = sum;
-}
-
-template <class T>
-NF_KERNEL(kThreads)
-pair_gradient_kernel(const T* __restrict__ grad, StoredArray a, StoredArray b, int64_t rows, int64_t dim,
-                     int p, StoredArray da, StoredArray db)  // each perhaps null
-{
-  const int64_t r = block_id() * kRowsPerBlock + warp_id();
-  if (r >= rows) return;
-  for (int64_t d = lane_id(); d < dim; d += kWarp) {
-    const int64_t at = r * dim + d;
-    const T slope = grad[r] * math::distance_term<T>(p, a.load<T>(at) - b.load<T>(at)).slope;
-    if (da.data != nullptr) da.store<T>(at, slope);
-    if (db.data != nullptr) db.store<T>(at, -slope);
-  }
-}
-
-template <class F>
-void dispatch_wide(ScalarType type, const F& f) {
-  if (type == ScalarType::Double)
-    f.template operator()<double>();
-  else
-    f.template operator()<float>();
-}
-
-template <class T>
-T* data_of(const Tensor& t) {
-  return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
-}
-
 Matrix whole(const Tensor& t) {
   return {t.const_data_ptr(), t.scalar_type(), t.size(0), t.size(1), t.size(1)};
 }
 
 // The factors of a product have one type: their own where they share it, else the accumulator's.
 ScalarType common_type(ScalarType a, ScalarType b) { return a == b ? a : accumulator(a); }
-
-void check_distance(const char* op, const Tensor& x, const Tensor& weight, int64_t p) {
-  check_head(op, x, weight);
-  if (p != 1 && p != 2) fail(op, ": expected `p` to be 1 or 2, got ", p);
-}
 
 template <class T>
 void squared_forward(Queue& queue, const Tensor& x, const Tensor& weight, const Tensor& out) {
@@ -284,7 +235,7 @@ Tensor inner_distance(Tensor x, Tensor weight, int64_t p) {
   const int64_t N = x.size(0), D = x.size(1), C = weight.size(0);
   if (D == 0) return torch::stable::new_zeros(x, {N, C});
   Tensor out = device_empty(x, {N, C}, x.scalar_type());
-  dispatch_wide(x.scalar_type(), [&]<class T>() {
+  dispatch_accumulator(x.scalar_type(), [&]<class T>() {
     if (p == 2)
       squared_forward<T>(queue, x, weight, out);
     else
@@ -331,19 +282,12 @@ void manhattan_backward(Queue& queue, const Tensor& own, const Tensor& other, co
 std::tuple<Tensor, Tensor> inner_distance_backward(Tensor grad, Tensor x, Tensor weight,
                                                    std::optional<Tensor> labels, int64_t p, bool need_x,
                                                    bool need_weight) {
-  const char* op = "inner_distance_backward";
-  check_distance(op, x, weight, p);
-  check_matrix(op, "grad", grad);
-  check_shape(op, "grad", grad, x.size(0), weight.size(0));
-  if (labels) check_labels(op, *labels, x.size(0));
+  check_distance_backward("inner_distance_backward", grad, x, weight, labels, p);
   Queue queue(x);
   const int64_t N = x.size(0), D = x.size(1), C = weight.size(0);
-  Tensor dx = need_x ? torch::stable::empty_like(x) : device_empty(x, {0}, x.scalar_type());
-  Tensor dw = !need_weight       ? device_empty(x, {0}, weight.scalar_type())
-              : labels || N == 0 ? torch::stable::new_zeros(weight, {C, D})
-                                 : torch::stable::empty_like(weight);
+  Tensor dx = gradient_like(x, need_x, false), dw = gradient_like(weight, need_weight, labels || N == 0);
   if (N == 0 || D == 0) return {dx, dw};
-  dispatch_wide(accumulator(x.scalar_type()), [&]<class T>() {
+  dispatch_accumulator(x.scalar_type(), [&]<class T>() {
     const auto run = p == 2 ? squared_backward<T> : manhattan_backward<T>;
     if (need_x) run(queue, x, weight, grad, false, dx);
     if (need_weight && !labels) run(queue, weight, x, grad, true, dw);
@@ -355,47 +299,10 @@ std::tuple<Tensor, Tensor> inner_distance_backward(Tensor grad, Tensor x, Tensor
   return {dx, dw};
 }
 
-void check_pair(const char* op, const Tensor& a, const Tensor& b, int64_t p) {
-  check_matrix(op, "a", a);
-  check_matrix(op, "b", b);
-  check_shape(op, "b", b, a.size(0), a.size(1));
-  if (accumulator(a.scalar_type()) != accumulator(b.scalar_type()))
-    fail(op, ": expected `a` and `b` to be both float64 or both not, got ", name_of(a.scalar_type()), " and ",
-         name_of(b.scalar_type()));
-  if (p != 1 && p != 2) fail(op, ": expected `p` to be 1 or 2, got ", p);
-}
-
-Tensor pair_distance(Tensor a, Tensor b, int64_t p) {
-  check_pair("pair_distance", a, b, p);
-  Queue queue(a);
-  const Tensor out = device_empty(a, {a.size(0)}, accumulator(a.scalar_type()));
-  dispatch_wide(out.scalar_type(), [&]<class T>() {
-    launch("pair_distance", queue, pair_distance_kernel<T>, warp_per_row(a.size(0)), kThreads, 0,
-           StoredArray(a), StoredArray(b), a.size(0), a.size(1), int(p), data_of<T>(out));
-  });
-  return out;
-}
-
-std::tuple<Tensor, Tensor> pair_distance_backward(Tensor grad, Tensor a, Tensor b, int64_t p, bool need_a,
-                                                  bool need_b) {
-  check_pair("pair_distance_backward", a, b, p);
-  Queue queue(a);
-  Tensor da = need_a ? torch::stable::empty_like(a) : device_empty(a, {0}, a.scalar_type());
-  Tensor db = need_b ? torch::stable::empty_like(b) : device_empty(b, {0}, b.scalar_type());
-  dispatch_wide(accumulator(a.scalar_type()), [&]<class T>() {
-    launch("pair_gradient", queue, pair_gradient_kernel<T>, warp_per_row(a.size(0)), kThreads, 0,
-           data_of<const T>(grad), StoredArray(a), StoredArray(b), a.size(0), a.size(1), int(p),
-           need_a ? StoredArray(da) : StoredArray(), need_b ? StoredArray(db) : StoredArray());
-  });
-  return {da, db};
-}
-
 }  // namespace
 }  // namespace nf
 
 NF_CUDA_LIBRARY(m) {
   m.impl("inner_distance", TORCH_BOX(&nf::inner_distance));
   m.impl("inner_distance_backward", TORCH_BOX(&nf::inner_distance_backward));
-  m.impl("pair_distance", TORCH_BOX(&nf::pair_distance));
-  m.impl("pair_distance_backward", TORCH_BOX(&nf::pair_distance_backward));
 }

@@ -9,6 +9,7 @@
 #include <device/launch.cuh>
 #include <device/vector.cuh>
 
+#include "accumulator.h"
 #include "checks.h"
 #include "math/host_device.h"
 

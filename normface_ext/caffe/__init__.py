@@ -6,7 +6,8 @@ Caffe's ties. docs/caffe-compatibility.md compares layer by layer.
 """
 
 from ..optim import renormalize_after_step
-from .graph import Head, HeadOutput, load_head
+from .graph import Head, HeadOutput
+from .load import load_head
 from .losses import accuracy
 
 __all__ = ["Head", "HeadOutput", "accuracy", "load_head", "renormalize_after_step"]

@@ -1,37 +1,34 @@
-"""`load_head`: the head part of a prototxt as a module that wires Caffe's layers by blob names."""
+"""`Head`: the head part of a prototxt as a module that wires Caffe's layers by blob names."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import functional
 from ..optim import is_scale
-from . import proto
 from .layers import Agents, InnerDistance, InnerProduct, Layer, Normalize, Parameter, Scale
 from .losses import Accuracy, DistanceLoss, GeneralContrastiveLoss, GeneralTripletLoss, SoftmaxWithLoss
+from .pairs import ContrastiveLoss, TripletLoss
 from .shapes import Concat, Eltwise, Flip, Slice
 from .spec import Context, Report, Spec
+from .weights import layer_key, stored_weights
 from .wiring import Step, fuse, wire
 
 #: Caffe's name of every type that `load_head` knows.
 TYPES: dict[str, type[Layer]] = {
     kind.__name__: kind
     for kind in (
-        Accuracy, Concat, Eltwise, Flip, GeneralContrastiveLoss, GeneralTripletLoss, InnerDistance,
-        InnerProduct, Normalize, Parameter, Scale, Slice, SoftmaxWithLoss,
+        Accuracy, Concat, ContrastiveLoss, Eltwise, Flip, GeneralContrastiveLoss, GeneralTripletLoss,
+        InnerDistance, InnerProduct, Normalize, Parameter, Scale, Slice, SoftmaxWithLoss, TripletLoss,
     )
 }  # fmt: skip
 
 PHASES = ("TRAIN", "TEST")
-MODES = ("math", "caffe")
 
 
 class HeadOutput(NamedTuple):
@@ -45,104 +42,6 @@ class HeadOutput(NamedTuple):
     loss: Tensor | None
     tops: dict[str, Tensor]
     printed_loss: Tensor | None
-
-
-def load_head(
-    path_or_text: str | os.PathLike[str],
-    *,
-    mode: str = "math",
-    inputs: Iterable[str] | None = None,
-    in_features: int | None = None,
-    eps: float = 1e-12,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Head:
-    """The head of a NormFace prototxt as a module: its layers, options, wiring and multipliers.
-
-    Args:
-        path_or_text: a file, or its text (anything with a line break or a brace).
-        mode: "math": every gradient is that of the value. "caffe": values and gradients as the released
-            layers computed them, slips included; see docs/caffe-compatibility.md.
-        inputs: blobs given from outside. By default those that no layer of the file makes. Name them to
-            load the head of a whole net: layers that cannot be reached from them are left out.
-        in_features: D, where a layer has its own weights: Caffe infers it from the net before the head.
-            Without it those weights appear with the first forward call, or with load_caffemodel.
-        eps: inside the L2 norms; Caffe has 1e-12 on the GPU and 1e-6 on the CPU.
-        device, dtype: of the parameters.
-
-    Raises:
-        ValueError: what the file has that is not supported, all of it, each with its file and line.
-        ImportError: protobuf is missing (`pip install 'normface_ext[caffe]'`).
-    """
-    if mode not in MODES:
-        raise ValueError(f"load_head: expected `mode` to be one of {', '.join(MODES)}, got {mode!r}")
-    if in_features is not None and in_features < 1:
-        raise ValueError(f"load_head: expected `in_features` to be >= 1, got {in_features}")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"load_head: expected `eps` to be finite and >= 0, got {eps}")
-    where, text = _read(path_or_text)
-    net, lines = proto.parse_text(text, where)
-    report = Report(where)
-    for name, line in lines.unknown:
-        report.problems.append((line, f"unknown option `{name}` of the net"))
-    if net.layers:
-        report.problems.append(
-            (lines.of("layers"), "`layers` is Caffe's format of before 2014: upgrade the file")
-        )
-    given = None if inputs is None else [str(name) for name in inputs]
-    declared = [str(name) for name in net.input]
-    context = Context(mode, float(eps), in_features, device, dtype)
-    specs = [Spec(layer, lines.fields["layer"][i], report) for i, layer in enumerate(net.layer)]
-    for spec in [spec for spec in specs if spec.type == "Input"]:
-        declared += spec.tops
-        specs.remove(spec)
-    specs = specs if given is None else _reachable(specs, given, report)
-    if not specs and not report.problems:
-        report.problems.append((1, "expected at least one layer of a head, got none"))
-    head = Head(specs, report, context, declared if given is None else given, given is not None)
-    if report.problems:
-        count = len(report.problems)
-        hint = ""
-        if given is None and any(
-            "is not part of a NormFace head" in sentence for _, sentence in report.problems
-        ):
-            hint = (
-                "\nTo load the head of a whole net, name the blobs it starts from,"
-                " such as inputs=('ip1', 'label')."
-            )
-        raise ValueError(
-            f"load_head: {where} has {count} thing{'s' * (count > 1)} that {'are' if count > 1 else 'is'} not"
-            " supported:\n" + "\n".join(report.lines(report.problems)) + hint
-        )
-    return head
-
-
-def _read(path_or_text: str | os.PathLike[str]) -> tuple[str, str]:
-    if isinstance(path_or_text, str) and ("\n" in path_or_text or "{" in path_or_text):
-        return "<text>", path_or_text
-    if not isinstance(path_or_text, (str, os.PathLike)):
-        raise TypeError(f"load_head: expected a path or text, got {type(path_or_text).__name__}")
-    try:
-        return os.fspath(path_or_text), Path(path_or_text).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"load_head: expected {path_or_text} to be a text file (prototxt)") from error
-
-
-def _reachable(specs: list[Spec], given: list[str], report: Report) -> list[Spec]:
-    """The layers behind the given blobs: those that get one, directly or not, and their Parameters."""
-    known, kept = set(given), []
-    for spec in specs:
-        if any(bottom in known for bottom in spec.bottoms) or spec.type == "Parameter":
-            kept.append(spec)
-            known |= set(spec.tops)
-    written = {bottom for spec in specs for bottom in spec.bottoms}
-    for name in given:
-        if name not in written:
-            report.problems.append(
-                (1, f"expected a layer with the bottom `{name}`, which is in `inputs`, got none")
-            )
-    wanted = {bottom for spec in kept for bottom in spec.bottoms}
-    return [spec for spec in kept if spec.bottoms or wanted & set(spec.tops)]
 
 
 def _phases(spec: Spec) -> tuple[str, ...]:
@@ -189,7 +88,7 @@ class Head(nn.Module):
         keys: dict[int, str] = {}
         usable = []
         for i, spec in enumerate(specs):
-            key = _key(spec.name)
+            key = layer_key(spec.name)
             if spec.type not in TYPES:
                 spec.refuse(f"the layer type {spec.type!r} is not part of a NormFace head", "type")
                 continue
@@ -208,8 +107,8 @@ class Head(nn.Module):
             for phase, plan in self._plans.items():
                 self._fused[phase] = fuse(plan, self.layers)
         if self.mode == "caffe":
-            for _key_, spec, _ in usable:
-                if getattr(self.layers[_key_], "normalize", False):
+            for key, spec, _ in usable:
+                if getattr(self.layers[key], "normalize", False):
                     spec.note(
                         "`normalize: true` overwrites the weight in Caffe's forward pass; here"
                         " `normface_ext.caffe.renormalize_after_step` does so after each step"
@@ -230,7 +129,7 @@ class Head(nn.Module):
                 wanted = (
                     str(least) if least == most else f"{least} or more" if most > 9 else f"{least} or {most}"
                 )
-                hint = " (the second is the label)" if what == "bottom" and kind.BOTTOMS == (2, 2) else ""
+                hint = f" ({kind.BOTTOM_NAMES})" if what == "bottom" and kind.BOTTOM_NAMES else ""
                 spec.refuse(f"expected {wanted} `{what}`{hint}, got {count}", what)
         if message.blobs:
             spec.refuse("`blobs` in a text file are not supported: load_caffemodel reads weights", "blobs")
@@ -253,7 +152,7 @@ class Head(nn.Module):
                 spec.refuse("expected `lr_mult` and `decay_mult` >= 0", "param", i)
             multipliers[i] = (float(param.lr_mult), float(param.decay_mult))
         layer.lr_mults = [lr for lr, _ in multipliers]  # type: ignore[assignment]
-        self._multipliers[_key(spec.name)] = multipliers
+        self._multipliers[layer_key(spec.name)] = multipliers
         for blob, (lr, _) in zip(layer.blobs(), multipliers, strict=True):
             if blob is not None:
                 blob.requires_grad_(lr != 0)
@@ -384,38 +283,7 @@ class Head(nn.Module):
         Raises:
             ValueError: no such file format, missing layers, a wrong shape or count of blobs, NaN or infinity.
         """
-        where, data = (
-            ("<bytes>", path) if isinstance(path, bytes) else (os.fspath(path), Path(path).read_bytes())
-        )
-        net = proto.parse_binary(data, where)
-        stored = {
-            _key(str(layer.name)): layer.blobs for layer in [*net.layers, *net.layer] if len(layer.blobs)
-        }
-        copies: list[tuple[str, str, Tensor]] = []
-        problems = []
-        for key, layer in self.layers.items():
-            assert isinstance(layer, Layer)
-            names = layer.BLOBS
-            if not names:
-                continue
-            if key not in stored:
-                problems += [f"{self._labels[key]}: expected its weights in the file, got none"] * strict
-                continue
-            spare = stored[key][len(names) : len(names) + layer.SPARE_BLOBS]
-            if len(stored[key]) != len(names) + len(spare) or any(bool(_values(b).any()) for b in spare):
-                problems.append(
-                    f"{self._labels[key]}: expected {len(names)} blobs ({', '.join(names)}),"
-                    f" got {len(stored[key])}"
-                )
-                continue
-            for name, blob in zip(names, stored[key], strict=False):
-                value, problem = _tensor(blob, getattr(layer, name), layer)
-                if problem:
-                    problems.append(f"{self._labels[key]}: expected `{name}` {problem}")
-                else:
-                    copies.append((key, name, value))
-        if problems:
-            raise ValueError(f"load_caffemodel: {where} does not fit:\n" + "\n".join(problems))
+        copies = stored_weights(path, self.layers, self._labels, strict)
         for key, name, value in copies:
             layer = self.layers[key]
             if getattr(layer, name) is None:
@@ -431,31 +299,3 @@ class Head(nn.Module):
                 kind = self.layers[chain[-1]].FUSED
                 lines.append(f"{phase}: fused into {kind}: {' + '.join(chain)}")
         return "\n".join(lines)
-
-
-def _key(name: str) -> str:
-    """A layer's name as a module's: no dots, and no attribute of ModuleDict."""
-    key = name.replace(".", "_")
-    return f"{key}_" if hasattr(nn.ModuleDict, key) else key
-
-
-def _values(blob: Any) -> Tensor:
-    # NumPy takes protobuf's buffer as a whole; torch.tensor would take it number by number.
-    numbers, dtype = (blob.double_data, np.float64) if len(blob.double_data) else (blob.data, np.float32)
-    return torch.from_numpy(np.array(numbers, dtype=dtype))
-
-
-def _tensor(blob: Any, parameter: Tensor | None, layer: Layer) -> tuple[Tensor, str]:
-    """(a stored blob in the shape of the parameter, what is wrong with it or "")."""
-    data = _values(blob)
-    legacy = not blob.HasField("shape")
-    shape = [blob.num, blob.channels, blob.height, blob.width] if legacy else [int(n) for n in blob.shape.dim]
-    open_shape = [getattr(layer, "num_output", 1), shape[-1] if shape else 1]
-    wanted = open_shape if parameter is None else list(parameter.shape)
-    fits = shape == ([1] * (4 - len(wanted)) + wanted if legacy else wanted)
-    if not fits or data.numel() != math.prod(wanted):
-        meant = wanted if parameter is not None else f"[{layer.num_output}, D]"
-        return data, f"of shape {meant}, got {shape} with {data.numel()} values"
-    if not torch.isfinite(data).all():
-        return data, f"to be finite, got {float(data[~torch.isfinite(data)][0])}"
-    return data.reshape(wanted), ""

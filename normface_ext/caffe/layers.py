@@ -9,23 +9,25 @@ tops. Parameters are named as torch names them; ``BLOBS`` lists them in Caffe's 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .. import _checks, functional
-from ..modules import gaussian_unitball_, unit_rows_
+from ..modules import unit_rows_
+from .fillers import check_filler, fill_
 from .spec import Context, Spec
 
 #: Caffe's L1 normalisation uses this on both devices.
 CAFFE_L1_EPS = 1e-6
-FILLERS = ("constant", "uniform", "gaussian", "gaussian_unitball", "xavier", "msra")
 
 
 class Layer(nn.Module):
     BOTTOMS: ClassVar[tuple[int, int]] = (1, 1)
+    #: What the bottoms are, for who gives another number of them.
+    BOTTOM_NAMES: ClassVar[str] = ""
     TOPS: ClassVar[tuple[int, int]] = (1, 1)
     BLOCKS: ClassVar[tuple[str, ...]] = ()
     BLOBS: ClassVar[tuple[str, ...]] = ()
@@ -46,52 +48,6 @@ class Layer(nn.Module):
 
     def extra_repr(self) -> str:
         return self.wiring
-
-
-class Filler(NamedTuple):
-    """FillerParameter, in a form that copies and pickles."""
-
-    type: str
-    value: float
-    min: float
-    max: float
-    mean: float
-    std: float
-    variance_norm: int
-
-
-def check_filler(spec: Spec, path: str) -> Filler:
-    filler = spec.get(path)
-    if filler.type not in FILLERS:
-        spec.refuse(
-            f"expected `{path}.type` to be one of {', '.join(FILLERS)}, got {filler.type!r}", f"{path}.type"
-        )
-    if filler.sparse != -1:
-        spec.refuse(f"`{path}.sparse` is not supported", f"{path}.sparse")
-    return Filler(*(getattr(filler, name) for name in Filler._fields))
-
-
-@torch.no_grad()
-def fill_(blob: Tensor, filler: Filler) -> None:
-    """Caffe's initial values, in place."""
-    if filler.type == "constant":
-        blob.fill_(filler.value)
-    elif filler.type == "uniform":
-        blob.uniform_(filler.min, filler.max)
-    elif filler.type == "gaussian":
-        blob.normal_(filler.mean, filler.std)
-    elif filler.type == "gaussian_unitball":
-        blob.copy_(
-            gaussian_unitball_(blob.reshape(blob.shape[0] if blob.dim() else 1, -1)).reshape(blob.shape)
-        )
-    else:
-        fan_in = blob.numel() / blob.shape[0] if blob.dim() else 1
-        fan_out = blob.numel() / blob.shape[1] if blob.dim() > 1 else 1
-        n = (fan_in, fan_out, (fan_in + fan_out) / 2)[filler.variance_norm]
-        if filler.type == "xavier":
-            blob.uniform_(-math.sqrt(3 / n), math.sqrt(3 / n))
-        else:
-            blob.normal_(0, math.sqrt(2 / n))
 
 
 class _ScaleGradient(torch.autograd.Function):

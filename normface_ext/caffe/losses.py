@@ -28,6 +28,7 @@ class SoftmaxWithLoss(Layer):
     """-log softmax(scores)[label], averaged as `loss_param` says; a second top has the probabilities."""
 
     BOTTOMS, TOPS, LOSS = (2, 2), (1, 2), 1.0
+    BOTTOM_NAMES = "the second is the label"
     BLOCKS = ("softmax_param", "loss_param")
     FUSED = "NormFaceLoss"
 
@@ -87,6 +88,7 @@ class DistanceLoss(Layer):
     """A metric loss over given distances [N, C]; a second top has its statistics, without a gradient."""
 
     BOTTOMS, TOPS, LOSS, STATISTICS = (2, 2), (1, 2), 1.0, (1,)
+    BOTTOM_NAMES = "the second is the label"
     #: The option names of normface_ext where Caffe's differ.
     RENAMED: ClassVar[dict[str, str]] = {"positive_weight": "pos_weight", "negative_weight": "neg_weight"}
     FUSED: ClassVar[str]
@@ -221,6 +223,7 @@ def accuracy(
 
 class Accuracy(Layer):
     BOTTOMS, STATISTICS = (2, 2), (0,)
+    BOTTOM_NAMES = "the second is the label"
     BLOCKS = ("accuracy_param",)
 
     def __init__(self, spec: Spec, context: Context) -> None:

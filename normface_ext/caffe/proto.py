@@ -32,10 +32,12 @@ MESSAGES: dict[str, str] = {
         *float loss_weight=5  *ParamSpec param=6  *BlobProto blobs=7  *NetStateRule include=8
         *NetStateRule exclude=9  ?Phase phase=10  *bool propagate_down=11  ?LossParameter loss_param=101
         ?AccuracyParameter accuracy_param=102  ?ConcatParameter concat_param=104
+        ?ContrastiveLossParameter contrastive_loss_param=105
         ?EltwiseParameter eltwise_param=110  ?InnerProductParameter inner_product_param=117
         ?SoftmaxParameter softmax_param=125  ?SliceParameter slice_param=126
         ?ScaleParameter scale_param=142  ?InputParameter input_param=143
-        ?ParameterParameter parameter_param=145  ?FlipParameter flip_param=212
+        ?ParameterParameter parameter_param=145  ?TripletLossParameter triplet_loss_param=203
+        ?FlipParameter flip_param=212
         ?InnerDistanceParameter inner_distance_param=213  ?NormalizeParameter normalize_param=214
         ?GeneralContrastiveParameter general_contrastive_loss_param=215
         ?GeneralTripletParameter general_triplet_loss_param=217""",
@@ -44,6 +46,8 @@ MESSAGES: dict[str, str] = {
     "LossParameter": "?int32 ignore_label=1  ?bool normalize=2  ?NormalizationMode normalization=3:VALID",
     "AccuracyParameter": """?uint32 top_k=1:1  ?int32 axis=2:1  ?int32 ignore_label=3
         ?bool min_is_better=4:false""",
+    "ContrastiveLossParameter": "?float margin=1:1  ?bool legacy_version=2:false",
+    "TripletLossParameter": "?float margin=1:1",
     "ConcatParameter": "?uint32 concat_dim=1:1  ?int32 axis=2:1",
     "EltwiseParameter": "?EltwiseOp operation=1:SUM  *float coeff=2  ?bool stable_prod_grad=3:true",
     # distance_type is no field of Caffe's message: the released combine_softmax_contrastive.prototxt

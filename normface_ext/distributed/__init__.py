@@ -8,6 +8,7 @@ ranks exchange the features, three sums per row, and the features' gradient, thr
 
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .functional import normface_loss
+from .metric import c_contrastive_loss, c_triplet_loss
 from .modules import ShardedNormFaceLoss, shard_head
 from .optim import RowAdamW, RowSGD, clip_grad_norm_
 from .sampling import ClassSampler
@@ -19,6 +20,8 @@ __all__ = [
     "RowAdamW",
     "RowSGD",
     "ShardedNormFaceLoss",
+    "c_contrastive_loss",
+    "c_triplet_loss",
     "checkpoints",
     "clip_grad_norm_",
     "load_checkpoint",

@@ -125,12 +125,12 @@ class _ClassParallelLoss(Function):
         dx = None
         if moving is not None:
             norms = batch.own(swept[0][ops.INVERSE_NORM])
-            dx = _narrow(moving.wait() * ctx.replicas, x.dtype, norms, options.eps)
+            dx = narrow(moving.wait() * ctx.replicas, x.dtype, norms, options.eps)
         given = (dx, dw, ds.to(scale.dtype) if need_scale else None)
         return *ops._no_second_derivative("normface_loss", given), *[None] * 8
 
 
-def _narrow(gradient: Tensor, dtype: torch.dtype, inverse_norm: Tensor, eps: float) -> Tensor:
+def narrow(gradient: Tensor, dtype: torch.dtype, inverse_norm: Tensor, eps: float) -> Tensor:
     """To the features' dtype. In float16 the rows whose norm is mostly eps, zero rows above all, are held at
     the largest half (math::ruled_by_eps); an overflow elsewhere stays one, for a GradScaler to see."""
     if dtype == torch.float16:
@@ -138,6 +138,11 @@ def _narrow(gradient: Tensor, dtype: torch.dtype, inverse_norm: Tensor, eps: flo
         ruled = inverse_norm.pow(-2) <= 2 * eps
         gradient = torch.where(ruled[:, None], gradient.clamp(-largest, largest), gradient)
     return gradient.to(dtype)
+
+
+def check_backbone_gradients(op: str, value: str) -> None:
+    if value not in ("mean", "sum"):
+        raise ValueError(f"{op}: expected `backbone_gradients` to be mean or sum, got {value!r}")
 
 
 def normface_loss(
@@ -198,8 +203,7 @@ def normface_loss(
         raise TypeError(
             f"{OP}: expected `margin` to be a CombinedMargin or None, got {type(margin).__name__}"
         )
-    if backbone_gradients not in ("mean", "sum"):
-        raise ValueError(f"{OP}: expected `backbone_gradients` to be mean or sum, got {backbone_gradients!r}")
+    check_backbone_gradients(OP, backbone_gradients)
     smoothing = _checks.smoothing(OP, label_smoothing)
     if sample is not None and smoothing > 0:
         raise ValueError(f"{OP}: expected `label_smoothing` 0 with sampled classes, got {smoothing}")

@@ -1,0 +1,124 @@
+// Cosines of listed pairs of a feature and an agent on the CPU: target_cosine, and the gradients of a
+// weighted sum of listed cosines, where a dense sweep (agent_hinge.cpp) would mostly add zeros.
+#include <cstring>
+
+#include "cpu/head.h"
+#include "hinge_checks.h"
+#include "math/normalize.h"
+
+namespace nf::cpu {
+namespace {
+
+// The cosine of two stored rows to the last digits: float rows multiply exactly in double.
+template <class T>
+double cosine_of(const Rows<T>& x, int64_t i, const Rows<T>& w, int64_t j, double eps) {
+  const int64_t D = x.length;
+  std::vector<T> rows(static_cast<size_t>(2 * D));
+  T *a = rows.data(), *b = a + D;
+  if constexpr (std::is_same_v<T, double>) {
+    T inverse;
+    unit_rows(x, i, 1, eps, a, &inverse);
+    unit_rows(w, j, 1, eps, b, &inverse);
+    return dot_in_double(a, b, D);
+  } else {
+    x.kernel.widen(x.row(i), D, T(1), a);
+    w.kernel.widen(w.row(j), D, T(1), b);
+    const double xx = dot_in_double(a, a, D), ww = dot_in_double(b, b, D), xw = dot_in_double(a, b, D);
+    return xw / std::sqrt(xx + eps) / std::sqrt(ww + eps);
+  }
+}
+
+Tensor target_cosine(Tensor x, Tensor weight, Tensor labels, int64_t ignore_index, double eps, bool partial) {
+  const char* op = "target_cosine";
+  check_agents(op, x, weight, labels, partial);
+  const int64_t N = x.size(0), D = x.size(1), C = weight.size(0);
+  const Labels given(labels);
+  given.check(op, C, ignore_index, partial);
+  Tensor out = fresh({N}, ScalarType::Double);
+  double* cosine = data_of<double>(out);
+  dispatch_accumulator(x.scalar_type(), [&]<class T>() {
+    const Rows<T> xs(x, D), ws(weight, D);
+    for_rows(N, 4 * D, [&](int64_t i) {
+      const int64_t label = given.data[i];
+      const bool here = label != ignore_index && label != kElsewhere;
+      cosine[i] = here ? cosine_of(xs, i, ws, label, eps) : 0.0;
+    });
+  });
+  return out;
+}
+
+// g += factor unit(row r)
+template <class T>
+void add_unit_row(const Rows<T>& rows, int64_t r, T inverse, T factor, T* scratch, T* g) {
+  rows.kernel.widen(rows.row(r), rows.length, inverse, scratch);
+  accum_rows<T>().axpy(factor, scratch, g, rows.length);
+}
+
+template <class T>
+void pairs_backward(const Tensor& factors_tensor, const Tensor& classes_tensor, const Tensor& order_tensor,
+                    const Tensor& x, const Tensor& weight, const Tensor& x_inverse,
+                    const Tensor& weight_inverse, double eps, Tensor* dx, Tensor* dw) {
+  const int64_t N = x.size(0), D = x.size(1), C = weight.size(0), listed = classes_tensor.size(1);
+  const Rows<T> xs(x, D), ws(weight, D);
+  const T *factors = data_of<const T>(factors_tensor), *x_inv = data_of<const T>(x_inverse);
+  const T* w_inv = data_of<const T>(weight_inverse);
+  const int64_t *classes = data_of<const int64_t>(classes_tensor),
+                *order = data_of<const int64_t>(order_tensor);
+  // out[r] = the projection of `add`ed pairs
+  const auto project = [&](const Rows<T>& rows, int64_t r, T inverse, const Rows<T>& out, const auto& add) {
+    std::vector<T> memory(static_cast<size_t>(2 * D), T(0));
+    T *g = memory.data(), *scratch = g + D;
+    add(scratch, g);
+    rows.kernel.widen(rows.row(r), D, inverse, scratch);
+    out.kernel.project(scratch, g, D, inverse, math::ruled_by_eps(2, T(1) / inverse, T(eps)), out.row(r));
+  };
+  if (dx != nullptr) {
+    const Rows<T> out(*dx, D);
+    for_rows(N, listed * D, [&](int64_t i) {
+      if (x_inv[i] == T(0)) {  // ignored: whatever it holds, NaN included, has no gradient
+        std::memset(out.row(i), 0, size_t(D * out.kernel.item));
+        return;
+      }
+      project(xs, i, x_inv[i], out, [&](T* scratch, T* g) {
+        for (int64_t k = i * listed; k < (i + 1) * listed; ++k)
+          if (classes[k] < C) add_unit_row(ws, classes[k], w_inv[classes[k]], factors[k], scratch, g);
+      });
+    });
+  }
+  if (dw == nullptr) return;
+  const Rows<T> out(*dw, D);
+  for_rows(C, D, [&](int64_t j) { std::memset(out.row(j), 0, size_t(D * out.kernel.item)); });
+  std::vector<int64_t> starts;  // of the runs of one class in `order`
+  int64_t used = 0;
+  for (; used < N * listed && classes[order[used]] < C; ++used)
+    if (used == 0 || classes[order[used]] != classes[order[used - 1]]) starts.push_back(used);
+  starts.push_back(used);
+  for_rows(int64_t(starts.size()) - 1, 4 * D, [&](int64_t run) {
+    const int64_t j = classes[order[starts[size_t(run)]]];
+    project(ws, j, w_inv[j], out, [&](T* scratch, T* g) {
+      for (int64_t k = starts[size_t(run)]; k < starts[size_t(run) + 1]; ++k)
+        add_unit_row(xs, order[k] / listed, x_inv[order[k] / listed], factors[order[k]], scratch, g);
+    });
+  });
+}
+
+std::tuple<Tensor, Tensor> cosine_pairs_backward(Tensor factors, Tensor classes, Tensor order, Tensor x,
+                                                 Tensor weight, Tensor x_inverse, Tensor weight_inverse,
+                                                 double eps, bool partial, bool need_x, bool need_weight) {
+  check_cosine_pairs("cosine_pairs_backward", factors, classes, order, x, weight, x_inverse, weight_inverse,
+                     need_weight, partial);
+  Tensor dx = partial_gradient_like(x, need_x, partial), dw = gradient_like(weight, need_weight);
+  dispatch_accumulator(x.scalar_type(), [&]<class T>() {
+    pairs_backward<T>(factors, classes, order, x, weight, x_inverse, weight_inverse, eps,
+                      need_x ? &dx : nullptr, need_weight ? &dw : nullptr);
+  });
+  return {dx, dw};
+}
+
+}  // namespace
+}  // namespace nf::cpu
+
+NF_CPU_LIBRARY(m) {
+  m.impl("target_cosine", TORCH_BOX(&nf::cpu::target_cosine));
+  m.impl("cosine_pairs_backward", TORCH_BOX(&nf::cpu::cosine_pairs_backward));
+}

@@ -1,0 +1,61 @@
+// pair_distance, d(a_i, b_i), and its backward on the CPU.
+#include <vector>
+
+#include "cpu/library.h"
+#include "distance_checks.h"
+
+namespace nf::cpu {
+namespace {
+
+template <class T>
+void pair_forward(const Rows<T>& a, const Rows<T>& b, int64_t batch, int p, T* out) {
+  for_rows(batch, a.length, [&](int64_t i) {
+    std::vector<T> rows(static_cast<size_t>(2 * a.length));
+    a.kernel.widen(a.row(i), a.length, T(1), rows.data());
+    b.kernel.widen(b.row(i), a.length, T(1), rows.data() + a.length);
+    out[i] = T(accum_rows<T>().distance(rows.data(), rows.data() + a.length, a.length, p));
+  });
+}
+
+template <class T>
+void pair_backward(const T* grad, const Rows<T>& a, const Rows<T>& b, int64_t batch, int p, Tensor* da,
+                   Tensor* db) {
+  const int64_t D = a.length;
+  for_rows(batch, D, [&](int64_t i) {
+    std::vector<T> rows(static_cast<size_t>(3 * D), T(0));
+    T *first = rows.data(), *second = first + D, *slope = second + D;
+    a.kernel.widen(a.row(i), D, T(1), first);
+    b.kernel.widen(b.row(i), D, T(1), second);
+    accum_rows<T>().add_distance_slope(grad[i], first, second, slope, D, p);
+    if (da != nullptr) a.kernel.narrow(slope, D, T(1), Rows<T>(*da, D).row(i));
+    if (db != nullptr) b.kernel.narrow(slope, D, T(-1), Rows<T>(*db, D).row(i));
+  });
+}
+
+Tensor pair_distance(Tensor a, Tensor b, int64_t p) {
+  check_pair("pair_distance", a, b, p);
+  Tensor out = fresh({a.size(0)}, accumulator(a.scalar_type()));
+  dispatch_accumulator(a.scalar_type(), [&]<class T>() {
+    pair_forward<T>(Rows<T>(a, a.size(1)), Rows<T>(b, a.size(1)), a.size(0), int(p), data_of<T>(out));
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> pair_distance_backward(Tensor grad, Tensor a, Tensor b, int64_t p, bool need_a,
+                                                  bool need_b) {
+  check_pair("pair_distance_backward", a, b, p);
+  Tensor da = gradient_like(a, need_a), db = gradient_like(b, need_b);
+  dispatch_accumulator(a.scalar_type(), [&]<class T>() {
+    pair_backward<T>(data_of<const T>(grad), Rows<T>(a, a.size(1)), Rows<T>(b, a.size(1)), a.size(0), int(p),
+                     need_a ? &da : nullptr, need_b ? &db : nullptr);
+  });
+  return {da, db};
+}
+
+}  // namespace
+}  // namespace nf::cpu
+
+NF_CPU_LIBRARY(m) {
+  m.impl("pair_distance", TORCH_BOX(&nf::cpu::pair_distance));
+  m.impl("pair_distance_backward", TORCH_BOX(&nf::cpu::pair_distance_backward));
+}

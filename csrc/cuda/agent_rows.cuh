@@ -1,0 +1,49 @@
+// What agent_hinge.cu and cosine_pairs.cu share: a warp per row, and the gradients they write.
+#pragma once
+
+#include "gemm.h"
+#include "math/normalize.h"
+#include "reduce.cuh"
+#include "row_access.cuh"
+#include "stored.cuh"
+
+namespace nf {
+
+constexpr int kRowThreads = 256;
+
+inline Grid warp_per_row(int64_t rows) {
+  constexpr int kRows = kRowThreads / kWarp;
+  return {(rows + kRows - 1) / kRows};
+}
+
+// out[r] = inverse (g - y <y, g>), y = inverse own[r], for g(d) = `gradient(d)`; by one warp.
+template <class T, class Gradient>
+NF_DEVICE void project_row(const StoredArray& own, int64_t r, int64_t dim, double eps, T inverse,
+                           const Gradient& gradient, const StoredArray& out) {
+  T radial = 0;
+  for (int64_t d = lane_id(); d < dim; d += kWarp) radial += own.load<T>(r * dim + d) * inverse * gradient(d);
+  radial = warp_sum(radial);
+  for (int64_t d = lane_id(); d < dim; d += kWarp) {
+    const T y = own.load<T>(r * dim + d) * inverse;
+    T g = math::normalize_vjp<T>(gradient(d), y, radial, inverse, T(0));
+    if (out.type == int(ScalarType::Half)) g = held_finite<Half>(g, T(1) / inverse, T(eps), 2);
+    out.store<T>(r * dim + d, g);
+  }
+}
+
+// Where a gradient of the shape [rows, D] of `t` will be written, in zeros or uninitialised; empty where
+// it was not asked for.
+inline Tensor gradient_like(const Tensor& t, bool needed, bool zero) {
+  if (!needed) return device_empty(t, {0}, t.scalar_type());
+  return zero ? torch::stable::new_zeros(t, {t.size(0), t.size(1)}) : torch::stable::empty_like(t);
+}
+
+// The same for the features: a shard's part is added to others before it is rounded.
+inline Tensor partial_gradient_like(const Tensor& x, bool needed, bool partial, bool zero) {
+  if (!needed || !partial) return gradient_like(x, needed, zero);
+  const ScalarType wide = accumulator(x.scalar_type());
+  return zero ? torch::stable::new_zeros(x, {x.size(0), x.size(1)}, wide)
+              : device_empty(x, {x.size(0), x.size(1)}, wide);
+}
+
+}  // namespace nf

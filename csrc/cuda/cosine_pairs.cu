@@ -1,0 +1,139 @@
+// Cosines of listed pairs of a feature and an agent on CUDA: target_cosine, and the gradients of a
+// weighted sum of listed cosines. No atomics: one warp owns each row of a result.
+#include "agent_rows.cuh"
+#include "hinge_checks.h"
+
+namespace nf {
+namespace {
+
+constexpr int kThreads = kRowThreads;
+constexpr int kWarps = kThreads / kWarp;
+
+// cosine[i] = cos(x_i, w_labels[i]), products and sums in double, from the raw rows; 0 where the agent is
+// not here. One warp per row.
+NF_KERNEL(kThreads)
+target_cosine_kernel(StoredArray x, StoredArray w,        // [N, D], [C, D]
+                     const int64_t* __restrict__ labels,  // [N]
+                     int64_t batch, int64_t dim, int64_t classes, int64_t ignore_index, double eps,
+                     bool partial, double* __restrict__ cosine)  // [N]
+{
+  const int64_t i = block_id() * kWarps + warp_id();
+  if (i >= batch) return;  // the whole warp leaves
+  const int64_t label = labels[i];
+  const bool elsewhere = label == ignore_index || (partial && label == kElsewhere);
+  NF_DEVICE_CHECK(
+      elsewhere || (label >= 0 && label < classes),
+      "target_cosine: expected `labels` in [0, %lld) or ignore_index (%lld), got %lld at row %lld",
+      (long long)classes, (long long)ignore_index, (long long)label, (long long)i);
+  double xx = 0, ww = 0, xw = 0;
+  if (!elsewhere)
+    for (int64_t d = lane_id(); d < dim; d += kWarp) {
+      const double a = x.load<double>(i * dim + d), b = w.load<double>(label * dim + d);
+      xx += a * a;
+      ww += b * b;
+      xw += a * b;
+    }
+  xx = warp_sum(xx), ww = warp_sum(ww), xw = warp_sum(xw);
+  if (lane_id() == 0)
+    cosine[i] = elsewhere ? 0.0 : xw / math::norm_value(2, xx, eps) / math::norm_value(2, ww, eps);
+}
+
+struct Pairs {
+  StoredArray x, w;        // [N, D], [C, D]
+  const int64_t* classes;  // [N, listed]
+  int64_t batch, dim, count, listed;
+  double eps;
+};
+
+// One warp per row of x.
+template <class T>
+NF_KERNEL(kThreads)
+pairs_features_kernel(Pairs pairs, const T* __restrict__ factors, const T* __restrict__ x_inverse,
+                      const T* __restrict__ w_inverse, StoredArray dx) {
+  const int64_t i = block_id() * kWarps + warp_id(), dim = pairs.dim;
+  if (i >= pairs.batch) return;  // the whole warp leaves
+  if (x_inverse[i] == T(0)) {    // ignored: whatever it holds, NaN included, has no gradient
+    for (int64_t d = lane_id(); d < dim; d += kWarp) dx.store<T>(i * dim + d, T(0));
+    return;
+  }
+  project_row<T>(
+      pairs.x, i, dim, pairs.eps, x_inverse[i],
+      [&](int64_t d) {
+        T sum = 0;
+        for (int64_t k = i * pairs.listed; k < (i + 1) * pairs.listed; ++k) {
+          const int64_t j = pairs.classes[k];
+          if (j < pairs.count) sum += factors[k] * (pairs.w.load<T>(j * dim + d) * w_inverse[j]);
+        }
+        return sum;
+      },
+      dx);
+}
+
+// One warp per entry of `order`; the first of a class sums its run. dw comes in zero.
+template <class T>
+NF_KERNEL(kThreads)
+pairs_weight_kernel(Pairs pairs, const int64_t* __restrict__ order,  // [N * listed]
+                    const T* __restrict__ factors, const T* __restrict__ x_inverse,
+                    const T* __restrict__ w_inverse, StoredArray dw) {
+  const int64_t begin = block_id() * kWarps + warp_id(), total = pairs.batch * pairs.listed, dim = pairs.dim;
+  if (begin >= total) return;  // the whole warp leaves
+  const int64_t j = pairs.classes[order[begin]];
+  if (j >= pairs.count || (begin > 0 && pairs.classes[order[begin - 1]] == j)) return;
+  project_row<T>(
+      pairs.w, j, dim, pairs.eps, w_inverse[j],
+      [&](int64_t d) {
+        T sum = 0;
+        for (int64_t at = begin; at < total && pairs.classes[order[at]] == j; ++at) {
+          const int64_t k = order[at], i = k / pairs.listed;
+          sum += factors[k] * (pairs.x.load<T>(i * dim + d) * x_inverse[i]);
+        }
+        return sum;
+      },
+      dw);
+}
+
+Tensor target_cosine(Tensor x, Tensor weight, Tensor labels, int64_t ignore_index, double eps, bool partial) {
+  check_agents("target_cosine", x, weight, labels, partial);
+  Queue queue(x);
+  const Tensor out = device_empty(x, {x.size(0)}, ScalarType::Double);
+  launch("target_cosine", queue, target_cosine_kernel, warp_per_row(x.size(0)), kThreads, 0, StoredArray(x),
+         StoredArray(weight), data_of<const int64_t>(labels), x.size(0), x.size(1), weight.size(0),
+         ignore_index, eps, partial, data_of<double>(out));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> cosine_pairs_backward(Tensor factors, Tensor classes, Tensor order, Tensor x,
+                                                 Tensor weight, Tensor x_inverse, Tensor weight_inverse,
+                                                 double eps, bool partial, bool need_x, bool need_weight) {
+  check_cosine_pairs("cosine_pairs_backward", factors, classes, order, x, weight, x_inverse, weight_inverse,
+                     need_weight, partial);
+  Queue queue(x);
+  Tensor dx = partial_gradient_like(x, need_x, partial, false), dw = gradient_like(weight, need_weight, true);
+  const Pairs pairs{StoredArray(x),
+                    StoredArray(weight),
+                    data_of<const int64_t>(classes),
+                    x.size(0),
+                    x.size(1),
+                    weight.size(0),
+                    classes.size(1),
+                    eps};
+  dispatch_accumulator(x.scalar_type(), [&]<class T>() {
+    const T *f = data_of<const T>(factors), *xi = data_of<const T>(x_inverse),
+            *wi = data_of<const T>(weight_inverse);
+    if (need_x)
+      launch("pairs_features", queue, pairs_features_kernel<T>, warp_per_row(pairs.batch), kThreads, 0, pairs,
+             f, xi, wi, StoredArray(dx));
+    if (need_weight)
+      launch("pairs_weight", queue, pairs_weight_kernel<T>, warp_per_row(pairs.batch * pairs.listed),
+             kThreads, 0, pairs, data_of<const int64_t>(order), f, xi, wi, StoredArray(dw));
+  });
+  return {dx, dw};
+}
+
+}  // namespace
+}  // namespace nf
+
+NF_CUDA_LIBRARY(m) {
+  m.impl("target_cosine", TORCH_BOX(&nf::target_cosine));
+  m.impl("cosine_pairs_backward", TORCH_BOX(&nf::cosine_pairs_backward));
+}

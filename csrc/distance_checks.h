@@ -1,0 +1,37 @@
+// Argument checks of inner_distance and pair_distance, for CPU and CUDA.
+#pragma once
+
+#include <optional>
+
+#include "checks.h"
+
+namespace nf {
+
+inline void check_distance_order(const char* op, int64_t p) {
+  if (p != 1 && p != 2) fail(op, ": expected `p` to be 1 or 2, got ", p);
+}
+
+inline void check_distance(const char* op, const Tensor& x, const Tensor& weight, int64_t p) {
+  check_head(op, x, weight);
+  check_distance_order(op, p);
+}
+
+inline void check_distance_backward(const char* op, const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                    const std::optional<Tensor>& labels, int64_t p) {
+  check_distance(op, x, weight, p);
+  check_matrix(op, "grad", grad);
+  check_shape(op, "grad", grad, x.size(0), weight.size(0));
+  if (labels) check_labels(op, *labels, x.size(0));
+}
+
+inline void check_pair(const char* op, const Tensor& a, const Tensor& b, int64_t p) {
+  check_matrix(op, "a", a);
+  check_matrix(op, "b", b);
+  check_shape(op, "b", b, a.size(0), a.size(1));
+  if (accumulator(a.scalar_type()) != accumulator(b.scalar_type()))
+    fail(op, ": expected `a` and `b` to be both float64 or both not, got ", name_of(a.scalar_type()), " and ",
+         name_of(b.scalar_type()));
+  check_distance_order(op, p);
+}
+
+}  // namespace nf

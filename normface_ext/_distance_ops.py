@@ -1,0 +1,116 @@
+"""The ops of the distances, in the manner of ``ops``: fake, Function, wrapper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import ops
+
+
+def gradients_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Of a backward op of two operands: (grad, a, b, ..., need_a, need_b)."""
+    _, a, b, *_, need_a, need_b = arguments
+    return a.new_empty(a.shape if need_a else [0]), b.new_empty(b.shape if need_b else [0])
+
+
+def asked(needed: tuple[bool, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(g if need else None for need, g in zip(needed, gradients, strict=True))
+
+
+# inner_distance -------------------------------------------------------------------------------------
+
+
+def _inner_distance_fake(x: Tensor, weight: Tensor, p: int) -> Tensor:
+    return x.new_empty([x.shape[0], weight.shape[0]])
+
+
+class _InnerDistance(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor | None, p: int) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        ctx.save_for_backward(x, weight, None if labels is None else labels.contiguous())
+        ctx.p = p
+        out: Tensor = ops._kernels(x, weight).inner_distance(x, weight, p)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, labels = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
+        with torch.no_grad():
+            gradients = ops._kernels(x, weight).inner_distance_backward(
+                grad.contiguous(), x, weight, labels, ctx.p, *needed
+            )
+        return *ops._no_second_derivative("inner_distance", asked(needed, gradients)), None, None
+
+
+def inner_distance(x: Tensor, weight: Tensor, labels: Tensor | None, p: int) -> Tensor:
+    """With ``labels`` the weight's gradient counts the cells (i, labels[i]) only."""
+    result: Tensor = _InnerDistance.apply(x, weight, labels, p)
+    return result
+
+
+# pair_distance --------------------------------------------------------------------------------------
+
+
+def _pair_distance_fake(a: Tensor, b: Tensor, p: int) -> Tensor:
+    return a.new_empty([a.shape[0]], dtype=ops._accumulator(a.dtype))
+
+
+class _PairDistance(Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, p: int) -> Tensor:
+        a, b = a.contiguous(), b.contiguous()
+        ctx.save_for_backward(a, b)
+        ctx.p = p
+        out: Tensor = ops._kernels(a, b).pair_distance(a, b, p)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        a, b = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
+        with torch.no_grad():
+            gradients = ops._kernels(a, b).pair_distance_backward(grad.contiguous(), a, b, ctx.p, *needed)
+        return *ops._no_second_derivative("pair_distance", asked(needed, gradients)), None
+
+
+def pair_distance(a: Tensor, b: Tensor, p: int) -> Tensor:
+    result: Tensor = _PairDistance.apply(a, b, p)
+    return result
+
+
+# Caffe's own gradient -------------------------------------------------------------------------------
+
+
+class _WithGradient(Function):
+    """A value whose gradient with respect to `distances` is given rather than derived."""
+
+    @staticmethod
+    def forward(ctx: Any, distances: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return upstream * gradient, None, None
+
+
+def with_gradient(distances: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    result: Tensor = _WithGradient.apply(distances, value, gradient)
+    return result
+
+
+ops.add_fakes(
+    {
+        "inner_distance": _inner_distance_fake,
+        "inner_distance_backward": gradients_fake,
+        "pair_distance": _pair_distance_fake,
+        "pair_distance_backward": gradients_fake,
+    }
+)

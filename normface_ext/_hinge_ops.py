@@ -1,0 +1,228 @@
+"""The ops of the metric losses over agents, in the manner of ``ops``: fakes, Function, wrapper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import ops
+from ._distance_ops import asked
+
+# csrc/hinge_state.h
+HINGE_FIELDS = 9
+INVERSE_NORM, HINGE_SUM, HINGE_VALUE, HINGE_SLOPE, HINGE_ACTIVE, HINGE_COSINE, HINGE_BEST = range(1, 8)
+
+
+@dataclass(frozen=True)
+class HingeOptions:
+    """The arguments of ``agent_hinge`` that are neither tensors nor differentiable."""
+
+    margin_value: float  # where the margin is no tensor
+    triplet: bool
+    hardest: bool
+    exponential: bool
+    ignore_index: int
+    eps: float
+    class_chunk: int
+    capacity: int
+
+
+def _target_cosine_fake(
+    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, eps: float, partial: bool
+) -> Tensor:
+    return x.new_empty([x.shape[0]], dtype=torch.float64)
+
+
+def _agent_hinge_fake(x: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    *_, exponential, _, _, _, capacity, _ = options
+    wide, batch = ops._accumulator(x.dtype), x.shape[0]
+    listed = 1 + max(0, capacity)
+    return (
+        x.new_empty([batch], dtype=wide),
+        x.new_empty([batch], dtype=wide),
+        x.new_empty([HINGE_FIELDS, batch], dtype=torch.float64),
+        x.new_empty([weight.shape[0]], dtype=wide),
+        x.new_empty([batch, listed], dtype=torch.int64),
+        x.new_empty([batch, listed] if exponential else [0], dtype=wide),
+    )
+
+
+def _gradients_fake(x: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    *_, partial, need_x, need_weight = options
+    dtype = ops._accumulator(x.dtype) if partial and need_x else x.dtype
+    return (
+        x.new_empty(x.shape if need_x else [0], dtype=dtype),
+        weight.new_empty(weight.shape if need_weight else [0]),
+    )
+
+
+def _agent_hinge_backward_fake(target_factor: Tensor, hinge_factor: Tensor, *arguments: Any) -> Any:
+    return _gradients_fake(*arguments)
+
+
+def _cosine_pairs_backward_fake(factors: Tensor, classes: Tensor, order: Tensor, *arguments: Any) -> Any:
+    return _gradients_fake(*arguments)
+
+
+def target_cosine(x: Tensor, weight: Tensor, labels: Tensor, options: HingeOptions, partial: bool) -> Tensor:
+    """cos(x_i, w_labels[i]), [N] float64, without a gradient of its own; 0 where the agent is not here."""
+    cosine: Tensor = ops._kernels(x, weight).target_cosine(
+        x, weight, labels, options.ignore_index, options.eps, partial
+    )
+    return cosine
+
+
+def sweep(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    cosine: Tensor,
+    margin: Tensor | None,
+    options: HingeOptions,
+    capacity: int,
+    partial: bool,
+) -> list[Tensor]:
+    """[target, value, rows, inverse_norm, classes, slopes] of csrc/schemas.h."""
+    return list(
+        ops._kernels(x, weight).agent_hinge(
+            x,
+            weight,
+            labels,
+            cosine,
+            margin,
+            options.margin_value,
+            options.triplet,
+            options.hardest,
+            options.exponential,
+            options.ignore_index,
+            options.eps,
+            options.class_chunk,
+            capacity,
+            partial,
+        )
+    )
+
+
+def cosine_factors(
+    rows: Tensor, slope: Tensor, grad_target: Tensor, grad_value: Tensor, triplet: bool
+) -> tuple[Tensor, Tensor]:
+    """d loss / d cosine of the label's agent, and of every active class per unit of its slope, [N] each.
+    ``slope`` is the sum of the slopes over the active classes, of all shards."""
+    kept = rows[INVERSE_NORM] != 0
+    # d = 2 - 2 c, so d(hinge)/dc = 2 slope; in a triplet the label's distance is in every threshold.
+    own = grad_target + grad_value * slope if triplet else grad_target
+    return torch.where(kept, -2 * own, 0), torch.where(kept, 2 * grad_value, 0)
+
+
+def sweep_gradients(
+    target_factor: Tensor,
+    hinge_factor: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    state: list[Tensor],
+    options: HingeOptions,
+    capacity: int,
+    needed: tuple[bool, ...],
+    partial: bool,
+) -> tuple[Tensor | None, ...]:
+    """Of (x, weight), from the last four results of :func:`sweep`.
+
+    The gradient of the hinges is zero but for what is active. If every row's active classes fitted in
+    its list, it follows the lists (which takes reading one number back from the device); otherwise it
+    sweeps all classes again. Both are exact.
+    """
+    rows, inverse_norm, classes, slopes = state
+    kernels, wide = ops._kernels(x, weight), ops._accumulator(x.dtype)
+    target_factor, hinge_factor = target_factor.to(wide), hinge_factor.to(wide)
+    listed = 1
+    if capacity > 0 and x.shape[0] > 0:
+        listed = 2 if options.hardest else 1 + int(rows[HINGE_ACTIVE].max())
+    sparse = capacity > 0 and listed <= 1 + capacity
+    if not sparse:
+        if options.hardest:
+            raise RuntimeError("agent_hinge: the hardest class has no dense gradient; expected a list")
+        gradients = kernels.agent_hinge_backward(
+            target_factor,
+            hinge_factor,
+            x,
+            weight,
+            labels,
+            rows,
+            inverse_norm,
+            options.exponential,
+            options.eps,
+            options.class_chunk,
+            partial,
+            *needed,
+        )
+        return asked(needed, gradients)
+    classes = classes[:, :listed].contiguous()
+    scales = slopes[:, 1:listed] if options.exponential else (classes[:, 1:] < weight.shape[0]).to(wide)
+    factors = torch.cat([target_factor[:, None], hinge_factor[:, None] * scales], 1)
+    order = classes.flatten().argsort(stable=True) if needed[1] else classes.new_empty(0)
+    gradients = kernels.cosine_pairs_backward(
+        factors,
+        classes,
+        order,
+        x,
+        weight,
+        rows[INVERSE_NORM].to(wide),
+        inverse_norm,
+        options.eps,
+        partial,
+        *needed,
+    )
+    return asked(needed, gradients)
+
+
+class _AgentHinge(Function):
+    """(target distance, hinges, state) of every row; the state has no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, margin: Tensor | None, options: HingeOptions
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
+        capacity = options.capacity if any(ctx.needs_input_grad[:2]) else 0
+        cosine = target_cosine(x, weight, labels, options, False)
+        target, value, *state = sweep(x, weight, labels, cosine, margin, options, capacity, False)
+        ctx.save_for_backward(x, weight, labels, *state)
+        ctx.arguments = options, capacity
+        ctx.mark_non_differentiable(state[0])
+        return target, value, state[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_target: Tensor, grad_value: Tensor, _: Any) -> Any:
+        x, weight, labels, *state = ctx.saved_tensors
+        options, capacity = ctx.arguments
+        with torch.no_grad():
+            slope = state[0][HINGE_SLOPE].to(grad_value.dtype)
+            factors = cosine_factors(state[0], slope, grad_target, grad_value, options.triplet)
+            gradients = sweep_gradients(
+                *factors, x, weight, labels, state, options, capacity, ctx.needs_input_grad[:2], False
+            )
+        # Both losses stand on this op; the sentence names the one that is the other's pattern.
+        name = "c_triplet_loss" if options.triplet else "c_contrastive_loss"
+        return *ops._no_second_derivative(name, gradients), None, None, None
+
+
+def agent_hinge(
+    x: Tensor, weight: Tensor, labels: Tensor, margin: Tensor | None, options: HingeOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = _AgentHinge.apply(x, weight, labels, margin, options)
+    return result
+
+
+ops.add_fakes(
+    {
+        "target_cosine": _target_cosine_fake,
+        "agent_hinge": _agent_hinge_fake,
+        "agent_hinge_backward": _agent_hinge_backward_fake,
+        "cosine_pairs_backward": _cosine_pairs_backward_fake,
+    }
+)

@@ -1,0 +1,114 @@
+"""`load_head`: reads a prototxt, lists what is wrong with it, and builds its `Head`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from . import proto
+from .graph import Head
+from .spec import Context, Report, Spec
+
+MODES = ("math", "caffe")
+
+
+def load_head(
+    path_or_text: str | os.PathLike[str],
+    *,
+    mode: str = "math",
+    inputs: Iterable[str] | None = None,
+    in_features: int | None = None,
+    eps: float = 1e-12,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Head:
+    """The head of a NormFace prototxt as a module: its layers, options, wiring and multipliers.
+
+    Args:
+        path_or_text: a file, or its text (anything with a line break or a brace).
+        mode: "math": every gradient is that of the value. "caffe": values and gradients as the released
+            layers computed them, slips included; see docs/caffe-compatibility.md.
+        inputs: blobs given from outside. By default those that no layer of the file makes. Name them to
+            load the head of a whole net: layers that cannot be reached from them are left out.
+        in_features: D, where a layer has its own weights: Caffe infers it from the net before the head.
+            Without it those weights appear with the first forward call, or with load_caffemodel.
+        eps: inside the L2 norms; Caffe has 1e-12 on the GPU and 1e-6 on the CPU.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: what the file has that is not supported, all of it, each with its file and line.
+        ImportError: protobuf is missing (`pip install 'normface_ext[caffe]'`).
+    """
+    if mode not in MODES:
+        raise ValueError(f"load_head: expected `mode` to be one of {', '.join(MODES)}, got {mode!r}")
+    if in_features is not None and in_features < 1:
+        raise ValueError(f"load_head: expected `in_features` to be >= 1, got {in_features}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"load_head: expected `eps` to be finite and >= 0, got {eps}")
+    where, text = _read(path_or_text)
+    net, lines = proto.parse_text(text, where)
+    report = Report(where)
+    for name, line in lines.unknown:
+        report.problems.append((line, f"unknown option `{name}` of the net"))
+    if net.layers:
+        report.problems.append(
+            (lines.of("layers"), "`layers` is Caffe's format of before 2014: upgrade the file")
+        )
+    given = None if inputs is None else [str(name) for name in inputs]
+    declared = [str(name) for name in net.input]
+    context = Context(mode, float(eps), in_features, device, dtype)
+    specs = [Spec(layer, lines.fields["layer"][i], report) for i, layer in enumerate(net.layer)]
+    for spec in [spec for spec in specs if spec.type == "Input"]:
+        declared += spec.tops
+        specs.remove(spec)
+    specs = specs if given is None else _reachable(specs, given, report)
+    if not specs and not report.problems:
+        report.problems.append((1, "expected at least one layer of a head, got none"))
+    head = Head(specs, report, context, declared if given is None else given, given is not None)
+    if report.problems:
+        count = len(report.problems)
+        hint = ""
+        if given is None and any(
+            "is not part of a NormFace head" in sentence for _, sentence in report.problems
+        ):
+            hint = (
+                "\nTo load the head of a whole net, name the blobs it starts from,"
+                " such as inputs=('ip1', 'label')."
+            )
+        raise ValueError(
+            f"load_head: {where} has {count} thing{'s' * (count > 1)} that {'are' if count > 1 else 'is'} not"
+            " supported:\n" + "\n".join(report.lines(report.problems)) + hint
+        )
+    return head
+
+
+def _read(path_or_text: str | os.PathLike[str]) -> tuple[str, str]:
+    if isinstance(path_or_text, str) and ("\n" in path_or_text or "{" in path_or_text):
+        return "<text>", path_or_text
+    if not isinstance(path_or_text, (str, os.PathLike)):
+        raise TypeError(f"load_head: expected a path or text, got {type(path_or_text).__name__}")
+    try:
+        return os.fspath(path_or_text), Path(path_or_text).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"load_head: expected {path_or_text} to be a text file (prototxt)") from error
+
+
+def _reachable(specs: list[Spec], given: list[str], report: Report) -> list[Spec]:
+    """The layers behind the given blobs: those that get one, directly or not, and their Parameters."""
+    known, kept = set(given), []
+    for spec in specs:
+        if any(bottom in known for bottom in spec.bottoms) or spec.type == "Parameter":
+            kept.append(spec)
+            known |= set(spec.tops)
+    written = {bottom for spec in specs for bottom in spec.bottoms}
+    for name in given:
+        if name not in written:
+            report.problems.append(
+                (1, f"expected a layer with the bottom `{name}`, which is in `inputs`, got none")
+            )
+    wanted = {bottom for spec in kept for bottom in spec.bottoms}
+    return [spec for spec in kept if spec.bottoms or wanted & set(spec.tops)]

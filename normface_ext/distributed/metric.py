@@ -1,0 +1,256 @@
+"""The class-parallel metric losses over agents, as functions of one shard of the classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.distributed.tensor import DTensor
+
+from .. import _checks, _hinge_ops, ops, reference
+from .._agent_options import AgentOptions, AgentRows, ContrastiveOptions, TripletOptions, check_active_limit
+from .._hinge_ops import HINGE_BEST, HINGE_SLOPE, HINGE_VALUE, INVERSE_NORM, HingeOptions
+from .collectives import Batch, ScatteredRows, add_over_shards, gather_rows, largest_over_shards
+from .functional import check_backbone_gradients, narrow
+from .shard import IGNORED, ClassShard
+
+
+def _holds_hardest(best: Tensor, shard: ClassShard) -> Tensor:
+    """Where this rank has the largest cosine of all ranks; of equal ones the first rank has it."""
+    place = torch.full_like(best, -dist.get_rank(shard.group))
+    candidate = place.where(best == largest_over_shards(best, shard.group), -torch.inf)
+    return largest_over_shards(candidate, shard.group) == place
+
+
+class _ClassParallelHinge(Function):
+    """As ``_hinge_ops._AgentHinge`` for the rows of all ranks: (target distance, hinges, slopes), [W * each]
+    each, the same on every rank.
+
+    With ``separate`` the gradients that come back are each rank's own rows' and add up; otherwise they are
+    those of one number that all ranks have in common.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        batch: Batch,
+        places: Tensor,
+        margin: Tensor | None,
+        options: HingeOptions,
+        separate: bool,
+        replicas: int,
+        shard: ClassShard,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weight = weight.contiguous()
+        capacity = options.capacity if any(ctx.needs_input_grad[:2]) else 0
+        part = _hinge_ops.target_cosine(batch.x, weight, places, options, True)
+        (cosine,) = add_over_shards([part], shard.group)
+        target, _, *state = _hinge_ops.sweep(batch.x, weight, places, cosine, margin, options, capacity, True)
+        value, slope = state[0][HINGE_VALUE], state[0][HINGE_SLOPE]
+        mine = torch.ones_like(places, dtype=torch.bool)
+        if options.hardest:
+            mine = _holds_hardest(state[0][HINGE_BEST], shard)
+            # NaN shows, wherever it is.
+            value, slope = torch.where(mine | value.isnan(), value, 0), torch.where(mine, slope, 0)
+        value, slope = (s.to(target.dtype) for s in add_over_shards([value, slope], shard.group))
+        ctx.save_for_backward(batch.x, weight, places, mine, slope, *state)
+        ctx.batch, ctx.options, ctx.capacity, ctx.shard = batch, options, capacity, shard
+        ctx.separate, ctx.replicas = separate, replicas
+        ctx.mark_non_differentiable(slope)
+        return target, value, slope
+
+    @staticmethod
+    def backward(ctx: Any, grad_target: Tensor, grad_value: Tensor, _: Any) -> Any:
+        x, weight, places, mine, slope, *state = ctx.saved_tensors
+        batch, options, shard, needed = ctx.batch, ctx.options, ctx.shard, ctx.needs_input_grad[:2]
+        with torch.no_grad():
+            if ctx.separate:
+                parts = [grad_target, grad_value]
+                grad_target, grad_value = (g.to(slope.dtype) for g in add_over_shards(parts, shard.group))
+            target_factor, hinge_factor = _hinge_ops.cosine_factors(
+                state[0], slope, grad_target, grad_value, options.triplet
+            )
+            hinge_factor = torch.where(mine, hinge_factor, 0)
+            dx, dw = _hinge_ops.sweep_gradients(
+                target_factor, hinge_factor, x, weight, places, state, options, ctx.capacity, needed, True
+            )
+            if dx is not None:
+                moved = ScatteredRows(dx, batch, shard.group).wait() * ctx.replicas
+                dx = narrow(moved, x.dtype, batch.own(state[0][INVERSE_NORM]), options.eps)
+        name = "c_triplet_loss" if options.triplet else "c_contrastive_loss"
+        return *ops._no_second_derivative(name, (dx, dw)), *[None] * 7
+
+
+def _loss(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    shard: ClassShard,
+    options: AgentOptions,
+    ignore_index: int,
+    reduction: str,
+    eps: float,
+    workspace: int | None,
+    active_limit: int | None,
+    backbone_gradients: str,
+    equal_batches: bool,
+) -> Tensor:
+    op = f"distributed.{op}"
+    if isinstance(weight, DTensor):
+        weight = weight.to_local()  # differentiable
+    _checks.features_and_shard(op, x, weight, shard.count)
+    _checks.labels(op, labels, x, shard.num_classes, ignore_index)
+    options.check(op, "math")
+    _checks.reduction(op, reduction)
+    eps = _checks.eps(op, eps)
+    check_active_limit(op, active_limit)
+    check_backbone_gradients(op, backbone_gradients)
+    batch = gather_rows(
+        x.detach(), labels, shard.group, ignore_index=ignore_index, equal_batches=equal_batches
+    )
+    places = shard.places(batch.labels, ignore_index)
+    margin, given = options.sweep_options(batch.x, shard.count, IGNORED, eps, workspace, active_limit)
+    replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
+    found = _ClassParallelHinge.apply(
+        x, weight, batch, places, margin, given, reduction == "none", replicas, shard
+    )
+    rows = AgentRows(places != IGNORED, *found)
+    loss = reference._reduce(options.losses(rows), rows.kept, reduction)
+    return batch.own(loss) if reduction == "none" else loss
+
+
+def c_contrastive_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    shard: ClassShard,
+    *,
+    pos_margin: float = 0.0,
+    neg_margin: float | Tensor = 1.0,
+    pos_weight: float = 1.0,
+    neg_weight: float = 1.0,
+    hardest_only: bool = False,
+    max_positive_only: bool = False,
+    positive_outlier_thresh: float = 4.0,
+    positive_first: bool = False,
+    positive_upper_bound: float = 1.0,
+    exp_negative_weight: bool = False,
+    normalize_negative: float | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    eps: float = 1e-12,
+    workspace: int | None = None,
+    active_limit: int | None = None,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+) -> Tensor:
+    """``functional.c_contrastive_loss`` of the rows of all ranks over the classes of all ranks.
+
+    Every rank of ``shard.group`` calls it with its own rows and its own agents, and the same options. It is
+    the loss of one process that has them all. Per step the features travel once to every rank (all-gather),
+    the target's cosine and two sums per row are added (two all-reduces; two more with ``hardest_only``), and
+    the features' gradient travels back (reduce-scatter).
+
+    Args:
+        x: [N, D] this rank's features, N as it likes. weight: [shard.count, D] its agents, or a DTensor
+            ``Shard(0)`` of [num_classes, D].
+        labels: [N] int64, global, in [0, num_classes) or ``ignore_index``.
+        hardest_only: of equally hard negatives the first rank's counts.
+        backbone_gradients, equal_batches: see ``distributed.normface_loss``.
+        The others: see ``functional.c_contrastive_loss``. They mean the rows of all ranks; ``workspace`` and
+            ``active_limit`` are those of each rank.
+
+    Returns:
+        For "mean" and "sum" the loss over the rows of all ranks, the same bits on every rank; backward has
+        to be called on all of them, with the same upstream gradient. For "none" [N], of this rank's rows.
+        Second derivatives raise.
+
+    Raises:
+        TypeError, ValueError, IndexError: as ``functional.c_contrastive_loss``. RuntimeError: a rank died or
+        came too late.
+    """
+    options = ContrastiveOptions(
+        pos_margin,
+        neg_margin,
+        pos_weight,
+        neg_weight,
+        hardest_only,
+        max_positive_only,
+        positive_outlier_thresh,
+        positive_first,
+        positive_upper_bound,
+        exp_negative_weight,
+        normalize_negative,
+    )
+    return _loss(
+        "c_contrastive_loss",
+        x,
+        weight,
+        labels,
+        shard,
+        options,
+        ignore_index,
+        reduction,
+        eps,
+        workspace,
+        active_limit,
+        backbone_gradients,
+        equal_batches,
+    )
+
+
+def c_triplet_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    shard: ClassShard,
+    *,
+    margin: float = 0.8,
+    pos_weight: float = 1.0,
+    neg_weight: float = 1.0,
+    hardest_only: bool = False,
+    add_center_loss: bool = False,
+    positive_first: bool = False,
+    positive_upper_bound: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    eps: float = 1e-12,
+    workspace: int | None = None,
+    active_limit: int | None = None,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+) -> Tensor:
+    """``functional.c_triplet_loss`` of the rows of all ranks over the classes of all ranks.
+
+    As :func:`c_contrastive_loss` here, with the options of ``functional.c_triplet_loss``.
+    """
+    options = TripletOptions(
+        margin,
+        pos_weight,
+        neg_weight,
+        hardest_only,
+        add_center_loss,
+        positive_first,
+        positive_upper_bound,
+    )
+    return _loss(
+        "c_triplet_loss",
+        x,
+        weight,
+        labels,
+        shard,
+        options,
+        ignore_index,
+        reduction,
+        eps,
+        workspace,
+        active_limit,
+        backbone_gradients,
+        equal_batches,
+    )
