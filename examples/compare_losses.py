@@ -32,13 +32,13 @@ import torch.nn.functional as F
 from common import (
     FAINT,
     Data,
+    Size,
     Softmax,
     embed,
     lenet,
     load,
     pairs_of,
     parser,
-    positive,
     pyplot,
     report,
     train,
@@ -89,20 +89,19 @@ class Combined(nn.Module):
 
 
 def heads() -> dict[str, Callable[[int], nn.Module]]:
-    """Name -> (number of classes -> head). Metric losses where this build has them."""
-    table: dict[str, Callable[[int], nn.Module]] = {
+    """Name -> (number of classes -> head)."""
+    return {
         "softmax": lambda c: Softmax(FEATURES, c),
         "feature-only": lambda c: FeatureOnly(FEATURES, c),
         "weight-only": lambda c: WeightOnly(FEATURES, c),
         "NormFace": lambda c: nf.NormFaceLoss(FEATURES, c),
         "CosFace 0.35": lambda c: nf.NormFaceLoss(FEATURES, c, margin=nf.CosFace(0.35)),
         "ArcFace 0.5": lambda c: nf.NormFaceLoss(FEATURES, c, margin=nf.ArcFace(0.5)),
+        "C-contrastive": lambda c: nf.CContrastiveLoss(FEATURES, c),
+        "C-triplet": lambda c: nf.CTripletLoss(FEATURES, c),
+        "C-triplet + centre": lambda c: nf.CTripletLoss(FEATURES, c, add_center_loss=True),
+        "NormFace + C-con.": lambda c: Combined(FEATURES, c),
     }
-    if hasattr(nf, "CContrastiveLoss"):
-        table["C-contrastive"] = lambda c: nf.CContrastiveLoss(FEATURES, c)
-        table["C-triplet"] = lambda c: nf.CTripletLoss(FEATURES, c)
-        table["NormFace + C-con."] = lambda c: Combined(FEATURES, c)
-    return table
 
 
 @dataclass
@@ -196,20 +195,23 @@ def draw(runs: list[Run], path: Path) -> None:
                       transform=axis.get_yaxis_transform())  # fmt: skip
         axis.text(1.0, len(names) - 0.35, "mean", color=FAINT, transform=axis.get_yaxis_transform())
         axis.set_title(title, weight="bold")
-        axis.set_xlabel("accuracy minus the softmax's in the same run, in points")
+        axis.set_xlabel("accuracy minus the softmax's in the same run, in points (right is better)")
         axis.tick_params(axis="y", length=0)
         axis.spines["left"].set_visible(False)
     axes[0].set_yticks(at, names)
+    figure.suptitle("dots: runs; bar: their mean; band: its standard error", fontsize=10, color=FAINT)
     figure.savefig(path)
     plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> list[Run]:
-    options = parser(__doc__, "compare_losses", epochs=10)
-    options.add_argument("--runs", type=positive, default=5, help="different classes left out; default: 5")
-    options.add_argument("--heads", nargs="+", metavar="NAME", choices=list(heads()), help="only these")
-    options = options.parse_args(arguments)
-    start, data = time.perf_counter(), load(options, default_images=5000)
+    command = parser(__doc__, "compare_losses", epochs=Size(10, 5), images=Size(10_000, 5_000))
+    command.add_size("runs", "seeds, each with other classes left out", Size(10, 4))
+    command.add_argument("--heads", nargs="+", metavar="NAME", choices=list(heads()), help="only these")
+    options = command.parse_args(arguments)
+    start, data = time.perf_counter(), load(options)
+    if data.classes < LEFT_OUT + 2:
+        raise SystemExit(f"--data: expected at least {LEFT_OUT + 2} classes, got {data.classes}")
     chosen = {name: make for name, make in heads().items() if not options.heads or name in options.heads}
     if "softmax" not in chosen:
         chosen = {"softmax": heads()["softmax"], **chosen}

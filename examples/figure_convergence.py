@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import FAINT, Data, History, embed, lenet, load, parser, pyplot, report, train, write_csv
+from common import FAINT, Data, History, Size, embed, lenet, load, parser, pyplot, report, train, write_csv
 from torch import Tensor
 
 import normface_ext as nf
@@ -124,17 +124,17 @@ def draw(histories: dict[str, History], pulls: dict[str, Pull], classes: int, pa
     bars = right.bar(list(pulls), shares, color=[COLORS[name] for name in pulls], width=0.65)
     right.bar_label(bars, [f"{share:.0%}" for share in shares], padding=2)
     right.axhline(0.1, color=FAINT, linestyle=":", linewidth=1.5)
-    right.set_xlabel("of the pull; dotted: its tenth")
+    right.set_xlabel("dotted: 10 %, no attention at all")
     right.set_ylim(0, 1.08)
     right.set_yticks([])
     right.spines["left"].set_visible(False)
-    right.set_title("share of the hardest tenth", weight="bold")
+    right.set_title("the hardest tenth's\nshare of the pull", weight="bold")
     figure.savefig(path)
     plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> tuple[dict[str, History], dict[str, Pull]]:
-    options = parser(__doc__, "figure_convergence", epochs=40).parse_args(arguments)
+    options = parser(__doc__, "figure_convergence", epochs=Size(40, 10)).parse_args(arguments)
     start, data = time.perf_counter(), load(options)
     histories: dict[str, History] = {}
     cosines = None

@@ -75,7 +75,9 @@ def read_ytf_splits(
     Videos are named "person/number".
 
     Args:
-        splits, pairs_per_split: what must be there, 10 and 500 in the data set; ``None`` accepts any.
+        path: the file.
+        splits: how many there must be, 10 in the data set; ``None`` accepts any number.
+        pairs_per_split: likewise, 500 in the data set.
 
     Raises:
         ValueError: a malformed header or row, a pair of a video with itself, or a file with other numbers of
@@ -164,7 +166,9 @@ def hik_svm_protocol(
     """The accuracy of each fold under an SVM with the intersection kernel, trained on the other folds.
 
     Args:
-        histograms: [P, bins], one row per pair of videos. same, fold: [P].
+        histograms: [P, bins], one row per pair of videos.
+        same: [P].
+        fold: [P].
         c: the SVM's penalty.
     """
     op = "hik_svm_protocol"
@@ -224,8 +228,8 @@ def ytf_protocol(
         c: the SVM's penalty.
 
     Raises:
-        ValueError: one fold; a video without features or without a frame, by its name. ImportError: without
-            scikit-learn.
+        ValueError: one fold; a video without features or without a frame, by its name.
+        ImportError: without scikit-learn.
     """
     op = "ytf_protocol"
     folds = np.unique(pairs.fold)
