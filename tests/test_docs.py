@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import normface_ext as nf
+from normface_ext import evaluation
+
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(
     r"^(?P<indent>[ ]*)```(?P<language>\w*)(?P<info>[^\n]*)\n(?P<text>.*?)^(?P=indent)```[ ]*$", re.M | re.S
@@ -119,3 +122,26 @@ def test_files_and_excuses(tmp_path: Path) -> None:
     assert [b.not_run for b in blocks("x.md", page)] == ["", "needs the moon", "", ""]
     assert run(blocks("x.md", page), tmp_path)["b"] == 3
     assert (tmp_path / "a.txt").read_text() == "hello\n"
+
+
+def documented() -> set[str]:
+    """Dotted names with an entry of their own in docs/api: `::: name`, and the `members` listed below one."""
+    names = set()
+    for page, text in PAGES.items():
+        if page.startswith("docs/api/"):
+            for name, options in re.findall(r"^::: ([\w.]+)\n((?:    .*\n)?)", text + "\n", re.M):
+                members = re.search(r"members: \[(.*?)\]", options.replace("inherited_members", ""))
+                listed = [m.strip() for m in members[1].split(",") if m.strip()] if members else []
+                names |= {name, *(f"{name}.{member}" for member in listed)}
+    return names
+
+
+def test_every_public_name_is_on_an_api_page() -> None:
+    last = {name.rpartition(".")[2] for name in documented()}
+    assert set(nf.__all__) - last == set()
+    evaluated = {n.rpartition(".")[2] for n in documented() if n.startswith("normface_ext.evaluation.")}
+    assert set(evaluation.__all__) - evaluated == set()
+    # Pages of whole modules: what they show is what is public.
+    assert {
+        f"normface_ext.{m}" for m in ("functional", "theory", "reference", "testing", "caffe")
+    } <= documented()
