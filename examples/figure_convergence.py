@@ -124,7 +124,7 @@ def draw(histories: dict[str, History], pulls: dict[str, Pull], classes: int, pa
     bars = right.bar(list(pulls), shares, color=[COLORS[name] for name in pulls], width=0.65)
     right.bar_label(bars, [f"{share:.0%}" for share in shares], padding=2)
     right.axhline(0.1, color=FAINT, linestyle=":", linewidth=1.5)
-    right.set_xlabel("dotted: 10 %, no attention at all")
+    right.set_xlabel("dotted: 10 %, what each tenth gets if all pull alike")
     right.set_ylim(0, 1.08)
     right.set_yticks([])
     right.spines["left"].set_visible(False)

@@ -99,12 +99,12 @@ def draw_2d(clouds: list[Cloud], names: tuple[str, ...], path: Path) -> None:
             axis.plot(np.cos(turn), np.sin(turn), color="#d5d9df", linewidth=8, zorder=0)
         for k, name in enumerate(names):
             mine = points[c.labels == k]
-            axis.scatter(*mine.T, s=9, color=colors[k], alpha=0.6, linewidths=0)
+            axis.scatter(*mine.T, s=9, color=colors[k % 10], alpha=0.6, linewidths=0)
             direction = c.weight[k] / np.linalg.norm(c.weight[k])
             end = direction * reach * (0.86 if normalised else 1.05)
-            axis.plot([0, end[0]], [0, end[1]], color=colors[k], linewidth=1.2, zorder=1)
+            axis.plot([0, end[0]], [0, end[1]], color=colors[k % 10], linewidth=1.2, zorder=1)
             at = direction * reach * 1.17
-            axis.text(*at, name, color=colors[k], ha="center", va="center", weight="bold", fontsize=12)
+            axis.text(*at, name, color=colors[k % 10], ha="center", va="center", weight="bold", fontsize=12)
         axis.plot(0, 0, "+", color=INK, markersize=8)
         axis.set_xlim(-1.3 * reach, 1.3 * reach)
         axis.set_ylim(-1.3 * reach, 1.3 * reach)
@@ -117,8 +117,8 @@ def draw_2d(clouds: list[Cloud], names: tuple[str, ...], path: Path) -> None:
         if not normalised:
             text = f"right {c.by_logit:.1%}, {text}"
         axis.text(0.5, -0.02, text, transform=axis.transAxes, ha="center", va="top", fontsize=11)
-    figure.suptitle(
-        "2-D features of test images; lines: class weights, +: the origin", fontsize=11, color=FAINT
+    figure.supxlabel(
+        "2-D features of test images; lines: class weights, +: the origin", fontsize=10, color=FAINT
     )
     figure.savefig(path)
     plt.close(figure)
