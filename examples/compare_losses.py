@@ -7,9 +7,9 @@ training, others in each run, and pairs of their images are verified ("unseen").
 of the seven training classes. Both are scored by cosine in the ten folds of the LFW protocol, without PCA;
 TAR@FAR=1% is over the same pairs. All losses start from the same network and see the same batches.
 
-compare_losses.csv has every run, summary.csv mean and standard deviation over the runs, compare_losses.png
-shows them. The spread between runs is mostly which classes were left out, so the last column compares each
-loss with the plain softmax of the same run: mean difference, +- standard error.
+compare_losses.csv has every run, summary.csv and summary.md mean and standard deviation over the runs,
+compare_losses.png shows them. The spread between runs is mostly which classes were left out, so the last
+column compares each loss with the plain softmax of the same run: mean difference, +- standard error.
 
 What to expect. The paper fine-tunes a trained face network of 10,575 people; ten classes of small images,
 trained from nothing, are another world. With the defaults NormFace and NormFace + C-contrastive (the
@@ -43,6 +43,7 @@ from common import (
     report,
     train,
     write_csv,
+    write_markdown,
 )
 from torch import Tensor, nn
 
@@ -170,6 +171,19 @@ def summary(runs: list[Run]) -> list[tuple[object, ...]]:
     return rows
 
 
+def cells(row: tuple[object, ...]) -> list[str]:
+    """A row of `summary` as text: name, measures in % with their deviation, seconds, gap with its error."""
+    name, *v = row
+    percent = [f"{100 * v[i]:.1f} ± {100 * v[i + 1]:.1f}" for i in (0, 2, 4, 6)]
+    return [str(name), *percent, f"{v[8]:.1f}", f"{100 * v[10]:+.1f} ± {100 * v[11]:.1f}"]
+
+
+TITLES = (
+    *("head", "unseen: accuracy", "TAR@FAR=1%", "seen: accuracy", "TAR@FAR=1%", "training, s"),
+    "unseen minus softmax",
+)
+
+
 def draw(runs: list[Run], path: Path) -> None:
     """Accuracy minus the plain softmax's in the same run: dots; mean and standard error: bar and band."""
     plt = pyplot()
@@ -222,12 +236,9 @@ def main(arguments: list[str] | None = None) -> list[Run]:
     ]
     rows = summary(runs)
     options.out.mkdir(parents=True, exist_ok=True)
-    print(f"{options.data}, {options.runs} runs, {options.epochs} epochs; mean +- standard deviation, in %")
-    print("                   unseen classes             seen classes               training  unseen minus")
-    print("head               accuracy     TAR@FAR=1%    accuracy     TAR@FAR=1%    seconds   softmax")
-    for name, *v in rows:
-        cells = "  ".join(f"{100 * v[i]:5.1f} +- {100 * v[i + 1]:3.1f}" for i in (0, 2, 4, 6))
-        print(f"{name:17}  {cells}  {v[8]:7.1f}   {100 * v[10]:+5.1f} +- {100 * v[11]:.1f}")
+    print(f"{options.data}, {options.runs} runs, {options.epochs} epochs; mean ± standard deviation, in %")
+    for line in (TITLES, *map(cells, rows)):
+        print(f"{line[0]:18}" + "  ".join(f"{word:>16}" for word in line[1:]))
     draw(runs, options.out / "compare_losses.png")
     header = [f"{m}{part}" for m in MEASURES for part in ("", "_deviation")]
     columns = ["head", "run", "left_out", *MEASURES]
@@ -237,6 +248,7 @@ def main(arguments: list[str] | None = None) -> list[Run]:
             options.out / "compare_losses.csv", columns, ([getattr(r, c) for c in columns] for r in runs)
         ),
         write_csv(options.out / "summary.csv", ["head", *header, "gap", "gap_error"], rows),
+        write_markdown(options.out / "summary.md", TITLES, map(cells, rows)),
     ]
     report(files, start)
     return runs

@@ -110,9 +110,9 @@ def draw_2d(clouds: list[Cloud], names: tuple[str, ...], path: Path) -> None:
         axis.set_ylim(-1.3 * reach, 1.3 * reach)
         axis.set_aspect("equal")
         axis.axis("off")
-        axis.set_title(c.name, fontsize=13, weight="bold", y=1.06)
+        axis.set_title(c.name, fontsize=13, weight="bold", pad=22)
         point = "only the angle is left" if normalised else "a class is a ray, and length counts"
-        axis.text(0.5, 1.03, point, transform=axis.transAxes, ha="center", fontsize=11)
+        axis.text(0.5, 1.015, point, transform=axis.transAxes, ha="center", fontsize=11)
         text = f"right by angle alone {c.by_angle:.1%}"
         if not normalised:
             text = f"right {c.by_logit:.1%}, {text}"
