@@ -86,7 +86,8 @@ def cloud(name: str, data: Data, make: Callable[[], nn.Module], dim: int, epochs
 
 def draw_2d(clouds: list[Cloud], names: tuple[str, ...], path: Path) -> None:
     plt = pyplot()
-    figure, axes = plt.subplots(1, len(clouds), figsize=(13, 5.2), layout="constrained")
+    figure, axes = plt.subplots(1, len(clouds), figsize=(13, 5.4), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0, 1, 0.95))  # it takes no heed of titles of axes that are off
     colors = plt.get_cmap("tab10").colors
     for axis, c in zip(axes, clouds, strict=True):
         normalised = c.name.startswith("normalised")
