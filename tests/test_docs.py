@@ -7,6 +7,7 @@ scripts/check builds the site.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import textwrap
@@ -87,12 +88,14 @@ def test_python_of_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     for file in (ROOT / "tests" / "prototxt").glob("*.prototxt"):  # the pages' examples
         shutil.copy(file, tmp_path)
-    state = torch.get_rng_state()
+    environment, state = dict(os.environ), torch.get_rng_state()
     torch.manual_seed(0)
     try:
         run(blocks(page, PAGES[page]), tmp_path)
     finally:
         torch.set_rng_state(state)
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def test_what_does_not_run_is_known() -> None:
