@@ -1,7 +1,7 @@
 """What the figure examples share: data, a small LeNet, training with a progress bar, figures and CSV.
 
 Each example is one command, `python examples/NAME.py`, with the options of `parser` below; everything it
-writes lies under --out. Defaults train on scikit-learn's digits and take a few minutes on two CPU cores.
+writes lies under --out. Defaults train on scikit-learn's digits and take about a minute of one CPU core.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from images import read_image, scan
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -25,26 +28,56 @@ from tqdm import tqdm
 
 import normface_ext as nf
 
-FASHION = Path("/usr/share/datasets/fashion-mnist")
+FASHION_VARIABLE = "FASHION_MNIST"  # the environment's word for where Fashion-MNIST lies
+FASHION = Path(os.environ.get(FASHION_VARIABLE, "/usr/share/datasets/fashion-mnist"))
 BATCH = 64
+FOLDER_SIZE = 28  # images of --data FOLDER become grey and this large, like Fashion-MNIST's
 INK, FAINT = "#23272e", "#9aa1ab"
 
 
 # ------------------------------------------------------------------------------------ command line
 
 
-def parser(description: str | None, out: str, epochs: int) -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    result.add_argument("--data", choices=["digits", "fashion"], default="digits",
-                        help="scikit-learn's digits (default) or Debian's Fashion-MNIST")  # fmt: skip
-    result.add_argument("--images", type=positive, metavar="N", help="use only N images, for a quick look")
-    result.add_argument("--epochs", type=positive, default=epochs, help=f"default: {epochs}")
+class Size(NamedTuple):
+    """How much by default: of the digits, and of data with larger images."""
+
+    digits: int
+    others: int
+
+
+IMAGES = Size(10_000, 10_000)
+
+
+class Parser(argparse.ArgumentParser):
+    """Also takes options whose default depends on --data."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.by_data: dict[str, Size] = {}
+
+    def add_size(self, name: str, text: str, size: Size) -> None:
+        text += f"; default: {size.digits} for digits, else {size.others}"
+        self.add_argument(f"--{name}", type=positive, metavar="N", help=text)
+        self.by_data[name] = size
+
+    def parse_args(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+        options = super().parse_args(arguments)
+        for name, size in self.by_data.items():
+            if getattr(options, name) is None:
+                setattr(options, name, size.digits if options.data == "digits" else size.others)
+        return options
+
+
+def parser(description: str | None, out: str, epochs: Size, images: Size = IMAGES) -> Parser:
+    result = Parser(description)
+    text = "digits (scikit-learn's, the default), fashion-mnist (Debian's), or a folder CLASS/IMAGE.png"
+    result.add_argument("--data", metavar="NAME|FOLDER", default="digits", help=text)
+    result.add_size("images", "use at most N images", images)
+    result.add_size("epochs", "passes over the training images", epochs)
+    # Batches are so small that a second thread brings little, and on a busy machine it costs a lot.
+    result.add_argument("--threads", type=positive, default=1, help="CPU threads; default: 1")
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    result.add_argument("--threads", type=positive, default=1,
-                        help="CPU threads; such small networks are fastest with 1 (default)")  # fmt: skip
     result.add_argument("--out", type=Path, metavar="DIR", default=Path(out), help=f"default: ./{out}")
     return result
 
@@ -101,28 +134,50 @@ def fashion(folder: Path = FASHION) -> tuple[np.ndarray, np.ndarray]:
     if missing:
         raise SystemExit(
             f"Fashion-MNIST is not there: {missing[0]} is missing. On Debian and Ubuntu"
-            " `sudo apt-get install dataset-fashion-mnist` puts it there; --data digits needs no files."
+            " `sudo apt-get install dataset-fashion-mnist` puts it there; without root, in an empty folder,"
+            " `apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb .` and"
+            f" {FASHION_VARIABLE}=usr/share/datasets/fashion-mnist. --data digits needs no files."
         )
     images, labels = (np.concatenate([read_idx(path) for path in kind]) for kind in files)
     return images, labels
 
 
-def load(options: argparse.Namespace, default_images: int = 10_000) -> Data:
-    """The data of --data; of Fashion-MNIST `default_images` unless --images says otherwise."""
+def folder(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Grey images [N, FOLDER_SIZE, FOLDER_SIZE], labels, names; a class is a folder of images in `path`."""
+    found = scan(path, FOLDER_SIZE)
+    for skipped, reason in found.skipped:
+        print(f"skipped {skipped}: {reason}", file=sys.stderr)
+    if len(found.people) < 2:
+        raise SystemExit(
+            f"{path}: expected at least 2 folders with 2 readable images each, got {len(found.people)}"
+        )
+    pixels, labels = [], []
+    for label, images in enumerate(found.people.values()):
+        pixels += [read_image(image, FOLDER_SIZE).float().mean(0).numpy() for image in images]
+        labels += [label] * len(images)
+    return np.stack(pixels), np.array(labels), tuple(found.people)
+
+
+def load(options: argparse.Namespace) -> Data:
+    """The data of --data, at most --images of it; sets the number of threads."""
     torch.set_num_threads(options.threads)
+    brightest = 255
     if options.data == "digits":
         digits = load_digits()
-        pixels, labels, names = digits.images / 16, digits.target, tuple("0123456789")
-    else:
+        pixels, labels, names, brightest = digits.images, digits.target, tuple("0123456789"), 16
+    elif options.data == "fashion-mnist":
         pixels, labels, names = (*fashion(), FASHION_NAMES)
-        options.images = options.images or default_images
+    elif Path(options.data).is_dir():
+        pixels, labels, names = folder(Path(options.data))
+    else:
+        raise SystemExit(f"--data: expected digits, fashion-mnist or a folder, got {options.data!r}")
     rows = np.arange(len(labels))
-    if options.images and options.images < len(rows):
+    if options.images < len(rows):
         rows, _ = train_test_split(
             rows, train_size=options.images, random_state=options.seed, stratify=labels
         )
     pixels, labels = pixels[rows], labels[rows]
-    images = torch.tensor(pixels, dtype=torch.float32)[:, None] / (1 if options.data == "digits" else 255)
+    images = torch.tensor(pixels, dtype=torch.float32)[:, None] / brightest
     targets = torch.tensor(labels, dtype=torch.int64)
     split = train_test_split(range(len(labels)), test_size=0.3, random_state=options.seed, stratify=labels)
     parts = [values[part].to(options.device) for part in split for values in (images, targets)]
@@ -136,6 +191,9 @@ def lenet(features: int, size: int) -> nn.Module:
     """[N, 1, size, size] -> [N, features]. It ends without a ReLU: features can point anywhere."""
     layers: list[nn.Module] = []
     channels, width = 1, 16
+    if size > 16:  # strides where the image is large: a third of the time
+        layers += [nn.Conv2d(1, width, 5, stride=2, padding=2), nn.BatchNorm2d(width), nn.ReLU()]
+        channels, width, size = width, 2 * width, (size + 1) // 2
     while size > 4:
         layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
         layers += [nn.MaxPool2d(2)]
@@ -162,7 +220,8 @@ class Softmax(nn.Module):
 
 @dataclass
 class History:
-    """Mean training loss of each epoch, the scale after it, and the time training took."""
+    """Mean training loss of each epoch, the scale after it, and the time training took: CPU time on a CPU,
+    which other programs disturb least."""
 
     losses: list[float] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
@@ -192,7 +251,8 @@ def train(
     optimizer = torch.optim.Adam(groups, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=lr / 50)
     order = torch.Generator().manual_seed(seed)
-    history, start = History(), time.perf_counter()
+    clock = time.process_time if images.device.type == "cpu" else time.perf_counter
+    history, start = History(), clock()
     bar = tqdm(range(epochs), desc=f"{name:20}", unit="epoch", file=sys.stderr, leave=False)
     for epoch in bar:
         backbone.train()
@@ -212,7 +272,7 @@ def train(
         bar.set_postfix_str(f"loss {history.losses[-1]:.4f}")
         if after_epoch:
             after_epoch(epoch)
-    history.seconds = time.perf_counter() - start
+    history.seconds = clock() - start  # the loop has just read a loss, so a GPU has nothing left to do
     return history
 
 
@@ -270,6 +330,13 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
         writer.writerow(header)
         for row in rows:
             writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in row])
+    return path
+
+
+def write_markdown(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Path:
+    """A table as the documentation includes it: the first column is text, the others are numbers."""
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
     return path
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import FAINT, Data, History, embed, lenet, load, parser, pyplot, report, train, write_csv
+from common import FAINT, Data, History, Size, embed, lenet, load, parser, pyplot, report, train, write_csv
 from torch import Tensor
 
 import normface_ext as nf
@@ -87,11 +87,22 @@ def run(
     return history, (seen[0] if seen else None)
 
 
+def apart(values: dict[str, float], factor: float = 1.25) -> dict[str, float]:
+    """The values, moved up where they would be nearer to the next lower one than `factor`: places of labels
+    on a logarithmic axis."""
+    placed: dict[str, float] = {}
+    lowest = 0.0
+    for name, value in sorted(values.items(), key=lambda item: item[1]):
+        lowest = placed[name] = max(value, factor * lowest)
+    return placed
+
+
 def draw(histories: dict[str, History], pulls: dict[str, Pull], classes: int, path: Path) -> None:
     plt = pyplot()
     figure, (left, middle, right) = plt.subplots(
         1, 3, figsize=(14, 4.6), layout="constrained", width_ratios=[1.25, 1.25, 0.8]
     )
+    heights = apart({name: history.losses[-1] for name, history in histories.items()})
     for name, history in histories.items():
         epochs = np.arange(1, len(history.losses) + 1)
         bounds = [nf.theory.loss_lower_bound(classes, s) for s in history.scales]
@@ -99,7 +110,7 @@ def draw(histories: dict[str, History], pulls: dict[str, Pull], classes: int, pa
         left.plot(epochs, history.losses, color=COLORS[name], linewidth=2)
         left.plot(epochs, bounds, color=COLORS[name], linestyle="--", linewidth=1.2)
         left.annotate(
-            *(label, (epochs[-1], history.losses[-1])), xytext=(5, 0), textcoords="offset points",
+            *(label, (epochs[-1], heights[name])), xytext=(5, 0), textcoords="offset points",
             color=COLORS[name], weight="bold", va="center", fontsize=9.5, annotation_clip=False,
         )  # fmt: skip
     left.set_yscale("log")
@@ -124,17 +135,17 @@ def draw(histories: dict[str, History], pulls: dict[str, Pull], classes: int, pa
     bars = right.bar(list(pulls), shares, color=[COLORS[name] for name in pulls], width=0.65)
     right.bar_label(bars, [f"{share:.0%}" for share in shares], padding=2)
     right.axhline(0.1, color=FAINT, linestyle=":", linewidth=1.5)
-    right.set_xlabel("of the pull; dotted: its tenth")
+    right.set_xlabel("dotted: if all pull alike")
     right.set_ylim(0, 1.08)
     right.set_yticks([])
     right.spines["left"].set_visible(False)
-    right.set_title("share of the hardest tenth", weight="bold")
+    right.set_title("the hardest tenth's\nshare of the pull", weight="bold")
     figure.savefig(path)
     plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> tuple[dict[str, History], dict[str, Pull]]:
-    options = parser(__doc__, "figure_convergence", epochs=40).parse_args(arguments)
+    options = parser(__doc__, "figure_convergence", epochs=Size(40, 10)).parse_args(arguments)
     start, data = time.perf_counter(), load(options)
     histories: dict[str, History] = {}
     cosines = None

@@ -23,8 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import (
+    FAINT,
     INK,
     Data,
+    Size,
     Softmax,
     embed,
     lenet,
@@ -84,7 +86,8 @@ def cloud(name: str, data: Data, make: Callable[[], nn.Module], dim: int, epochs
 
 def draw_2d(clouds: list[Cloud], names: tuple[str, ...], path: Path) -> None:
     plt = pyplot()
-    figure, axes = plt.subplots(1, len(clouds), figsize=(13, 5.2), layout="constrained")
+    figure, axes = plt.subplots(1, len(clouds), figsize=(13, 5.4), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0, 1, 0.95))  # it takes no heed of titles of axes that are off
     colors = plt.get_cmap("tab10").colors
     for axis, c in zip(axes, clouds, strict=True):
         normalised = c.name.startswith("normalised")
@@ -97,30 +100,34 @@ def draw_2d(clouds: list[Cloud], names: tuple[str, ...], path: Path) -> None:
             axis.plot(np.cos(turn), np.sin(turn), color="#d5d9df", linewidth=8, zorder=0)
         for k, name in enumerate(names):
             mine = points[c.labels == k]
-            axis.scatter(*mine.T, s=9, color=colors[k], alpha=0.6, linewidths=0)
+            axis.scatter(*mine.T, s=9, color=colors[k % 10], alpha=0.6, linewidths=0)
             direction = c.weight[k] / np.linalg.norm(c.weight[k])
             end = direction * reach * (0.86 if normalised else 1.05)
-            axis.plot([0, end[0]], [0, end[1]], color=colors[k], linewidth=1.2, zorder=1)
+            axis.plot([0, end[0]], [0, end[1]], color=colors[k % 10], linewidth=1.2, zorder=1)
             at = direction * reach * 1.17
-            axis.text(*at, name, color=colors[k], ha="center", va="center", weight="bold", fontsize=12)
+            axis.text(*at, name, color=colors[k % 10], ha="center", va="center", weight="bold", fontsize=12)
         axis.plot(0, 0, "+", color=INK, markersize=8)
         axis.set_xlim(-1.3 * reach, 1.3 * reach)
         axis.set_ylim(-1.3 * reach, 1.3 * reach)
         axis.set_aspect("equal")
         axis.axis("off")
-        axis.set_title(c.name, fontsize=13, weight="bold")
+        axis.set_title(c.name, fontsize=13, weight="bold", pad=22)
+        point = "only the angle is left" if normalised else "a class is a ray, and length counts"
+        axis.text(0.5, 1.015, point, transform=axis.transAxes, ha="center", fontsize=11)
         text = f"right by angle alone {c.by_angle:.1%}"
         if not normalised:
             text = f"right {c.by_logit:.1%}, {text}"
         axis.text(0.5, -0.02, text, transform=axis.transAxes, ha="center", va="top", fontsize=11)
-    figure.suptitle("2-D features of test images; lines are the class weights, + is the origin", fontsize=11)
+    figure.supxlabel(
+        "2-D features of test images; lines: class weights, +: the origin", fontsize=10, color=FAINT
+    )
     figure.savefig(path)
     plt.close(figure)
 
 
 def draw_3d(clouds: list[Cloud], path: Path) -> None:
     plt = pyplot()
-    figure = plt.figure(figsize=(3.1 * len(clouds), 3.7), layout="constrained")
+    figure = plt.figure(figsize=(3.1 * len(clouds), 4.1), layout="constrained")
     colors = np.array(plt.get_cmap("tab10").colors)
     eye = np.array([1.0, -1.0, 0.6]) / np.linalg.norm([1.0, -1.0, 0.6])
     u, v = np.mgrid[0 : 2 * np.pi : 25j, 0 : np.pi : 13j]
@@ -141,15 +148,20 @@ def draw_3d(clouds: list[Cloud], path: Path) -> None:
         axis.set_box_aspect((1, 1, 1), zoom=1.45)
         axis.set_axis_off()
         axis.set_title(c.name, fontsize=13, weight="bold", y=0.98)
-        text = f"spread {c.spread:.0f}°, right {c.by_angle:.1%}"
-        axis.text2D(0.5, -0.01, text, transform=axis.transAxes, ha="center", fontsize=11)
-    figure.suptitle("3-D features of test images on the unit sphere (far side faint)", fontsize=11)
+        axis.text2D(0.5, -0.03, f"spread {c.spread:.1f}°", transform=axis.transAxes, ha="center",
+                    fontsize=13, weight="bold")  # fmt: skip
+        axis.text2D(0.5, -0.13, f"right {c.by_angle:.1%}", transform=axis.transAxes, ha="center", fontsize=11)
+    tightest, widest = (f(clouds, key=lambda c: c.spread) for f in (min, max))
+    figure.suptitle(
+        f"3-D features on the unit sphere: classes are tightest at {tightest.name}, widest at {widest.name}",
+        fontsize=13, weight="bold",
+    )  # fmt: skip
     figure.savefig(path)
     plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> list[Cloud]:
-    options = parser(__doc__, "figure_features", epochs=40).parse_args(arguments)
+    options = parser(__doc__, "figure_features", epochs=Size(40, 8)).parse_args(arguments)
     start, data = time.perf_counter(), load(options)
     heads = {
         "softmax with bias": lambda: Softmax(2, data.classes),

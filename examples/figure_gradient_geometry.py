@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import FAINT, INK, Softmax, embed, lenet, load, parser, pyplot, report, train, write_csv
+from common import FAINT, INK, Size, Softmax, embed, lenet, load, parser, pyplot, report, train, write_csv
 from torch import Tensor
 
 import normface_ext as nf
@@ -123,6 +123,7 @@ def draw(paths: dict[float, Path2], cosines: dict[str, np.ndarray], path: Path) 
         right.text(np.median(values), height * 1.04, name, color=color, ha="center", weight="bold")
     right.set_xscale("log")
     right.margins(y=0.12)
+    right.set_xlim(bins[0], 30)  # room for the name above the last bins
     right.set_yticks([])
     right.spines["left"].set_visible(False)
     right.set_xlabel("|cosine| of feature and gradient (log)")
@@ -132,7 +133,7 @@ def draw(paths: dict[float, Path2], cosines: dict[str, np.ndarray], path: Path) 
 
 
 def main(arguments: list[str] | None = None) -> tuple[dict[float, Path2], dict[str, np.ndarray]]:
-    options = parser(__doc__, "figure_gradient_geometry", epochs=3).parse_args(arguments)
+    options = parser(__doc__, "figure_gradient_geometry", epochs=Size(3, 1)).parse_args(arguments)
     start, data = time.perf_counter(), load(options)
     paths = {rate: descend(rate, 12) for rate in RATES}
     cosines = {}

@@ -16,6 +16,7 @@ Under --out:
                     with --deterministic, an interrupted and resumed run ends with the same bits as one
                     that was never interrupted.
     metrics.csv     losses and verification
+    training.png    the loss against its bound, and the ROC of the held-out people
     skipped.csv     files and people that were left out, and why
     embedder.pt2    what to deploy: pixels in, unit-length embeddings out (torch.export; needs only torch)
     embedder.json   its input, output and threshold
@@ -39,7 +40,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from common import FAINT, pyplot, write_csv
+from images import UNREADABLE, read_image, scan
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -47,56 +49,7 @@ from tqdm import tqdm
 import normface_ext as nf
 from normface_ext import evaluation as ev
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-
 # --------------------------------------------------------------------------------------------- data
-
-
-@dataclass
-class Scan:
-    """What is usable in the folder: good images of each person, and what was left out with the reason."""
-
-    people: dict[str, list[Path]] = field(default_factory=dict)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-
-
-def read_image(path: Path, size: int) -> Tensor:
-    """[3, size, size] uint8, RGB."""
-    with Image.open(path) as image:
-        rgb = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-
-
-def scan(folder: Path, size: int) -> Scan:
-    """Decodes every image once, so that nothing unreadable is met in the middle of an epoch."""
-    if not folder.is_dir():
-        raise SystemExit(
-            f"{folder}: expected a folder of people, got {'a file' if folder.exists() else 'nothing'}"
-        )
-    result = Scan()
-    for path in sorted(folder.iterdir()):
-        if not path.is_dir():
-            result.skipped.append((str(path), "not in a person's folder"))
-    people = sorted(path for path in folder.iterdir() if path.is_dir())
-    for person in tqdm(people, desc="checking images", unit="person", file=sys.stderr, leave=False):
-        good = []
-        for path in sorted(person.iterdir()):
-            if path.suffix.lower() not in SUFFIXES:
-                result.skipped.append((str(path), "not an image by its name"))
-                continue
-            try:
-                read_image(path, size)
-                good.append(path)
-            except UNREADABLE as error:
-                result.skipped.append((str(path), f"unreadable: {error}"))
-        if len(good) < 2:
-            found = "no readable image" if not good else "only one image, and a pair needs two"
-            result.skipped.append((str(person), f"person left out: {found}"))
-        else:
-            result.people[person.name] = good
-    return result
 
 
 def split(people: dict[str, list[Path]], holdout: float, seed: int) -> tuple[list[str], list[str]]:
@@ -258,15 +211,25 @@ def embeddings(embedder: Embedder, faces: Faces, batch: int, workers: int, devic
     ).numpy()
 
 
-def evaluate(embedder: Embedder, faces: Faces, options: argparse.Namespace) -> dict[str, float]:
-    """Accuracy in folds, its threshold, and TAR@FAR=1% of the held-out people."""
+@dataclass
+class Verification:
+    """Accuracy in folds, its threshold and TAR@FAR=1%; and the score of each pair, same or not, [P]."""
+
+    measures: dict[str, float]
+    scores: np.ndarray
+    same: np.ndarray
+
+
+def evaluate(embedder: Embedder, faces: Faces, options: argparse.Namespace) -> Verification:
+    """Of the held-out people."""
     features = embeddings(embedder, faces, options.batch, options.workers, options.device)
     pairs = sample_pairs(faces.labels, options.pairs, options.seed)
     if len(np.unique(pairs.fold)) < 2:
         raise SystemExit("expected at least 2 same pairs among the held-out people: raise --holdout")
     result = ev.lfw_protocol(features, pairs)
     tar = float(ev.tar_at_far(result.scores, pairs.same, 0.01)[0])
-    return {"accuracy": result.accuracy, "threshold": float(result.thresholds.mean()), "tar_at_far_1": tar}
+    measures = {"accuracy": result.accuracy, "threshold": float(result.thresholds.mean())}
+    return Verification({**measures, "tar_at_far_1": tar}, result.scores, pairs.same)
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -417,14 +380,40 @@ def export(embedder: Embedder, size: int, after: dict[str, float], out: Path) ->
 
 
 def write_metrics(training: Training, after: dict[str, float], per_epoch: int, path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["measure", "epoch", "value"])
-        for when, values in (("before", training.before), ("after", after)):
-            writer.writerows((f"{name} {when}", "", f"{value:.6g}") for name, value in values.items())
-        for epoch in range(0, len(training.losses), per_epoch):
-            part = training.losses[epoch : epoch + per_epoch]
-            writer.writerow(["loss", epoch // per_epoch + 1, f"{np.mean(part):.6g}"])
+    rows: list[tuple[object, ...]] = []
+    for when, values in (("before", training.before), ("after", after)):
+        rows += [(f"{name} {when}", "", value) for name, value in values.items()]
+    for epoch in range(0, len(training.losses), per_epoch):
+        part = training.losses[epoch : epoch + per_epoch]
+        rows.append(("loss", epoch // per_epoch + 1, float(np.mean(part))))
+    write_csv(path, ["measure", "epoch", "value"], rows)
+
+
+def draw(training: Training, verified: Verification, path: Path) -> None:
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    bound, before, after = training.head.loss_lower_bound(), training.before, verified.measures
+    left.plot(range(1, len(training.losses) + 1), training.losses, color="#3f6fb5", linewidth=1)
+    left.axhline(bound, color=FAINT, linestyle="--")
+    left.text(1, bound, f"lower bound {bound:.1e}", color=FAINT, va="bottom")
+    left.set_yscale("log")
+    left.set_xlabel("step")
+    left.set_title("training loss (log)", weight="bold")
+    curve = ev.roc(verified.scores, verified.same)
+    right.step(curve.far, curve.tar, where="post", color="#c8421c", linewidth=2, label="after training")
+    right.plot(0.01, after["tar_at_far_1"], "o", color="#c8421c")
+    right.plot(0.01, before["tar_at_far_1"], "o", color="#23272e", label="before, at FAR 1 %")
+    right.set_xscale("symlog", linthresh=1e-3)
+    right.set_xlim(0, 1)
+    right.set_ylim(0, 1.02)
+    right.set_xlabel("false accept rate")
+    right.set_ylabel("true accept rate")
+    right.legend(loc="lower right")
+    right.set_title(
+        f"people not trained on: accuracy {before['accuracy']:.1%} to {after['accuracy']:.1%}", weight="bold"
+    )
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -483,7 +472,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float] | None:
         resume(training, mark, options.out / "checkpoint.pt")
         print(f"resumed at step {training.step}")
     else:
-        training.before = evaluate(embedder, strangers, options)
+        training.before = evaluate(embedder, strangers, options).measures
 
     def checkpoint() -> None:
         save(training, mark, options.out / "checkpoint.pt")
@@ -498,9 +487,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float] | None:
         print(f"stopped at step {training.step}; --resume goes on")
         return None
     checkpoint()
-    after = evaluate(embedder, strangers, options)
+    verified = evaluate(embedder, strangers, options)
+    after = verified.measures
     per_epoch = len(batches(faces, options.batch, options.seed, 0))
     write_metrics(training, after, per_epoch, options.out / "metrics.csv")
+    draw(training, verified, options.out / "training.png")
     export(embedder, options.size, after, options.out)
     for when, values in (("before", training.before), ("after", after)):
         print(f"{when:6}  accuracy {values['accuracy']:.2%}, TAR@FAR=1% {values['tar_at_far_1']:.2%}")

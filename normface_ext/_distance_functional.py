@@ -27,7 +27,8 @@ def inner_distance(
     this one is the derivative, with sign(0) = 0.)
 
     Args:
-        x: [N, D]. weight: [C, D] agents, on x's device; float64 only together with float64.
+        x: [N, D].
+        weight: [C, D] agents, on x's device; float64 only together with float64.
         p: 2 or 1.
         normalize: divide the agents by sqrt(sum w^2 + eps) first, with the gradient through the norm
             (Caffe overwrites the stored weight instead). x stays as it is: see :func:`normalize`.
@@ -40,8 +41,9 @@ def inner_distance(
         [N, C] in x's dtype, summed in at least float32. Second derivatives raise.
 
     Raises:
-        TypeError: dtypes. ValueError: shapes, devices, p, labels missing or without
-        ``update_center_only``. IndexError: a label out of range (on CUDA the kernel aborts).
+        TypeError: dtypes.
+        ValueError: shapes, devices, p, labels missing or without ``update_center_only``.
+        IndexError: a label out of range (on CUDA the kernel aborts).
     """
     op = "inner_distance"
     _checks.features_and_weight(op, x, weight)
@@ -83,14 +85,16 @@ def pair_contrastive_loss(
     no slope, the push apart is 0.
 
     Args:
-        a, b: [N, D] of one device; float64 only together. same: [N], bool or int64 of 0 and 1 (on CUDA
-            any other number counts as 1).
+        a: [N, D].
+        b: [N, D], on a's device; float64 only together with float64.
+        same: [N], bool or int64 of 0 and 1 (on CUDA any other number counts as 1).
 
     Returns:
         A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise.
 
     Raises:
-        TypeError: dtypes. ValueError: shapes, devices, values.
+        TypeError: dtypes.
+        ValueError: shapes, devices, values.
     """
     op = "pair_contrastive_loss"
     a = _checks.matrix(op, "a", a, "[N, D]")
@@ -122,13 +126,16 @@ def triplet_loss(
     as they are.
 
     Args:
-        anchor, positive, negative: [N, D] of one device; float64 only together.
+        anchor: [N, D].
+        positive: [N, D], on anchor's device; float64 only together with float64.
+        negative: likewise.
 
     Returns:
         A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise.
 
     Raises:
-        TypeError: dtypes. ValueError: shapes, devices, values.
+        TypeError: dtypes.
+        ValueError: shapes, devices, values.
     """
     op = "triplet_loss"
     anchor = _checks.matrix(op, "anchor", anchor, "[N, D]")

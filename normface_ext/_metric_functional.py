@@ -155,12 +155,15 @@ def c_contrastive_loss(
     list holds, it sweeps again, with the same result. Runs are bit-identical from one to the next.
 
     Args:
-        x: [N, D] features. weight: [C, D] agents, on x's device; float64 only together with float64. Both
-            are normalised inside. With ``weight=None`` x is the [N, C] matrix of distances itself, plain
-            torch takes over, and nothing below needs ``eps`` or ``workspace``.
+        x: [N, D] features.
+        weight: [C, D] agents, on x's device; float64 only together with float64. Both are normalised
+            inside. With ``weight=None`` x is the [N, C] matrix of distances itself, plain torch takes over,
+            and nothing below needs ``eps`` or ``workspace``.
         labels: [N] int64 in [0, C) or ``ignore_index``.
-        pos_margin, neg_margin: m+ and m-. neg_margin may be a 0-d tensor (without gradient).
-        pos_weight, neg_weight: w+ and w-.
+        pos_margin: m+.
+        neg_margin: m-; it may be a 0-d tensor (without gradient).
+        pos_weight: w+.
+        neg_weight: w-.
         hardest_only: of each row only the largest negative term, the first of equal ones (Caffe:
             max_negative_only).
         max_positive_only: of the batch only the largest positive term.
@@ -183,7 +186,9 @@ def c_contrastive_loss(
         raise (where ``weight`` is given).
 
     Raises:
-        TypeError: dtypes. ValueError: shapes, devices, values. IndexError: a label out of range.
+        TypeError: dtypes.
+        ValueError: shapes, devices, values.
+        IndexError: a label out of range.
     """
     options = ContrastiveOptions(
         pos_margin,
@@ -268,7 +273,7 @@ def c_triplet_loss(
             pulled once per row, not once per active negative. See ``_caffe_losses``.
         return_stats: also return [mean distance to the label's agent, mean distance to the others].
 
-    Returns, raises: as :func:`c_contrastive_loss`.
+    It returns and raises what ``c_contrastive_loss`` does.
     """
     options = TripletOptions(
         margin,

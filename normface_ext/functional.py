@@ -67,7 +67,9 @@ def normalize(
         otherwise. Its gradient flows too (Caffe: ``bp_norm``).
 
     Raises:
-        TypeError: x is not a floating tensor. ValueError: p, eps. IndexError: dim out of range.
+        TypeError: x is not a floating tensor.
+        ValueError: p, eps.
+        IndexError: dim out of range.
     """
     op = "normalize"
     _checks.floating(op, "x", x)
@@ -93,19 +95,21 @@ def norm_linear(
     """out_ij = s * <x_i, w_j> / (||x_i|| ||w_j||), the scaled cosine (paper section 3.2).
 
     Gradients flow to x, weight and scale, through both normalisations ("soft" normalisation). For the
-    loss alone use :func:`normface_loss`, which never builds this N x C matrix.
+    loss alone use ``normface_loss``, which never builds this N x C matrix.
 
     Args:
-        x: [N, D]. weight: [C, D], on x's device; float64 only together with float64.
+        x: [N, D].
+        weight: [C, D], on x's device; float64 only together with float64.
         scale: s, a float or a 0-d tensor (with or without gradient).
-        eps: inside both norms, see :func:`normalize`.
+        eps: inside both norms, see ``normalize``.
         normalize_input: ``False`` leaves x as it is: out = s <x_i, w_j> / ||w_j||.
 
     Returns:
         [N, C] in x's dtype.
 
     Raises:
-        TypeError: dtypes. ValueError: shapes, devices, scale or eps that is not finite.
+        TypeError: dtypes.
+        ValueError: shapes, devices, scale or eps that is not finite.
     """
     op = "norm_linear"
     _checks.features_and_weight(op, x, weight)
@@ -137,14 +141,15 @@ def normface_loss(
     neither 1 - p nor a margin loses digits. Runs are bit-identical from one to the next.
 
     Args:
-        x: [N, D] features. weight: [C, D], on x's device; float64 only together with float64.
+        x: [N, D] features.
+        weight: [C, D], on x's device; float64 only together with float64.
         labels: [N] int64 in [0, C) or ``ignore_index``.
         scale: s, a float or a 0-d tensor with or without gradient.
         margin: psi on the target cosine: ``CosFace``, ``ArcFace``, ``CombinedMargin`` or ``None``.
         reduction: "mean" over the rows that are not ignored (0 when there is none), "sum" or "none".
         ignore_index: rows with this label count neither in the loss nor in the mean, and get no
             gradient.
-        eps: inside both norms, see :func:`normalize`.
+        eps: inside both norms, see ``normalize``.
         sample_weight: [N] factors of the rows' losses, without gradient.
         class_weight: [C] factors of the classes, without gradient, as in ``F.cross_entropy``: the mean
             divides by the sum of sample_weight_i * class_weight_(y_i) over the rows that count.
@@ -157,8 +162,10 @@ def normface_loss(
         the weight is accumulated in float32 and has the weight's dtype. Second derivatives raise.
 
     Raises:
-        TypeError: dtypes. ValueError: shapes, devices, values. IndexError: a label out of range, naming
-        the row (on CUDA the kernel prints the row and aborts, since a check here would stall the GPU).
+        TypeError: dtypes.
+        ValueError: shapes, devices, values.
+        IndexError: a label out of range, naming the row (on CUDA the kernel prints the row and aborts,
+            since a check here would stall the GPU).
     """
     op = "normface_loss"
     _checks.features_and_weight(op, x, weight)

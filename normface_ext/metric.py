@@ -40,9 +40,10 @@ class InnerDistance(_Agents):
     """Distances to every agent: [N, in_features] -> [N, out_features] (Caffe ``InnerDistance``).
 
     Args:
-        in_features, out_features: D and C; ``weight`` is [C, D], rows uniform on the unit sphere.
-        p, normalize, update_center_only, eps: see ``functional.inner_distance``.
+        in_features: D.
+        out_features: C; ``weight`` is [C, D], rows uniform on the unit sphere.
 
+    ``p``, ``normalize``, ``update_center_only`` and ``eps`` are those of ``functional.inner_distance``.
     ``forward(x, labels)`` needs the labels with ``update_center_only`` and refuses them without.
     """
 
@@ -81,14 +82,16 @@ class CContrastiveLoss(_Agents):
     """C-contrastive loss with agents of its own: (features [N, D], labels [N]) -> loss.
 
     Args:
-        in_features, num_classes: D and C; ``weight`` is [C, D], rows uniform on the unit sphere.
+        in_features: D.
+        num_classes: C; ``weight`` is [C, D], rows uniform on the unit sphere.
         add_intra_mae: the negative margin grows with the spread of the classes: ``neg_margin`` plus the
             running mean (factor 0.99) of the batches' mean positive hinge, capped at
             ``max_negative_margin`` (the mean is, not the sum, as in Caffe). The margin of a step comes
             from the steps before it. The mean is the buffer ``intra_mae``, saved with the module, and
             moves in training mode only; Caffe keeps one per net, test nets too, and saves none.
         return_stats: return (loss, stats), see below.
-        The others: see ``functional.c_contrastive_loss``.
+
+    The others are those of ``functional.c_contrastive_loss``.
 
     With ``return_stats`` stats is [mean positive hinge, mean negative hinge], and the running mean where
     ``add_intra_mae``.
@@ -175,9 +178,11 @@ class CTripletLoss(_Agents):
     """C-triplet loss with agents of its own: (features [N, D], labels [N]) -> loss.
 
     Args:
-        in_features, num_classes: D and C; ``weight`` is [C, D], rows uniform on the unit sphere.
+        in_features: D.
+        num_classes: C; ``weight`` is [C, D], rows uniform on the unit sphere.
         return_stats: return (loss, [mean distance to the label's agent, to the others]).
-        The others: see ``functional.c_triplet_loss``.
+
+    The others are those of ``functional.c_triplet_loss``.
     """
 
     def __init__(

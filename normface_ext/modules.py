@@ -141,7 +141,8 @@ class NormLinear(_ScaledHead):
     Caffe's Normalize + InnerProduct + Scale with the gradient through both norms (paper section 3.2).
 
     Args:
-        in_features, out_features: D and C; the weight is [C, D], rows uniform on the unit sphere.
+        in_features: D.
+        out_features: C; the weight is [C, D], rows uniform on the unit sphere.
         scale: s; ``learn_scale`` makes it a parameter kept within [min_scale, max_scale].
         normalize_input: ``False`` normalises the weight only.
         eps: inside both norms.
@@ -180,12 +181,14 @@ class NormFaceLoss(_ScaledHead):
     ``forward`` also takes ``sample_weight`` [N].
 
     Args:
-        in_features, num_classes: D and C; ``weight`` is [C, D], rows uniform on the unit sphere.
+        in_features: D.
+        num_classes: C; ``weight`` is [C, D], rows uniform on the unit sphere.
         scale: s, or "auto": the smallest scale whose loss bound is ``theory.AUTO_SCALE_BOUND``.
         learn_scale: make s a parameter, kept within [min_scale, max_scale]. It needs no weight decay:
             ``parameter_groups`` gives it a group without.
-        margin, reduction, ignore_index, eps, class_weight, label_smoothing, workspace: see
-            ``functional.normface_loss``. ``class_weight`` becomes a buffer.
+
+    ``margin``, ``reduction``, ``ignore_index``, ``eps``, ``class_weight``, ``label_smoothing`` and
+    ``workspace`` are those of ``functional.normface_loss``; ``class_weight`` becomes a buffer.
 
     The forward call raises what ``functional.normface_loss`` raises. To classify use
     ``functional.norm_linear(x, head.weight, head.scale)``; to verify, compare normalised features.

@@ -60,7 +60,8 @@ def renormalize_after_step(optimizer: torch.optim.Optimizer, module: nn.Module) 
     is, as in Caffe.
 
     Raises:
-        TypeError: arguments. ValueError: a module without ``renormalize_`` anywhere in it.
+        TypeError: arguments.
+        ValueError: a module without ``renormalize_`` anywhere in it.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(

@@ -22,7 +22,7 @@ DEFAULT_WORKSPACE = {"cpu": 2 * GIB, "cuda": 8 * GIB}
 
 @dataclass(frozen=True)
 class Plan:
-    """What :func:`plan` decided.
+    """What ``plan`` decided.
 
     Attributes:
         algorithm: "stored" or "recompute".
@@ -112,7 +112,9 @@ def plan(
     """The algorithm, chunking, memory and work of ``normface_loss`` for a shape.
 
     Args:
-        batch, dim, classes: N, D and C; with ``world_size`` N is the batch of one rank.
+        batch: N; with ``world_size`` the batch of one rank.
+        dim: D.
+        classes: C.
         dtype: of the operands (float64, float32, float16 or bfloat16).
         device: where it will run.
         workspace: budget in bytes for everything beyond inputs and gradients; ``None`` is 2 GiB on the

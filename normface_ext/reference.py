@@ -79,7 +79,7 @@ def norm_linear(
 def norm_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, eps: float, normalize_input: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`norm_linear` with respect to x, weight and scale, written out."""
+    """Gradients of ``norm_linear`` with respect to x, weight and scale, written out."""
     grad, wide_x, wide_w = _wide(grad), _wide(x), _wide(weight)
     norm_w = _norm(wide_w, 1, 2, eps)
     norm_x = _norm(wide_x, 1, 2, eps) if normalize_input else torch.ones_like(wide_x[:, :1])

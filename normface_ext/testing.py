@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-#: What the rows of :func:`make_rows` are, in turn.
+#: What the rows of ``make_rows`` are, in turn.
 ROW_KINDS = ("plain", "twin", "opposite", "zero", "huge", "tiny", "spike", "ones")
 #: Factors of the huge and the tiny rows: x^2 has no float32 value there, in float16 not even a sum of x.
 HUGE = {torch.float64: 1e160, torch.float32: 1e19, torch.float16: 1e4, torch.bfloat16: 1e19}
@@ -108,8 +108,8 @@ def assert_close_to_truth(
         The largest error as a fraction of what is allowed.
 
     Raises:
-        AssertionError: naming the worst element, both values and its error in % of what is allowed, or
-        the first NaN or infinity out of place, or the shapes or dtypes that differ.
+        AssertionError: naming the worst element, both values and its error in % of what is allowed, or the
+            first NaN or infinity out of place, or the shapes or dtypes that differ.
     """
     for other, what in ((truth64, "the truth"), (plain, "plain torch")):
         if other is not None and other.shape != actual.shape:
@@ -240,7 +240,7 @@ def assert_matches_reference(
     tiny: float = 0.0,
 ) -> None:
     """Values and gradients of ``kernel(*tensors)`` against ``reference`` in float64, both functions of
-    the same tensors; see :func:`assert_close_to_truth` for the tolerance.
+    the same tensors; see ``assert_close_to_truth`` for the tolerance.
 
     Args:
         plain: plain PyTorch at this dtype, the reference itself by default.

@@ -41,7 +41,7 @@ def loss_lower_bound(num_classes: int, scale: float = 1.0) -> float:
 def scale_for_bound(num_classes: int, bound: float) -> float:
     """The scale whose lower bound is ``bound``: s = (n-1)/n * ln((n-1) / (exp(bound) - 1)).
 
-    The inverse of :func:`loss_lower_bound`. Zero where even s = 0 stays below ``bound``.
+    The inverse of ``loss_lower_bound``. Zero where even s = 0 stays below ``bound``.
 
     Raises:
         ValueError: ``num_classes`` below 1, or a bound that is not a positive finite number.

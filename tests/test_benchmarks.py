@@ -21,7 +21,7 @@ import torch
 import normface_ext as nf
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-SIBLINGS = ("cases", "competitors", "floor", "measure", "report", "truth", "bench_kernels")
+SIBLINGS = ("cases", "competitors", "floor", "measure", "report", "truth", "bench_kernels", "accuracy")
 COLUMNS = [
     *("case", "N", "D", "C", "dtype", "provider", "mode"),
     *("median_ms", "p20_ms", "p80_ms", "ratio_to_eager", "peak_extra_mib"),
@@ -170,6 +170,29 @@ def test_the_judge_agrees_with_autograd(
     for name, right in zip(bench.truth.QUANTITIES, (loss.detach(), x.grad, w.grad, s.grad), strict=True):
         error = bench.truth.relative_errors(found[name], right)
         assert max(error) < 1e-12, f"{margin}: {name} differs by {error}"
+
+
+def test_accuracy_over_the_scale(bench: SimpleNamespace, tmp_path: Path) -> None:
+    """The documentation's table: every cell is there, and no fused float32 error is far above eager's."""
+    found = bench.accuracy.main(
+        ["--seeds", "1", "--classes", "40", "--device", "cpu", "--out", str(tmp_path)]
+    )
+    cells = {(m.situation, m.scale, m.provider, m.dtype): m for m in found}
+    assert len(cells) == 2 * 5 * 4
+    for (situation, scale, provider, dtype), ours in cells.items():
+        assert ours.fallback == (scale == 128)
+        if (provider, dtype) == ("normface_ext", "float32"):
+            eager = cells[situation, scale, "eager", "float32"]
+            for quantity in bench.truth.QUANTITIES:
+                allowed = 4 * getattr(eager, quantity) + 4 * torch.finfo(torch.float32).eps
+                assert getattr(ours, quantity) <= allowed, (situation, scale, quantity)
+    with (tmp_path / "accuracy.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[0]["dw"]) == pytest.approx(found[0].dw, rel=0.01)
+    table = (tmp_path / "accuracy.md").read_text().splitlines()
+    assert sum(line.startswith("|") for line in table) == 2 * (2 + 5 * 4)
+    worst = {key[2:]: max(m.dw for k, m in cells.items() if k[2:] == key[2:]) for key in cells}
+    assert worst["normface_ext", "bfloat16"] < worst["eager", "bfloat16"]
 
 
 def test_relative_errors(bench: SimpleNamespace) -> None:

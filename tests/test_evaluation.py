@@ -419,6 +419,99 @@ def test_hik_svm_finds_what_the_mean_score_hides():
         ev.hik_svm_protocol(np.array(histograms), same, np.zeros(200))
 
 
+YTF_HEADER = "split number, pair number, first name, second name, is same, is same\n"
+
+
+def write_splits(path: Path, rows: list[str], header: str = YTF_HEADER) -> Path:
+    path.write_text(header + "".join(f"{row}\n" for row in rows))
+    return path
+
+
+def test_ytf_splits_are_read_by_the_names_of_their_columns(tmp_path: Path):
+    rows = ["1, 1, Al_Gore/0, Al_Gore/3, 1, 1", "2, 1, Al_Gore/0, Tony_Blair/2, 0, 0"]
+    pairs = ev.read_ytf_splits(write_splits(tmp_path / "a", rows), splits=2, pairs_per_split=1)
+    assert (pairs.first, pairs.second) == (("Al_Gore/0", "Al_Gore/0"), ("Al_Gore/3", "Tony_Blair/2"))
+    assert pairs.same.tolist() == [True, False]
+    assert pairs.fold.tolist() == [1, 2]
+    assert pairs.videos == ["Al_Gore/0", "Al_Gore/3", "Tony_Blair/2"]
+    short = write_splits(
+        tmp_path / "b", ["7,Al_Gore/0,Al_Gore/3,1"], "Split Number,first name,second name,is same\n"
+    )
+    other = ev.read_ytf_splits(short, splits=None, pairs_per_split=None)
+    assert (other.first, other.second, other.fold.tolist()) == (("Al_Gore/0",), ("Al_Gore/3",), [7])
+    whole = [f"{s}, {i}, a/{i}, b/{i}, {i % 2}, {i % 2}" for s in range(1, 11) for i in range(500)]
+    assert len(ev.read_ytf_splits(write_splits(tmp_path / "c", whole))) == 5000
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "sentence"),
+    [
+        (YTF_HEADER, ["1, 1, a/0, b/0, 2, 2"], r"splits:2: expected 'is same' to be 0 or 1, got '2'"),
+        (YTF_HEADER, ["x, 1, a/0, b/0, 1, 1"], r"splits:2: expected a split number, got 'x'"),
+        (YTF_HEADER, ["", "1, 1, a/0, b/0, 1"], r"splits:3: expected 6 columns as in the header, got 5"),
+        (YTF_HEADER, ["1, 1, a/0, a/0, 1, 1"], r"splits:2: expected the names of two videos"),
+        (YTF_HEADER, ["1, 1, , a/0, 1, 1"], r"splits:2: expected the names of two videos"),
+        ("1, 1, a/0, b/0, 1, 1\n", [], r"splits:1: expected a header with the columns .*'is same'"),
+        ("", [], r"expected a header and a row per pair, got an empty file"),
+        (YTF_HEADER, [], r"expected 2 splits, got 0"),
+        (YTF_HEADER, ["1, 1, a/0, b/0, 1, 1"], r"expected 2 splits, got 1: \[1\]"),
+        (
+            YTF_HEADER,
+            ["1, 1, a/0, b/0, 1, 1", "1, 2, a/0, c/0, 0, 0", "2, 1, a/0, c/0, 0, 0"],
+            r"expected 2 pairs in each split, got 1 in split 2",
+        ),
+    ],
+)
+def test_ytf_splits_that_are_wrong_are_named(tmp_path: Path, header: str, rows: list[str], sentence: str):
+    path = write_splits(tmp_path / "splits", rows, header)
+    with pytest.raises(ValueError, match=sentence):
+        ev.read_ytf_splits(path, splits=2, pairs_per_split=2)
+
+
+def videos(people: int, each: int, frames: int, noise: float) -> dict[str, np.ndarray]:
+    """Frames scattered around a direction per person."""
+    random = np.random.default_rng(3)
+    centres = random.normal(size=(people, 16))
+    return {
+        f"p{p}/{v}": (centres[p] + noise * random.normal(size=(frames + v, 16))).astype(np.float32)
+        for p in range(people)
+        for v in range(each)
+    }
+
+
+def test_ytf_protocol_over_a_splits_file(tmp_path: Path):
+    features = videos(people=40, each=2, frames=12, noise=0.5)
+    rows = []
+    for p in range(40):
+        fold = p // 4 + 1
+        rows.append(f"{fold}, {2 * p}, p{p}/0, p{p}/1, 1, 1")
+        rows.append(f"{fold}, {2 * p + 1}, p{p}/0, p{(p + 7) % 40}/1, 0, 0")
+    pairs = ev.read_ytf_splits(write_splits(tmp_path / "splits", rows), pairs_per_split=8)
+    result = ev.ytf_protocol(features, pairs)
+    assert result.accuracies.shape == result.mean_accuracies.shape == (10,)
+    assert result.histograms.shape == (80, 100)
+    scores = ev.frame_scores(features["p0/0"], features["p0/1"])
+    assert len(scores) == 12 * 13
+    assert result.mean_scores[0] == pytest.approx(scores.mean(), rel=1e-6)
+    np.testing.assert_array_equal(result.histograms[0], ev.score_histogram(scores))
+    assert result.accuracy == result.accuracies.mean() > 0.95
+    assert result.standard_error == pytest.approx(result.accuracies.std(ddof=1) / np.sqrt(10))
+    # The folds decide: with the answers shuffled nothing is left to learn.
+    random = np.random.default_rng(0)
+    blind = ev.VideoPairs(pairs.first, pairs.second, random.permutation(pairs.same), pairs.fold)
+    assert ev.ytf_protocol(features, blind).accuracy < 0.7
+
+    with pytest.raises(ValueError, match=r"got none of 1 of them, 'p3/1' first"):
+        ev.ytf_protocol({k: v for k, v in features.items() if k != "p3/1"}, pairs)
+    with pytest.raises(ValueError, match=r"at least one frame per video, got none of 'p3/1'"):
+        ev.ytf_protocol({**features, "p3/1": np.empty((0, 16), np.float32)}, pairs)
+    one_fold = ev.VideoPairs(pairs.first, pairs.second, pairs.same, np.ones(80, dtype=np.int64))
+    with pytest.raises(ValueError, match="at least 2 folds, got 1"):
+        ev.ytf_protocol(features, one_fold)
+    with pytest.raises(ValueError, match="four columns of one length"):
+        ev.VideoPairs(pairs.first[1:], pairs.second, pairs.same, pairs.fold)
+
+
 # ------------------------------------------------------------------------------------------ command
 
 

@@ -6,6 +6,7 @@ import csv
 import gzip
 from pathlib import Path
 
+import combined_objective
 import common
 import compare_losses
 import figure_convergence
@@ -14,9 +15,12 @@ import figure_gradient_geometry
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import normface_ext as nf
+
+ONE = common.Size(1, 1)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -56,15 +60,54 @@ def test_idx_files_are_read_and_missing_ones_explained(tmp_path: Path):
 
 @pytest.mark.skipif(not common.FASHION.is_dir(), reason="dataset-fashion-mnist is not installed")
 def test_fashion_mnist_loads():
-    options = common.parser(None, "x", 1).parse_args(["--data", "fashion", "--images", "500"])
+    options = common.parser(None, "x", ONE).parse_args(["--data", "fashion-mnist", "--images", "500"])
     data = common.load(options)
     assert data.train_images.shape == (350, 1, 28, 28)
     assert data.train_labels.bincount().tolist() == [35] * 10
     assert (data.train_images.min(), data.train_images.max()) == (0, 1)
 
 
+def test_sizes_follow_the_data():
+    parser = common.parser(None, "x", common.Size(40, 8), common.Size(100, 50))
+    parser.add_size("runs", "seeds", common.Size(10, 4))
+    digits, others = parser.parse_args([]), parser.parse_args(["--data", "fashion-mnist"])
+    assert (digits.epochs, digits.images, digits.runs) == (40, 100, 10)
+    assert (others.epochs, others.images, others.runs) == (8, 50, 4)
+    assert parser.parse_args(["--data", "x", "--epochs", "3"]).epochs == 3
+
+
+def test_a_folder_of_images_is_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    random = np.random.default_rng(0)
+    for name, brightness in (("dark", 40), ("light", 200)):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            pixels = random.integers(brightness, brightness + 10, (30, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "dark" / "broken.png").write_bytes(b"no image")
+    options = common.parser(None, "x", ONE).parse_args(["--data", str(tmp_path)])
+    data = common.load(options)
+    assert "broken.png: unreadable" in capsys.readouterr().err
+    assert data.names == ("dark", "light")
+    assert data.train_images.shape == (14, 1, common.FOLDER_SIZE, common.FOLDER_SIZE)
+    means = data.train_images.mean((1, 2, 3)) * 255
+    assert torch.equal(data.train_labels, (means > 100).long())
+    for wrong, sentence in ((tmp_path / "dark", "at least 2 folders"), ("fashion", "expected digits")):
+        with pytest.raises(SystemExit, match=sentence):
+            common.load(common.parser(None, "x", ONE).parse_args(["--data", str(wrong)]))
+    with pytest.raises(SystemExit, match="at least 5 classes, got 2"):
+        compare_losses.main(["--data", str(tmp_path), "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("size", [8, 17, 28, 64])
+def test_lenet_takes_images_of_any_size(size: int):
+    torch.manual_seed(0)
+    features = common.lenet(5, size)(torch.rand(3, 1, size, size))
+    assert features.shape == (3, 5)
+    assert (features < 0).any()  # it may point anywhere
+
+
 def test_digits_are_split_without_overlap_and_seeds_repeat():
-    options = common.parser(None, "x", 1).parse_args([])
+    options = common.parser(None, "x", ONE).parse_args([])
     data, again = common.load(options), common.load(options)
     assert len(data.train_labels) + len(data.test_labels) == 1797
     assert torch.equal(data.train_images, again.train_images)
@@ -115,7 +158,7 @@ def test_figure_features(tmp_path: Path):
 
 
 def test_the_seed_decides_everything():
-    data = common.load(common.parser(None, "x", 1).parse_args(["--images", "300"]))
+    data = common.load(common.parser(None, "x", ONE).parse_args(["--images", "300"]))
 
     def weight(make, seed: int) -> np.ndarray:
         torch.rand(1)  # whatever was drawn before
@@ -192,6 +235,17 @@ def test_first_step_on_the_circle_by_hand():
     assert path.losses[0] == pytest.approx(1)
 
 
+def test_combined_objective(tmp_path: Path):
+    found = combined_objective.main(["--out", str(tmp_path), "--epochs", "5", "--device", "cpu"])
+    assert is_figure(tmp_path / "combined.png")
+    table = rows_of(tmp_path / "combined.csv")
+    assert [row["objective"] for row in table] == list(combined_objective.HEADS)
+    for d, row in zip(found, table, strict=True):
+        assert d.accuracy > 0.9
+        assert 0 < d.own.mean() < d.other.mean() < 4
+        assert float(row["ratio"]) == pytest.approx(d.other.mean() / d.own.mean(), rel=1e-5)
+
+
 # ------------------------------------------------------------------------------------ compare_losses
 
 
@@ -227,7 +281,7 @@ def test_compare_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     runs = compare_losses.main([*arguments, "--heads", "softmax", "NormFace"])
     assert is_figure(tmp_path / "compare_losses.png")
     assert [(r.head, r.run) for r in runs] == [(h, run) for run in (0, 1) for h in ("softmax", "NormFace")]
-    data = common.load(common.parser(None, "x", 1).parse_args([]))
+    data = common.load(common.parser(None, "x", ONE).parse_args([]))
     digits = {i.numpy().tobytes(): int(d) for i, d in zip(data.train_images, data.train_labels, strict=True)}
     for run, images in zip(runs, seen, strict=True):
         trained = {digits[image] for image in images}

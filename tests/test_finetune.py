@@ -125,6 +125,7 @@ def test_training_learns_and_what_is_deployed_is_what_was_measured(arguments, fa
     assert f"after   accuracy {result['accuracy']:.2%}" in printed
     assert "embedder.pt2: its output is the unit-length embedding" in printed
 
+    assert (out / "training.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     about = json.loads((out / "embedder.json").read_text())
     assert about["threshold"] == result["threshold"]
     assert about["mirror_summed"]

@@ -3,7 +3,7 @@ Here those with parameters and Normalize; ``losses`` and ``shapes`` have the oth
 
 The constructor refuses what it does not support; forward takes the bottom blobs and returns the tuple of
 tops. Parameters are named as torch names them; ``BLOBS`` lists them in Caffe's order. ``math`` and
-``caffe`` are the two modes of :func:`normface_ext.caffe.load_head`.
+``caffe`` are the two modes of ``normface_ext.caffe.load_head``.
 """
 
 from __future__ import annotations

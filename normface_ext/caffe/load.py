@@ -37,7 +37,8 @@ def load_head(
         in_features: D, where a layer has its own weights: Caffe infers it from the net before the head.
             Without it those weights appear with the first forward call, or with load_caffemodel.
         eps: inside the L2 norms; Caffe has 1e-12 on the GPU and 1e-6 on the CPU.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
         ValueError: what the file has that is not supported, all of it, each with its file and line.

@@ -194,14 +194,16 @@ def accuracy(
     the smaller class with ``min_is_better`` (distances).
 
     Args:
-        scores: [N, C], similarities or distances. labels: [N] int64.
+        scores: [N, C], similarities or distances.
+        labels: [N] int64.
         ignore_label: rows with it do not count. Without a row the accuracy is 0 / 0, NaN, as in Caffe.
 
     Returns:
         A 0-d tensor, float64 for float64 scores and float32 otherwise.
 
     Raises:
-        ValueError: shapes, top_k, NaN among the scores. IndexError: a label out of range.
+        ValueError: shapes, top_k, NaN among the scores.
+        IndexError: a label out of range.
     """
     ignored = NO_IGNORED_LABEL if ignore_label is None else ignore_label
     scores, labels = scores_and_labels("accuracy", scores, labels, ignored)

@@ -74,7 +74,9 @@ def save_checkpoint(
         The path of the checkpoint.
 
     Raises:
-        ValueError: step, keep. RuntimeError: a rank died or came too late; OSError: storage.
+        ValueError: step, keep.
+        RuntimeError: a rank died or came too late.
+        OSError: storage.
     """
     if step < 0 or (keep is not None and keep < 1):
         raise ValueError(f"save_checkpoint: expected `step` >= 0 and `keep` >= 1, got {step} and {keep}")
@@ -116,7 +118,8 @@ def load_checkpoint(
         The step, or ``None`` where the folder has no checkpoint: a run begins.
 
     Raises:
-        FileNotFoundError: ``step`` was given and is not there. RuntimeError: a rank died or came too late.
+        FileNotFoundError: ``step`` was given and is not there.
+        RuntimeError: a rank died or came too late.
     """
     found = [entry for entry in checkpoints(folder) if step is None or entry[0] == step]
     if not found:

@@ -172,8 +172,8 @@ def normface_loss(
     (one all-reduce), and the features' gradient travels back (reduce-scatter).
 
     Args:
-        x: [N, D] this rank's features, N as it likes. weight: [shard.count, D] its classes, or a DTensor
-            ``Shard(0)`` of [num_classes, D].
+        x: [N, D] this rank's features, N as it likes.
+        weight: [shard.count, D] its classes, or a DTensor ``Shard(0)`` of [num_classes, D].
         labels: [N] int64, global, in [0, num_classes) or ``ignore_index``.
         class_weight: [num_classes], the same on all ranks.
         largest_scale: a bound on a scale tensor: with it the host need not read the tensor to see whether
@@ -185,15 +185,16 @@ def normface_loss(
             so that the average is the gradient of the loss. "sum" if they are added, or if the gradient of
             the features themselves is wanted.
         equal_batches: every rank has the same N; saves a collective of 8 bytes and its wait.
-        The others: see ``functional.normface_loss``.
+
+    The others are those of ``functional.normface_loss``.
 
     Returns:
         For "mean" and "sum" the loss over the rows of all ranks, the same bits on every rank; backward has
         to be called on all of them, with the same upstream gradient. For "none" [N], of this rank's rows.
 
     Raises:
-        TypeError, ValueError, IndexError: as ``functional.normface_loss``. RuntimeError: a rank died or
-        came too late.
+        TypeError, ValueError, IndexError: as ``functional.normface_loss``.
+        RuntimeError: a rank died or came too late.
     """
     local = weight.to_local() if isinstance(weight, DTensor) else weight
     _checks.features_and_shard(OP, x, local, shard.count)

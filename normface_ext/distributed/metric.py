@@ -158,13 +158,15 @@ def c_contrastive_loss(
     the features' gradient travels back (reduce-scatter).
 
     Args:
-        x: [N, D] this rank's features, N as it likes. weight: [shard.count, D] its agents, or a DTensor
-            ``Shard(0)`` of [num_classes, D].
+        x: [N, D] this rank's features, N as it likes.
+        weight: [shard.count, D] its agents, or a DTensor ``Shard(0)`` of [num_classes, D].
         labels: [N] int64, global, in [0, num_classes) or ``ignore_index``.
         hardest_only: of equally hard negatives the first rank's counts.
-        backbone_gradients, equal_batches: see ``distributed.normface_loss``.
-        The others: see ``functional.c_contrastive_loss``. They mean the rows of all ranks; ``workspace`` and
-            ``active_limit`` are those of each rank.
+        backbone_gradients: see ``distributed.normface_loss``.
+        equal_batches: likewise.
+
+    The others are those of ``functional.c_contrastive_loss``. They mean the rows of all ranks; ``workspace``
+    and ``active_limit`` are those of each rank.
 
     Returns:
         For "mean" and "sum" the loss over the rows of all ranks, the same bits on every rank; backward has
@@ -172,8 +174,8 @@ def c_contrastive_loss(
         Second derivatives raise.
 
     Raises:
-        TypeError, ValueError, IndexError: as ``functional.c_contrastive_loss``. RuntimeError: a rank died or
-        came too late.
+        TypeError, ValueError, IndexError: as ``functional.c_contrastive_loss``.
+        RuntimeError: a rank died or came too late.
     """
     options = ContrastiveOptions(
         pos_margin,

@@ -148,7 +148,8 @@ def shard_head(
     all of them.
 
     Raises:
-        TypeError: head or mesh. ValueError: a mesh that is not 1-D, sample_rate outside (0, 1].
+        TypeError: head or mesh.
+        ValueError: a mesh that is not 1-D, sample_rate outside (0, 1].
     """
     op = "shard_head"
     if not isinstance(head, NormFaceLoss) or isinstance(head, ShardedNormFaceLoss):

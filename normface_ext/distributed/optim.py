@@ -54,8 +54,7 @@ class RowSGD(_RowOptimizer):
 
     Per touched row: g += weight_decay w;  m = momentum m + g;  w -= lr (g + momentum m if nesterov else m).
 
-    Args:
-        params, lr, momentum, weight_decay, nesterov: as in ``torch.optim.SGD``, without dampening.
+    The arguments are those of ``torch.optim.SGD``, without dampening.
 
     Raises:
         ValueError: negative numbers, nesterov without momentum.
@@ -97,8 +96,7 @@ class RowAdamW(_RowOptimizer):
     Steps are counted per row, so the bias correction of a row that is trained for the first time is that of
     a first step; ``torch.optim.SparseAdam`` counts them for the whole tensor and overshoots there.
 
-    Args:
-        params, lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; weight_decay=0 is Adam.
+    The arguments are those of ``torch.optim.AdamW``; weight_decay=0 is Adam.
 
     Raises:
         ValueError: negative numbers, betas outside [0, 1).
@@ -152,7 +150,8 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         The norm before clipping, 0-d, float32 (float64 if a gradient is).
 
     Raises:
-        ValueError: max_norm not above 0. RuntimeError: a rank died or came too late.
+        ValueError: max_norm not above 0.
+        RuntimeError: a rank died or came too late.
     """
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm_: expected `max_norm` > 0, got {max_norm}")

@@ -11,7 +11,16 @@ from .pairs import Pairs, read_index_pairs, read_lfw_pairs, read_names
 from .plots import plot_roc
 from .roc import Roc, best_threshold, roc, tar_at_far
 from .scores import merge_mirror, pair_scores, unit_rows
-from .ytf import frame_scores, hik_svm_protocol, histogram_intersection, score_histogram
+from .ytf import (
+    VideoPairs,
+    YtfResult,
+    frame_scores,
+    hik_svm_protocol,
+    histogram_intersection,
+    read_ytf_splits,
+    score_histogram,
+    ytf_protocol,
+)
 
 __all__ = [
     "BlufrResult",
@@ -19,6 +28,8 @@ __all__ = [
     "Pairs",
     "Roc",
     "Trial",
+    "VideoPairs",
+    "YtfResult",
     "best_threshold",
     "blufr",
     "frame_scores",
@@ -33,9 +44,11 @@ __all__ = [
     "read_index_pairs",
     "read_lfw_pairs",
     "read_names",
+    "read_ytf_splits",
     "roc",
     "score_histogram",
     "tar_at_far",
     "unit_rows",
     "verification_rate",
+    "ytf_protocol",
 ]

@@ -32,7 +32,8 @@ def verification_rate(
     Memory: block * M scores, the genuine scores, and the largest max(far) * impostors impostor scores.
 
     Args:
-        features: [M, D]. labels: [M], who is on each image.
+        features: [M, D].
+        labels: [M], who is on each image.
     """
     op = "verification_rate"
     unit = unit_rows(features)
@@ -79,7 +80,10 @@ def identification_rate(
     floor(far * strangers) of them in; DIR is the share of known probes that are accepted and named right.
 
     Args:
-        gallery: [G, D], probes: [M, D]. gallery_labels: [G], probe_labels: [M].
+        gallery: [G, D].
+        probes: [M, D].
+        gallery_labels: [G].
+        probe_labels: [M].
     """
     op = "identification_rate"
     known, asked = unit_rows(gallery), unit_rows(probes)

@@ -59,7 +59,8 @@ def lfw_protocol(
         block: pairs scored at a time.
 
     Raises:
-        ValueError: one fold, values that are not finite. ImportError: PCA without scikit-learn.
+        ValueError: one fold, values that are not finite.
+        ImportError: PCA without scikit-learn.
     """
     op = "lfw_protocol"
     folds = np.unique(pairs.fold)

@@ -74,11 +74,14 @@ def pair_scores(features: Features, first: Any, second: Any, *, block: int = 1 <
     Beyond the unit features and the result it holds 2 * block * D numbers, whatever P is.
 
     Args:
-        features: [M, D], array or tensor. first, second: [P] row numbers.
+        features: [M, D], array or tensor.
+        first: [P] row numbers.
+        second: [P] row numbers.
         block: pairs at a time.
 
     Raises:
-        ValueError: shapes, a value that is not finite. IndexError: a row number, naming the pair.
+        ValueError: shapes, a value that is not finite.
+        IndexError: a row number, naming the pair.
     """
     op = "pair_scores"
     if block < 1:
