@@ -180,10 +180,9 @@ def _tensor_cores(dim: int, dtype: torch.dtype, device: str | torch.device) -> b
 
 
 def score_shared_bytes(dim: int) -> int:
-    """Shared memory of a block of score_exp.cu: a tile of features, the stages of the weight, a tile of E,
-    partial sums, and two numbers per row (``score_shared_bytes`` there)."""
-    row = -(-dim // 32) * 32 + 8
-    return 128 * row * 2 + 4 * 128 * 40 * 2 + 128 * 136 * 2 + 4 * 128 * 4 + 128 * 4 + 128 * 8
+    """Shared memory of a block of score_exp.cu: a tile of features, three stages of the weight, and two
+    numbers per row (``score_shared_bytes`` there)."""
+    return 128 * (-(-dim // 64) * 64) * 2 + 3 * 128 * 64 * 2 + 128 * 8
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@
 // Every op maps x, float32 [n], to an output of the same shape, with blocks of 64 threads.
 #include <torch/csrc/stable/ops.h>
 
+#include <device/arrival.cuh>
 #include <device/copy_async.cuh>
+#include <device/exp2.cuh>
 #include <device/launch.cuh>
 #include <device/shared_memory.cuh>
 #include <device/tensor_core.cuh>
@@ -253,8 +255,10 @@ misaligned_vector(float* out, const float* x, int64_t n) {
   if (at >= n) return;
   auto four = load_vector<4>(x + at);
   if (kFaulty) four = load_vector<4>(x + at + 1);
-  if (block_id() % 2 == 0) {
+  if (block_id() % 3 == 0) {
     store_vector(out + at, four);
+  } else if (block_id() % 3 == 1) {
+    store_vector_global(out + at, four);
   } else {
     store_vector_streaming(out + at, four);
   }
@@ -308,6 +312,26 @@ blocks_in_one_place(int* highest) {
   } else {
     atomic_add(highest, 1);
   }
+}
+
+// Copies, and the last block to arrive doubles everything. Faulty: the block with the highest number does.
+template <bool kFaulty>
+NF_KERNEL(kThreads)
+missing_arrival(float* out, const float* x, unsigned* counter) {
+  out[thread_of_grid()] = x[thread_of_grid()];
+  const bool last = kFaulty ? block_id() == block_count() - 1
+                            : last_to_arrive(counter, static_cast<unsigned>(block_count()));
+  if (!last) return;
+  for (int64_t i = thread_id(); i < block_count() * kThreads; i += kThreads) out[i] *= 2;
+}
+
+// Copies. Faulty: after it has arrived, while the last block may be at work.
+template <bool kFaulty>
+NF_KERNEL(kThreads)
+late_write(float* out, const float* x, unsigned* counter) {
+  if (!kFaulty) out[thread_of_grid()] = x[thread_of_grid()];
+  last_to_arrive(counter, static_cast<unsigned>(block_count()));
+  if (kFaulty) out[thread_of_grid()] = x[thread_of_grid()];
 }
 
 // Not a fault but a clock: who comes when.
@@ -394,6 +418,18 @@ Tensor blocks_in_one_place_op(const Tensor& x, bool faulty) {
          {call.blocks}, kThreads, 0, static_cast<int*>(count.mutable_data_ptr()));
   return count;
 }
+
+#define WITH_COUNTER(name)                                                                             \
+  Tensor name##_op(const Tensor& x, bool faulty) {                                                     \
+    Call call(x);                                                                                      \
+    Tensor counter = torch::stable::new_zeros(x, {1}, torch::headeronly::ScalarType::Int);             \
+    launch(#name, call.queue, faulty ? name<true> : name<false>, {call.blocks}, kThreads, 0, call.out, \
+           call.in, static_cast<unsigned*>(counter.mutable_data_ptr()));                               \
+    return call.output;                                                                                \
+  }
+WITH_COUNTER(missing_arrival)
+WITH_COUNTER(late_write)
+#undef WITH_COUNTER
 
 Tensor arrivals_op(const Tensor& x) {
   Call call(x);
@@ -504,6 +540,19 @@ Tensor exchanges_op(const Tensor& x) {
   return out;
 }
 
+// 2^x of each value.
+NF_KERNEL_RESIDENT(kThreads, 2)
+powers(float* out, const float* x, int64_t n) {
+  if (thread_of_grid() < n) out[thread_of_grid()] = exp2_or_zero(x[thread_of_grid()]);
+}
+
+Tensor powers_op(const Tensor& x) {
+  Call call(x);
+  launch("powers", call.queue, powers, {(call.n + kThreads - 1) / kThreads}, kThreads, 0, call.out, call.in,
+         call.n);
+  return call.output;
+}
+
 // What meeting costs: x.numel() times, every thread of a block meets the others.
 NF_KERNEL(1024) meetings(int64_t rounds) {
   for (int64_t round = 0; round < rounds; ++round) sync_block();
@@ -527,7 +576,8 @@ Tensor meetings_op(const Tensor& x, int64_t threads) {
   DO(missing_copy_wait) DO(missing_copy_barrier) DO(wrong_copy_group) \
   DO(misaligned_vector) DO(take_too_much) DO(take_differently) \
   DO(broken_promise) DO(neighbour_in_global) DO(blocks_in_one_place) \
-  DO(too_much_shared) DO(too_large_grid) DO(too_many_threads)
+  DO(too_much_shared) DO(too_large_grid) DO(too_many_threads) \
+  DO(missing_arrival) DO(late_write)
 // clang-format on
 
 STABLE_TORCH_LIBRARY(NF_NAMESPACE, m) {
@@ -535,6 +585,7 @@ STABLE_TORCH_LIBRARY(NF_NAMESPACE, m) {
   FOR_EACH_FAULT(DEFINE)
   m.def("matrix_product(Tensor a, Tensor b, bool half) -> Tensor");
   m.def("arrivals(Tensor x) -> Tensor");
+  m.def("powers(Tensor x) -> Tensor");
   m.def("exchanges(Tensor x) -> Tensor");
   m.def("meetings(Tensor x, int threads) -> Tensor");
 }
@@ -544,6 +595,7 @@ NF_CUDA_LIBRARY(m) {
   FOR_EACH_FAULT(IMPLEMENT)
   m.impl("matrix_product", TORCH_BOX(&matrix_product_op));
   m.impl("arrivals", TORCH_BOX(&arrivals_op));
+  m.impl("powers", TORCH_BOX(&powers_op));
   m.impl("exchanges", TORCH_BOX(&exchanges_op));
   m.impl("meetings", TORCH_BOX(&meetings_op));
 }

@@ -20,6 +20,7 @@
 #define NF_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(NF_NAMESPACE, CPU, m)
 
 #define NF_KERNEL(kThreads) void
+#define NF_KERNEL_RESIDENT(kThreads, kBlocks) void
 #define NF_DEVICE inline
 #define NF_DEVICE_CHECK(condition, ...)                 \
   do {                                                  \
