@@ -34,20 +34,29 @@ struct KeyDealt {
 // four steps: column i of step j is row dealt_row(j, i), and lane % 4 = t holds rows 8t … 8t + 7 in order.
 NF_DEVICE int dealt_row(int step, int i) { return i / 2 * 8 + step * 2 + i % 2; }
 
-// Fetches kRows rows x kBlock columns of from[rows, columns] (row length `stride`), zeros beyond either.
-template <int kRows, int kThreads, class Key, class T>
+// Fetches kRows rows x kColumns columns of from[rows, columns] (row length `stride`), zeros beyond either.
+template <int kRows, int kColumns, int kThreads, class Key, class T>
 NF_DEVICE void fetch_block(const T* __restrict__ from, int64_t first_row, int64_t rows, int64_t first_column,
                            int64_t columns, int64_t stride, T* tile, int tile_stride, const Key& key) {
-  constexpr int kChunks = kBlock / kChunk;
-  static_assert(kRows * kChunks % kThreads == 0);
-  const int column = thread_id() % kChunks * kChunk;
-#pragma unroll
-  for (int k = 0; k < kRows * kChunks / kThreads; ++k) {
-    const int row = thread_id() / kChunks + k * (kThreads / kChunks);
+  constexpr int kChunks = kColumns / kChunk;
+  constexpr int kRounds = (kRows * kChunks + kThreads - 1) / kThreads;
+#pragma unroll 2
+  for (int round = 0; round < kRounds; ++round) {
+    const int k = round * kThreads + thread_id();
+    const int row = k / kChunks, column = k % kChunks * kChunk;
+    if (kRows * kChunks % kThreads != 0 && row >= kRows) break;
     const bool valid = first_row + row < rows && first_column + column < columns;
     copy_async_16(tile + row * tile_stride + swizzled(column, key(row)),
                   from + (valid ? (first_row + row) * stride + first_column + column : 0), valid);
   }
+}
+
+// Two values as a register of a fragment has them, the first in the lower half.
+NF_DEVICE uint32_t pack_bf16(float low, float high) {
+  const Vector<BFloat16, 2> pair{{BFloat16(low), BFloat16(high)}};
+  uint32_t word;
+  memcpy(&word, &pair, sizeof(word));
+  return word;
 }
 
 }  // namespace

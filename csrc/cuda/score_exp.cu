@@ -112,7 +112,7 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
   int fetch_depth = 0, fetch_stage = 0;
   const auto fetch = [&] {
     if (fetch_class < end_tile * kTile)
-      fetch_block<kTile, kThreads>(task.w_hat, fetch_class, task.width, fetch_depth, task.dim, task.dim,
+      fetch_block<kTile, kBlock, kThreads>(task.w_hat, fetch_class, task.width, fetch_depth, task.dim, task.dim,
                                    w + fetch_stage * kTile * kBlock, kBlock, KeyDealt());
     copy_async_commit();  // also when empty: a wait counts groups
     fetch_stage = (fetch_stage + 1) % kStages;
@@ -135,7 +135,7 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
   const float slope = kLargestOnly ? float(s) : math::power_of_two(s, 0.0).slope;
 
   for (int depth = 0; depth < x_stride; depth += kBlock)  // lands with the first stage
-    fetch_block<kTile, kThreads>(task.x_hat, first_row, task.batch, depth, task.dim, task.dim, x + depth,
+    fetch_block<kTile, kBlock, kThreads>(task.x_hat, first_row, task.batch, depth, task.dim, task.dim, x + depth,
                                  x_stride, KeyInOrder());
   for (int stage = 0; stage < kStages - 1; ++stage) fetch();
 
