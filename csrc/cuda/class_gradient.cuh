@@ -27,9 +27,13 @@ struct ClassGradient {
   const void* class_weights;  // [C], accumulator type, or null
   double eps;
   StoredArray dw;  // [C, dim], type of weight
+  bool vectors;    // four values of weight and of dw may be moved at once
 };
 
 namespace {
+
+// Classes of a block that finishes a product in memory.
+constexpr int kClassesPerBlock = 32;
 
 // Rows of the class tile that are finished at a time, of each warp along the classes.
 constexpr int kRoundRows = 8;
@@ -74,8 +78,11 @@ NF_DEVICE void write_class(const ClassGradient& task, const S* weight, int64_t j
   const T* uniform = static_cast<const T*>(task.uniform);
   const T* weights = static_cast<const T*>(task.class_weights);
   const T of_class = weights != nullptr ? weights[j] : T(1);
-  const auto gradient = [&](int64_t d) { return g[d] + (uniform != nullptr ? of_class * uniform[d] : T(0)); };
+  const auto gradient = [&](int64_t d) -> T {
+    return g[d] + (uniform != nullptr ? of_class * uniform[d] : T(0));
+  };
   T radial = 0;
+  // Every lane reads its own places of g before it writes the same of dW, which may be the same memory.
   for (int64_t d = lane_id() * kVec; d < task.dim; d += kWarp * kVec) {
     const auto w = load_vector<kVec>(weight + j * task.dim + d);
     for (int e = 0; e < kVec; ++e) radial += T(w.at[e]) * inverse * gradient(d + e);
@@ -92,20 +99,39 @@ NF_DEVICE void write_class(const ClassGradient& task, const S* weight, int64_t j
   }
 }
 
+// dW of the class first + within, whose product is g (in shared memory, or in global). One warp.
+template <class T>
+NF_DEVICE void finish_class(const ClassGradient& task, int64_t within, int targets, T* g) {
+  const int64_t j = task.first + within;
+  if (targets > 0) add_targets(task, j, targets, g);
+  task.weight.visit<T>([&](const auto* weight) {
+    if (task.vectors)
+      write_class<sizeof(*weight) == 8 ? 2 : 4>(task, weight, j, g);
+    else
+      write_class<1>(task, weight, j, g);
+  });
+}
+
+// counts[c] = rows whose target is class c of the tile. All threads of the block.
+template <int kThreads, int kClasses>
+NF_DEVICE void count_targets(const ClassGradient& task, int64_t tile, int* counts) {
+  for (int c = thread_id(); c < kClasses; c += kThreads) counts[c] = 0;
+  sync_block();  // the zeros, before anyone counts
+  for (int64_t i = thread_id(); i < task.batch; i += kThreads) {
+    const int64_t place = task.labels[i] - task.first - tile;
+    if (place >= 0 && place < kClasses && task.target[i] != 0.0) atomic_add(counts + place, 1);
+  }
+  sync_block();  // the counts, before they are read
+}
+
 // `value(r, p, k)`: what this lane has of row r * kRoundRows + lane / 4 of its warp, k-th of pair p. All
 // threads of the block take part; `scratch` is kScratch and `counts` kClasses long, and both may have been
 // something else before.
-template <class Tile, int kVec, class T, class Value>
+template <class Tile, class T, class Value>
 NF_DEVICE void finish_class_gradient(const ClassGradient& task, int64_t tile, const Value& value, T* scratch,
                                      int* counts) {
   sync_block();  // whatever scratch and counts were before
-  for (int c = thread_id(); c < Tile::kClasses; c += Tile::kThreads) counts[c] = 0;
-  sync_block();  // the zeros, before anyone counts
-  for (int64_t i = thread_id(); i < task.batch; i += Tile::kThreads) {
-    const int64_t place = task.labels[i] - task.first - tile;
-    if (place >= 0 && place < Tile::kClasses && task.target[i] != 0.0) atomic_add(counts + place, 1);
-  }
-  sync_block();  // the counts, before they are read
+  count_targets<Tile::kThreads, Tile::kClasses>(task, tile, counts);
 
   const int down = warp_id() / Tile::kAcross, across = warp_id() % Tile::kAcross;
   T* mine = scratch + down * kRoundRows * Tile::kStride;
@@ -127,10 +153,7 @@ NF_DEVICE void finish_class_gradient(const ClassGradient& task, int64_t tile, co
     for (int row = across; row < kRoundRows; row += Tile::kAcross) {
       const int place = down * Tile::kWarpClasses + round * kRoundRows + row;
       if (tile + place >= task.width) continue;  // the whole warp
-      const int64_t j = task.first + tile + place;
-      T* g = mine + row * Tile::kStride;
-      if (counts[place] > 0) add_targets(task, j, counts[place], g);
-      task.weight.visit<T>([&](const auto* weight) { write_class<kVec>(task, weight, j, g); });
+      finish_class(task, tile + place, counts[place], mine + row * Tile::kStride);
     }
   }
 }

@@ -6,6 +6,7 @@
 // in accesses of 16 bytes without a detour (mma_tile.cuh: dealt_row). Registers are held down so that two
 // blocks share a multiprocessor: while one takes exponentials the other multiplies. Rows and classes beyond
 // the edge are zero, and left out of sums and stores.
+#include <device/arrival.cuh>
 #include <device/exp2.cuh>
 #include <device/shared_memory.cuh>
 #include <device/vector.cuh>
@@ -112,8 +113,8 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
   int fetch_depth = 0, fetch_stage = 0;
   const auto fetch = [&] {
     if (fetch_class < end_tile * kTile)
-      fetch_block<kTile, kBlock, kThreads>(task.w_hat, fetch_class, task.width, fetch_depth, task.dim, task.dim,
-                                   w + fetch_stage * kTile * kBlock, kBlock, KeyDealt());
+      fetch_block<kTile, kBlock, kThreads>(task.w_hat, fetch_class, task.width, fetch_depth, task.dim,
+                                           task.dim, w + fetch_stage * kTile * kBlock, kBlock, KeyDealt());
     copy_async_commit();  // also when empty: a wait counts groups
     fetch_stage = (fetch_stage + 1) % kStages;
     fetch_depth += kBlock;
@@ -135,8 +136,8 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
   const float slope = kLargestOnly ? float(s) : math::power_of_two(s, 0.0).slope;
 
   for (int depth = 0; depth < x_stride; depth += kBlock)  // lands with the first stage
-    fetch_block<kTile, kBlock, kThreads>(task.x_hat, first_row, task.batch, depth, task.dim, task.dim, x + depth,
-                                 x_stride, KeyInOrder());
+    fetch_block<kTile, kBlock, kThreads>(task.x_hat, first_row, task.batch, depth, task.dim, task.dim,
+                                         x + depth, x_stride, KeyInOrder());
   for (int stage = 0; stage < kStages - 1; ++stage) fetch();
 
   int stage = 0;
@@ -208,6 +209,9 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
     over_row(sum_cosine, scratch, add, [&](int row, float value) {
       if (in_batch(row)) task.partial[(splits + split) * task.batch + first_row + row] = value;
     });
+    if (last_to_arrive(task.arrivals + block_id() % row_blocks, unsigned(splits)) && thread_id() < kTile &&
+        in_batch(thread_id()))
+      add_partials(task.rows, task.partial, splits, first_row + thread_id());
   }
 }
 

@@ -214,15 +214,8 @@ single_sweep_kernel(SingleSweep task, int64_t keys_per_block) {
     }
     store_vector_global<4>(task.x_sum + at4, total);
   }
-  for (int64_t i = first_row + thread_id(); i < end_row; i += S::kThreads) {
-    double all = 0, all_cosine = 0;
-    for (int64_t k = 0; k < splits; ++k) {
-      all += task.partial[k * task.batch + i];
-      all_cosine += task.partial[(splits + k) * task.batch + i];
-    }
-    task.rows.at(kSum, i) += all;
-    task.rows.at(kSumCosine, i) += all_cosine;
-  }
+  for (int64_t i = first_row + thread_id(); i < end_row; i += S::kThreads)
+    add_partials(task.rows, task.partial, splits, i);
 }
 
 template <int kColumns>
@@ -268,7 +261,7 @@ sweep_gradient_kernel(SweepGradient task) {
   };
   float out[S::kRowSteps][kColumns / 8][4] = {};
   sweep(buffers, 0, int(batch), fetch, weigh, out);
-  finish_class_gradient<typename S::Tile, 4>(
+  finish_class_gradient<typename S::Tile>(
       task.classes, tile, [&](int r, int pair, int k) { return out[r / 2][pair][r % 2 * 2 + k]; },
       reinterpret_cast<float*>(buffers.q), reinterpret_cast<int*>(buffers.rows));
 }

@@ -16,8 +16,7 @@ struct SingleSweep {
   int64_t batch;
   int64_t dim;
   int64_t width;
-  int64_t first;    // class of w_hat's row 0
-  int64_t classes;  // C
+  int64_t first;  // class of w_hat's row 0
   const int64_t* labels;
   Scale scale;
   RowState rows;

@@ -86,7 +86,7 @@ weight_gradient_kernel(WeightGradient task) {
   }
   copy_async_wait<0>();  // no copy may be under way when its stage becomes scratch
 
-  finish_class_gradient<typename S::Tile, 4>(
+  finish_class_gradient<typename S::Tile>(
       task.classes, tile, [&](int r, int pair, int k) { return acc[r / 2][pair][r % 2 * 2 + k]; },
       reinterpret_cast<float*>(stages), counts);
 }
