@@ -28,10 +28,11 @@ class Plan:
 
     Attributes:
         algorithm: "stored", "recompute" or "single sweep".
-        scores: what makes the scores: "blas" (CPU), "cublas", or "tensor cores": the library's own kernels,
-            for 16-bit operands on compute capability 8.0 and newer, which never write the scores.
-        weight_gradient: what makes the product E^T X of dW: "blas", "cublas", or "tensor cores", where dW
-            leaves the product in its final form.
+        scores: what makes the scores: "blas" (CPU), "cublas", or the library's own kernels, which never write
+            them: "tensor cores" for 16-bit operands on compute capability 8.0 and newer, "cuda cores" for
+            wider ones where a step is so small that launches are what it costs.
+        weight_gradient: what makes the product E^T X of dW: "blas", "cublas", or the library's own, from
+            which dW comes in its final form.
         class_chunk: classes per chunk.
         chunks: number of chunks.
         workspace_bytes: predicted peak memory beyond inputs and gradients.
@@ -57,7 +58,9 @@ class Plan:
         """The code of ``HeadKernels`` in csrc/row_state.h."""
         if self.algorithm == "single sweep":
             return 3
-        return sum("tensor cores" == name for name in (self.scores, self.weight_gradient))
+        if self.scores == "cuda cores":
+            return 4
+        return sum(name == "tensor cores" for name in (self.scores, self.weight_gradient))
 
     def __str__(self) -> str:
         products = self.scores if self.scores == self.weight_gradient else f"{self.scores} and cublas"
@@ -260,6 +263,8 @@ def _cpu_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: in
 LIBRARY_RATE, KERNEL_RATE, BANDWIDTH = 670e12, 375e12, 4.3e12
 #: E below this size stays in the L2 cache between the kernels.
 CACHED = 32 << 20
+#: A float32 product of so many operations takes about as long by cuBLAS as by the library's own kernel.
+SMALL = 6e9
 
 
 def _cuda_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: int, device: _Device) -> Plan:
@@ -290,6 +295,8 @@ def _cuda_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: i
     )
     chunk = max(1, min(classes, (1 << 28) // max(1, batch + dim)))
     kernels = ("tensor cores" if device.scores else "cublas", "tensor cores" if fused else "cublas")
+    if operand == wide and dim * operand % 16 == 0 and dim <= 512 and product * classes <= SMALL:
+        kernels = ("cuda cores", "cuda cores")
     if sweep is not None and costs.fixed + costs.per_class * classes > budget:
         return sweep
     return _choose(batch, dim, classes, budget, *kernels, costs, costs, chunk, classes)

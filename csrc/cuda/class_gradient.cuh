@@ -105,8 +105,8 @@ NF_DEVICE void finish_class(const ClassGradient& task, int64_t within, int targe
   const int64_t j = task.first + within;
   if (targets > 0) add_targets(task, j, targets, g);
   task.weight.visit<T>([&](const auto* weight) {
-    if (task.vectors)
-      write_class<sizeof(*weight) == 8 ? 2 : 4>(task, weight, j, g);
+    if (sizeof(*weight) < 8 && task.vectors)  // doubles fill a warp's access one by one
+      write_class<sizeof(*weight) < 8 ? 4 : 1>(task, weight, j, g);
     else
       write_class<1>(task, weight, j, g);
   });

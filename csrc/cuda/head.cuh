@@ -11,6 +11,7 @@
 
 #include "gemm.h"
 #include "math/softmax.h"
+#include "plain_products.h"
 #include "reduce.cuh"
 #include "row_access.cuh"
 #include "row_state.cuh"
@@ -72,7 +73,7 @@ struct Head {
   bool partial;         // one shard of the classes
   bool fixed_shift;     // known here and now; where the scale is a tensor, the device decides
   bool narrow;          // 16-bit operands
-  HeadKernels kernels;  // those for tensor cores only with them
+  HeadKernels kernels;  // a choice that the operands' type allows
   ScalarType wide;      // sums, scores
   ScalarType score;     // operands of the scores
   ScalarType other;     // E and the operands it meets
@@ -91,12 +92,14 @@ struct Head {
         partial(in.partial),
         fixed_shift(!in.scale && math::has_fixed_shift<T>(in.scale_value, double(in.classes_in_all))),
         narrow(in.operand == ScalarType::Half || in.operand == ScalarType::BFloat16),
-        kernels(narrow ? HeadKernels(in.kernels) : kLibraryKernels),
+        kernels(narrow == (in.kernels != kPlainProducts) ? HeadKernels(in.kernels) : kLibraryKernels),
         wide(accumulator(x.scalar_type())),
         score(narrow ? ScalarType::Half : wide),
         other(narrow ? ScalarType::BFloat16 : wide) {}
 
-  bool tensor_cores() const { return kernels != kLibraryKernels; }
+  bool tensor_cores() const { return kernels != kLibraryKernels && kernels != kPlainProducts; }
+  // kappa from scores would need them in memory.
+  bool plain_products() const { return kernels == kPlainProducts && fixed_shift; }
   bool single_sweep() const { return kernels == kSingleSweep; }
 
   const int64_t* label_data() const { return static_cast<const int64_t*>(labels.const_data_ptr()); }
@@ -127,6 +130,23 @@ struct Head {
     multiply(x, {x_hat.const_data_ptr(), score, batch, dim, dim},
              Matrix{w_hat.const_data_ptr(), score, width, dim, dim}.transposed(),
              {scores.const_data_ptr(), wide, batch, width, padded(width)});
+  }
+
+  PlainScores<T> plain_scores_task(int64_t first, int64_t width, const Tensor& x_hat, const Tensor& w_hat,
+                                   const RowState& rows, const Tensor& e) const {
+    return {static_cast<const T*>(x_hat.const_data_ptr()),
+            static_cast<const T*>(w_hat.const_data_ptr()),
+            batch,
+            dim,
+            width,
+            first,
+            label_data(),
+            scale,
+            rows,
+            static_cast<T*>(e.mutable_data_ptr()),
+            padded(width),
+            nullptr,
+            nullptr};
   }
 
   ScoreExp score_exp_task(int64_t first, int64_t width, const Tensor& x_hat, const Tensor& w_hat,

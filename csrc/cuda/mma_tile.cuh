@@ -1,4 +1,4 @@
-// Tiles of 16-bit values in shared memory, as the tensor-core kernels use them.
+// Tiles in shared memory, as the kernels of products use them; of 16-bit values unless said otherwise.
 //
 // A row takes a multiple of 64 values: 128 bytes, all 32 banks. An ldmatrix reads 16 bytes of eight rows
 // at once; were a row stored as it is, all eight would lie in the same four banks. So the 16-byte chunks
@@ -18,8 +18,12 @@ constexpr int kBlock = 64;  // columns within which chunks are exchanged
 
 NF_HD int padded_columns(int64_t columns) { return int((columns + kBlock - 1) / kBlock * kBlock); }
 
-// Where the chunk at `column` of a row lies; `column` is a multiple of kChunk.
-NF_DEVICE int swizzled(int column, int key) { return column ^ (key * kChunk); }
+// Where the chunk at `column` of a row lies, a multiple of the chunk's length; wider types have fewer values
+// in a chunk.
+template <class T = Half>
+NF_DEVICE int swizzled(int column, int key) {
+  return column ^ (key * kVectorOf<T>);
+}
 
 // Keys of a row: for eight rows in sequence, and for the eight that `dealt_row` puts side by side.
 struct KeyInOrder {
@@ -38,15 +42,15 @@ NF_DEVICE int dealt_row(int step, int i) { return i / 2 * 8 + step * 2 + i % 2; 
 template <int kRows, int kColumns, int kThreads, class Key, class T>
 NF_DEVICE void fetch_block(const T* __restrict__ from, int64_t first_row, int64_t rows, int64_t first_column,
                            int64_t columns, int64_t stride, T* tile, int tile_stride, const Key& key) {
-  constexpr int kChunks = kColumns / kChunk;
+  constexpr int kChunks = kColumns / kVectorOf<T>;
   constexpr int kRounds = (kRows * kChunks + kThreads - 1) / kThreads;
 #pragma unroll 2
   for (int round = 0; round < kRounds; ++round) {
     const int k = round * kThreads + thread_id();
-    const int row = k / kChunks, column = k % kChunks * kChunk;
+    const int row = k / kChunks, column = k % kChunks * kVectorOf<T>;
     if (kRows * kChunks % kThreads != 0 && row >= kRows) break;
     const bool valid = first_row + row < rows && first_column + column < columns;
-    copy_async_16(tile + row * tile_stride + swizzled(column, key(row)),
+    copy_async_16(tile + row * tile_stride + swizzled<T>(column, key(row)),
                   from + (valid ? (first_row + row) * stride + first_column + column : 0), valid);
   }
 }

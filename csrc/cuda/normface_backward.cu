@@ -52,6 +52,10 @@ struct WeightGradients {
             queue, {static_cast<const BFloat16*>(e.const_data_ptr()), stride,
                     static_cast<const BFloat16*>(factors.weighted.const_data_ptr()), classes(first, width)});
     }
+    if (head.plain_products())
+      return plain_gradient(queue, PlainGradient<T>{static_cast<const T*>(e.const_data_ptr()), stride,
+                                                    static_cast<const T*>(factors.weighted.const_data_ptr()),
+                                                    classes(first, width)});
     T* g = buffer.numel() > 0 ? static_cast<T*>(buffer.mutable_data_ptr())
                               : static_cast<T*>(dw.mutable_data_ptr()) + first * D;
     multiply(head.x, Matrix{e.const_data_ptr(), head.other, N, width, stride}.transposed(),
@@ -79,6 +83,8 @@ void repeat_e(Queue& queue, const Head<T>& head, int64_t first, int64_t width, c
     if (head.tensor_cores())
       return score_exp(queue, head.score_exp_task(first, width, x_hat, w_hat, rows, &e));
   }
+  if (head.plain_products())
+    return plain_scores(queue, head.plain_scores_task(first, width, x_hat, w_hat, rows, e));
   head.make_scores(width, x_hat, w_hat, scores);
   exponentiate(queue, head, first, width, scores, e, rows, nullptr, nullptr);
 }
@@ -102,7 +108,8 @@ void grad_weight(Queue& queue, const Head<T>& head, const RowState& rows, const 
                    : head.narrow ? head.buffer(need_e ? N : 0, head.padded(chunk), head.other)
                                  : scores;
   // Where the product cannot go where the result will be.
-  const bool direct = head.weight.scalar_type() == head.wide || head.kernels >= kTensorCores;
+  const bool direct = head.weight.scalar_type() == head.wide || head.kernels == kTensorCores ||
+                      head.single_sweep() || head.plain_products();
   const Tensor buffer = head.buffer(direct ? 0 : chunk, D, head.wide);
   const WeightGradients<T> task{head, rows, factors, inverse_norm, uniform, eps, dw};
   for (int64_t first = 0; first < head.classes; first += chunk) {

@@ -59,6 +59,7 @@ struct Sweep {
   // the window of math/softmax.h; x_sum, if given, is rescaled with it.
   void raise_shift(Queue& queue, int64_t first, T* x_sum) const {
     const int64_t count = width(first);
+    if (head.plain_products()) return;
     if (!head.tensor_cores()) {
       head.make_scores(count, x_hat, w_hat, scores);
       update_shift(queue, {score_data(), count, head.padded(count), 1, false, first}, x_sum);
@@ -78,8 +79,9 @@ struct Sweep {
   // E into `e` (or nowhere); S and A into rows.
   void fold(Queue& queue, int64_t first, const Tensor& e) const {
     const int64_t count = width(first);
-    const int64_t splits =
-        head.tensor_cores() ? score_splits(queue, head.batch, count) : exponentiate_splits(count);
+    const int64_t splits = head.tensor_cores()     ? score_splits(queue, head.batch, count)
+                           : head.plain_products() ? plain_splits<T>(count)
+                                                   : exponentiate_splits(count);
     const Tensor partial = head.buffer(2 * splits, head.batch, ScalarType::Double);
     double* partials = static_cast<double*>(partial.mutable_data_ptr());
     unsigned* counters = static_cast<unsigned*>(arrivals.mutable_data_ptr());
@@ -90,6 +92,12 @@ struct Sweep {
         task.arrivals = counters;
         return score_exp(queue, task);
       }
+    }
+    if (head.plain_products()) {
+      PlainScores<T> task = head.plain_scores_task(first, count, x_hat, w_hat, rows, e);
+      task.partial = partials;
+      task.arrivals = counters;
+      return plain_scores(queue, task);
     }
     exponentiate(queue, head, first, count, scores, e, rows, partials, counters);
   }

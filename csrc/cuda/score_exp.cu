@@ -218,7 +218,7 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
 // Enough blocks for a few rounds over the multiprocessors, so that the last round's idle ones cost little.
 int64_t tiles_per_block(const Queue& queue, int64_t batch, int64_t width) {
   const int64_t blocks = 8 * queue.multiprocessors();
-  const int64_t wanted_splits = std::max<int64_t>(1, blocks / tiles_of(batch));
+  const int64_t wanted_splits = std::max<int64_t>(1, blocks / std::max<int64_t>(1, tiles_of(batch)));
   return (tiles_of(width) + wanted_splits - 1) / wanted_splits;
 }
 

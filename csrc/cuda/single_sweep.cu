@@ -281,8 +281,9 @@ int64_t keys_per_block(const Queue& queue, int64_t batch, int64_t dim, int64_t w
   return dispatch_columns(dim, [&]<int kColumns>() {
     using S = Shape<kColumns>;
     const int64_t steps = (width + S::kKeys - 1) / S::kKeys;
-    const int64_t splits = S::kResident * queue.multiprocessors() / sweep_row_blocks(batch);
-    return (steps + std::max<int64_t>(splits, 1) - 1) / std::max<int64_t>(splits, 1) * S::kKeys;
+    const int64_t row_blocks = std::max<int64_t>(1, sweep_row_blocks(batch));
+    const int64_t splits = std::max<int64_t>(1, S::kResident * queue.multiprocessors() / row_blocks);
+    return (steps + splits - 1) / splits * S::kKeys;
   });
 }
 
