@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib
 
 import pytest
 import torch
 from emulation import build
 from lanes import LANES
-from test_normface_loss import IGNORE, check, sample
+from test_normface_loss import IGNORE, check, peak_bytes, sample
 
 import normface_ext as nf
 from normface_ext import functional
@@ -30,6 +31,7 @@ PLAIN = {
     "plain again": ("recompute", "cuda cores", "cuda cores"),
 }
 SWEEP_COLUMNS = 256
+planning = importlib.import_module("normface_ext.plan")  # the package has a function of that name
 
 
 @pytest.fixture(params=[lane for lane in LANES if lane.name != "cpu"], ids=lambda lane: lane.name)
@@ -39,13 +41,14 @@ def cuda_lane(request):
         yield lane
 
 
-def choose(monkeypatch, choice, chunk):
-    """From now on plan() says so, `chunk` classes at a time."""
+def choose(monkeypatch, choice, chunk, *, again=False):
+    """From now on plan() says so, `chunk` classes at a time; `again`: without storing E."""
     algorithm, scores, gradient = (CHOICES | PLAIN)[choice]
+    algorithm = "recompute" if again else algorithm
 
     def chosen(*given, **options):
         made = nf.plan(*given, **options)
-        classes = made.class_chunk * made.chunks if made.chunks == 1 else given[2]
+        classes = given[2]
         width = classes if algorithm == "stored" else min(chunk, classes)
         return dataclasses.replace(
             made,
@@ -87,7 +90,8 @@ def test_every_choice_of_wide_operands(cuda_lane, monkeypatch, choice, batch, di
     labels[batch // 2] = IGNORE
     labels[: batch // 3] = classes - 1
     check(cuda_lane, x, weight, labels, 30.0, margin=nf.CosFace(0.2))
-    check(cuda_lane, x, weight, labels, 100.0, reduction="none")  # no fixed shift: cuBLAS takes over
+    if dtype == torch.float32:  # no fixed shift: cuBLAS takes over
+        check(cuda_lane, x, weight, labels, 100.0, reduction="none")
 
 
 @pytest.mark.parametrize("choice", PLAIN)
@@ -103,7 +107,7 @@ def test_every_choice_of_wide_operands_with_every_option(cuda_lane, monkeypatch,
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("scale", [0.0, -9.0, 100.0, -120.0])
+@pytest.mark.parametrize("scale", [0.0, -9.0, 100.0])
 def test_any_scale(cuda_lane, monkeypatch, choice, scale):
     """Within the window of the fixed shift and outside, known to the host and not."""
     choose(monkeypatch, choice, 24)
@@ -185,6 +189,26 @@ def test_an_empty_batch(cuda_lane, monkeypatch, choice):
     assert loss == 0 and (weight.grad == 0).all() and x.grad.shape == (0, 16)
 
 
+def test_the_single_sweep_keeps_its_word(cuda_lane, monkeypatch):
+    """Peak memory beyond inputs and gradients."""
+    if cuda_lane.device.type == "cuda":
+        pytest.skip("test_gpu.py measures the card's memory")
+    batch, dim, classes = 20, 40, 700
+    device = planning._Device(dim, torch.bfloat16, "cuda")
+    device.multiprocessors = 3  # the emulation's
+    plan = planning._sweep_plan(batch, dim, classes, 1 << 30, device)
+    monkeypatch.setattr(functional, "plan", lambda *_, **__: plan)
+    x, weight, labels = sample(cuda_lane, batch, dim, classes, torch.bfloat16)
+
+    def step():
+        nf.functional.normface_loss(x, weight, labels, 30.0).backward()
+        x.grad = weight.grad = None
+
+    step()
+    used = peak_bytes(step) - (x.numel() + weight.numel()) * 2
+    assert plan.workspace_bytes / 3 <= used <= plan.workspace_bytes + 4096, f"{plan}: {used} bytes"
+
+
 # Launches -------------------------------------------------------------------------------------------
 
 
@@ -216,7 +240,7 @@ def test_a_small_step_is_few_launches(monkeypatch, dtype, choice, most):
     if choice is not None:
         choose(monkeypatch, choice, 300)
     with lane.active():
-        x, weight, labels = sample(lane, 20, 32, 300, dtype, torch.float32)
+        x, weight, labels = sample(lane, 20, 32, 300, dtype, None if dtype.itemsize == 8 else torch.float32)
         upstream = torch.ones(())
 
         def step():
