@@ -282,21 +282,29 @@ def _cuda_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: i
             return sweep
     else:
         sweep = None
+    plain = operand == wide and dim * operand % 16 == 0 and dim <= 512 and product * classes <= SMALL
+    kernels = ("tensor cores" if device.scores else "cublas", "tensor cores" if fused else "cublas")
+    if plain:
+        kernels = ("cuda cores", "cuda cores")
     scores = 0 if device.scores or operand == wide else wide  # E replaces scores of its own size
+    # Partial sums: of every block that a row has, or of stretches of classes.
+    blocks = max(1, 8 * device.multiprocessors // max(1, -(-batch // 128))) if device.scores else 0
+    stretch = 128 if plain else 4096
     costs = _Costs(
-        # x_hat and its weighted copy, x_sum and the part added to it; the rows' state and partial sums
-        # (at most 64 splits); norms of W.
-        fixed=2 * batch * dim * (operand + wide) + (152 + 64 * 20) * batch + classes * wide,
+        # x_hat and its weighted copy, x_sum and the part added to it; the rows' state and partial sums;
+        # norms of W.
+        fixed=2 * batch * dim * (operand + wide)
+        + (172 + 20 * min(blocks, -(-classes // 128))) * batch
+        + classes * wide,
         # Unit weights and, for 16-bit operands, their copy or their gradient; a column of E and of scores.
-        per_class=dim * (operand + wide) + (batch + 8) * (operand + scores),
+        per_class=dim * (operand + wide)
+        + (batch + 8) * (operand + scores)
+        + (0 if device.scores else 16 * batch // stretch + 1),
         stored=0,
         item=operand,
         e_item=operand,
     )
     chunk = max(1, min(classes, (1 << 28) // max(1, batch + dim)))
-    kernels = ("tensor cores" if device.scores else "cublas", "tensor cores" if fused else "cublas")
-    if operand == wide and dim * operand % 16 == 0 and dim <= 512 and product * classes <= SMALL:
-        kernels = ("cuda cores", "cuda cores")
     if sweep is not None and costs.fixed + costs.per_class * classes > budget:
         return sweep
     return _choose(batch, dim, classes, budget, *kernels, costs, costs, chunk, classes)
@@ -316,8 +324,7 @@ def _sweep_plan(batch: int, dim: int, classes: int, budget: int, device: _Device
         return None
     chunk = min(classes, (budget - fixed) // per_class, (1 << 30) // dim)
     product = 2 * batch * dim * classes
-    # Inputs and gradients, and the unit weights written twice and read twice.
-    moved = (3 * classes * dim + 2 * batch * dim) * 2 + 12 * classes * dim
+    moved = (4 * classes * dim + 2 * batch * dim) * 2  # inputs and gradients, and the weight once more
     return Plan(
         "single sweep",
         "tensor cores",

@@ -67,7 +67,7 @@ struct Sweep {
     }
     if constexpr (std::is_same_v<T, float>) {
       if (head.fixed_shift) return;
-      const int64_t splits = score_splits(queue, head.batch, count);
+      const int64_t splits = score_splits(queue, head.batch, head.dim, count);
       const Tensor largest = head.buffer(splits, head.batch, ScalarType::Float);
       ScoreExp task = head.score_exp_task(first, count, x_hat, w_hat, rows, nullptr);
       task.largest = static_cast<float*>(largest.mutable_data_ptr());
@@ -79,7 +79,7 @@ struct Sweep {
   // E into `e` (or nowhere); S and A into rows.
   void fold(Queue& queue, int64_t first, const Tensor& e) const {
     const int64_t count = width(first);
-    const int64_t splits = head.tensor_cores()     ? score_splits(queue, head.batch, count)
+    const int64_t splits = head.tensor_cores()     ? score_splits(queue, head.batch, head.dim, count)
                            : head.plain_products() ? plain_splits<T>(count)
                                                    : exponentiate_splits(count);
     const Tensor partial = head.buffer(2 * splits, head.batch, ScalarType::Double);

@@ -1,7 +1,6 @@
 // E = exp(s x_hat w_hat^T - kappa) on tensor cores (mma.sync, compute capability 8.0).
 //
-// A block owns kTile rows of x_hat, which stay in shared memory, and walks over some tiles of kTile
-// classes. w_hat streams through kStages buffers of kBlock columns, fetched by asynchronous copies that
+// A block owns kTile rows of x_hat, which stay in shared memory, and walks over some tiles of classes. w_hat streams through kStages buffers of kBlock columns, fetched by asynchronous copies that
 // run ahead across tile borders. A finished tile is turned into E in registers, summed there, and leaves
 // in accesses of 16 bytes without a detour (mma_tile.cuh: dealt_row). Registers are held down so that two
 // blocks share a multiprocessor: while one takes exponentials the other multiplies. Rows and classes beyond
@@ -19,31 +18,47 @@
 namespace nf {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kTile = 128;  // rows, and classes, of a tile
+constexpr int kTile = 128;  // rows of a tile
 constexpr int kStages = 3;
 
-// Eight warps, four along the rows and two along the classes: 32 x 64 of the tile each, as two row steps
-// of 16 and two groups of 32 dealt classes.
-constexpr int kWarpsAcross = 2;
+// Warps, four along the rows and kAcross along the classes: 32 x 64 of the tile each, as two row steps of 16
+// and two groups of 32 dealt classes.
 constexpr int kWarpRows = 32, kWarpColumns = 64;
 constexpr int kRowSteps = kWarpRows / 16, kGroups = kWarpColumns / 32;
 constexpr int kHeldRows = 2 * kRowSteps;  // rows a lane has a part of
 
-NF_HD int64_t tiles_of(int64_t count) { return (count + kTile - 1) / kTile; }
+// Eight warps, and two blocks per multiprocessor; or sixteen, where x_hat takes so much shared memory that
+// there is room for one block only.
+template <int kAcross_>
+struct Shape {
+  static constexpr int kAcross = kAcross_;
+  static constexpr int kThreads = 4 * kAcross * kWarp;
+  static constexpr int kClasses = kAcross * kWarpColumns;
+  static size_t shared(int64_t dim) {
+    return shared_bytes<Half>(kTile * padded_columns(dim)) + shared_bytes<Half>(kStages * kClasses * kBlock) +
+           shared_bytes<float>(kTile) + shared_bytes<int>(kTile);
+  }
+};
+
+int64_t row_blocks_of(int64_t batch) { return (batch + kTile - 1) / kTile; }
 
 // What a lane holds of the tile's result: for held row r and group g, classes column() + 32 g + {0 … 7}.
+template <class S>
 NF_DEVICE int held_row(int r) {
-  return warp_id() / kWarpsAcross * kWarpRows + r / 2 * 16 + r % 2 * 8 + lane_id() / 4;
+  return warp_id() / S::kAcross * kWarpRows + r / 2 * 16 + r % 2 * 8 + lane_id() / 4;
 }
-NF_DEVICE int held_column() { return warp_id() % kWarpsAcross * kWarpColumns + lane_id() % 4 * kChunk; }
+template <class S>
+NF_DEVICE int held_column() {
+  return warp_id() % S::kAcross * kWarpColumns + lane_id() % 4 * kChunk;
+}
 
 // acc += x[:, depth] w^T for this warp's part of the tile, over kBlock columns.
+template <class S>
 NF_DEVICE void multiply_stage(const Half* x, int x_stride, const Half* w,
                               float (&acc)[kRowSteps][kGroups][4][4]) {
   const int matrix = lane_id() / 8, i = lane_id() % 8;  // which of the four an ldmatrix reads, its row
-  const Half* x_rows = x + (warp_id() / kWarpsAcross * kWarpRows + matrix % 2 * 8 + i) * x_stride;
-  const Half* w_rows = w + (warp_id() % kWarpsAcross * kWarpColumns + dealt_row(matrix / 2, i)) * kBlock;
+  const Half* x_rows = x + (warp_id() / S::kAcross * kWarpRows + matrix % 2 * 8 + i) * x_stride;
+  const Half* w_rows = w + (warp_id() % S::kAcross * kWarpColumns + dealt_row(matrix / 2, i)) * kBlock;
   const int x_chunk = swizzled(matrix / 2 * kChunk, i), w_chunk = swizzled(matrix % 2 * kChunk, i);
 #pragma unroll
   for (int k = 0; k < kBlock; k += 16) {
@@ -67,8 +82,8 @@ NF_DEVICE void multiply_stage(const Half* x, int x_stride, const Half* w,
 }
 
 // Sums (or the maximum) of a row over the lanes and warps that share it, in a fixed order; scratch is
-// [kWarpsAcross, kTile]. `combine` of two values, `put(row, value)` once per row of the block.
-template <class Combine, class Put>
+// [kAcross, kTile]. `combine` of two values, `put(row, value)` once per row of the block.
+template <class S, class Combine, class Put>
 NF_DEVICE void over_row(float (&mine)[kHeldRows], float* scratch, const Combine& combine, const Put& put) {
 #pragma unroll
   for (int r = 0; r < kHeldRows; ++r) {
@@ -78,18 +93,18 @@ NF_DEVICE void over_row(float (&mine)[kHeldRows], float* scratch, const Combine&
   sync_block();  // an earlier use of scratch, before these writes
   if (lane_id() % 4 == 0)
 #pragma unroll
-    for (int r = 0; r < kHeldRows; ++r) scratch[warp_id() % kWarpsAcross * kTile + held_row(r)] = mine[r];
+    for (int r = 0; r < kHeldRows; ++r) scratch[warp_id() % S::kAcross * kTile + held_row<S>(r)] = mine[r];
   sync_block();  // the writes above, before the reads below
   if (thread_id() < kTile) {
     float value = scratch[thread_id()];
-    for (int w = 1; w < kWarpsAcross; ++w) value = combine(value, scratch[w * kTile + thread_id()]);
+    for (int w = 1; w < S::kAcross; ++w) value = combine(value, scratch[w * kTile + thread_id()]);
     put(thread_id(), value);
   }
 }
 
 // kLargestOnly: the first of two passes, for scales outside the fixed shift's window.
-template <bool kLargestOnly>
-NF_KERNEL_RESIDENT(kThreads, 2)
+template <class S, bool kLargestOnly>
+NF_KERNEL_RESIDENT(S::kThreads, S::kAcross == 2 ? 2 : 1)
 score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
   const double s = task.scale.value();
   if (kLargestOnly && math::has_fixed_shift<float>(s, double(task.classes))) return;
@@ -97,28 +112,30 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
   SharedMemory shared;
   const int x_stride = padded_columns(task.dim), steps = x_stride / kBlock;
   Half* x = shared.take<Half>(kTile * x_stride);
-  Half* w = shared.take<Half>(kStages * kTile * kBlock);
+  Half* w = shared.take<Half>(kStages * S::kClasses * kBlock);
   float* offset = shared.take<float>(kTile);  // of each row, see math::PowerOfTwo; and its target's place
   int* target = shared.take<int>(kTile);      // among the classes. Registers are dearer than these reads.
 
-  const int64_t row_blocks = tiles_of(task.batch), splits = block_count() / row_blocks;
+  const int64_t row_blocks = (task.batch + kTile - 1) / kTile, splits = block_count() / row_blocks;
   // Neighbouring blocks share their classes, which then come from the L2 cache.
   const int64_t first_row = block_id() % row_blocks * kTile, split = block_id() / row_blocks;
-  const int64_t first_tile = split * tiles_per_block, all_tiles = tiles_of(task.width);
+  const int64_t first_tile = split * tiles_per_block,
+                all_tiles = (task.width + S::kClasses - 1) / S::kClasses;
   const int64_t end_tile =
       first_tile + tiles_per_block < all_tiles ? first_tile + tiles_per_block : all_tiles;
 
   // The fetches run kStages - 1 steps ahead; where they are is counted, not divided out of the step.
-  int64_t fetch_class = first_tile * kTile;
+  int64_t fetch_class = first_tile * S::kClasses;
   int fetch_depth = 0, fetch_stage = 0;
   const auto fetch = [&] {
-    if (fetch_class < end_tile * kTile)
-      fetch_block<kTile, kBlock, kThreads>(task.w_hat, fetch_class, task.width, fetch_depth, task.dim,
-                                           task.dim, w + fetch_stage * kTile * kBlock, kBlock, KeyDealt());
+    if (fetch_class < end_tile * S::kClasses)
+      fetch_block<S::kClasses, kBlock, S::kThreads>(
+          task.w_hat, fetch_class, task.width, fetch_depth, task.dim, task.dim,
+          w + fetch_stage * S::kClasses * kBlock, kBlock, KeyDealt());
     copy_async_commit();  // also when empty: a wait counts groups
     fetch_stage = (fetch_stage + 1) % kStages;
     fetch_depth += kBlock;
-    if (fetch_depth == x_stride) fetch_depth = 0, fetch_class += kTile;
+    if (fetch_depth == x_stride) fetch_depth = 0, fetch_class += S::kClasses;
   };
 
   float sum[kHeldRows], sum_cosine[kHeldRows];
@@ -136,30 +153,31 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
   const float slope = kLargestOnly ? float(s) : math::power_of_two(s, 0.0).slope;
 
   for (int depth = 0; depth < x_stride; depth += kBlock)  // lands with the first stage
-    fetch_block<kTile, kBlock, kThreads>(task.x_hat, first_row, task.batch, depth, task.dim, task.dim,
-                                         x + depth, x_stride, KeyInOrder());
+    fetch_block<kTile, kBlock, S::kThreads>(task.x_hat, first_row, task.batch, depth, task.dim, task.dim,
+                                            x + depth, x_stride, KeyInOrder());
   for (int stage = 0; stage < kStages - 1; ++stage) fetch();
 
   int stage = 0;
-  for (int64_t tile_first = first_tile * kTile; tile_first < end_tile * kTile; tile_first += kTile) {
+  for (int64_t tile_first = first_tile * S::kClasses; tile_first < end_tile * S::kClasses;
+       tile_first += S::kClasses) {
     float acc[kRowSteps][kGroups][4][4] = {};
     for (int step = 0; step < steps; ++step) {
       copy_async_wait<kStages - 2>();
       sync_block();  // this step's copies, made by all threads, before its reads; and the last step's
                      // reads before the fetch below overwrites their stage
       fetch();
-      multiply_stage(x + step * kBlock, x_stride, w + stage * kTile * kBlock, acc);
+      multiply_stage<S>(x + step * kBlock, x_stride, w + stage * S::kClasses * kBlock, acc);
       stage = (stage + 1) % kStages;
     }
 
 #pragma unroll
     for (int r = 0; r < kHeldRows; ++r) {
-      const int row = held_row(r);
+      const int row = held_row<S>(r);
       const float row_offset = offset[row];
 #pragma unroll
       for (int n = 0; n < kGroups; ++n) {
         // Of this lane's eight classes here: how many exist, and which of them is the target.
-        const int64_t first = tile_first + held_column() + n * 32;
+        const int64_t first = tile_first + held_column<S>() + n * 32;
         const int64_t exist = task.width - first;
         const int own = target[row] - int(first);
         float e[kChunk];
@@ -196,17 +214,17 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
   float* scratch = reinterpret_cast<float*>(w);
   const auto in_batch = [&](int row) { return first_row + row < task.batch; };
   if constexpr (kLargestOnly) {
-    over_row(
+    over_row<S>(
         sum, scratch, [](float a, float b) { return a > b ? a : b; },
         [&](int row, float value) {
           if (in_batch(row)) task.largest[split * task.batch + first_row + row] = value;
         });
   } else if (task.partial != nullptr) {
     const auto add = [](float a, float b) { return a + b; };
-    over_row(sum, scratch, add, [&](int row, float value) {
+    over_row<S>(sum, scratch, add, [&](int row, float value) {
       if (in_batch(row)) task.partial[split * task.batch + first_row + row] = value;
     });
-    over_row(sum_cosine, scratch, add, [&](int row, float value) {
+    over_row<S>(sum_cosine, scratch, add, [&](int row, float value) {
       if (in_batch(row)) task.partial[(splits + split) * task.batch + first_row + row] = value;
     });
     if (last_to_arrive(task.arrivals + block_id() % row_blocks, unsigned(splits)) && thread_id() < kTile &&
@@ -215,33 +233,42 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
   }
 }
 
+// f.template operator()<S>() with the shape for these columns on this device.
+template <class F>
+auto dispatch_shape(const Queue& queue, int64_t dim, const F& f) {
+  const bool wide = padded_columns(dim) > 256 && Shape<4>::shared(dim) <= size_t(queue.shared_limit());
+  return wide ? f.template operator()<Shape<4>>() : f.template operator()<Shape<2>>();
+}
+
 // Enough blocks for a few rounds over the multiprocessors, so that the last round's idle ones cost little.
-int64_t tiles_per_block(const Queue& queue, int64_t batch, int64_t width) {
-  const int64_t blocks = 8 * queue.multiprocessors();
-  const int64_t wanted_splits = std::max<int64_t>(1, blocks / std::max<int64_t>(1, tiles_of(batch)));
-  return (tiles_of(width) + wanted_splits - 1) / wanted_splits;
+int64_t tiles_per_block(const Queue& queue, int64_t batch, int64_t dim, int64_t width) {
+  return dispatch_shape(queue, dim, [&]<class S>() {
+    const int64_t blocks = (S::kAcross == 2 ? 8 : 4) * queue.multiprocessors();
+    const int64_t splits = std::max<int64_t>(1, blocks / std::max<int64_t>(1, row_blocks_of(batch)));
+    const int64_t tiles = (width + S::kClasses - 1) / S::kClasses;
+    return (tiles + splits - 1) / splits;
+  });
 }
 
 template <bool kLargestOnly>
 void run(const char* name, Queue& queue, const ScoreExp& task) {
-  STD_TORCH_CHECK(task.width <= INT32_MAX - kTile, name,
-                  ": expected at most 2^31 - 129 classes at once, got ",
+  STD_TORCH_CHECK(task.width <= INT32_MAX - 256, name, ": expected at most 2^31 - 257 classes at once, got ",
                   task.width);  // a lane counts them in 32 bits
-  launch(name, queue, score_exp_kernel<kLargestOnly>,
-         Grid{tiles_of(task.batch) * score_splits(queue, task.batch, task.width)}, kThreads,
-         score_shared_bytes(task.dim), task, tiles_per_block(queue, task.batch, task.width));
+  const int64_t per_block = tiles_per_block(queue, task.batch, task.dim, task.width);
+  const Grid grid{row_blocks_of(task.batch) * score_splits(queue, task.batch, task.dim, task.width)};
+  dispatch_shape(queue, task.dim, [&]<class S>() {
+    launch(name, queue, score_exp_kernel<S, kLargestOnly>, grid, S::kThreads, S::shared(task.dim), task,
+           per_block);
+  });
 }
 
 }  // namespace
 
-int64_t score_splits(const Queue& queue, int64_t batch, int64_t width) {
-  const int64_t per_block = tiles_per_block(queue, batch, width);
-  return (tiles_of(width) + per_block - 1) / per_block;
-}
-
-size_t score_shared_bytes(int64_t dim) {
-  return shared_bytes<Half>(kTile * padded_columns(dim)) + shared_bytes<Half>(kStages * kTile * kBlock) +
-         shared_bytes<float>(kTile) + shared_bytes<int>(kTile);
+int64_t score_splits(const Queue& queue, int64_t batch, int64_t dim, int64_t width) {
+  return dispatch_shape(queue, dim, [&]<class S>() {
+    const int64_t classes = tiles_per_block(queue, batch, dim, width) * S::kClasses;
+    return (width + classes - 1) / classes;
+  });
 }
 
 void score_largest(Queue& queue, const ScoreExp& task) { run<true>("score_largest", queue, task); }

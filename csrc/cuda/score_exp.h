@@ -28,10 +28,7 @@ struct ScoreExp {
 };
 
 // Blocks along the classes, each with its own partial sums.
-int64_t score_splits(const Queue& queue, int64_t batch, int64_t width);
-
-// Shared memory of one block; more than the device grants means that the kernel cannot be used.
-size_t score_shared_bytes(int64_t dim);
+int64_t score_splits(const Queue& queue, int64_t batch, int64_t dim, int64_t width);
 
 // `largest[split][i]` = the row's largest s c_j of the split, j != y_i; returns at once, and writes
 // nothing, where the fixed shift of math/softmax.h serves.

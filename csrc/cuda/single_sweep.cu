@@ -296,10 +296,6 @@ int64_t sweep_splits(const Queue& queue, int64_t batch, int64_t dim, int64_t wid
   return (width + per_block - 1) / per_block;
 }
 
-size_t sweep_shared_bytes(int64_t dim) {
-  return dispatch_columns(dim, [&]<int kColumns>() { return Shape<kColumns>::shared(); });
-}
-
 void single_sweep(Queue& queue, const SingleSweep& task) {
   if (task.batch == 0) return;
   const int64_t per_block = keys_per_block(queue, task.batch, task.dim, task.width);

@@ -45,7 +45,6 @@ struct SweepGradient {
 int64_t sweep_row_blocks(int64_t batch);
 // Blocks along the classes, each with its own partial sums.
 int64_t sweep_splits(const Queue& queue, int64_t batch, int64_t dim, int64_t width);
-size_t sweep_shared_bytes(int64_t dim);
 
 // S and A are added to rows, x_sum is written or added to; the shift is what rows says.
 void single_sweep(Queue& queue, const SingleSweep& task);
