@@ -263,6 +263,8 @@ def _cpu_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: in
 LIBRARY_RATE, KERNEL_RATE, BANDWIDTH = 670e12, 375e12, 4.3e12
 #: E below this size stays in the L2 cache between the kernels.
 CACHED = 32 << 20
+#: Bytes of a row's state (csrc/row_state.h, twice), its gradients, counters and offsets.
+ROW_STATE = 2 * 13 * 8 + 4 * 8 + 16
 #: A float32 product of so many operations takes about as long by cuBLAS as by the library's own kernel.
 SMALL = 6e9
 
@@ -291,10 +293,10 @@ def _cuda_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: i
     blocks = max(1, 8 * device.multiprocessors // max(1, -(-batch // 128))) if device.scores else 0
     stretch = 128 if plain else 4096
     costs = _Costs(
-        # x_hat and its weighted copy, x_sum and the part added to it; the rows' state and partial sums;
-        # norms of W.
+        # x_hat and its weighted copy, x_sum and the part added to it; the rows' state, before and after
+        # it is finished, partial sums, and columns up to a multiple of 8; norms of W.
         fixed=2 * batch * dim * (operand + wide)
-        + (172 + 20 * min(blocks, -(-classes // 128))) * batch
+        + (ROW_STATE + 20 * min(blocks, -(-classes // 128)) + 7 * (operand + scores)) * batch
         + classes * wide,
         # Unit weights and, for 16-bit operands, their copy or their gradient; a column of E and of scores.
         per_class=dim * (operand + wide)
@@ -316,7 +318,7 @@ def _sweep_plan(batch: int, dim: int, classes: int, budget: int, device: _Device
     splits = max(1, 2 * device.multiprocessors // max(1, row_blocks))
     fixed = (
         # x_hat, weighted features, x_sum and its parts; the rows' state and partial sums; norms of W.
-        (4 + 4) * batch * dim + 4 * splits * batch * dim + (152 + 16 * splits) * batch + 4 * classes
+        (4 + 4) * batch * dim + 4 * splits * batch * dim + (ROW_STATE + 16 * splits) * batch + 4 * classes
     )
     per_class = 4 * dim  # unit weights in two types
     least = min(classes, 4096)

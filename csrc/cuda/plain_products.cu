@@ -194,7 +194,7 @@ plain_gradient_kernel(PlainGradient<T> task) {
     fetch(row + S::kDepth, stage ^ 1);
     const T* e = stages + stage * S::kStage + place;
     const T* v = stages + stage * S::kStage + S::kDepth * Tile::kClasses + column;
-#pragma unroll 2
+#pragma unroll(8 / sizeof(T))
     for (int k = 0; k < S::kDepth; ++k) {
       T a[kRounds<T>];
 #pragma unroll

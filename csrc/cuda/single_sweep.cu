@@ -287,6 +287,13 @@ int64_t keys_per_block(const Queue& queue, int64_t batch, int64_t dim, int64_t w
   });
 }
 
+// Rows and classes are counted in 32 bits inside the kernels.
+void check_counts(const char* name, int64_t batch, int64_t classes) {
+  constexpr int64_t kMost = INT32_MAX - 256;
+  STD_TORCH_CHECK(batch <= kMost && classes <= kMost, name, ": expected at most ", kMost,
+                  " rows and classes, got ", batch, " and ", classes);
+}
+
 }  // namespace
 
 int64_t sweep_row_blocks(int64_t batch) { return (batch + kTile - 1) / kTile; }
@@ -298,6 +305,7 @@ int64_t sweep_splits(const Queue& queue, int64_t batch, int64_t dim, int64_t wid
 
 void single_sweep(Queue& queue, const SingleSweep& task) {
   if (task.batch == 0) return;
+  check_counts("single_sweep", task.batch, task.first + task.width);
   const int64_t per_block = keys_per_block(queue, task.batch, task.dim, task.width);
   const Grid grid{sweep_row_blocks(task.batch) * sweep_splits(queue, task.batch, task.dim, task.width)};
   dispatch_columns(task.dim, [&]<int kColumns>() {
@@ -307,6 +315,7 @@ void single_sweep(Queue& queue, const SingleSweep& task) {
 }
 
 void sweep_gradient(Queue& queue, const SweepGradient& task) {
+  check_counts("sweep_gradient", task.classes.batch, task.classes.first + task.classes.width);
   dispatch_columns(task.classes.dim, [&]<int kColumns>() {
     launch("sweep_gradient", queue, sweep_gradient_kernel<kColumns>,
            Grid{(task.classes.width + kTile - 1) / kTile}, Shape<kColumns>::kThreads,
