@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 
 import pytest
+import test_class_shards
 import torch
 from emulation import build
 from lanes import LANES
@@ -41,8 +42,8 @@ def cuda_lane(request):
         yield lane
 
 
-def choose(monkeypatch, choice, chunk, *, again=False):
-    """From now on plan() says so, `chunk` classes at a time; `again`: without storing E."""
+def choose(monkeypatch, choice, chunk, *, again=False, module=functional):
+    """From now on the module's plan() says so, `chunk` classes at a time; `again`: without storing E."""
     algorithm, scores, gradient = (CHOICES | PLAIN)[choice]
     algorithm = "recompute" if again else algorithm
 
@@ -59,7 +60,7 @@ def choose(monkeypatch, choice, chunk, *, again=False):
             chunks=-(-classes // width),
         )
 
-    monkeypatch.setattr(functional, "plan", chosen)
+    monkeypatch.setattr(module, "plan", chosen)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -187,6 +188,22 @@ def test_an_empty_batch(cuda_lane, monkeypatch, choice):
     loss = nf.functional.normface_loss(x, weight, cuda_lane.tensor([], torch.int64), 30.0)
     loss.backward()
     assert loss == 0 and (weight.grad == 0).all() and x.grad.shape == (0, 16)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("scale", [12.0, 100.0])
+def test_shards_add_up_to_the_whole(cuda_lane, monkeypatch, choice, scale):
+    """Targets on other shards, a shard without classes, a shift that is given."""
+    monkeypatch.setattr(test_class_shards, "DIM", 16)
+    choose(monkeypatch, choice, 4)
+    choose(monkeypatch, choice, 4, module=test_class_shards)
+    x, weight, labels = test_class_shards.make(cuda_lane, torch.bfloat16)
+    given = x, weight, labels, cuda_lane.tensor(scale), cuda_lane.tensor(1.7)
+    expected = test_class_shards.whole(*given)
+    got = test_class_shards.sharded(*given, shift=scale > 80)
+    for name, a, b in zip(("loss", "dx", "dweight", "dscale"), got, expected, strict=True):
+        error = float((a.double() - b.double()).norm() / b.double().norm())
+        assert error < 1e-2, f"{name}: {error:.2e}"
 
 
 def test_the_single_sweep_keeps_its_word(cuda_lane, monkeypatch):
