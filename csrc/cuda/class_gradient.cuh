@@ -63,6 +63,7 @@ NF_DEVICE void add_targets(const ClassGradient& task, int64_t label, int count, 
       const int64_t i = base + lowest_bit(left);
       const T factor = T(task.target[i] * task.rows.at(kInverseNorm, i));
       task.x.visit<T>([&](const auto* x) {
+#pragma unroll 1
         for (int64_t d = lane_id(); d < task.dim; d += kWarp) g[d] += factor * T(x[i * task.dim + d]);
       });
       --count;
@@ -83,11 +84,13 @@ NF_DEVICE void write_class(const ClassGradient& task, const S* weight, int64_t j
   };
   T radial = 0;
   // Every lane reads its own places of g before it writes the same of dW, which may be the same memory.
+#pragma unroll 1  // a few rounds: one body is enough, in each of many copies of this code
   for (int64_t d = lane_id() * kVec; d < task.dim; d += kWarp * kVec) {
     const auto w = load_vector<kVec>(weight + j * task.dim + d);
     for (int e = 0; e < kVec; ++e) radial += T(w.at[e]) * inverse * gradient(d + e);
   }
   radial = warp_sum(radial);
+#pragma unroll 1
   for (int64_t d = lane_id() * kVec; d < task.dim; d += kWarp * kVec) {
     const auto w = load_vector<kVec>(weight + j * task.dim + d);
     Vector<S, kVec> out;
