@@ -235,6 +235,7 @@ def check_exchanges(device: str) -> None:
         torch.ones(32, dtype=torch.int64),
         torch.zeros(32, dtype=torch.int64),
         torch.full((32,), 0x55555555),
+        31 - lane,
         torch.full((32,), 0 + 10 * 1 + 100 * 0 + 1000 * 1),
     ]
     for result, expectation in zip(results, expected, strict=True):
