@@ -27,8 +27,15 @@ enum RowField {
 // Instead of a label: the row counts, and its target is a class of another shard.
 constexpr long long kElsewhere = -1;
 
-// How CUDA makes 16-bit scores: by cuBLAS, or by score_exp.cu on tensor cores. plan.py chooses.
-enum ScoreKernel { kLibraryScores = 0, kTensorCoreScores = 1 };
+// What makes the products on CUDA. plan.py chooses; those on tensor cores need 16-bit operands, the plain
+// ones wider.
+enum HeadKernels {
+  kLibraryKernels = 0,    // cuBLAS
+  kTensorCoreScores = 1,  // the scores by score_exp.cu, the others by cuBLAS
+  kTensorCores = 2,       // dW by weight_gradient.cu as well
+  kSingleSweep = 3,       // single_sweep.cu
+  kPlainProducts = 4,     // plain_products.cu, where the host knows that the shift is fixed
+};
 
 enum Reduction { kNone = 0, kMean = 1, kSumAll = 2 };
 

@@ -85,7 +85,7 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def(
       "normface_sweep(Tensor x, Tensor weight, Tensor labels, Tensor? scale, float scale_value,"
       " int ignore_index, float eps, int class_chunk, bool store, bool need_x, bool need_class_sum,"
-      " int score_kernel, ScalarType operand, Tensor? sample_weight, Tensor? class_weight,"
+      " int kernels, ScalarType operand, Tensor? sample_weight, Tensor? class_weight,"
       " int classes_in_all, bool partial, Tensor? shift) -> (Tensor rows, Tensor inverse_norm,"
       " Tensor x_sum, Tensor class_sum, Tensor stored)");
   // kappa [N] as these classes alone would have it: one constant where that serves, else the row's largest
@@ -93,7 +93,7 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   // the `shift` of all.
   m.def(
       "normface_shift(Tensor x, Tensor weight, Tensor labels, Tensor? scale, float scale_value,"
-      " int ignore_index, float eps, int class_chunk, int score_kernel, ScalarType operand,"
+      " int ignore_index, float eps, int class_chunk, int kernels, ScalarType operand,"
       " int classes_in_all, bool partial) -> Tensor");
   // Margin, weights and losses of the rows, from sums over all classes; rows with every field filled.
   m.def(
@@ -106,7 +106,7 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
       "normface_backward(Tensor grad_loss, Tensor x, Tensor weight, Tensor labels,"
       " Tensor? scale, float scale_value, float eps, int class_chunk, Tensor rows, Tensor inverse_norm,"
       " Tensor x_sum, Tensor class_sum, Tensor stored, bool need_x, bool need_weight, bool need_scale,"
-      " int score_kernel, ScalarType operand, Tensor? class_weight, float smoothing, int classes_in_all,"
+      " int kernels, ScalarType operand, Tensor? class_weight, float smoothing, int classes_in_all,"
       " bool partial) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale)");
 }
 

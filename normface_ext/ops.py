@@ -211,7 +211,7 @@ def _normface_sweep_fake(
     store: bool,
     need_x: bool,
     need_class_sum: bool,
-    score_kernel: int,
+    kernels: int,
     operand: torch.dtype,
     sample_weight: Tensor | None,
     class_weight: Tensor | None,
@@ -222,7 +222,7 @@ def _normface_sweep_fake(
     wide = _accumulator(x.dtype)
     (batch, dim), classes = x.shape, weight.shape[0]
     cuda = plan_device(x).type == "cuda"
-    row = -(-classes // 8) * 8 if cuda else classes  # E in memory: csrc/cuda/normface_loss.cu
+    row = -(-classes // 8) * 8 if cuda else classes  # E in memory: csrc/cuda/head.cuh
     stored = torch.bfloat16 if cuda and operand.itemsize == 2 else wide
     return (
         x.new_empty([ROW_FIELDS, batch], dtype=torch.float64),
@@ -242,7 +242,7 @@ def _normface_shift_fake(
     ignore_index: int,
     eps: float,
     class_chunk: int,
-    score_kernel: int,
+    kernels: int,
     operand: torch.dtype,
     classes_in_all: int,
     partial: bool,
@@ -284,7 +284,7 @@ def _normface_backward_fake(
     need_x: bool,
     need_weight: bool,
     need_scale: bool,
-    score_kernel: int,
+    kernels: int,
     operand: torch.dtype,
     class_weight: Tensor | None,
     smoothing: float,
@@ -347,7 +347,7 @@ def normface_sweep(
         options.plan.store and need_weight,
         need_x,
         options.smoothing > 0,
-        options.plan.score_kernel,
+        options.plan.kernels,
         options.operand,
         sample_weight,
         class_weight,
@@ -371,7 +371,7 @@ def normface_shift(
         options.ignore_index,
         options.eps,
         options.plan.class_chunk,
-        options.plan.score_kernel,
+        options.plan.kernels,
         options.operand,
         options.classes_in_all,
         options.partial,
@@ -420,7 +420,7 @@ def normface_backward(
         options.plan.class_chunk,
         *swept,
         *needed,
-        options.plan.score_kernel,
+        options.plan.kernels,
         options.operand,
         class_weight,
         options.smoothing,

@@ -2,7 +2,9 @@
 
 The engine walks the classes in chunks. ``stored`` keeps E = exp(s cos - kappa) of every chunk from
 forward to backward (three matrix products per step); ``recompute`` keeps nothing of size N x C and
-computes the scores again in backward (four). The choice follows the workspace budget.
+computes the scores again in backward (four). ``single sweep`` recomputes too, but a tile of E never
+leaves the multiprocessor (CUDA, 16-bit operands, D <= 256). The choice follows the workspace budget and,
+between the last two and ``stored``, a model of the time.
 """
 
 from __future__ import annotations
@@ -25,9 +27,12 @@ class Plan:
     """What ``plan`` decided.
 
     Attributes:
-        algorithm: "stored" or "recompute".
-        scores: what makes the scores: "blas" (CPU), "cublas", or "tensor cores": the library's own kernel,
-            for 16-bit operands on compute capability 8.0 and newer, which never writes the scores.
+        algorithm: "stored", "recompute" or "single sweep".
+        scores: what makes the scores: "blas" (CPU), "cublas", or the library's own kernels, which never write
+            them: "tensor cores" for 16-bit operands on compute capability 8.0 and newer, "cuda cores" for
+            wider ones where a step is so small that launches are what it costs.
+        weight_gradient: what makes the product E^T X of dW: "blas", "cublas", or the library's own, from
+            which dW comes in its final form.
         class_chunk: classes per chunk.
         chunks: number of chunks.
         workspace_bytes: predicted peak memory beyond inputs and gradients.
@@ -37,6 +42,7 @@ class Plan:
 
     algorithm: str
     scores: str
+    weight_gradient: str
     class_chunk: int
     chunks: int
     workspace_bytes: int
@@ -48,13 +54,18 @@ class Plan:
         return self.algorithm == "stored"
 
     @property
-    def score_kernel(self) -> int:
-        """The code of ``scores`` in csrc/row_state.h."""
-        return 1 if self.scores == "tensor cores" else 0
+    def kernels(self) -> int:
+        """The code of ``HeadKernels`` in csrc/row_state.h."""
+        if self.algorithm == "single sweep":
+            return 3
+        if self.scores == "cuda cores":
+            return 4
+        return sum(name == "tensor cores" for name in (self.scores, self.weight_gradient))
 
     def __str__(self) -> str:
+        products = self.scores if self.scores == self.weight_gradient else f"{self.scores} and cublas"
         return (
-            f"{self.algorithm}, {self.scores}: {self.chunks} chunk(s) of {self.class_chunk} classes,"
+            f"{self.algorithm}, {products}: {self.chunks} chunk(s) of {self.class_chunk} classes,"
             f" workspace {self.workspace_bytes / 2**20:.1f} MiB,"
             f" {self.flops / 1e9:.2f} GFLOP, at least {self.bytes_moved / 2**20:.1f} MiB moved"
         )
@@ -137,7 +148,7 @@ def plan(
 
     def sweep(rows: int, width: int) -> Plan:
         if kind == "cuda":
-            return _cuda_plan(rows, dim, width, dtype, budget, _tensor_cores(dim, dtype, device))
+            return _cuda_plan(rows, dim, width, dtype, budget, _Device(dim, dtype, device))
         return _cpu_plan(rows, dim, width, dtype, budget)
 
     if world_size is None:
@@ -161,29 +172,27 @@ def _default_workspace(kind: str, device: str | torch.device) -> int:
     return budget
 
 
-#: Shared memory a block may use, where no device is at hand to ask: the least among the GPUs that have
-#: what the kernel needs (compute capability 8.6).
-LEAST_SHARED_MEMORY = 101_376
+class _Device:
+    """What the kernels for tensor cores may do here. Without a GPU at hand, the shared memory is the least
+    among those that have the instructions (compute capability 8.6), and the multiprocessors are many."""
 
-
-def _tensor_cores(dim: int, dtype: torch.dtype, device: str | torch.device) -> bool:
-    """Whether csrc/cuda/score_exp.cu takes this shape on this device."""
-    if dtype.itemsize != 2 or dim % 8:
-        return False
-    limit = LEAST_SHARED_MEMORY
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(device)
-        if properties.major < 8:
-            return False
-        limit = getattr(properties, "shared_memory_per_block_optin", limit)  # not in torch's stubs
-    return score_shared_bytes(dim) <= limit
+    def __init__(self, dim: int, dtype: torch.dtype, device: str | torch.device) -> None:
+        self.multiprocessors, limit, capable = 148, 101_376, True
+        if torch.cuda.is_available():
+            properties = torch.cuda.get_device_properties(device)
+            self.multiprocessors, capable = properties.multi_processor_count, properties.major >= 8
+            limit = getattr(properties, "shared_memory_per_block_optin", limit)  # not in torch's stubs
+        capable = capable and dtype.itemsize == 2 and dim % 8 == 0
+        #: Whether score_exp.cu, weight_gradient.cu and single_sweep.cu take this shape.
+        self.scores = capable and score_shared_bytes(dim) <= limit
+        self.weight_gradient = self.scores and dim <= 512
+        self.sweep = self.scores and dim <= 256
 
 
 def score_shared_bytes(dim: int) -> int:
-    """Shared memory of a block of score_exp.cu: a tile of features, the stages of the weight, a tile of E,
-    partial sums, and two numbers per row (``score_shared_bytes`` there)."""
-    row = -(-dim // 32) * 32 + 8
-    return 128 * row * 2 + 4 * 128 * 40 * 2 + 128 * 136 * 2 + 4 * 128 * 4 + 128 * 4 + 128 * 8
+    """Shared memory of a block of score_exp.cu: a tile of features, three stages of the weight, and two
+    numbers per row (``score_shared_bytes`` there)."""
+    return 128 * (-(-dim // 64) * 64) * 2 + 3 * 128 * 64 * 2 + 128 * 8
 
 
 @dataclass(frozen=True)
@@ -203,6 +212,7 @@ def _choose(
     classes: int,
     budget: int,
     scores: str,
+    gradient: str,
     store: _Costs,
     shrunk: _Costs,
     chunk: int,
@@ -214,7 +224,7 @@ def _choose(
     if used <= budget:
         chunks = -(-classes // stored_chunk)
         moved = traffic + 2 * batch * classes * store.e_item
-        return Plan("stored", scores, stored_chunk, chunks, used, 3 * products, moved)
+        return Plan("stored", scores, gradient, stored_chunk, chunks, used, 3 * products, moved)
     used = store.fixed + store.per_class * chunk
     if used > budget:
         chunk = min(chunk, (budget - shrunk.fixed) // shrunk.per_class)
@@ -225,7 +235,7 @@ def _choose(
             f" N={batch}, D={dim}, C={classes}, got {budget}"
         )
     moved = traffic + classes * dim * shrunk.item
-    return Plan("recompute", scores, chunk, -(-classes // chunk), used, 4 * products, moved)
+    return Plan("recompute", scores, gradient, chunk, -(-classes // chunk), used, 4 * products, moved)
 
 
 def _cpu_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: int) -> Plan:
@@ -246,25 +256,84 @@ def _cpu_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: in
 
     # A chunk that had to shrink is walked by all threads.
     store, shrunk = costs(min(threads, -(-classes // chunk))), costs(min(threads, classes))
-    return _choose(batch, dim, classes, budget, "blas", store, shrunk, chunk, chunk)
+    return _choose(batch, dim, classes, budget, "blas", "blas", store, shrunk, chunk, chunk)
 
 
-def _cuda_plan(
-    batch: int, dim: int, classes: int, dtype: torch.dtype, budget: int, tensor_cores: bool
-) -> Plan:
+#: Predicted rates of an H200, until measured: products by cuBLAS and by the kernels of mma.sync, memory.
+LIBRARY_RATE, KERNEL_RATE, BANDWIDTH = 670e12, 375e12, 4.3e12
+#: E below this size stays in the L2 cache between the kernels.
+CACHED = 32 << 20
+#: Bytes of a row's state (csrc/row_state.h, twice), its gradients, counters and offsets.
+ROW_STATE = 2 * 13 * 8 + 4 * 8 + 16
+#: A float32 product of so many operations takes about as long by cuBLAS as by the library's own kernel.
+SMALL = 6e9
+
+
+def _cuda_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: int, device: _Device) -> Plan:
     operand = dtype.itemsize  # of the products' operands and of E; scores and sums are at least float32
     wide = max(operand, 4)
-    scores = 0 if tensor_cores or operand == wide else wide  # E replaces scores of its own size
+    # What dW of one class costs after a product by cuBLAS: written, read with the weight, written again.
+    afterwards = 10 * dim / BANDWIDTH
+    product = 2 * batch * dim
+    fused = device.weight_gradient and product / KERNEL_RATE <= product / LIBRARY_RATE + afterwards
+    if device.sweep and (sweep := _sweep_plan(batch, dim, classes, budget, device)) is not None:
+        e = 2 * batch if 2 * batch * classes > CACHED else 0  # bytes per class, written once and read twice
+        rest = product / KERNEL_RATE if fused else product / LIBRARY_RATE + afterwards
+        stored = product * (1 / KERNEL_RATE + 1 / LIBRARY_RATE) + rest + 3 * e / BANDWIDTH
+        if 4 * product / KERNEL_RATE < stored:
+            return sweep
+    else:
+        sweep = None
+    plain = operand == wide and dim * operand % 16 == 0 and dim <= 512 and product * classes <= SMALL
+    kernels = ("tensor cores" if device.scores else "cublas", "tensor cores" if fused else "cublas")
+    if plain:
+        kernels = ("cuda cores", "cuda cores")
+    scores = 0 if device.scores or operand == wide else wide  # E replaces scores of its own size
+    # Partial sums: of every block that a row has, or of stretches of classes.
+    blocks = max(1, 8 * device.multiprocessors // max(1, -(-batch // 128))) if device.scores else 0
+    stretch = 128 if plain else 4096
     costs = _Costs(
-        # x_hat and its weighted copy, x_sum and the part added to it; the rows' state and partial sums
-        # (at most 64 splits); norms of W.
-        fixed=2 * batch * dim * (operand + wide) + (140 + 64 * 20) * batch + classes * wide,
+        # x_hat and its weighted copy, x_sum and the part added to it; the rows' state, before and after
+        # it is finished, partial sums, and columns up to a multiple of 8; norms of W.
+        fixed=2 * batch * dim * (operand + wide)
+        + (ROW_STATE + 20 * min(blocks, -(-classes // 128)) + 7 * (operand + scores)) * batch
+        + classes * wide,
         # Unit weights and, for 16-bit operands, their copy or their gradient; a column of E and of scores.
-        per_class=dim * (operand + wide) + (batch + 8) * (operand + scores),
+        per_class=dim * (operand + wide)
+        + (batch + 8) * (operand + scores)
+        + (0 if device.scores else 16 * batch // stretch + 1),
         stored=0,
         item=operand,
         e_item=operand,
     )
     chunk = max(1, min(classes, (1 << 28) // max(1, batch + dim)))
-    name = "tensor cores" if tensor_cores else "cublas"
-    return _choose(batch, dim, classes, budget, name, costs, costs, chunk, classes)
+    if sweep is not None and costs.fixed + costs.per_class * classes > budget:
+        return sweep
+    return _choose(batch, dim, classes, budget, *kernels, costs, costs, chunk, classes)
+
+
+def _sweep_plan(batch: int, dim: int, classes: int, budget: int, device: _Device) -> Plan | None:
+    """The single sweep, if the budget is enough for chunks of a reasonable size."""
+    row_blocks = -(-batch // 128)
+    splits = max(1, 2 * device.multiprocessors // max(1, row_blocks))
+    fixed = (
+        # x_hat, weighted features, x_sum and its parts; the rows' state and partial sums; norms of W.
+        (4 + 4) * batch * dim + 4 * splits * batch * dim + (ROW_STATE + 16 * splits) * batch + 4 * classes
+    )
+    per_class = 4 * dim  # unit weights in two types
+    least = min(classes, 4096)
+    if fixed + per_class * least > budget:
+        return None
+    chunk = min(classes, (budget - fixed) // per_class, (1 << 30) // dim)
+    product = 2 * batch * dim * classes
+    moved = (4 * classes * dim + 2 * batch * dim) * 2  # inputs and gradients, and the weight once more
+    return Plan(
+        "single sweep",
+        "tensor cores",
+        "tensor cores",
+        chunk,
+        -(-classes // chunk),
+        fixed + per_class * chunk,
+        4 * product,
+        moved,
+    )

@@ -71,17 +71,38 @@ def main() -> None:
         wide = torch.promote_types(dtype, torch.float32)
         inputs = [make(17, 40), make(101, 40), torch.tensor(7.0, device=device, dtype=wide)]
         run(f"norm_linear {dtype}", f.norm_linear, r.norm_linear, inputs, tolerance)
-        for s in (10.0, 200.0):
-            for workspace in (None, 60_000):  # stored, and recomputed in chunks
+        # What plan() makes of the shape: our own products, cuBLAS for rows that tensor cores do not take and
+        # for dW of a large batch, chunks, and (16 bits, E too large for the budget) the single sweep.
+        for batch, dim, classes, workspace in (
+            (17, 40, 101, None),
+            (17, 41, 101, None),
+            (17, 520, 101, None),
+            (1100, 40, 101, None),
+            (17, 40, 101, 60_000),
+            (17, 40, 20_001, 5_000_000),
+        ):
+            target = torch.randint(min(classes, 101), (batch,))
+            target[2:5], target[6] = 100, -100
+            there_too = target.to(device)
+            for s in (10.0, 100.0):  # one shift for all, and the largest logit of each row
+                plan = nf.plan(batch, dim, classes, dtype, device, workspace=workspace)
                 run(
-                    f"normface_loss {dtype} s={s} workspace={workspace}",
-                    lambda x, w, t, ws=workspace: f.normface_loss(
-                        x, w, on_device, t, margin=nf.ArcFace(0.3), workspace=ws
+                    f"normface_loss {dtype} N={batch} D={dim} C={classes} s={s}: {plan}",
+                    lambda x, w, t, y=there_too, ws=workspace: f.normface_loss(
+                        x, w, y, t, margin=nf.ArcFace(0.3), workspace=ws
                     ),
-                    lambda x, w, t: r.normface_loss(x, w, labels, t, margin=nf.ArcFace(0.3)),
-                    [make(17, 40), make(101, 40), torch.tensor(s, device=device, dtype=wide)],
+                    lambda x, w, t, y=target: r.normface_loss(x, w, y, t, margin=nf.ArcFace(0.3)),
+                    [make(batch, dim), make(classes, dim), torch.tensor(s, device=device, dtype=wide)],
                     tolerance,
                 )
+                if s == 10.0:
+                    run(
+                        f"normface_loss {dtype} N={batch} D={dim} C={classes}, a number as scale",
+                        lambda x, w, y=there_too, ws=workspace: f.normface_loss(x, w, y, 10.0, workspace=ws),
+                        lambda x, w, y=target: r.normface_loss(x, w, y, 10.0),
+                        [make(batch, dim), make(classes, dim)],
+                        tolerance,
+                    )
         run(
             f"normface_loss {dtype}, weighted and smoothed",
             lambda x, w: f.normface_loss(x, w, on_device, 9.0, label_smoothing=0.1, **there),

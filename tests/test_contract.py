@@ -186,7 +186,7 @@ DEFAULTS = {
     "dim": 1, "p": 2, "eps": 1e-12, "normalize_input": True, "scale": None, "scale_value": 30.0,
     "m1": 1.0, "m2": 0.0, "m3": 0.0, "reduction": 1, "ignore_index": -100, "class_chunk": 8,
     "store": False, "need_class_sum": False, "classes_in_all": 8, "partial": False, "shift": None,
-    "need_x": True, "need_weight": True, "need_scale": True, "score_kernel": 0,
+    "need_x": True, "need_weight": True, "need_scale": True, "kernels": 0,
     "operand": torch.float32,
     "sample_weight": None, "class_weight": None, "smoothing": 0.0,
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -90,7 +91,7 @@ FAULTS: dict[str, tuple[int, Callable[[torch.Tensor], torch.Tensor], str]] = {
     "missing_copy_wait": (128, reverse, "which an asynchronous copy that nobody waited for is still writing"),
     "missing_copy_barrier": (128, reverse, "which (nobody|thread .* no barrier|an asynchronous copy)"),
     "wrong_copy_group": (128, same, "which an asynchronous copy that nobody waited for is still writing"),
-    "misaligned_vector": (128, same, "load_vector of 16 bytes at 0x.*, which is not a multiple of 16"),
+    "misaligned_vector": (768, same, "load_vector of 16 bytes at 0x.*, which is not a multiple of 16"),
     "take_too_much": (128, same, "takes 260 bytes of shared memory after 0, but the launch gave 256"),
     "take_differently": (128, same, "takes .* as shared array 0, but another thread took"),
     "broken_promise": (128, same, "block .1, 0., thread 63: expected less than 128, got 128"),
@@ -104,7 +105,13 @@ FAULTS: dict[str, tuple[int, Callable[[torch.Tensor], torch.Tensor], str]] = {
         lambda x: torch.tensor([len(x) // BLOCK], dtype=torch.int32),
         "writes global memory at .*, which another block of the launch wrote",
     ),
-    "too_much_shared": (128, same, r"bytes of shared memory in \[0, 101376\], got 101377"),
+    "missing_arrival": (
+        192,
+        lambda x: 2 * x,
+        "global memory at .*, which (another block of the launch|thread .* no barrier)",
+    ),
+    "late_write": (192, same, "s global memory after it came to last_to_arrive, and not as the last"),
+    "too_much_shared": (128, same, r"bytes of shared memory in \[0, 232448\], got 232449"),
     "too_large_grid": (128, same, r"blocks along y in \[0, 65535\], got 65536"),
     "too_many_threads": (128, same, r"threads per block in \[1, 1024\], got 1056"),
 }
@@ -195,6 +202,21 @@ def check_tensor_cores(dtype: torch.dtype, device: str) -> None:
     assert ((d.cpu().double() - truth).abs() <= bound).all()
 
 
+def test_powers_of_two() -> None:
+    check_powers("cpu")
+
+
+def check_powers(device: str) -> None:
+    x = torch.tensor(
+        [0.0, 1.0, -1.0, 0.3, 127.9, -125.9, -126.5, -1000.0, 128.0, math.inf, -math.inf, math.nan]
+    )
+    y = faults().powers(x.to(device)).cpu()
+    truth = torch.exp2(x.double())
+    truth = torch.where((truth < torch.finfo(torch.float32).tiny), 0.0, truth)
+    truth = torch.where(x >= 128, math.inf, truth)
+    torch.testing.assert_close(y.double(), truth, rtol=2**-22, atol=0, equal_nan=True)
+
+
 def test_exchanges(order: str) -> None:
     check_exchanges("cpu")
 
@@ -213,6 +235,7 @@ def check_exchanges(device: str) -> None:
         torch.ones(32, dtype=torch.int64),
         torch.zeros(32, dtype=torch.int64),
         torch.full((32,), 0x55555555),
+        31 - lane,
         torch.full((32,), 0 + 10 * 1 + 100 * 0 + 1000 * 1),
     ]
     for result, expectation in zip(results, expected, strict=True):
@@ -235,6 +258,8 @@ def test_nvcc_compiles_the_same_source_to_the_instructions_meant() -> None:
         b"st.global.v4.",
         b"st.global.cs.v4.",
         b"st.shared.v4.",
+        b"st.global.wb.v4.",
+        b"ex2.approx.ftz.f32 ",
         b"cp.async.cg.shared.global ",
         b"cp.async.wait_group ",
         b"ldmatrix.sync.aligned.m8n8.x4.shared.b16 ",
@@ -279,3 +304,4 @@ def check_on_gpu() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         check_tensor_cores(dtype, "cuda")
     check_exchanges("cuda")
+    check_powers("cuda")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from test_head_kernels import CHOICES, choose
 
 import normface_ext as nf
 
@@ -120,18 +121,69 @@ def test_tensors_on_a_second_device() -> None:
     assert_same(step(*head_inputs()), step(*head_inputs(device=torch.device("cuda:1"))))
 
 
-def test_offsets_beyond_32_bits() -> None:
-    rows, classes, dim = 4200, 1_050_000, 16  # N * C > 2**32
-    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
-        pytest.skip("needs 40 GiB of free GPU memory")
-    x = torch.randn(rows, dim, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
-    w = torch.randn(classes, dim, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+@pytest.mark.parametrize("choice", [*CHOICES, "plain"])
+def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch, choice: str) -> None:
+    """N * C > 2**32, stored in one piece or in chunks of that size: all kernels agree with small chunks."""
+    rows, classes, dim = 4200, 1_050_000, 16
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("needs 60 GiB of free GPU memory")
+    dtype = torch.float32 if choice == "plain" else torch.bfloat16
+    x = torch.randn(rows, dim, device=CUDA, dtype=dtype, requires_grad=True)
+    w = torch.randn(classes, dim, device=CUDA, dtype=dtype, requires_grad=True)
     labels = torch.randint(classes, (rows,), device=CUDA)
     results = []
-    for workspace in (36 * 2**30, 2 * 2**30):  # stored in one piece, recomputed in chunks
-        loss = nf.functional.normface_loss(x, w, labels, 10.0, workspace=workspace)
+    for name, chunk in ((choice, classes), ("library", 50_000)):
+        choose(monkeypatch, name, chunk, again=name != choice)
+        loss = nf.functional.normface_loss(x, w, labels, 10.0)
         results.append([loss.detach(), *torch.autograd.grad(loss, (x, w))])
     for whole, chunks in zip(*results, strict=True):
         assert torch.isfinite(whole).all()
         error = (whole.float() - chunks.float()).norm() / whole.float().norm()
         assert error < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(256, 512, 30_000), (512, 128, 200_000), (64, 40, 100_003)], ids=str)
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_card_holds_no_more_than_the_plan_said(
+    dtype: torch.dtype, shape: tuple[int, int, int], share: float
+) -> None:
+    """Peak memory of a step beyond inputs and gradients, with everything stored and with half of that."""
+    batch, dim, classes = shape
+    x = torch.randn(batch, dim, device=CUDA, dtype=dtype, requires_grad=True)
+    w = torch.randn(classes, dim, device=CUDA, dtype=dtype, requires_grad=True)
+    labels = torch.randint(classes, (batch,), device=CUDA)
+    budget = int(share * nf.plan(*shape, dtype, CUDA, workspace=1 << 40).workspace_bytes)
+    plan = nf.plan(*shape, dtype, CUDA, workspace=budget)
+
+    def run() -> None:
+        loss = nf.functional.normface_loss(x, w, labels, 30.0, workspace=budget)
+        torch.autograd.grad(loss, (x, w))
+
+    run()  # cuBLAS takes its workspace once, and keeps it
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    gradients = (x.numel() + w.numel()) * x.element_size()
+    used = torch.cuda.max_memory_allocated() - before - gradients
+    slack = 32 * 512 + (1 << 20)  # the allocator rounds each tensor up
+    assert used <= plan.workspace_bytes + slack, f"{plan}: {used} bytes"
+    assert used >= plan.workspace_bytes // 8, f"{plan}: {used} bytes"  # the meter can say no
+
+
+def test_a_small_step_is_few_kernels() -> None:
+    """As test_head_kernels.py counts launches, but of the real thing: cuBLAS may split a product in two."""
+    x, w, _, labels = head_inputs(torch.bfloat16)
+    upstream = torch.ones((), device=CUDA)
+
+    def run() -> None:
+        loss = nf.functional.normface_loss(x, w, labels, 30.0)
+        torch.autograd.grad(loss, (x, w), upstream)
+
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profiler.events() if event.device_type.name == "CUDA"]
+    assert 4 <= len(kernels) <= 7, kernels

@@ -43,18 +43,19 @@ def test_budgets_are_kept_and_more_never_hurts(shape, dtype, device):
     assert found
     for budget, plan in found:
         assert 0 <= plan.workspace_bytes <= budget
-        assert plan.algorithm in ("stored", "recompute") and plan.store == (plan.algorithm == "stored")
+        assert plan.store == (plan.algorithm == "stored")
         assert 1 <= plan.class_chunk <= classes
         # The chunks cover the classes, and none of them is empty.
         assert (plan.chunks - 1) * plan.class_chunk < classes <= plan.chunks * plan.class_chunk
-        products = {"stored": 3, "recompute": 4}[plan.algorithm]
+        products = {"stored": 3, "recompute": 4, "single sweep": 4}[plan.algorithm]
         assert plan.flops == 2 * products * batch * dim * classes
     algorithms = [plan.algorithm for _, plan in found]
-    assert algorithms == sorted(algorithms)  # recompute, then stored
-    for algorithm in ("recompute", "stored"):
+    assert algorithms == sorted(algorithms)  # recompute, then a single sweep, then stored
+    for algorithm in set(algorithms):
         chunks = [plan.class_chunk for _, plan in found if plan.algorithm == algorithm]
         assert chunks == sorted(chunks)
-    assert found[-1][1].store
+    # Where there is room for everything, only a faster algorithm does not use it.
+    assert found[-1][1].store or (dtype.itemsize == 2 and dim <= 256 and batch * classes > 1e7)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -67,7 +68,8 @@ def test_stored_counts_every_score(dtype, device):
     again = nf.plan(batch, dim, classes, dtype, device, workspace=stored.workspace_bytes)
     assert again == stored  # just enough is enough
     less = nf.plan(batch, dim, classes, dtype, device, workspace=stored.workspace_bytes - 1)
-    assert less.algorithm == "recompute" and less.workspace_bytes < stored.workspace_bytes
+    assert less.algorithm == ("single sweep" if device == "cuda" and dtype.itemsize == 2 else "recompute")
+    assert less.workspace_bytes < stored.workspace_bytes
     item = dtype.itemsize if device == "cuda" else max(4, dtype.itemsize)
     inputs_and_gradients = 2 * (batch * dim + classes * dim) * item
     for plan in (stored, less):
@@ -167,3 +169,37 @@ def test_a_sampled_plan_is_smaller():
 def test_bad_sharded_plans_say_so(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         nf.plan(8, 8, 8, **options)
+
+
+# Kernels on CUDA ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "workspace", "expected"),
+    [
+        # E stays in the cache; the products are ours, and dW comes out of its product finished.
+        ((256, 128, 10_572), torch.bfloat16, None, ("stored", "tensor cores", "tensor cores", 2)),
+        # A large batch: what follows the product of dW weighs little, and cuBLAS is the faster.
+        ((2048, 192, 10_572), torch.bfloat16, None, ("stored", "tensor cores", "cublas", 1)),
+        # E would be read and written for longer than the scores take a second time; or has no room.
+        ((1024, 128, 1_000_000), torch.bfloat16, None, ("single sweep", "tensor cores", "tensor cores", 3)),
+        ((64, 64, 200_000), torch.float16, 60_000_000, ("single sweep", "tensor cores", "tensor cores", 3)),
+        # Rows that tensor cores do not take; and no GPU promises the shared memory for these.
+        ((256, 129, 10_572), torch.bfloat16, None, ("stored", "cublas", "cublas", 0)),
+        ((256, 1024, 10_572), torch.float16, None, ("stored", "cublas", "cublas", 0)),
+        # Wide operands: our own products where a step is short, cuBLAS otherwise.
+        ((256, 512, 10_572), torch.float32, None, ("stored", "cuda cores", "cuda cores", 4)),
+        ((256, 511, 10_572), torch.float32, None, ("stored", "cublas", "cublas", 0)),
+        ((1024, 512, 100_000), torch.float32, None, ("stored", "cublas", "cublas", 0)),
+    ],
+)
+def test_kernels_by_shape(shape, dtype, workspace, expected):
+    plan = nf.plan(*shape, dtype, "cuda", workspace=workspace)
+    assert (plan.algorithm, plan.scores, plan.weight_gradient, plan.kernels) == expected, plan
+
+
+def test_a_single_sweep_holds_nothing_of_size_batch_times_classes():
+    plan = nf.plan(1024, 128, 1_000_000, torch.bfloat16, "cuda")
+    assert plan.workspace_bytes < 0.4 * 2 * 1024 * 1_000_000
+    half = nf.plan(1024, 128, 1_000_000, torch.bfloat16, "cuda", workspace=plan.workspace_bytes // 2)
+    assert half.algorithm == "single sweep" and half.chunks > 1

@@ -155,7 +155,7 @@ void backward(const BackwardArguments& in, Tensor* dx, Tensor* dw, Tensor* dscal
 std::tuple<Tensor, Tensor, Tensor> normface_backward(
     Tensor grad_loss, Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
     double eps, int64_t class_chunk, Tensor rows, Tensor inverse_norm, Tensor x_sum, Tensor class_sum,
-    Tensor stored, bool need_x, bool need_weight, bool need_scale, int64_t /*score_kernel*/,
+    Tensor stored, bool need_x, bool need_weight, bool need_scale, int64_t /*kernels*/,
     ScalarType /*operand*/, std::optional<Tensor> class_weight, double smoothing, int64_t classes_in_all,
     bool partial) {
   const char* op = "normface_backward";

@@ -181,7 +181,7 @@ void check_arguments(const char* op, const SweepArguments& in) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normface_sweep(
     Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
     int64_t ignore_index, double eps, int64_t class_chunk, bool store, bool need_x, bool need_class_sum,
-    int64_t /*score_kernel: a CUDA choice*/, ScalarType /*operand: CPU products are at least float32*/,
+    int64_t /*kernels: a CUDA choice*/, ScalarType /*operand: CPU products are at least float32*/,
     std::optional<Tensor> sample_weight, std::optional<Tensor> class_weight, int64_t classes_in_all,
     bool partial, std::optional<Tensor> shift) {
   const char* op = "normface_sweep";
@@ -201,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normface_sweep(
 }
 
 Tensor normface_shift(Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
-                      int64_t ignore_index, double eps, int64_t class_chunk, int64_t /*score_kernel*/,
+                      int64_t ignore_index, double eps, int64_t class_chunk, int64_t /*kernels*/,
                       ScalarType /*operand*/, int64_t classes_in_all, bool partial) {
   const SweepArguments in{
       x,           weight,         labels, scale_of(scale, scale_value), ignore_index, eps,

@@ -17,4 +17,15 @@ struct RowState {
   NF_DEVICE double& at(RowField field, int64_t i) const { return data[field * batch + i]; }
 };
 
+// Row i's S and A += partial sums [2, splits, batch] of theirs, in the order of the splits.
+NF_DEVICE void add_partials(const RowState& rows, const double* partial, int64_t splits, int64_t i) {
+  double sum = 0, sum_cosine = 0;
+  for (int64_t k = 0; k < splits; ++k) {
+    sum += partial[k * rows.batch + i];
+    sum_cosine += partial[(splits + k) * rows.batch + i];
+  }
+  rows.at(kSum, i) += sum;
+  rows.at(kSumCosine, i) += sum_cosine;
+}
+
 }  // namespace nf

@@ -7,7 +7,7 @@
 
 namespace nf {
 
-// y[r] = factor x[r] / ||x[r]|| for `rows` contiguous rows of `length`. y has any floating type (or is
+// y[r] = x[r] / ||x[r]|| for `rows` contiguous rows of `length`. y has any floating type (or is
 // null), `copy` takes the same values once more in bfloat16, norm and inverse take ||x|| and 1/||x||
 // in the accumulator type; each of them may be null.
 struct UnitRows {

@@ -20,23 +20,21 @@ struct ScoreExp {
   const int64_t* labels;
   Scale scale;
   RowState rows;
-  BFloat16* e;      // [batch, stride] or null: only the sums
-  int64_t stride;   // a multiple of 8
-  double* partial;  // [2, splits, batch] or null
-  float* largest;   // [splits, batch]
+  BFloat16* e;         // [batch, stride] or null: only the sums
+  int64_t stride;      // a multiple of 8
+  double* partial;     // [2, splits, batch] or null
+  unsigned* arrivals;  // [one per 128 rows], all 0; with partial
+  float* largest;      // [splits, batch]
 };
 
 // Blocks along the classes, each with its own partial sums.
-int64_t score_splits(const Queue& queue, int64_t batch, int64_t width);
-
-// Shared memory of one block; more than the device grants means that the kernel cannot be used.
-size_t score_shared_bytes(int64_t dim);
+int64_t score_splits(const Queue& queue, int64_t batch, int64_t dim, int64_t width);
 
 // `largest[split][i]` = the row's largest s c_j of the split, j != y_i; returns at once, and writes
 // nothing, where the fixed shift of math/softmax.h serves.
 void score_largest(Queue& queue, const ScoreExp& task);
 
-// E and the partial sums.
+// E; with `partial`, S and A added to rows.
 void score_exp(Queue& queue, const ScoreExp& task);
 
 }  // namespace nf

@@ -43,6 +43,22 @@ struct StoredArray {
     }
   }
 
+  // f(pointer of the stored type): for loops, where a switch per element would cost. T is what is computed
+  // in; nothing is stored wider.
+  template <class T, class F>
+  NF_DEVICE void visit(const F& f) const {
+    switch (ScalarType(type)) {
+      case ScalarType::Half:
+        return f(static_cast<const Half*>(data));
+      case ScalarType::BFloat16:
+        return f(static_cast<const BFloat16*>(data));
+      case ScalarType::Float:
+        return f(static_cast<const float*>(data));
+      default:
+        if constexpr (std::is_same_v<T, double>) f(static_cast<const double*>(data));
+    }
+  }
+
   template <class T>
   NF_DEVICE void store(int64_t i, T value) const {
     switch (ScalarType(type)) {

@@ -29,6 +29,17 @@ NF_HD double fixed_shift(double classes) {
   return 0.5 * (ExpRange<T>::kLow - ExpRange<T>::kHigh + std::log(classes));
 }
 
+// E_j = 2^(slope c_j + offset): one multiply-add and the power of two that hardware has.
+struct PowerOfTwo {
+  float slope;
+  float offset;
+};
+
+NF_HD PowerOfTwo power_of_two(double scale, double kappa) {
+  constexpr double kLog2E = 1.4426950408889634074;
+  return {float(scale * kLog2E), float(-kappa * kLog2E)};
+}
+
 struct RowSoftmax {
   double softplus;  // -log p_y
   double q;         // 1 - p_y

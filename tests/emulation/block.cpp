@@ -12,6 +12,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fibre.h"
@@ -66,6 +67,7 @@ int exited = 0;
 const std::function<void()>* kernel = nullptr;
 std::string kernel_name;
 std::string failure;
+std::string launched;  // names of kernels since somebody asked, a line each
 
 Thread& current() { return *threads[place.thread]; }
 
@@ -236,6 +238,7 @@ void run(const char* name, int64_t blocks_x, int64_t blocks_y, int threads_per_b
   check_limits(name, blocks_x, blocks_y, threads_per_block, shared_bytes);
   kernel = &kernel_of_thread;
   kernel_name = name;
+  launched += kernel_name + "\n";
   failure.clear();
   while (threads.size() < static_cast<size_t>(threads_per_block)) {
     threads.push_back(std::make_unique<Thread>());
@@ -330,3 +333,10 @@ void meet_warp(const char* kind, unsigned mask, Where where, void* offer, Comple
 }
 
 }  // namespace nf::emulation
+
+// For tests, through ctypes: what was launched since the last call. The answer holds until the next.
+extern "C" [[gnu::visibility("default")]] const char* nf_emulation_launched() {
+  static std::string answer;
+  answer = std::exchange(nf::emulation::launched, {});
+  return answer.c_str();
+}

@@ -26,7 +26,7 @@ using Where = std::source_location;
 constexpr int kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kMaxThreads = 1024;
-constexpr size_t kSharedLimit = 99 * 1024;  // bytes per block on compute capability 8.6 and 8.9
+constexpr size_t kSharedLimit = 227 * 1024;  // bytes per block on compute capability 9.0
 
 // Where the running thread stands.
 struct Place {

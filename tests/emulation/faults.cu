@@ -5,7 +5,9 @@
 // Every op maps x, float32 [n], to an output of the same shape, with blocks of 64 threads.
 #include <torch/csrc/stable/ops.h>
 
+#include <device/arrival.cuh>
 #include <device/copy_async.cuh>
+#include <device/exp2.cuh>
 #include <device/launch.cuh>
 #include <device/shared_memory.cuh>
 #include <device/tensor_core.cuh>
@@ -253,8 +255,10 @@ misaligned_vector(float* out, const float* x, int64_t n) {
   if (at >= n) return;
   auto four = load_vector<4>(x + at);
   if (kFaulty) four = load_vector<4>(x + at + 1);
-  if (block_id() % 2 == 0) {
+  if (block_id() % 3 == 0) {
     store_vector(out + at, four);
+  } else if (block_id() % 3 == 1) {
+    store_vector_global(out + at, four);
   } else {
     store_vector_streaming(out + at, four);
   }
@@ -308,6 +312,26 @@ blocks_in_one_place(int* highest) {
   } else {
     atomic_add(highest, 1);
   }
+}
+
+// Copies, and the last block to arrive doubles everything. Faulty: the block with the highest number does.
+template <bool kFaulty>
+NF_KERNEL(kThreads)
+missing_arrival(float* out, const float* x, unsigned* counter) {
+  out[thread_of_grid()] = x[thread_of_grid()];
+  const bool last = kFaulty ? block_id() == block_count() - 1
+                            : last_to_arrive(counter, static_cast<unsigned>(block_count()));
+  if (!last) return;
+  for (int64_t i = thread_id(); i < block_count() * kThreads; i += kThreads) out[i] *= 2;
+}
+
+// Copies. Faulty: after it has arrived, while the last block may be at work.
+template <bool kFaulty>
+NF_KERNEL(kThreads)
+late_write(float* out, const float* x, unsigned* counter) {
+  if (!kFaulty) out[thread_of_grid()] = x[thread_of_grid()];
+  last_to_arrive(counter, static_cast<unsigned>(block_count()));
+  if (kFaulty) out[thread_of_grid()] = x[thread_of_grid()];
 }
 
 // Not a fault but a clock: who comes when.
@@ -395,6 +419,18 @@ Tensor blocks_in_one_place_op(const Tensor& x, bool faulty) {
   return count;
 }
 
+#define WITH_COUNTER(name)                                                                             \
+  Tensor name##_op(const Tensor& x, bool faulty) {                                                     \
+    Call call(x);                                                                                      \
+    Tensor counter = torch::stable::new_zeros(x, {1}, torch::headeronly::ScalarType::Int);             \
+    launch(#name, call.queue, faulty ? name<true> : name<false>, {call.blocks}, kThreads, 0, call.out, \
+           call.in, static_cast<unsigned*>(counter.mutable_data_ptr()));                               \
+    return call.output;                                                                                \
+  }
+WITH_COUNTER(missing_arrival)
+WITH_COUNTER(late_write)
+#undef WITH_COUNTER
+
 Tensor arrivals_op(const Tensor& x) {
   Call call(x);
   Tensor arrived = torch::stable::new_zeros(x, {1}, torch::headeronly::ScalarType::Int);
@@ -471,7 +507,7 @@ Tensor matrix_product_op(const Tensor& a, const Tensor& b, bool half) {
   return d;
 }
 
-// Each exchange of a warp once, on values that are the lanes' numbers: out [14, 32].
+// Each exchange of a warp once, on values that are the lanes' numbers: out [15, 32].
 NF_KERNEL(kWarp)
 exchanges(int64_t* out, int* count, unsigned* unsigned_count, int64_t* wide_count) {
   const int lane = lane_id();
@@ -486,6 +522,7 @@ exchanges(int64_t* out, int* count, unsigned* unsigned_count, int64_t* wide_coun
       warp_any(lane == 31),
       warp_all(lane < 31),
       warp_ballot(lane % 2 == 0),
+      lowest_bit(0x80000000u | 0x80000000u >> lane),
       block_id() + 10 * block_count() + 100 * block_y() + 1000 * block_count_y(),
       atomic_add(count, 1),
       atomic_add(unsigned_count, 2u),
@@ -496,12 +533,25 @@ exchanges(int64_t* out, int* count, unsigned* unsigned_count, int64_t* wide_coun
 
 Tensor exchanges_op(const Tensor& x) {
   Queue queue(x);
-  Tensor out = torch::stable::new_empty(x, {14, 32}, torch::headeronly::ScalarType::Long);
+  Tensor out = torch::stable::new_empty(x, {15, 32}, torch::headeronly::ScalarType::Long);
   Tensor counts = torch::stable::new_zeros(x, {3}, torch::headeronly::ScalarType::Long);
   auto* count = static_cast<int64_t*>(counts.mutable_data_ptr());
   launch("exchanges", queue, exchanges, {1}, kWarp, 0, static_cast<int64_t*>(out.mutable_data_ptr()),
          reinterpret_cast<int*>(count), reinterpret_cast<unsigned*>(count + 1), count + 2);
   return out;
+}
+
+// 2^x of each value.
+NF_KERNEL_RESIDENT(kThreads, 2)
+powers(float* out, const float* x, int64_t n) {
+  if (thread_of_grid() < n) out[thread_of_grid()] = exp2_or_zero(x[thread_of_grid()]);
+}
+
+Tensor powers_op(const Tensor& x) {
+  Call call(x);
+  launch("powers", call.queue, powers, {(call.n + kThreads - 1) / kThreads}, kThreads, 0, call.out, call.in,
+         call.n);
+  return call.output;
 }
 
 // What meeting costs: x.numel() times, every thread of a block meets the others.
@@ -527,7 +577,8 @@ Tensor meetings_op(const Tensor& x, int64_t threads) {
   DO(missing_copy_wait) DO(missing_copy_barrier) DO(wrong_copy_group) \
   DO(misaligned_vector) DO(take_too_much) DO(take_differently) \
   DO(broken_promise) DO(neighbour_in_global) DO(blocks_in_one_place) \
-  DO(too_much_shared) DO(too_large_grid) DO(too_many_threads)
+  DO(too_much_shared) DO(too_large_grid) DO(too_many_threads) \
+  DO(missing_arrival) DO(late_write)
 // clang-format on
 
 STABLE_TORCH_LIBRARY(NF_NAMESPACE, m) {
@@ -535,6 +586,7 @@ STABLE_TORCH_LIBRARY(NF_NAMESPACE, m) {
   FOR_EACH_FAULT(DEFINE)
   m.def("matrix_product(Tensor a, Tensor b, bool half) -> Tensor");
   m.def("arrivals(Tensor x) -> Tensor");
+  m.def("powers(Tensor x) -> Tensor");
   m.def("exchanges(Tensor x) -> Tensor");
   m.def("meetings(Tensor x, int threads) -> Tensor");
 }
@@ -544,6 +596,7 @@ NF_CUDA_LIBRARY(m) {
   FOR_EACH_FAULT(IMPLEMENT)
   m.impl("matrix_product", TORCH_BOX(&matrix_product_op));
   m.impl("arrivals", TORCH_BOX(&arrivals_op));
+  m.impl("powers", TORCH_BOX(&powers_op));
   m.impl("exchanges", TORCH_BOX(&exchanges_op));
   m.impl("meetings", TORCH_BOX(&meetings_op));
 }

@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <vector>
 
 #include "fibre.h"
 #include "shared.h"
@@ -38,6 +39,15 @@ uint64_t block_began = 1;
 uint64_t block_synced = 1;                                 // the last sync_block
 uint64_t warp_synced[kMaxThreads / kWarp];                 // the last sync_warp of all lanes
 uint64_t lanes_synced[kMaxThreads / kWarp][kWarp][kWarp];  // the last of fewer, for each pair of lanes
+
+// Blocks run one after another, so a block is a stretch of time: those that have come to each counter, and
+// those whose work the running block may rely on.
+struct Span {
+  uint64_t from, to;
+};
+std::unordered_map<const unsigned*, std::vector<Span>> came;
+std::vector<Span> relied_on;
+enum class Arrival { kNone, kEarlier, kLast } arrival = Arrival::kNone;
 
 uint8_t my_warp() { return static_cast<uint8_t>(place.thread / kWarp); }
 unsigned my_lane() { return 1u << place.thread % kWarp; }
@@ -76,7 +86,9 @@ void for_each_place(const void* from, size_t bytes, const Visit& visit) {
 // as well: `began` is when the block did, or the launch.
 bool happened_before(const Touch& touch, uint64_t began) {
   if (touch.time < began) return true;
-  if (touch.time < block_began || touch.warp == kSeveralBlocks) return false;
+  if (touch.warp == kSeveralBlocks) return false;
+  if (touch.time < block_began)
+    return std::ranges::any_of(relied_on, [&](Span s) { return s.from <= touch.time && touch.time < s.to; });
   if (touch.kind == Touch::kCopying) return false;
   if (touch.time < block_synced) return true;
   if (touch.warp != my_warp()) return false;
@@ -126,6 +138,9 @@ void check_access(const void* address, size_t bytes, Access access) {
   const bool shared = is_shared(address);
   const uint64_t began = shared ? block_began : launch_began;
   const char* does = access == Access::kRead ? "reads" : "writes";
+  if (!shared && arrival == Arrival::kEarlier) {
+    fail("%s global memory after it came to last_to_arrive, and not as the last", does);
+  }
   if (shared && !is_in_one_array(address, bytes)) {
     fail("%s %zu bytes of shared memory that are not all in one array", does, bytes);
   }
@@ -170,15 +185,35 @@ void copy_lands(void* to, size_t bytes) {
   for_each_place(to, bytes, [](Record& record, uintptr_t) { replace(record.write); });
 }
 
+void arrive(unsigned* counter, unsigned blocks) {
+  const unsigned before = fetch_add(counter, 1u);
+  if (before >= blocks) fail("last_to_arrive: block number %u of %u, was the counter 0?", before + 1, blocks);
+  std::vector<Span>& all = came[counter];
+  all.push_back({block_began, ++now});
+  if (before + 1 != all.size()) fail("last_to_arrive: the counter began at %zu", before + 1 - all.size());
+  arrival = before + 1 == blocks ? Arrival::kLast : Arrival::kEarlier;
+  if (arrival == Arrival::kEarlier) return;
+  relied_on = std::move(all);
+  came.erase(counter);
+  *counter = 0;
+}
+
+bool arrived_last() { return arrival == Arrival::kLast; }
+
 void launch_begins() {
   launch_began = ++now;
+  came.clear();
   if (pages.size() > kMostPages) {
     pages.clear();
     std::fill(std::begin(recent), std::end(recent), Recent{});
   }
 }
 
-void block_begins() { block_began = block_synced = ++now; }
+void block_begins() {
+  block_began = block_synced = ++now;
+  relied_on.clear();
+  arrival = Arrival::kNone;
+}
 
 void met_in_block() { block_synced = ++now; }
 

@@ -23,6 +23,11 @@ T fetch_add(T* at, T value);
 void copy_departs(void* to, size_t bytes);
 void copy_lands(void* to, size_t bytes);
 
+// The running block comes to the place that `counter` stands for, where `blocks` are expected. If it is the
+// last, what those blocks did happened before whatever it does next; if not, global memory is closed to it.
+void arrive(unsigned* counter, unsigned blocks);
+bool arrived_last();
+
 // For block.cpp: whatever threads did before they met is done.
 void launch_begins();
 void block_begins();

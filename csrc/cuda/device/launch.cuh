@@ -27,6 +27,8 @@
 // template <class T> NF_KERNEL(256) name(arguments) { … }: the bound is the largest block size the
 // kernel is ever launched with, from which the compiler knows how many registers it may spend.
 #define NF_KERNEL(kThreads) __global__ void __launch_bounds__(kThreads)
+// The same with kBlocks of them on a multiprocessor at once, where shared memory allows it.
+#define NF_KERNEL_RESIDENT(kThreads, kBlocks) __global__ void __launch_bounds__(kThreads, kBlocks)
 #define NF_DEVICE __device__ __forceinline__
 
 // Stops the kernel with a sentence when what the caller promised does not hold. The trap makes the

@@ -56,6 +56,16 @@ NF_DEVICE void store_vector(T* to, const Vector<T, N>& vector) {
   *reinterpret_cast<Word*>(to) = word;
 }
 
+// Where it is known to be global memory: a single instruction even where registers are so short that the
+// compiler would rather store the vector in parts.
+template <int N, class T>
+NF_DEVICE void store_vector_global(T* to, const Vector<T, N>& vector) {
+  using Word = typename detail::Word<sizeof(T) * N>::type;
+  Word word;
+  memcpy(&word, &vector, sizeof(word));
+  __stwb(reinterpret_cast<Word*>(to), word);
+}
+
 // For global memory that nobody reads again soon: first in line to leave the cache.
 template <int N, class T>
 NF_DEVICE void store_vector_streaming(T* to, const Vector<T, N>& vector) {

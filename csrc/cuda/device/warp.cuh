@@ -32,5 +32,7 @@ NF_DEVICE bool warp_all(bool predicate, unsigned mask = kFullMask) { return __al
 NF_DEVICE unsigned warp_ballot(bool predicate, unsigned mask = kFullMask) {
   return __ballot_sync(mask, predicate);
 }
+// Its number, for a word that is not 0.
+NF_DEVICE int lowest_bit(unsigned word) { return __ffs(static_cast<int>(word)) - 1; }
 
 }  // namespace nf

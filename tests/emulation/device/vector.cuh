@@ -37,6 +37,14 @@ void store_vector(T* to, const Vector<T, N>& vector) {
 }
 
 template <int N, class T>
+void store_vector_global(T* to, const Vector<T, N>& vector) {
+  emulation::check_vector<N>("store_vector_global", to);
+  if (emulation::is_shared(to))
+    emulation::fail("store_vector_global to shared memory at %p", (const void*)to);
+  *reinterpret_cast<Vector<T, N>*>(to) = vector;
+}
+
+template <int N, class T>
 void store_vector_streaming(T* to, const Vector<T, N>& vector) {
   emulation::check_vector<N>("store_vector_streaming", to);
   *reinterpret_cast<Vector<T, N>*>(to) = vector;

@@ -89,4 +89,9 @@ inline unsigned warp_ballot(bool predicate, unsigned mask = kFullMask,
   return emulation::ballot("warp_ballot", predicate, mask, where);
 }
 
+inline int lowest_bit(unsigned word) {
+  if (word == 0) emulation::fail("lowest_bit of 0");
+  return __builtin_ctz(word);
+}
+
 }  // namespace nf

@@ -1,0 +1,144 @@
+// The kernels of the head's backward other than its products: per row, and per class.
+#pragma once
+
+#include "class_gradient.cuh"
+#include "head.cuh"
+#include "single_sweep.h"
+
+namespace nf {
+namespace {
+
+// What row i contributes to the gradients, upstream gradient and scale included: the factors of x_sum (and
+// of E x_hat in dW), of the target, and of class_sum (and of class_weight_j x_hat in dW); and to the
+// gradient of the scale.
+enum GradientField { kOthers, kTarget, kUniform, kScale, kGradientFields };
+
+template <class T>
+struct RowGradients {
+  StoredArray x, w;       // [N, D], [C, D]
+  const T* inverse_norm;  // [C]
+  const int64_t* labels;  // [N]
+  int64_t dim;
+  RowState rows;
+  Scale scale;
+  const T* grad_loss;  // [N] or []
+  bool per_row;
+  double uniform;      // smoothing / C
+  double* gradients;   // [kGradientFields, N]
+  const T* x_sum;      // [N, D]
+  const T* class_sum;  // [D] or null
+  double eps;
+  StoredArray dx;        // [N, D] or null
+  StoredArray x_hat;     // [N, D], operand type, or null: unit features once more, for scores
+  StoredArray weighted;  // [N, D], type of what meets E, or null: times the factor of the row
+  SweepRow* sweep_rows;  // [N] or null
+};
+
+// dx = P_x(others * x_sum + target * w_hat_y). One warp.
+template <class T>
+NF_DEVICE void write_grad_features(const RowGradients<T>& task, int64_t i, bool ignored, double others,
+                                   double target, double uniform) {
+  const int64_t dim = task.dim;
+  const int64_t label = ignored ? kElsewhere : task.labels[i];
+  const double inverse = task.rows.at(kInverseNorm, i);
+  const auto gradient = [&](int64_t d) {
+    return others * double(task.x_sum[i * dim + d]) +
+           (label != kElsewhere
+                ? target * (task.w.template load<double>(label * dim + d) * double(task.inverse_norm[label]))
+                : 0.0) +
+           (task.class_sum != nullptr ? uniform * double(task.class_sum[d]) : 0.0);
+  };
+  double radial = 0;
+  if (!ignored)
+    for (int64_t d = lane_id(); d < dim; d += kWarp)
+      radial += task.x.template load<double>(i * dim + d) * inverse * gradient(d);
+  radial = warp_sum(radial);
+  for (int64_t d = lane_id(); d < dim; d += kWarp) {
+    const double y = ignored ? 0.0 : task.x.template load<double>(i * dim + d) * inverse;
+    double g = ignored ? 0.0 : math::normalize_vjp<double>(gradient(d), y, radial, inverse, 0.0);
+    if (task.dx.type == int(ScalarType::Half)) g = held_finite<Half>(g, 1.0 / inverse, task.eps, 2);
+    task.dx.template store<double>(i * dim + d, g);
+  }
+}
+
+// Everything that is made of one row. One warp per row.
+template <class T>
+NF_KERNEL(kThreads)
+row_gradients_kernel(RowGradients<T> task) {
+  const int64_t i = block_id() * kRowsPerBlock + warp_id();
+  const RowState& rows = task.rows;
+  if (i >= rows.batch) return;  // the whole warp leaves
+  const double s = task.scale.value();
+  const bool ignored = rows.at(kRowWeight, i) == 0.0;
+  double g = 0, others = 0, target = 0, scale = 0;
+  if (!ignored) {
+    g = double(task.grad_loss[task.per_row ? i : 0]) * rows.at(kRowWeight, i);
+    const math::RowSoftmax row = softmax_of(rows, s, i);
+    const math::RowWeights weights = weights_of(rows, i);
+    others = g * s * math::others_slope(row, weights);
+    target = g * s * math::target_slope(row, weights, rows.at(kPsiSlope, i));
+    scale = g * math::scale_slope(row, weights, rows.at(kSumCosine, i), rows.at(kPsi, i));
+  }
+  const double uniform = -g * s * task.uniform;
+  if (lane_id() == 0) {
+    task.gradients[kOthers * rows.batch + i] = others;
+    task.gradients[kTarget * rows.batch + i] = target;
+    task.gradients[kUniform * rows.batch + i] = uniform;
+    task.gradients[kScale * rows.batch + i] = scale;
+    if (task.sweep_rows != nullptr) {
+      task.sweep_rows[i] = {math::power_of_two(s, rows.at(kShift, i)).offset, int(task.labels[i])};
+      // Two rows are copied at a time: the last may come with one that is none, whose E must be finite.
+      if (i == rows.batch - 1 && i % 2 == 0) task.sweep_rows[i + 1] = {0.0f, int(kElsewhere)};
+    }
+  }
+  if (task.dx.data != nullptr) write_grad_features(task, i, ignored, others, target, uniform);
+  if (task.weighted.data == nullptr) return;
+  const double inverse = rows.at(kInverseNorm, i);
+  for (int64_t d = lane_id(); d < task.dim; d += kWarp) {
+    const double unit = ignored ? 0.0 : task.x.template load<double>(i * task.dim + d) * inverse;
+    if (task.x_hat.data != nullptr) task.x_hat.template store<T>(i * task.dim + d, T(unit));
+    task.weighted.template store<T>(i * task.dim + d, T(others * unit));
+  }
+}
+
+// d loss / d scale. One block, fixed order.
+NF_KERNEL(kThreads)
+scale_gradient_kernel(const double* __restrict__ gradients,  // [kGradientFields, N]
+                      int64_t batch, double* __restrict__ grad_scale) {
+  SharedMemory shared;
+  double* scratch = shared.take<double>(kThreads / kWarp);
+  double total = 0;
+  for (int64_t i = thread_id(); i < batch; i += kThreads) total += gradients[kScale * batch + i];
+  total = block_sum(total, scratch);
+  if (thread_id() == 0) *grad_scale = total;
+}
+
+// sum[d] = sum over rows of kUniform x_hat_d: what every class gets, times its weight.
+template <class T>
+NF_KERNEL(kThreads)
+uniform_gradient_kernel(StoredArray x, int64_t dim, RowState rows, const double* __restrict__ gradients,
+                        T* __restrict__ sum)  // [D]
+{
+  const int64_t d = block_id() * kThreads + thread_id();
+  if (d >= dim) return;
+  double total = 0;
+  for (int64_t i = 0; i < rows.batch; ++i)
+    if (rows.at(kRowWeight, i) != 0.0)
+      total += gradients[kUniform * rows.batch + i] * rows.at(kInverseNorm, i) * x.load<double>(i * dim + d);
+  sum[d] = T(total);
+}
+
+// dW of classes whose product lies in memory: g, [width, D], which may be dW itself.
+template <class T>
+NF_KERNEL(kThreads)
+class_gradients_kernel(ClassGradient task, T* g) {
+  SharedMemory shared;
+  int* counts = shared.take<int>(kClassesPerBlock);
+  const int64_t tile = block_id() * kClassesPerBlock;
+  count_targets<kThreads, kClassesPerBlock>(task, tile, counts);
+  for (int place = warp_id(); place < kClassesPerBlock && tile + place < task.width; place += kRowsPerBlock)
+    finish_class(task, tile + place, counts[place], g + (tile + place) * task.dim);
+}
+
+}  // namespace
+}  // namespace nf

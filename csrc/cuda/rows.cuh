@@ -1,0 +1,86 @@
+// What a warp does to a row, for kernels that do it on the side.
+#pragma once
+
+#include "row_access.cuh"
+#include "rows.h"
+
+namespace nf {
+namespace {
+
+template <class S, int kVec>
+NF_DEVICE RowScale<accum_t<S>> scale_of(const WarpRow<S, kVec>& row, int p, accum_t<S> eps) {
+  using T = accum_t<S>;
+  const auto sum = [&](T factor) {
+    T total = 0;
+    row.each([&](int64_t, const Vector<S, kVec>& v) {
+      for (int e = 0; e < kVec; ++e) total += math::norm_term<T>(p, T(v.at[e]) * factor);
+    });
+    return warp_sum(total);
+  };
+  const auto largest = [&] {
+    T top = 0;
+    row.each([&](int64_t, const Vector<S, kVec>& v) {
+      for (int e = 0; e < kVec; ++e) {
+        const T magnitude = std::fabs(T(v.at[e]));
+        top = magnitude > top ? magnitude : top;
+      }
+    });
+    return warp_largest(top);
+  };
+  return row_scale<T>(p, eps, sum, largest);
+}
+
+// Stores kVec values of T as type O, in accesses of at most 16 bytes.
+template <class O, int kVec, class T>
+NF_DEVICE void store_as(void* y, int64_t at, const T (&values)[kVec]) {
+  constexpr int kPiece = kVec * sizeof(O) > 16 ? int(16 / sizeof(O)) : kVec;
+  for (int piece = 0; piece < kVec; piece += kPiece) {
+    Vector<O, kPiece> v;
+    for (int e = 0; e < kPiece; ++e) v.at[e] = O(values[piece + e]);
+    store_vector<kPiece>(static_cast<O*>(y) + at + piece, v);
+  }
+}
+
+// y = x * scale for the whole row, stored as O.
+template <class O, class S, int kVec, class T>
+NF_DEVICE void store_unit_row(const WarpRow<S, kVec>& row, const RowScale<T>& scale, void* y, int64_t first) {
+  row.each([&](int64_t at, const Vector<S, kVec>& v) {
+    T unit[kVec];
+    for (int e = 0; e < kVec; ++e) unit[e] = T(v.at[e]) * scale.outer * scale.inner;
+    store_as<O>(y, first + at, unit);
+  });
+}
+
+// One row of unit_rows (rows.h). One warp.
+template <class S, int kVec>
+NF_DEVICE void unit_row(const UnitRows& task, int64_t r) {
+  using T = accum_t<S>;
+  const WarpRow<S, kVec> row(static_cast<const S*>(task.x) + r * task.length, task.length);
+  const RowScale<T> scale = scale_of(row, task.p, T(task.eps));
+  if (lane_id() == 0) {
+    if (task.norm != nullptr) static_cast<T*>(task.norm)[r] = scale.norm;
+    if (task.inverse != nullptr) static_cast<T*>(task.inverse)[r] = T(1) / scale.norm;
+  }
+  const int64_t first = r * task.length;
+  if (task.copy != nullptr) store_unit_row<BFloat16>(row, scale, task.copy, first);
+  if (task.y == nullptr) return;
+  switch (task.y_type) {
+    case ScalarType::Half:
+      return store_unit_row<Half>(row, scale, task.y, first);
+    case ScalarType::BFloat16:
+      return store_unit_row<BFloat16>(row, scale, task.y, first);
+    case ScalarType::Double:
+      return store_unit_row<double>(row, scale, task.y, first);
+    default:
+      return store_unit_row<float>(row, scale, task.y, first);
+  }
+}
+
+// Whether unit_row may move vectors of 16 bytes.
+template <class S>
+bool rows_are_aligned(const UnitRows& task) {
+  return task.length % kVectorOf<S> == 0 && aligned16(task.x) && aligned16(task.y) && aligned16(task.copy);
+}
+
+}  // namespace
+}  // namespace nf
