@@ -29,6 +29,7 @@ NORMFACE_CUDA=1 stage 150 build "$python" -m pip install --no-build-isolation --
 stage 20 build_info "$python" -P -c "import normface_ext as nf; print(nf.build_info())"
 stage 110 tests "$python" -P -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_normalize.py \
   tests/test_norm_linear.py tests/test_normface_loss.py tests/test_head_kernels.py tests/test_modules.py -k "cuda or gpu"
+stage 60 distributed "$python" -P -m pytest -q -p no:cacheprovider tests/test_train_distributed.py -k gpu
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 for tool in memcheck racecheck initcheck synccheck; do
   stage 40 "$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 --kernel-name-exclude kernel_substring=gemm \

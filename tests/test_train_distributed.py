@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import normface_ext as nf
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_distributed.py"
 CRASHING = Path(__file__).with_name("crashing_training.py")
@@ -53,3 +56,17 @@ def test_a_process_that_dies_is_restarted_from_the_checkpoint(tmp_path):
 def test_mixed_precision_and_accumulation_run(tmp_path):
     said = torchrun(EXAMPLE, 2, "--steps", 4, "--accumulate", 2, "--amp", "bf16", "--out", tmp_path)
     assert "verification AUC" in said
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and nf.build_info()["cuda_loaded"]),
+    reason="no GPU, or the CUDA kernels are not loaded",
+)
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_gpus_over_nccl_give_the_cpu_run(tmp_path, rate):
+    options = ["--steps", 6, "--sample-rate", rate]
+    torchrun(EXAMPLE, 1, *options, "--out", tmp_path / "cpu")
+    gpus = ["--device", "cuda", "--out", tmp_path / "gpu"]
+    torchrun(EXAMPLE, torch.cuda.device_count(), *options, *gpus)
+    cpu, gpu = losses(tmp_path / "cpu"), losses(tmp_path / "gpu")
+    assert [gpu[k] for k in range(6)] == pytest.approx([cpu[k] for k in range(6)], rel=2e-3)
