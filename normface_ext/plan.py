@@ -182,6 +182,13 @@ class _Device:
             properties = torch.cuda.get_device_properties(device)
             self.multiprocessors, capable = properties.multi_processor_count, properties.major >= 8
             limit = getattr(properties, "shared_memory_per_block_optin", limit)  # not in torch's stubs
+        #: Whether plain_products.cu takes this shape.
+        self.plain = (
+            dtype.itemsize >= 4
+            and dim * dtype.itemsize % 16 == 0
+            and dim <= 512
+            and plain_shared_bytes(dim) <= limit
+        )
         capable = capable and dtype.itemsize == 2 and dim % 8 == 0
         #: Whether score_exp.cu, weight_gradient.cu and single_sweep.cu take this shape.
         self.scores = capable and score_shared_bytes(dim) <= limit
@@ -193,6 +200,13 @@ def score_shared_bytes(dim: int) -> int:
     """Shared memory of a block of score_exp.cu: a tile of features, three stages of the weight, and two
     numbers per row (``score_shared_bytes`` there)."""
     return 128 * (-(-dim // 64) * 64) * 2 + 3 * 128 * 64 * 2 + 128 * 8
+
+
+def plain_shared_bytes(dim: int) -> int:
+    """Most shared memory of a block of plain_products.cu: two stages of 128 bytes of 256 rows for the scores;
+    for dW of more than 256 columns, two of 64 bytes of 64 classes and 512 columns, and a count per class. The
+    latter is more than compute capability 7.5 has."""
+    return 2 * 128 * 256 if dim <= 256 else 2 * 64 * (64 + 512) + 64 * 4
 
 
 @dataclass(frozen=True)
@@ -284,7 +298,7 @@ def _cuda_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: i
             return sweep
     else:
         sweep = None
-    plain = operand == wide and dim * operand % 16 == 0 and dim <= 512 and product * classes <= SMALL
+    plain = device.plain and product * classes <= SMALL
     kernels = ("tensor cores" if device.scores else "cublas", "tensor cores" if fused else "cublas")
     if plain:
         kernels = ("cuda cores", "cuda cores")

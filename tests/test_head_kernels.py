@@ -118,6 +118,15 @@ def test_any_scale(cuda_lane, monkeypatch, choice, scale):
 
 
 @pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_chunk_of_nothing_but_targets(cuda_lane, monkeypatch, choice, classes):
+    """Outside the window of the fixed shift it leaves kappa at -inf."""
+    choose(monkeypatch, choice, 1)
+    x, weight, labels = sample(cuda_lane, 5, 16, classes, torch.bfloat16, torch.float32)
+    check(cuda_lane, x, weight, labels, 100.0, reduction="none")
+
+
+@pytest.mark.parametrize("choice", CHOICES)
 def test_smoothing_and_class_weights(cuda_lane, monkeypatch, choice):
     choose(monkeypatch, choice, 40)
     x, weight, labels = sample(cuda_lane, 9, 48, 70, torch.float16, torch.float32)

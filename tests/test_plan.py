@@ -2,6 +2,7 @@
 
 import math
 import re
+import types
 
 import pytest
 import torch
@@ -196,6 +197,27 @@ def test_bad_sharded_plans_say_so(options, sentence):
 def test_kernels_by_shape(shape, dtype, workspace, expected):
     plan = nf.plan(*shape, dtype, "cuda", workspace=workspace)
     assert (plan.algorithm, plan.scores, plan.weight_gradient, plan.kernels) == expected, plan
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "shared", "kernels"),
+    [
+        (512, torch.float32, 73_984, 4),
+        (512, torch.float32, 73_983, 0),
+        (512, torch.float32, 65_536, 0),  # compute capability 7.5
+        (512, torch.float64, 65_536, 0),
+        (256, torch.float32, 65_536, 4),
+        (256, torch.float64, 65_536, 4),
+        (128, torch.float16, 65_536, 0),
+    ],
+)
+def test_no_kernel_asks_for_more_shared_memory_than_there_is(monkeypatch, dim, dtype, shared, kernels):
+    card = types.SimpleNamespace(
+        multi_processor_count=40, major=7, shared_memory_per_block_optin=shared, total_memory=16 << 30
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert nf.plan(64, dim, 1000, dtype, "cuda").kernels == kernels
 
 
 def test_a_single_sweep_holds_nothing_of_size_batch_times_classes():

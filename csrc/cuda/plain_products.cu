@@ -116,8 +116,8 @@ plain_scores_kernel(PlainScores<T> task) {
         sum += e[j];
         sum_cosine += e[j] * cosine;
       }
-      // Rows of E are padded to a multiple of 8: four that begin inside fit.
-      if (exists && column < task.width)
+      // Up to the padding's end, in zeros: plain_gradient fetches it.
+      if (exists && column < task.stride)
 #pragma unroll
         for (int j = 0; j < 4; j += kVec) {
           Vector<T, kVec> part;

@@ -132,7 +132,9 @@ single_sweep_kernel(SingleSweep task, int64_t keys_per_block) {
   for (int row = thread_id(); row < kTile; row += S::kThreads) {  // visible after the first step's barrier
     const int64_t i = first_row + row;
     const int64_t place = i < task.batch ? task.labels[i] - task.first : -1;
-    buffers.rows[row] = {math::power_of_two(s, i < task.batch ? task.rows.at(kShift, i) : 0.0).offset,
+    const double shift = i < task.batch ? task.rows.at(kShift, i) : 0.0;
+    // -inf: no class but the target so far. Its E is 0 only under a finite offset; any will do.
+    buffers.rows[row] = {math::power_of_two(s, shift == -INFINITY ? 0.0 : shift).offset,
                          place >= 0 && place < task.width ? int(place) : -1};
   }
   // The slope is kept from 0, where it makes no difference, so that there is a cosine whose E is 0 and which

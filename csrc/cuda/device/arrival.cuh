@@ -10,13 +10,18 @@ namespace nf {
 // must call it. The last one then sees what the others wrote to global memory before they came; the others
 // may not touch global memory any more. The counter is 0 before the first comes and after the last.
 NF_DEVICE bool last_to_arrive(unsigned* counter, unsigned blocks) {
-  __threadfence();  // what this thread wrote, before anyone is told that this block has come
-  __syncthreads();  // all threads of the block have come
-  const bool last = __syncthreads_or(thread_id() == 0 && atomicAdd(counter, 1u) == blocks - 1);
-  if (!last) return false;
-  __threadfence();  // what the others wrote, before this thread reads it
-  if (thread_id() == 0) *counter = 0;
-  return true;
+  __syncthreads();  // what all threads of the block wrote, before thread 0 tells that the block has come
+  bool last = false;
+  if (thread_id() == 0) {
+    // Both fences stand next to the atomic, in its thread: what a block wrote then happens before what the
+    // last one reads, from barrier to fence to atomic to fence to barrier, as the memory model defines it.
+    // The second one also makes the L1 cache forget.
+    __threadfence();
+    last = atomicAdd(counter, 1u) == blocks - 1;
+    __threadfence();
+    if (last) *counter = 0;
+  }
+  return __syncthreads_or(last);
 }
 
 }  // namespace nf
