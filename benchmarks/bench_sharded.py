@@ -5,8 +5,8 @@
 
 Measured, on every rank: the most memory a step holds beyond weight and optimizer state, against the
 plan's; and the time of a step against that of a head of one process with this rank's classes and all
-ranks' rows, which is the same arithmetic without communication. Times are medians over rounds in which
-both take turns.
+ranks' rows, which without sampling is the same arithmetic without communication. Times are medians over
+rounds in which both take turns.
 
 The calculator's times are floors: the products at --tflops, the weight, its gradient and E through memory
 at --memory-gbs, the collectives at --link-gbs, as if all overlapped. They are predictions, not
@@ -130,7 +130,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> str:
             f"{ours_ms / bare_ms:.2f}",
         ])  # fmt: skip
     header = ["N per rank x D, C", "sample rate", "peak MiB", "planned MiB", "MiB received",
-              "step, ms", "same work alone, ms", "ratio"]  # fmt: skip
+              "step, ms", "one process, ms", "ratio"]  # fmt: skip
     return f"{world} ranks, {device.type}, rank 0:\n\n" + table(header, rows)
 
 

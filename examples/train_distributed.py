@@ -6,7 +6,8 @@
 Every process trains its part of each batch and keeps its share of the identities. On CPUs the processes
 talk through gloo, on GPUs (one per process) through NCCL. With --checkpoints the run goes on from the newest
 checkpoint found there, on any number of processes; `torchrun --max-restarts` starts it again by itself when
-a process dies. Without torchrun it is one process.
+a process dies (set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or gloo may look for the dead one). Without torchrun
+it is one process.
 
 The data are made up so that the number of identities can be anything: each identity is a point on a
 sphere, its images are noisy projections of that point. What is learned is measured on unseen images of
@@ -140,7 +141,11 @@ def train(options: argparse.Namespace, on_step: Callable[[int], None] = lambda s
         nfd.RowAdamW(sharded.parameters(), lr=1e-2, weight_decay=0.0),
     ]
     scaler = ShardedGradScaler(device.type, init_scale=2.0**12, enabled=options.amp == "fp16")
-    done = nfd.load_checkpoint(options.checkpoints, net, optimizers) if options.checkpoints else None
+    extra = scaler.state_dict()
+    done = None
+    if options.checkpoints:
+        done = nfd.load_checkpoint(options.checkpoints, net, optimizers, extra=extra)
+        scaler.load_state_dict(extra)
     if rank == 0:
         print(f"{ranks} process(es), {sharded}")
         print("from the beginning" if done is None else f"from the checkpoint of step {done}")
@@ -171,7 +176,7 @@ def train(options: argparse.Namespace, on_step: Callable[[int], None] = lambda s
         losses.append(total)
         steps.set_postfix(loss=f"{total:.3f}", refresh=False)
         if options.checkpoints and (step + 1) % options.save_every == 0:
-            nfd.save_checkpoint(options.checkpoints, step + 1, net, optimizers)
+            nfd.save_checkpoint(options.checkpoints, step + 1, net, optimizers, extra=scaler.state_dict())
 
     if rank == 0:
         print(f"loss {losses[-1]:.3f}" if losses else "nothing left to do", end="; ")

@@ -192,7 +192,8 @@ class ContrastiveOptions(AgentOptions):
             number(op, "neg_margin", margin)
         elif margin.dim() != 0 or margin.dtype not in _checks.FLOATING or margin.requires_grad:
             raise ValueError(
-                f"{op}: expected `neg_margin` to be a number or a 0-d floating tensor without gradient"
+                f"{op}: expected `neg_margin` to be a number or a 0-d floating tensor without gradient, got"
+                f" {margin.dtype} of shape {list(margin.shape)}{' with gradient' * margin.requires_grad}"
             )
         super().check(op, mode)
         if self.normalize_negative is not None:

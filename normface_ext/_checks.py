@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from .margins import NO_MARGIN, CombinedMargin
+
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -138,6 +140,15 @@ def reduction(op: str, value: object) -> int:
     if not isinstance(value, str) or value not in REDUCTIONS:
         raise ValueError(f"{op}: expected `reduction` to be one of none, mean, sum, got {value!r}")
     return REDUCTIONS[value]
+
+
+def margin(op: str, value: object) -> CombinedMargin:
+    if value is not None and not isinstance(value, CombinedMargin):
+        raise TypeError(
+            f"{op}: expected `margin` to be CosFace, ArcFace, CombinedMargin or None,"
+            f" got {type(value).__name__}"
+        )
+    return value or NO_MARGIN
 
 
 def smoothing(op: str, value: object) -> float:

@@ -214,6 +214,7 @@ class _AgentHinge(Function):
 def agent_hinge(
     x: Tensor, weight: Tensor, labels: Tensor, margin: Tensor | None, options: HingeOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = ops.as_recorded(x, weight)
     result: tuple[Tensor, Tensor, Tensor] = _AgentHinge.apply(x, weight, labels, margin, options)
     return result
 

@@ -20,7 +20,7 @@ from ._metric_functional import (
     pair_contrastive_loss,
     triplet_loss,
 )
-from .margins import NO_MARGIN, CombinedMargin
+from .margins import CombinedMargin
 from .plan import plan
 
 __all__ = [
@@ -172,17 +172,12 @@ def normface_loss(
     classes, dim = weight.shape
     _checks.labels(op, labels, x, classes, ignore_index)
     scale_tensor, scale_value = _checks.scale(op, scale, x)
-    if margin is not None and not isinstance(margin, CombinedMargin):
-        raise TypeError(
-            f"{op}: expected `margin` to be CosFace, ArcFace, CombinedMargin or None,"
-            f" got {type(margin).__name__}"
-        )
     code = _checks.reduction(op, reduction)
     eps = _checks.eps(op, eps)
     operand = operand_dtype(x, weight)
     options = ops.LossOptions(
         scale_value=scale_value,
-        margin=margin or NO_MARGIN,
+        margin=_checks.margin(op, margin),
         reduction=code,
         ignore_index=ignore_index,
         eps=eps,

@@ -84,10 +84,13 @@ class _ScaledHead(nn.Module):
 
     def reset_parameters(self) -> None:
         """Weight rows uniform on the unit sphere; a learned scale back to its first value."""
-        gaussian_unitball_(self.weight)
+        self._reset_weight()
         if isinstance(self.scale, nn.Parameter):
             with torch.no_grad():
                 self.scale.fill_(self._initial_scale)
+
+    def _reset_weight(self) -> None:
+        gaussian_unitball_(self.weight)
 
     def bounded_scale(self) -> float | Tensor:
         """The scale after a learned one was moved into [min_scale, max_scale] in place.
@@ -110,7 +113,9 @@ class _ScaledHead(nn.Module):
         unit_rows_(self.weight, self.eps, type(self).__name__)
 
     def _scale_value(self) -> float:
-        return float(self.scale.detach()) if isinstance(self.scale, Tensor) else self.scale
+        if not isinstance(self.scale, Tensor):
+            return self.scale
+        return self._initial_scale if self.scale.is_meta else float(self.scale.detach())
 
     def _scale_repr(self) -> str:
         return f"scale={self._scale_value():g}" + (", learn_scale=True" if self.learn_scale else "")

@@ -50,6 +50,12 @@ def _no_second_derivative(op: str, gradients: tuple[Tensor | None, ...]) -> tupl
     return tuple(None if g is None else next(raising) for g in gradients)
 
 
+def as_recorded(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors; detached where autograd does not record. A Function is told there, too, that parameters
+    need a gradient, and would keep for a backward that cannot come what only that needs."""
+    return tensors if torch.is_grad_enabled() else tuple(t.detach() for t in tensors)
+
+
 def as_rows(x: Tensor, dim: int) -> Tensor:
     """x itself where the kernels can read it as it lies (contiguous, or ``dim`` innermost and the other
     axes in order: channels_last), else a contiguous copy."""
@@ -481,6 +487,7 @@ def normface_loss(
     class_weight: Tensor | None,
     options: LossOptions,
 ) -> Tensor:
+    x, weight = as_recorded(x, weight)
     result: Tensor = _NormFaceLoss.apply(x, weight, scale, labels, sample_weight, class_weight, options)
     return result
 

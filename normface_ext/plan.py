@@ -152,6 +152,8 @@ def plan(
         return _cpu_plan(rows, dim, width, dtype, budget)
 
     if world_size is None:
+        if sample_rate != 1 or optimizer != "momentum":
+            raise ValueError("plan: expected `world_size` with `sample_rate` and `optimizer`, got None")
         return sweep(batch, classes)
     if world_size < 1:
         raise ValueError(f"plan: expected `world_size` >= 1, got {world_size}")

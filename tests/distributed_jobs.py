@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import normface_ext as nf
 from normface_ext import distributed as nfd
@@ -116,6 +116,39 @@ def initial_weight(rank, world, classes, seed):
     return full(head.weight.detach()), head.weight.to_local().shape
 
 
+def gradients_of_one_rank(rank, world):
+    """Rank 1 has 10 rows that need a gradient, rank 0 four that do not, rank 2 an empty batch of nowhere."""
+    x, weight, labels = problem(10, 14, torch.float32)
+    mine = {0: slice(10, 14), 1: slice(0, 10), 2: slice(0, 0)}[rank]
+    sharded, found = nfd.shard_head(head_of(10, weight, scale=9.0), mesh_of(world)), []
+    for loss in (
+        lambda x: nfd.normface_loss(
+            x, sharded.weight, labels[mine], 9.0, sharded.shard, backbone_gradients="sum"
+        ),
+        lambda x: nfd.c_triplet_loss(
+            x, sharded.weight, labels[mine], sharded.shard, backbone_gradients="sum"
+        ),
+    ):
+        features = x[mine].clone().requires_grad_(rank == 1)
+        loss(features).backward()
+        found.append((features.grad, full(sharded.weight.grad)))
+        sharded.weight.grad = None
+    return found
+
+
+def meta_head_with_a_scale(rank, world):
+    head = nf.NormFaceLoss(DIM, 9, learn_scale=True, scale=7.0, device="meta")
+    assert "scale=7" in repr(head)
+    sharded = nfd.shard_head(head, mesh_of(world), seed=3)
+    first = full(sharded.weight.detach()).clone()
+    sharded(torch.randn(2, DIM), torch.tensor([0, 8])).backward()
+    with torch.no_grad():
+        sharded.weight.add_(1.0), sharded.scale.add_(1.0)
+    sharded.reset_parameters()
+    same = torch.equal(first, full(sharded.weight.detach()))
+    return float(sharded.scale.detach()), float(sharded.scale.grad), same
+
+
 def described(rank, world, classes):
     head = nfd.shard_head(nf.NormFaceLoss(DIM, classes), mesh_of(world))
     head.renormalize_()
@@ -135,6 +168,8 @@ def refused(rank, world, kind):
         "2-D": lambda: nfd.shard_head(head, init_device_mesh("cpu", (world, 1))),
         "rate": lambda: nfd.shard_head(head, mesh, sample_rate=0.0),
         "gradients": lambda: nfd.shard_head(head, mesh, backbone_gradients="both"),
+        "seed": lambda: nfd.shard_head(head, mesh, seed=-1),
+        "margin": lambda: nfd.normface_loss(x, sharded.weight, labels, 4.0, sharded.shard, margin=0.5),
         "labels": lambda: sharded(x, torch.tensor([0, 5])),
         "features": lambda: sharded(torch.randn(2, DIM + 1), labels),
         "dtype": lambda: sharded(x.double(), labels),
@@ -312,6 +347,17 @@ def clipped(rank, world, sample_rate):
     return norm, before, [dense_gradient(p) for p in parameters]
 
 
+def clipped_with_copies(rank, world):
+    """(norm of a parameter that every rank has in full as a DTensor and of a sharded one, of one tensor)."""
+    mesh = mesh_of(world)
+    copies = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Replicate()]))
+    parts = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+    for parameter, value in ((copies, 3.0), (parts, 4.0)):
+        parameter.grad = torch.full_like(parameter, value / 2)
+    both = nfd.clip_grad_norm_([copies, parts], 10.0)
+    return float(both), float(nfd.clip_grad_norm_(parts, 1.0)), full(parts.grad)
+
+
 def dense_gradient(parameter):
     gradient = parameter.grad
     if gradient.is_sparse:  # the rows of all ranks, by their global names
@@ -387,6 +433,36 @@ def trained_and_saved(rank, world, folder, classes, batch, start, stop, save_at,
             optimizer.zero_grad()
         losses.append(float(loss))
     return losses, [full(p.detach()) for p in net.parameters()]
+
+
+def first_steps(rank, world, folder, how):
+    """Weights after two steps; `how`: "through", "saved" before the first one, or "loaded" from that."""
+    backbone, head = make_net(7)
+    net = Net(backbone, nfd.shard_head(head, mesh_of(world)))
+    optimizers = [
+        nfd.RowAdamW(backbone.parameters(), lr=0.02),
+        nfd.RowSGD(net.head.parameters(), lr=0.3, momentum=0.9, weight_decay=0.1),
+    ]
+    if how == "saved":
+        nfd.save_checkpoint(folder, 0, net, optimizers)
+    if how == "loaded":
+        assert nfd.load_checkpoint(folder, net, optimizers) == 0
+    images, labels = make_batches(7, 2, 6)
+    for step in range(2):
+        net(images[step], labels[step]).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return [full(p.detach()) for p in net.parameters()]
+
+
+def loaded_from(rank, world, folders):
+    """What a rank hears that looks for checkpoints in a folder of its own."""
+    net = nn.Linear(2, 2)
+    try:
+        return nfd.load_checkpoint(folders[rank], net, torch.optim.SGD(net.parameters(), lr=0.1))
+    except FileNotFoundError as error:
+        return str(error)
 
 
 def dies_while_saving(rank, world, *arguments):

@@ -99,6 +99,28 @@ def test_sixteen_bit_gradients_come_in_the_features_dtype():
     torch.testing.assert_close(results[0][2], dweight, rtol=1e-2, atol=1e-3)
 
 
+def test_a_step_of_one_row():
+    """Packed as bytes, its label begins where an int64 may not."""
+    results = ranks(1).run(jobs.loss_and_gradients, CLASSES, 1, torch.bfloat16, False, {"scale": 9.0})
+    loss, dx, dweight, _ = alone(CLASSES, 1, torch.bfloat16, {"scale": 9.0})
+    torch.testing.assert_close(results[0][:3], (loss, dx, dweight), rtol=1e-2, atol=1e-3)
+
+
+def test_ranks_may_disagree_whether_features_need_a_gradient():
+    x, weight, labels = jobs.problem(CLASSES, BATCH, torch.float32)
+    x.requires_grad_(), weight.requires_grad_()
+    losses = [
+        nf.functional.normface_loss(x, weight, labels, 9.0),
+        nf.functional.c_triplet_loss(x, weight, labels),
+    ]
+    by_rank = ranks(3).run(jobs.gradients_of_one_rank)
+    for loss, (without, _), (dx, dweight), (nothing, _) in zip(losses, *by_rank, strict=True):
+        expected_x, expected_weight = torch.autograd.grad(loss, (x, weight))
+        torch.testing.assert_close(dx, expected_x[:10], rtol=3e-5, atol=1e-6)
+        torch.testing.assert_close(dweight, expected_weight, rtol=3e-5, atol=1e-6)
+        assert without is None and nothing is None
+
+
 def test_no_row_counts():
     results = ranks(2).run(jobs.loss_and_gradients, CLASSES, BATCH, torch.float32, False, {"ignore_every": 1})
     for loss, dx, dweight, _ in results:
@@ -125,7 +147,7 @@ def test_what_a_step_sends(world):
         assert forward == [("all-gather", 8 * row), ("all-reduce", batch * 3 * 8)]
         assert backward == [("reduce-scatter", batch * jobs.DIM * 4)]
     for forward, _ in ranks(world).run(jobs.collectives_of_a_step, CLASSES, batch, torch.float32, False, {}):
-        assert forward[0] == ("all-reduce", 8)  # whose batch is the largest
+        assert forward[0] == ("all-reduce", 16)  # the largest batch, and whether x needs a gradient
         assert len(forward) == 3
 
 
@@ -152,6 +174,11 @@ def test_meta_heads_start_the_same_on_any_number_of_ranks():
     assert [shape[0] for _, shape in ranks(3).run(jobs.initial_weight, 10, 3)] == [4, 4, 2]
 
 
+def test_meta_heads_learn_a_scale_and_can_be_reset():
+    for scale, slope, same in ranks(2).run(jobs.meta_head_with_a_scale):
+        assert scale == 7.0 and slope != 0 and same
+
+
 def test_the_module_says_what_it_is():
     (said, norms), _, (empty, _) = ranks(3).run(jobs.described, 2)
     assert "classes 0..0 here" in said and "none here" in empty
@@ -166,6 +193,8 @@ def test_the_module_says_what_it_is():
         ("2-D", "ValueError: shard_head: expected `mesh` to be 1-D, got 2 dimensions"),
         ("rate", "ValueError: shard_head: expected `sample_rate` in (0, 1], got 0.0"),
         ("gradients", "ValueError: shard_head: expected `backbone_gradients` to be mean or sum, got 'both'"),
+        ("seed", "ValueError: shard_head: expected `seed` to be an int in [0, 2^32), got -1"),
+        ("margin", "TypeError: distributed.normface_loss: expected `margin` to be CosFace, ArcFace"),
         ("labels", "IndexError: distributed.normface_loss: expected `labels` in [0, 5)"),
         ("features", "ValueError: distributed.normface_loss: expected `weight` to be [3, 7] to match `x`"),
         ("dtype", "TypeError: distributed.normface_loss: expected `weight` and `x` to be both float64"),

@@ -44,6 +44,12 @@ def test_clipping_counts_every_gradient_once(sample_rate):
             torch.testing.assert_close(a, b * float(0.01 / (expected + 1e-6)), rtol=1e-5, atol=1e-9)
 
 
+def test_clipping_knows_copies_from_parts():
+    for both, one, gradient in ranks(2).run(jobs.clipped_with_copies):
+        assert both == pytest.approx(5.0) and one == pytest.approx(4.0)
+        torch.testing.assert_close(gradient, torch.full((4,), 0.5), rtol=1e-5, atol=0)
+
+
 def test_an_overflow_on_one_rank_skips_the_step_on_all():
     assert ranks(2).run(jobs.overflow_on_one_rank) == [[False, False]] * 2
 
@@ -132,6 +138,56 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path):
     assert len(losses) == 2
     assert [step for step, _ in checkpoints(tmp_path)] == [2, 3]
     assert not list(tmp_path.glob("saving-*"))
+
+
+def test_saving_before_the_first_step_changes_nothing(tmp_path):
+    ways = [ranks(2).run(jobs.first_steps, str(tmp_path), how) for how in ("through", "saved", "loaded")]
+    for results in zip(*ways, strict=True):
+        for through, saved, loaded in zip(*results, strict=True):
+            assert torch.equal(saved, through) and torch.equal(loaded, through)
+
+
+def saved(folder, step, value, **options):
+    net = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(net.weight, value)
+    return nf.distributed.save_checkpoint(folder, step, net, torch.optim.SGD(net.parameters()), **options)
+
+
+def test_what_was_just_saved_is_kept(tmp_path):
+    for step in (5, 6, 7):
+        saved(tmp_path, step, 0.0)
+    assert saved(tmp_path, 3, 0.0).exists()
+    assert [step for step, _ in checkpoints(tmp_path)] == [3, 7]
+    with pytest.raises(ValueError, match="save_checkpoint: expected `keep` >= 1 or None, got 0"):
+        saved(tmp_path, 4, 0.0, keep=0)
+
+
+def test_a_crash_while_deleting_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch):
+    def crash(path):
+        next(path.glob("*.distcp")).unlink()
+        raise KeyboardInterrupt
+
+    for step in (1, 2):
+        saved(tmp_path, step, float(step))
+    for step, complete in ((2, [1, 2]), (3, [2, 3])):  # one that replaces, one that makes room
+        with monkeypatch.context() as patch:
+            patch.setattr("normface_ext.distributed.checkpoint.shutil.rmtree", crash)
+            with pytest.raises(KeyboardInterrupt):
+                saved(tmp_path, step, 10.0 + step)
+        assert [step for step, _ in checkpoints(tmp_path)] == complete
+        net = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(net.parameters())
+        assert nf.distributed.load_checkpoint(tmp_path, net, optimizer) == step
+        assert (net.weight == 10.0 + step).all()
+        saved(tmp_path, step, 10.0 + step)
+        assert not list(tmp_path.glob("saving-*"))
+
+
+def test_ranks_that_see_different_checkpoints_say_so(tmp_path):
+    saved(tmp_path / "mine", 4, 0.0)
+    folders = [str(tmp_path / "mine"), str(tmp_path / "empty")]
+    for heard in ranks(2).run(jobs.loaded_from, folders):
+        assert "on storage that all ranks share" in heard and "[4, None]" in heard
 
 
 # Failures -------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from lanes import ODD_SIZES
 
 import normface_ext as nf
-from normface_ext import reference, testing
+from normface_ext import ops, reference, testing
 from normface_ext.reference import MARGINS
 from normface_ext.testing import assert_close_to_truth, assert_matches_reference, value_and_gradients
 
@@ -762,3 +762,19 @@ def test_memory_stays_within_the_budget():
     slack = 24 << 20  # the allocator's, and the matrix products' own packing
     assert growth(budget) <= grad_weight + budget + slack
     assert growth(0) >= scores  # the meter can say no
+
+
+def test_without_autograd_nothing_is_kept_for_a_backward(monkeypatch):
+    """A parameter needs a gradient under no_grad, too, as far as an autograd Function is told."""
+    needs, sweep = [], ops.normface_sweep
+
+    def watched(*arguments, **options):
+        needs.append((options["need_x"], options["need_weight"]))
+        return sweep(*arguments, **options)
+
+    monkeypatch.setattr(ops, "normface_sweep", watched)
+    head, x, labels = nf.NormFaceLoss(6, 20), torch.randn(3, 6, requires_grad=True), torch.arange(3)
+    with torch.no_grad():
+        quiet = head(x, labels)
+    assert torch.equal(quiet, head(x, labels))
+    assert needs == [(False, False), (True, True)]

@@ -160,6 +160,7 @@ def test_a_sampled_plan_is_smaller():
     ("options", "sentence"),
     [
         ({"world_size": 0}, "plan: expected `world_size` >= 1, got 0"),
+        ({"sample_rate": 0.5}, "plan: expected `world_size` with `sample_rate` and `optimizer`, got None"),
         ({"world_size": 2, "sample_rate": 0.0}, r"plan: expected `sample_rate` in \(0, 1\], got 0.0"),
         (
             {"world_size": 2, "optimizer": "lamb"},

@@ -84,6 +84,18 @@ def test_closures_schedulers_and_state_dicts_work():
     assert torch.equal(other.state[weight]["exp_avg"], optimizer.state[weight]["exp_avg"])
 
 
+def test_loaded_counts_go_past_what_bfloat16_can_count():
+    weight = nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
+    optimizer, other = RowAdamW([weight]), RowAdamW([weight])
+    optimizer.prepare()
+    optimizer.state[weight]["row_step"].fill_(1001)
+    other.load_state_dict(optimizer.state_dict())
+    weight.grad = torch.ones_like(weight)
+    other.step()
+    assert other.state[weight]["row_step"].tolist() == [1002, 1002]
+    assert other.state[weight]["exp_avg"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [

@@ -1,12 +1,14 @@
 """examples/train_distributed.py as users start it: under torchrun, with a crash, and alone."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict_loader import load
 
 import normface_ext as nf
 
@@ -18,7 +20,11 @@ SMALL = ["--identities", "301", "--batch", "64", "--device", "cpu"]
 def torchrun(script, processes, *options, restarts=0):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), "--max-restarts", str(restarts), str(script)]
-    ran = subprocess.run([*command, *SMALL, *map(str, options)], capture_output=True, text=True, cwd="/")
+    # Otherwise a restarted gloo may read the address of a process of the attempt before.
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    ran = subprocess.run(
+        [*command, *SMALL, *map(str, options)], capture_output=True, text=True, cwd="/", env=environment
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout + ran.stderr
 
@@ -56,6 +62,16 @@ def test_a_process_that_dies_is_restarted_from_the_checkpoint(tmp_path):
 def test_mixed_precision_and_accumulation_run(tmp_path):
     said = torchrun(EXAMPLE, 2, "--steps", 4, "--accumulate", 2, "--amp", "bf16", "--out", tmp_path)
     assert "verification AUC" in said
+
+
+def test_the_loss_scale_is_part_of_a_checkpoint(tmp_path):
+    options = ["--amp", "fp16", "--save-every", 2, "--checkpoints", tmp_path, "--out", tmp_path]
+    torchrun(EXAMPLE, 1, *options, "--steps", 2)
+    said = torchrun(EXAMPLE, 2, *options, "--steps", 4)
+    assert "from the checkpoint of step 2" in said
+    state = {"extra": {"scale": 0.0, "_growth_tracker": 0}}
+    load(state, checkpoint_id=tmp_path / "step-4")
+    assert state["extra"] == {"scale": 2.0**12, "_growth_tracker": 4}
 
 
 @pytest.mark.skipif(

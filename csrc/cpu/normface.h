@@ -60,9 +60,4 @@ inline math::RowWeights weights_of(const RowState& rows, int64_t i) {
   return {rows[kTotal][i], rows[kSmooth][i], rows[kPull][i], rows[kPush][i]};
 }
 
-template <class T>
-T* data_or_null(const Tensor& t) {
-  return t.numel() > 0 ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
-}
-
 }  // namespace nf::cpu

@@ -145,11 +145,11 @@ void backward(const BackwardArguments& in, Tensor* dx, Tensor* dw, Tensor* dscal
         std::accumulate(gradients.begin(), gradients.end(), 0.0,
                         [](double sum, const RowGradient& row) { return sum + row.scale; });
   if (dx != nullptr)
-    grad_features(xs, ws, labels, inverse, gradients, rows, x_hat.data, data_or_null<T>(in.x_sum),
-                  data_or_null<T>(in.class_sum), T(in.eps), Rows<T>(*dx, D));
+    grad_features(xs, ws, labels, inverse, gradients, rows, x_hat.data, data_of<T>(in.x_sum),
+                  data_of<T>(in.class_sum), T(in.eps), Rows<T>(*dx, D));
   if (dw != nullptr)
     grad_weight(shape, ws, labels, in.scale, inverse, gradients, rows, ClassWeights<T>(in.class_weight),
-                in.smoothing > 0, T(in.eps), x_hat.data, data_or_null<T>(in.stored), *dw);
+                in.smoothing > 0, T(in.eps), x_hat.data, data_of<T>(in.stored), *dw);
 }
 
 std::tuple<Tensor, Tensor, Tensor> normface_backward(

@@ -19,7 +19,7 @@ template <class T>
 void weigh_rows(const FinishArguments& in, const RowState& rows) {
   const int64_t D = in.x.size(1);
   const Rows<T> x(in.x, D);
-  const T* class_sum = data_or_null<T>(in.class_sum);
+  const T* class_sum = data_of<T>(in.class_sum);
   double kept = 0;
   for (int64_t i = 0; i < rows.batch; ++i) kept += rows[kRowWeight][i] * rows[kTargetWeight][i];
   const double each = in.reduction != kMean ? 1.0 : kept != 0.0 ? 1.0 / kept : 0.0;

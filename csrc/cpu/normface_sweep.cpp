@@ -101,10 +101,10 @@ void sweep(const HeadShape& shape, const SweepArguments& in, const ClassWeights<
   const int64_t N = shape.batch, D = shape.dim;
   const Rows<T> w(in.weight, D);
   const Labels labels(in.labels);
-  T* x_sum = data_or_null<T>(out.x_sum);
-  T* class_sum = data_or_null<T>(out.class_sum);  // U and, last, the sum of the class weights
-  T* stored = data_or_null<T>(out.stored);
-  T* inverse_norm = data_or_null<T>(out.inverse_norm);
+  T* x_sum = data_of<T>(out.x_sum);
+  T* class_sum = data_of<T>(out.class_sum);  // U and, last, the sum of the class weights
+  T* stored = data_of<T>(out.stored);
+  T* inverse_norm = data_of<T>(out.inverse_norm);
   Buffer<T> w_hat(shape.slots * shape.chunk * D);
   Buffer<T> scores(stored != nullptr ? 0 : shape.slots * N * shape.chunk);
   Buffer<double> sums(shape.slots * 2 * N);

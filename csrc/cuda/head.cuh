@@ -169,12 +169,6 @@ struct Head {
   }
 };
 
-template <class F>
-auto dispatch_wide(const Tensor& x, const F& f) {
-  return accumulator(x.scalar_type()) == ScalarType::Double ? f.template operator()<double>()
-                                                            : f.template operator()<float>();
-}
-
 inline void check_arguments(const char* op, const HeadArguments& in) {
   check_head(op, in.x, in.weight, in.partial ? 0 : 1);
   check_labels(op, in.labels, in.x.size(0));

@@ -50,18 +50,10 @@ dot_kernel(StoredArray a, StoredArray b, int64_t count, double* total) {
   if (thread_id() == 0) *total = sum;
 }
 
-template <class F>
-void dispatch_wide(ScalarType type, const F& f) {
-  if (type == ScalarType::Double)
-    f.template operator()<double>();
-  else
-    f.template operator()<float>();
-}
-
 void scale_into(Queue& queue, const Tensor& from, const Tensor& to, const Scale& scale) {
   const int64_t count = from.numel();
   const int64_t blocks = std::min<int64_t>((count + kThreads - 1) / kThreads, 32 * queue.multiprocessors());
-  dispatch_wide(accumulator(from.scalar_type()), [&]<class T>() {
+  dispatch_accumulator(from.scalar_type(), [&]<class T>() {
     launch("scale", queue, scale_kernel<T>, Grid{blocks}, kThreads, 0, StoredArray(from), StoredArray(to),
            count, scale);
   });
@@ -105,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_linear_backward(Tensor grad, Tensor x, T
     const Tensor sum = device_empty(x, x.sizes(), wide);  // sum over j of G_ij w_hat_j
     multiply(x, whole(grad), whole(w_hat), whole(sum));
     if (need_scale)
-      dispatch_wide(wide, [&]<class T>() {
+      dispatch_accumulator(wide, [&]<class T>() {
         launch("dot", queue, dot_kernel<T>, Grid{1}, kThreads, shared_bytes<double>(kThreads / kWarp),
                StoredArray(x_hat), StoredArray(sum), sum.numel(),
                static_cast<double*>(ds.mutable_data_ptr()));

@@ -168,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor> normface_backward(
   Tensor dx = need_x ? device_empty(x, {x.size(0), x.size(1)}, x_type) : device_empty(x, {0}, x_type);
   Tensor dw = need_weight ? torch::stable::empty_like(weight) : device_empty(x, {0}, weight.scalar_type());
   Tensor ds = need_scale ? device_empty(x, {}, ScalarType::Double) : device_empty(x, {0}, ScalarType::Double);
-  dispatch_wide(x, [&]<class T>() {
+  dispatch_accumulator(x.scalar_type(), [&]<class T>() {
     backward(queue, Head<T>(in), grad_loss, rows, inverse_norm, x_sum, class_sum, stored, eps, smoothing,
              need_x ? &dx : nullptr, need_weight ? &dw : nullptr, need_scale ? &ds : nullptr);
   });

@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor> normface_finish(Tensor rows, Tensor x, Tensor class_s
   const Tensor finished = device_empty(x, {kRowFields, N}, ScalarType::Double);
   const Tensor loss = reduction == kNone ? device_empty(x, {N}, wide) : device_empty(x, {}, wide);
   const RowState swept(rows), state(finished);
-  dispatch_wide(x, [&]<class T>() {
+  dispatch_accumulator(x.scalar_type(), [&]<class T>() {
     const T* sums = data_or_null<const T>(class_sum);
     if (sums != nullptr)
       launch("dot_class_sum", queue, dot_class_sum_kernel<T>, warp_per_row(N), kThreads, 0, StoredArray(x),

@@ -233,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normface_sweep(
   check_weights(op, "sample_weight", sample_weight, x, x.size(0));
   check_shift(op, shift, x.size(0));
   Queue queue(x);
-  const SweepResult out = dispatch_wide(x, [&]<class T>() {
+  const SweepResult out = dispatch_accumulator(x.scalar_type(), [&]<class T>() {
     return sweep(queue, Head<T>(in), ignore_index, eps, store, need_x, need_class_sum,
                  Factors<T>(sample_weight), data_or_null<double>(shift));
   });
@@ -247,7 +247,8 @@ Tensor normface_shift(Tensor x, Tensor weight, Tensor labels, std::optional<Tens
                          kernels, operand, std::nullopt, classes_in_all, partial};
   check_arguments("normface_shift", in);
   Queue queue(x);
-  return dispatch_wide(x, [&]<class T>() { return choose_shift(queue, Head<T>(in), ignore_index, eps); });
+  return dispatch_accumulator(x.scalar_type(),
+                              [&]<class T>() { return choose_shift(queue, Head<T>(in), ignore_index, eps); });
 }
 
 }  // namespace

@@ -21,12 +21,18 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from .collectives import explained
+from .optim import RowOptimizer
 
 _NAME = re.compile(r"step-(\d+)")
 
 
 def _optimizers(given: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
-    return [given] if isinstance(given, Optimizer) else list(given)
+    """As a list, with the state that DCP saves or loads in place."""
+    optimizers = [given] if isinstance(given, Optimizer) else list(given)
+    for optimizer in optimizers:
+        if isinstance(optimizer, RowOptimizer):
+            optimizer.prepare()
+    return optimizers
 
 
 def _wait_for_all(what: str) -> None:
@@ -38,6 +44,27 @@ def _wait_for_all(what: str) -> None:
 
 def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _same_everywhere(step: int | None, folder: str | Path) -> None:
+    """An error on every rank where they would load different steps, and wait for each other for ever."""
+    if not dist.is_initialized():
+        return
+    steps: list[int | None] = [None] * dist.get_world_size()
+    group = dist.group.WORLD
+    assert group is not None
+    with explained("the comparison of checkpoints", group):
+        dist.all_gather_object(steps, step)
+    if len(set(steps)) > 1:
+        raise FileNotFoundError(
+            f"load_checkpoint: expected `folder` {folder} on storage that all ranks share,"
+            f" got these newest steps by rank: {steps}"
+        )
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Renames it to what does not count: a crash while it is deleted leaves no half of it to be loaded."""
+    return checkpoint.rename(checkpoint.with_name(f"saving-over-{checkpoint.name}"))
 
 
 def checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
@@ -68,7 +95,10 @@ def save_checkpoint(
             optimizers has a name.
         optimizers: one or several.
         extra: anything else that ``torch.save`` takes (epoch, sampler states), the same on all ranks.
-        keep: how many of the newest to leave, ``None`` for all.
+        keep: how many to leave, this one and the highest steps beside it; ``None`` for all.
+
+    ``RowSGD`` and ``RowAdamW`` can be saved before their first step. To torch's own optimizers DCP then gives
+    a step with gradients of zero, which their step count and, with weight decay, their momentum show.
 
     Returns:
         The path of the checkpoint.
@@ -76,10 +106,12 @@ def save_checkpoint(
     Raises:
         ValueError: step, keep.
         RuntimeError: a rank died or came too late.
-        OSError: storage.
+        torch.distributed.checkpoint.api.CheckpointException: storage failed on some rank; raised on all.
     """
-    if step < 0 or (keep is not None and keep < 1):
-        raise ValueError(f"save_checkpoint: expected `step` >= 0 and `keep` >= 1, got {step} and {keep}")
+    if step < 0:
+        raise ValueError(f"save_checkpoint: expected `step` >= 0, got {step}")
+    if keep is not None and keep < 1:
+        raise ValueError(f"save_checkpoint: expected `keep` >= 1 or None, got {keep}")
     folder = Path(folder)
     final, draft = folder / f"step-{step}", folder / f"saving-{step}"
     if _is_first():
@@ -91,12 +123,13 @@ def save_checkpoint(
     save({"model": weights, "optimizers": states, "extra": dict(extra or {})}, checkpoint_id=draft)
     _wait_for_all("the barrier after saving")
     if _is_first():
-        if final.exists():
-            shutil.rmtree(final)
+        old = [_set_aside(final)] if final.exists() else []
         draft.rename(final)
         if keep is not None:
-            for _, old in checkpoints(folder)[:-keep]:
-                shutil.rmtree(old)
+            others = [path for _, path in checkpoints(folder) if path != final]
+            old += [_set_aside(path) for path in others[: max(0, len(others) - (keep - 1))]]
+        for path in old:
+            shutil.rmtree(path)
     _wait_for_all("the barrier that ends saving")
     return final
 
@@ -118,10 +151,11 @@ def load_checkpoint(
         The step, or ``None`` where the folder has no checkpoint: a run begins.
 
     Raises:
-        FileNotFoundError: ``step`` was given and is not there.
+        FileNotFoundError: ``step`` was given and is not there, or the ranks see different checkpoints.
         RuntimeError: a rank died or came too late.
     """
     found = [entry for entry in checkpoints(folder) if step is None or entry[0] == step]
+    _same_everywhere(found[-1][0] if found else None, folder)
     if not found:
         if step is not None:
             raise FileNotFoundError(f"load_checkpoint: expected a checkpoint of step {step} in {folder}")

@@ -67,7 +67,9 @@ class _ClassParallelHinge(Function):
     @staticmethod
     def backward(ctx: Any, grad_target: Tensor, grad_value: Tensor, _: Any) -> Any:
         x, weight, places, mine, slope, *state = ctx.saved_tensors
-        batch, options, shard, needed = ctx.batch, ctx.options, ctx.shard, ctx.needs_input_grad[:2]
+        batch, options, shard = ctx.batch, ctx.options, ctx.shard
+        own_x, need_weight = ctx.needs_input_grad[:2]
+        needed = batch.need_x, need_weight
         with torch.no_grad():
             if ctx.separate:
                 parts = [grad_target, grad_value]
@@ -83,7 +85,7 @@ class _ClassParallelHinge(Function):
                 moved = ScatteredRows(dx, batch, shard.group).wait() * ctx.replicas
                 dx = narrow(moved, x.dtype, batch.own(state[0][INVERSE_NORM]), options.eps)
         name = "c_triplet_loss" if options.triplet else "c_contrastive_loss"
-        return *ops._no_second_derivative(name, (dx, dw)), *[None] * 7
+        return *ops._no_second_derivative(name, (dx if own_x else None, dw)), *[None] * 7
 
 
 def _loss(
@@ -111,12 +113,11 @@ def _loss(
     eps = _checks.eps(op, eps)
     check_active_limit(op, active_limit)
     check_backbone_gradients(op, backbone_gradients)
-    batch = gather_rows(
-        x.detach(), labels, shard.group, ignore_index=ignore_index, equal_batches=equal_batches
-    )
+    batch = gather_rows(x, labels, shard.group, ignore_index=ignore_index, equal_batches=equal_batches)
     places = shard.places(batch.labels, ignore_index)
     margin, given = options.sweep_options(batch.x, shard.count, IGNORED, eps, workspace, active_limit)
     replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
+    x, weight = ops.as_recorded(x, weight)
     found = _ClassParallelHinge.apply(
         x, weight, batch, places, margin, given, reduction == "none", replicas, shard
     )

@@ -51,38 +51,41 @@ class ShardedNormFaceLoss(NormFaceLoss):
             device="meta",
             dtype=head.weight.dtype,
         )
+        device = _device_of(mesh)
         self.scale = head.scale  # the parameter itself, if it is learned
+        if isinstance(head.scale, nn.Parameter) and head.scale.is_meta:
+            first = torch.tensor(self._initial_scale, dtype=head.scale.dtype, device=device)
+            self.scale = nn.Parameter(first, requires_grad=head.scale.requires_grad)
         self.learn_scale = head.learn_scale
         self.shard = ClassShard.of(self.num_classes, mesh.get_group())
         self.backbone_gradients, self.equal_batches = backbone_gradients, equal_batches
         self.sampler = None if sample_rate == 1 else ClassSampler(sample_rate, seed)
+        self._seed = seed
         if head.weight.is_meta:
-            weight = self._initial_weight(mesh, seed)
+            local = torch.empty(self.shard.count, self.in_features, dtype=head.weight.dtype, device=device)
+            self._draw_(local)
+            shape = torch.Size([self.num_classes, self.in_features])
+            weight = DTensor.from_local(
+                local, mesh, [Shard(0)], run_check=False, shape=shape, stride=(self.in_features, 1)
+            )
         else:
             weight = distribute_tensor(head.weight.detach(), mesh, [Shard(0)])
         self.weight = nn.Parameter(weight, requires_grad=head.weight.requires_grad)
 
-    def _initial_weight(self, mesh: DeviceMesh, seed: int) -> DTensor:
+    def _draw_(self, local: Tensor) -> None:
         """Uniform on the unit sphere, the same for any number of ranks; nobody holds other ranks' classes."""
-        shard, width = self.shard, self.in_features
-        device = torch.device(mesh.device_type)
-        if device.type == "cuda":
-            device = torch.device("cuda", torch.cuda.current_device())
-        local = torch.empty(shard.count, width, dtype=self.weight.dtype, device=device)
+        shard, width, seed = self.shard, self.in_features, self._seed
         for begin in range(shard.first - shard.first % _INIT_BLOCK, shard.first + shard.count, _INIT_BLOCK):
             generator = torch.Generator().manual_seed((seed << 32) + begin // _INIT_BLOCK)
             block = torch.randn(_INIT_BLOCK, width, generator=generator)
             first, last = max(begin, shard.first), min(begin + _INIT_BLOCK, shard.first + shard.count)
             local[first - shard.first : last - shard.first] = block[first - begin : last - begin]
         unit_rows_(local, self.eps, type(self).__name__)
-        return DTensor.from_local(
-            local,
-            mesh,
-            [Shard(0)],
-            run_check=False,
-            shape=torch.Size([self.num_classes, width]),
-            stride=(width, 1),
-        )
+
+    def _reset_weight(self) -> None:
+        if isinstance(self.weight, DTensor):  # before that it is a placeholder without memory
+            with torch.no_grad():
+                self._draw_(self.weight.to_local())
 
     def forward(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         return functional.normface_loss(
@@ -120,6 +123,12 @@ class ShardedNormFaceLoss(NormFaceLoss):
         return f"{super().extra_repr()}, classes {mine}"
 
 
+def _device_of(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(mesh.device_type)
+
+
 def shard_head(
     head: NormFaceLoss,
     mesh: DeviceMesh,
@@ -139,7 +148,7 @@ def shard_head(
         sample_rate: below 1, a training step takes part in this share of the negative classes (Partial
             FC); the rows' own classes are always in. The weight's gradient is sparse then: use
             ``distributed.RowSGD`` or ``RowAdamW``.
-        seed: of the initial weights and of the draws; the same on all ranks.
+        seed: of the initial weights and of the draws, in [0, 2^32); the same on all ranks.
         backbone_gradients: "mean" for backbones under DistributedDataParallel or FSDP, which average
             gradients over ranks; "sum" if they are added.
         equal_batches: see ``distributed.normface_loss``.
@@ -149,7 +158,7 @@ def shard_head(
 
     Raises:
         TypeError: head or mesh.
-        ValueError: a mesh that is not 1-D, sample_rate outside (0, 1].
+        ValueError: a mesh that is not 1-D, sample_rate outside (0, 1], seed, backbone_gradients.
     """
     op = "shard_head"
     if not isinstance(head, NormFaceLoss) or isinstance(head, ShardedNormFaceLoss):
@@ -160,8 +169,9 @@ def shard_head(
         raise ValueError(f"{op}: expected `mesh` to be 1-D, got {mesh.ndim} dimensions; pass mesh['name']")
     if not 0 < sample_rate <= 1:
         raise ValueError(f"{op}: expected `sample_rate` in (0, 1], got {sample_rate}")
-    if backbone_gradients not in ("mean", "sum"):
-        raise ValueError(f"{op}: expected `backbone_gradients` to be mean or sum, got {backbone_gradients!r}")
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 32:
+        raise ValueError(f"{op}: expected `seed` to be an int in [0, 2^32), got {seed!r}")
+    functional.check_backbone_gradients(op, backbone_gradients)
     return ShardedNormFaceLoss(
         head,
         mesh,

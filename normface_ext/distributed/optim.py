@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .collectives import explained
-from .rows import TouchedRows, local
+from .rows import TouchedRows, local, sharded_dimensions
 
 
 def _at_least(owner: str, least: float, **values: float) -> None:
@@ -27,7 +27,9 @@ def _at_least(owner: str, least: float, **values: float) -> None:
             raise ValueError(f"{owner}: expected `{name}` >= {least:g}, got {value}")
 
 
-class _RowOptimizer(Optimizer):
+class RowOptimizer(Optimizer):
+    """What the two have in common: a step over the touched rows, and state that checkpoints can ask for."""
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -45,11 +47,23 @@ class _RowOptimizer(Optimizer):
                     self._update(parameter, rows, group)
         return loss
 
+    def prepare(self) -> None:
+        """Makes the state that first steps would make. Where there is none, ``torch.distributed.checkpoint``
+        makes it by a step with gradients of zero, which counts and takes in the weight decay."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    self._state_of(parameter, group)
+
+    def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """What is kept of a parameter, of zeros at first."""
+        raise NotImplementedError
+
     def _update(self, parameter: Tensor, rows: TouchedRows, group: dict[str, Any]) -> None:
         raise NotImplementedError
 
 
-class RowSGD(_RowOptimizer):
+class RowSGD(RowOptimizer):
     """``torch.optim.SGD`` with momentum; a sparse gradient moves and decays its rows only.
 
     Per touched row: g += weight_decay w;  m = momentum m + g;  w -= lr (g + momentum m if nesterov else m).
@@ -74,15 +88,19 @@ class RowSGD(_RowOptimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, defaults)
 
+    def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        if group["momentum"] and "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state
+
     def _update(self, parameter: Tensor, rows: TouchedRows, group: dict[str, Any]) -> None:
-        whole, state = local(parameter), self.state[parameter]
+        whole, state = local(parameter), self._state_of(parameter, group)
         weight = rows.take(whole)
         step = rows.values.to(weight.dtype)
         if group["weight_decay"]:
             step = step.add(weight, alpha=group["weight_decay"])
         if group["momentum"]:
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
             buffer = local(state["momentum_buffer"])
             momentum = rows.take(buffer).mul_(group["momentum"]).add_(step)
             rows.put(buffer, momentum)
@@ -90,7 +108,7 @@ class RowSGD(_RowOptimizer):
         rows.put(whole, weight.add_(step, alpha=-group["lr"]))
 
 
-class RowAdamW(_RowOptimizer):
+class RowAdamW(RowOptimizer):
     """``torch.optim.AdamW``; a sparse gradient moves and decays its rows only.
 
     Steps are counted per row, so the bias correction of a row that is trained for the first time is that of
@@ -115,14 +133,28 @@ class RowAdamW(_RowOptimizer):
             raise ValueError(f"RowAdamW: expected `betas` in [0, 1), got {betas}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def _update(self, parameter: Tensor, rows: TouchedRows, group: dict[str, Any]) -> None:
-        whole, state = local(parameter), self.state[parameter]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Counts stay float32: torch casts what it loads to the parameter's dtype; bfloat16 counts to 256."""
+        super().load_state_dict(state_dict)
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for name, parameter in zip(names, parameters, strict=True):
+            if name in state_dict["state"]:
+                count = state_dict["state"][name]["row_step"]
+                self.state[parameter]["row_step"] = count.to(parameter.device, torch.float32)
+
+    def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
             # One count per row, in the parameter's own sharding; a 0-d parameter is one row.
             per_row = parameter.detach().flatten(1)[:, 0] if parameter.dim() > 1 else parameter.detach()
             state["row_step"] = torch.zeros_like(per_row, dtype=torch.float32)
+        return state
+
+    def _update(self, parameter: Tensor, rows: TouchedRows, group: dict[str, Any]) -> None:
+        whole, state = local(parameter), self._state_of(parameter, group)
         counts, averages, squares = (local(state[name]) for name in ("row_step", "exp_avg", "exp_avg_sq"))
         beta1, beta2 = group["betas"]
         weight, gradient = rows.take(whole), rows.values.to(whole.dtype)
@@ -139,11 +171,12 @@ class RowAdamW(_RowOptimizer):
             rows.put(tensor, values)
 
 
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
     """``torch.nn.utils.clip_grad_norm_`` (2-norm) for a backbone and sharded heads together.
 
     torch's refuses a mixture of plain and sharded parameters. Here the squares of a sharded gradient are
-    added over the ranks of its mesh, those of any other, which every rank has in full, are counted once.
+    added over the ranks of the mesh dimensions that shard it; those of any other, which every rank has in
+    full, are counted once.
     Every rank gets the same norm and the same factor max_norm / (norm + 1e-6), at most 1.
 
     Returns:
@@ -155,11 +188,13 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm_: expected `max_norm` > 0, got {max_norm}")
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
     given = [parameter for parameter in parameters if parameter.grad is not None]
     if not given:
         return torch.zeros(())
     shared: list[Tensor] = []
-    by_mesh: dict[Any, list[Tensor]] = {}
+    by_sharding: dict[Any, list[Tensor]] = {}
     gradients = []
     with torch.no_grad():
         for parameter in given:
@@ -173,15 +208,17 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
             gradients.append(values)
             square = values.double().square().sum()
             if isinstance(parameter, DTensor):
-                by_mesh.setdefault(parameter.device_mesh, []).append(square)
+                sharding = parameter.device_mesh, sharded_dimensions(parameter)
+                by_sharding.setdefault(sharding, []).append(square)
             else:
                 shared.append(square)
         device = gradients[0].device
         total = torch.stack(shared).sum() if shared else torch.zeros((), dtype=torch.float64, device=device)
-        for mesh, squares in by_mesh.items():
+        for (mesh, dimensions), squares in by_sharding.items():
             sum_of_shards = torch.stack(squares).sum()
-            with explained("the all-reduce of gradient norms", mesh.get_group()):
-                dist.all_reduce(sum_of_shards, group=mesh.get_group())
+            for group in (mesh.get_group(dimension) for dimension in dimensions):
+                with explained("the all-reduce of gradient norms", group):
+                    dist.all_reduce(sum_of_shards, group=group)
             total = total + sum_of_shards
         norm = total.sqrt()
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -46,12 +46,17 @@ class TouchedRows:
             tensor.index_copy_(0, self.index, rows)
 
 
+def sharded_dimensions(parameter: DTensor) -> tuple[int, ...]:
+    """The dimensions of its mesh along which ranks have different parts of a parameter."""
+    return tuple(k for k, placement in enumerate(parameter.placements) if not placement.is_replicate())
+
+
 def first_row(parameter: DTensor) -> int:
     """The first row of a ``Shard(0)`` parameter on this rank."""
     mesh = parameter.device_mesh
     if mesh.ndim != 1 or parameter.placements != (Shard(0),):
         raise ValueError(
-            f"expected a parameter sharded by Shard(0) over a 1-D mesh, got {parameter.placements}"
-            f" over {mesh.ndim} dimensions"
+            "sparse gradient: expected its parameter to be sharded by Shard(0) over a 1-D mesh,"
+            f" got {parameter.placements} over {mesh.ndim} dimension(s)"
         )
     return shard_range(parameter.shape[0], mesh.size(), mesh.get_local_rank())[0]

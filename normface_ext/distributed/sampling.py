@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops import ELSEWHERE
 from .shard import ClassShard
 
 _BITS = 53  # of the hash that are used: exact in a float64
@@ -69,8 +68,8 @@ class ClassSampler(nn.Module):
         here = places >= 0
         drawn[places[here]] = True
         rows = drawn.nonzero()[:, 0]
-        if rows.numel() == 0:  # no class of this shard
-            return rows, places.where(~here, ELSEWHERE)
+        if rows.numel() == 0:  # no class of this shard, so no label either
+            return rows, places
         position = drawn.cumsum(0) - 1
         return rows, torch.where(here, position[places.clamp(min=0)], places)
 
