@@ -254,6 +254,10 @@ def _choose(
     return Plan("recompute", scores, gradient, chunk, -(-classes // chunk), used, 4 * products, moved)
 
 
+#: Bytes of a row's state (csrc/row_state.h, twice), its gradients, counters and offsets.
+ROW_STATE = 2 * 13 * 8 + 4 * 8 + 16
+
+
 def _cpu_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: int) -> Plan:
     item = 8 if dtype == torch.float64 else 4
     threads = _threads()
@@ -262,7 +266,7 @@ def _cpu_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: in
     def costs(slots: int) -> _Costs:
         return _Costs(
             # x_hat and its weighted copy, x_sum, an accumulator per thread; the rows' state; norms of W.
-            fixed=(3 + slots) * batch * dim * item + (140 + 16 * slots) * batch + classes * item,
+            fixed=(3 + slots) * batch * dim * item + (ROW_STATE + 16 * slots) * batch + classes * item,
             # Per class of a tile and thread: unit weights, their gradient, and a column of scores.
             per_class=slots * (2 * dim + batch) * item,
             stored=batch * classes * item,
@@ -279,8 +283,6 @@ def _cpu_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: in
 LIBRARY_RATE, KERNEL_RATE, BANDWIDTH = 670e12, 375e12, 4.3e12
 #: E below this size stays in the L2 cache between the kernels.
 CACHED = 32 << 20
-#: Bytes of a row's state (csrc/row_state.h, twice), its gradients, counters and offsets.
-ROW_STATE = 2 * 13 * 8 + 4 * 8 + 16
 #: A float32 product of so many operations takes about as long by cuBLAS as by the library's own kernel.
 SMALL = 6e9
 
