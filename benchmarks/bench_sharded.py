@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import normface_ext as nf
+from normface_ext import testing
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from train_distributed import start_process_group
@@ -76,15 +77,7 @@ def peak_extra(call: Callable[[], None], device: torch.device) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        call()
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+    return testing.peak_bytes(call)
 
 
 def step(head: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor) -> None:

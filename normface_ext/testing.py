@@ -280,3 +280,17 @@ def assert_matches_reference(
                 eps=max(torch.finfo(got.dtype).eps, torch.finfo(wide).eps),
                 tiny=tiny,
             )
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most that tensors made in ``call()`` held at one time (CPU memory, by torch's profiler)."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        call()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

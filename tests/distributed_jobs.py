@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import normface_ext as nf
 from normface_ext import distributed as nfd
+from normface_ext import testing
 from normface_ext.distributed import collectives
 
 DIM = 6
@@ -185,20 +186,6 @@ def refused(rank, world, kind):
     return None
 
 
-def peak_bytes(function):
-    """The most that tensors made in function() held at one time (CPU memory)."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
-        function()
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
 def peak_and_plan(rank, world, classes, batch, dim, rate, workspace):
     """(bytes measured beyond the weight, planned ones) of a step of this rank."""
     head = nfd.shard_head(
@@ -215,7 +202,7 @@ def peak_and_plan(rank, world, classes, batch, dim, rate, workspace):
 
     step()  # whatever is made once
     head.weight.grad = None
-    measured = peak_bytes(step)
+    measured = testing.peak_bytes(step)
     plan = nf.plan(batch, dim, classes, workspace=workspace, world_size=world, sample_rate=rate)
     return measured, plan.total_bytes - plan.parameter_bytes - plan.optimizer_bytes
 

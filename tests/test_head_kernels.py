@@ -11,10 +11,10 @@ import test_class_shards
 import torch
 from emulation import build
 from lanes import LANES
-from test_normface_loss import IGNORE, check, peak_bytes, sample
+from test_normface_loss import IGNORE, check, sample
 
 import normface_ext as nf
-from normface_ext import functional
+from normface_ext import functional, testing
 
 #: What plan() may answer for 16-bit operands: algorithm, scores, weight gradient.
 CHOICES = {
@@ -231,7 +231,7 @@ def test_the_single_sweep_keeps_its_word(cuda_lane, monkeypatch):
         x.grad = weight.grad = None
 
     step()
-    used = peak_bytes(step) - (x.numel() + weight.numel()) * 2
+    used = testing.peak_bytes(step) - (x.numel() + weight.numel()) * 2
     assert plan.workspace_bytes / 3 <= used <= plan.workspace_bytes + 4096, f"{plan}: {used} bytes"
 
 

@@ -691,25 +691,12 @@ def test_the_combined_loss_of_the_paper(lane):
     assert_matches_reference(combined(nf.functional), combined(reference), [x, weight], "combined", dim=None)
 
 
-def peak_bytes(function):
-    """The most that tensors made in function() held at one time (CPU memory)."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        function()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 @pytest.mark.parametrize("store", [True, False], ids=["stored", "recompute"])
 @pytest.mark.parametrize("shape", [(64, 32, 3000), (400, 48, 200), (2000, 16, 7)], ids=str)
 def test_plans_keep_their_word(lane, shape, store):
     """What is allocated beyond inputs and gradients is what the plan said, at any budget."""
     if lane.device.type == "cuda":
-        pytest.skip("the profiler's memory events are the CPU's; no test watches the card's peak yet")
+        pytest.skip("test_gpu.py measures the card's memory")
     batch, dim, classes = (size // (10 if lane.slow else 1) or 2 for size in shape)
     x, weight, labels = sample(lane, batch, dim, classes)
     least, device = least_workspace(lane, x, weight), nf.ops.plan_device(x)
@@ -724,7 +711,7 @@ def test_plans_keep_their_word(lane, shape, store):
 
         step()
         gradients = (x.numel() + weight.numel()) * x.element_size()
-        used = peak_bytes(step) - gradients
+        used = testing.peak_bytes(step) - gradients
         assert used <= plan.workspace_bytes + 4096, f"{plan}: {used} bytes"
         if store:
             assert used >= batch * classes * 4  # the meter can say no
