@@ -18,8 +18,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -31,20 +34,33 @@ CXX_FLAGS = [*COMMON, "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden", "-UNDE
 NVCC_FLAGS = [*COMMON, "-DUSE_CUDA", "--expt-relaxed-constexpr"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-Wall,-Wextra,-fvisibility=hidden", *["-lineinfo"] * DEBUG]
 ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]  # without a GPU at hand
+#: PTX is made once per generation and serves all its GPUs and the newer ones up to the next entry: no source
+#: asks for more than compute capability 9.0, and making PTX is the longer half of a compilation.
+PTX_GENERATIONS = ["7.5", "8.0", "9.0"]
+#: What `pip install --no-build-isolation` must find, as `pip install` takes it. pybind11's own headers:
+#: torch's copy refuses a build for the stable ABI.
+BUILD_REQUIREMENTS = {"torch": "torch>=2.11", "pybind11": "pybind11", "ninja": "ninja"}
+#: Sources whose kernels are empty below a compute capability (mma.sync on bfloat16, cp.async).
+LEAST_CAPABILITY = {"score_exp.cu": "8.0", "single_sweep.cu": "8.0", "weight_gradient.cu": "8.0"}
+
+
+def stop(sentence: str) -> "SystemExit":
+    """What pip shows last when it is raised."""
+    return SystemExit(f"normface_ext: {sentence}")
 
 
 def find_nvcc() -> str | None:
     wanted = os.environ.get("NORMFACE_CUDA", "")
     if wanted not in ("", "0", "1"):
-        raise SystemExit(f"normface_ext: expected NORMFACE_CUDA to be 0 or 1, got {wanted!r}")
+        raise stop(f"expected NORMFACE_CUDA to be 0 or 1, got {wanted!r}")
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     places = [f"{home}/bin/nvcc" for home in homes if home]
     places += [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
     nvcc = next((place for place in places if os.access(place, os.X_OK)), None)
     if wanted == "1" and nvcc is None:
-        raise SystemExit(
-            "normface_ext: NORMFACE_CUDA=1 asks for the CUDA kernels, but there is no nvcc in CUDA_HOME, "
-            "CUDA_PATH, PATH or /usr/local/cuda. Install the CUDA toolkit, or unset NORMFACE_CUDA."
+        raise stop(
+            "NORMFACE_CUDA=1 asks for the CUDA kernels, but there is no nvcc in CUDA_HOME, CUDA_PATH, PATH "
+            "or /usr/local/cuda. Install the CUDA toolkit, or unset NORMFACE_CUDA."
         )
     return None if wanted == "0" else nvcc
 
@@ -73,22 +89,82 @@ def architectures(nvcc: str) -> list[str]:
     return [*chosen[:-1], chosen[-1] + "+PTX"]
 
 
+def version_key(version: str) -> tuple[int, ...]:
+    """(2, 11) of "2.11.0+cu130", (9, 0) of "9.0a+PTX": its first two numbers."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
 def gencode(arch: str) -> list[str]:
-    match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
+    """nvcc's options for machine code of one architecture, and with "+PTX" for the PTX too."""
+    match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
     if not match:
-        raise SystemExit(
-            f"normface_ext: expected TORCH_CUDA_ARCH_LIST like '8.0;9.0+PTX', got {arch!r} in it"
-        )
-    number = match[1] + match[2]
-    codes = [f"sm_{number}", *[f"compute_{number}"] * bool(match[3])]
-    return [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+        raise stop(f"expected TORCH_CUDA_ARCH_LIST like '8.0;9.0+PTX', got {arch!r} in it")
+    number = match[1] + match[2] + match[3]
+    older = [made for made in PTX_GENERATIONS if version_key(made) <= version_key(arch)]
+    ptx = number if match[3] or not older else older[-1].replace(".", "")
+    codes = [f"sm_{number}", *[f"compute_{ptx}"] * bool(match[4])]
+    return [f"-gencode=arch=compute_{ptx},code={code}" for code in codes]
+
+
+def archs_for(source: str, archs: list[str]) -> list[str]:
+    """Those of `archs` that can run the kernels of a source; all of them if none can, for its host code."""
+    least = version_key(LEAST_CAPABILITY.get(Path(source).name, "0.0"))
+    return [arch for arch in archs if version_key(arch) >= least] or archs
 
 
 def package_dir(name: str) -> Path:
+    """The folder of a package that the build needs, imported or not: its headers are what counts."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise SystemExit(f"normface_ext: --no-build-isolation needs {name} (pyproject.toml lists them all)")
+        raise stop(
+            f"building needs {name}, which this Python ({sys.executable}) does not have: `pip install "
+            f"{BUILD_REQUIREMENTS[name]}`, or leave --no-build-isolation out and pip brings it."
+        )
     return Path(spec.origin).parent
+
+
+def check_requirements(compiler: list[str]) -> None:
+    """Ends the build with one sentence on the first thing that is missing or too old."""
+    for name, requirement in BUILD_REQUIREMENTS.items():
+        if name == "ninja" and shutil.which("ninja"):
+            continue  # the system's will do
+        package_dir(name)
+        least = requirement.partition(">=")[2]
+        found = importlib.metadata.version(name)
+        if least and version_key(found) < version_key(least):
+            raise stop(
+                f"building needs {requirement}, got {name} {found}: `pip install '{requirement}'`, or leave "
+                "--no-build-isolation out and pip brings it."
+            )
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        raise stop(
+            f"building needs Python's headers, but there is no Python.h in {sysconfig.get_path('include')}; "
+            "on Debian: apt-get install python3-dev"
+        )
+    if shutil.which(compiler[0]) is None:
+        raise stop(
+            f"building needs a C++20 compiler, and there is no `{compiler[0]}`: install GCC 11 or newer (on "
+            "Debian: apt-get install g++), or name another in CXX."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder, "probe.cpp")
+        probe.write_text("#include <bit>\n#include <concepts>\nstatic_assert(std::integral<int>);\n")
+        command = [*compiler, "-std=c++20", "-fsyntax-only", str(probe)]
+        tried = subprocess.run(command, capture_output=True, text=True)
+    if tried.returncode:
+        asked = subprocess.run([compiler[0], "--version"], capture_output=True, text=True).stdout
+        raise stop(
+            f"building needs a C++20 compiler (GCC 11 or newer), and `{compiler[0]}` is none: "
+            f"{(asked or 'unknown').splitlines()[0]}. Name a newer one in CXX."
+        )
+
+
+def check_nvcc(nvcc: str) -> None:
+    if version_key(nvcc_version(nvcc)) < (12, 0):
+        raise stop(
+            f"the CUDA kernels need CUDA 12.0 or newer (C++20), got {nvcc_version(nvcc)} ({nvcc}): put a "
+            "newer toolkit in CUDA_HOME, or leave the kernels out with NORMFACE_CUDA=0."
+        )
 
 
 def include_flags(folders: list[str], theirs: list[Path]) -> list[str]:
@@ -96,22 +172,44 @@ def include_flags(folders: list[str], theirs: list[Path]) -> list[str]:
     return ours + [flag for path in theirs for flag in ("-isystem", str(path))]
 
 
-def cxx_commands(build: build_ext, macros: dict[str, str]) -> tuple[list[str], list[str]]:
-    headers = [package_dir("torch") / "include", Path(sysconfig.get_path("include"))]
-    if importlib.util.find_spec("pybind11"):  # else the copy that torch bundles
-        headers.insert(0, package_dir("pybind11") / "include")
+class Toolchain(NamedTuple):
+    """How one of the two libraries is made: `compile ... -c source`, `link objects libraries`."""
+
+    compile: list[str]
+    link: list[str]
+    libraries: list[str]
+    archs: list[str]  # of CUDA sources; each gets those that can run it
+
+
+def cxx_toolchain(build: build_ext, macros: dict[str, str]) -> Toolchain:
+    packages = [package_dir(name) / "include" for name in ("pybind11", "torch")]
+    includes = include_flags(["csrc"], [*packages, Path(sysconfig.get_path("include"))])
     defines = [f'-D{name}="{value}"' for name, value in macros.items()]
-    compile_command = build.compiler.compiler_so_cxx + CXX_FLAGS + include_flags(["csrc"], headers) + defines
-    return compile_command, [*build.compiler.linker_so_cxx]
+    compile_command = [*build.compiler.compiler_so_cxx, *CXX_FLAGS, *includes, *defines]
+    return Toolchain(compile_command, [*build.compiler.linker_so_cxx], torch_libraries(), [])
 
 
-def cuda_commands(nvcc: str, archs: list[str], threads: int) -> tuple[list[str], list[str]]:
+def cuda_toolchain(build: build_ext, nvcc: str, archs: list[str], threads: int) -> Toolchain:
+    """nvcc compiles; the C++ compiler links. As the linker, nvcc takes libstdc++ as an archive, and a second
+    copy of its locales ends the process at the first number that an error message prints."""
     host = [f"-ccbin={os.environ['CXX']}"] if os.environ.get("CXX") else []
-    targets = [flag for arch in archs for flag in gencode(arch)] + [f"--threads={threads}"]
     includes = include_flags(["csrc", "csrc/cuda"], [package_dir("torch") / "include"])
+    libraries = [*cuda_folders(nvcc), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     # libtorch is kept though it looks unused: at run time it brings libtorch_cuda, the stream's home.
-    link_flags = ["-shared", "-cudart=static", "-Xlinker=--no-as-needed", "-ltorch"]
-    return [nvcc, *host, *NVCC_FLAGS, *targets, *includes], [nvcc, *host, *link_flags]
+    libraries += [*torch_libraries(), "-Wl,--no-as-needed", "-ltorch"]
+    compile_command = [nvcc, *host, *NVCC_FLAGS, f"--threads={threads}", *includes]
+    return Toolchain(compile_command, [*build.compiler.linker_so_cxx], libraries, archs)
+
+
+def torch_libraries() -> list[str]:
+    return [f"-L{package_dir('torch') / 'lib'}", "-ltorch_cpu"]
+
+
+def cuda_folders(nvcc: str) -> list[str]:
+    """-L options for the CUDA runtime, from nvcc itself: every packager puts it elsewhere."""
+    plan = subprocess.run([nvcc, "-dryrun", "probe.cu"], capture_output=True, text=True)
+    line = re.search(r"^#\$ LIBRARIES=(.*)$", plan.stdout + plan.stderr, re.M)
+    return shlex.split(line[1]) if line else []
 
 
 def escaped(path: object) -> str:
@@ -119,21 +217,30 @@ def escaped(path: object) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
-def ninja_lines(
-    ext: Extension, folder: Path, compile_command: list[str], link_command: list[str]
-) -> list[str]:
+def ninja_lines(ext: Extension, folder: Path, tools: Toolchain) -> list[str]:
     name = ext.name.rpartition(".")[2]
-    libraries = [f"-L{package_dir('torch') / 'lib'}", "-ltorch_cpu"]
-    compiler, linker, libs = (
-        shlex.join(c).replace("$", "$$") for c in (compile_command, link_command, libraries)
-    )
-    lines = [f"rule compile{name}", f"  command = {compiler} -MD -MF $out.d -c $in -o $out"]
+    compiler, linker, libraries = (shlex.join(part).replace("$", "$$") for part in tools[:3])
+    lines = [f"rule compile{name}", f"  command = {compiler} $targets -MD -MF $out.d -c $in -o $out"]
     lines += ["  depfile = $out.d", "  deps = gcc"]
-    lines += [f"rule link{name}", f"  command = {linker} $in {libs} -o $out"]
+    lines += [f"rule link{name}", f"  command = {linker} $in {libraries} -o $out"]
     objects = [escaped(folder / source) + ".o" for source in ext.sources]
     for source, built in zip(ext.sources, objects, strict=True):
         lines.append(f"build {built}: compile{name} {escaped(Path(source).resolve())}")
+        targets = [flag for arch in archs_for(source, tools.archs) for flag in gencode(arch)]
+        lines.append(f"  targets = {' '.join(targets)}")
     return [*lines, f"build {escaped(folder / name)}.so: link{name} {' '.join(objects)}"]
+
+
+def failed_architecture(log: str, sources: list[str], tools: Toolchain) -> str:
+    """A sentence on the first CUDA source that ninja gave up on and the first architecture it fails for: nvcc
+    compiles for all of them in one run and does not say."""
+    failed = [source for source in sources if re.search(rf"^FAILED: .*{re.escape(source)}\.o", log, re.M)]
+    for source in failed[:1]:
+        for arch in archs_for(source, tools.archs):
+            command = [*tools.compile, *gencode(arch), "-c", source, "-o", os.devnull]
+            if subprocess.run(command, capture_output=True).returncode:
+                return f" {source} does not compile for compute capability {arch}."
+    return ""
 
 
 class NinjaBuild(build_ext):
@@ -143,6 +250,7 @@ class NinjaBuild(build_ext):
         return fullname.replace(".", os.sep) + ".so" if is_cuda else super().get_ext_filename(fullname)
 
     def build_extensions(self) -> None:
+        check_requirements(self.compiler.compiler_so_cxx)
         folder = Path("build", "ninja-" + sysconfig.get_config_var("SOABI")).resolve()
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         main, *cuda = self.extensions
@@ -154,17 +262,25 @@ class NinjaBuild(build_ext):
             "NF_CUDA_ARCHS": ";".join(archs),
             "NF_CUDA_VERSION": nvcc_version(nvcc) if nvcc else "",
         }
-        lines = ninja_lines(main, folder, *cxx_commands(self, macros))
+        lines = ninja_lines(main, folder, cxx_toolchain(self, macros))
         if nvcc:
             # Files compile side by side; threads within a file take the cores left over.
-            threads = -(-jobs // len(cuda[0].sources))
-            lines += ninja_lines(cuda[0], folder, *cuda_commands(nvcc, archs, threads))
+            cuda_tools = cuda_toolchain(self, nvcc, archs, -(-jobs // len(cuda[0].sources)))
+            lines += ninja_lines(cuda[0], folder, cuda_tools)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
         ninja = ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
-        if subprocess.run([*ninja, "-C", str(folder), "-v", "-j", str(jobs)]).returncode:
+        log = ""
+        with subprocess.Popen(
+            [*ninja, "-C", str(folder), "-v", "-j", str(jobs)], stdout=subprocess.PIPE, text=True
+        ) as running:
+            for line in running.stdout:
+                print(line, end="", flush=True)
+                log += line
+        if running.returncode:
+            where = failed_architecture(log, cuda[0].sources, cuda_tools) if nvcc else ""
             hint = " NORMFACE_CUDA=0 builds without the CUDA kernels." if nvcc else ""
-            raise SystemExit(f"normface_ext: the build failed, see the message above.{hint}")
+            raise stop(f"the build failed, see the message above.{where}{hint}")
 
         for ext in self.extensions:
             target = Path(self.get_ext_fullpath(ext.name))
@@ -181,8 +297,16 @@ def extension(name: str, *patterns: str) -> Extension:
     return Extension(f"normface_ext.{name}", sources)
 
 
+def licence() -> dict[str, str]:
+    """The licence as this setuptools spells it: an SPDX expression from 77 on. Either form, in
+    pyproject.toml, makes some version of setuptools refuse the whole file."""
+    return {"license_expression" if version_key(setuptools.__version__) >= (77,) else "license": "MIT"}
+
+
 if __name__ == "__main__":  # scripts/ptxas_report.py reads the flags above
     extensions = [extension("_C", "csrc/ops.cpp", "csrc/cpu/*.cpp")]
-    if find_nvcc() and any(Path("csrc/cuda").glob("*.cu")):
+    nvcc = find_nvcc()
+    if nvcc and any(Path("csrc/cuda").glob("*.cu")):
+        check_nvcc(nvcc)
         extensions.append(extension("_cuda", "csrc/cuda/*.cu"))
-    setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})
+    setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild}, **licence())

@@ -3,14 +3,16 @@
 ``NormalizeLayer``, ``NormLinear`` and ``NormFaceLoss`` are the layers, ``InnerDistance`` and the metric
 losses stand beside them, ``functional`` what they call,
 ``reference`` the same in plain PyTorch, ``theory`` the paper's bounds, ``plan`` what a fused head will
-cost, ``build_info`` what was built, ``caffe`` what was NormFace's in Caffe, ``distributed`` heads over
-several processes (loaded at first use).
+cost, ``build_info`` what was built. ``caffe`` (what was NormFace's in Caffe), ``distributed`` (heads over
+several processes) and ``evaluation`` (face verification) are loaded at first use.
 """
 
-import importlib
-from typing import Any
+from . import _checkout  # noqa: F401  # isort: skip  (first: it may hand over to the installed package)
 
-from . import caffe, functional, reference, theory
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import functional, reference, theory
 from ._library import build_info
 from .margins import ArcFace, CombinedMargin, CosFace
 from .metric import CContrastiveLoss, CTripletLoss, InnerDistance, PairContrastiveLoss, TripletLoss
@@ -19,6 +21,9 @@ from .modules import NormalizeLayer, NormFaceLoss, NormLinear, gaussian_unitball
 from .optim import parameter_groups
 from .plan import Plan, plan
 from .sharded_plan import ShardedPlan
+
+if TYPE_CHECKING:
+    from . import caffe, distributed, evaluation
 
 __all__ = [
     "ArcFace",
@@ -38,6 +43,7 @@ __all__ = [
     "build_info",
     "caffe",
     "distributed",
+    "evaluation",
     "functional",
     "gaussian_unitball_",
     "parameter_groups",
@@ -47,7 +53,15 @@ __all__ = [
 ]
 
 
+#: Loaded at first use: they bring what most programs do without (DTensor, protobuf, scikit-learn).
+_LAZY = frozenset({"caffe", "distributed", "evaluation"})
+
+
 def __getattr__(name: str) -> Any:
-    if name == "distributed":  # brings DTensor and its imports, which a single process can do without
-        return importlib.import_module(".distributed", __name__)
+    if name in _LAZY:
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

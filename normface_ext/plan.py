@@ -71,10 +71,14 @@ class Plan:
         )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _threads() -> int:
     """Dynamo cannot trace the question, and the answer holds for the life of a trace."""
     return torch.get_num_threads()
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes longer
+# than that of torch itself.
+_threads._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _cpu_chunk(batch: int, dim: int, classes: int, threads: int) -> int:

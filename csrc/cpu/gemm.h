@@ -26,7 +26,7 @@ template <class T>
 Tensor as_tensor(const Matrix<T>& m) {
   const int64_t sizes[] = {m.rows, m.columns}, strides[] = {m.row_stride, m.column_stride};
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
       m.data, 2, sizes, strides, 0, sizeof(T) == 8 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
       aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
@@ -36,9 +36,9 @@ Tensor as_tensor(const Matrix<T>& m) {
 template <class T>
 void multiply(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& out, bool accumulate = false) {
   const Tensor ta = as_tensor(a), tb = as_tensor(b), to = as_tensor(out);
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       accumulate ? aoti_torch_cpu_addmm_out(to.get(), to.get(), ta.get(), tb.get(), 1.0, 1.0)
-                 : aoti_torch_cpu_mm_out(to.get(), ta.get(), tb.get()))
+                 : aoti_torch_cpu_mm_out(to.get(), ta.get(), tb.get()));
 }
 
 }  // namespace nf::cpu
