@@ -5,29 +5,16 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypedDict
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import _caffe_losses, _checks, ops, reference
+from ._arguments import flag, number
 from ._hinge_ops import HingeOptions
 from .plan import plan
-
-
-def number(op: str, name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: expected `{name}` to be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{op}: expected `{name}` to be finite, got {value}")
-    return float(value)
-
-
-def check_active_limit(op: str, value: int | None) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise ValueError(f"{op}: expected `active_limit` to be an int >= 0 or None, got {value!r}")
 
 
 class AgentRows(NamedTuple):
@@ -39,17 +26,29 @@ class AgentRows(NamedTuple):
     slope: Tensor  # sum of the slopes of those
 
 
+Options = TypeVar("Options", bound="AgentOptions")
+
+
 class AgentOptions:
     """One loss of the two: the options that users give under the same names."""
 
     hardest_only: bool
-    #: Which of the fields must be numbers.
+    #: Which of the fields must be numbers, and which True or False.
     NUMBERS: ClassVar[tuple[str, ...]]
+    FLAGS: ClassVar[tuple[str, ...]]
     triplet: ClassVar[bool]
 
-    def check(self, op: str, mode: str) -> None:
-        for name in self.NUMBERS:
-            number(op, name, getattr(self, name))
+    def checked(self: Options, op: str, mode: str) -> Options:
+        """The options as Python's own numbers and flags; raises what is none."""
+        plain: dict[str, Any] = {name: number(op, name, getattr(self, name)) for name in self.NUMBERS}
+        plain.update({name: flag(op, name, getattr(self, name)) for name in self.FLAGS})
+        plain.update(self.checked_special(op, mode))
+        foreign = [name for name, value in plain.items() if type(getattr(self, name)) is not type(value)]
+        return replace(self, **plain) if foreign else self  # type: ignore[type-var]
+
+    def checked_special(self, op: str, mode: str) -> dict[str, Any]:
+        """Those of the fields that are neither."""
+        return {}
 
     @property
     def margin(self) -> float | Tensor:
@@ -86,7 +85,7 @@ class AgentOptions:
         return tensor, HingeOptions(
             value,
             self.triplet,
-            bool(self.hardest_only),
+            self.hardest_only,
             self.exponential,
             ignore_index,
             eps,
@@ -184,22 +183,23 @@ class ContrastiveOptions(AgentOptions):
     normalize_negative: float | None = None
 
     NUMBERS = ("pos_margin", "pos_weight", "neg_weight", "positive_outlier_thresh", "positive_upper_bound")
+    FLAGS = ("hardest_only", "max_positive_only", "positive_first", "exp_negative_weight")
     triplet = False
 
-    def check(self, op: str, mode: str) -> None:
-        margin = self.neg_margin
+    def checked_special(self, op: str, mode: str) -> dict[str, Any]:
+        margin, ratio = self.neg_margin, self.normalize_negative
         if not isinstance(margin, Tensor):
-            number(op, "neg_margin", margin)
+            margin = number(op, "neg_margin", margin)
         elif margin.dim() != 0 or margin.dtype not in _checks.FLOATING or margin.requires_grad:
             raise ValueError(
                 f"{op}: expected `neg_margin` to be a number or a 0-d floating tensor without gradient, got"
                 f" {margin.dtype} of shape {list(margin.shape)}{' with gradient' * margin.requires_grad}"
             )
-        super().check(op, mode)
-        if self.normalize_negative is not None:
-            number(op, "normalize_negative", self.normalize_negative)
-            if mode == "math" and self.normalize_negative <= 0:
-                raise ValueError(f"{op}: expected `normalize_negative` > 0, got {self.normalize_negative}")
+        if ratio is not None:
+            ratio = number(op, "normalize_negative", ratio, kind="a number or None")
+            if mode == "math" and ratio <= 0:
+                raise ValueError(f"{op}: expected `normalize_negative` > 0, got {ratio}")
+        return {"neg_margin": margin, "normalize_negative": ratio}
 
     @property
     def margin(self) -> float | Tensor:
@@ -207,7 +207,7 @@ class ContrastiveOptions(AgentOptions):
 
     @property
     def exponential(self) -> bool:
-        return bool(self.exp_negative_weight)
+        return self.exp_negative_weight
 
     def positives(self, target: Tensor) -> Tensor:
         return (target - self.pos_margin).clamp(0, self.positive_outlier_thresh)
@@ -241,6 +241,7 @@ class TripletOptions(AgentOptions):
     positive_upper_bound: float = 1.0
 
     NUMBERS = ("margin", "pos_weight", "neg_weight", "positive_upper_bound")
+    FLAGS = ("hardest_only", "add_center_loss", "positive_first")
     triplet = True
 
     def positives(self, target: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ The C++ checks (csrc/checks.h) are the second line; the stable ABI can raise onl
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from . import _arguments
+from ._arguments import INT64_MAX, INT64_MIN, choice, integer, number
 from .margins import NO_MARGIN, CombinedMargin
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -47,12 +47,67 @@ def same_device(op: str, name: str, value: Tensor, other: str, reference: Tensor
         )
 
 
+# Options that several ops share: what each may be.
+
+
 def eps(op: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: expected `eps` to be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{op}: expected `eps` to be finite and >= 0, got {value}")
-    return float(value)
+    return number(op, "eps", value, _arguments.NOT_NEGATIVE)
+
+
+def exponent(op: str, value: object) -> int:
+    """`p`: 1 or 2, also as a float (torch's own default is 2.0)."""
+    try:
+        p = number(op, "p", value)
+    except (TypeError, ValueError):
+        p = 0.0
+    if p not in (1.0, 2.0):
+        raise ValueError(f"{op}: expected `p` to be 1 or 2, got {_arguments.shown(value)}")
+    return int(p)
+
+
+def ignore_index(op: str, value: object) -> int:
+    return integer(op, "ignore_index", value, INT64_MIN, INT64_MAX)
+
+
+def workspace(op: str, value: object) -> int | None:
+    """A budget in bytes; whether it is enough is for the plan to say."""
+    return (
+        None
+        if value is None
+        else integer(op, "workspace", value, INT64_MIN, INT64_MAX, kind="an int or None")
+    )
+
+
+def active_limit(op: str, value: object) -> int | None:
+    return None if value is None else integer(op, "active_limit", value, 0, INT64_MAX, kind="an int or None")
+
+
+def reduction(op: str, value: object) -> int:
+    return REDUCTIONS[choice(op, "reduction", value, REDUCTIONS)]
+
+
+def smoothing(op: str, value: object) -> float:
+    return number(op, "label_smoothing", value, _arguments.FRACTION)
+
+
+def floating_dtype(op: str, value: object) -> torch.dtype:
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{op}: expected `dtype` to be a torch.dtype, got {type(value).__name__}")
+    if value not in FLOATING:
+        raise TypeError(f"{op}: expected `dtype` to be float64, float32, float16 or bfloat16, got {value}")
+    return value
+
+
+def device(op: str, value: object) -> torch.device:
+    if isinstance(value, torch.device):
+        return value
+    try:
+        return torch.device(value)  # type: ignore[call-overload, no-any-return]
+    except (TypeError, RuntimeError):
+        raise ValueError(f"{op}: expected `device` to be a device, got {_arguments.shown(value)}") from None
+
+
+# Tensors.
 
 
 def features_and_weight(op: str, x: object, weight: object) -> tuple[Tensor, Tensor]:
@@ -100,11 +155,7 @@ def scale(op: str, value: object, x: Tensor) -> tuple[Tensor | None, float]:
             )
         same_device(op, "scale", value, "x", x)
         return value, 0.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: expected `scale` to be a float or a 0-d tensor, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{op}: expected `scale` to be finite, got {value}")
-    return None, float(value)
+    return None, number(op, "scale", value, kind="a float or a 0-d tensor")
 
 
 def label_rows(op: str, value: object, x: Tensor) -> Tensor:
@@ -136,12 +187,6 @@ def label_range(op: str, value: Tensor, classes: int, ignore_index: int) -> None
         )
 
 
-def reduction(op: str, value: object) -> int:
-    if not isinstance(value, str) or value not in REDUCTIONS:
-        raise ValueError(f"{op}: expected `reduction` to be one of none, mean, sum, got {value!r}")
-    return REDUCTIONS[value]
-
-
 def margin(op: str, value: object) -> CombinedMargin:
     if value is not None and not isinstance(value, CombinedMargin):
         raise TypeError(
@@ -151,22 +196,19 @@ def margin(op: str, value: object) -> CombinedMargin:
     return value or NO_MARGIN
 
 
-def smoothing(op: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: expected `label_smoothing` to be a number, got {type(value).__name__}")
-    if not 0 <= value < 1:
-        raise ValueError(f"{op}: expected `label_smoothing` in [0, 1), got {value}")
-    return float(value)
+def factors(op: str, name: str, value: object, count: int) -> Tensor:
+    checked = floating(op, name, value)
+    if checked.dim() != 1 or checked.shape[0] != count:
+        raise ValueError(f"{op}: expected `{name}` to have shape [{count}], got {list(checked.shape)}")
+    if checked.requires_grad:
+        raise ValueError(f"{op}: expected `{name}` not to require a gradient, got one that does")
+    return checked
 
 
 def weights(op: str, name: str, value: object, x: Tensor, count: int) -> Tensor | None:
     """Constant factors [count], in the accumulator dtype of x."""
     if value is None:
         return None
-    checked = floating(op, name, value)
-    if checked.dim() != 1 or checked.shape[0] != count:
-        raise ValueError(f"{op}: expected `{name}` to have shape [{count}], got {list(checked.shape)}")
-    if checked.requires_grad:
-        raise ValueError(f"{op}: expected `{name}` not to require a gradient, got one that does")
+    checked = factors(op, name, value, count)
     same_device(op, name, checked, "x", x)
     return checked.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()

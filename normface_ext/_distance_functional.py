@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _distance_ops, ops, reference
-from ._agent_options import number
+from ._arguments import flag, number
 
 
 def inner_distance(
@@ -41,15 +41,16 @@ def inner_distance(
         [N, C] in x's dtype, summed in at least float32. Second derivatives raise.
 
     Raises:
-        TypeError: dtypes.
+        TypeError: dtypes, types.
         ValueError: shapes, devices, p, labels missing or without ``update_center_only``.
         IndexError: a label out of range (on CUDA the kernel aborts).
     """
     op = "inner_distance"
     _checks.features_and_weight(op, x, weight)
-    if p not in (1, 2):
-        raise ValueError(f"{op}: expected `p` to be 1 or 2, got {p!r}")
+    p = _checks.exponent(op, p)
     eps = _checks.eps(op, eps)
+    normalize = flag(op, "normalize", normalize)
+    update_center_only = flag(op, "update_center_only", update_center_only)
     if update_center_only != (labels is not None):
         raise ValueError(
             f"{op}: expected `labels` together with `update_center_only`, got"
@@ -60,7 +61,7 @@ def inner_distance(
     if normalize:
         wide = weight.to(ops._accumulator(weight.dtype))
         weight = ops.normalize(wide.contiguous(), 1, 2, eps)[0]
-    return _distance_ops.inner_distance(x, weight, labels, int(p))
+    return _distance_ops.inner_distance(x, weight, labels, p)
 
 
 def _rows(op: str, name: str, value: object, like: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ def pair_contrastive_loss(
         A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise.
 
     Raises:
-        TypeError: dtypes.
+        TypeError: dtypes, types.
         ValueError: shapes, devices, values.
     """
     op = "pair_contrastive_loss"
@@ -134,7 +135,7 @@ def triplet_loss(
         A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise.
 
     Raises:
-        TypeError: dtypes.
+        TypeError: dtypes, types.
         ValueError: shapes, devices, values.
     """
     op = "triplet_loss"

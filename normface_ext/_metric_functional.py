@@ -14,8 +14,8 @@ from ._agent_options import (
     ContrastiveOptions,
     TripletArguments,
     TripletOptions,
-    check_active_limit,
 )
+from ._arguments import choice, flag
 from ._distance_functional import inner_distance, pair_contrastive_loss, triplet_loss
 from ._hinge_ops import HINGE_COSINE, HINGE_SLOPE, HINGE_SUM
 
@@ -33,9 +33,8 @@ __all__ = [
 MODES = ("math", "caffe")
 
 
-def _mode(op: str, mode: object, reduction: str) -> None:
-    if mode not in MODES:
-        raise ValueError(f"{op}: expected `mode` to be one of {', '.join(MODES)}, got {mode!r}")
+def check_mode(op: str, mode: object, reduction: str) -> None:
+    choice(op, "mode", mode, MODES)
     if mode == "caffe" and reduction != "mean":
         raise ValueError(f"{op}: expected `reduction` to be mean in mode 'caffe', got {reduction!r}")
 
@@ -79,11 +78,14 @@ def _loss(
     workspace: int | None,
     active_limit: int | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    options.check(op, mode)
     _checks.reduction(op, reduction)
-    _mode(op, mode, reduction)
+    check_mode(op, mode, reduction)
+    options = options.checked(op, mode)
+    return_stats = flag(op, "return_stats", return_stats)
+    ignore_index = _checks.ignore_index(op, ignore_index)
     eps = _checks.eps(op, eps)
-    check_active_limit(op, active_limit)
+    workspace = _checks.workspace(op, workspace)
+    active_limit = _checks.active_limit(op, active_limit)
     x, weight = _agents(op, x, weight, labels, 0 if mode == "caffe" else ignore_index)
     if mode == "caffe":
         distances = _caffe_distances(x, weight, eps)
@@ -186,7 +188,7 @@ def c_contrastive_loss(
         raise (where ``weight`` is given).
 
     Raises:
-        TypeError: dtypes.
+        TypeError: dtypes, types.
         ValueError: shapes, devices, values.
         IndexError: a label out of range.
     """

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, ops
+from ._arguments import flag, integer
 from ._metric_functional import (
     c_contrastive_loss,
     c_triplet_loss,
@@ -67,21 +68,22 @@ def normalize(
         otherwise. Its gradient flows too (Caffe: ``bp_norm``).
 
     Raises:
-        TypeError: x is not a floating tensor.
+        TypeError: x is not a floating tensor; dim, eps or return_norm of another type.
         ValueError: p, eps.
         IndexError: dim out of range.
     """
     op = "normalize"
     _checks.floating(op, "x", x)
-    if p not in (1, 2):
-        raise ValueError(f"{op}: expected `p` to be 1 or 2, got {p!r}")
+    p = _checks.exponent(op, p)
     if x.dim() == 0:
         raise ValueError(f"{op}: expected `x` to have at least one dimension, got a 0-d tensor")
+    dim = integer(op, "dim", dim)
     if not -x.dim() <= dim < x.dim():
         raise IndexError(f"{op}: expected `dim` in [{-x.dim()}, {x.dim()}), got {dim}")
     eps = _checks.eps(op, eps)
-    y, norm = ops.normalize(ops.as_rows(x, dim % x.dim()), dim % x.dim(), int(p), eps)
-    return (y, norm) if return_norm else y
+    both = flag(op, "return_norm", return_norm)
+    y, norm = ops.normalize(ops.as_rows(x, dim % x.dim()), dim % x.dim(), p, eps)
+    return (y, norm) if both else y
 
 
 def norm_linear(
@@ -108,14 +110,15 @@ def norm_linear(
         [N, C] in x's dtype.
 
     Raises:
-        TypeError: dtypes.
+        TypeError: dtypes, types.
         ValueError: shapes, devices, scale or eps that is not finite.
     """
     op = "norm_linear"
     _checks.features_and_weight(op, x, weight)
     scale_tensor, scale_value = _checks.scale(op, scale, x)
     eps = _checks.eps(op, eps)
-    return ops.norm_linear(x, weight, scale_tensor, scale_value, bool(normalize_input), eps)
+    normalize_input = flag(op, "normalize_input", normalize_input)
+    return ops.norm_linear(x, weight, scale_tensor, scale_value, normalize_input, eps)
 
 
 def normface_loss(
@@ -162,7 +165,7 @@ def normface_loss(
         the weight is accumulated in float32 and has the weight's dtype. Second derivatives raise.
 
     Raises:
-        TypeError: dtypes.
+        TypeError: dtypes, types.
         ValueError: shapes, devices, values.
         IndexError: a label out of range, naming the row (on CUDA the kernel prints the row and aborts,
             since a check here would stall the GPU).
@@ -170,10 +173,12 @@ def normface_loss(
     op = "normface_loss"
     _checks.features_and_weight(op, x, weight)
     classes, dim = weight.shape
+    ignore_index = _checks.ignore_index(op, ignore_index)
     _checks.labels(op, labels, x, classes, ignore_index)
     scale_tensor, scale_value = _checks.scale(op, scale, x)
     code = _checks.reduction(op, reduction)
     eps = _checks.eps(op, eps)
+    workspace = _checks.workspace(op, workspace)
     operand = operand_dtype(x, weight)
     options = ops.LossOptions(
         scale_value=scale_value,

@@ -10,6 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ._arguments import below, number
+
+LIMITS = {"m1": below(1.0, math.inf), "m2": below(0.0, math.pi), "m3": below(0.0, math.inf)}
+
 
 @dataclass(frozen=True)
 class CombinedMargin:
@@ -32,17 +36,11 @@ class CombinedMargin:
     m3: float = 0.0
 
     def __post_init__(self) -> None:
-        limits = {"m1": (1.0, math.inf), "m2": (0.0, math.pi), "m3": (0.0, math.inf)}
-        for name, (low, high) in limits.items():
+        for name, within in LIMITS.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(
-                    f"{type(self).__name__}: expected `{name}` to be a number, got {type(value).__name__}"
-                )
-            if not (math.isfinite(value) and low <= value < high):
-                raise ValueError(
-                    f"{type(self).__name__}: expected `{name}` in [{low:g}, {high:g}), got {value}"
-                )
+            plain = number(type(self).__name__, name, value, within)
+            if not isinstance(value, (int, float)):
+                object.__setattr__(self, name, plain)
 
     def parameters(self) -> list[float]:
         return [float(self.m1), float(self.m2), float(self.m3)]

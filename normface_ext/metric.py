@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import _checks, functional
+from ._agent_options import AgentOptions, ContrastiveOptions, TripletOptions
+from ._arguments import flag, number, size
+from ._metric_functional import check_mode
 from .modules import gaussian_unitball_, unit_rows_
 
 
@@ -21,10 +24,6 @@ class _Agents(nn.Module):
         self, features: int, classes: int, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
         super().__init__()
-        owner = type(self).__name__
-        for name, size in (("number of classes", classes), ("number of features", features)):
-            if size < 1:
-                raise ValueError(f"{owner}: expected the {name} to be >= 1, got {size}")
         self.weight = nn.Parameter(torch.empty(classes, features, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -59,9 +58,14 @@ class InnerDistance(_Agents):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        owner = type(self).__name__
+        in_features = size(owner, "in_features", in_features)
+        out_features = size(owner, "out_features", out_features)
         super().__init__(in_features, out_features, device, dtype)
         self.in_features, self.out_features = in_features, out_features
-        self.p, self.normalize, self.update_center_only, self.eps = p, normalize, update_center_only, eps
+        self.p, self.eps = _checks.exponent(owner, p), _checks.eps(owner, eps)
+        self.normalize = flag(owner, "normalize", normalize)
+        self.update_center_only = flag(owner, "update_center_only", update_center_only)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         return functional.inner_distance(
@@ -78,7 +82,50 @@ class InnerDistance(_Agents):
         return f"{self.in_features}, {self.out_features}, p={self.p}, normalize={self.normalize}"
 
 
-class CContrastiveLoss(_Agents):
+class _AgentLoss(_Agents):
+    """A loss over agents of its own, and the options of its function."""
+
+    def __init__(
+        self, features: int, classes: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        owner = type(self).__name__
+        features = size(owner, "in_features", features)
+        classes = size(owner, "num_classes", classes)
+        super().__init__(features, classes, device, dtype)
+        self.in_features, self.num_classes = features, classes
+
+    def _keep(
+        self,
+        given: AgentOptions,
+        margin: str,
+        ignore_index: int,
+        reduction: str,
+        mode: str,
+        return_stats: bool,
+        eps: float,
+        workspace: int | None,
+        active_limit: int | None,
+    ) -> float:
+        """Checks all options and keeps them but for the one called `margin`, which it returns."""
+        owner = type(self).__name__
+        _checks.reduction(owner, reduction)
+        check_mode(owner, mode, reduction)
+        self.options: dict[str, Any] = {
+            **vars(given.checked(owner, mode)),
+            "ignore_index": _checks.ignore_index(owner, ignore_index),
+            "reduction": reduction,
+            "mode": mode,
+            "eps": _checks.eps(owner, eps),
+            "workspace": _checks.workspace(owner, workspace),
+            "active_limit": _checks.active_limit(owner, active_limit),
+        }
+        self.mode, self.eps = mode, self.options["eps"]
+        self.return_stats = flag(owner, "return_stats", return_stats)
+        kept: float = self.options.pop(margin)
+        return kept
+
+
+class CContrastiveLoss(_AgentLoss):
     """C-contrastive loss with agents of its own: (features [N, D], labels [N]) -> loss.
 
     Args:
@@ -128,27 +175,25 @@ class CContrastiveLoss(_Agents):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, num_classes, device, dtype)
-        self.in_features, self.num_classes = in_features, num_classes
-        self.neg_margin, self.mode, self.return_stats, self.eps = neg_margin, mode, return_stats, eps
-        self.add_intra_mae, self.max_negative_margin = bool(add_intra_mae), max_negative_margin
-        self.options: dict[str, Any] = {
-            "pos_margin": pos_margin,
-            "pos_weight": pos_weight,
-            "neg_weight": neg_weight,
-            "hardest_only": hardest_only,
-            "max_positive_only": max_positive_only,
-            "positive_outlier_thresh": positive_outlier_thresh,
-            "positive_first": positive_first,
-            "positive_upper_bound": positive_upper_bound,
-            "exp_negative_weight": exp_negative_weight,
-            "normalize_negative": normalize_negative,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "mode": mode,
-            "eps": eps,
-            "workspace": workspace,
-            "active_limit": active_limit,
-        }
+        owner = type(self).__name__
+        given = ContrastiveOptions(
+            pos_margin,
+            neg_margin,
+            pos_weight,
+            neg_weight,
+            hardest_only,
+            max_positive_only,
+            positive_outlier_thresh,
+            positive_first,
+            positive_upper_bound,
+            exp_negative_weight,
+            normalize_negative,
+        )
+        self.neg_margin = self._keep(
+            given, "neg_margin", ignore_index, reduction, mode, return_stats, eps, workspace, active_limit
+        )
+        self.add_intra_mae = flag(owner, "add_intra_mae", add_intra_mae)
+        self.max_negative_margin = number(owner, "max_negative_margin", max_negative_margin)
         if self.add_intra_mae:
             self.register_buffer("intra_mae", torch.zeros((), dtype=torch.float32, device=device))
 
@@ -174,7 +219,7 @@ class CContrastiveLoss(_Agents):
         return f"{self.in_features}, {self.num_classes}, neg_margin={self.neg_margin:g}, mode={self.mode!r}"
 
 
-class CTripletLoss(_Agents):
+class CTripletLoss(_AgentLoss):
     """C-triplet loss with agents of its own: (features [N, D], labels [N]) -> loss.
 
     Args:
@@ -208,22 +253,18 @@ class CTripletLoss(_Agents):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, num_classes, device, dtype)
-        self.in_features, self.num_classes = in_features, num_classes
-        self.margin, self.mode, self.return_stats, self.eps = margin, mode, return_stats, eps
-        self.options: dict[str, Any] = {
-            "pos_weight": pos_weight,
-            "neg_weight": neg_weight,
-            "hardest_only": hardest_only,
-            "add_center_loss": add_center_loss,
-            "positive_first": positive_first,
-            "positive_upper_bound": positive_upper_bound,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "mode": mode,
-            "eps": eps,
-            "workspace": workspace,
-            "active_limit": active_limit,
-        }
+        given = TripletOptions(
+            margin,
+            pos_weight,
+            neg_weight,
+            hardest_only,
+            add_center_loss,
+            positive_first,
+            positive_upper_bound,
+        )
+        self.margin = self._keep(
+            given, "margin", ignore_index, reduction, mode, return_stats, eps, workspace, active_limit
+        )
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         loss, stats = functional.c_triplet_loss(
@@ -240,7 +281,9 @@ class PairContrastiveLoss(nn.Module):
 
     def __init__(self, *, margin: float = 1.0, reduction: str = "mean") -> None:
         super().__init__()
-        self.margin, self.reduction = margin, reduction
+        owner = type(self).__name__
+        _checks.reduction(owner, reduction)
+        self.margin, self.reduction = number(owner, "margin", margin), reduction
 
     def forward(self, a: Tensor, b: Tensor, same: Tensor) -> Tensor:
         return functional.pair_contrastive_loss(a, b, same, margin=self.margin, reduction=self.reduction)
@@ -254,7 +297,9 @@ class TripletLoss(nn.Module):
 
     def __init__(self, *, margin: float = 0.2, reduction: str = "mean") -> None:
         super().__init__()
-        self.margin, self.reduction = margin, reduction
+        owner = type(self).__name__
+        _checks.reduction(owner, reduction)
+        self.margin, self.reduction = number(owner, "margin", margin), reduction
 
     def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         return functional.triplet_loss(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ._arguments import choice
+
 MERGES = ("sum", "max", "concat")
 
 
@@ -28,9 +30,7 @@ class MirrorFace(nn.Module):
 
     def __init__(self, backbone: nn.Module, merge: str = "sum") -> None:
         super().__init__()
-        if merge not in MERGES:
-            raise ValueError(f"MirrorFace: expected `merge` to be one of {', '.join(MERGES)}, got {merge!r}")
-        self.backbone, self.merge = backbone, merge
+        self.backbone, self.merge = backbone, choice("MirrorFace", "merge", merge, MERGES)
 
     def forward(self, images: Tensor) -> Tensor:
         if not isinstance(images, Tensor):

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import functional, theory
+from . import _checks, functional, theory
+from ._arguments import POSITIVE, flag, integer, number, size
 from .margins import CombinedMargin
 
 
@@ -35,14 +36,6 @@ def unit_rows_(weight: Tensor, eps: float, owner: str) -> Tensor:
         return weight.copy_(torch.where(finite, functional.normalize(weight, dim=1, eps=eps), weight))
 
 
-def _positive(owner: str, name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{owner}: expected `{name}` to be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{owner}: expected `{name}` to be finite and > 0, got {value}")
-    return float(value)
-
-
 class _ScaledHead(nn.Module):
     """A weight [classes, features] and a scale s, fixed (a float) or learned (a 0-d parameter)."""
 
@@ -58,23 +51,22 @@ class _ScaledHead(nn.Module):
         learn_scale: bool,
         min_scale: float,
         max_scale: float | None,
+        eps: float,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        for name, size in (("number of classes", classes), ("number of features", features)):
-            if size < 1:
-                raise ValueError(f"{owner}: expected the {name} to be >= 1, got {size}")
-        scale = _positive(owner, "scale", scale)
-        self.min_scale = _positive(owner, "min_scale", min_scale)
-        self.max_scale = math.inf if max_scale is None else _positive(owner, "max_scale", max_scale)
+        scale = number(owner, "scale", scale, POSITIVE)
+        self.min_scale = number(owner, "min_scale", min_scale, POSITIVE)
+        self.max_scale = math.inf if max_scale is None else number(owner, "max_scale", max_scale, POSITIVE)
         if not self.min_scale <= scale <= self.max_scale:
             raise ValueError(
                 f"{owner}: expected `scale` in [{self.min_scale:g}, {self.max_scale:g}], got {scale:g}"
             )
+        self.eps = _checks.eps(owner, eps)
         self.weight = nn.Parameter(torch.empty(classes, features, device=device, dtype=dtype))
-        self.learn_scale = bool(learn_scale)
+        self.learn_scale = flag(owner, "learn_scale", learn_scale)
         if self.learn_scale:
             self.scale = nn.Parameter(torch.tensor(scale, device=device, dtype=torch.float32))
         else:
@@ -129,7 +121,9 @@ class NormalizeLayer(nn.Module):
 
     def __init__(self, dim: int = 1, p: int = 2, eps: float = 1e-12, return_norm: bool = False) -> None:
         super().__init__()
-        self.dim, self.p, self.eps, self.return_norm = dim, p, eps, return_norm
+        owner = type(self).__name__
+        self.dim, self.p = integer(owner, "dim", dim), _checks.exponent(owner, p)
+        self.eps, self.return_norm = _checks.eps(owner, eps), flag(owner, "return_norm", return_norm)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if self.return_norm:
@@ -167,9 +161,14 @@ class NormLinear(_ScaledHead):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(out_features, in_features, scale, learn_scale, min_scale, max_scale, device, dtype)
+        owner = type(self).__name__
+        in_features = size(owner, "in_features", in_features)
+        out_features = size(owner, "out_features", out_features)
+        super().__init__(
+            out_features, in_features, scale, learn_scale, min_scale, max_scale, eps, device, dtype
+        )
         self.in_features, self.out_features = in_features, out_features
-        self.normalize_input, self.eps = normalize_input, eps
+        self.normalize_input = flag(owner, "normalize_input", normalize_input)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.norm_linear(
@@ -195,7 +194,7 @@ class NormFaceLoss(_ScaledHead):
     ``margin``, ``reduction``, ``ignore_index``, ``eps``, ``class_weight``, ``label_smoothing`` and
     ``workspace`` are those of ``functional.normface_loss``; ``class_weight`` becomes a buffer.
 
-    The forward call raises what ``functional.normface_loss`` raises. To classify use
+    Constructor and forward call raise what ``functional.normface_loss`` raises. To classify use
     ``functional.norm_linear(x, head.weight, head.scale)``; to verify, compare normalised features.
     """
 
@@ -218,15 +217,26 @@ class NormFaceLoss(_ScaledHead):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        owner = type(self).__name__
+        in_features = size(owner, "in_features", in_features)
+        num_classes = size(owner, "num_classes", num_classes)
         if isinstance(scale, str):
             if scale != "auto":
-                raise ValueError(f"NormFaceLoss: expected `scale` to be a number or 'auto', got {scale!r}")
+                raise ValueError(f"{owner}: expected `scale` to be a number or 'auto', got {scale!r}")
             scale = theory.auto_scale(num_classes)
-        super().__init__(num_classes, in_features, scale, learn_scale, min_scale, max_scale, device, dtype)
+        super().__init__(
+            num_classes, in_features, scale, learn_scale, min_scale, max_scale, eps, device, dtype
+        )
         self.in_features, self.num_classes = in_features, num_classes
-        self.margin, self.reduction, self.ignore_index = margin, reduction, ignore_index
-        self.eps, self.label_smoothing, self.workspace = eps, label_smoothing, workspace
+        _checks.margin(owner, margin)
+        _checks.reduction(owner, reduction)
+        self.margin, self.reduction = margin, reduction
+        self.ignore_index = _checks.ignore_index(owner, ignore_index)
+        self.label_smoothing = _checks.smoothing(owner, label_smoothing)
+        self.workspace = _checks.workspace(owner, workspace)
         self.class_weight: Tensor | None
+        if class_weight is not None:
+            _checks.factors(owner, "class_weight", class_weight, num_classes)
         self.register_buffer("class_weight", class_weight)
 
     def forward(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:

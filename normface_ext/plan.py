@@ -15,7 +15,9 @@ from typing import overload
 
 import torch
 
-from .sharded_plan import ShardedPlan, sharded_plan
+from . import _checks
+from ._arguments import RATE, choice, integer, number
+from .sharded_plan import OPTIMIZER_STATES, ShardedPlan, sharded_plan
 
 GIB = 1 << 30
 #: Default budgets: what the head may hold beyond its inputs, gradients and per-class norms.
@@ -141,13 +143,15 @@ def plan(
         optimizer: of that head: "none", "sgd", "momentum" or "adamw".
 
     Raises:
+        TypeError: a size that is no int, another dtype, a rate that is no number.
         ValueError: a size below 1 (the batch may be 0), or a budget in which not even one class per
             chunk fits; the message names the least that does.
     """
-    for name, size, least in (("batch", batch, 0), ("dim", dim, 1), ("classes", classes, 1)):
-        if size < least:
-            raise ValueError(f"plan: expected `{name}` >= {least}, got {size}")
-    kind = torch.device(device).type
+    batch = integer("plan", "batch", batch, 0)
+    dim, classes = integer("plan", "dim", dim, 1), integer("plan", "classes", classes, 1)
+    dtype, workspace = _checks.floating_dtype("plan", dtype), _checks.workspace("plan", workspace)
+    device = _checks.device("plan", device)
+    kind = device.type
     budget = _default_workspace(kind, device) if workspace is None else workspace
 
     def sweep(rows: int, width: int) -> Plan:
@@ -156,13 +160,12 @@ def plan(
         return _cpu_plan(rows, dim, width, dtype, budget)
 
     if world_size is None:
-        if sample_rate != 1 or optimizer != "momentum":
+        if not (sample_rate == 1 and optimizer == "momentum"):
             raise ValueError("plan: expected `world_size` with `sample_rate` and `optimizer`, got None")
         return sweep(batch, classes)
-    if world_size < 1:
-        raise ValueError(f"plan: expected `world_size` >= 1, got {world_size}")
-    if not 0 < sample_rate <= 1:
-        raise ValueError(f"plan: expected `sample_rate` in (0, 1], got {sample_rate}")
+    world_size = integer("plan", "world_size", world_size, 1, kind="an int or None")
+    sample_rate = number("plan", "sample_rate", sample_rate, RATE)
+    optimizer = choice("plan", "optimizer", optimizer, OPTIMIZER_STATES)
     here = -(-classes // world_size)
     # A draw has the rows' own classes and its share of the others.
     positives = min(batch * world_size, here) if sample_rate < 1 else 0

@@ -8,16 +8,11 @@ from __future__ import annotations
 
 import math
 
+from ._arguments import NOT_NEGATIVE, POSITIVE, number, size
+
 #: ``scale="auto"`` takes the smallest scale whose bound is this low: 12 for 10 classes, 21 for the
 #: 10,575 of CASIA-WebFace (the paper: "say 20 or 30"), 25 for a million.
 AUTO_SCALE_BOUND = 1e-5
-
-
-def _check_classes(op: str, num_classes: int) -> None:
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-        raise TypeError(f"{op}: expected `num_classes` to be an int, got {type(num_classes).__name__}")
-    if num_classes < 1:
-        raise ValueError(f"{op}: expected `num_classes` >= 1, got {num_classes}")
 
 
 def loss_lower_bound(num_classes: int, scale: float = 1.0) -> float:
@@ -27,14 +22,13 @@ def loss_lower_bound(num_classes: int, scale: float = 1.0) -> float:
     n <= D + 1; otherwise the loss stays above it. 8.27 for n = 10,575 and s = 1.
 
     Raises:
+        TypeError: ``num_classes`` that is no int, a number that is none.
         ValueError: ``num_classes`` below 1, or a scale that is negative or not finite.
     """
-    _check_classes("loss_lower_bound", num_classes)
-    if not (math.isfinite(scale) and scale >= 0):
-        raise ValueError(f"loss_lower_bound: expected `scale` to be finite and >= 0, got {scale}")
-    if num_classes == 1:
+    n = size("loss_lower_bound", "num_classes", num_classes)
+    scale = number("loss_lower_bound", "scale", scale, NOT_NEGATIVE)
+    if n == 1:
         return 0.0
-    n = num_classes
     return math.log1p((n - 1) * math.exp(-scale * n / (n - 1)))
 
 
@@ -44,14 +38,13 @@ def scale_for_bound(num_classes: int, bound: float) -> float:
     The inverse of ``loss_lower_bound``. Zero where even s = 0 stays below ``bound``.
 
     Raises:
+        TypeError: ``num_classes`` that is no int, a number that is none.
         ValueError: ``num_classes`` below 1, or a bound that is not a positive finite number.
     """
-    _check_classes("scale_for_bound", num_classes)
-    if not (math.isfinite(bound) and bound > 0):
-        raise ValueError(f"scale_for_bound: expected `bound` to be finite and > 0, got {bound}")
-    if num_classes == 1:
+    n = size("scale_for_bound", "num_classes", num_classes)
+    bound = number("scale_for_bound", "bound", bound, POSITIVE)
+    if n == 1:
         return 0.0
-    n = num_classes
     # ln(exp(b) - 1) without overflow for a large b.
     log_excess = bound + math.log1p(-math.exp(-bound)) if bound > 1 else math.log(math.expm1(bound))
     return max(0.0, (n - 1) / n * (math.log(n - 1) - log_excess))
@@ -63,12 +56,12 @@ def max_probability(num_classes: int, scale: float = 1.0) -> float:
     Equation 5 of the paper, all other cosines at -1: 0.45 for n = 10 and 0.007 for n = 1000 at s = 1.
 
     Raises:
+        TypeError: ``num_classes`` that is no int, a number that is none.
         ValueError: ``num_classes`` below 1, or a scale that is negative or not finite.
     """
-    _check_classes("max_probability", num_classes)
-    if not (math.isfinite(scale) and scale >= 0):
-        raise ValueError(f"max_probability: expected `scale` to be finite and >= 0, got {scale}")
-    return 1.0 / (1.0 + (num_classes - 1) * math.exp(-2.0 * scale))
+    n = size("max_probability", "num_classes", num_classes)
+    scale = number("max_probability", "scale", scale, NOT_NEGATIVE)
+    return 1.0 / (1.0 + (n - 1) * math.exp(-2.0 * scale))
 
 
 def auto_scale(num_classes: int) -> float:

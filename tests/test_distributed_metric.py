@@ -80,7 +80,7 @@ def test_corners():
             "ValueError: distributed.c_triplet_loss: expected `weight` to have this rank's",
             "ValueError: distributed.c_triplet_loss: expected `weight` to be [",
             "ValueError: distributed.c_triplet_loss: expected `margin` to be finite, got nan",
-            "ValueError: distributed.c_triplet_loss: expected `backbone_gradients` to be mean or sum",
+            "ValueError: distributed.c_triplet_loss: expected `backbone_gradients` to be one of mean, sum",
         ]
         for said, start in zip(rank["errors"], starts, strict=True):
             assert said.startswith(start)

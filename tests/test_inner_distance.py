@@ -293,7 +293,7 @@ def test_module(lane):
     layer(x, labels).sum().backward()
     assert (layer.weight.grad[[1, 2, 3]].abs().sum(1) > 0).sum() <= 1
     assert "p=2, normalize=True" in repr(layer)
-    with pytest.raises(ValueError, match="InnerDistance: expected the number of classes to be >= 1"):
+    with pytest.raises(ValueError, match=r"^InnerDistance: expected `out_features` >= 1, got 0$"):
         nf.InnerDistance(8, 0)
 
 

@@ -554,7 +554,7 @@ def test_errors(loss):
         f(x, w, y, mode="caffe", reduction="none")
     with pytest.raises(ValueError, match="expected `reduction` to be one of"):
         f(x, w, y, reduction="max")
-    with pytest.raises(ValueError, match="expected `active_limit` to be an int >= 0"):
+    with pytest.raises(ValueError, match="expected `active_limit` >= 0, got -1"):
         f(x, w, y, active_limit=-1)
     with pytest.raises(TypeError, match="both float64 or both not"):
         f(x.double(), w, y)

@@ -329,11 +329,9 @@ def test_bad_options_are_named(make, options, error, sentence):
 
 
 def test_bad_sizes_and_names():
-    with pytest.raises(ValueError, match=r"^NormLinear: expected the number of classes to be >= 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^NormLinear: expected `out_features` >= 1, got 0$"):
         nf.NormLinear(3, 0)
-    with pytest.raises(
-        ValueError, match=r"^NormFaceLoss: expected the number of features to be >= 1, got -2$"
-    ):
+    with pytest.raises(ValueError, match=r"^NormFaceLoss: expected `in_features` >= 1, got -2$"):
         nf.NormFaceLoss(-2, 3)
     with pytest.raises(
         ValueError, match=r"^NormFaceLoss: expected `scale` to be a number or 'auto', got 'Auto'$"

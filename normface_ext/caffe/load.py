@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
+from .._arguments import NOT_NEGATIVE, choice, integer, number
 from . import proto
 from .graph import Head
 from .spec import Context, Report, Spec
@@ -44,12 +44,10 @@ def load_head(
         ValueError: what the file has that is not supported, all of it, each with its file and line.
         ImportError: protobuf is missing (`pip install 'normface_ext[caffe]'`).
     """
-    if mode not in MODES:
-        raise ValueError(f"load_head: expected `mode` to be one of {', '.join(MODES)}, got {mode!r}")
-    if in_features is not None and in_features < 1:
-        raise ValueError(f"load_head: expected `in_features` to be >= 1, got {in_features}")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"load_head: expected `eps` to be finite and >= 0, got {eps}")
+    mode = choice("load_head", "mode", mode, MODES)
+    if in_features is not None:
+        in_features = integer("load_head", "in_features", in_features, 1)
+    eps = number("load_head", "eps", eps, NOT_NEGATIVE)
     where, text = _read(path_or_text)
     net, lines = proto.parse_text(text, where)
     report = Report(where)
@@ -61,7 +59,7 @@ def load_head(
         )
     given = None if inputs is None else [str(name) for name in inputs]
     declared = [str(name) for name in net.input]
-    context = Context(mode, float(eps), in_features, device, dtype)
+    context = Context(mode, eps, in_features, device, dtype)
     specs = [Spec(layer, lines.fields["layer"][i], report) for i, layer in enumerate(net.layer)]
     for spec in [spec for spec in specs if spec.type == "Input"]:
         declared += spec.tops

@@ -11,6 +11,7 @@ from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 
 from .. import _C, _checks, ops
+from .._arguments import choice, flag, number
 from ..functional import operand_dtype
 from ..margins import CombinedMargin
 from ..plan import plan
@@ -141,8 +142,7 @@ def narrow(gradient: Tensor, dtype: torch.dtype, inverse_norm: Tensor, eps: floa
 
 
 def check_backbone_gradients(op: str, value: str) -> None:
-    if value not in ("mean", "sum"):
-        raise ValueError(f"{op}: expected `backbone_gradients` to be mean or sum, got {value!r}")
+    choice(op, "backbone_gradients", value, ("mean", "sum"))
 
 
 def normface_loss(
@@ -199,10 +199,15 @@ def normface_loss(
     """
     local = weight.to_local() if isinstance(weight, DTensor) else weight
     _checks.features_and_shard(OP, x, local, shard.count)
+    ignore_index = _checks.ignore_index(OP, ignore_index)
     _checks.labels(OP, labels, x, shard.num_classes, ignore_index)
     scale_tensor, scale_value = _checks.scale(OP, scale, x)
     psi = _checks.margin(OP, margin)
     check_backbone_gradients(OP, backbone_gradients)
+    flag(OP, "equal_batches", equal_batches)
+    workspace = _checks.workspace(OP, workspace)
+    if largest_scale is not None:
+        largest_scale = number(OP, "largest_scale", largest_scale, kind="a number or None")
     smoothing = _checks.smoothing(OP, label_smoothing)
     if sample is not None and smoothing > 0:
         raise ValueError(f"{OP}: expected `label_smoothing` 0 with sampled classes, got {smoothing}")

@@ -11,7 +11,8 @@ from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 
 from .. import _checks, _hinge_ops, ops, reference
-from .._agent_options import AgentOptions, AgentRows, ContrastiveOptions, TripletOptions, check_active_limit
+from .._agent_options import AgentOptions, AgentRows, ContrastiveOptions, TripletOptions
+from .._arguments import flag
 from .._hinge_ops import HINGE_BEST, HINGE_SLOPE, HINGE_VALUE, INVERSE_NORM, HingeOptions
 from .collectives import Batch, ScatteredRows, add_over_shards, gather_rows, largest_over_shards
 from .functional import check_backbone_gradients, narrow
@@ -107,12 +108,15 @@ def _loss(
     if isinstance(weight, DTensor):
         weight = weight.to_local()  # differentiable
     _checks.features_and_shard(op, x, weight, shard.count)
+    ignore_index = _checks.ignore_index(op, ignore_index)
     _checks.labels(op, labels, x, shard.num_classes, ignore_index)
-    options.check(op, "math")
+    options = options.checked(op, "math")
     _checks.reduction(op, reduction)
     eps = _checks.eps(op, eps)
-    check_active_limit(op, active_limit)
+    workspace = _checks.workspace(op, workspace)
+    active_limit = _checks.active_limit(op, active_limit)
     check_backbone_gradients(op, backbone_gradients)
+    flag(op, "equal_batches", equal_batches)
     batch = gather_rows(x, labels, shard.group, ignore_index=ignore_index, equal_batches=equal_batches)
     places = shard.places(batch.labels, ignore_index)
     margin, given = options.sweep_options(batch.x, shard.count, IGNORED, eps, workspace, active_limit)

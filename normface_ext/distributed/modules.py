@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from .._arguments import RATE, flag, integer, number
 from ..modules import NormFaceLoss, unit_rows_
 from . import functional
 from .sampling import ClassSampler
@@ -167,11 +168,10 @@ def shard_head(
         raise TypeError(f"{op}: expected `mesh` to be a DeviceMesh, got {type(mesh).__name__}")
     if mesh.ndim != 1:
         raise ValueError(f"{op}: expected `mesh` to be 1-D, got {mesh.ndim} dimensions; pass mesh['name']")
-    if not 0 < sample_rate <= 1:
-        raise ValueError(f"{op}: expected `sample_rate` in (0, 1], got {sample_rate}")
-    if not isinstance(seed, int) or not 0 <= seed < 1 << 32:
-        raise ValueError(f"{op}: expected `seed` to be an int in [0, 2^32), got {seed!r}")
+    sample_rate = number(op, "sample_rate", sample_rate, RATE)
+    seed = integer(op, "seed", seed, 0, (1 << 32) - 1)
     functional.check_backbone_gradients(op, backbone_gradients)
+    equal_batches = flag(op, "equal_batches", equal_batches)
     return ShardedNormFaceLoss(
         head,
         mesh,

@@ -17,14 +17,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from .._arguments import ABOVE_ZERO, AT_LEAST_ZERO, FRACTION, flag, number
 from .collectives import explained
 from .rows import TouchedRows, local, sharded_dimensions
 
 
-def _at_least(owner: str, least: float, **values: float) -> None:
-    for name, value in values.items():
-        if not value >= least:
-            raise ValueError(f"{owner}: expected `{name}` >= {least:g}, got {value}")
+def _not_negative(owner: str, **values: float) -> dict[str, float]:
+    return {name: number(owner, name, value, AT_LEAST_ZERO) for name, value in values.items()}
 
 
 class RowOptimizer(Optimizer):
@@ -82,10 +81,11 @@ class RowSGD(RowOptimizer):
         weight_decay: float = 0.0,
         nesterov: bool = False,
     ) -> None:
-        _at_least("RowSGD", 0, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        numbers = _not_negative("RowSGD", lr=lr, momentum=momentum, weight_decay=weight_decay)
+        nesterov = flag("RowSGD", "nesterov", nesterov)
         if nesterov and momentum == 0:
             raise ValueError("RowSGD: expected `momentum` > 0 for nesterov, got 0")
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        defaults = {**numbers, "nesterov": nesterov}
         super().__init__(params, defaults)
 
     def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
@@ -128,10 +128,11 @@ class RowAdamW(RowOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
-        _at_least("RowAdamW", 0, lr=lr, eps=eps, weight_decay=weight_decay)
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"RowAdamW: expected `betas` in [0, 1), got {betas}")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        numbers = _not_negative("RowAdamW", lr=lr, eps=eps, weight_decay=weight_decay)
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise TypeError(f"RowAdamW: expected `betas` to be two numbers, got {type(betas).__name__}")
+        first, second = (number("RowAdamW", "betas", beta, FRACTION) for beta in betas)
+        super().__init__(params, {**numbers, "betas": (first, second)})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Counts stay float32: torch casts what it loads to the parameter's dtype; bfloat16 counts to 256."""
@@ -186,8 +187,7 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> T
         ValueError: max_norm not above 0.
         RuntimeError: a rank died or came too late.
     """
-    if not max_norm > 0:
-        raise ValueError(f"clip_grad_norm_: expected `max_norm` > 0, got {max_norm}")
+    max_norm = number("clip_grad_norm_", "max_norm", max_norm, ABOVE_ZERO)
     if isinstance(parameters, Tensor):
         parameters = [parameters]
     given = [parameter for parameter in parameters if parameter.grad is not None]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._arguments import BETWEEN_0_AND_1, INT64_MAX, INT64_MIN, integer, number
 from .shard import ClassShard
 
 _BITS = 53  # of the hash that are used: exact in a float64
@@ -41,7 +42,7 @@ class ClassSampler(nn.Module):
         seed: the same on all ranks.
 
     Raises:
-        ValueError: rate.
+        TypeError, ValueError: rate, seed.
     """
 
     seed: Tensor
@@ -49,9 +50,8 @@ class ClassSampler(nn.Module):
 
     def __init__(self, rate: float, seed: int = 0) -> None:
         super().__init__()
-        if not 0 < rate < 1:
-            raise ValueError(f"ClassSampler: expected `rate` in (0, 1), got {rate}")
-        self.rate = rate
+        self.rate = number("ClassSampler", "rate", rate, BETWEEN_0_AND_1)
+        seed = integer("ClassSampler", "seed", seed, INT64_MIN, INT64_MAX)
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
         self.register_buffer("step", torch.tensor(0, dtype=torch.int64))
 
