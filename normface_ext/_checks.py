@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _arguments
 from ._arguments import INT64_MAX, INT64_MIN, choice, integer, number
-from .margins import NO_MARGIN, CombinedMargin
+from .margins import NO_MARGIN, Margin
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -187,8 +187,8 @@ def label_range(op: str, value: Tensor, classes: int, ignore_index: int) -> None
         )
 
 
-def margin(op: str, value: object) -> CombinedMargin:
-    if value is not None and not isinstance(value, CombinedMargin):
+def margin(op: str, value: object) -> Margin:
+    if value is not None and not isinstance(value, Margin):
         raise TypeError(
             f"{op}: expected `margin` to be CosFace, ArcFace, CombinedMargin or None,"
             f" got {type(value).__name__}"

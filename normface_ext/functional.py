@@ -21,7 +21,7 @@ from ._metric_functional import (
     pair_contrastive_loss,
     triplet_loss,
 )
-from .margins import CombinedMargin
+from .margins import Margin
 from .plan import plan
 
 __all__ = [
@@ -127,7 +127,7 @@ def normface_loss(
     labels: Tensor,
     scale: float | Tensor,
     *,
-    margin: CombinedMargin | None = None,
+    margin: Margin | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
     eps: float = 1e-12,

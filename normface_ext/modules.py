@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import _checks, functional, theory
 from ._arguments import POSITIVE, flag, integer, number, size
-from .margins import CombinedMargin
+from .margins import Margin
 
 
 def gaussian_unitball_(weight: Tensor, eps: float = 1e-12) -> Tensor:
@@ -205,7 +205,7 @@ class NormFaceLoss(_ScaledHead):
         *,
         scale: float | str = "auto",
         learn_scale: bool = False,
-        margin: CombinedMargin | None = None,
+        margin: Margin | None = None,
         reduction: str = "mean",
         ignore_index: int = -100,
         eps: float = 1e-12,

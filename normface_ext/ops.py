@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import _library, reference
-from .margins import CombinedMargin
+from .margins import Margin
 from .plan import Plan
 
 # csrc/row_state.h
@@ -306,7 +306,7 @@ class LossOptions:
     """The arguments of the fused head that are neither tensors nor differentiable."""
 
     scale_value: float  # where the scale is no tensor
-    margin: CombinedMargin
+    margin: Margin
     reduction: int
     ignore_index: int
     eps: float

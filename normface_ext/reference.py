@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .margins import NO_MARGIN, ArcFace, CombinedMargin, CosFace
+from .margins import NO_MARGIN, ArcFace, CombinedMargin, CosFace, Margin
 
 #: sin(theta) is held at this floor, which keeps value and slope finite at cos theta = +-1.
 SIN_FLOOR = 1e-4
@@ -92,7 +92,7 @@ def norm_linear_backward(
     return dx.to(x.dtype), dw.to(weight.dtype), dscale.to(scale.dtype)
 
 
-def margin(cos: Tensor, m: CombinedMargin) -> Tensor:
+def margin(cos: Tensor, m: Margin) -> Tensor:
     """psi = cos(m1 theta + m2) - m3, continued past m1 theta + m2 = pi with slope one."""
     if m.m1 == 1.0 and m.m2 == 0.0:
         return cos - m.m3
@@ -108,7 +108,7 @@ def normface_loss(
     labels: Tensor,
     scale: float | Tensor,
     *,
-    margin: CombinedMargin | None = None,
+    margin: Margin | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
     eps: float = 1e-12,
@@ -272,7 +272,7 @@ def triplet_loss(
 _margin = margin  # `margin` is a keyword of normface_loss
 
 #: Every margin the engine knows; tests, benchmarks and docs iterate over this table.
-MARGINS: dict[str, CombinedMargin | None] = {
+MARGINS: dict[str, Margin | None] = {
     "normface": None,
     "cosface": CosFace(0.35),
     "arcface": ArcFace(0.5),

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from .. import _C, _checks, ops
 from .._arguments import choice, flag, number
 from ..functional import operand_dtype
-from ..margins import CombinedMargin
+from ..margins import Margin
 from ..plan import plan
 from .collectives import (
     Batch,
@@ -152,7 +152,7 @@ def normface_loss(
     scale: float | Tensor,
     shard: ClassShard,
     *,
-    margin: CombinedMargin | None = None,
+    margin: Margin | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
     eps: float = 1e-12,

@@ -1,0 +1,290 @@
+"""setup.py: what it asks of a machine and how it says so, what it compiles for which GPU, how it links."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import normface_ext
+from normface_ext import _C
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(normface_ext.__file__).parent
+LIBRARIES = [path for path in (Path(_C.__file__), PACKAGE / "_cuda.so") if path.exists()]
+SETUP = runpy.run_path(str(ROOT / "setup.py"))
+COMPILER = [os.environ.get("CXX", "c++")]
+NVCC = SETUP["find_nvcc"]()
+
+
+# What a machine lacks is one sentence.
+
+
+def sentence(compiler: list[str] = COMPILER) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        SETUP["check_requirements"](compiler)
+    assert "\n" not in str(stopped.value)
+    return str(stopped.value)
+
+
+def test_a_machine_with_everything_is_not_complained_about():
+    SETUP["check_requirements"](COMPILER)
+
+
+def hide_package(monkeypatch, name: str) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None if asked == name else real(asked))
+
+
+@pytest.mark.parametrize("name", ["torch", "pybind11", "ninja"])
+def test_a_missing_package_is_named_with_the_remedy(name, monkeypatch):
+    hide_package(monkeypatch, name)
+    monkeypatch.setattr(shutil, "which", lambda tool: None)  # a ninja of the system would do
+    said = sentence()
+    assert said.startswith(f"normface_ext: building needs {name}, which this Python")
+    assert f"`pip install {SETUP['BUILD_REQUIREMENTS'][name]}`" in said
+
+
+def test_the_ninja_of_the_system_will_do(monkeypatch):
+    hide_package(monkeypatch, "ninja")
+    real = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda tool: "/usr/bin/ninja" if tool == "ninja" else real(tool))
+    SETUP["check_requirements"](COMPILER)
+
+
+def test_a_torch_that_is_too_old_is_named_with_its_version(monkeypatch):
+    real = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "2.10.1+cu128" if name == "torch" else real(name)
+    )
+    said = sentence()
+    assert said.startswith("normface_ext: building needs torch>=2.11, got torch 2.10.1+cu128: `pip install")
+
+
+def test_missing_headers_of_python_are_named(monkeypatch):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere")
+    assert "no Python.h in /nowhere" in sentence()
+
+
+def test_a_missing_compiler_is_named():
+    assert "there is no `no-such-compiler`" in sentence(["no-such-compiler"])
+
+
+def test_a_compiler_without_cxx20_is_named_with_its_version(tmp_path):
+    old = tmp_path / "old-c++"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "g++ 9.4.0" && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    said = sentence([str(old)])
+    assert f"needs a C++20 compiler (GCC 11 or newer), and `{old}` is none: g++ 9.4.0." in said
+
+
+def test_an_nvcc_without_cxx20_is_named_with_its_version(tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text('#!/bin/sh\necho "Cuda compilation tools, release 11.8, V11.8.89"\n')
+    nvcc.chmod(0o755)
+    with pytest.raises(SystemExit, match=r"the CUDA kernels need CUDA 12\.0 or newer \(C\+\+20\), got 11\.8"):
+        SETUP["check_nvcc"](str(nvcc))
+
+
+@pytest.mark.parametrize(
+    ("version", "field"), [("65.5.0", "license"), ("76.1", "license"), ("77.0.3", "license_expression")]
+)
+def test_the_licence_is_spelled_as_setuptools_does(version, field, monkeypatch):
+    monkeypatch.setattr("setuptools.__version__", version)
+    assert SETUP["licence"]() == {field: "MIT"}
+
+
+def test_the_installed_package_says_its_licence():
+    metadata = importlib.metadata.metadata("normface_ext")
+    assert "MIT" in (metadata.get("License-Expression"), metadata.get("License"))
+
+
+# What is compiled for which GPU.
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("7.5", ["arch=compute_75,code=sm_75"]),
+        ("8.6", ["arch=compute_80,code=sm_86"]),
+        ("9.0+PTX", ["arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"]),
+        ("12.0+PTX", ["arch=compute_90,code=sm_120", "arch=compute_90,code=compute_90"]),
+        ("9.0a", ["arch=compute_90a,code=sm_90a"]),  # its instructions are in no other's PTX
+        ("7.0", ["arch=compute_70,code=sm_70"]),
+    ],
+)
+def test_ptx_is_made_once_per_generation(arch, options):
+    assert SETUP["gencode"](arch) == [f"-gencode={option}" for option in options]
+
+
+@pytest.mark.parametrize("arch", ["", "9", "sm_90", "9.0+ptx", "9.0b"])
+def test_an_unknown_architecture_is_refused(arch):
+    with pytest.raises(SystemExit, match=r"expected TORCH_CUDA_ARCH_LIST like '8.0;9.0\+PTX', got"):
+        SETUP["gencode"](arch)
+
+
+def test_kernels_are_compiled_only_for_architectures_that_run_them():
+    archs = ["7.5", "8.0", "9.0a", "12.0+PTX"]
+    assert SETUP["archs_for"]("csrc/cuda/normalize.cu", archs) == archs
+    assert SETUP["archs_for"]("csrc/cuda/score_exp.cu", archs) == archs[1:]
+    assert SETUP["archs_for"]("csrc/cuda/score_exp.cu", ["7.5"]) == [
+        "7.5"
+    ]  # its host code is still asked for
+    assert all((ROOT / "csrc" / "cuda" / name).exists() for name in SETUP["LEAST_CAPABILITY"])
+
+
+def toolchain(**parts):
+    tools = {"compile": [], "link": [], "libraries": [], "archs": []}
+    return types.SimpleNamespace(**tools | parts)
+
+
+def test_a_failed_cuda_compilation_names_the_file_and_the_architecture(tmp_path):
+    """A stand-in for nvcc that cannot compile broken.cu for 9.0."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text('#!/bin/sh\ncase "$*" in *sm_90*broken.cu*) exit 1;; esac\n')
+    nvcc.chmod(0o755)
+    log = "[1/3] nvcc fine.cu\nFAILED: [code=1] /build/csrc/cuda/broken.cu.o \nbroken.cu(3): error: no\n"
+    sources = ["csrc/cuda/fine.cu", "csrc/cuda/broken.cu"]
+    tools = toolchain(compile=[str(nvcc)], archs=["8.0", "9.0", "12.0"])
+    said = SETUP["failed_architecture"](log, sources, tools)
+    assert said == " csrc/cuda/broken.cu does not compile for compute capability 9.0."
+    assert SETUP["failed_architecture"]("FAILED: /build/csrc/ops.cpp.o", sources, tools) == ""
+
+
+# How the libraries are linked.
+
+
+def dynamic_symbols(library: Path, which: str) -> list[str]:
+    command = ["nm", "--dynamic", which, "--demangle", str(library)]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [line.strip() for line in listing.splitlines()]
+
+
+def needed(library: Path) -> list[str]:
+    command = ["readelf", "--dynamic", "--wide", str(library)]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return re.findall(r"\(NEEDED\).*\[(.*)\]", listing)
+
+
+def own_copies(library: Path) -> list[str]:
+    """Strong symbols of the C++ library that a library defines itself. Templates instantiated in our own
+    code are weak (W, V, u) and shared with the others."""
+    defined = dynamic_symbols(library, "--defined-only")
+    return [line for line in defined if re.match(r"\S+ [TDBR] (std::|__cxa|__gxx)", line)]
+
+
+def assert_linked_as_cxx(library: Path) -> None:
+    assert "libstdc++.so.6" in needed(library)
+    assert own_copies(library) == []
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf not found")
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name.split(".")[0])
+def test_the_cxx_library_is_shared_with_torch(library):
+    assert_linked_as_cxx(library)
+
+
+PROBE = """
+#include <torch/csrc/stable/library.h>
+#include "checks.h"
+__global__ void nothing() {}
+void check(int64_t n) { if (n < 0) nothing<<<1, 1>>>(); nf::fail("probe: expected `n` to be 3, got ", n); }
+STABLE_TORCH_LIBRARY(normface_probe, m) { m.def("check(int n) -> ()"); }
+STABLE_TORCH_LIBRARY_IMPL(normface_probe, CompositeExplicitAutograd, m) {
+  m.impl("check", TORCH_BOX(&check));
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NVCC is None, reason="nvcc not found")
+def test_a_check_that_prints_a_number_raises(tmp_path):
+    """Compiled by nvcc and linked as `_cuda` is. nvcc as the linker takes libstdc++ as an
+    archive, and the stream of the second copy finds no locale."""
+    source = tmp_path / "probe.cu"
+    source.write_text(PROBE)
+    compiler = types.SimpleNamespace(linker_so_cxx=[*COMPILER, "-shared"])
+    tools = SETUP["cuda_toolchain"](types.SimpleNamespace(compiler=compiler), NVCC, ["8.0"], 1)
+    library, built = tmp_path / "probe.so", tmp_path / "probe.o"
+    compile_command = [flag.replace("-Icsrc", f"-I{ROOT}/csrc") for flag in tools.compile]
+    subprocess.run(
+        [*compile_command, *SETUP["gencode"]("8.0"), "-c", source, "-o", built], check=True, cwd=ROOT
+    )
+    subprocess.run([*tools.link, built, *tools.libraries, "-o", library], check=True)
+    assert_linked_as_cxx(library)
+    code = (
+        "import sys, torch; torch.ops.load_library(sys.argv[1])\n"
+        "try: torch.ops.normface_probe.check(7)\n"
+        "except RuntimeError as error: print(error)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, library], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "probe: expected `n` to be 3, got 7" in ran.stdout
+
+
+# What the import costs, and where it looks.
+
+IMPORT = """
+import json, sys, time
+def seconds(name, clock=time.process_time):
+    start = clock(); __import__(name); return clock() - start
+print(json.dumps({"torch": seconds("torch"), "ours": seconds("normface_ext"), "modules": sorted(sys.modules)}))
+"""
+
+
+def test_the_import_adds_little_to_that_of_torch(tmp_path, record_property):
+    ran = subprocess.run(
+        [sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    seen = json.loads(ran.stdout)
+    record_property("seconds of our import", seen["ours"])
+    heavy = {"torch._dynamo", "matplotlib", "sklearn", "google.protobuf", "torch.distributed.tensor"}
+    assert heavy.isdisjoint(seen["modules"])
+    # 0.04 on a quiet machine; it was more than 1 with torch._dynamo.
+    assert seen["ours"] < 0.2 * seen["torch"]
+
+
+@pytest.mark.parametrize("where", ["", "tests"])
+def test_a_checkout_uses_the_installed_package(tmp_path, where):
+    """`python -c "import normface_ext"`, or a script, in a folder that has the sources but no compiled module."""
+    shutil.copytree(
+        ROOT / "normface_ext", tmp_path / "normface_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    (tmp_path / "tests").mkdir()
+    code = (
+        "import torch, normface_ext as nf, normface_ext.caffe, normface_ext.functional as f;"
+        "assert f is nf.functional and nf.caffe is normface_ext.caffe;"
+        "assert nf.NormalizeLayer()(torch.ones(2, 4))[0, 0] == 0.5;"
+        "print(nf.__file__, nf.functional.__file__)"
+    )
+    # The current folder stands first on sys.path; from below, as with PYTHONPATH or a script's own folder.
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / where, env=environment
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == [str(PACKAGE / "__init__.py"), str(PACKAGE / "functional.py")]
+
+
+def test_a_checkout_without_an_installed_package_says_what_to_do(tmp_path):
+    shutil.copytree(
+        ROOT / "normface_ext", tmp_path / "normface_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    # Every path on which the installed package could be found is taken away; torch stays, imported before.
+    code = (
+        "import torch, numpy, sys; "
+        f"sys.path[:] = [path for path in sys.path if path != {str(PACKAGE.parent)!r}]; import normface_ext"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 1
+    assert "the compiled module `_C` is missing" in ran.stderr and "`pip install .`" in ran.stderr
