@@ -20,7 +20,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import setuptools
 from setuptools import Extension, setup
@@ -181,12 +181,22 @@ class Toolchain(NamedTuple):
     archs: list[str]  # of CUDA sources; each gets those that can run it
 
 
+def cxx_commands(compiler: Any) -> tuple[list[str], list[str]]:
+    """The C++ compiler with the options for a shared object, and the same as the linker."""
+    if hasattr(compiler, "compiler_so_cxx"):
+        return [*compiler.compiler_so_cxx], [*compiler.linker_so_cxx]
+    # setuptools before 72 has the options of the C compiler and the name of the C++ compiler.
+    words = len(shlex.split(os.environ.get("CC", "cc")))
+    cxx = compiler.compiler_cxx
+    return [*cxx, *compiler.compiler_so[words:]], [*cxx, *compiler.linker_so[words:]]
+
+
 def cxx_toolchain(build: build_ext, macros: dict[str, str]) -> Toolchain:
     packages = [package_dir(name) / "include" for name in ("pybind11", "torch")]
     includes = include_flags(["csrc"], [*packages, Path(sysconfig.get_path("include"))])
     defines = [f'-D{name}="{value}"' for name, value in macros.items()]
-    compile_command = [*build.compiler.compiler_so_cxx, *CXX_FLAGS, *includes, *defines]
-    return Toolchain(compile_command, [*build.compiler.linker_so_cxx], torch_libraries(), [])
+    compiler, linker = cxx_commands(build.compiler)
+    return Toolchain([*compiler, *CXX_FLAGS, *includes, *defines], linker, torch_libraries(), [])
 
 
 def cuda_toolchain(build: build_ext, nvcc: str, archs: list[str], threads: int) -> Toolchain:
@@ -198,7 +208,7 @@ def cuda_toolchain(build: build_ext, nvcc: str, archs: list[str], threads: int) 
     # libtorch is kept though it looks unused: at run time it brings libtorch_cuda, the stream's home.
     libraries += [*torch_libraries(), "-Wl,--no-as-needed", "-ltorch"]
     compile_command = [nvcc, *host, *NVCC_FLAGS, f"--threads={threads}", *includes]
-    return Toolchain(compile_command, [*build.compiler.linker_so_cxx], libraries, archs)
+    return Toolchain(compile_command, cxx_commands(build.compiler)[1], libraries, archs)
 
 
 def torch_libraries() -> list[str]:
@@ -250,7 +260,7 @@ class NinjaBuild(build_ext):
         return fullname.replace(".", os.sep) + ".so" if is_cuda else super().get_ext_filename(fullname)
 
     def build_extensions(self) -> None:
-        check_requirements(self.compiler.compiler_so_cxx)
+        check_requirements(cxx_commands(self.compiler)[0])
         folder = Path("build", "ninja-" + sysconfig.get_config_var("SOABI")).resolve()
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         main, *cuda = self.extensions
