@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import selection
 import torch
+import workers
 from lanes import LANES, MISSING, Lane
-from selection import (  # noqa: F401
-    pytest_addoption,
-    pytest_collection_modifyitems,
-    pytest_configure,
-)
+from selection import pytest_addoption, pytest_collection_modifyitems  # noqa: F401  (hooks)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    selection.register(config)
+    workers.prepare(config)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

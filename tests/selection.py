@@ -79,7 +79,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def register(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "covering(strength): a part runs every day, see tests/selection.py")
 
 

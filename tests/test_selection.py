@@ -56,7 +56,7 @@ def test_quick(): pass
 @pytest.mark.parametrize(("a", "b"), [(0, 0), (0, 1), (1, 0), (1, 1)])  # rows, not two parameters
 def test_product(lane, a, b): pass
 """
-CONFIGURATION = "[pytest]\naddopts = --strict-markers\nmarkers =\n  slow\n"
+CONFIGURATION = "[pytest]\naddopts = --strict-markers\nmarkers =\n  slow\n  covering\n"
 PRODUCT = [f"test_product[{lane}-{a}-{b}]" for lane, a, b in product(["cpu", "other"], [0, 1], [0, 1])]
 CHOSEN = [f"test_product[{case}]" for case in ("cpu-0-0", "other-0-1", "cpu-1-0", "cpu-1-1")]
 
