@@ -3,11 +3,11 @@
 
     scripts/ptxas_report.py                       # the budget's architectures: table, then complaints
     scripts/ptxas_report.py --arch sm_90 --csv out.csv
-    scripts/ptxas_report.py --update              # writes the numbers of today into the budget
 
-No kernel may spill or keep a stack frame, unless its line in the budget says "reason": "why" (written by
-hand; --update then records the bytes). Registers and static shared memory may not grow unseen. Register
-counts belong to one nvcc: under another version only spills and frames are judged. Needs no GPU.
+No kernel may spill or keep a stack frame, unless the budget's "local_memory" names it, says how many bytes
+are fine and why. "registers" holds the kernels whose registers decide how many blocks share a
+multiprocessor. A kernel is named with its template arguments, or without them for all of its instances.
+Needs no GPU.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = ROOT / "tests" / "cuda_budget.json"
-DEFAULT_ARCHITECTURES = ["sm_80", "sm_90"]
-COSTS = ("registers", "shared")
-FAULTS = ("stack", "spill")
 
 
 @dataclass
@@ -97,40 +94,25 @@ def compile_for(arch: str, source: Path, command: list[str]) -> list[Kernel]:
     return parse(plain.stdout, arch, source.name)
 
 
-def complaints(kernels: list[Kernel], budget: dict[str, Any], same_nvcc: bool) -> list[str]:
-    """One sentence for each kernel that costs more than its budget, or is on one side only."""
+def allowed(name: str, limits: dict[str, Any]) -> Any:
+    """What the budget says of a kernel: of this instance, else of all of them; None if nothing."""
+    return limits.get(name, limits.get(name.partition("<")[0]))
+
+
+def complaints(kernels: list[Kernel], budget: dict[str, Any]) -> list[str]:
+    """One sentence for each kernel that costs more than it may, and for each name no kernel has any more."""
     said = []
     for kernel in kernels:
-        where = f"{kernel.arch} {kernel.file} {kernel.name}"
-        line = budget.get(kernel.arch, {}).get(kernel.file, {}).get(kernel.name)
-        if line is None:
-            said.append(f"{where}: not in the budget")
-        for cost in (*FAULTS, *COSTS):
-            allowed = (line or {}).get(cost, 0)
-            judged = cost in FAULTS or (line is not None and same_nvcc)
-            if judged and getattr(kernel, cost) > allowed:
-                said.append(f"{where}: {cost} expected at most {allowed}, got {getattr(kernel, cost)}")
-    seen = {(kernel.arch, kernel.file, kernel.name) for kernel in kernels}
-    for arch in {kernel.arch for kernel in kernels}:
-        for file, lines in budget.get(arch, {}).items():
-            said += [
-                f"{arch} {file} {name}: gone, but in the budget"
-                for name in lines
-                if (arch, file, name) not in seen
-            ]
-    return said
-
-
-def updated(kernels: list[Kernel], budget: dict[str, Any]) -> dict[str, Any]:
-    """The budget with the numbers of today; a fault is recorded only where a reason stands."""
-    new = {key: value for key, value in budget.items() if key not in {kernel.arch for kernel in kernels}}
-    for kernel in sorted(kernels, key=lambda kernel: kernel.name):
-        old = budget.get(kernel.arch, {}).get(kernel.file, {}).get(kernel.name, {})
-        line: dict[str, Any] = {cost: getattr(kernel, cost) for cost in COSTS}
-        if "reason" in old:
-            line |= {fault: getattr(kernel, fault) for fault in FAULTS} | {"reason": old["reason"]}
-        new.setdefault(kernel.arch, {}).setdefault(kernel.file, {})[kernel.name] = line
-    return new
+        most = {"stack": 0, "spill": 0} | (allowed(kernel.name, budget["local_memory"]) or {})
+        most["registers"] = allowed(kernel.name, budget["registers"])
+        for cost in ("stack", "spill", "registers"):
+            used = getattr(kernel, cost)
+            if most[cost] is not None and used > most[cost]:
+                where = f"{kernel.arch} {kernel.file} {kernel.name}"
+                said.append(f"{where}: {cost} expected at most {most[cost]}, got {used}")
+    names = {kernel.name for kernel in kernels} | {kernel.name.partition("<")[0] for kernel in kernels}
+    budgeted = [*budget["local_memory"], *budget["registers"]]
+    return said + [f"{name}: in the budget, but no such kernel" for name in budgeted if name not in names]
 
 
 def print_table(kernels: list[Kernel]) -> None:
@@ -142,13 +124,8 @@ def print_table(kernels: list[Kernel]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--arch",
-        nargs="+",
-        help=f"such as sm_90; default: the budget's, else {DEFAULT_ARCHITECTURES}",
-    )
+    parser.add_argument("--arch", nargs="+", help="such as sm_90; default: the budget's")
     parser.add_argument("--csv", type=Path, help="also write the table there")
-    parser.add_argument("--update", action="store_true", help="write the numbers into the budget")
     parser.add_argument("--jobs", type=int, default=1, help="compilers at a time")
     options = parser.parse_args(arguments)
 
@@ -159,10 +136,9 @@ def main(arguments: list[str] | None = None) -> int:
     folders = [str(ROOT / "csrc"), str(ROOT / "csrc" / "cuda")]
     headers = [build["package_dir"]("torch") / "include"]
     command = [nvcc, *build["NVCC_FLAGS"], *build["include_flags"](folders, headers)]
-    version = build["nvcc_version"](nvcc)
 
-    budget: dict[str, Any] = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
-    archs = options.arch or [key for key in budget if key.startswith("sm_")] or DEFAULT_ARCHITECTURES
+    budget: dict[str, Any] = json.loads(BUDGET.read_text())
+    archs = options.arch or budget["architectures"]
     work = [(arch, source) for arch in archs for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
     if not work:
         raise SystemExit("ptxas_report: no .cu file in csrc/cuda")
@@ -175,13 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
             writer = csv.DictWriter(stream, asdict(kernels[0]))
             writer.writeheader()
             writer.writerows(map(asdict, kernels))
-    same_nvcc = budget.get("nvcc") == version
-    if options.update:
-        same_nvcc, budget = True, {"nvcc": version, **updated(kernels, {**budget, "nvcc": version})}
-        BUDGET.write_text(json.dumps(budget, indent=2) + "\n")
-    elif not same_nvcc:
-        print(f"registers are not judged: the budget is of nvcc {budget.get('nvcc')}, this is {version}")
-    said = complaints(kernels, budget, same_nvcc)
+    said = complaints(kernels, budget)
     print("\n".join(said) or f"{len(kernels)} kernels within the budget")
     return 1 if said else 0
 

@@ -1,16 +1,26 @@
-"""Fixtures: the lanes of lanes.py, and torch.compile without graph breaks."""
+"""Options and fixtures: --all, the lanes of lanes.py, and torch.compile without graph breaks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+import selection
 import torch
+import workers
 from lanes import LANES, MISSING, Lane
+from selection import pytest_addoption, pytest_collection_modifyitems  # noqa: F401  (hooks)
 
 
-def pytest_report_header() -> list[str]:
-    return [f"normface_ext lanes: {', '.join(lane.name for lane in LANES)}", *MISSING]
+def pytest_configure(config: pytest.Config) -> None:
+    selection.register(config)
+    workers.prepare(config)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    cases = "all" if config.option.every_case else "the quick ones (pytest --all: all)"
+    lanes = ", ".join(lane.name for lane in LANES)
+    return [f"normface_ext lanes: {lanes}; cases: {cases}", *MISSING]
 
 
 @pytest.fixture(params=LANES, ids=lambda lane: lane.name)

@@ -156,6 +156,7 @@ def test_nothing_is_launched_for_nothing() -> None:
     assert faults().missing_barrier(torch.empty(0), True).numel() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "n", "message"),
     [
@@ -250,6 +251,7 @@ def check_exchanges(device: str) -> None:
 needs_nvcc = pytest.mark.skipif(build.nvcc() is None, reason="nvcc not found")
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_nvcc_compiles_the_same_source_to_the_instructions_meant() -> None:
     ptx = build.build_faults_with_nvcc().read_bytes()

@@ -63,6 +63,7 @@ def choose(monkeypatch, choice, chunk, *, again=False, module=functional):
     monkeypatch.setattr(module, "plan", chosen)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize(
     ("batch", "dim", "classes", "chunk"),
@@ -79,6 +80,7 @@ def test_every_choice(cuda_lane, monkeypatch, choice, batch, dim, classes, chunk
     check(cuda_lane, x, weight, labels, cuda_lane.tensor(30.0, grad=True), margin=nf.CosFace(0.2))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("choice", PLAIN)
 @pytest.mark.parametrize(
     ("batch", "dim", "classes", "chunk"),
@@ -107,6 +109,7 @@ def test_every_choice_of_wide_operands_with_every_option(cuda_lane, monkeypatch,
     assert_options_hold(x, weight, labels, options, 1e-5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("scale", [0.0, -9.0, 100.0])
 def test_any_scale(cuda_lane, monkeypatch, choice, scale):
@@ -165,6 +168,7 @@ def test_runs_are_bit_identical(cuda_lane, monkeypatch, choice):
             assert torch.equal(one, same)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
 def test_only_wanted_gradients(cuda_lane, monkeypatch, choice, wanted):
@@ -199,6 +203,7 @@ def test_an_empty_batch(cuda_lane, monkeypatch, choice):
     assert loss == 0 and (weight.grad == 0).all() and x.grad.shape == (0, 16)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("scale", [12.0, 100.0])
 def test_shards_add_up_to_the_whole(cuda_lane, monkeypatch, choice, scale):

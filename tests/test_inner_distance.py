@@ -40,6 +40,7 @@ def check(lane, x, weight, labels=None, name="inner_distance", **options):
     )
 
 
+@pytest.mark.covering(2)
 @both_p
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -244,6 +245,7 @@ def test_second_derivatives_are_refused(lane):
         dx.sum().backward()
 
 
+@pytest.mark.covering(1)
 @both_p
 def test_compiled_equals_eager(lane, compile_fully, p):
     def step(x, weight):

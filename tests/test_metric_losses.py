@@ -75,6 +75,7 @@ def check(lane, loss, x, weight, labels, name=None, *, floor=16.0, limit=None, w
 # Options --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(2)
 @every_reduction
 @every_case
 @pytest.mark.parametrize("limit", [None, 0, 3, 40])
@@ -85,6 +86,7 @@ def test_options(lane, loss, options, limit, reduction):
     check(lane, loss, x, weight, labels, limit=limit, reduction=reduction, **options)
 
 
+@pytest.mark.covering(2)
 @every_case
 @pytest.mark.parametrize("limit", [0, 8])
 def test_gradcheck(lane, loss, options, limit):
@@ -168,6 +170,7 @@ def test_the_paper_s_formula_in_numpy(lane):
 # Sizes and dtypes -----------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @both
 @pytest.mark.parametrize("size", ODD_SIZES)
 def test_odd_sizes(lane, size, loss):
@@ -486,6 +489,7 @@ def test_modules(lane):
         assert "33, 41" in repr(layer)
 
 
+@pytest.mark.covering(1)
 @both
 @pytest.mark.parametrize("hardest", [True, False])
 def test_compiled_equals_eager(lane, compile_fully, hardest, loss):

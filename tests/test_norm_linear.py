@@ -244,6 +244,7 @@ def test_inputs_are_not_modified(lane):
         assert torch.equal(now.detach(), then)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("learned", [True, False])
 def test_compiled_equals_eager(lane, compile_fully, learned):
     def step(x, weight, scale):

@@ -317,6 +317,7 @@ def test_inputs_are_not_modified(lane):
     assert y.data_ptr() != x.data_ptr() and x.grad.data_ptr() != g.data_ptr()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_equals_eager(lane, compile_fully, dtype):
     def step(x):

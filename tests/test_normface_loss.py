@@ -104,6 +104,7 @@ def sample(lane, batch=6, dim=33, classes=41, dtype=torch.float32, weight_dtype=
 # Options --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(2)
 @every_reduction
 @every_margin
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 64.0, 200.0])
@@ -232,6 +233,7 @@ def test_labels_at_both_ends_and_many_rows_of_one_class(lane):
 # Dtypes ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("margin", [None, nf.ArcFace(0.5)], ids=["normface", "arcface"])
 @pytest.mark.parametrize("scale", [8.0, 64.0])
 @pytest.mark.parametrize("dim", [33, 40])  # tensor cores take multiples of 8
@@ -256,6 +258,7 @@ def test_16_bit(lane, dtypes, dim, scale, margin):
     assert x.grad.dtype == dtypes[0] and weight.grad.dtype == dtypes[1]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("store", [True, False], ids=["stored", "recompute"])
 @pytest.mark.parametrize(
     ("batch", "dim", "classes"), [(1, 8, 2), (3, 64, 127), (130, 16, 129), (5, 136, 260), (127, 24, 33)]
@@ -640,6 +643,7 @@ def test_inputs_are_not_modified(lane):
 # Around it ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_compiled_equals_eager(lane, compile_fully, reduction, learned):
@@ -691,6 +695,7 @@ def test_the_combined_loss_of_the_paper(lane):
     assert_matches_reference(combined(nf.functional), combined(reference), [x, weight], "combined", dim=None)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("store", [True, False], ids=["stored", "recompute"])
 @pytest.mark.parametrize("shape", [(64, 32, 3000), (400, 48, 200), (2000, 16, 7)], ids=str)
 def test_plans_keep_their_word(lane, shape, store):
@@ -736,6 +741,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_within_the_budget():
     """N x C would be 205 MB and is what the default budget allows; 16 MiB must mean 16 MiB."""
 

@@ -15,14 +15,16 @@ from emulation import build
 LIBRARIES = ["cpu", "emulation"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(build.unavailable() is not None, reason=f"{build.unavailable()}")
 @pytest.mark.skipif(build.SANITIZED, reason="this is the child")
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_op_tests_pass_under_the_sanitizers(library: str) -> None:
     build.build(library, sanitize=True)
     namespace = build.NAMESPACES[library]
+    command = [sys.executable, "-m", "pytest", "-q", "--all", "--maxfail=3", "-p", "no:cacheprovider"]
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--maxfail=3", "-p", "no:cacheprovider", "-k", namespace, "."],
+        [*command, "-k", namespace, "."],
         capture_output=True,
         text=True,
         cwd=build.HERE.parent,  # the root would hide the installed package behind the source folder

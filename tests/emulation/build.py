@@ -8,7 +8,8 @@ With NORMFACE_SANITIZE=1 in the environment everything is built with AddressSani
 UndefinedBehaviorSanitizer. Their libraries must then be in the process from its beginning, see
 `sanitizer_environment`. Without it, the kernels' memory accesses are watched by hooks.cpp.
 
-The results lie in build/emulation and are brought up to date by ninja. Needs g++ and ninja.
+Ninja brings them up to date in build/emulation; cache.py keeps them for the next checkout. Needs g++ and
+ninja.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import platform
 import runpy
 import shlex
 import shutil
@@ -24,6 +26,7 @@ import sys
 from pathlib import Path
 
 import torch
+from emulation import cache
 from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).resolve().parent
@@ -98,20 +101,45 @@ def ninja_file(library: str, sanitize: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
+@functools.cache
+def compiler_version() -> str:
+    return subprocess.run([*shlex.split(CXX), "--version"], check=True, capture_output=True, text=True).stdout
+
+
+def name_of(library: str, sanitize: bool) -> str:
+    """What the cache calls the library that would be built now."""
+    elsewhere = CSRC / ("cuda" if library == "cpu" else "cpu")  # the other lane's kernels
+    files = [path for path in (*CSRC.rglob("*"), *HERE.rglob("*")) if path.is_file()]
+    read = [path for path in files if elsewhere not in path.parents and path.suffix not in (".pyc", ".md")]
+    recipe = ninja_file(library, sanitize)
+    for place in (ROOT, Path(torch.__file__).parent):  # where they lie does not change the result
+        recipe = recipe.replace(str(place), "")
+    versions = compiler_version(), torch.__version__, platform.machine()
+    known = cache.fingerprint(ROOT, read, recipe, *versions)
+    return f"{library}-{known}.so"
+
+
 def build(library: str = "emulation", sanitize: bool = SANITIZED) -> Path:
     """Brings the library up to date and returns its path. MAX_JOBS limits how much compiles at once."""
+    name = name_of(library, sanitize)
+    if kept := cache.find(name):
+        return kept
     folder = OUTPUT / ("sanitized" if sanitize else "plain") / library
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs may come at once
+        if kept := cache.find(name):
+            return kept
         (folder / "build.ninja").write_text(ninja_file(library, sanitize))
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
         ran = subprocess.run(["ninja", "-C", folder, "-j", jobs], capture_output=True, text=True)
-    if ran.returncode != 0:
-        raise RuntimeError(
-            f"the {library} library of the test build does not compile:\n{ran.stdout}{ran.stderr}"
-        )
-    return folder / f"{library}.so"
+        if ran.returncode != 0:
+            raise RuntimeError(
+                f"the {library} library of the test build does not compile:\n{ran.stdout}{ran.stderr}"
+            )
+        built = folder / f"{library}.so"
+        # Unless somebody saved a source meanwhile: then it is not what the name says.
+        return cache.keep(name, built) if name_of(library, sanitize) == name else built
 
 
 @functools.cache
