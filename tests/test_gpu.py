@@ -3,6 +3,7 @@ gradients on CUDA are checked by the op tests' "cuda" lane."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,6 +16,13 @@ if not (torch.cuda.is_available() and nf.build_info()["cuda_loaded"]):
     pytest.skip("no GPU, or the CUDA kernels are not loaded", allow_module_level=True)
 
 CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_of_other_tests() -> None:
+    """What torch's allocator keeps for reuse counts as taken, for the plan and for free memory."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def head_inputs(dtype: torch.dtype = torch.float32, device: torch.device = CUDA) -> list[torch.Tensor]:
