@@ -288,6 +288,7 @@ def test_faults_use_every_name_of_the_real_headers() -> None:
     assert [name for name in names if not re.search(rf"\b{name}\b", used)] == []
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_twins_are_right_on_a_gpu() -> None:

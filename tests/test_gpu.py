@@ -129,6 +129,7 @@ def test_tensors_on_a_second_device() -> None:
     assert_same(step(*head_inputs()), step(*head_inputs(device=torch.device("cuda:1"))))
 
 
+@pytest.mark.slow  # 35 GiB are written and read for each
 @pytest.mark.parametrize("choice", [*CHOICES, "plain"])
 def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch, choice: str) -> None:
     """N * C > 2**32, stored in one piece or in chunks of that size: all kernels agree with small chunks."""
