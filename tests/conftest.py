@@ -1,4 +1,4 @@
-"""Fixtures: the lanes of lanes.py, and torch.compile without graph breaks."""
+"""Options and fixtures: --all, the lanes of lanes.py, and torch.compile without graph breaks."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 from lanes import LANES, MISSING, Lane
+from selection import (  # noqa: F401
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+)
 
 
-def pytest_report_header() -> list[str]:
-    return [f"normface_ext lanes: {', '.join(lane.name for lane in LANES)}", *MISSING]
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    cases = "all" if config.option.every_case else "the quick ones (pytest --all: all)"
+    lanes = ", ".join(lane.name for lane in LANES)
+    return [f"normface_ext lanes: {lanes}; cases: {cases}", *MISSING]
 
 
 @pytest.fixture(params=LANES, ids=lambda lane: lane.name)
