@@ -38,6 +38,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def unwritten_is_nan() -> None:
+    """From now on aten::empty, from which all memory of the kernels comes, fills it with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
 @contextmanager
 def kernels_of(device: str) -> Iterator[str]:
     """The operators of the device are in use; gives the name of torch's device."""
@@ -89,8 +95,7 @@ def run(device: str, dtypes: list[torch.dtype], select: str = "") -> tuple[int, 
 def main() -> int:
     options = arguments()
     if options.unwritten_is_nan:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        unwritten_is_nan()
     with kernels_of(options.device) as device:
         dtypes = [getattr(torch, name) for name in options.dtypes]
         count, wrong = run(device, dtypes, options.select)

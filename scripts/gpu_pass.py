@@ -147,13 +147,13 @@ def run(step: Step, options: Options) -> Result:
     return Result(state, code, seconds, options.quick, options.select, last_line(log))
 
 
-def table(results: dict[str, Result], kept: set[str]) -> str:
-    """One line per step that has a result; `kept` are those of an earlier call."""
+def table(results: dict[str, Result], done: set[str]) -> str:
+    """One line per step that has a result; those that are not `done` were before, in another call."""
     lines = [f"{'step':<10} {'state':<22} {'seconds':>8}  said"]
     for step in STEPS:
         if (result := results.get(step.name)) is None:
             continue
-        notes = [*(["quick"] if result.quick else []), *(["before"] if step.name in kept else [])]
+        notes = [*(["quick"] if result.quick else []), *([] if step.name in done else ["before"])]
         state = result.state + (f" ({', '.join(notes)})" if notes else "")
         lines.append(f"{step.name:<10} {state:<22} {result.seconds:>8.1f}  {result.said[:100]}")
     return "\n".join(lines)
@@ -165,9 +165,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the results, made if it is missing")
     parser.add_argument("--quick", action="store_true", help="the quick cases and tests, memcheck alone")
-    parser.add_argument(
-        "--only", nargs="+", metavar="STEP", choices=[step.name for step in STEPS], default=[]
-    )
+    names = [step.name for step in STEPS]
+    text = f"this step, and again if it passed; may be repeated. One of {', '.join(names)}"
+    parser.add_argument("--only", action="append", metavar="STEP", choices=names, default=[], help=text)
     parser.add_argument("--select", metavar="WORD", default="", help="only tests and cases so named")
     parser.add_argument(
         "--device", choices=["cuda", "emulated"], default="cuda", help="emulated: to test this script"
@@ -189,20 +189,20 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     state = State(options.out, build_of_the_package(), options.device)
     steps = wanted(given)
-    kept: set[str] = set()
     done: set[str] = set()
     for step in steps:
         before = state.results.get(step.name)
         if before is not None and before.covers(options) and not given.only:
-            kept.add(step.name)
             continue
         print(f"{step.name} ...", flush=True)
         result = run(step, options)
         done.add(step.name)
         state.renew(build_of_the_package(), done)
         state.add(step.name, result)
-        (options.out / "summary.txt").write_text(table(state.results, kept) + "\n")
-    print(table(state.results, kept))
+        (options.out / "summary.txt").write_text(table(state.results, done) + "\n")
+    text = table(state.results, done)
+    (options.out / "summary.txt").write_text(text + "\n")
+    print(text)
     return sum(not state.results[step.name].good for step in steps)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -33,10 +32,11 @@ PLAIN = {
 }
 
 
-@contextmanager
-def chosen(choice: str, chunk: int, module: Any = functional) -> Iterator[None]:
-    """Within it the module's plan() says so on CUDA, `chunk` classes at a time, whatever it would choose."""
+def plan_of(choice: str, chunk: int, *, again: bool = False) -> Callable[..., Any]:
+    """A plan() that on CUDA says so, `chunk` classes at a time, whatever it would choose; `again`: without
+    storing E."""
     algorithm, scores, gradient = (CHOICES | PLAIN)[choice]
+    algorithm = "recompute" if again else algorithm
 
     def plan(*given: Any, **options: Any) -> Any:
         made = nf.plan(*given, **options)
@@ -51,8 +51,7 @@ def chosen(choice: str, chunk: int, module: Any = functional) -> Iterator[None]:
             chunks=-(-classes // width),
         )
 
-    with mock.patch.object(module, "plan", plan):
-        yield
+    return plan
 
 
 def head(name: str, choice: str, leaves: list[Tensor], *constants: Tensor, **options: Any) -> Case:
@@ -68,7 +67,7 @@ def head(name: str, choice: str, leaves: list[Tensor], *constants: Tensor, **opt
 
     def ours(*tensors: Tensor) -> Tensor:
         given, named = arguments(tensors)
-        with chosen(choice, 37):
+        with mock.patch.object(functional, "plan", plan_of(choice, chunk=37)):
             return functional.normface_loss(*given, **named)
 
     def truth(*tensors: Tensor) -> Tensor:
