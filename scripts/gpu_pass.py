@@ -1,14 +1,14 @@
 """Everything a machine with a GPU should run, without network, the most telling first.
 
-    scripts/gpu_pass.sh OUT              all steps, some 40 minutes at most
+    scripts/gpu_pass.sh OUT              all steps; with an installed package under 36 minutes
     scripts/gpu_pass.sh OUT --quick      under 5 minutes with an installed package; builds if there is none
     scripts/gpu_pass.sh OUT --only ops   that step, and again even if it passed
 
 Each step has a time limit and a log of its own, OUT/<step>.log; one that fails or is stopped does not keep
 the next from running. Called again with the same OUT, it goes on: what passed with this build of the package
-is not run again. OUT/summary.txt has a line for each step, and is up to date after each. The exit status is
-the number of steps that did not pass. The steps are in scripts/gpu_steps.py; docs/gpu.md says what each
-shows.
+on such a GPU is not run again. OUT/summary.txt has a line for each step, and is up to date after each. The
+exit status is the number of steps that did not pass. The steps are in scripts/gpu_steps.py; docs/gpu.md says
+what each shows.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from gpu_steps import STEPS, Options, Step
 
 #: After an interrupt, for pytest to say what failed so far and for the benchmark to close its files.
 GRACE = 10.0
+#: Those that asked this script to end. They are only noted: an exception in the middle of starting a step
+#: would leave the step behind.
+signals: list[int] = []
 #: pytest's exit status when nothing was collected.
 NO_TESTS = 5
 PASSED, FAILED, STOPPED, EMPTY, NO_GPU = "passed", "failed", "stopped", "showed nothing", "no GPU here"
@@ -60,9 +63,14 @@ class State:
         self.file, self.build, self.device = out / "steps.json", build, device
         self.results: dict[str, Result] = {}
         if self.file.exists():
-            stored = json.loads(self.file.read_text())
-            if (stored["build"], stored["device"]) == (build, device):
-                self.results = {name: Result(**result) for name, result in stored["steps"].items()}
+            try:
+                stored = json.loads(self.file.read_text())
+                if (stored["build"], stored["device"]) == (build, device):
+                    self.results = {name: Result(**result) for name, result in stored["steps"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                sys.exit(
+                    f"gpu_pass: expected {self.file} to be what a call of this script wrote, got {error!r}"
+                )
 
     def renew(self, build: str, keep: set[str]) -> None:
         """Another build: what was found before says nothing about it."""
@@ -92,12 +100,26 @@ def build_of_the_package() -> str:
     return digest.hexdigest()[:16]
 
 
+def device_at_hand(device: str) -> str:
+    """With the names of the GPUs, so that results of different ones do not mix in one folder."""
+    if device != "cuda":
+        return device
+    try:
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split(
+            "\n"
+        )
+    except (OSError, subprocess.SubprocessError):
+        names = []
+    return ", ".join(["cuda", *(name.strip() for name in names if name.strip())])
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """The whole group: a step may have started others."""
-    for signal_number, seconds in ((signal.SIGINT, GRACE), (signal.SIGKILL, None)):
+    """The whole group: a step may have started others. What hangs in the driver is not waited for."""
+    for number in (signal.SIGINT, signal.SIGKILL):
         try:
-            os.killpg(process.pid, signal_number)
-            process.wait(seconds)
+            os.killpg(process.pid, number)
+            process.wait(GRACE)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             continue
 
@@ -127,13 +149,12 @@ def run(step: Step, options: Options) -> Result:
             file.write(f"{error}\n".encode())
             process = None
         if process is not None:
-            try:
-                code = process.wait(limit)
-            except subprocess.TimeoutExpired:
+            while (code := process.poll()) is None and time.monotonic() - start < limit and not signals:
+                time.sleep(0.05)
+            if code is None:
                 stop(process)
-            except BaseException:
-                stop(process)
-                raise
+    if signals:
+        sys.exit(128 + signals[0])
     shown = re.search(step.evidence, log.read_text(errors="replace")) is not None
     if process is not None and code is None:
         state = STOPPED
@@ -185,9 +206,9 @@ def main() -> int:
     given = arguments()
     given.out.mkdir(parents=True, exist_ok=True)
     options = Options(given.out.resolve(), given.device, given.quick, given.select)
-    # As an interrupt, so that a step does not outlive the script.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    state = State(options.out, build_of_the_package(), options.device)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
+    state = State(options.out, build_of_the_package(), device_at_hand(options.device))
     steps = wanted(given)
     done: set[str] = set()
     for step in steps:

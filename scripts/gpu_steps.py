@@ -48,9 +48,17 @@ class Step:
     environment: tuple[tuple[str, str], ...] = ()
 
 
+WHERE = """
+import platform, torch
+gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+print(f"this machine: {gpu}, torch {torch.__version__}, Python {platform.python_version()}")
+"""
+
+
 def machine(options: Options) -> list[str]:
     tools = "if command -v nvidia-smi; then nvidia-smi; fi; if command -v nvcc; then nvcc --version; fi"
-    return ["sh", "-c", f'{tools}; exec "$0" -m torch.utils.collect_env', sys.executable]
+    script = f'{tools}; "$0" -m torch.utils.collect_env; exec "$0" -c "$1"'
+    return ["sh", "-c", script, sys.executable, WHERE]
 
 
 LOADED = """
@@ -119,7 +127,7 @@ def sanitized(tool: str) -> Callable[[Options], list[str]]:
 AGREED, PASSED = r"[1-9]\d* cases, all agree", r"\b[1-9]\d* passed"
 TESTS = ROOT / "tests"  # not the root, whose source folder would hide the installed package from pytest
 STEPS = [
-    Step("machine", 60, 15, machine, r"PyTorch version"),
+    Step("machine", 60, 15, machine, "this machine: "),
     Step("library", 900, 900, library, "the library is ready", TESTS, environment=(("NORMFACE_CUDA", "1"),)),
     Step("kernels", 120, 40, kernels, AGREED),
     Step("ops", 480, 70, ops, PASSED, TESTS),
