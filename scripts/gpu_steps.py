@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sys
@@ -95,7 +96,10 @@ def pytest(options: Options, files: list[str], keyword: str) -> list[str]:
 
 
 def ops(options: Options) -> list[str]:
-    return pytest(options, OPS_FILES, options.device)
+    """Its tests wait for the host more than for the GPU, so several processes share it where they can."""
+    workers = min(8, (os.cpu_count() or 1) // 2)
+    parallel = workers >= 4 and importlib.util.find_spec("xdist") is not None
+    return pytest(options, OPS_FILES, options.device) + (["-n", str(workers)] if parallel else [])
 
 
 def gpu(options: Options) -> list[str]:
@@ -133,7 +137,7 @@ STEPS = [
     Step("ops", 480, 70, ops, PASSED, TESTS),
     Step("gpu", 240, 40, gpu, PASSED, TESTS, needs_gpu=True),
     Step("bench", 420, 60, bench, r"\S"),
-    Step("memcheck", 180, 40, sanitized("memcheck"), AGREED),
+    Step("memcheck", 180, 55, sanitized("memcheck"), AGREED),
     Step("racecheck", 240, None, sanitized("racecheck"), AGREED),
     Step("initcheck", 240, None, sanitized("initcheck"), AGREED),
     Step("synccheck", 180, None, sanitized("synccheck"), AGREED),

@@ -222,6 +222,19 @@ def test_every_file_of_op_tests_is_in_it() -> None:
     assert all((TESTS / name).exists() for name in gpu_steps.GPU_FILES)
 
 
+@pytest.mark.parametrize(
+    ("cores", "plugin", "workers"), [(16, True, "8"), (8, True, "4"), (4, True, None), (16, False, None)]
+)
+def test_processes_share_the_gpu_where_there_are_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cores: int, plugin: bool, workers: str | None
+) -> None:
+    monkeypatch.setattr(gpu_steps.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(gpu_steps.importlib.util, "find_spec", lambda name: plugin or None)
+    command = gpu_steps.ops(gpu_steps.Options(tmp_path, "cuda", quick=True, select=""))
+    assert command[-2:] == ["-n", workers] if workers else "-n" not in command
+    assert "--all" not in command and command[command.index("-k") + 1] == "cuda"
+
+
 SANITIZER = """#!/bin/sh
 # In place of compute-sanitizer: takes its options, runs the program, has nothing to report.
 tool=$2
