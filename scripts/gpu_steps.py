@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,19 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Whatever runs on the lanes of tests/lanes.py; tests/test_gpu_pass.py says when one is missing.
-OPS_FILES = [
-    "test_contract.py",
-    "test_normalize.py",
-    "test_norm_linear.py",
-    "test_normface_loss.py",
-    "test_loss_weights.py",
-    "test_class_shards.py",
-    "test_head_kernels.py",
-    "test_metric_losses.py",
-    "test_agent_shards.py",
-    "test_inner_distance.py",
-]
+TESTS = ROOT / "tests"  # pytest runs there: in the root the source folder would hide the installed package
 GPU_FILES = ["test_gpu.py", "test_train_distributed.py", "test_emulation.py"]
 
 
@@ -95,11 +84,19 @@ def pytest(options: Options, files: list[str], keyword: str) -> list[str]:
     return [*command, *([] if options.quick else ["--all"]), "-k", chosen, *files]
 
 
+ON_LANES = re.compile(r"^def test_\w+\([^)]*\b(?:cuda_)?lane\b[^)]*\)", re.MULTILINE)
+
+
+def op_files() -> list[str]:
+    """Whatever has tests on the lanes of tests/lanes.py: a new file cannot be left out."""
+    return [path.name for path in sorted(TESTS.glob("test_*.py")) if ON_LANES.search(path.read_text())]
+
+
 def ops(options: Options) -> list[str]:
     """Its tests wait for the host more than for the GPU, so several processes share it where they can."""
     workers = min(8, (os.cpu_count() or 1) // 2)
     parallel = workers >= 4 and importlib.util.find_spec("xdist") is not None
-    return pytest(options, OPS_FILES, options.device) + (["-n", str(workers)] if parallel else [])
+    return pytest(options, op_files(), options.device) + (["-n", str(workers)] if parallel else [])
 
 
 def gpu(options: Options) -> list[str]:
@@ -129,7 +126,6 @@ def sanitized(tool: str) -> Callable[[Options], list[str]]:
 
 
 AGREED, PASSED = r"[1-9]\d* cases, all agree", r"\b[1-9]\d* passed"
-TESTS = ROOT / "tests"  # not the root, whose source folder would hide the installed package from pytest
 STEPS = [
     Step("machine", 60, 15, machine, "this machine: "),
     Step("library", 900, 900, library, "the library is ready", TESTS, environment=(("NORMFACE_CUDA", "1"),)),
