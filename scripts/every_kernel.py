@@ -1,119 +1,112 @@
-"""Runs a small case of every kernel, forward and backward: what compute-sanitizer is pointed at.
+"""Runs a small case of every op and every kernel, forward and backward, and compares with float64.
 
-    python scripts/every_kernel.py [--device cuda]
+    python scripts/every_kernel.py                       on the GPU
+    python scripts/every_kernel.py --device emulated     the CUDA kernels on the CPU (tests/emulation)
+    python scripts/every_kernel.py --device cpu          the CPU kernels
 
-Sizes are odd on purpose and the results are compared with the reference, so a tool that finds nothing
-has still watched the right numbers being made.
+It is also what compute-sanitizer is pointed at: sizes are odd on purpose, and a tool that finds nothing has
+watched the right numbers being made. ``--unwritten-is-nan`` fills fresh memory with NaN, so that an element
+that no kernel writes, one that only cuBLAS should write among them, is a wrong result. The tables are in
+scripts/kernel_cases.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from kernel_cases import DTYPES, TABLES, Case
+from torch import Tensor
 
-import normface_ext as nf
-
-
-def compare(name: str, actual: torch.Tensor, truth: torch.Tensor, tolerance: float) -> None:
-    actual, truth = actual.detach().double().cpu(), truth.detach().double().cpu()
-    error = float((actual - truth).norm() / truth.norm().clamp_min(1e-30))
-    if not error <= tolerance:
-        raise SystemExit(f"{name}: relative error {error:.2e} above {tolerance:.0e}")
+#: By the norm of the difference; a 16-bit operand is good for its own rounding.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
-def leaves(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    return [t.detach().clone().requires_grad_() for t in tensors]
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=["cuda", "emulated", "cpu"], default="cuda")
+    parser.add_argument("--select", metavar="TEXT", default="", help="only cases with this in their name")
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
+    parser.add_argument("--unwritten-is-nan", action="store_true")
+    return parser.parse_args(argv)
 
 
-def run(name: str, ours: object, reference: object, inputs: list[torch.Tensor], tolerance: float) -> None:
-    """Values and gradients of `ours` against `reference` on the same inputs in float64 on the CPU."""
-    mine, theirs = leaves(*inputs), leaves(*(t.cpu().double() for t in inputs))
-    out, truth = ours(*mine), reference(*theirs)  # type: ignore[operator]
-    compare(name, out, truth, tolerance)
-    weights = torch.randn(truth.shape, dtype=torch.float64)
-    (out * weights.to(out)).sum().backward()
-    (truth * weights).sum().backward()
-    for index, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-        compare(f"{name}, gradient {index}", a.grad, b.grad, tolerance)
+def unwritten_is_nan() -> None:
+    """From now on aten::empty, from which all memory of the kernels comes, fills it with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda")
-    device = parser.parse_args().device
-    torch.manual_seed(0)
-    f, r = nf.functional, nf.reference
-    labels = torch.randint(101, (17,))
-    labels[2:5], labels[6] = 100, -100
-    on_device = labels.to(device)
-    weights = {"sample_weight": torch.rand(17), "class_weight": torch.rand(101)}
-    there = {name: weight.to(device) for name, weight in weights.items()}
-    for dtype, tolerance in (
-        (torch.float64, 1e-12),
-        (torch.float32, 1e-5),
-        (torch.float16, 2e-2),
-        (torch.bfloat16, 5e-2),
-    ):
+@contextmanager
+def kernels_of(device: str) -> Iterator[str]:
+    """The operators of the device are in use; gives the name of torch's device."""
+    if device != "emulated":
+        yield device
+        return
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    from lanes import load
 
-        def make(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-            return torch.randn(*shape).to(device, of)
+    from normface_ext import _library
 
-        for p in (1, 2):
-            for shape in ((33, 40), (5, 31), (2, 7, 3, 35), (3, 1100)):
-                run(
-                    f"normalize {dtype} p={p} {shape}",
-                    lambda x, p=p: f.normalize(x, 1, p),
-                    lambda x, p=p: r.normalize(x, 1, p),
-                    [make(*shape)],
-                    tolerance,
-                )
-        wide = torch.promote_types(dtype, torch.float32)
-        inputs = [make(17, 40), make(101, 40), torch.tensor(7.0, device=device, dtype=wide)]
-        run(f"norm_linear {dtype}", f.norm_linear, r.norm_linear, inputs, tolerance)
-        # What plan() makes of the shape: our own products, cuBLAS for rows that tensor cores do not take and
-        # for dW of a large batch, chunks, and (16 bits, E too large for the budget) the single sweep.
-        for batch, dim, classes, workspace in (
-            (17, 40, 101, None),
-            (17, 41, 101, None),
-            (17, 520, 101, None),
-            (1100, 40, 101, None),
-            (17, 40, 101, 60_000),
-            (17, 40, 20_001, 5_000_000),
-        ):
-            target = torch.randint(min(classes, 101), (batch,))
-            target[2:5], target[6] = 100, -100
-            there_too = target.to(device)
-            for s in (10.0, 100.0):  # one shift for all, and the largest logit of each row
-                plan = nf.plan(batch, dim, classes, dtype, device, workspace=workspace)
-                run(
-                    f"normface_loss {dtype} N={batch} D={dim} C={classes} s={s}: {plan}",
-                    lambda x, w, t, y=there_too, ws=workspace: f.normface_loss(
-                        x, w, y, t, margin=nf.ArcFace(0.3), workspace=ws
-                    ),
-                    lambda x, w, t, y=target: r.normface_loss(x, w, y, t, margin=nf.ArcFace(0.3)),
-                    [make(batch, dim), make(classes, dim), torch.tensor(s, device=device, dtype=wide)],
-                    tolerance,
-                )
-                if s == 10.0:
-                    run(
-                        f"normface_loss {dtype} N={batch} D={dim} C={classes}, a number as scale",
-                        lambda x, w, y=there_too, ws=workspace: f.normface_loss(x, w, y, 10.0, workspace=ws),
-                        lambda x, w, y=target: r.normface_loss(x, w, y, 10.0),
-                        [make(batch, dim), make(classes, dim)],
-                        tolerance,
-                    )
-        run(
-            f"normface_loss {dtype}, weighted and smoothed",
-            lambda x, w: f.normface_loss(x, w, on_device, 9.0, label_smoothing=0.1, **there),
-            lambda x, w: r.normface_loss(x, w, labels, 9.0, label_smoothing=0.1, **weights),
-            [make(17, 40), make(101, 40)],
-            tolerance,
-        )
-    if device == "cuda":
-        torch.cuda.synchronize()
-    print("every kernel ran and agreed with the reference")
+    with _library.use_namespace(load("normface_emulation")):
+        yield "cpu"
+
+
+def complaint(case: Case, device: str, tolerance: float) -> str | None:
+    """What is wrong with a case, if anything is."""
+    truth = case.truth(*(t.double() if t.is_floating_point() else t for t in case.inputs))
+    results = case.ours(*(t.to(device) for t in case.inputs))
+    for index, (got, right) in enumerate(zip(results, truth, strict=True)):
+        found = on_host(got, index in case.by_library).double()
+        error = float((found - right).norm() / right.norm().clamp_min(1e-30))
+        if not error <= tolerance:
+            return f"result {index}: relative error {error:.2e} above {tolerance:.0e}"
+    return None
+
+
+def on_host(result: Tensor, by_library: bool) -> Tensor:
+    """What a kernel of ours wrote is read by a kernel before it is copied, so that initcheck reports what is
+    missing of it as a read on the device. scripts/initcheck.py counts on that."""
+    return (result if by_library else result.detach() + 0).cpu()
+
+
+def run(device: str, dtypes: list[torch.dtype], select: str = "") -> tuple[int, int]:
+    """(cases, of them wrong) on a device that `kernels_of` has made ready; a line for each wrong one."""
+    count = wrong = 0
+    for dtype in dtypes:
+        for table in TABLES.values():
+            for case in table(dtype):
+                if select not in case.name:
+                    continue
+                count += 1
+                if found := complaint(case, device, TOLERANCE[dtype]):
+                    wrong += 1
+                    print(f"WRONG {case.name}, {dtype}: {found}", flush=True)
+    return count, wrong
+
+
+def main() -> int:
+    options = arguments()
+    if options.unwritten_is_nan:
+        unwritten_is_nan()
+    with kernels_of(options.device) as device:
+        dtypes = [getattr(torch, name) for name in options.dtypes]
+        count, wrong = run(device, dtypes, options.select)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    if count == 0:
+        raise SystemExit(f"every_kernel: no case has {options.select!r} in its name")
+    agreed = "all agree" if wrong == 0 else f"{wrong} DO NOT AGREE"
+    print(f"every kernel on {options.device}: {count} cases, {agreed} with float64")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

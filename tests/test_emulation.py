@@ -102,7 +102,7 @@ FAULTS: dict[str, tuple[int, Callable[[torch.Tensor], torch.Tensor], str]] = {
     ),
     "blocks_in_one_place": (
         128,
-        lambda x: torch.tensor([len(x) // BLOCK], dtype=torch.int32),
+        lambda x: x.new_full((1,), len(x) // BLOCK, dtype=torch.int32),
         "writes global memory at .*, which another block of the launch wrote",
     ),
     "missing_arrival": (
@@ -139,6 +139,13 @@ def test_a_fault_is_reported_and_its_twin_is_right(name: str, order: str) -> Non
         getattr(faults(), name)(x, True)
     # Afterwards, so that it also proves that nothing is left of the fault.
     torch.testing.assert_close(getattr(faults(), name)(x, False), meaning(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_a_twin_computes_lies_where_its_input_does(name: str) -> None:
+    """On a GPU it is compared with what the GPU returned. (Here no GPU, but a device that is not the CPU.)"""
+    n, meaning, _ = FAULTS[name]
+    assert meaning(counting(n, "meta")).is_meta
 
 
 def test_the_order_of_threads_can_be_turned_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,6 +290,7 @@ def test_faults_use_every_name_of_the_real_headers() -> None:
     assert [name for name in names if not re.search(rf"\b{name}\b", used)] == []
 
 
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_twins_are_right_on_a_gpu() -> None:

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import importlib
 
 import pytest
 import test_class_shards
 import torch
 from emulation import build
+from kernel_cases.softmax import CHOICES, PLAIN, plan_of
 from lanes import LANES
 from test_normface_loss import IGNORE, check, sample
 
 import normface_ext as nf
 from normface_ext import functional, testing
 
-#: What plan() may answer for 16-bit operands: algorithm, scores, weight gradient.
-CHOICES = {
-    "library": ("stored", "cublas", "cublas"),
-    "scores": ("stored", "tensor cores", "cublas"),
-    "scores again": ("recompute", "tensor cores", "cublas"),
-    "tensor cores": ("stored", "tensor cores", "tensor cores"),
-    "tensor cores again": ("recompute", "tensor cores", "tensor cores"),
-    "single sweep": ("single sweep", "tensor cores", "tensor cores"),
-}
-#: The same for wider operands.
-PLAIN = {
-    "library": ("stored", "cublas", "cublas"),
-    "plain": ("stored", "cuda cores", "cuda cores"),
-    "plain again": ("recompute", "cuda cores", "cuda cores"),
-}
 SWEEP_COLUMNS = 256
 planning = importlib.import_module("normface_ext.plan")  # the package has a function of that name
 
@@ -44,23 +29,7 @@ def cuda_lane(request):
 
 def choose(monkeypatch, choice, chunk, *, again=False, module=functional):
     """From now on the module's plan() says so, `chunk` classes at a time; `again`: without storing E."""
-    algorithm, scores, gradient = (CHOICES | PLAIN)[choice]
-    algorithm = "recompute" if again else algorithm
-
-    def chosen(*given, **options):
-        made = nf.plan(*given, **options)
-        classes = given[2]
-        width = classes if algorithm == "stored" else min(chunk, classes)
-        return dataclasses.replace(
-            made,
-            algorithm=algorithm,
-            scores=scores,
-            weight_gradient=gradient,
-            class_chunk=width,
-            chunks=-(-classes // width),
-        )
-
-    monkeypatch.setattr(module, "plan", chosen)
+    monkeypatch.setattr(module, "plan", plan_of(choice, chunk, again=again))
 
 
 @pytest.mark.covering(1)

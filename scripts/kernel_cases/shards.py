@@ -1,0 +1,146 @@
+"""The ops on shards of the classes: one process plays all of them, and what they return adds up."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from normface_ext import _hinge_ops, ops, reference
+from normface_ext._hinge_ops import HINGE_SLOPE, HINGE_VALUE, HingeOptions
+from normface_ext.margins import ArcFace
+from normface_ext.plan import plan
+
+from .agents import problem, thresholds
+from .case import Case, Results, differentiated, labels, number, randn
+
+CLASSES = 101
+#: First classes of the shards; the third is empty.
+BOUNDS = [0, 37, 64, 64, CLASSES]
+MARGIN = ArcFace(0.3)
+
+
+def parts(weight: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Of every shard: its classes, and each row's label there."""
+    made = []
+    for first, last in itertools.pairwise(BOUNDS):
+        here = (y >= first) & (y < last)
+        place = torch.where(here, y - first, ops.ELSEWHERE).where(y != -100, -100)
+        made.append((weight[first:last].contiguous(), place))
+    return made
+
+
+def softmax(x: Tensor, weight: Tensor, scale: Tensor, y: Tensor) -> Results:
+    """Loss and gradients of x, weight and scale; kappa is shared as distributed heads share it."""
+    device = ops.plan_device(x)
+    options = ops.LossOptions(
+        scale_value=0.0,
+        margin=MARGIN,
+        reduction=1,
+        ignore_index=-100,
+        eps=1e-12,
+        smoothing=0.0,
+        plan=plan(x.shape[0], x.shape[1], CLASSES, x.dtype, device),
+        operand=x.dtype,
+        classes_in_all=CLASSES,
+        partial=True,
+    )
+    shards = parts(weight, y)
+    shift = torch.stack([ops.normface_shift(x, w, place, scale, options) for w, place in shards]).amax(0)
+    swept = [
+        ops.normface_sweep(
+            x, w, place, scale, None, None, options, need_x=True, need_weight=True, shift=shift
+        )
+        for w, place in shards
+    ]
+    rows = swept[0].rows.clone()
+    rows[:3] = torch.stack([part.rows[:3] for part in swept]).sum(0)
+    loss, rows = ops.normface_finish(rows, x, swept[0].class_sum, scale, options)
+    upstream = randn(dtype=torch.float64, seed=5).to(loss)  # what the truth gets
+    gradients = [
+        ops.normface_backward(
+            upstream, x, w, place, scale, None, part._replace(rows=rows), options, (True, True, True)
+        )
+        for (w, place), part in zip(shards, swept, strict=True)
+    ]
+    dx, dw, ds = zip(*gradients, strict=True)
+    return [loss, torch.stack(dx).sum(0), torch.cat(dw), ds[0]]
+
+
+def hinges(options: HingeOptions, x: Tensor, weight: Tensor, y: Tensor) -> Results:
+    """Distance to the label's agent and sum of the hinges of every row, and the gradients of x and weight."""
+    shards = parts(weight, y)
+    cosine = torch.stack([_hinge_ops.target_cosine(x, w, place, options, True) for w, place in shards]).sum(0)
+    swept = [
+        _hinge_ops.sweep(x, w, place, cosine, None, options, options.capacity, True) for w, place in shards
+    ]
+    target = swept[0][0]
+    value, slope = (
+        torch.stack([part[2][field] for part in swept]).sum(0).to(target.dtype)
+        for field in (HINGE_VALUE, HINGE_SLOPE)
+    )
+    upstream = randn(len(x), dtype=torch.float64, seed=5).to(target)
+    factors = _hinge_ops.cosine_factors(swept[0][2], slope, upstream, upstream, options.triplet)
+    gradients = [
+        _hinge_ops.sweep_gradients(
+            *factors, x, w, place, state, options, options.capacity, (True, True), True
+        )
+        for (w, place), (_, _, *state) in zip(shards, swept, strict=True)
+    ]
+    dx, dw = zip(*gradients, strict=True)
+    return [target, value, torch.stack(dx).sum(0), torch.cat(dw)]
+
+
+def all_hinges(
+    margin: float, triplet: bool, exponential: bool, x: Tensor, weight: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What ``hinges`` should add up to."""
+    d = 2 - 2 * reference.cosine(x, weight)
+    own = torch.nn.functional.one_hot(y, CLASSES).bool()
+    target = d[own]
+    threshold = margin + target[:, None] if triplet else torch.full_like(d[:, :1], margin)
+    hinge = (-d).exp() * (d < threshold) if exponential else (threshold - d).clamp_min(0)
+    return target, hinge.masked_fill(own, 0).sum(1)
+
+
+def cases(dtype: torch.dtype) -> Iterator[Case]:
+    y = labels(17, CLASSES)
+    x, weight = randn(17, 40, dtype=dtype), randn(CLASSES, 40, dtype=dtype, seed=1)
+    for s in (12.0, 1000.0 if dtype == torch.float64 else 100.0):
+        truth = differentiated(
+            lambda x, w, s, y: reference.normface_loss(x, w, y, s, margin=MARGIN), leaves=3
+        )
+        yield Case(f"normface_loss on shards, s={s:g}", softmax, truth, [x, weight, number(s, dtype), y])
+
+    leaves, y, distances = problem(dtype)
+    y = y.clamp_min(0)
+    contrastive, triplet = thresholds(distances, y)
+    for name, exponential in (("contrastive", False), ("triplet", False), ("exponential", True)):
+        is_triplet = name == "triplet"
+        margin = triplet if is_triplet else contrastive
+        for capacity in (CLASSES, 0):
+            options = HingeOptions(
+                margin_value=margin,
+                triplet=is_triplet,
+                hardest=False,
+                exponential=exponential,
+                ignore_index=-100,
+                eps=1e-12,
+                class_chunk=19,
+                capacity=capacity,
+            )
+
+            def ours(*given, options=options):
+                return hinges(options, *given)
+
+            def truth(*given, margin=margin, is_triplet=is_triplet, exponential=exponential):
+                return all_hinges(margin, is_triplet, exponential, *given)
+
+            yield Case(
+                f"{name} hinges on shards, capacity={capacity}",
+                ours,
+                differentiated(truth, leaves=2),
+                [*leaves, y],
+            )
