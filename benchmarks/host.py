@@ -50,6 +50,7 @@ class Part:
     part: str
     per_step: float
     us_per_step: float
+    how: str = "benchmark"
 
 
 def calls_of(case: Case, device: str, provider: str) -> dict[str, Callable[[], object]]:

@@ -47,7 +47,7 @@ class Row:
     device: str = ""
     torch: str = ""
     version: str = ""
-    threads: int = 0
+    threads: int | None = None
     commit: str = ""
     timestamp: str = ""
     package: str = ""  # the competitor's, with the version installed
@@ -115,9 +115,13 @@ def summary(rows: list[Row]) -> str:
         if measured:
             lines += [f"| {' | '.join((*COLUMNS, 'note'))} |", f"|--|{'--:|' * (len(COLUMNS) - 1)}--|"]
             lines += [f"| {' | '.join((*_cells(row), row.note))} |" for row in measured]
-        lines += ["", *(f"- {reason}: {', '.join(names)}" for reason, names in reasons(group).items())]
-    about = dict.fromkeys((r.device, r.torch, r.version, r.threads, r.commit) for r in rows)
-    found = (f"{d}; torch {t}, normface_ext {v} at {c}, {n} threads" for d, t, v, n, c in about)
+        if missing := reasons(group):
+            lines += ["", *(f"- {reason}: {', '.join(names)}" for reason, names in missing.items())]
+    about = dict.fromkeys((r.device, r.torch, r.version, r.commit, r.threads) for r in rows)
+    found = (
+        f"{device}; torch {torch}, normface_ext {version} at {commit}" + (f", {n} threads" if n else "")
+        for device, torch, version, commit, n in about
+    )
     packages = ", ".join(sorted({row.package for row in rows if row.package}))
     text = "\n".join(["\n".join(found) + (f"; {packages}" if packages else ""), *lines])
     return text.rstrip() + "\n"

@@ -17,7 +17,9 @@ import os
 import signal
 import threading
 import time
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 
 from cases import Case
 from measure import Measured
@@ -49,8 +51,7 @@ class Worker:
         measured: type = Measured,
     ) -> None:
         self.budget = self.left = budget
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = _fork_server()
         self.pipe, theirs = context.Pipe()
         about = (name, case, mode, device, threads)
         self.process = context.Process(target=_serve, args=(theirs, measured, about))
@@ -85,6 +86,19 @@ class Worker:
             self.process.kill()
         self.process.join()
         self.pipe.close()
+
+
+def _fork_server() -> BaseContext:
+    """Started in "/": it looks for modules where it starts, and the sources lie where users start it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    here = os.getcwd()
+    os.chdir("/")
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(here)
+    return context
 
 
 def _serve(pipe: Connection, kind: type, about: tuple[str, Case, str, str, int]) -> None:

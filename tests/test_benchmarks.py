@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +98,7 @@ def test_unknown_case_is_an_error(tmp_path: Path) -> None:
 # one thing; w + m (w - w) has w's value and m times its gradient. A file says which of them is in use.
 SABOTAGE = """
 import os
+import re
 from pathlib import Path
 import torch
 import normface_ext as nf
@@ -273,3 +275,34 @@ def test_the_summary_says_what_was_measured_by_hand(bench: SimpleNamespace) -> N
     rows = [row("eager", median_ms=2.0), row("quack", outcome="over budget", note="a turn takes 9 s")]
     text = bench.report.summary(rows)
     assert "by hand" not in text and "- over budget (a turn takes 9 s): quack" in text
+
+
+def test_readme_quotes_the_gpu_results(bench: SimpleNamespace) -> None:
+    """Each line of README's table on the H100 is in the results' file, marked as measured by hand."""
+    root = FOLDER.parent
+    rows = bench.report.read(FOLDER / "results" / "h100" / "kernels.jsonl")
+    assert {row.how for row in rows} == {"by hand"} and {row.commit for row in rows} == {"75b7e35"}
+    assert {row.torch for row in rows} == {"2.11.0+cu130"}
+    text = (root / "README.md").read_text()
+    results = text[text.index("NVIDIA H100") : text.index("## Evaluation")]
+    lines = [line.strip("| ").split(" | ") for line in results.splitlines() if line.startswith("| ")]
+    assert len(lines) > 5
+    for which, eager, ours, times in lines[1:]:
+        batch, dim, classes, *replay = (part.strip() for part in re.split(r" x |, (?!\d{3})", which))
+        size = (int(batch), int(dim), int(classes.replace(",", "")))
+        mode = "fwd+bwd" + (", CUDA graph replay" if replay else "")
+        found = {
+            row.provider: row.median_ms
+            for row in rows
+            if size == (row.N, row.D, row.C) and (row.mode, row.dtype) == (mode, "mixed-bfloat16")
+        }
+        assert (found["eager"], found["normface_ext"]) == (float(eager), float(ours)), which
+        assert times == f"{found['eager'] / found['normface_ext']:.1f}", which
+
+
+RECORDS = sorted((FOLDER / "results").rglob("kernels*.jsonl"))
+
+
+@pytest.mark.parametrize("file", RECORDS, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_a_summary_is_made_from_its_rows(bench: SimpleNamespace, file: Path) -> None:
+    assert file.with_suffix(".md").read_text() == bench.report.summary(bench.report.read(file))
