@@ -22,12 +22,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import bench_kernels
-import competitors
+import machine
 import torch
 import truth
 from cases import Inputs, head, make_inputs
-from competitors import EAGER, OURS, CompileBudget
+from competitors import BASE, EAGER, OURS
 
 import normface_ext as nf
 
@@ -84,7 +83,7 @@ def measure(seeds: int, device: str, classes: int) -> list[Measured]:
                     right = truth.truth(case, inputs, scale)
                     for provider, its in COMPETITORS:
                         if its == dtype:
-                            forward = competitors.build(provider, case, CompileBudget(0))
+                            forward = BASE[provider].build(case, "fwd+bwd", device)
                             errors[provider, dtype].append(truth.errors(forward, inputs, scale, case, right))
             fallback = 2 * scale + math.log(classes) > WINDOW
             for (provider, dtype), each in errors.items():
@@ -178,14 +177,14 @@ def main(argv: list[str] | None = None) -> list[Measured]:
         "D": DIM,
         "C": options.classes,
         "seeds": options.seeds,
-        "device": torch.cuda.get_device_name() if cuda else bench_kernels.cpu_model(),
+        "device": machine.device_name("cuda" if cuda else "cpu"),
         "torch": torch.__version__,
-        "normface_ext": bench_kernels.version(),
+        "normface_ext": machine.version(),
     }
     text = markdown(found, about)
     print(text)
     about |= {
-        "commit": bench_kernels.commit(),
+        "commit": machine.commit(),
         "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     write_csv(found, about, options.out / "accuracy.csv")

@@ -13,6 +13,8 @@ from normface_ext import reference
 
 SCALE = 64.0  # what today's face heads use; the hardest on rounding
 CASIA, MS1MV2 = 10_572, 85_742  # identities in the two commonest training sets
+#: The multiples of 128 next to CASIA's and to a million: some peers have a fast path for these only.
+CASIA_128, MILLION_128 = 10_752, 1_000_192
 
 
 class Precision(NamedTuple):
@@ -31,6 +33,8 @@ PRECISIONS = {
     "float32": Precision(torch.float32, torch.float32, None),
     "bfloat16": Precision(torch.bfloat16, torch.bfloat16, None),
     "amp-bfloat16": Precision(torch.float32, torch.float32, torch.bfloat16),  # float32 weights, as trained
+    # what a backbone under autocast hands over
+    "mixed-bfloat16": Precision(torch.bfloat16, torch.float32, torch.bfloat16),
 }
 
 
@@ -111,11 +115,14 @@ def choose(device: str, quick: bool, full: bool) -> list[Case]:
         return cases
     grid = [(512, CASIA), (512, MS1MV2), (128, CASIA), (128, MS1MV2)]
     cases = [head(256, dim, classes, dtype) for dtype in ("amp-bfloat16", "float32") for dim, classes in grid]
+    cases += [head(256, 512, CASIA_128, "amp-bfloat16")]
+    cases += [head(1024, dim, MILLION_128, "mixed-bfloat16") for dim in (512, 128)]
     cases += others
     if full:
         sizes = [(n, d, c) for d in (512, 128) for c in (CASIA, MS1MV2) for n in (64, 1024)]
         sizes += [(n, d, 1_000_000) for d in (512, 128) for n in (256, 1024)]
         cases += [head(*size, "amp-bfloat16") for size in sizes]
+        cases += [head(1024, dim, 1_000_000, "mixed-bfloat16") for dim in (512, 128)]
         cases += [head(1024, 512, MS1MV2, "bfloat16"), norm_linear(1024, 512, MS1MV2, "amp-bfloat16")]
         cases += [normalize(100_000, 512, dtype="bfloat16")]
         cases += [head(256, 512, MS1MV2, "amp-bfloat16", m) for m in reference.MARGINS if m != "normface"]

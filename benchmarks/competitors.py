@@ -1,16 +1,15 @@
 """Who is measured: every provider gets raw x and raw weight and returns the same number.
 
-A provider is a function (case, compile budget) -> forward(x, weight, labels, scale). One that cannot do
-a case raises `Unavailable` with the reason, which the table then shows.
+This file has this package and what torch itself offers; `peers.py` has the other packages. A provider
+takes part in every case whose operation it has; what then keeps it out, a missing GPU, an absent package,
+a size it can't do, is told before anything is built and becomes its row.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,39 +20,28 @@ import normface_ext as nf
 
 Forward = Callable[[Tensor, "Tensor | None", "Tensor | None", "float | Tensor"], Tensor]
 OURS, EAGER, COMPILE = "normface_ext", "eager", "compile"
+EVERY_KIND = ("head", "norm_linear", "normalize")
 
 
-class Unavailable(Exception):
-    """Why a provider takes no part in a case."""
+@dataclass(frozen=True)
+class Provider:
+    """`build(case, mode, device)` gives the forward; with `compiles` that, or the first call, may take long.
 
+    `obstacle(case)` says why it can't do this case here ("" if it can); `remark(case)` what a reader has to
+    know of its row. `learns_scale`: whether the scale may be a tensor that wants a gradient.
+    """
 
-class CompileBudget:
-    """Seconds that all compilations of a run may take together, and whether to compile for "fwd" too."""
+    build: Callable[[Case, str, str], Forward]
+    kinds: tuple[str, ...] = ("head",)
+    margins: bool = False
+    compiles: bool = False
+    learns_scale: bool = True
+    package: str = ""
+    obstacle: Callable[[Case], str] = lambda case: ""
+    remark: Callable[[Case], str] = lambda case: ""
 
-    def __init__(self, seconds: float, forward_only: bool = False) -> None:
-        self.total = self.left = seconds
-        self.forward_only = forward_only
-
-    @contextlib.contextmanager
-    def spend(self) -> Iterator[None]:
-        """Runs the block for at most the seconds left (where the system has SIGALRM)."""
-        if self.left < 1:
-            raise Unavailable(f"the {self.total:.0f} s for compiling are used up (--compile-limit)")
-
-        def stop(signum: int, frame: object) -> None:
-            raise TimeoutError("compiling took too long (--compile-limit)")
-
-        start = time.monotonic()
-        before = signal.signal(signal.SIGALRM, stop) if hasattr(signal, "SIGALRM") else None
-        if before is not None:
-            signal.setitimer(signal.ITIMER_REAL, self.left)
-        try:
-            yield
-        finally:
-            if before is not None:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                signal.signal(signal.SIGALRM, before)
-            self.left -= time.monotonic() - start
+    def has(self, case: Case) -> bool:
+        return case.kind in self.kinds and (self.margins or case.margin == "normface")
 
 
 def step(forward: Forward, inputs: Inputs, scale: float | Tensor, case: Case, mode: str) -> Tensor:
@@ -68,7 +56,7 @@ def step(forward: Forward, inputs: Inputs, scale: float | Tensor, case: Case, mo
     return out.detach()
 
 
-def _ours(case: Case, budget: CompileBudget) -> Forward:
+def _ours(case: Case, mode: str, device: str) -> Forward:
     # Looked up at each call, so that a test can put a wrong kernel in its place.
     if case.kind == "normalize":
         return lambda x, w, y, s: nf.functional.normalize(x, dim=case.axis)
@@ -78,7 +66,7 @@ def _ours(case: Case, budget: CompileBudget) -> Forward:
     return lambda x, w, y, s: nf.functional.normface_loss(x, w, y, s, margin=margin)
 
 
-def _eager(case: Case, budget: CompileBudget) -> Forward:
+def _eager(case: Case, mode: str, device: str) -> Forward:
     if case.kind == "normalize":
         return lambda x, w, y, s: F.normalize(x, dim=case.axis)
     if case.kind == "norm_linear":
@@ -95,108 +83,20 @@ def _eager(case: Case, budget: CompileBudget) -> Forward:
     return with_margin
 
 
-def _compile(case: Case, budget: CompileBudget) -> Forward:
-    """torch.compile of eager, compiled here and now on the case's own shapes."""
-    torch._dynamo.reset()
-    compiled = torch.compile(_eager(case, budget), dynamic=False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with budget.spend():
-        inputs = make_inputs(case, device)
-        for mode in ("fwd+bwd", "fwd") if budget.forward_only else ("fwd+bwd",):
-            step(compiled, inputs, SCALE, case, mode)
+def _compile(case: Case, mode: str, device: str) -> Forward:
+    """torch.compile of eager, compiled here and now on the case's own shapes.
+
+    With gradients for "fwd" too, since the errors of the gradients are compared in either mode.
+    """
+    compiled = torch.compile(_eager(case, mode, device), dynamic=False)
+    for wanted in dict.fromkeys(("fwd+bwd", mode)):
+        step(compiled, make_inputs(case, device), SCALE, case, wanted)
     return compiled
 
 
-def _plain_head(case: Case) -> None:
-    if case.kind != "head" or case.margin != "normface":
-        raise Unavailable("")  # nothing to say: it has no such operation
-
-
-def _normalized(x: Tensor, w: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
-    """What peers without normalisation are fed with; the scale on the smaller side."""
-    return scale * F.normalize(x), F.normalize(w)
-
-
-def _torch_linear_cross_entropy(case: Case, budget: CompileBudget) -> Forward:
-    """Its automatic chunk is one row where classes outnumber features this much, hence our own: a quarter."""
-    _plain_head(case)
-    if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        raise Unavailable("needs torch >= 2.13")
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(64, case.batch // 4))
-
-    def forward(x: Tensor, w: Tensor, y: Tensor, s: float | Tensor) -> Tensor:
-        return F.linear_cross_entropy(*_normalized(x, w, s), y, options=options)
-
-    return forward
-
-
-def _peer(module: str, package: str, case: Case) -> None:
-    _plain_head(case)
-    if not torch.cuda.is_available() or importlib.util.find_spec(module.partition(".")[0]) is None:
-        raise Unavailable("")  # without a GPU, or not installed: not worth a line
-    if importlib.util.find_spec(module) is None:
-        raise Unavailable(f"this {package} has no {module}")
-
-
-def _liger(case: Case, budget: CompileBudget) -> Forward:
-    _peer("liger_kernel.transformers", "liger-kernel", case)
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    loss = LigerFusedLinearCrossEntropyLoss()
-
-    def forward(x: Tensor, w: Tensor, y: Tensor, s: float | Tensor) -> Tensor:
-        x_hat, w_hat = _normalized(x, w, s)
-        return loss(w_hat, x_hat, y)
-
-    return forward
-
-
-def _cce(case: Case, budget: CompileBudget) -> Forward:
-    _peer("cut_cross_entropy", "cut-cross-entropy", case)
-    from cut_cross_entropy import linear_cross_entropy
-
-    operand = torch.promote_types(case.precision.operand, torch.bfloat16)
-
-    def forward(x: Tensor, w: Tensor, y: Tensor, s: float | Tensor) -> Tensor:
-        x_hat, w_hat = _normalized(x, w, s)
-        return linear_cross_entropy(x_hat.to(operand), w_hat.to(operand), y)
-
-    return forward
-
-
-def _quack(case: Case, budget: CompileBudget) -> Forward:
-    _peer("quack.linear_cross_entropy", "quack-kernels", case)
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    if case.precision.operand.itemsize > 2 or case.batch % 8 or case.classes % 8:
-        raise Unavailable("needs 16-bit operands and sizes divisible by 8")
-
-    def forward(x: Tensor, w: Tensor, y: Tensor, s: float | Tensor) -> Tensor:
-        x_hat, w_hat = _normalized(x, w, s)
-        return chunked_linear_cross_entropy(x_hat.to(torch.bfloat16), w_hat.to(torch.bfloat16), y)
-
-    return forward
-
-
-PROVIDERS: dict[str, Callable[[Case, CompileBudget], Forward]] = {
-    OURS: _ours,
-    EAGER: _eager,
-    COMPILE: _compile,
-    "torch.lin_ce": _torch_linear_cross_entropy,
-    "liger": _liger,
-    "cce": _cce,
-    "quack": _quack,
+BASE: dict[str, Provider] = {
+    OURS: Provider(_ours, EVERY_KIND, margins=True),
+    EAGER: Provider(_eager, EVERY_KIND, margins=True),
+    # A learned scale would be another graph, and compiling it takes as long again.
+    COMPILE: Provider(_compile, EVERY_KIND, margins=True, compiles=True, learns_scale=False),
 }
-
-
-def build(name: str, case: Case, budget: CompileBudget) -> Forward:
-    """The provider's forward for this case; whatever goes wrong on the way becomes `Unavailable`."""
-    try:
-        return PROVIDERS[name](case, budget)
-    except Unavailable:
-        raise
-    except Exception as error:
-        if name in (OURS, EAGER):
-            raise
-        reason = (str(error).strip().splitlines() or [""])[0][:100]
-        raise Unavailable(f"{type(error).__name__}: {reason}") from error

@@ -1,22 +1,30 @@
-"""How it is measured: time in balanced rounds, memory by the peak beyond inputs and gradients."""
+"""How one competitor is measured, inside the process that `workers.py` gives it.
+
+Time: a turn is one call that is not timed and then timed ones, TURN_MS long together or one call. Memory:
+the peak of the first call beyond inputs and gradients. Gradients are cleared before each call, outside the
+clock.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 
+import floor
 import torch
+import truth
 from cases import SCALE, Case, Inputs, make_inputs
-from competitors import COMPILE, CompileBudget, Forward, build, step
+from competitors import step
+from peers import PROVIDERS
 
 Call = Callable[[], object]
+TURN_MS = 20.0  # the threads of the competitor before, still spinning, have gone to sleep by then
+FLOOR = "floor"
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
@@ -27,35 +35,81 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
     return cuts[1], statistics.median(values), cuts[7]
 
 
-def rounds_ms(
-    calls: dict[str, Call], inputs: Inputs, budget_s: float, least: int, most: int
-) -> dict[str, list[float]]:
-    """Milliseconds per call and round, in the order A B C, C B A, A B C, ...
+class Measured:
+    """A competitor, or the floor, on one case; every method is asked for by its name, over a pipe."""
 
-    So drift of the machine meets everyone alike, and round i of one can be compared with round i of
-    another. Rounds go on until `budget_s` is over, at least `least`, at most `most`. Gradients are
-    cleared before each call, outside the clock.
-    """
-    clock = _cuda_ms if inputs.x.is_cuda else _cpu_ms
-    for call in calls.values():
-        inputs.clear_gradients()
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order, start = list(calls), time.monotonic()
-    gc.collect()
-    gc.disable()
-    try:
-        while len(times[order[0]]) < most:
-            rounds = len(times[order[0]])
-            if rounds >= least and time.monotonic() - start > budget_s:
-                break
-            for name in order if rounds % 2 == 0 else reversed(order):
-                inputs.clear_gradients()
-                times[name].append(clock(calls[name]))
-    finally:
-        gc.enable()
-        inputs.clear_gradients()
-    return times
+    def __init__(self, name: str, case: Case, mode: str, device: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.name, self.case, self.mode, self.device = name, case, mode, device
+        self.inputs: Inputs | None = None
+        self.call: Call
+
+    def first(self) -> float | None:
+        """Builds and calls once; gives the MiB in use at the highest point, None if not measurable.
+
+        CUDA: torch's allocator counts. CPU: this process is fresh, and its resident set is read at its
+        peak, so that memory no allocator knows of counts too (resolution about 1 MiB; eager's varies by
+        some 20 % with the order of malloc's calls). torch.compile is left out there: the compiler's own
+        memory would drown the call's.
+        """
+        if self.name == FLOOR:
+            self.call = floor.cpu_call(self.case, self._ready(), self.mode)
+            self.call()
+            return None
+        provider, tiny = PROVIDERS[self.name], self.case.tiny()
+        if not provider.compiles:  # threads, lazy imports
+            forward = provider.build(tiny, self.mode, self.device)
+            step(forward, make_inputs(tiny, self.device), SCALE, tiny, self.mode)
+        self.forward = provider.build(self.case, self.mode, self.device)
+        self.call = lambda: step(self.forward, self._ready(), SCALE, self.case, self.mode)
+        if self.device == "cuda" and provider.compiles:
+            self.call()  # what is compiled at the first call may need memory of its own
+        if self.device == "cpu" and (provider.compiles or not sys.platform.startswith("linux")):
+            self.call()
+            return None
+        peak = _cuda_peak if self.device == "cuda" else _cpu_peak
+        extra = peak(self.call, self._ready())
+        gradients = sum(t.nbytes for t in self._ready().leaves()) if self.mode == "fwd+bwd" else 0
+        return max(0.0, (extra - gradients) / 2**20)
+
+    def errors(self, right: Path) -> dict[str, float]:
+        """Against the float64 values in that file; with the scale as a tensor too, if it can learn."""
+        values = torch.load(right, mmap=True)
+        return truth.errors(
+            self.forward, self._ready(), SCALE, self.case, values,
+            learn_scale=PROVIDERS[self.name].learns_scale,
+        )  # fmt: skip
+
+    def turn(self) -> float:
+        """Median milliseconds of the timed calls of one turn."""
+        inputs = self._ready()
+        clock = _cuda_ms if self.device == "cuda" else _cpu_ms
+        gc.collect()
+        gc.disable()
+        try:
+            times = []
+            for _ in ("warm", "timed"):
+                times.clear()
+                start = time.perf_counter()
+                while not times or 1e3 * (time.perf_counter() - start) < TURN_MS:
+                    inputs.clear_gradients()
+                    times.append(clock(self.call))
+        finally:
+            gc.enable()
+            inputs.clear_gradients()
+        if (
+            self.device == "cuda"
+        ):  # the others need the memory; on the CPU, making inputs again would take long
+            del inputs
+            self.inputs = None
+            _flush.clear()
+            torch.cuda.empty_cache()
+        return statistics.median(times)
+
+    def _ready(self) -> Inputs:
+        if self.inputs is None:
+            self.inputs = make_inputs(self.case, self.device)
+        return self.inputs
 
 
 def _cpu_ms(call: Call) -> float:
@@ -76,7 +130,6 @@ def _cuda_ms(call: Call) -> float:
     if not _flush:
         _flush.append(torch.empty(256 << 20, dtype=torch.int8, device="cuda"))
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
     _flush[0].zero_()
     begin.record()
     call()
@@ -85,65 +138,26 @@ def _cuda_ms(call: Call) -> float:
     return begin.elapsed_time(end)
 
 
-def peak_extra_mib(name: str, forward: Forward, case: Case, inputs: Inputs, mode: str) -> float | None:
-    """MiB in use at the highest point of one call, beyond inputs and gradients; None if not measurable.
-
-    CUDA: torch's allocator counts. CPU: one call in a process of its own, whose resident set is read at
-    its peak, so that memory no allocator knows of counts too (resolution about 1 MiB; eager's varies by
-    some 20 % with the order of malloc's calls). torch.compile is left out there: the compiler's own
-    memory would drown the call's.
-    """
-    if inputs.x.is_cuda:
-        return _cuda_peak(forward, case, inputs, mode)
-    return None if name == COMPILE or not sys.platform.startswith("linux") else _cpu_peak(name, case, mode)
-
-
-def gradient_bytes(inputs: Inputs, mode: str) -> int:
-    return sum(t.nbytes for t in inputs.leaves()) if mode == "fwd+bwd" else 0
-
-
-def _cuda_peak(forward: Forward, case: Case, inputs: Inputs, mode: str) -> float:
+def _cuda_peak(call: Call, inputs: Inputs) -> int:
     inputs.clear_gradients()
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    step(forward, inputs, SCALE, case, mode)
+    call()
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before - gradient_bytes(inputs, mode)
     inputs.clear_gradients()
-    return max(0.0, peak / 2**20)
+    return torch.cuda.max_memory_allocated() - before
 
 
-def _cpu_peak(name: str, case: Case, mode: str) -> float | None:
-    """A fork server has imported torch once and run nothing: a fresh process costs milliseconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "normface_ext"])
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_report_peak, args=(theirs, name, case, mode, torch.get_num_threads()))
-    child.start()
-    theirs.close()
-    try:
-        return ours.recv() if ours.poll(120) else None
-    except EOFError:  # the child died, perhaps for want of memory
-        return None
-    finally:
-        child.kill()
-        child.join()
-
-
-def _report_peak(pipe: Connection, name: str, case: Case, mode: str, threads: int) -> None:
-    torch.set_num_threads(threads)
-    unlimited = CompileBudget(float("inf"))
-    tiny = make_inputs(case.tiny(), "cpu")
-    step(build(name, case.tiny(), unlimited), tiny, SCALE, case.tiny(), mode)  # threads, lazy imports
-    forward, inputs = build(name, case, unlimited), make_inputs(case, "cpu")
+def _cpu_peak(call: Call, inputs: Inputs) -> int:
     with contextlib.suppress(OSError):  # lets the peak start afresh, where the kernel has this file
         Path("/proc/self/clear_refs").write_text("5")
     before = _status_kib("VmRSS")
-    step(forward, inputs, SCALE, case, mode)
-    peak = _status_kib("VmHWM") - before - gradient_bytes(inputs, mode) / 1024
-    pipe.send(max(0.0, peak / 1024))
+    call()
+    peak = _status_kib("VmHWM")
+    inputs.clear_gradients()
+    return 1024 * (peak - before)
 
 
 def _status_kib(field: str) -> int:

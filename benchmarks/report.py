@@ -1,10 +1,15 @@
-"""What a reader gets: a table on the screen, a CSV file and, with matplotlib, a figure."""
+"""What a reader gets: a line per row as soon as it is known, on the screen and in a JSON lines file, and
+at the end a summary in Markdown and, with matplotlib, a figure.
+
+    python benchmarks/report.py FILE.jsonl        writes the summary of a file again, as FILE.md
+"""
 
 from __future__ import annotations
 
-import csv
+import json
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Row:
-    """One line of the CSV; its fields are the columns. Empty: not measured, or does not exist."""
+    """One line of the file; its fields are the keys. null: not measured, or does not exist.
+
+    `outcome`: "measured", or why not: "unavailable" (here, or for this case), "over budget", "failed",
+    "interrupted", "wrong" (ours, or whoever was ready beside it). `how`: "benchmark", in the rounds of
+    `bench_kernels.py`, or "by hand", with other means.
+    """
 
     case: str
     N: int
@@ -37,9 +47,12 @@ class Row:
     device: str = ""
     torch: str = ""
     version: str = ""
-    threads: int = 0
+    threads: int | None = None
     commit: str = ""
     timestamp: str = ""
+    package: str = ""  # the competitor's, with the version installed
+    how: str = "benchmark"
+    outcome: str = "measured"
     note: str = ""
 
 
@@ -60,26 +73,58 @@ COLUMNS = (
 )
 
 
-def _line(cells: Sequence[str]) -> str:
-    widths = [14, *(max(9, len(name)) for name in COLUMNS[1:])]
+def _cells(row: Row) -> list[str]:
+    times = map(_number, (row.median_ms, row.p20_ms, row.p80_ms, row.ratio_to_eager, row.peak_extra_mib))
+    errors = map(_error, (row.err_loss, row.err_dx, row.err_dw, row.err_ds))
+    return [row.provider, *times, *errors, _number(row.percent_of_floor, 2)]
+
+
+def _padded(cells: Sequence[str]) -> str:
+    widths = [26, *(max(9, len(name)) for name in COLUMNS[1:])]
     padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
     return "  ".join([cells[0].ljust(widths[0]), *padded[1:]])
 
 
-def table(rows: list[Row]) -> str:
-    """Rows grouped by case; a provider that could not take part shows its reason."""
-    lines, case = [], None
+def heading() -> str:
+    return _padded(COLUMNS)
+
+
+def line(row: Row) -> str:
+    """Of the table on the screen."""
+    return _padded(_cells(row)) + (f"  {row.note}" if row.note else "")
+
+
+def reasons(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Why providers were not measured, and which."""
+    found: dict[str, list[str]] = {}
     for row in rows:
-        if row.case != case:
-            case = row.case
-            lines += ["", f"{case}  ({row.mode}; floor {_number(row.floor_ms)} ms)", _line(COLUMNS)]
         if row.median_ms is None:
-            lines.append(f"{row.provider:14}  {row.note}")
-            continue
-        times = map(_number, (row.median_ms, row.p20_ms, row.p80_ms, row.ratio_to_eager, row.peak_extra_mib))
-        errors = map(_error, (row.err_loss, row.err_dx, row.err_dw, row.err_ds))
-        lines.append(_line([row.provider, *times, *errors, _number(row.percent_of_floor, 2)]))
-    return "\n".join(lines)
+            found.setdefault(f"{row.outcome} ({row.note})", []).append(row.provider)
+    return found
+
+
+def summary(rows: list[Row]) -> str:
+    """A Markdown table per case, then who was not measured and why."""
+    lines = []
+    for name in dict.fromkeys((row.case, row.mode) for row in rows):
+        group = [row for row in rows if (row.case, row.mode) == name]
+        measured = [row for row in group if row.median_ms is not None]
+        floor = next((row.floor_ms for row in measured if row.floor_ms), None)
+        hand = ", measured by hand" if any(row.how == "by hand" for row in measured) else ""
+        lines += ["", f"**{group[0].case}** ({group[0].mode}{hand}; floor {_number(floor)} ms)", ""]
+        if measured:
+            lines += [f"| {' | '.join((*COLUMNS, 'note'))} |", f"|--|{'--:|' * (len(COLUMNS) - 1)}--|"]
+            lines += [f"| {' | '.join((*_cells(row), row.note))} |" for row in measured]
+        if missing := reasons(group):
+            lines += ["", *(f"- {reason}: {', '.join(names)}" for reason, names in missing.items())]
+    about = dict.fromkeys((r.device, r.torch, r.version, r.commit, r.threads) for r in rows)
+    found = (
+        f"{device}; torch {torch}, normface_ext {version} at {commit}" + (f", {n} threads" if n else "")
+        for device, torch, version, commit, n in about
+    )
+    packages = ", ".join(sorted({row.package for row in rows if row.package}))
+    text = "\n".join(["\n".join(found) + (f"; {packages}" if packages else ""), *lines])
+    return text.rstrip() + "\n"
 
 
 def headline(rows: list[Row], ours: str, eager: str) -> list[str]:
@@ -87,8 +132,8 @@ def headline(rows: list[Row], ours: str, eager: str) -> list[str]:
     found = {(row.case, row.provider): row for row in rows}
     lines = []
     for name in dict.fromkeys(row.case for row in rows):
-        a, b = found[name, ours], found[name, eager]
-        if not (a.median_ms and b.median_ms and a.ratio_to_eager):
+        a, b = found.get((name, ours)), found.get((name, eager))
+        if not (a and b and a.median_ms and b.median_ms and a.ratio_to_eager):
             continue
         factor = 1 / a.ratio_to_eager
         change = f"{_number(factor)} times faster" if factor >= 1 else f"{_number(1 / factor)} times SLOWER"
@@ -100,13 +145,34 @@ def headline(rows: list[Row], ours: str, eager: str) -> list[str]:
     return lines
 
 
-def write_csv(rows: list[Row], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
+def as_json(row: Row) -> str:
+    values = asdict(row).items()
+    return json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values})
+
+
+def read(path: Path) -> list[Row]:
+    return [Row(**json.loads(text)) for text in path.read_text().splitlines()]
+
+
+class Record:
+    """Writes each row where it belongs at once, so that a run that is killed keeps what it knew."""
+
+    def __init__(self, path: Path, common: dict[str, object]) -> None:
+        self.path, self.common = path, common
+        self.rows: list[Row] = []
+        path.write_text("")
+
+    def write(self, *rows: Row) -> None:
         for row in rows:
-            values = asdict(row).items()
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values})
+            vars(row).update(self.common)
+            self.rows.append(row)
+        with self.path.open("a") as file:
+            file.writelines(as_json(row) + "\n" for row in rows)
+        for row in rows:
+            if row.median_ms is not None:
+                print(line(row), flush=True)
+        for reason, names in reasons(rows).items():
+            print(f"{reason}: {', '.join(names)}", flush=True)
 
 
 COLORS = {"normface_ext": "#c8421c", "eager": "#8a8f98", "compile": "#3f6fb5", "torch.lin_ce": "#58a4a0"}
@@ -122,14 +188,15 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
+    rows = [row for row in rows if row.ratio_to_eager]  # without eager's time there is nothing to show
     cases = list(dict.fromkeys(row.case for row in rows))
-    providers = list(dict.fromkeys(row.provider for row in rows if row.median_ms))
+    providers = list(dict.fromkeys(row.provider for row in rows))
     spare = iter(SPARE_COLORS * 2)
     colors = {name: COLORS.get(name) or next(spare) for name in providers}
     height = 1.6 + len(cases) * (0.35 + 0.17 * len(providers))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, height), sharey=True, layout="constrained")
     for group, case in enumerate(cases):
-        mine = [row for row in rows if row.case == case and row.median_ms]
+        mine = [row for row in rows if row.case == case]
         thick = 0.8 / max(1, len(mine))
         for index, row in enumerate(mine):
             y, color = group - 0.4 + (index + 0.5) * thick, colors[row.provider]
@@ -147,7 +214,7 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
     left.axvline(1, color="#8a8f98", linewidth=0.8, linestyle=":")
     left.set_yticks(range(len(cases)), [case.replace(" ", "\n", 1) for case in cases])
     left.set_ylim(len(cases) - 0.45, -0.55)
-    left.set_xlim(0, max(1.5, *(1.35 * min(row.ratio_to_eager, 2.5) for row in rows if row.median_ms)))
+    left.set_xlim(0, max(1.5, *(1.35 * min(row.ratio_to_eager, 2.5) for row in rows)))
     left.set_xlabel("time / eager PyTorch's time (shorter is faster)")
     right.set_xscale("log")
     right.set_xlim(0.8, 6 * max([row.peak_extra_mib or 1 for row in rows] + [1]))
@@ -164,3 +231,8 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
 
 def _label(axis: Axes, x: float, y: float, text: str) -> None:
     axis.annotate(text, (x, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7)
+
+
+if __name__ == "__main__":
+    for name in map(Path, sys.argv[1:]):
+        name.with_suffix(".md").write_text(summary(read(name)))

@@ -1,15 +1,15 @@
 """The benchmark script: it measures, it records, and it refuses to time a wrong kernel.
 
-Nothing here asserts a time.
+Nothing here asserts a time. `test_benchmark_workers.py` has competitors that misbehave,
+`test_benchmark_peers.py` the other packages.
 """
 
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import os
-import subprocess
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,92 +17,91 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bench_folder import FOLDER, modules, quick, run
 
 import normface_ext as nf
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
-SIBLINGS = ("cases", "competitors", "floor", "measure", "report", "truth", "bench_kernels", "accuracy")
-COLUMNS = [
+KEYS = [
     *("case", "N", "D", "C", "dtype", "provider", "mode"),
     *("median_ms", "p20_ms", "p80_ms", "ratio_to_eager", "peak_extra_mib"),
     *("err_loss", "err_dx", "err_dw", "err_ds", "floor_ms", "percent_of_floor"),
-    *("device", "torch", "version", "threads", "commit", "timestamp", "note"),
+    *("device", "torch", "version", "threads", "commit", "timestamp"),
+    *("package", "how", "outcome", "note"),
 ]
+GPU_ONLY = {
+    f"{name}{norm}"
+    for name in ("liger-scaled", "liger-triton", "cce", "cce-exact", "quack")
+    for norm in ("", "+compiled-norm")
+}
 
 
-def run(*command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    # One thread: with more, a machine busy with other tests makes tiny operations crawl.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=600, env=environment, cwd=cwd
-    )
+def check_rows(rows: list[dict], cases: int) -> None:
+    """Every row has every key; every case has ours and eager, measured; who could not take part says why."""
+    assert all(list(row) == KEYS for row in rows)
+    names = {row["case"] for row in rows}
+    assert len(names) == cases, names
+    for name in names:
+        group = {row["provider"]: row for row in rows if row["case"] == name}
+        assert group["compile"]["outcome"] == "unavailable" and "--quick" in group["compile"]["note"]
+        if name == "head 32x16x100":
+            assert {n for n, row in group.items() if row["note"] == "needs CUDA"} == GPU_ONLY
+            assert "torch.lin_ce" in group and "torch.lin_ce+compiled-norm" in group
+        for provider in ("normface_ext", "eager"):
+            check_numbers(group[provider])
 
 
-def quick(out: Path, *options: str) -> list[dict[str, str]]:
-    done = run(str(FOLDER / "bench_kernels.py"), "--quick", "--threads", "1", "--out", str(out), *options)
-    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert "normface_ext:" in done.stdout and "CPU" in done.stdout, done.stdout
-    with (out / "kernels.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+def check_numbers(row: dict) -> None:
+    which = f"{row['case']}, {row['provider']}"
+    assert (row["outcome"], row["how"]) == ("measured", "benchmark"), which
+    for name in ["err_loss", "err_dx"] + (["err_dw", "err_ds"] if row["C"] else []):
+        assert 0 <= row[name] < 1e-4, f"{which}: {name} = {row[name]!r}"
+    recorded = ["median_ms", "p20_ms", "p80_ms", "ratio_to_eager", "floor_ms", "percent_of_floor"]
+    if sys.platform.startswith("linux"):
+        recorded.append("peak_extra_mib")
+    for name in recorded:
+        assert row[name] is not None and row[name] >= 0, f"{which}: {name}"
+    if row["provider"] == "eager":
+        assert row["ratio_to_eager"] == 1.0, row
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    return quick(tmp_path_factory.mktemp("bench"))
+def test_a_run(tmp_path: Path) -> None:
+    """From the command line, with processes, files and figure, on the first of the toy cases."""
+    rows = quick(tmp_path, "--cases", "head 32")
+    check_rows(rows, 1)
+    assert {row["mode"] for row in rows} == {"fwd+bwd"}
+    summary = (tmp_path / "kernels.md").read_text()
+    assert "| normface_ext |" in summary and "needs CUDA): liger-scaled, " in summary
+    assert (tmp_path / "kernels.png").stat().st_size > 10_000
 
 
-def test_columns(rows: list[dict[str, str]]) -> None:
-    assert list(rows[0]) == COLUMNS
+@pytest.mark.slow
+def test_every_toy_case(tmp_path: Path) -> None:
+    check_rows(quick(tmp_path), 5)
 
 
-def test_every_case_has_ours_and_eager(rows: list[dict[str, str]]) -> None:
-    cases = {row["case"] for row in rows}
-    assert len(cases) == 5, cases
-    for case in cases:
-        providers = [row["provider"] for row in rows if row["case"] == case]
-        assert {"normface_ext", "eager"} <= set(providers), f"{case}: {providers}"
-
-
-def test_errors_and_times_are_recorded(rows: list[dict[str, str]]) -> None:
-    for row in rows:
-        if row["provider"] not in ("normface_ext", "eager"):
-            continue
-        wanted = ["err_loss", "err_dx"] + (["err_dw", "err_ds"] if row["C"] != "0" else [])
-        for name in wanted:
-            assert 0 <= float(row[name]) < 1e-4, f"{row['case']}, {row['provider']}: {name} = {row[name]!r}"
-        recorded = ["median_ms", "p20_ms", "p80_ms", "ratio_to_eager", "floor_ms", "percent_of_floor"]
-        if sys.platform.startswith("linux"):
-            recorded.append("peak_extra_mib")
-        for name in recorded:
-            assert row[name] != "" and float(row[name]) >= 0, f"{row['case']}, {row['provider']}: {name}"
-        if row["provider"] == "eager":
-            assert float(row["ratio_to_eager"]) == 1.0, row
-
-
-def test_who_cannot_take_part_says_why(rows: list[dict[str, str]]) -> None:
-    compiled = [row for row in rows if row["provider"] == "compile"]
-    assert compiled and all(row["note"] and not row["median_ms"] for row in compiled), compiled
-
-
+@pytest.mark.slow
 def test_options(tmp_path: Path) -> None:
     rows = quick(tmp_path, "--forward-only", "--amortise-page-faults", "--cases", "normalize 64x32")
     assert {row["case"] for row in rows} == {"normalize 64x32"}
     assert {row["mode"] for row in rows} == {"fwd"}
-    assert {row["note"] for row in rows if row["median_ms"]} == {"page faults amortised"}
+    notes = {row["note"] for row in rows if row["median_ms"]}
+    assert notes == {"page faults amortised"}
 
 
+@pytest.mark.slow
 def test_unknown_case_is_an_error(tmp_path: Path) -> None:
     done = run(str(FOLDER / "bench_kernels.py"), "--quick", "--cases", "no such", "--out", str(tmp_path))
     assert done.returncode == 2, done.stdout + done.stderr
 
 
-# Each keeps what it can and spoils one thing; w + m (w - w) has w's value and m times its gradient.
+# Imported by the fork server, so by every competitor's process. Each kernel keeps what it can and spoils
+# one thing; w + m (w - w) has w's value and m times its gradient. A file says which of them is in use.
 SABOTAGE = """
-import json, sys
+import os
+import re
+from pathlib import Path
 import torch
 import normface_ext as nf
-sys.path.insert(0, sys.argv[1])
-import bench_kernels
 
 def spoilt(tensor, factor):
     if isinstance(tensor, float):  # the fixed scale
@@ -123,19 +122,28 @@ wrong = {
     "ds": lambda x, w, y, s, **k: right(x, w, y, spoilt(s, 1.001), **k),
     "nan": lambda x, w, y, s, **k: right(x, w, y, s, **k) * float("nan"),
 }
+in_use = Path(os.environ["SABOTAGE"])
+nf.functional.normface_loss = lambda *a, **k: wrong[in_use.read_text()](*a, **k)
+"""
+RUN = """
+import json, sys
+import sabotage, workers, bench_kernels
+workers.PRELOAD.append("sabotage")
 status = {}
-for name, kernel in wrong.items():
-    nf.functional.normface_loss = kernel
-    bench_kernels.measure.peak_extra_mib = lambda *a: None  # no child processes from a -c script
-    sys.argv[1:] = ["--quick", "--threads", "1", "--cases", "head 32", "--out", sys.argv[-1]]
+for name in sabotage.wrong:
+    sabotage.in_use.write_text(name)
     status[name] = bench_kernels.main()
 print("STATUS " + json.dumps(status))
 """
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_is_not_timed(tmp_path: Path) -> None:
+    (tmp_path / "sabotage.py").write_text(SABOTAGE)
+    path = os.pathsep.join((str(tmp_path), str(FOLDER)))
+    options = ("--quick", "--cases", "head 32", "--out", str(tmp_path))
     # Elsewhere than in the root, where -c would find the source folder before the installed package.
-    done = run("-c", SABOTAGE, str(FOLDER), str(tmp_path), cwd=tmp_path)
+    done = run("-c", RUN, *options, cwd=tmp_path, PYTHONPATH=path, SABOTAGE=str(tmp_path / "in_use"))
     last = next((line for line in done.stdout.splitlines() if line.startswith("STATUS ")), None)
     assert last, f"the script failed\n{done.stdout}\n{done.stderr}"
     status = json.loads(last.removeprefix("STATUS "))
@@ -144,13 +152,10 @@ def test_a_wrong_kernel_is_not_timed(tmp_path: Path) -> None:
     assert done.stderr.count("WRONG RESULT") == 5, done.stderr
 
 
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The script's modules, gone again afterwards: their names are too common to stay."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in SIBLINGS})
-    for name in SIBLINGS:
-        sys.modules.pop(name, None)
+@pytest.fixture(scope="module")
+def bench() -> Iterator[SimpleNamespace]:
+    with modules() as found:
+        yield found
 
 
 @pytest.mark.parametrize("margin", list(nf.reference.MARGINS))
@@ -172,6 +177,7 @@ def test_the_judge_agrees_with_autograd(
         assert max(error) < 1e-12, f"{margin}: {name} differs by {error}"
 
 
+@pytest.mark.slow
 def test_accuracy_over_the_scale(bench: SimpleNamespace, tmp_path: Path) -> None:
     """The documentation's table: every cell is there, and no fused float32 error is far above eager's."""
     found = bench.accuracy.main(
@@ -201,21 +207,102 @@ def test_relative_errors(bench: SimpleNamespace) -> None:
     assert bench.truth.relative_errors(torch.tensor([3.0, float("nan")]), right) == (float("inf"),) * 2
 
 
-def test_rounds_are_balanced(bench: SimpleNamespace) -> None:
-    """A B C, then C B A; gradients are gone before each call."""
-    inputs = bench.cases.make_inputs(bench.cases.normalize(2, 3), "cpu")
-    order: list[str] = []
-
-    def call(name: str) -> None:
-        assert inputs.x.grad is None, name
-        inputs.x.sum().backward()
-        order.append(name)
-
-    times = bench.measure.rounds_ms({n: lambda n=n: call(n) for n in "ABC"}, inputs, 0.0, least=4, most=9)
-    assert "".join(order) == "ABC" + "ABCCBA" * 2  # the first three warm up
-    assert {name: len(values) for name, values in times.items()} == {"A": 4, "B": 4, "C": 4}
-
-
 def test_quantiles(bench: SimpleNamespace) -> None:
     assert bench.measure.quantiles([float(v) for v in range(11)]) == pytest.approx((2.0, 5.0, 8.0))
     assert bench.measure.quantiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_a_turn(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call to warm up, one that counts, however slow; gradients are gone before each."""
+    monkeypatch.setattr(bench.measure, "TURN_MS", 0.0)
+    measured = bench.measure.Measured(
+        "x", bench.cases.normalize(2, 3), "fwd+bwd", "cpu", torch.get_num_threads()
+    )
+    calls = []
+
+    def call() -> None:
+        x = measured._ready().x
+        assert x.grad is None
+        x.sum().backward()
+        calls.append(len(calls))
+
+    measured.call = call
+    monkeypatch.setattr(bench.measure, "_cpu_ms", lambda call: (call(), float(len(calls)))[1])
+    assert measured.turn() == 2.0 and calls == [0, 1]
+    assert measured._ready().x.grad is None
+
+
+def test_host_time(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where a step's host time goes: our three ops, what is allocated, and planning."""
+    monkeypatch.setattr(bench.host, "CALLS", 5)
+    monkeypatch.setattr(bench.host, "PROFILED", 3)
+    path = bench.host.run("cpu", {"device": "some CPU"}, tmp_path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["device"] for row in rows} == {"some CPU"}
+    found = {(row["provider"], row["part"]): row for row in rows}
+    for provider in ("normface_ext", "eager"):
+        for part in ("forward", "forward + backward", "no grad"):
+            assert found[provider, part]["us_per_step"] > 0
+        allocations = found[provider, "allocations"]["per_step"]
+        assert allocations >= 2 and allocations == int(allocations), "the same in every step"
+    assert found["normface_ext", "our ops"]["per_step"] == 3
+    assert ("eager", "our ops") not in found and ("eager", "planning") not in found
+
+
+def test_a_row_is_written_at_once(
+    bench: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = bench.report.Record(tmp_path / "rows.jsonl", {"device": "some CPU"})
+    row = bench.report.Row("a case", 1, 2, 3, "float32", "eager", "fwd", median_ms=1.23456789)
+    for count in (1, 2, 3):
+        record.write(row)
+        lines = record.path.read_text().splitlines()
+        assert len(lines) == count and json.loads(lines[-1])["median_ms"] == 1.23457
+        assert capsys.readouterr().out.startswith("eager ")
+    record.write(
+        bench.report.Row("a case", 1, 2, 3, "float32", "quack", "fwd", outcome="unavailable", note="x")
+    )
+    assert capsys.readouterr().out == "unavailable (x): quack\n"
+    assert [r.provider for r in bench.report.read(record.path)] == ["eager"] * 3 + ["quack"]
+
+
+def test_the_summary_says_what_was_measured_by_hand(bench: SimpleNamespace) -> None:
+    def row(provider: str, **more: object) -> object:
+        return bench.report.Row("a case", 1, 2, 3, "float32", provider, "fwd", **more)
+
+    by_hand = bench.report.summary([row("eager", median_ms=2.0, how="by hand")])
+    assert "a case** (fwd, measured by hand;" in by_hand
+    rows = [row("eager", median_ms=2.0), row("quack", outcome="over budget", note="a turn takes 9 s")]
+    text = bench.report.summary(rows)
+    assert "by hand" not in text and "- over budget (a turn takes 9 s): quack" in text
+
+
+def test_readme_quotes_the_gpu_results(bench: SimpleNamespace) -> None:
+    """Each line of README's table on the H100 is in the results' file, marked as measured by hand."""
+    root = FOLDER.parent
+    rows = bench.report.read(FOLDER / "results" / "h100" / "kernels.jsonl")
+    assert {row.how for row in rows} == {"by hand"} and {row.commit for row in rows} == {"75b7e35"}
+    assert {row.torch for row in rows} == {"2.11.0+cu130"}
+    text = (root / "README.md").read_text()
+    results = text[text.index("NVIDIA H100") : text.index("## Evaluation")]
+    lines = [line.strip("| ").split(" | ") for line in results.splitlines() if line.startswith("| ")]
+    assert len(lines) > 5
+    for which, eager, ours, times in lines[1:]:
+        batch, dim, classes, *replay = (part.strip() for part in re.split(r" x |, (?!\d{3})", which))
+        size = (int(batch), int(dim), int(classes.replace(",", "")))
+        mode = "fwd+bwd" + (", CUDA graph replay" if replay else "")
+        found = {
+            row.provider: row.median_ms
+            for row in rows
+            if size == (row.N, row.D, row.C) and (row.mode, row.dtype) == (mode, "mixed-bfloat16")
+        }
+        assert (found["eager"], found["normface_ext"]) == (float(eager), float(ours)), which
+        assert times == f"{found['eager'] / found['normface_ext']:.1f}", which
+
+
+RECORDS = sorted((FOLDER / "results").rglob("kernels*.jsonl"))
+
+
+@pytest.mark.parametrize("file", RECORDS, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_a_summary_is_made_from_its_rows(bench: SimpleNamespace, file: Path) -> None:
+    assert file.with_suffix(".md").read_text() == bench.report.summary(bench.report.read(file))

@@ -1,0 +1,132 @@
+"""A process for each competitor, so that none can hang, crash or slow down the others.
+
+The run asks one of them at a time, by the name of a method of `measure.Measured`, and waits no longer than
+it may: past that the process is killed, with whatever it started, and its row says so. It may sit in a
+kernel, a compiler or a lock then; no signal handler would be heard there. A CUDA error, too, stays within
+the process that made it.
+
+The processes come from a fork server that has imported torch once and run nothing, so one costs
+milliseconds, and each is as fresh as the one before: resident memory can be read there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+
+from cases import Case
+from measure import Measured
+
+PRELOAD = ["torch", "normface_ext"]
+
+
+class Dropped(Exception):
+    """Why a competitor is out; `outcome` is the word for it in its row."""
+
+    outcome = "failed"
+
+
+class OverBudget(Dropped):
+    outcome = "over budget"
+
+
+class Worker:
+    """`budget`: seconds that all calls together may take, but for those that have a limit of their own."""
+
+    def __init__(
+        self,
+        name: str,
+        case: Case,
+        mode: str,
+        device: str,
+        threads: int,
+        budget: float,
+        measured: type = Measured,
+    ) -> None:
+        self.budget = self.left = budget
+        context = _fork_server()
+        self.pipe, theirs = context.Pipe()
+        about = (name, case, mode, device, threads)
+        self.process = context.Process(target=_serve, args=(theirs, measured, about))
+        self.process.start()
+        theirs.close()
+
+    def ask(self, method: str, *arguments: object, limit: float | None = None) -> object:
+        """What the method gives there; `Dropped` if it fails, `OverBudget` if it takes too long."""
+        start, allowed = time.monotonic(), self.left if limit is None else limit
+        try:
+            self.pipe.send((method, arguments))
+            if not self.pipe.poll(max(0.0, allowed)):
+                self.close()
+                raise OverBudget(f"stopped: {method} took longer than the {allowed:.0f} s left")
+            failed, value = self.pipe.recv()
+        except (EOFError, OSError):  # it died: for want of memory, or in a crash
+            self.close()
+            raise Dropped(f"its process died in {method} (exit code {self.process.exitcode})") from None
+        finally:
+            if limit is None:
+                self.left -= time.monotonic() - start
+        if failed:
+            self.close()
+            raise Dropped(value)
+        return value
+
+    def close(self) -> None:
+        """Ends the process and all it started, a compiler for example, whatever they are doing."""
+        if self.process.is_alive():
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # not yet a group of its own
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def _fork_server() -> BaseContext:
+    """Started in "/": it looks for modules where it starts, and the sources lie where users start it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    here = os.getcwd()
+    os.chdir("/")
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(here)
+    return context
+
+
+def _serve(pipe: Connection, kind: type, about: tuple[str, Case, str, str, int]) -> None:
+    os.setsid()  # a group to be killed together; Ctrl-C is for the run, which then ends this one
+    asked: list[tuple[str, tuple[object, ...]]] = []
+    ready = threading.Semaphore(0)
+
+    def listen() -> None:
+        """Ends the process when the run is gone, in the middle of a call too."""
+        while True:
+            try:
+                asked.append(pipe.recv())
+            except (EOFError, OSError):
+                os._exit(1)
+            ready.release()
+
+    threading.Thread(target=listen, daemon=True).start()
+    measured = kind(*about)
+    while True:
+        ready.acquire()
+        method, arguments = asked.pop()
+        try:
+            reply = (False, getattr(measured, method)(*arguments))
+        except Exception as error:
+            reply = (True, _sentence(error))
+        pipe.send(reply)
+
+
+def _sentence(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
