@@ -2,8 +2,8 @@
 
 Python puts the current folder, or that of a script, before the installed packages; in a checkout the source
 folder then hides what `pip install .` made, and it has no compiled module. Importing this module, which
-``__init__`` does first, hands over to the installed package wholly: sources and compiled module belong together.
-An editable install puts the compiled module here, and nothing happens.
+``__init__`` does first, hands over to the installed package as a whole: sources and compiled module belong
+together. An editable install puts the compiled module here, and nothing happens.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _CUDA_LIBRARY = _FOLDER / "_cuda.so"
 if importlib.util.find_spec("normface_ext._C") is None:
     raise ImportError(
         f"normface_ext: the compiled module `_C` is missing from {_FOLDER}, and no other folder on sys.path "
-        "has an installed normface_ext. Build it with `pip install .` (or `pip install -e .`) in the checkout."
+        "has an installed normface_ext. Build it with `pip install .` or `pip install -e .` in the checkout."
     )
 
 from normface_ext import _C  # noqa: E402  (the check above explains better than Python's own message)

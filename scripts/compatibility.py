@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """One build, any torch: compiles against other torches' headers and runs wheels under other torches.
 
     scripts/compatibility.py [--oldest 2.11.0] [--newest 2.14.1] [--headers 2.12.0] [--work DIR] [STEP ...]
@@ -161,8 +162,8 @@ class Work:
 
 
 def compile_against(include: Path, version: str) -> None:
-    """Syntax and types of every source: templates that the sources use are instantiated. The .cu files once by
-    g++, with the emulation in CUDA's place, and by nvcc as far as PTX where it is found."""
+    """Syntax and types of every source: templates that the sources use are instantiated. The .cu files once
+    by g++, with the emulation in CUDA's place, and by nvcc as far as PTX where it is found."""
     print(f"headers of torch {version}", flush=True)
     build = runpy.run_path(str(ROOT / "setup.py"))
     common = [*build["COMMON"][:-1], *build["include_flags"]([str(ROOT / "csrc")], [])]
