@@ -81,6 +81,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def register(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "covering(strength): a part runs every day, see tests/selection.py")
+    config.addinivalue_line(
+        "markers", "xdist_group(name): for one worker of `pytest -n`"
+    )  # xdist may be absent
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m and -k, which may then ask for `slow`

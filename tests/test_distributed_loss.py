@@ -9,6 +9,7 @@ from ranks import ranks
 
 import normface_ext as nf
 
+pytestmark = pytest.mark.xdist_group("processes")
 CLASSES, BATCH = 10, 14
 
 
@@ -58,6 +59,7 @@ def compare(world, results, expected, dtype, reduction="mean"):
     torch.testing.assert_close(torch.cat([r[1] for r in results]), dx, rtol=tolerance[0], atol=tolerance[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_are_exact(name):
     options = OPTIONS[name]
@@ -65,6 +67,7 @@ def test_options_are_exact(name):
     compare(3, results, alone(CLASSES, BATCH, torch.float32, options), torch.float32)
 
 
+@pytest.mark.covering(0)
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("classes", [1, 3, 5, 10])
 @pytest.mark.parametrize("ragged", [False, True])
@@ -76,6 +79,7 @@ def test_any_split(world, classes, ragged):
     compare(world, results, alone(classes, BATCH, torch.float64, {"scale": 10.0}), torch.float64)
 
 
+@pytest.mark.slow
 def test_one_loss_per_row():
     upstream = torch.linspace(-1, 2, BATCH, dtype=torch.float64)
     options = {"reduction": "none", "ignore_every": 3}
@@ -99,6 +103,7 @@ def test_sixteen_bit_gradients_come_in_the_features_dtype():
     torch.testing.assert_close(results[0][2], dweight, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_step_of_one_row():
     """Packed as bytes, its label begins where an int64 may not."""
     results = ranks(1).run(jobs.loss_and_gradients, CLASSES, 1, torch.bfloat16, False, {"scale": 9.0})
@@ -106,6 +111,7 @@ def test_a_step_of_one_row():
     torch.testing.assert_close(results[0][:3], (loss, dx, dweight), rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_ranks_may_disagree_whether_features_need_a_gradient():
     x, weight, labels = jobs.problem(CLASSES, BATCH, torch.float32)
     x.requires_grad_(), weight.requires_grad_()
@@ -127,6 +133,7 @@ def test_no_row_counts():
         assert loss == 0 and not dx.any() and not dweight.any()
 
 
+@pytest.mark.slow
 def test_runs_are_bit_identical():
     for first, second in ranks(3).run(jobs.twice, CLASSES, BATCH, torch.float32):
         for a, b in zip(first, second, strict=True):
@@ -136,6 +143,7 @@ def test_runs_are_bit_identical():
 # Communication --------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(0)
 @pytest.mark.parametrize("world", [2, 4])
 def test_what_a_step_sends(world):
     """One all-gather, one all-reduce of three numbers per row, one reduce-scatter: the docs' figures."""
@@ -166,6 +174,7 @@ def test_what_the_options_send():
 # The module -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_meta_heads_start_the_same_on_any_number_of_ranks():
     weights = [ranks(world).run(jobs.initial_weight, 9001, 3)[0][0] for world in (2, 3)]
     assert torch.equal(weights[0], weights[1])
@@ -179,6 +188,7 @@ def test_meta_heads_learn_a_scale_and_can_be_reset():
         assert scale == 7.0 and slope != 0 and same
 
 
+@pytest.mark.slow
 def test_the_module_says_what_it_is():
     (said, norms), _, (empty, _) = ranks(3).run(jobs.described, 2)
     assert "classes 0..0 here" in said and "none here" in empty
@@ -210,6 +220,7 @@ def test_bad_calls_say_so_before_anyone_waits(kind, sentence):
 # The plan -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering(0)
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_plan_knows_what_a_step_sends(world):
     batch = 8
@@ -225,6 +236,7 @@ def test_the_plan_knows_what_a_step_sends(world):
         assert dict(forward + backward) == sent
 
 
+@pytest.mark.covering(0)
 @pytest.mark.parametrize("rate", [1.0, 0.2])
 @pytest.mark.parametrize("workspace", [None, 3_000_000])
 @pytest.mark.parametrize("world", [2, 3])

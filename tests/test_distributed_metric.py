@@ -20,6 +20,8 @@ from ranks import ranks
 
 import normface_ext as nf
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 
 def in_one_process(layout, name, options, dtype):
     x, weight, labels, upstream = whole(layout, dtype)
@@ -28,6 +30,7 @@ def in_one_process(layout, name, options, dtype):
     return gradients(loss, x, weight, upstream)
 
 
+@pytest.mark.covering(0)
 @pytest.mark.parametrize("world", [2, 3])
 def test_equals_one_process(world):
     found_by = ranks(world).run(every_case)
@@ -46,6 +49,7 @@ def test_equals_one_process(world):
                 assert (error <= allowed).all(), f"{layout}, {case}, {dtype}, rank {rank}: {error.max():.2g}"
 
 
+@pytest.mark.slow
 def test_sixteen_bit():
     """The shards' parts of dx are added before they are rounded; float16 holds a zero row's finite."""
     found_by = ranks(3).run(sixteen_bit)
@@ -63,6 +67,7 @@ def test_sixteen_bit():
         assert torch.allclose(got_w, dw.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_corners():
     found_by = ranks(3).run(corners)
     # The negatives and the label's agent are all at d = 2: one hinge of 1, between classes 0 and 1.

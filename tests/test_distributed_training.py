@@ -11,9 +11,11 @@ import normface_ext as nf
 from normface_ext.distributed import checkpoints
 from normface_ext.distributed.sampling import ClassSampler, chosen
 
+pytestmark = pytest.mark.xdist_group("processes")
 CLASSES, BATCH = 11, 12
 
 
+@pytest.mark.covering(0)
 @pytest.mark.parametrize(
     ("world", "accumulate", "autocast", "clip", "scaled"),
     [
@@ -35,6 +37,7 @@ def test_a_sharded_run_is_the_run_of_one_process(world, accumulate, autocast, cl
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample_rate", [1.0, 0.4])
 def test_clipping_counts_every_gradient_once(sample_rate):
     for norm, before, after in ranks(3).run(jobs.clipped, sample_rate):
@@ -57,6 +60,7 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all():
 # Sampling -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sampled_step_is_a_head_over_the_drawn_classes():
     classes, batch, rate = 40, 9, 0.3
     x, weight, labels = jobs.problem(classes, batch, torch.float32)
@@ -111,6 +115,7 @@ def test_a_state_dict_resumes_the_draws():
 # Checkpoints ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample_rate", [1.0, 0.5])
 def test_a_checkpoint_resumes_on_any_number_of_ranks(tmp_path, sample_rate):
     def go(world, start, stop, save_at):
@@ -128,6 +133,7 @@ def test_a_checkpoint_resumes_on_any_number_of_ranks(tmp_path, sample_rate):
     ranks(8).stop()  # nobody else asks for so many
 
 
+@pytest.mark.slow
 def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path):
     arguments = (str(tmp_path), CLASSES, BATCH)
     ranks(2).run(jobs.trained_and_saved, *arguments, 0, 3, 2, 1.0)
@@ -193,6 +199,7 @@ def test_ranks_that_see_different_checkpoints_say_so(tmp_path):
 # Failures -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("does", ["dies", "stalls"])
 def test_the_others_hear_of_a_rank_that(does):
     heard = ranks(3).run(jobs.loss_while_a_rank, does, dying=1 if does == "dies" else None)

@@ -136,6 +136,7 @@ def test_pairs_are_balanced_distinct_and_rightly_labelled():
 # ------------------------------------------------------------------------------------------- figures
 
 
+@pytest.mark.slow
 def test_figure_features(tmp_path: Path):
     clouds = figure_features.main(
         ["--out", str(tmp_path), "--epochs", "10", "--images", "700", "--device", "cpu"]
@@ -178,6 +179,7 @@ def test_spread_by_hand():
     assert got == pytest.approx(10, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_figure_convergence(tmp_path: Path):
     histories, pulls = figure_convergence.main(["--out", str(tmp_path), "--epochs", "6", "--device", "cpu"])
     assert is_figure(tmp_path / "convergence.png")
@@ -235,6 +237,7 @@ def test_first_step_on_the_circle_by_hand():
     assert path.losses[0] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_combined_objective(tmp_path: Path):
     found = combined_objective.main(["--out", str(tmp_path), "--epochs", "5", "--device", "cpu"])
     assert is_figure(tmp_path / "combined.png")
@@ -268,6 +271,7 @@ def test_every_head_trains_features_and_itself(name: str):
     assert float(loss.detach()) < 0.5 * before
 
 
+@pytest.mark.slow
 def test_compare_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen = []
     real = compare_losses.train

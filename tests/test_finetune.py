@@ -66,6 +66,7 @@ def same_bits(a: object, b: object) -> bool:
     return a == b
 
 
+@pytest.mark.covering(0)
 @pytest.mark.parametrize("stops", [[7], [3, 1, 6]])
 def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(arguments, tmp_path, stops):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -86,6 +87,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(arguments, tmp_pat
     assert not same_bits(checkpoint(tmp_path / "other")["backbone"], a["backbone"])
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_from_its_last_checkpoint(arguments, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     ff.main([*arguments, "--out", str(whole)])
@@ -115,6 +117,7 @@ ff.main(sys.argv[2:])
     assert same_bits(checkpoint(parts), checkpoint(whole))
 
 
+@pytest.mark.slow
 def test_training_learns_and_what_is_deployed_is_what_was_measured(arguments, faces, tmp_path, capsys):
     out = tmp_path / "out"
     result = ff.main([*arguments, "--out", str(out), "--epochs", "12"])

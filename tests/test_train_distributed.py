@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 import normface_ext as nf
 
+pytestmark = pytest.mark.xdist_group("processes")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_distributed.py"
 CRASHING = Path(__file__).with_name("crashing_training.py")
 SMALL = ["--identities", "301", "--batch", "64", "--device", "cpu"]
@@ -34,6 +35,7 @@ def losses(folder):
         return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 def test_it_learns_and_any_number_of_processes_gives_the_same_run(tmp_path):
     said = torchrun(EXAMPLE, 2, "--steps", 80, "--out", tmp_path / "two")
     two = losses(tmp_path / "two")
@@ -46,6 +48,7 @@ def test_it_learns_and_any_number_of_processes_gives_the_same_run(tmp_path):
     assert [one[k] for k in range(6)] == pytest.approx([two[k] for k in range(6)], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_restarted_from_the_checkpoint(tmp_path):
     options = ["--steps", 10, "--save-every", 5, "--sample-rate", 0.5, "--timeout", 60]
     torchrun(EXAMPLE, 2, *options, "--out", tmp_path / "whole")
@@ -64,6 +67,7 @@ def test_mixed_precision_and_accumulation_run(tmp_path):
     assert "verification AUC" in said
 
 
+@pytest.mark.slow
 def test_the_loss_scale_is_part_of_a_checkpoint(tmp_path):
     options = ["--amp", "fp16", "--save-every", 2, "--checkpoints", tmp_path, "--out", tmp_path]
     torchrun(EXAMPLE, 1, *options, "--steps", 2)
