@@ -95,7 +95,8 @@ class Contest:
         return self.workers[name]
 
     def _enter(self, name: str, provider: Provider, right: Path) -> None:
-        self.rows[name], worker = (row := self._row(name, provider)), self._worker(name)
+        self.rows[name] = row = self._row(name, provider)
+        worker = self._worker(name)
         try:
             row.peak_extra_mib = self._first(provider, worker)
             self.errors[name] = errors = worker.ask("errors", right)

@@ -12,10 +12,10 @@ milliseconds, and each is as fresh as the one before: resident memory can be rea
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -53,10 +53,12 @@ class Worker:
         self.budget = self.left = budget
         context = _fork_server()
         self.pipe, theirs = context.Pipe()
+        lifeline, self.lifeline = context.Pipe(duplex=False)
         about = (name, case, mode, device, threads)
-        self.process = context.Process(target=_serve, args=(theirs, measured, about))
+        self.process = context.Process(target=_serve, args=(theirs, lifeline, measured, about))
         self.process.start()
         theirs.close()
+        lifeline.close()
 
     def ask(self, method: str, *arguments: object, limit: float | None = None) -> object:
         """What the method gives there; `Dropped` if it fails, `OverBudget` if it takes too long."""
@@ -86,6 +88,7 @@ class Worker:
             self.process.kill()
         self.process.join()
         self.pipe.close()
+        self.lifeline.close()
 
 
 def _fork_server() -> BaseContext:
@@ -101,25 +104,23 @@ def _fork_server() -> BaseContext:
     return context
 
 
-def _serve(pipe: Connection, kind: type, about: tuple[str, Case, str, str, int]) -> None:
+def _serve(
+    pipe: Connection, lifeline: Connection, kind: type, about: tuple[str, Case, str, str, int]
+) -> None:
     os.setsid()  # a group to be killed together; Ctrl-C is for the run, which then ends this one
-    asked: list[tuple[str, tuple[object, ...]]] = []
-    ready = threading.Semaphore(0)
-
-    def listen() -> None:
-        """Ends the process when the run is gone, in the middle of a call too."""
-        while True:
-            try:
-                asked.append(pipe.recv())
-            except (EOFError, OSError):
-                os._exit(1)
-            ready.release()
-
-    threading.Thread(target=listen, daemon=True).start()
+    # When the run is gone, its end of the lifeline closes, and the kernel sends this group SIGIO, which ends
+    # it. A thread that waits for that could not: a call may hang with the interpreter's lock.
+    fcntl.fcntl(lifeline.fileno(), fcntl.F_SETOWN, -os.getpgrp())
+    flags = fcntl.fcntl(lifeline.fileno(), fcntl.F_GETFL)
+    fcntl.fcntl(lifeline.fileno(), fcntl.F_SETFL, flags | os.O_ASYNC)
+    if lifeline.poll():  # it closed before
+        return
     measured = kind(*about)
     while True:
-        ready.acquire()
-        method, arguments = asked.pop()
+        try:
+            method, arguments = pipe.recv()
+        except EOFError:
+            return
         try:
             reply = (False, getattr(measured, method)(*arguments))
         except Exception as error:

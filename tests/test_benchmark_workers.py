@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
-from bench_folder import FOLDER, Rival, environment, modules, read, run
+from bench_folder import Rival, eventually, gone, modules, read
 
 
 @pytest.fixture(scope="module")
@@ -26,23 +20,6 @@ def bench() -> Iterator[SimpleNamespace]:
 
 def start(bench: SimpleNamespace, name: str, budget: float) -> object:
     return bench.workers.Worker(name, bench.cases.normalize(2, 3), "fwd", "cpu", 1, budget, Rival)
-
-
-def gone(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    return state == "Z"
-
-
-def eventually(condition: object, seconds: float = 30.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_a_good_one_answers(bench: SimpleNamespace) -> None:
@@ -233,80 +210,3 @@ def test_compiling_has_a_limit_for_all(bench: SimpleNamespace, contest: object) 
     rows = contest.read()
     assert rows["compile"]["outcome"] == "over budget"
     assert rows["torch.lin_ce+compiled-norm"]["note"].startswith("the 60 s for compiling are used up")
-
-
-# What every process of a run, its fork server included, imports first.
-MEDDLER = """
-import ctypes, os, time
-import competitors, peers
-
-def add(name, call):
-    peers.PROVIDERS[name] = competitors.Provider(lambda case, mode, device: call)
-
-add("hangs", lambda *a: ctypes.PyDLL(None).sleep(1000))  # with the interpreter's lock held
-add("crashes", lambda *a: os.abort())
-"""
-RUN = """
-import sys
-import meddler, workers, bench_kernels
-workers.PRELOAD.append("meddler")
-sys.exit(bench_kernels.main())
-"""
-
-
-def meddled(tmp_path: Path, *options: str, **more: str) -> tuple[list[str], dict[str, str]]:
-    """The command and the environment of a run with MEDDLER."""
-    (tmp_path / "meddler.py").write_text(MEDDLER)
-    path = os.pathsep.join((str(tmp_path), str(FOLDER)))
-    command = ["-c", RUN, "--quick", "--cases", "head 32|norm_linear", "--out", str(tmp_path), *options]
-    return command, {"PYTHONPATH": path, **more}
-
-
-@pytest.mark.slow
-def test_a_run_with_bad_competitors(tmp_path: Path) -> None:
-    command, more = meddled(tmp_path, "--budget", "15")
-    began = time.monotonic()
-    done = run(*command, cwd=tmp_path, **more)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert time.monotonic() - began < 600
-    rows = {row["provider"]: row for row in read(tmp_path) if row["case"].startswith("head")}
-    assert rows["hangs"]["outcome"] == "over budget" and "15 s left" in rows["hangs"]["note"]
-    assert rows["crashes"]["outcome"] == "failed" and "exit code -6" in rows["crashes"]["note"]
-    assert rows["normface_ext"]["median_ms"] and rows["eager"]["median_ms"]
-    assert "over budget (" in done.stdout and "hangs" in (tmp_path / "kernels.md").read_text()
-
-
-def left_over(mark: str) -> list[str]:
-    """Processes that have `mark` in their environment."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (folder / "environ").read_bytes() and not gone(int(folder.name)):
-                found.append((folder / "cmdline").read_text())
-        except OSError:
-            continue
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_ended(tmp_path: Path, how: signal.Signals) -> None:
-    """In the middle of a competitor's call: rows known so far are there, and no process is left."""
-    mark = uuid.uuid4().hex
-    command, more = meddled(tmp_path, MARK=mark)
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=tmp_path, env=environment(**more), stdout=subprocess.DEVNULL
-    )
-    try:
-        file = tmp_path / "kernels.jsonl"
-        assert eventually(lambda: file.exists() and "needs CUDA" in file.read_text(), 300)
-        time.sleep(2)
-        process.send_signal(how)
-        assert process.wait(120) != 0
-        assert eventually(lambda: not left_over(mark), 120), left_over(mark)
-    finally:
-        process.kill()
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert {row["outcome"] for row in rows} >= {"unavailable"}
-    if how != signal.SIGKILL:
-        assert "interrupted" in {row["outcome"] for row in rows}, rows
