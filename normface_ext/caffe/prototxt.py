@@ -23,13 +23,15 @@ DEEPEST = 30
 #: Characters of a number; a float64 needs 24.
 LONGEST_NUMBER = 64
 
+#: What may follow a backslash. C++ and Python read the others (\u, \?, octal beyond a byte) differently.
+_ESCAPE = r"""\\(?:[abfnrtv'"\\]|x[0-9a-fA-F]|[0-3]|[4-7](?![0-7]{2}))"""
 _WORD = re.compile(
-    r"""(?P<space>[ \t\r\f\v\n]+)
+    rf"""(?P<space>[ \t\r\f\v\n]+)
     | (?P<comment>\#[^\n]*)
     | (?P<name>[A-Za-z_][A-Za-z0-9_]*)
     | (?P<number>[-+]?\.?[0-9][0-9A-Za-z_.]*(?:(?<=[eE])[-+][0-9A-Za-z_.]*)?|-[A-Za-z]+)
-    | (?P<string>"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*"|'[^'\\\n]*(?:\\[^\n][^'\\\n]*)*')
-    | (?P<sign>[][{}<>:;,])""",
+    | (?P<string>"[^"\\\n]*(?:{_ESCAPE}[^"\\\n]*)*"|'[^'\\\n]*(?:{_ESCAPE}[^'\\\n]*)*')
+    | (?P<sign>[][{{}}<>:;,])""",
     re.VERBOSE | re.ASCII,
 )
 _CLOSING = {"{": "}", "<": ">"}
@@ -89,7 +91,7 @@ def _words(text: str, where: str) -> list[tuple[str, int]]:
         if match is None:
             got = quoted(text[end:].split("\n", 1)[0], 20)
             if text[end] in "'\"":
-                raise _refusal(where, line, f"a string without its end, {got}")
+                raise _refusal(where, line, f"a string without its end or with an unknown escape, {got}")
             raise ValueError(f"{where}:{line}: expected a text file in UTF-8 (prototxt), got {got}")
         word, end = match.group(), match.end()
         if match.lastgroup == "space":

@@ -276,9 +276,9 @@ def run(
             value = assert_contract(read, path, longest=longest)
             refused = isinstance(value, BaseException)
             assert refused or right(value, data), f"{path}: read wrong: {str(value)[:300]}"
-        except AssertionError as error:
+        except Exception as error:  # of the reader, or of `right`
             kept = folder / f"seed_{seed}_{name}"
             os.replace(path, kept)
-            raise AssertionError(f"seed {seed}, kept as {kept}: {error}") from error
+            raise AssertionError(f"seed {seed}, kept as {kept}: {type(error).__name__}: {error}") from error
         counts[refused] += 1
     return counts[0], counts[1]
