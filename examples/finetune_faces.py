@@ -145,7 +145,7 @@ def make_backbone(name: str | None, weights: Path | None) -> nn.Module:
         try:
             load_weights(backbone, weights)
         except (ValueError, OSError) as error:
-            raise SystemExit(f"--weights: {error}") from None
+            raise SystemExit(sentence(f"--weights: {error}")) from None
     return backbone
 
 
@@ -345,7 +345,7 @@ def resume(training: Training, mark: dict[str, object], path: Path) -> None:
         if any(given.dtype != mine.dtype or given.shape != mine.shape for given, mine in random):
             raise ValueError(f"{where}: expected states of the random generators, got other tensors")
     except (ValueError, OSError) as error:
-        raise SystemExit(f"--resume: {error}") from None
+        raise SystemExit(sentence(f"--resume: {error}")) from None
     training.backbone.load_state_dict(state["backbone"])
     training.head.load_state_dict(state["head"])
     training.optimizer.load_state_dict(state["optimizer"])

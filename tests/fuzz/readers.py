@@ -256,22 +256,23 @@ def _status(name: str) -> int:
 
 def run(
     read: Callable[[Path], Any], name: str, good: bytes, seeds: range, folder: Path, *,
-    right: Callable[[Any, bytes], bool] = lambda value, data: True, longest: int = LONGEST,
+    right: Callable[[Any, bytes], bool], wrap: Callable[[bytes], bytes] = bytes, longest: int = LONGEST,
 ) -> tuple[int, int]:  # fmt: skip
     """Tries a reader with a mutation of ``good`` for each seed; (read, refused), how many.
 
     Args:
         name: of the files; each lies in ``folder`` under this name, so that messages can be looked at.
-        right: of (value, bytes of the file): whether that is what the bytes mean.
+        right: of (value, mutated bytes): whether that is what the bytes mean.
+        wrap: mutated bytes -> bytes of the file: compressed, or with the checksums that they should have.
     """
     path = folder / name
-    path.write_bytes(good)
+    path.write_bytes(wrap(good))
     value = assert_contract(read, path, longest=longest)  # also warms up what is imported on the first call
     assert not isinstance(value, BaseException) and right(value, good), f"the good file: {value}"
     counts = [0, 0]
     for seed in seeds:
         data = mutations(good, seed)
-        path.write_bytes(data)
+        path.write_bytes(wrap(data))
         try:
             value = assert_contract(read, path, longest=longest)
             refused = isinstance(value, BaseException)
