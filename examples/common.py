@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import gzip
 import os
 import sys
 import time
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import idx
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -116,12 +116,11 @@ FASHION_NAMES = (
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An array in the gzipped IDX format of MNIST: two zero bytes, type 8, rank, sizes, bytes."""
-    raw = gzip.decompress(path.read_bytes())
-    if raw[:3] != b"\0\0\x08":
-        raise SystemExit(f"{path}: expected an IDX file of bytes, got a file that starts with {raw[:4]!r}")
-    shape = np.frombuffer(raw, dtype=">i4", count=raw[3], offset=4)
-    return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+    """An array of bytes, or the end of the program with a sentence."""
+    try:
+        return idx.read(path)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None
 
 
 def fashion(folder: Path = FASHION) -> tuple[np.ndarray, np.ndarray]:
@@ -138,8 +137,16 @@ def fashion(folder: Path = FASHION) -> tuple[np.ndarray, np.ndarray]:
             " `apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb .` and"
             f" {FASHION_VARIABLE}=usr/share/datasets/fashion-mnist. --data digits needs no files."
         )
-    images, labels = (np.concatenate([read_idx(path) for path in kind]) for kind in files)
-    return images, labels
+    images, labels = ([read_idx(path) for path in kind] for kind in files)
+    for (image_file, label_file), pixels, numbers in zip(
+        zip(*files, strict=True), images, labels, strict=True
+    ):
+        if numbers.ndim != 1 or pixels.ndim != 3 or pixels.shape != (len(numbers), *images[0].shape[1:]):
+            raise SystemExit(
+                f"{image_file}: expected an image for each label of {label_file.name}, all of one size, got"
+                f" images {list(pixels.shape)} and labels {list(numbers.shape)}"
+            )
+    return np.concatenate(images), np.concatenate(labels)
 
 
 def folder(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
@@ -153,7 +160,10 @@ def folder(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
         )
     pixels, labels = [], []
     for label, images in enumerate(found.people.values()):
-        pixels += [read_image(image, FOLDER_SIZE).float().mean(0).numpy() for image in images]
+        try:
+            pixels += [read_image(image, FOLDER_SIZE).float().mean(0).numpy() for image in images]
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"was readable a moment ago and is not any more: {error}") from None
         labels += [label] * len(images)
     return np.stack(pixels), np.array(labels), tuple(found.people)
 
@@ -167,6 +177,8 @@ def load(options: argparse.Namespace) -> Data:
         pixels, labels, names, brightest = digits.images, digits.target, tuple("0123456789"), 16
     elif options.data == "fashion-mnist":
         pixels, labels, names = (*fashion(), FASHION_NAMES)
+        if labels.max() >= len(names):
+            raise SystemExit(f"{FASHION}: expected labels from 0 to {len(names) - 1}, got {labels.max()}")
     elif Path(options.data).is_dir():
         pixels, labels, names = folder(Path(options.data))
     else:
@@ -325,7 +337,7 @@ def pyplot():
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
     """Numbers with six significant digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         for row in rows:
@@ -336,7 +348,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
 def write_markdown(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Path:
     """A table as the documentation includes it: the first column is text, the others are numbers."""
     lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
-    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
     return path
 
 

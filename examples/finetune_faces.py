@@ -41,9 +41,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import FAINT, pyplot, write_csv
-from images import UNREADABLE, read_image, scan
+from images import printable, read_image, readable, scan, sentence
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torch_files import check_entries, check_optimizer, check_state, load_weights, read
 from tqdm import tqdm
 
 import normface_ext as nf
@@ -83,7 +84,7 @@ class Faces(Dataset):
         path, label = self.items[index]
         try:
             image = read_image(path, self.size)
-        except UNREADABLE as error:
+        except (ValueError, OSError) as error:
             raise RuntimeError(f"{path}: was readable at the start and is not any more: {error}") from error
         return (image.flip(2) if mirrored else image), label
 
@@ -141,7 +142,10 @@ def make_backbone(name: str | None, weights: Path | None) -> nn.Module:
             raise SystemExit(f"--backbone: {where} has no function {function!r}")
         backbone = getattr(module, function)()
     if weights:
-        backbone.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        try:
+            load_weights(backbone, weights)
+        except (ValueError, OSError) as error:
+            raise SystemExit(sentence(f"--weights: {error}")) from None
     return backbone
 
 
@@ -281,8 +285,15 @@ def fingerprint(options: argparse.Namespace, faces: Faces) -> dict[str, object]:
         "backbone",
         "holdout",
     )
-    files = [f"{path.parent.name}/{path.name}" for path, _ in faces.items]
+    files = [readable(f"{path.parent.name}/{path.name}") for path, _ in faces.items]
     return {**{name: getattr(options, name) for name in names}, "images": files}
+
+
+#: What a checkpoint consists of.
+CHECKPOINT = {
+    "backbone": dict, "head": dict, "optimizer": dict, "step": int, "losses": list, "before": dict,
+    "rng": Tensor, "cuda_rng": list, "fingerprint": dict,
+}  # fmt: skip
 
 
 def save(training: Training, mark: dict[str, object], path: Path) -> None:
@@ -306,12 +317,35 @@ def save(training: Training, mark: dict[str, object], path: Path) -> None:
 def resume(training: Training, mark: dict[str, object], path: Path) -> None:
     if not path.exists():
         raise SystemExit(f"--resume: there is no checkpoint {path}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for name, value in mark.items():
-        if state["fingerprint"].get(name) != value:
-            what = "the images differ" if name == "images" else f"--{name.replace('_', '-')} was"
-            detail = "" if name == "images" else f" {state['fingerprint'].get(name)} and is {value}"
-            raise SystemExit(f"--resume: {path} is of another run: {what}{detail}")
+    where = printable(path)
+    try:
+        state = read(path, checksums=True)
+        check_entries(where, state, CHECKPOINT)
+        for name, value in mark.items():
+            was = state["fingerprint"].get(name)
+            if was != value:
+                images = name == "images"
+                what = (
+                    "the images differ" if images else f"--{name.replace('_', '-')} was {was} and is {value}"
+                )
+                raise ValueError(sentence(f"{where} is of another run: {what}"))
+        check_state(f"{where}: backbone", training.backbone, state["backbone"])
+        check_state(f"{where}: head", training.head, state["head"])
+        check_optimizer(where, training.optimizer, state["optimizer"])
+        if state["step"] != len(state["losses"]) or not all(type(loss) is float for loss in state["losses"]):
+            raise ValueError(f"{where}: expected a loss for each of {state['step']} steps")
+        if state["before"].keys() != {"accuracy", "threshold", "tar_at_far_1"}:
+            raise ValueError(f"{where}: expected what was measured before training, got other measures")
+        random = [(state["rng"], torch.get_rng_state())]
+        if state["cuda_rng"]:
+            here = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+            if len(here) != len(state["cuda_rng"]):
+                raise ValueError(f"{where}: written with {len(state['cuda_rng'])} GPUs, here are {len(here)}")
+            random += zip(state["cuda_rng"], here, strict=True)
+        if any(given.dtype != mine.dtype or given.shape != mine.shape for given, mine in random):
+            raise ValueError(f"{where}: expected states of the random generators, got other tensors")
+    except (ValueError, OSError) as error:
+        raise SystemExit(sentence(f"--resume: {error}")) from None
     training.backbone.load_state_dict(state["backbone"])
     training.head.load_state_dict(state["head"])
     training.optimizer.load_state_dict(state["optimizer"])
@@ -454,7 +488,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float] | None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     found = scan(options.faces, options.size)
-    with (options.out / "skipped.csv").open("w", newline="") as file:
+    with (options.out / "skipped.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("path", "reason"), *found.skipped])
     for path, reason in found.skipped[:10]:
         print(f"skipped {path}: {reason}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +15,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+#: Pillow looks at contents, not at names, and for some kinds (PostScript) it starts other programs.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+#: A few bytes can claim to be an image that fills the memory; the largest cameras' have less.
+MOST_PIXELS = 1 << 25
+
+
+def readable(name: str | Path) -> str:
+    """A name of the file system that any file or terminal takes: bytes that are no UTF-8 become \\xe9."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def printable(path: Path) -> str:
+    """A path in a message: of a long one the end."""
+    text = readable(path)
+    return text if len(text) <= 120 else f"...{text[-117:]}"
+
+
+def sentence(text: str) -> str:
+    """A message on one line of at most 300 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:297]}..."
 
 
 @dataclass
@@ -25,9 +47,27 @@ class Scan:
 
 
 def read_image(path: Path, size: int) -> Tensor:
-    """[3, size, size] uint8, RGB."""
-    with Image.open(path) as image:
-        rgb = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    """[3, size, size] uint8, RGB.
+
+    Raises:
+        ValueError, OSError: what is no image of FORMATS with 8 bits per colour; one sentence with the path.
+    """
+    try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("no regular file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS}")
+                if image.mode.startswith(("I", "F")):  # which `convert` would cut off at 255
+                    raise ValueError(f"an image of mode {image.mode}")
+                rgb = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    except Exception as error:  # decoders raise errors of a dozen kinds
+        got = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            sentence(f"{printable(path)}: expected an image ({', '.join(FORMATS)}), got {got}")
+        ) from error
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
@@ -38,24 +78,42 @@ def scan(folder: Path, size: int) -> Scan:
             f"{folder}: expected a folder of people, got {'a file' if folder.exists() else 'nothing'}"
         )
     result = Scan()
-    for path in sorted(folder.iterdir()):
-        if not path.is_dir():
-            result.skipped.append((str(path), "not in a person's folder"))
-    people = sorted(path for path in folder.iterdir() if path.is_dir())
+    entries = _entries(folder)
+    if isinstance(entries, OSError):
+        raise SystemExit(
+            sentence(f"{printable(folder)}: expected a folder of people, got {entries.strerror}")
+        )
+    for path in entries:
+        if not os.path.isdir(path):
+            result.skipped.append((readable(path), "not in a person's folder"))
+    people = [path for path in entries if os.path.isdir(path)]
     for person in tqdm(people, desc="checking images", unit="person", file=sys.stderr, leave=False):
+        images = _entries(person)
+        if isinstance(images, OSError):
+            result.skipped.append((readable(person), f"person left out: {images.strerror}"))
+            continue
         good = []
-        for path in sorted(person.iterdir()):
+        for path in images:
             if path.suffix.lower() not in SUFFIXES:
-                result.skipped.append((str(path), "not an image by its name"))
+                result.skipped.append((readable(path), "not an image by its name"))
                 continue
             try:
                 read_image(path, size)
                 good.append(path)
-            except UNREADABLE as error:
-                result.skipped.append((str(path), f"unreadable: {error}"))
+            except (ValueError, OSError) as error:
+                reason = str(error).removeprefix(f"{printable(path)}: ")
+                result.skipped.append((readable(path), f"unreadable: {reason}"))
         if len(good) < 2:
             found = "no readable image" if not good else "only one image, and a pair needs two"
-            result.skipped.append((str(person), f"person left out: {found}"))
+            result.skipped.append((readable(person), f"person left out: {found}"))
         else:
-            result.people[person.name] = good
+            result.people[readable(person.name)] = good
     return result
+
+
+def _entries(folder: Path) -> list[Path] | OSError:
+    """What a folder has, or why nobody may know."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        return error

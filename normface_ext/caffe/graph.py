@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from .._files import quoted
 from ..optim import is_scale
-from .layers import Agents, InnerDistance, InnerProduct, Layer, Normalize, Parameter, Scale
+from .build import MOST_LAYERS, PHASES, Layers, build, create_blobs, phases
+from .layer import Layer
+from .layers import Agents, InnerDistance, InnerProduct, Normalize, Parameter, Scale
 from .losses import Accuracy, DistanceLoss, GeneralContrastiveLoss, GeneralTripletLoss, SoftmaxWithLoss
 from .pairs import ContrastiveLoss, TripletLoss
 from .shapes import Concat, Eltwise, Flip, Slice
 from .spec import Context, Report, Spec
-from .weights import layer_key, stored_weights
+from .weights import stored_weights
 from .wiring import Step, fuse, wire
 
 #: Caffe's name of every type that `load_head` knows.
@@ -27,8 +30,6 @@ TYPES: dict[str, type[Layer]] = {
         InnerDistance, InnerProduct, Normalize, Parameter, Scale, Slice, SoftmaxWithLoss, TripletLoss,
     )
 }  # fmt: skip
-
-PHASES = ("TRAIN", "TEST")
 
 
 class HeadOutput(NamedTuple):
@@ -44,31 +45,13 @@ class HeadOutput(NamedTuple):
     printed_loss: Tensor | None
 
 
-def _phases(spec: Spec) -> tuple[str, ...]:
-    """The phases that a layer's include and exclude rules allow."""
-    message = spec.message
-    if message.include and message.exclude:
-        spec.refuse("expected `include` or `exclude`, got both", "exclude")
-    for name in ("include", "exclude"):
-        for i, rule in enumerate(getattr(message, name)):
-            for other in ("min_level", "max_level", "stage", "not_stage"):
-                if other in spec.lines.fields[name][i].fields:
-                    spec.refuse(f"`{other}` in `{name}` is not supported", name, i)
-            if not rule.HasField("phase"):
-                spec.refuse(f"expected a phase in `{name}`", name, i)
-    include = {PHASES[rule.phase] for rule in message.include}
-    exclude = {PHASES[rule.phase] for rule in message.exclude}
-    if message.HasField("phase"):
-        include.add(PHASES[message.phase])
-    return tuple(p for p in PHASES if (p in include or not include) and p not in exclude)
-
-
 class Head(nn.Module):
     """What :func:`load_head` returns.
 
     ``head(last_ip_layer=x, label=y)`` or ``head({"last_ip_layer": x, "label": y})`` runs the layers of the
     present phase, TRAIN in training mode and TEST in eval mode, and returns a :class:`HeadOutput`.
-    ``head.layers["cosine_layer"]`` is a layer by its name in the file. In mode "math", Normalize +
+    ``head.layers["cosine_layer"]`` is a layer by its name in the file; in the state dict a name that torch
+    does not allow ("fc.1", "training") is another one ("fc_1", "training_"). In mode "math", Normalize +
     InnerProduct + Scale + SoftmaxWithLoss run as one fused NormFaceLoss, and Normalize + InnerDistance +
     a metric loss as one fused CContrastiveLoss or CTripletLoss, in every phase where nothing else reads
     what lies between; ``print(head)`` shows where.
@@ -82,24 +65,23 @@ class Head(nn.Module):
     ) -> None:
         super().__init__()
         self.where, self.mode = report.where, context.mode
-        self.layers = nn.ModuleDict()
+        self.layers = Layers()
         self._multipliers: dict[str, list[tuple[float, float]]] = {}
         self._labels: dict[str, str] = {}
-        keys: dict[int, str] = {}
         usable = []
-        for i, spec in enumerate(specs):
-            key = layer_key(spec.name)
+        if len(specs) > MOST_LAYERS:
+            report.refuse(1, f"expected at most {MOST_LAYERS} layers of a head, got {len(specs)}")
+            specs = []
+        for spec in specs:
             if spec.type not in TYPES:
-                spec.refuse(f"the layer type {spec.type!r} is not part of a NormFace head", "type")
-                continue
-            if not spec.name or key in self.layers:
-                spec.refuse(f"expected a name of its own, got {spec.name!r}", "name")
-                continue
-            layer = self._build(spec, context)
-            self.layers[key] = layer
-            keys[i] = key
-            self._labels[key] = f"{spec} ({spec.at('')})"
-            usable.append((key, spec, _phases(spec)))
+                spec.refuse(f"the layer type {quoted(spec.type)} is not part of a NormFace head", "type")
+            elif not spec.name or spec.name in self.layers:
+                spec.refuse(f"expected a name of its own, got {quoted(spec.name)}", "name")
+            else:
+                layer, self._multipliers[spec.name] = build(TYPES[spec.type], spec, context)
+                self.layers[spec.name] = layer
+                self._labels[spec.name] = f"{spec} ({spec.at('')})"
+                usable.append((spec.name, spec, phases(spec)))
         made_here = {top for spec in specs for top in spec.tops}
         self._plans = {p: wire(p, usable, self.layers, made_here, declared, closed, report) for p in PHASES}
         self._fused: dict[str, list[tuple[str, ...]]] = {phase: [] for phase in PHASES}
@@ -107,56 +89,15 @@ class Head(nn.Module):
             for phase, plan in self._plans.items():
                 self._fused[phase] = fuse(plan, self.layers)
         if self.mode == "caffe":
-            for key, spec, _ in usable:
-                if getattr(self.layers[key], "normalize", False):
+            for name, spec, _ in usable:
+                if getattr(self.layers[name], "normalize", False):
                     spec.note(
                         "`normalize: true` overwrites the weight in Caffe's forward pass; here"
                         " `normface_ext.caffe.renormalize_after_step` does so after each step"
                     )
         self.notes = tuple(dict.fromkeys(report.lines(report.notes)))
-        if not report.problems and context.in_features is not None:
-            for module in self.layers.values():
-                if isinstance(module, Agents):
-                    module.materialize(context.in_features)
-
-    def _build(self, spec: Spec, context: Context) -> Layer:
-        kind, message = TYPES[spec.type], spec.message
-        spec.check_fields(kind.BLOCKS)
-        for what, count, (least, most) in (
-            ("bottom", len(spec.bottoms), kind.BOTTOMS), ("top", len(spec.tops), kind.TOPS)
-        ):  # fmt: skip
-            if not least <= count <= most:
-                wanted = (
-                    str(least) if least == most else f"{least} or more" if most > 9 else f"{least} or {most}"
-                )
-                hint = f" ({kind.BOTTOM_NAMES})" if what == "bottom" and kind.BOTTOM_NAMES else ""
-                spec.refuse(f"expected {wanted} `{what}`{hint}, got {count}", what)
-        if message.blobs:
-            spec.refuse("`blobs` in a text file are not supported: load_caffemodel reads weights", "blobs")
-        if len(message.loss_weight) not in (0, len(spec.tops)):
-            spec.refuse(f"expected `loss_weight` once per top, got {len(message.loss_weight)}", "loss_weight")
-        if len(message.propagate_down) not in (0, len(spec.bottoms)):
-            spec.refuse(
-                f"expected `propagate_down` once per bottom, got {len(message.propagate_down)}",
-                "propagate_down",
-            )
-        layer = kind(spec, context)
-        most = len(layer.BLOBS) + layer.SPARE_BLOBS
-        if len(message.param) > most:
-            spec.refuse(f"expected at most {most} `param`, got {len(message.param)}", "param", most)
-        multipliers = [(1.0, 1.0)] * len(layer.BLOBS)
-        for i, param in enumerate(message.param[: len(multipliers)]):
-            if param.HasField("name") or param.HasField("share_mode"):
-                spec.refuse("shared parameters (`param { name }`) are not supported", "param", i)
-            if param.lr_mult < 0 or param.decay_mult < 0:
-                spec.refuse("expected `lr_mult` and `decay_mult` >= 0", "param", i)
-            multipliers[i] = (float(param.lr_mult), float(param.decay_mult))
-        layer.lr_mults = [lr for lr, _ in multipliers]  # type: ignore[assignment]
-        self._multipliers[layer_key(spec.name)] = multipliers
-        for blob, (lr, _) in zip(layer.blobs(), multipliers, strict=True):
-            if blob is not None:
-                blob.requires_grad_(lr != 0)
-        return layer
+        if not report.problems:
+            create_blobs([(self.layers[name], spec) for name, spec, _ in usable], context, report)
 
     @property
     def phase(self) -> str:
@@ -231,9 +172,9 @@ class Head(nn.Module):
         Raises:
             ValueError: NaN or infinity in a weight; that weight is not changed.
         """
-        chosen = [key for key, layer in self.layers.items() if getattr(layer, "normalize", False)]
-        for key in chosen:
-            self.layers[key].renormalize_()  # type: ignore[operator]
+        chosen = [name for name, layer in self.layers.items() if getattr(layer, "normalize", False)]
+        for name in chosen:
+            self.layers[name].renormalize_()
         return chosen
 
     def parameter_groups(
@@ -281,15 +222,14 @@ class Head(nn.Module):
             strict: the file must have every layer of the head that has parameters.
 
         Raises:
-            ValueError: no such file format, missing layers, a wrong shape or count of blobs, NaN or infinity.
+            ValueError: no such file format, missing layers or two of one name, a wrong shape or count of
+                blobs, NaN or infinity (also of a number that only the parameter's dtype can't hold).
+            OSError: the file can't be read.
         """
         copies = stored_weights(path, self.layers, self._labels, strict)
-        for key, name, value in copies:
-            layer = self.layers[key]
-            if getattr(layer, name) is None:
-                layer.materialize(value.shape[1])  # type: ignore[operator]
-            getattr(layer, name).copy_(value)
-        return list(dict.fromkeys(key for key, _, _ in copies))
+        for layer, blob, value in copies:
+            self.layers[layer].place(blob, value)
+        return list(dict.fromkeys(layer for layer, _, _ in copies))
 
     def extra_repr(self) -> str:
         lines = [f"{self.where}, mode={self.mode!r}"]

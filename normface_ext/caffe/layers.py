@@ -16,38 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .. import _checks, functional
+from .._files import quoted
 from ..modules import unit_rows_
-from .fillers import check_filler, fill_
+from .fillers import MOST_NUMBERS, check_filler
+from .layer import Layer
 from .spec import Context, Spec
 
 #: Caffe's L1 normalisation uses this on both devices.
 CAFFE_L1_EPS = 1e-6
-
-
-class Layer(nn.Module):
-    BOTTOMS: ClassVar[tuple[int, int]] = (1, 1)
-    #: What the bottoms are, for who gives another number of them.
-    BOTTOM_NAMES: ClassVar[str] = ""
-    TOPS: ClassVar[tuple[int, int]] = (1, 1)
-    BLOCKS: ClassVar[tuple[str, ...]] = ()
-    BLOBS: ClassVar[tuple[str, ...]] = ()
-    #: Further blobs that Caffe stores and that have no effect while they are zero.
-    SPARE_BLOBS: ClassVar[int] = 0
-    #: The default loss_weight of the first top, and the tops that have no gradient.
-    LOSS: ClassVar[float] = 0.0
-    STATISTICS: ClassVar[tuple[int, ...]] = ()
-
-    def __init__(self, spec: Spec, context: Context) -> None:
-        super().__init__()
-        self.wiring = f"{', '.join(spec.bottoms)} -> {', '.join(spec.tops)}".strip()
-        self.label = str(spec)
-
-    def blobs(self) -> list[nn.Parameter | None]:
-        """Parameters in Caffe's order, None where the number of features is not known yet."""
-        return [getattr(self, name) for name in self.BLOBS]
-
-    def extra_repr(self) -> str:
-        return self.wiring
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -87,7 +63,7 @@ class Normalize(Layer):
         kind = spec.get("normalize_param.normalize_type")
         if kind not in ("L1", "L2"):
             spec.refuse(
-                f"expected `normalize_type` to be 'L1' or 'L2', got {kind!r}",
+                f"expected `normalize_type` to be 'L1' or 'L2', got {quoted(kind)}",
                 "normalize_param.normalize_type",
             )
         self.p = 1 if kind == "L1" else 2
@@ -121,37 +97,34 @@ class Agents(Layer):
         super().__init__(spec, context)
         block, self.own = self.block, len(spec.bottoms) == 1
         self.hard, self.eps = context.caffe, context.eps
-        self.dtype, self.device = context.dtype, context.device
         self.num_output = int(spec.get(f"{block}.num_output"))
         self.normalize = bool(spec.get(f"{block}.normalize"))
         spec.only(f"{block}.axis", 1)
         spec.only(f"{block}.transpose", False, "Caffe normalises the wrong vectors with it")
-        if self.own and self.num_output < 1:
-            spec.refuse("expected `num_output` to be >= 1, got 0", f"{block}.num_output")
+        if not (1 if self.own else 0) <= self.num_output <= MOST_NUMBERS:
+            spec.refuse(
+                f"expected `num_output` in [1, {MOST_NUMBERS}], got {self.num_output}", f"{block}.num_output"
+            )
         if not self.own and self.normalize:
             spec.refuse(
                 "`normalize: true` acts on a weight of the layer's own, and here the weight is a bottom:"
                 " put a Normalize layer before it",
                 f"{block}.normalize",
             )
-        self.filler = check_filler(spec, f"{block}.weight_filler")
         self.weight: nn.Parameter | None
-        self.register_parameter("weight", None)
+        self.declare("weight", check_filler(spec, f"{block}.weight_filler", context))
+        if self.own and context.in_features is not None:
+            self.shapes["weight"] = [self.num_output, context.in_features]
 
-    def materialize(self, features: int, like: Tensor | None = None) -> None:
-        """Creates and fills the weight, once the number of features is known."""
+    def materialize(self, features: int, like: Tensor) -> None:
+        """Creates and fills the weight when the first features, or a state, tell their number."""
         if self.weight is not None or not self.own:
             return
-        dtype, device = self.dtype, self.device
-        if like is not None:
-            device = like.device if device is None else device
-            dtype = torch.float64 if dtype is None and like.dtype == torch.float64 else dtype
-        blob = torch.empty(self.num_output, features, dtype=dtype, device=device)
-        fill_(blob, self.filler)
-        self.weight = nn.Parameter(blob, requires_grad=self.trained(0))
-
-    def trained(self, index: int) -> bool:
-        return bool(getattr(self, "lr_mults", [1.0])[index])
+        if features < 1:
+            raise ValueError("expected at least one feature for `weight`, got none")
+        self.shapes["weight"] = [self.num_output, features]
+        wide = self.dtype is None and like.dtype == torch.float64
+        self.create(like.dtype if wide else self.dtype, like.device if self.device is None else self.device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         given = state_dict.get(f"{prefix}weight")
@@ -187,6 +160,7 @@ class InnerProduct(Agents):
     """<x_i, w_j>, [N, C]; with ``normalize`` the rows of w are unit rows."""
 
     BLOCKS = ("inner_product_param",)
+    SIZE = "inner_product_param.num_output"
     block = "inner_product_param"
 
     def __init__(self, spec: Spec, context: Context) -> None:
@@ -194,20 +168,20 @@ class InnerProduct(Agents):
         if spec.has(f"{self.block}.distance_type"):
             spec.refuse("unknown option `inner_product_param.distance_type`", f"{self.block}.distance_type")
         self.bias: nn.Parameter | None
+        self.has_bias = bool(spec.get(f"{self.block}.bias_term"))
+        if self.has_bias and not self.own:
+            spec.refuse(
+                "expected `bias_term: false` beside a weight that is a bottom, got true (the default)",
+                f"{self.block}.bias_term",
+            )
         self.register_parameter("bias", None)
-        if spec.get(f"{self.block}.bias_term"):
-            if not self.own:
-                spec.refuse(
-                    "expected `bias_term: false` beside a weight that is a bottom, got true (the default)",
-                    f"{self.block}.bias_term",
-                )
-            bias = torch.empty(self.num_output, dtype=context.dtype, device=context.device)
-            fill_(bias, check_filler(spec, f"{self.block}.bias_filler"))
-            self.bias = nn.Parameter(bias)
+        if self.has_bias:
+            filler = check_filler(spec, f"{self.block}.bias_filler", context)
+            self.declare("bias", filler, [self.num_output])
 
     @property
     def BLOBS(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("weight", "bias")[: 0 if not self.own else 2 if self.bias is not None else 1]
+        return ("weight", "bias")[: 0 if not self.own else 2 if self.has_bias else 1]
 
     def forward(self, *bottoms: Tensor) -> tuple[Tensor]:
         x, weight = self.operands(bottoms)
@@ -224,6 +198,7 @@ class InnerDistance(Agents):
     """sum_k (x_ik - w_jk)^2 or sum_k |x_ik - w_jk|, [N, C]."""
 
     BLOCKS = ("inner_distance_param", "inner_product_param")
+    SIZE = "inner_distance_param.num_output"
     SPARE_BLOBS = 1  # Caffe allocates a bias by default
     block = "inner_distance_param"
 
@@ -242,7 +217,7 @@ class InnerDistance(Agents):
                     spec.refuse(f"`{name}` belongs in `inner_distance_param`", f"inner_product_param.{name}")
         kind = spec.get(path)
         if kind not in ("L1", "L2"):
-            spec.refuse(f"expected `distance_type` to be 'L1' or 'L2', got {kind!r}", path)
+            spec.refuse(f"expected `distance_type` to be 'L1' or 'L2', got {quoted(kind)}", path)
         self.p = 1 if kind == "L1" else 2
         spec.only(
             f"{self.block}.update_center_only", False, "Caffe's two-bottom form reads the labels as weights"
@@ -303,10 +278,11 @@ class Scale(Layer):
                 f"expected `min_value` <= `max_value`, got {self.min_value:g} and {self.max_value:g}",
                 "scale_param.min_value",
             )
-        scale = torch.ones((), device=context.device, dtype=context.dtype)
-        if spec.has("scale_param.filler"):
-            fill_(scale, check_filler(spec, "scale_param.filler"))
-        self.scale = nn.Parameter(scale)
+        self.scale: nn.Parameter
+        filler = check_filler(spec, "scale_param.filler", context)
+        if not spec.has("scale_param.filler"):
+            filler = filler._replace(type="constant", value=1.0)
+        self.declare("scale", filler, [])
 
     def bounded_scale(self) -> Tensor:
         self.scale.data.clamp_(self.min_value, self.max_value)
@@ -323,18 +299,17 @@ class Parameter(Layer):
     """A blob of its own, such as the agents of a two-bottom InnerProduct."""
 
     BOTTOMS = (0, 0)
+    SIZE = "parameter_param.shape"
     BLOCKS = ("parameter_param",)
     BLOBS = ("weight",)
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
+        self.weight: nn.Parameter
         shape = [int(n) for n in spec.get("parameter_param.shape.dim")]
         if not shape or min(shape) < 1:
             spec.refuse(f"expected `shape` of sizes >= 1, got {shape}", "parameter_param.shape")
-            shape = [1]
-        blob = torch.empty(shape, device=context.device, dtype=context.dtype)
-        fill_(blob, check_filler(spec, "parameter_param.blob_filler"))
-        self.weight = nn.Parameter(blob)
+        self.declare("weight", check_filler(spec, "parameter_param.blob_filler", context), shape)
 
     def forward(self) -> tuple[Tensor]:
         return (self.weight,)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
 from .._arguments import NOT_NEGATIVE, choice, integer, number
-from . import proto
+from .._files import clip, file_name, listing, read_bytes
 from .graph import Head
+from .prototxt import LONGEST_TEXT, parse_text
 from .spec import Context, Report, Spec
 
 MODES = ("math", "caffe")
@@ -49,27 +49,24 @@ def load_head(
         in_features = integer("load_head", "in_features", in_features, 1)
     eps = number("load_head", "eps", eps, NOT_NEGATIVE)
     where, text = _read(path_or_text)
-    net, lines = proto.parse_text(text, where)
+    net, lines = parse_text(text, where)
     report = Report(where)
     for name, line in lines.unknown:
-        report.problems.append((line, f"unknown option `{name}` of the net"))
+        report.refuse(line, f"unknown option `{clip(name, 60)}` of the net")
     if net.layers:
-        report.problems.append(
-            (lines.of("layers"), "`layers` is Caffe's format of before 2014: upgrade the file")
-        )
+        report.refuse(lines.of("layers"), "`layers` is Caffe's format of before 2014: upgrade the file")
     given = None if inputs is None else [str(name) for name in inputs]
     declared = [str(name) for name in net.input]
     context = Context(mode, eps, in_features, device, dtype)
     specs = [Spec(layer, lines.fields["layer"][i], report) for i, layer in enumerate(net.layer)]
-    for spec in [spec for spec in specs if spec.type == "Input"]:
-        declared += spec.tops
-        specs.remove(spec)
+    declared += [top for spec in specs if spec.type == "Input" for top in spec.tops]
+    specs = [spec for spec in specs if spec.type != "Input"]
     specs = specs if given is None else _reachable(specs, given, report)
     if not specs and not report.problems:
-        report.problems.append((1, "expected at least one layer of a head, got none"))
+        report.refuse(1, "expected at least one layer of a head, got none")
     head = Head(specs, report, context, declared if given is None else given, given is not None)
     if report.problems:
-        count = len(report.problems)
+        count = len(report.problems) + report.more
         hint = ""
         if given is None and any(
             "is not part of a NormFace head" in sentence for _, sentence in report.problems
@@ -78,10 +75,9 @@ def load_head(
                 "\nTo load the head of a whole net, name the blobs it starts from,"
                 " such as inputs=('ip1', 'label')."
             )
-        raise ValueError(
-            f"load_head: {where} has {count} thing{'s' * (count > 1)} that {'are' if count > 1 else 'is'} not"
-            " supported:\n" + "\n".join(report.lines(report.problems)) + hint
-        )
+        are = "things that are" if count > 1 else "thing that is"
+        opening = f"load_head: {where} has {count} {are} not supported:"
+        raise ValueError(listing(opening, report.lines(report.problems), report.more, hint))
     return head
 
 
@@ -90,10 +86,10 @@ def _read(path_or_text: str | os.PathLike[str]) -> tuple[str, str]:
         return "<text>", path_or_text
     if not isinstance(path_or_text, (str, os.PathLike)):
         raise TypeError(f"load_head: expected a path or text, got {type(path_or_text).__name__}")
-    try:
-        return os.fspath(path_or_text), Path(path_or_text).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"load_head: expected {path_or_text} to be a text file (prototxt)") from error
+    where = file_name(path_or_text)
+    data = read_bytes(path_or_text, LONGEST_TEXT, "a prototxt")
+    # Comments in other encodings are read over, as Caffe does; elsewhere their bytes are refused.
+    return where, data.decode("utf-8", errors="surrogateescape")
 
 
 def _reachable(specs: list[Spec], given: list[str], report: Report) -> list[Spec]:
@@ -106,8 +102,6 @@ def _reachable(specs: list[Spec], given: list[str], report: Report) -> list[Spec
     written = {bottom for spec in specs for bottom in spec.bottoms}
     for name in given:
         if name not in written:
-            report.problems.append(
-                (1, f"expected a layer with the bottom `{name}`, which is in `inputs`, got none")
-            )
+            report.refuse(1, f"expected a layer with the bottom `{name}`, which is in `inputs`, got none")
     wanted = {bottom for spec in kept for bottom in spec.bottoms}
     return [spec for spec in kept if spec.bottoms or wanted & set(spec.tops)]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from .. import _checks, functional
-from .layers import Layer
+from .layer import Layer
 from .spec import Context, Spec
 
 #: -log(FLT_MIN): what a row costs at most in Caffe's SoftmaxWithLoss.

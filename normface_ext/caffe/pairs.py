@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _caffe_losses, _checks, _distance_ops, functional
-from .layers import Layer
+from .layer import Layer
 from .spec import Context, Spec
 
 

@@ -1,4 +1,4 @@
-"""The part of caffe.proto that a NormFace head needs, and the line of every option in a text file.
+"""The part of caffe.proto that a NormFace head needs.
 
 Field numbers are those of the Caffe fork that NormFace was released with (happynear/caffe-windows,
 branch ``ms``), so binary ``.caffemodel`` files parse; whatever is not listed here is skipped in binary
@@ -8,7 +8,6 @@ files and reported with its line in text files. protobuf is imported when it is 
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -43,6 +42,13 @@ MESSAGES: dict[str, str] = {
         ?GeneralTripletParameter general_triplet_loss_param=217""",
     # Layers of before 2014: their weights still load.
     "V1LayerParameter": "*string bottom=2  *string top=3  ?string name=4  *BlobProto blobs=6",
+    # The same bytes read one shell at a time: a net is its layers' bytes, a layer its blobs'. What the head
+    # does not need stays bytes, and names are compared as they stand in the file.
+    "StoredNet": "*bytes layers=2  *bytes layer=100",
+    "StoredLayer": "?bytes name=1  *bytes blobs=7",
+    "StoredV1Layer": "?bytes name=4  *bytes blobs=6",
+    "StoredBlob": """?BlobShape shape=7  #float data=5  #double double_data=8  ?int32 num=1:0
+        ?int32 channels=2:0  ?int32 height=3:0  ?int32 width=4:0""",
     "LossParameter": "?int32 ignore_label=1  ?bool normalize=2  ?NormalizationMode normalization=3:VALID",
     "AccuracyParameter": """?uint32 top_k=1:1  ?int32 axis=2:1  ?int32 ignore_label=3
         ?bool min_is_better=4:false""",
@@ -138,90 +144,3 @@ def messages() -> dict[str, Any]:
     return {
         name: factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}")) for name in MESSAGES
     }
-
-
-@dataclass
-class Lines:
-    """Where a message stands in its text file: its first line, and that of each of its fields."""
-
-    line: int
-    fields: dict[str, list[Lines]] = field(default_factory=dict)
-    unknown: list[tuple[str, int]] = field(default_factory=list)  # names that the message does not have
-
-    def of(self, path: str, index: int = 0) -> int:
-        """The line of the (last written) field `a.b.c`; that of the message where it is not written."""
-        here = self
-        for name in path.split("."):
-            if name not in here.fields:
-                return here.line
-            here = here.fields[name][min(index, len(here.fields[name]) - 1)]
-        return here.line
-
-
-def parse_text(text: str, where: str) -> tuple[Any, Lines]:
-    """A prototxt as (NetParameter, its lines). Unknown options are kept in the lines, not in the message.
-
-    Raises:
-        ValueError: what is no prototxt, as "file:line: what was expected".
-    """
-    text_format, net = require("text_format"), messages()["NetParameter"]()
-    lines = Lines(1)
-    try:
-        # The walk is for the lines; the values come from protobuf's own parser.
-        _walk(text_format.Tokenizer(text.splitlines()), net.DESCRIPTOR, lines, None)
-        text_format.Parse(text, net, allow_unknown_field=True)
-    except text_format.ParseError as error:
-        line = error.GetLine() or 1
-        raise ValueError(f"{where}:{line}: expected a prototxt, got: {error}") from error
-    return net, lines
-
-
-def _walk(tokenizer: Any, descriptor: Any, lines: Lines, closing: str | None) -> None:
-    """Reads `name: value` and `name { ... }` up to the closing bracket (None: the end of the text)."""
-    while not (tokenizer.AtEnd() if closing is None else tokenizer.TryConsume(closing)):
-        line = tokenizer.ParseError("").GetLine()
-        if tokenizer.AtEnd():
-            raise tokenizer.ParseError(f"Expected {closing!r} before the end of the text.")
-        name = tokenizer.ConsumeIdentifierOrNumber()
-        known = None if descriptor is None else descriptor.fields_by_name.get(name)
-        if known is None and descriptor is not None:
-            lines.unknown.append((name, line))
-        child = None if known is None else known.message_type
-        places = lines.fields.setdefault(name, [])
-        tokenizer.TryConsume(":")
-        if tokenizer.TryConsume("["):
-            while not tokenizer.TryConsume("]"):
-                _value(tokenizer, child, places, tokenizer.ParseError("").GetLine())
-                tokenizer.TryConsume(",")
-        else:
-            _value(tokenizer, child, places, line)
-        if not tokenizer.TryConsume(","):
-            tokenizer.TryConsume(";")
-
-
-def _value(tokenizer: Any, child: Any, places: list[Lines], line: int) -> None:
-    places.append(Lines(line))
-    for opening, closing in (("{", "}"), ("<", ">")):
-        if tokenizer.TryConsume(opening):
-            return _walk(tokenizer, child, places[-1], closing)
-    tokenizer.TryConsume("-")
-    if tokenizer.token.startswith(("'", '"')):
-        tokenizer.ConsumeString()
-    elif tokenizer.token and (tokenizer.token[0].isalnum() or tokenizer.token[0] in "_.+-"):
-        tokenizer.NextToken()
-    else:
-        raise tokenizer.ParseError(f"Expected a value, got {tokenizer.token!r}.")
-
-
-def parse_binary(data: bytes, where: str) -> Any:
-    """A .caffemodel as NetParameter.
-
-    Raises:
-        ValueError: what is no NetParameter.
-    """
-    net = messages()["NetParameter"]()
-    try:
-        net.ParseFromString(data)
-    except require("message").DecodeError as error:
-        raise ValueError(f"{where}: expected a binary NetParameter (.caffemodel), got: {error}") from error
-    return net

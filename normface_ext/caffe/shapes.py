@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layers import Layer
+from .layer import Layer
 from .spec import Context, Spec
 
 

@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 
-from .proto import Lines
+from .._files import clip, quoted
+from .prototxt import Lines
+
+#: So many problems of a file are kept; the others are counted.
+MOST_PROBLEMS = 100
 
 
 @dataclass
@@ -18,9 +22,16 @@ class Report:
     where: str
     problems: list[tuple[int, str]] = field(default_factory=list)
     notes: list[tuple[int, str]] = field(default_factory=list)
+    more: int = 0  # problems that were not kept
+
+    def refuse(self, line: int, sentence: str) -> None:
+        if len(self.problems) < MOST_PROBLEMS:
+            self.problems.append((line, clip(sentence)))
+        else:
+            self.more += 1
 
     def lines(self, entries: list[tuple[int, str]]) -> list[str]:
-        return [f"{self.where}:{line}: {sentence}" for line, sentence in sorted(entries)]
+        return [clip(f"{self.where}:{line}: {sentence}") for line, sentence in sorted(entries)]
 
 
 @dataclass(frozen=True)
@@ -47,17 +58,17 @@ class Spec:
         self.bottoms, self.tops = [str(b) for b in message.bottom], [str(t) for t in message.top]
 
     def __str__(self) -> str:
-        return f'layer "{self.name}" ({self.type})'
+        return f'layer "{clip(self.name, 60)}" ({clip(self.type, 40)})'
 
     def at(self, path: str, index: int = 0) -> str:
         """file:line of an option, or of the layer where it is not written."""
         return f"{self.report.where}:{self.lines.of(path, index)}"
 
     def refuse(self, sentence: str, path: str = "", index: int = 0) -> None:
-        self.report.problems.append((self.lines.of(path, index), f"{self}: {sentence}"))
+        self.report.refuse(self.lines.of(path, index), f"{self}: {sentence}")
 
     def note(self, sentence: str, path: str = "") -> None:
-        self.report.notes.append((self.lines.of(path), f"{self}: {sentence}"))
+        self.report.notes.append((self.lines.of(path), clip(f"{self}: {sentence}")))
 
     def has(self, path: str) -> bool:
         """Whether the file writes the option `block.name`."""
@@ -96,7 +107,7 @@ class Spec:
 
     def _check(self, lines: Lines, message: Any, prefix: str, blocks: tuple[str, ...]) -> None:
         for name, line in lines.unknown:
-            self.report.problems.append((line, f"{self}: unknown option `{prefix}{name}`"))
+            self.report.refuse(line, f"{self}: unknown option `{prefix}{clip(name, 60)}`")
         for descriptor, value in message.ListFields():
             path = f"{prefix}{descriptor.name}"
             places = lines.fields.get(descriptor.name, [])
@@ -105,9 +116,7 @@ class Spec:
                 if descriptor.message_type is not None:
                     self._check(place, one, f"{path}.", blocks)
                 elif isinstance(one, float) and not math.isfinite(one):
-                    self.report.problems.append(
-                        (place.line, f"{self}: expected `{path}` to be finite, got {one}")
-                    )
+                    self.report.refuse(place.line, f"{self}: expected `{path}` to be finite, got {one}")
 
 
 def _repeated(value: object) -> bool:
@@ -118,7 +127,7 @@ def _text(value: object) -> str:
     return (
         str(value).lower()
         if isinstance(value, bool)
-        else repr(value)
+        else quoted(value)
         if isinstance(value, str)
         else str(value)
     )

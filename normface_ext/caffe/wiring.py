@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .layers import Agents, InnerDistance, InnerProduct, Layer, Normalize, Scale
+from .layer import Layer
+from .layers import Agents, InnerDistance, InnerProduct, Normalize, Scale
 from .losses import DistanceLoss, SoftmaxWithLoss
 from .spec import Report, Spec
 
@@ -128,7 +129,7 @@ def _chain(plan: Plan, layers: nn.ModuleDict, last: Step) -> tuple[Step, tuple[s
         return None
     agents = layers[step.layers[0]]
     if softmax:
-        fits = isinstance(agents, InnerProduct) and agents.bias is None
+        fits = isinstance(agents, InnerProduct) and not agents.has_bias
     else:
         fits = isinstance(agents, InnerDistance) and agents.p == 2
     if not fits or not isinstance(agents, Agents) or (agents.own and not agents.normalize):
