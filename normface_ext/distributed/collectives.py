@@ -22,11 +22,14 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 
 @contextmanager
-def explained(what: str, group: ProcessGroup) -> Iterator[None]:
-    """A failed collective says what failed and what to do, on every rank that is left."""
+def explained(what: str, group: ProcessGroup | None) -> Iterator[None]:
+    """A failed collective says what failed and what to do, on every rank that is left. Without a group there
+    is none."""
     try:
         yield
     except RuntimeError as error:
+        if group is None:
+            raise
         raise RuntimeError(
             f"normface_ext.distributed: {what} failed on rank {dist.get_rank(group)} of"
             f" {dist.get_world_size(group)}: a process of the group died, or came later than the group's"
