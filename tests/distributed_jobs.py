@@ -471,6 +471,54 @@ def dies_while_saving(rank, world, *arguments):
     return None
 
 
+def checkpoint_troubles(rank, world, folder):
+    """What every rank hears of a full disk, a NaN and a damaged file that only rank 1 has."""
+    from errno import ENOSPC
+    from pathlib import Path
+
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    backbone, head = make_net(7)
+    net = Net(backbone, nfd.shard_head(head, mesh_of(world)))
+    optimizer = nfd.RowSGD(net.parameters(), lr=0.1, momentum=0.9)
+    path = nfd.save_checkpoint(folder, 1, net, optimizer)
+    said, weight = {}, net.head.weight.to_local()
+    raw = weight.detach().numpy().tobytes()
+
+    def heard(call, *arguments):
+        try:
+            call(folder, *arguments, net, optimizer)
+        except (OSError, ValueError) as error:
+            return str(error)
+
+    def write_data(*_):
+        raise OSError(ENOSPC, "No space left on device")
+
+    original = FileSystemWriter.write_data
+    if rank == 1:
+        FileSystemWriter.write_data = write_data
+    said["disk"] = heard(nfd.save_checkpoint, 2)
+    FileSystemWriter.write_data = original
+
+    if rank == 1:
+        weight.detach()[0, 0] = float("nan")
+    said["nan"] = heard(nfd.save_checkpoint, 2)
+
+    with torch.no_grad():
+        weight.fill_(0.25)
+    dist.barrier()
+    if rank == 1:
+        shard = Path(path) / "__1_0.distcp"
+        data = bytearray(shard.read_bytes())
+        data[data.index(raw)] ^= 1
+        shard.write_bytes(data)
+    dist.barrier()
+    said["damage"] = heard(nfd.load_checkpoint)
+    said["unchanged"] = bool((weight == 0.25).all())
+    said["steps"] = [step for step, _ in nfd.checkpoints(folder)]
+    return said
+
+
 # Failures -------------------------------------------------------------------------------------------
 
 

@@ -251,7 +251,9 @@ def load_checkpoint(
         raise explained_failure(op, path, error) from None
     planner.check_groups(op, path)
     planner.assign()
-    set_state_dict(model, optimizer_list, model_state_dict=weights, optim_state_dict=states)
+    set_state_dict(
+        model, optimizer_list, model_state_dict=state["model"], optim_state_dict=state["optimizers"]
+    )
     if extra is not None:
         extra.update(state["extra"])
     together(f"the end of loading {path}", lambda: None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.optim import Optimizer
 
 from .._checks import FLOATING
@@ -17,15 +17,15 @@ from .manifest import Manifest
 from .rows import local
 
 
-def named(names: Sequence[str]) -> str:
+def named(names: Sequence[str], most: int = 2) -> str:
     """The first of several names, for a sentence."""
-    shown = ", ".join(name if len(name) <= 60 else f"...{name[-57:]}" for name in names[:2])
-    return shown if len(names) <= 2 else f"{shown} and {len(names) - 2} more"
+    shown = ", ".join(name if len(name) <= 48 else f"...{name[-45:]}" for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def _flat(state: dict[str, Any]) -> dict[str, Any]:
     """The state as DCP stores it: one entry for each tensor and for each plain value."""
-    planner = DefaultLoadPlanner()
+    planner = DefaultSavePlanner()
     planner.set_up_planner(state)
     return dict(planner.state_dict)
 
@@ -88,9 +88,11 @@ def check_fits(op: str, path: Path, listed: Manifest, state: dict[str, Any]) -> 
     # Of `extra` the caller takes what he asks for.
     lost = sorted((n for n in entries if n not in wanted and not n.startswith("extra.")), key=_is_option)
     if missing or lost:
-        parts = [f"it has no {named(missing)}"] if missing else []
-        parts += [f"it has {named(lost)}, which would be lost"] if lost else []
-        raise ValueError(f"{op}: expected {path} to be of this model and optimizer, but {'; '.join(parts)}")
+        parts = [f"no {named(missing)}"] if missing else []
+        parts += [f"{named(lost, 1)}, which would be lost"] if lost else []
+        raise ValueError(
+            f"{op}: expected {path} to be of this model and optimizer, got one with {' but '.join(parts)}"
+        )
     for name, value in wanted.items():
         entry = entries[name]
         if isinstance(value, Tensor):

@@ -132,6 +132,10 @@ class Manifest:
             # No file outside the folder, and no rows that would stay as they were before.
             if not all(_FILE.fullmatch(part.file) for part in entry.parts):
                 raise ValueError(f"{name} lies in another file than save_checkpoint writes")
+            for part in entry.parts:
+                numbers = [*(part.offset or []), *part.size, part.start, part.length]
+                if not all(isinstance(number, int) and number >= 0 for number in numbers):
+                    raise ValueError(f"{name} has a place that is none")
             if sum(math.prod(part.size) for part in entry.parts) != math.prod(entry.size):
                 raise ValueError(f"the parts of {name} do not make its size")
             if entry.dtype is not None and not isinstance(getattr(torch, entry.dtype), torch.dtype):

@@ -63,7 +63,7 @@ def _retold(error: BaseException, rank: int) -> Exception:
     if isinstance(error, OSError) and error.errno is not None:
         at = f": {error.filename}" if error.filename else ""
         return type(error)(error.errno, f"{error.strerror}{at} (rank {rank})")
-    for kind in (OSError, ValueError, TypeError):
+    for kind in (FileNotFoundError, OSError, ValueError, TypeError):
         if isinstance(error, kind):
             return kind(f"{error} (rank {rank})")
     return RuntimeError(f"{type(error).__name__}: {str(error)[:120]} (rank {rank})")
@@ -135,7 +135,15 @@ class Reader(FileSystemReader):
             if item.storage_index not in seen:
                 seen.add(item.storage_index)
                 self._verify(item)
-        return super().read_data(plan, planner)
+        try:
+            return super().read_data(plan, planner)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # whatever a forged archive may lead to
+            raise ValueError(
+                f"load_checkpoint: expected {self._folder} to hold tensors and plain values, got"
+                f" {type(error).__name__}: {str(error)[:80]}"
+            ) from error
 
     def _verify(self, item: ReadItem) -> None:
         part, name = self._manifest.part(item.storage_index), item.storage_index.fqn
