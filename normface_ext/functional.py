@@ -132,6 +132,7 @@ def normface_loss(
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     workspace: int | None = None,
+    check_finite: bool = False,
 ) -> Tensor:
     """loss_i = -log softmax_j(s psi(cos_ij))[y_i], fused: no N x C matrix beyond the workspace budget.
 
@@ -156,6 +157,9 @@ def normface_loss(
         label_smoothing: a in [0, 1): the target gets 1 - a, and a / C goes to every class, weighted by
             class_weight, as in ``F.cross_entropy``.
         workspace: bytes allowed beyond inputs and gradients; see ``normface_ext.plan``.
+        check_finite: look for NaN and infinity first, in the rows that are not ignored, in the weight, in the
+            scale and in sample_weight: one more reading of them, and on CUDA a wait of the host. Without it
+            such a row makes the loss and the weight's gradient NaN; other rows' own gradients stay right.
 
     Returns:
         A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise. The gradient of
@@ -163,7 +167,8 @@ def normface_loss(
 
     Raises:
         TypeError: dtypes.
-        ValueError: shapes, devices, values.
+        ValueError: shapes, devices, values; with ``check_finite`` rows that are not finite, by their numbers
+            (RuntimeError without them in a compiled step).
         IndexError: a label out of range, naming the row (on CUDA the kernel prints the row and aborts,
             since a check here would stall the GPU).
     """
@@ -174,6 +179,9 @@ def normface_loss(
     scale_tensor, scale_value = _checks.scale(op, scale, x)
     code = _checks.reduction(op, reduction)
     eps = _checks.eps(op, eps)
+    row_weight = _checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
+    if check_finite:
+        _checks.finite_operands(op, x, weight, labels != ignore_index, scale_tensor, row_weight)
     operand = operand_dtype(x, weight)
     options = ops.LossOptions(
         scale_value=scale_value,
@@ -191,7 +199,7 @@ def normface_loss(
         weight,
         scale_tensor,
         labels,
-        _checks.weights(op, "sample_weight", sample_weight, x, x.shape[0]),
+        row_weight,
         _checks.weights(op, "class_weight", class_weight, x, classes),
         options,
     )

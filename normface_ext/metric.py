@@ -124,6 +124,7 @@ class CContrastiveLoss(_Agents):
         eps: float = 1e-12,
         workspace: int | None = None,
         active_limit: int | None = None,
+        check_finite: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -148,6 +149,7 @@ class CContrastiveLoss(_Agents):
             "eps": eps,
             "workspace": workspace,
             "active_limit": active_limit,
+            "check_finite": check_finite,
         }
         if self.add_intra_mae:
             self.register_buffer("intra_mae", torch.zeros((), dtype=torch.float32, device=device))
@@ -204,6 +206,7 @@ class CTripletLoss(_Agents):
         eps: float = 1e-12,
         workspace: int | None = None,
         active_limit: int | None = None,
+        check_finite: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -223,6 +226,7 @@ class CTripletLoss(_Agents):
             "eps": eps,
             "workspace": workspace,
             "active_limit": active_limit,
+            "check_finite": check_finite,
         }
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, Tensor]:

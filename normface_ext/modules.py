@@ -192,8 +192,8 @@ class NormFaceLoss(_ScaledHead):
         learn_scale: make s a parameter, kept within [min_scale, max_scale]. It needs no weight decay:
             ``parameter_groups`` gives it a group without.
 
-    ``margin``, ``reduction``, ``ignore_index``, ``eps``, ``class_weight``, ``label_smoothing`` and
-    ``workspace`` are those of ``functional.normface_loss``; ``class_weight`` becomes a buffer.
+    ``margin``, ``reduction``, ``ignore_index``, ``eps``, ``class_weight``, ``label_smoothing``, ``workspace``
+    and ``check_finite`` are those of ``functional.normface_loss``; ``class_weight`` becomes a buffer.
 
     The forward call raises what ``functional.normface_loss`` raises. To classify use
     ``functional.norm_linear(x, head.weight, head.scale)``; to verify, compare normalised features.
@@ -215,6 +215,7 @@ class NormFaceLoss(_ScaledHead):
         class_weight: Tensor | None = None,
         label_smoothing: float = 0.0,
         workspace: int | None = None,
+        check_finite: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -226,6 +227,7 @@ class NormFaceLoss(_ScaledHead):
         self.in_features, self.num_classes = in_features, num_classes
         self.margin, self.reduction, self.ignore_index = margin, reduction, ignore_index
         self.eps, self.label_smoothing, self.workspace = eps, label_smoothing, workspace
+        self.check_finite = check_finite
         self.class_weight: Tensor | None
         self.register_buffer("class_weight", class_weight)
 
@@ -243,6 +245,7 @@ class NormFaceLoss(_ScaledHead):
             class_weight=self.class_weight,
             label_smoothing=self.label_smoothing,
             workspace=self.workspace,
+            check_finite=self.check_finite,
         )
 
     def loss_lower_bound(self) -> float:

@@ -471,6 +471,30 @@ def dies_while_saving(rank, world, *arguments):
     return None
 
 
+def not_finite(rank, world):
+    """What every rank hears of a row, and of a class, that is not finite on rank 1 alone."""
+    heard = []
+    x, weight, labels = problem(9, 8, torch.float32)
+    mine = rows_of(rank, world, 8, ragged=False)
+    for loss in (nfd.normface_loss, nfd.c_contrastive_loss, nfd.c_triplet_loss):
+        scale = (9.0,) if loss is nfd.normface_loss else ()
+        for kind in ("row", "ignored", "weight"):
+            features, head = x[mine].clone(), nfd.shard_head(head_of(9, weight, scale=9.0), mesh_of(world))
+            if rank == 1 and kind != "weight":
+                features[2, 1] = float("nan")
+            if rank == 1 and kind == "weight":
+                head.weight.to_local().detach()[1, 0] = float("inf")
+            places = labels[mine].clone()
+            if kind == "ignored":
+                places[2] = -100
+            try:
+                found = loss(features, head.weight, places, *scale, head.shard, check_finite=True)
+                heard.append(bool(found.isfinite()))
+            except ValueError as error:
+                heard.append(str(error))
+    return heard
+
+
 def checkpoint_troubles(rank, world, folder):
     """What every rank hears of a full disk, a NaN and a damaged file that only rank 1 has."""
     from errno import ENOSPC
