@@ -74,7 +74,7 @@ class _ClassParallelLoss(Function):
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         classes = local.contiguous() if rows is None else local.index_select(0, rows)
         shift = _shared_shift(batch.x, classes, places, scale, options, largest_scale, shard)
-        swept = ops.normface_sweep(
+        swept, options = ops.normface_sweep_in_memory(
             batch.x,
             classes,
             places,
