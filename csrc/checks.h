@@ -49,6 +49,19 @@ inline const char* name_of(ScalarType type) {
   }
 }
 
+// What `make` allocates. Why an allocation failed does not pass the stable ABI; Python knows the case by this
+// sentence (normface_ext/_memory.py).
+template <class Sizes, class Make>
+Tensor allocated(const Sizes& sizes, ScalarType type, const Make& make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    std::ostringstream shape;
+    for (size_t d = 0; d < sizes.size(); ++d) shape << (d ? ", " : "") << sizes[d];
+    fail("normface_ext: could not allocate ", name_of(type), " of shape [", shape.str(), "]: out of memory");
+  }
+}
+
 inline bool is_floating(ScalarType type) {
   return type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::Half ||
          type == ScalarType::BFloat16;

@@ -2,6 +2,7 @@
 // was built. It holds no op itself; those are reached through torch's dispatcher.
 #include <pybind11/pybind11.h>
 
+#include "cpu/interrupt.h"
 #include "cpu/rows.h"
 #include "math/softmax.h"
 #include "schemas.h"
@@ -36,6 +37,20 @@ bool has_fixed_shift(double scale, double classes, bool float64) {
                  : nf::math::has_fixed_shift<float>(scale, classes);
 }
 
+unsigned long main_thread = 0;  // Python's, the only one whose signals have handlers
+
+struct Gil {
+  PyGILState_STATE state = PyGILState_Ensure();
+  ~Gil() { PyGILState_Release(state); }
+};
+
+// Runs the handlers of signals that have come; what they raise, KeyboardInterrupt as a rule, is thrown.
+void check_signals() {
+  if (!Py_IsInitialized() || PyThread_get_thread_ident() != main_thread) return;
+  const Gil gil;
+  if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -43,4 +58,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_config", &build_config, "How this module was built, and the SIMD path in use.");
   m.def("has_fixed_shift", &has_fixed_shift,
         "Whether one kappa serves every row, or the largest logits have to be found (csrc/math/softmax.h).");
+  const pybind11::object main = pybind11::module_::import("threading").attr("main_thread")();
+  main_thread = main.attr("ident").cast<unsigned long>();
+  nf::cpu::set_interrupt_check(&check_signals);
 }

@@ -130,7 +130,14 @@ def train(options: argparse.Namespace, on_step: Callable[[int], None] = lambda s
         nn.Linear(PIXELS, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, FEATURES)
     ).to(device)
     # On the meta device no process ever holds all the classes.
-    head = nf.NormFaceLoss(FEATURES, options.identities, margin=nf.CosFace(0.2), scale=32.0, device="meta")
+    head = nf.NormFaceLoss(
+        FEATURES,
+        options.identities,
+        margin=nf.CosFace(0.2),
+        scale=32.0,
+        check_finite=options.amp != "fp16",  # there an overflow is the scaler's to skip
+        device="meta",
+    )
     mesh = init_device_mesh(device.type, (ranks,))
     sharded = nfd.shard_head(head, mesh, sample_rate=options.sample_rate, seed=options.seed)
     net = Net(backbone, sharded)

@@ -140,6 +140,7 @@ class AgentArguments(TypedDict, total=False):
     eps: float
     workspace: int | None
     active_limit: int | None
+    check_finite: bool
 
 
 class ContrastiveArguments(AgentArguments, total=False):

@@ -5,6 +5,8 @@ The C++ checks (csrc/checks.h) are the second line; the stable ABI can raise onl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -185,6 +187,50 @@ def label_range(op: str, value: Tensor, classes: int, ignore_index: int) -> None
             f"{op}: expected `labels` in [0, {classes}) or ignore_index ({ignore_index}),"
             f" got {int(value[row])} at row {row}"
         )
+
+
+def finite_rows(
+    op: str,
+    name: str,
+    value: Tensor,
+    counted: Tensor | None = None,
+    row: Callable[[int], object] = lambda index: index,
+) -> None:
+    """ValueError naming the rows of [N, ...] with NaN or infinity, of those that are `counted` [N]; `row` is
+    what an index is called. A 0-d tensor has none. Waits for the device. In a traced step the device asserts,
+    without names."""
+    finite = value.detach().isfinite()
+    bad = ~(finite.flatten(1).all(1) if finite.dim() > 1 else finite)
+    if counted is not None:
+        bad = bad & counted
+    sentence = f"{op}: expected `{name}` to be finite, got NaN or infinity"
+    if torch.compiler.is_compiling():
+        torch._assert_async(~bad.any(), sentence)
+    elif bad.any():
+        if bad.dim() == 0:
+            raise ValueError(sentence)
+        rows = bad.nonzero()[:, 0].tolist()
+        shown = ", ".join(str(row(index)) for index in rows[:4])
+        more = f" and {len(rows) - 4} more" if len(rows) > 4 else ""
+        raise ValueError(f"{sentence} in {'row' if len(rows) == 1 else 'rows'} {shown}{more}")
+
+
+def finite_operands(
+    op: str,
+    x: Tensor,
+    weight: Tensor | None,
+    kept: Tensor | None,
+    scale: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> None:
+    """``finite_rows`` of what a head is given. Of x and sample_weight the rows that are `kept` [N] count."""
+    finite_rows(op, "x", x, kept)
+    if weight is not None:
+        finite_rows(op, "weight", weight)
+    if scale is not None:
+        finite_rows(op, "scale", scale)
+    if sample_weight is not None:
+        finite_rows(op, "sample_weight", sample_weight, kept)
 
 
 def margin(op: str, value: object) -> Margin:

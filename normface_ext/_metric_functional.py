@@ -77,6 +77,7 @@ def _loss(
     eps: float,
     workspace: int | None,
     active_limit: int | None,
+    check_finite: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     _checks.reduction(op, reduction)
     check_mode(op, mode, reduction)
@@ -87,6 +88,8 @@ def _loss(
     workspace = _checks.workspace(op, workspace)
     active_limit = _checks.active_limit(op, active_limit)
     x, weight = _agents(op, x, weight, labels, 0 if mode == "caffe" else ignore_index)
+    if flag(op, "check_finite", check_finite):
+        _checks.finite_operands(op, x, weight, None if mode == "caffe" else labels != ignore_index)
     if mode == "caffe":
         distances = _caffe_distances(x, weight, eps)
         value, gradient, stats = options.of_caffe(distances.detach(), labels)
@@ -147,6 +150,7 @@ def c_contrastive_loss(
     eps: float = 1e-12,
     workspace: int | None = None,
     active_limit: int | None = None,
+    check_finite: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """loss_i = w+ min(T, (d_iy - m+)_+) + w- sum_{j != y} (m- - d_ij)_+, d_ij = |x_i/|x_i| - w_j/|w_j||^2.
 
@@ -182,6 +186,7 @@ def c_contrastive_loss(
             output, which never belongs to the loss.
         active_limit: active classes listed per row, chosen from C by default, 0 for always dense. A list
             costs one number read back from the device per step; it is off in traced and captured steps.
+        check_finite: look for NaN and infinity in x and weight first; see ``functional.normface_loss``.
 
     Returns:
         A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise. Second derivatives
@@ -189,7 +194,7 @@ def c_contrastive_loss(
 
     Raises:
         TypeError: dtypes, types.
-        ValueError: shapes, devices, values.
+        ValueError: shapes, devices, values; with ``check_finite`` rows that are not finite, by their numbers.
         IndexError: a label out of range.
     """
     options = ContrastiveOptions(
@@ -218,6 +223,7 @@ def c_contrastive_loss(
         eps,
         workspace,
         active_limit,
+        check_finite,
     )
 
 
@@ -258,6 +264,7 @@ def c_triplet_loss(
     eps: float = 1e-12,
     workspace: int | None = None,
     active_limit: int | None = None,
+    check_finite: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """loss_i = w- sum_{j != y} (m + d_iy - d_ij)_+, d_ij = |x_i/|x_i| - w_j/|w_j||^2.
 
@@ -299,4 +306,5 @@ def c_triplet_loss(
         eps,
         workspace,
         active_limit,
+        check_finite,
     )

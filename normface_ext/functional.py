@@ -135,6 +135,7 @@ def normface_loss(
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     workspace: int | None = None,
+    check_finite: bool = False,
 ) -> Tensor:
     """loss_i = -log softmax_j(s psi(cos_ij))[y_i], fused: no N x C matrix beyond the workspace budget.
 
@@ -158,7 +159,11 @@ def normface_loss(
             divides by the sum of sample_weight_i * class_weight_(y_i) over the rows that count.
         label_smoothing: a in [0, 1): the target gets 1 - a, and a / C goes to every class, weighted by
             class_weight, as in ``F.cross_entropy``.
-        workspace: bytes allowed beyond inputs and gradients; see ``normface_ext.plan``.
+        workspace: bytes allowed beyond inputs and gradients; see ``normface_ext.plan``. Where they cannot be
+            had, a smaller plan takes over, with a RuntimeWarning.
+        check_finite: look for NaN and infinity first, in the rows that are not ignored, in the weight, in the
+            scale and in sample_weight: one more reading of them, and on CUDA a wait of the host. Without it
+            such a row makes the loss and the weight's gradient NaN; other rows' own gradients stay right.
 
     Returns:
         A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise. The gradient of
@@ -166,7 +171,8 @@ def normface_loss(
 
     Raises:
         TypeError: dtypes, types.
-        ValueError: shapes, devices, values.
+        ValueError: shapes, devices, values; with ``check_finite`` rows that are not finite, by their numbers
+            (RuntimeError without them in a compiled step).
         IndexError: a label out of range, naming the row (on CUDA the kernel prints the row and aborts,
             since a check here would stall the GPU).
     """
@@ -179,6 +185,9 @@ def normface_loss(
     code = _checks.reduction(op, reduction)
     eps = _checks.eps(op, eps)
     workspace = _checks.workspace(op, workspace)
+    row_weight = _checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
+    if flag(op, "check_finite", check_finite):
+        _checks.finite_operands(op, x, weight, labels != ignore_index, scale_tensor, row_weight)
     operand = operand_dtype(x, weight)
     options = ops.LossOptions(
         scale_value=scale_value,
@@ -196,7 +205,7 @@ def normface_loss(
         weight,
         scale_tensor,
         labels,
-        _checks.weights(op, "sample_weight", sample_weight, x, x.shape[0]),
+        row_weight,
         _checks.weights(op, "class_weight", class_weight, x, classes),
         options,
     )

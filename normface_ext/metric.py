@@ -105,6 +105,7 @@ class _AgentLoss(_Agents):
         eps: float,
         workspace: int | None,
         active_limit: int | None,
+        check_finite: bool,
     ) -> float:
         """Checks all options and keeps them but for the one called `margin`, which it returns."""
         owner = type(self).__name__
@@ -118,6 +119,7 @@ class _AgentLoss(_Agents):
             "eps": _checks.eps(owner, eps),
             "workspace": _checks.workspace(owner, workspace),
             "active_limit": _checks.active_limit(owner, active_limit),
+            "check_finite": flag(owner, "check_finite", check_finite),
         }
         self.mode, self.eps = mode, self.options["eps"]
         self.return_stats = flag(owner, "return_stats", return_stats)
@@ -171,6 +173,7 @@ class CContrastiveLoss(_AgentLoss):
         eps: float = 1e-12,
         workspace: int | None = None,
         active_limit: int | None = None,
+        check_finite: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -190,7 +193,16 @@ class CContrastiveLoss(_AgentLoss):
             normalize_negative,
         )
         self.neg_margin = self._keep(
-            given, "neg_margin", ignore_index, reduction, mode, return_stats, eps, workspace, active_limit
+            given,
+            "neg_margin",
+            ignore_index,
+            reduction,
+            mode,
+            return_stats,
+            eps,
+            workspace,
+            active_limit,
+            check_finite,
         )
         self.add_intra_mae = flag(owner, "add_intra_mae", add_intra_mae)
         self.max_negative_margin = number(owner, "max_negative_margin", max_negative_margin)
@@ -249,6 +261,7 @@ class CTripletLoss(_AgentLoss):
         eps: float = 1e-12,
         workspace: int | None = None,
         active_limit: int | None = None,
+        check_finite: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -263,7 +276,16 @@ class CTripletLoss(_AgentLoss):
             positive_upper_bound,
         )
         self.margin = self._keep(
-            given, "margin", ignore_index, reduction, mode, return_stats, eps, workspace, active_limit
+            given,
+            "margin",
+            ignore_index,
+            reduction,
+            mode,
+            return_stats,
+            eps,
+            workspace,
+            active_limit,
+            check_finite,
         )
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, Tensor]:

@@ -191,8 +191,8 @@ class NormFaceLoss(_ScaledHead):
         learn_scale: make s a parameter, kept within [min_scale, max_scale]. It needs no weight decay:
             ``parameter_groups`` gives it a group without.
 
-    ``margin``, ``reduction``, ``ignore_index``, ``eps``, ``class_weight``, ``label_smoothing`` and
-    ``workspace`` are those of ``functional.normface_loss``; ``class_weight`` becomes a buffer.
+    ``margin``, ``reduction``, ``ignore_index``, ``eps``, ``class_weight``, ``label_smoothing``, ``workspace``
+    and ``check_finite`` are those of ``functional.normface_loss``; ``class_weight`` becomes a buffer.
 
     Constructor and forward call raise what ``functional.normface_loss`` raises. To classify use
     ``functional.norm_linear(x, head.weight, head.scale)``; to verify, compare normalised features.
@@ -214,6 +214,7 @@ class NormFaceLoss(_ScaledHead):
         class_weight: Tensor | None = None,
         label_smoothing: float = 0.0,
         workspace: int | None = None,
+        check_finite: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -234,6 +235,7 @@ class NormFaceLoss(_ScaledHead):
         self.ignore_index = _checks.ignore_index(owner, ignore_index)
         self.label_smoothing = _checks.smoothing(owner, label_smoothing)
         self.workspace = _checks.workspace(owner, workspace)
+        self.check_finite = flag(owner, "check_finite", check_finite)
         self.class_weight: Tensor | None
         if class_weight is not None:
             _checks.factors(owner, "class_weight", class_weight, num_classes)
@@ -253,6 +255,7 @@ class NormFaceLoss(_ScaledHead):
             class_weight=self.class_weight,
             label_smoothing=self.label_smoothing,
             workspace=self.workspace,
+            check_finite=self.check_finite,
         )
 
     def loss_lower_bound(self) -> float:

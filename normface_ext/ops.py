@@ -6,14 +6,14 @@ build of the CUDA kernels for CPU tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import _library, reference
+from . import _library, _memory, reference
 from .margins import Margin
 from .plan import Plan
 
@@ -364,6 +364,41 @@ def normface_sweep(
     return Swept(*swept)
 
 
+def normface_sweep_in_memory(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor | None,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    options: LossOptions,
+    *,
+    need_x: bool,
+    need_weight: bool,
+    shift: Tensor | None = None,
+) -> tuple[Swept, LossOptions]:
+    """``normface_sweep``, and the options that its backward has to be given: of a smaller plan where the
+    memory for E cannot be had. A traced step has one plan."""
+
+    def sweep(given: LossOptions) -> tuple[Swept, LossOptions]:
+        arguments = x, weight, labels, scale, sample_weight, class_weight, given
+        return normface_sweep(*arguments, need_x=need_x, need_weight=need_weight, shift=shift), given
+
+    if torch.compiler.is_compiling() or not (options.plan.store and need_weight):
+        return sweep(options)
+    device = plan_device(x)
+    if not _memory.is_refused(options.plan, device):
+        try:
+            return sweep(options)
+        except (RuntimeError, MemoryError) as error:
+            if not _memory.is_refusal(error):
+                raise
+        _memory.refuse(options.plan, device)
+    (batch, dim), classes = x.shape, max(1, weight.shape[0])
+    smaller = _memory.smaller_plan(options.plan, batch, dim, classes, options.operand, device)
+    return sweep(options if smaller is None else replace(options, plan=smaller))
+
+
 def normface_shift(
     x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor | None, options: LossOptions
 ) -> Tensor:
@@ -450,7 +485,7 @@ class _NormFaceLoss(Function):
     ) -> Tensor:
         x, weight, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
         need_x, need_weight = ctx.needs_input_grad[:2]
-        swept = normface_sweep(
+        swept, options = normface_sweep_in_memory(
             x,
             weight,
             labels,

@@ -456,20 +456,91 @@ def dies_while_saving(rank, world, *arguments):
     """Rank 1 ends when part of its files is written; the others say what they heard."""
     import os
 
-    from normface_ext.distributed import checkpoint
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-    def save(*_, checkpoint_id):
-        checkpoint_id.mkdir(exist_ok=True)
-        (checkpoint_id / "__1_0.distcp").write_bytes(b"half of it")
+    def write_data(writer, *_):
+        (writer.path / "__1_0.distcp").write_bytes(b"half of it")
         os._exit(9)
 
     if rank == 1:
-        checkpoint.save = save
+        FileSystemWriter.write_data = write_data
     try:
         trained_and_saved(rank, world, *arguments)
-    except Exception as error:
+    except RuntimeError as error:
         return str(error)
     return None
+
+
+def not_finite(rank, world):
+    """What every rank hears of a row, and of a class, that is not finite on rank 1 alone."""
+    heard = []
+    x, weight, labels = problem(9, 8, torch.float32)
+    mine = rows_of(rank, world, 8, ragged=False)
+    for loss in (nfd.normface_loss, nfd.c_contrastive_loss, nfd.c_triplet_loss):
+        scale = (9.0,) if loss is nfd.normface_loss else ()
+        for kind in ("row", "ignored", "weight"):
+            features, head = x[mine].clone(), nfd.shard_head(head_of(9, weight, scale=9.0), mesh_of(world))
+            if rank == 1 and kind != "weight":
+                features[2, 1] = float("nan")
+            if rank == 1 and kind == "weight":
+                head.weight.to_local().detach()[1, 0] = float("inf")
+            places = labels[mine].clone()
+            if kind == "ignored":
+                places[2] = -100
+            try:
+                found = loss(features, head.weight, places, *scale, head.shard, check_finite=True)
+                heard.append(bool(found.isfinite()))
+            except ValueError as error:
+                heard.append(str(error))
+    return heard
+
+
+def checkpoint_troubles(rank, world, folder):
+    """What every rank hears of a full disk, a NaN and a damaged file that only rank 1 has."""
+    from errno import ENOSPC
+    from pathlib import Path
+
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    backbone, head = make_net(7)
+    net = Net(backbone, nfd.shard_head(head, mesh_of(world)))
+    optimizer = nfd.RowSGD(net.parameters(), lr=0.1, momentum=0.9)
+    path = nfd.save_checkpoint(folder, 1, net, optimizer)
+    said, weight = {}, net.head.weight.to_local()
+    raw = weight.detach().numpy().tobytes()
+
+    def heard(call, *arguments):
+        try:
+            call(folder, *arguments, net, optimizer)
+        except (OSError, ValueError) as error:
+            return str(error)
+
+    def write_data(*_):
+        raise OSError(ENOSPC, "No space left on device")
+
+    original = FileSystemWriter.write_data
+    if rank == 1:
+        FileSystemWriter.write_data = write_data
+    said["disk"] = heard(nfd.save_checkpoint, 2)
+    FileSystemWriter.write_data = original
+
+    if rank == 1:
+        weight.detach()[0, 0] = float("nan")
+    said["nan"] = heard(nfd.save_checkpoint, 2)
+
+    with torch.no_grad():
+        weight.fill_(0.25)
+    dist.barrier()
+    if rank == 1:
+        shard = Path(path) / "__1_0.distcp"
+        data = bytearray(shard.read_bytes())
+        data[data.index(raw)] ^= 1
+        shard.write_bytes(data)
+    dist.barrier()
+    said["damage"] = heard(nfd.load_checkpoint)
+    said["unchanged"] = bool((weight == 0.25).all())
+    said["steps"] = [step for step, _ in nfd.checkpoints(folder)]
+    return said
 
 
 # Failures -------------------------------------------------------------------------------------------

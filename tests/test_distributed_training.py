@@ -137,7 +137,9 @@ def test_a_checkpoint_resumes_on_any_number_of_ranks(tmp_path, sample_rate):
 def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path):
     arguments = (str(tmp_path), CLASSES, BATCH)
     ranks(2).run(jobs.trained_and_saved, *arguments, 0, 3, 2, 1.0)
-    ranks(2).run(jobs.dies_while_saving, *arguments, 2, 5, 4, 1.0, dying=1)
+    said = ranks(2).run(jobs.dies_while_saving, *arguments, 2, 5, 4, 1.0, dying=1)[0]
+    assert said.startswith(f"normface_ext.distributed: saving {tmp_path / 'saving-4'} failed on rank 0 of 2")
+    assert "a process of the group died" in said
     assert [step for step, _ in checkpoints(tmp_path)] == [2]
     assert list(tmp_path.glob("saving-*")), "the crash came too early to leave anything"
     losses, _ = ranks(3).run(jobs.trained_and_saved, *arguments, 2, 4, 3, 1.0)[0]

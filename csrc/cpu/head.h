@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/gemm.h"
+#include "cpu/interrupt.h"
 #include "cpu/library.h"
 
 namespace nf::cpu {
@@ -31,12 +32,15 @@ struct HeadShape {
         tiles((classes + chunk - 1) / chunk),
         slots(std::max<int64_t>(1, std::min(thread_count(), tiles))) {}
 
-  // body(slot, tile) for every tile, in order within a slot.
+  // body(slot, tile) for every tile, in order within a slot. Ctrl-C ends it between tiles.
   template <class Body>
   void for_tiles(const Body& body) const {
+    Interruption interruption;
     for_slots(slots, tiles, [&](int64_t slot, int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) body(slot, Tile{k * chunk, std::min(chunk, classes - k * chunk)});
+      for (int64_t k = begin; k < end && !interruption.stopped(); ++k)
+        body(slot, Tile{k * chunk, std::min(chunk, classes - k * chunk)});
     });
+    interruption.rethrow();
   }
 };
 

@@ -23,13 +23,13 @@ void ask_for_huge_pages([[maybe_unused]] const Tensor& t) {
 }  // namespace
 
 Tensor fresh(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
-  Tensor t = torch::stable::empty(sizes, type);
+  Tensor t = allocated(sizes, type, [&] { return torch::stable::empty(sizes, type); });
   ask_for_huge_pages(t);
   return t;
 }
 
 Tensor fresh_like(const Tensor& like) {
-  Tensor t = torch::stable::empty_like(like);
+  Tensor t = allocated(like.sizes(), like.scalar_type(), [&] { return torch::stable::empty_like(like); });
   ask_for_huge_pages(t);
   return t;
 }

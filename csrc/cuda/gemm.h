@@ -53,7 +53,7 @@ inline void multiply(const Tensor& like, const Matrix& a, const Matrix& b, const
 // Scratch on the device of `like`, uninitialised.
 inline Tensor device_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                            ScalarType type) {
-  return torch::stable::empty(sizes, type, {}, like.device());
+  return allocated(sizes, type, [&] { return torch::stable::empty(sizes, type, {}, like.device()); });
 }
 
 }  // namespace nf

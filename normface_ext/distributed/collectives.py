@@ -16,17 +16,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .. import _checks
+from .shard import ClassShard
+
 # torch 2.13 gave both collectives new names and warns of the old ones.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 @contextmanager
-def explained(what: str, group: ProcessGroup) -> Iterator[None]:
-    """A failed collective says what failed and what to do, on every rank that is left."""
+def explained(what: str, group: ProcessGroup | None) -> Iterator[None]:
+    """A failed collective says what failed and what to do, on every rank that is left. Without a group there
+    is none."""
     try:
         yield
     except RuntimeError as error:
+        if group is None:
+            raise
         raise RuntimeError(
             f"normface_ext.distributed: {what} failed on rank {dist.get_rank(group)} of"
             f" {dist.get_world_size(group)}: a process of the group died, or came later than the group's"
@@ -55,6 +61,23 @@ class Batch:
     mine: int
     rank: int
     need_x: bool
+
+    def check_finite(self, op: str, weight: Tensor, shard: ClassShard, ignore_index: int) -> None:
+        """ValueError on every rank, with one sentence, where a row of any rank is not finite, or a class of
+        `weight` [C_local, D] on any. All ranks have all rows; what only one has it tells the others."""
+        kept = self.labels != ignore_index
+
+        def of_rank(index: int) -> str:
+            return f"{index % self.each} of rank {index // self.each}"
+
+        _checks.finite_rows(op, "x", self.x, kept, of_rank)
+        if self.sample_weight is not None:
+            _checks.finite_rows(op, "sample_weight", self.sample_weight, kept, of_rank)
+        bad = (~weight.detach().isfinite().all(1)).nonzero()[:, 0]
+        last = bad[-1:].add(shard.first) if bad.numel() else bad.new_full((1,), -1)
+        worst = int(largest_over_shards(last, shard.group))
+        if worst >= 0:
+            raise ValueError(f"{op}: expected `weight` to be finite, got NaN or infinity in class {worst}")
 
     def own(self, rows: Tensor) -> Tensor:
         """This rank's part of something per row."""

@@ -75,7 +75,7 @@ class _ClassParallelLoss(Function):
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         classes = local.contiguous() if rows is None else local.index_select(0, rows)
         shift = _shared_shift(batch.x, classes, places, scale, options, largest_scale, shard)
-        swept = ops.normface_sweep(
+        swept, options = ops.normface_sweep_in_memory(
             batch.x,
             classes,
             places,
@@ -160,6 +160,7 @@ def normface_loss(
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     workspace: int | None = None,
+    check_finite: bool = False,
     largest_scale: float | None = None,
     sample: ClassSampler | None = None,
     backbone_gradients: str = "mean",
@@ -176,6 +177,8 @@ def normface_loss(
         weight: [shard.count, D] its classes, or a DTensor ``Shard(0)`` of [num_classes, D].
         labels: [N] int64, global, in [0, num_classes) or ``ignore_index``.
         class_weight: [num_classes], the same on all ranks.
+        check_finite: look for NaN and infinity first, in the rows of all ranks, in sample_weight and in the
+            weight; raised on all ranks. One more collective, of 8 bytes.
         largest_scale: a bound on a scale tensor: with it the host need not read the tensor to see whether
             the fixed shift serves.
         sample: a ``ClassSampler``, to train on the rows' own classes and a random part of the others. The
@@ -225,6 +228,8 @@ def normface_loss(
         sample_weight=row_weight,
         equal_batches=equal_batches,
     )
+    if check_finite:
+        batch.check_finite(OP, local, shard, ignore_index)
     places = shard.places(batch.labels, ignore_index)
     rows = None
     if sample is not None:

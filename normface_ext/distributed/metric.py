@@ -101,6 +101,7 @@ def _loss(
     eps: float,
     workspace: int | None,
     active_limit: int | None,
+    check_finite: bool,
     backbone_gradients: str,
     equal_batches: bool,
 ) -> Tensor:
@@ -118,6 +119,8 @@ def _loss(
     check_backbone_gradients(op, backbone_gradients)
     flag(op, "equal_batches", equal_batches)
     batch = gather_rows(x, labels, shard.group, ignore_index=ignore_index, equal_batches=equal_batches)
+    if check_finite:
+        batch.check_finite(op, weight, shard, ignore_index)
     places = shard.places(batch.labels, ignore_index)
     margin, given = options.sweep_options(batch.x, shard.count, IGNORED, eps, workspace, active_limit)
     replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
@@ -152,6 +155,7 @@ def c_contrastive_loss(
     eps: float = 1e-12,
     workspace: int | None = None,
     active_limit: int | None = None,
+    check_finite: bool = False,
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
 ) -> Tensor:
@@ -167,6 +171,7 @@ def c_contrastive_loss(
         weight: [shard.count, D] its agents, or a DTensor ``Shard(0)`` of [num_classes, D].
         labels: [N] int64, global, in [0, num_classes) or ``ignore_index``.
         hardest_only: of equally hard negatives the first rank's counts.
+        check_finite: see ``distributed.normface_loss``.
         backbone_gradients: see ``distributed.normface_loss``.
         equal_batches: likewise.
 
@@ -207,6 +212,7 @@ def c_contrastive_loss(
         eps,
         workspace,
         active_limit,
+        check_finite,
         backbone_gradients,
         equal_batches,
     )
@@ -230,6 +236,7 @@ def c_triplet_loss(
     eps: float = 1e-12,
     workspace: int | None = None,
     active_limit: int | None = None,
+    check_finite: bool = False,
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
 ) -> Tensor:
@@ -258,6 +265,7 @@ def c_triplet_loss(
         eps,
         workspace,
         active_limit,
+        check_finite,
         backbone_gradients,
         equal_batches,
     )

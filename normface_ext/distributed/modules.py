@@ -49,6 +49,7 @@ class ShardedNormFaceLoss(NormFaceLoss):
             class_weight=head.class_weight,
             label_smoothing=head.label_smoothing,
             workspace=head.workspace,
+            check_finite=head.check_finite,
             device="meta",
             dtype=head.weight.dtype,
         )
@@ -103,6 +104,7 @@ class ShardedNormFaceLoss(NormFaceLoss):
             class_weight=self.class_weight,
             label_smoothing=self.label_smoothing,
             workspace=self.workspace,
+            check_finite=self.check_finite,
             largest_scale=None if self.max_scale == float("inf") else self.max_scale,
             sample=self.sampler if self.training else None,
             backbone_gradients=self.backbone_gradients,
