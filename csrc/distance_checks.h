@@ -16,11 +16,16 @@ inline void check_distance(const char* op, const Tensor& x, const Tensor& weight
   check_distance_order(op, p);
 }
 
-inline void check_distance_backward(const char* op, const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                    const std::optional<Tensor>& labels, int64_t p) {
+inline void check_distance_backward(const char* op, const Tensor& grad, const Tensor& near, const Tensor& x,
+                                    const Tensor& weight, const std::optional<Tensor>& labels, int64_t p) {
   check_distance(op, x, weight, p);
   check_matrix(op, "grad", grad);
   check_shape(op, "grad", grad, x.size(0), weight.size(0));
+  if (p == 2) {
+    check_shape(op, "near", near, x.size(0), weight.size(0));
+    if (near.scalar_type() != ScalarType::Bool || !near.is_contiguous())
+      fail(op, ": expected `near` to be contiguous and bool, got ", name_of(near.scalar_type()));
+  }
   if (labels) check_labels(op, *labels, x.size(0));
 }
 

@@ -71,7 +71,7 @@ class _Formula(Function):
             pairs = [
                 (r, g) for r, g in zip(results, upstream, strict=True) if g is not None and r.requires_grad
             ]
-            wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
+            wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
             found = iter(
                 torch.autograd.grad(
                     [r for r, _ in pairs],

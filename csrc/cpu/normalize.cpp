@@ -95,7 +95,7 @@ void backward_channels(const StoredRows<T>& kernel, const char* grad_y, const T*
     char* to = dx + block.offset * item;
     kernel.column_vjp(from, g, n, layout.inner, block.columns, p, inverse, along, g_norm, bound, to);
     for (int64_t c = 0; c < block.columns; ++c) {  // few, if any: one by one, as rows
-      if (math::inverse_serves(inverse[c])) continue;
+      if (math::norm_is_moderate(norms[block.row + c])) continue;
       std::vector<char> rows(size_t(3 * n * item));
       char *own = rows.data(), *upstream = own + n * item, *out = upstream + n * item;
       copy_strided(from + c * item, layout.inner, own, 1, n, item);

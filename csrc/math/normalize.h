@@ -76,6 +76,14 @@ NF_HD bool inverse_serves(T inverse) {
   return inverse >= smallest && inverse < kLargestNumber<T>;
 }
 
+// Whether the products of a row and its gradient may be summed before the division by n: there they neither
+// overflow nor vanish.
+template <class T>
+NF_HD bool norm_is_moderate(T norm) {
+  constexpr bool kDouble = std::is_same_v<T, double>;
+  return norm >= (kDouble ? T(0x1p-300) : T(0x1p-32f)) && norm <= (kDouble ? T(0x1p300) : T(0x1p32f));
+}
+
 // Whether eps makes up most of the norm: a zero row, above all. Its gradient g / n may be too large for
 // float16; kernels hold it at the largest half there, since an infinity would poison every step of a
 // padded batch.
