@@ -11,8 +11,8 @@ namespace nf {
 
 inline void define_metric_ops(torch::stable::detail::StableLibrary& m) {
   // x [N, D], weight [C, D] -> [N, C] in x's dtype: sum (x - w)^2 for p = 2, sum |x - w| for p = 1. near,
-  // when asked for, is bool [N, C] for p = 2: the cells whose products cancel (csrc/math/distance.h), which
-  // backward computes from the differences too.
+  // when asked for, has for p = 2 a bit per cell, int32 [N, ceil(C / 32)]: those whose products cancel
+  // (csrc/math/distance.h), which backward computes from the differences too.
   // With labels [N] the gradient of the weight counts the cells (i, labels[i]) only.
   m.def("inner_distance(Tensor x, Tensor weight, int p, bool need_near) -> (Tensor distances, Tensor near)");
   m.def(

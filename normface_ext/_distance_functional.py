@@ -22,8 +22,8 @@ def inner_distance(
     """d_ij = sum_k (x_ik - w_jk)^2 for p = 2 (squared), sum_k |x_ik - w_jk| for p = 1.
 
     Caffe's ``InnerDistance`` layer. The squared distance is a matrix product, |x|^2 + |w|^2 - 2 <x, w>,
-    except where that would cancel: distances below an eighth of |x|^2 + |w|^2 are computed again from the
-    differences, so equal rows have distance 0. (Caffe's L1 gradient is wrong for negative differences;
+    except where that would cancel: distances below an eighth of |x|^2 + |w|^2, and what they give to the
+    gradients, are computed from the differences, so equal rows have distance 0. (Caffe's L1 gradient is wrong for negative differences;
     this one is the derivative, with sign(0) = 0.)
 
     Args:

@@ -25,8 +25,9 @@ def asked(needed: tuple[bool, ...], gradients: tuple[Tensor, ...]) -> tuple[Tens
 
 
 def _inner_distance_fake(x: Tensor, weight: Tensor, p: int, need_near: bool) -> tuple[Tensor, Tensor]:
-    shape = [x.shape[0], weight.shape[0]]
-    return x.new_empty(shape), x.new_empty(shape if need_near and p == 2 else [0], dtype=torch.bool)
+    batch, classes = x.shape[0], weight.shape[0]
+    words = [batch, (classes + 31) // 32] if need_near and p == 2 else [0]
+    return x.new_empty([batch, classes]), x.new_empty(words, dtype=torch.int32)
 
 
 def _inner_distance_backward_fake(grad: Tensor, near: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,11 @@
 namespace nf::cpu {
 namespace {
 
-// As many tiles as threads, of at most 256 agents: a tile stays within L2.
+// As many tiles as threads, of at most 256 agents: a tile stays within L2. No two tiles share a word of
+// near cells.
 int64_t chunk_for(const Tensor& weight) {
-  return std::clamp<int64_t>((weight.size(0) + thread_count() - 1) / thread_count(), 1, 256);
+  const int64_t each = (weight.size(0) + thread_count() - 1) / thread_count();
+  return std::min<int64_t>(256, std::max<int64_t>(1, near_words(each)) * kNearBits);
 }
 
 // All rows in the accumulator type.
@@ -29,7 +31,7 @@ void* cell(const Rows<T>& matrix, int64_t row, int64_t column) {
 }
 
 template <class T>
-void forward(const Tensor& x, const Tensor& weight, int p, Tensor& out, bool* near) {
+void forward(const Tensor& x, const Tensor& weight, int p, Tensor& out, uint32_t* near) {
   const HeadShape shape(x, weight, chunk_for(weight));
   const int64_t N = shape.batch, D = shape.dim;
   const AccumRows<T>& kernel = accum_rows<T>();
@@ -53,12 +55,15 @@ void forward(const Tensor& x, const Tensor& weight, int p, Tensor& out, bool* ne
     for (int64_t i = 0; i < N; ++i) {
       T* row = d + i * tile.width;
       const T* feature = features.data + i * D;
+      uint32_t* words =
+          near != nullptr ? near + i * near_words(shape.classes) + tile.first / kNearBits : nullptr;
+      if (words != nullptr) std::fill_n(words, near_words(tile.width), 0u);
       for (int64_t j = 0; j < tile.width; ++j) {
         bool again = p == 1;
         if (p == 2) {
           row[j] = math::distance_from_products(xx[size_t(i)], ww[size_t(j)], row[j]);
           again = math::distance_needs_differences(row[j], xx[size_t(i)], ww[size_t(j)]);
-          if (near != nullptr) near[i * shape.classes + tile.first + j] = again;
+          if (again && words != nullptr) words[j / kNearBits] |= 1u << (j % kNearBits);
         }
         if (again) row[j] = T(kernel.distance(feature, w + j * D, D, p));
       }
@@ -87,11 +92,11 @@ struct GradientTile {
 // The cells that lie too near leave g, and give 2 g (x - w) to what 2 (x sum g - .) and 2 (w sum g - .)
 // will be taken of: to x_sum [N, D] and w_sum [width, D], each perhaps null.
 template <class T>
-void take_near_cells(const GradientTile<T>& tile, const bool* near, int64_t near_stride, int64_t batch,
+void take_near_cells(const GradientTile<T>& tile, const uint32_t* near, int64_t near_stride, int64_t batch,
                      int64_t dim, T* x_sum, T* w_sum) {
   for (int64_t i = 0; i < batch; ++i)
     for (int64_t j = 0; j < tile.width; ++j) {
-      if (!near[i * near_stride + j]) continue;
+      if ((near[i * near_stride + j / kNearBits] >> (j % kNearBits) & 1u) == 0) continue;
       T& g = tile.g[i * tile.width + j];
       const T *x = tile.features + i * dim, *w = tile.agents + j * dim;
       if (x_sum != nullptr) accum_rows<T>().add_distance_slope(T(-0.5) * g, x, w, x_sum + i * dim, dim, 2);
@@ -117,7 +122,7 @@ void add_agent_slopes(const GradientTile<T>& tile, const int64_t* labels, int64_
 // p = 2: dx_i = 2 (x_i sum_j g_ij - sum_j g_ij w_j) by products, but for the near cells; p = 1: cell by
 // cell. With labels the gradient of an agent comes from its own rows alone, cell by cell.
 template <class T>
-void backward(const Tensor& grad, const bool* near, const Tensor& x, const Tensor& weight,
+void backward(const Tensor& grad, const uint32_t* near, const Tensor& x, const Tensor& weight,
               const int64_t* labels, int p, Tensor* dx, Tensor* dw) {
   const HeadShape shape(x, weight, chunk_for(weight));
   const int64_t N = shape.batch, D = shape.dim;
@@ -143,7 +148,8 @@ void backward(const Tensor& grad, const bool* near, const Tensor& x, const Tenso
     if (dw != nullptr) std::fill_n(product, tile.width * D, T(0));
     if (dw != nullptr && direct) add_agent_slopes(part, labels, tile.first, N, D, p, product);
     if (p == 2)
-      take_near_cells(part, near + tile.first, shape.classes, N, D, sum, direct ? nullptr : product);
+      take_near_cells(part, near + tile.first / kNearBits, near_words(shape.classes), N, D, sum,
+                      direct ? nullptr : product);
     for (int64_t i = 0; i < N; ++i) totals.data[slot * N + i] += row_sum(g + i * tile.width, tile.width);
     const Matrix<T> factors{g, N, tile.width, tile.width};
     if (dx != nullptr) {
@@ -186,9 +192,9 @@ std::tuple<Tensor, Tensor> inner_distance(Tensor x, Tensor weight, int64_t p, bo
   const int64_t N = x.size(0), C = weight.size(0);
   Tensor out = fresh({N, C}, x.scalar_type());
   const bool marks = need_near && p == 2;
-  Tensor near = marks ? fresh({N, C}, ScalarType::Bool) : fresh({0}, ScalarType::Bool);
+  Tensor near = marks ? fresh({N, near_words(C)}, ScalarType::Int) : fresh({0}, ScalarType::Int);
   dispatch_accumulator(x.scalar_type(), [&]<class T>() {
-    forward<T>(x, weight, int(p), out, marks ? data_of<bool>(near) : nullptr);
+    forward<T>(x, weight, int(p), out, marks ? data_of<uint32_t>(near) : nullptr);
   });
   return {out, near};
 }
@@ -199,7 +205,7 @@ std::tuple<Tensor, Tensor> inner_distance_backward(Tensor grad, Tensor near, Ten
   check_distance_backward("inner_distance_backward", grad, near, x, weight, labels, p);
   Tensor dx = gradient_like(x, need_x), dw = gradient_like(weight, need_weight);
   dispatch_accumulator(x.scalar_type(), [&]<class T>() {
-    backward<T>(grad, data_of<const bool>(near), x, weight,
+    backward<T>(grad, data_of<const uint32_t>(near), x, weight,
                 labels ? data_of<const int64_t>(*labels) : nullptr, int(p), need_x ? &dx : nullptr,
                 need_weight ? &dw : nullptr);
   });

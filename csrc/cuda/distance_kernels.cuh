@@ -49,8 +49,8 @@ finish_squared_kernel(const T* products, int64_t stride,  // [N, stride], `width
                       StoredArray x, StoredArray w,       // [N, D], [C, D]
                       const T* __restrict__ xx, const T* __restrict__ ww,  // [N], [C]
                       int64_t batch, int64_t dim, int64_t classes, int64_t first, int64_t width,
-                      StoredArray out,   // [N, C], perhaps where the products are
-                      bool* near_cells)  // [N, C] or null: which they were
+                      StoredArray out,       // [N, C], perhaps where the products are
+                      unsigned* near_cells)  // [N, words] or null: which they were, a bit each
 {
   const int64_t groups = (width + kWarp - 1) / kWarp;
   const int64_t task = block_id() * kRowsPerBlock + warp_id();
@@ -63,9 +63,12 @@ finish_squared_kernel(const T* products, int64_t stride,  // [N, stride], `width
     d = math::distance_from_products(xx[i], ww[first + j], products[i * stride + j]);
     again = math::distance_needs_differences(d, xx[i], ww[first + j]);
   }
-  unsigned near = warp_ballot(again);
-  for (int lane = 0; near != 0; ++lane, near >>= 1) {
-    if ((near & 1u) == 0) continue;
+  const unsigned near_here = warp_ballot(again);
+  if (near_cells != nullptr && lane_id() == 0)
+    near_cells[i * ((classes + kWarp - 1) / kWarp) + (first + start) / kWarp] = near_here;
+  int lane = 0;
+  for (unsigned left = near_here; left != 0; ++lane, left >>= 1) {
+    if ((left & 1u) == 0) continue;
     T sum = 0;
     for (int64_t k = lane_id(); k < dim; k += kWarp)
       sum += math::distance_term<T>(2, x.load<T>(i * dim + k) - w.load<T>((first + start + lane) * dim + k))
@@ -74,7 +77,6 @@ finish_squared_kernel(const T* products, int64_t stride,  // [N, stride], `width
     if (lane_id() == lane) d = sum;
   }
   if (valid) out.store<T>(i * classes + first + j, d);
-  if (valid && near_cells != nullptr) near_cells[i * classes + first + j] = again;
 }
 
 // out[m, n] = sum over k of |a[m, k] - b[n, k]|. Blocks: tiles of m x tiles of n.
@@ -113,12 +115,17 @@ manhattan_kernel(StoredArray a, StoredArray b, int64_t rows, int64_t columns, in
     }
 }
 
+// Whether cell (i, j) of `columns` is near: rows of whole words, a bit per cell.
+NF_DEVICE bool is_near(const unsigned* near_cells, int64_t columns, int64_t i, int64_t j) {
+  return (near_cells[i * ((columns + kWarp - 1) / kWarp) + j / kWarp] >> (j % kWarp) & 1u) != 0;
+}
+
 // far[i, j] = g[i, j], and 0 in the cells that are near; marks[tile] tells whether a tile of kTile x kTile
 // has one of those. Blocks: tiles of rows x tiles of columns.
 template <class T>
 NF_KERNEL(kThreads)
-far_cells_kernel(StoredArray g, const bool* __restrict__ near_cells, int64_t rows, int64_t columns,
-                 StoredArray far, bool* __restrict__ marks) {
+far_cells_kernel(StoredArray g, const unsigned* __restrict__ near_cells, int64_t rows, int64_t columns,
+                 StoredArray far, int* __restrict__ marks) {
   SharedMemory shared;
   int* scratch = shared.take<int>(kThreads / kWarp);
   const int64_t tiles = (columns + kTile - 1) / kTile;
@@ -127,7 +134,7 @@ far_cells_kernel(StoredArray g, const bool* __restrict__ near_cells, int64_t row
   for (int e = thread_id(); e < kTile * kTile; e += kThreads) {
     const int64_t i = i0 + e / kTile, j = j0 + e % kTile, at = i * columns + j;
     if (i >= rows || j >= columns) continue;
-    const bool near_cell = near_cells[at];
+    const bool near_cell = is_near(near_cells, columns, i, j);
     found = near_cell ? 1 : found;
     far.store<T>(at, near_cell ? T(0) : g.load<T>(at));
   }
@@ -135,14 +142,23 @@ far_cells_kernel(StoredArray g, const bool* __restrict__ near_cells, int64_t row
   if (thread_id() == 0) marks[block_id()] = found != 0;
 }
 
-// The upstream gradient of `own` rows m against the `other` rows k: cell (m, k) lies at m * row + k * column
-// of g, its tile at m / kTile * tile_row + k / kTile * tile_column of the marks.
+// The upstream gradient of rows m against rows k: cell (m, k) of g, or (k, m) where it lies transposed.
 struct Cells {
-  StoredArray g;
-  int64_t row, column;
-  const bool* near_cells;  // null: every cell counts, rather than the near ones
-  const bool* marks;
-  int64_t tile_row, tile_column;
+  StoredArray g;    // [N, columns]
+  int64_t columns;  // C
+  bool transposed;
+  const unsigned* near_cells;  // [N, words]; kOrder 2 alone
+  const int* marks;            // [tiles of N, tiles of C]; likewise
+
+  NF_DEVICE bool tile_is_empty(int64_t m_tile, int64_t k_tile) const {
+    const int64_t tiles = (columns + kTile - 1) / kTile;
+    return marks[transposed ? k_tile * tiles + m_tile : m_tile * tiles + k_tile] == 0;
+  }
+  template <class T, int kOrder>
+  NF_DEVICE T load(int64_t m, int64_t k) const {
+    const int64_t i = transposed ? k : m, j = transposed ? m : k;
+    return kOrder == 1 || is_near(near_cells, columns, i, j) ? g.load<T>(i * columns + j) : T(0);
+  }
 };
 
 // sum[m, d] = sum over k of g(m, k) slope(a[m, d] - b[k, d]) over all cells (kOrder 1), or over those that
@@ -167,16 +183,13 @@ slopes_kernel(StoredArray a, StoredArray b, Cells cells, int64_t rows, int64_t o
       own[m][d] = i < rows && at < dim ? a.load<T>(i * dim + at) : T(0);
     }
   for (int64_t k0 = 0; k0 < others; k0 += kDepth) {
-    if (kOrder == 2 && !cells.marks[m0 / kTile * cells.tile_row + k0 / kTile * cells.tile_column])
-      continue;    // the whole block
+    if (kOrder == 2 && cells.tile_is_empty(m0 / kTile, k0 / kTile)) continue;  // the whole block
     sync_block();  // the reads below of the step before, before these writes
 #pragma unroll 1   // unrolled, the staging copies cost predicates that spill
     for (int e = thread_id(); e < kTile * kDepth; e += kThreads) {
       const int k = e / kTile, r = e % kTile;
       const bool inside = k0 + k < others;
-      const int64_t at = (m0 + r) * cells.row + (k0 + k) * cells.column;
-      const bool counts = inside && m0 + r < rows && (kOrder == 1 || cells.near_cells[at]);
-      weights[k * kTile + r] = counts ? cells.g.load<T>(at) : T(0);
+      weights[k * kTile + r] = inside && m0 + r < rows ? cells.load<T, kOrder>(m0 + r, k0 + k) : T(0);
       other[k * kTile + r] = inside && d0 + r < dim ? b.load<T>((k0 + k) * dim + d0 + r) : T(0);
     }
     sync_block();  // the writes above, before the reads below

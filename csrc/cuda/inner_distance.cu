@@ -18,7 +18,7 @@ ScalarType common_type(ScalarType a, ScalarType b) { return a == b ? a : accumul
 
 template <class T>
 void squared_forward(Queue& queue, const Tensor& x, const Tensor& weight, const Tensor& out,
-                     bool* near_cells) {
+                     unsigned* near_cells) {
   const int64_t N = x.size(0), D = x.size(1), C = weight.size(0);
   const ScalarType wide = accumulator(x.scalar_type()),
                    type = common_type(x.scalar_type(), weight.scalar_type());
@@ -28,8 +28,9 @@ void squared_forward(Queue& queue, const Tensor& x, const Tensor& weight, const 
     launch("row_sums", queue, row_sums_kernel<T>, warp_per_row(rows->size(0)), kThreads, 0,
            StoredArray(*rows), rows->size(0), D, true, data_of<T>(*sums));
   const bool direct = out.scalar_type() == wide;
-  const int64_t chunk =
-      direct ? C : std::min(C, std::max<int64_t>(1, kCellsAtOnce / std::max<int64_t>(1, N)));
+  // Whole words of near cells.
+  const int64_t fits = std::max<int64_t>(1, kCellsAtOnce / std::max<int64_t>(1, N) / kNearBits) * kNearBits;
+  const int64_t chunk = direct ? C : std::min(C, fits);
   const Tensor scratch = device_empty(x, {direct ? 0 : N, chunk}, wide);
   const Tensor& products = direct ? out : scratch;
   const int64_t item = int64_t(ws.element_size());
@@ -49,13 +50,13 @@ std::tuple<Tensor, Tensor> inner_distance(Tensor x, Tensor weight, int64_t p, bo
   Queue queue(x);
   const int64_t N = x.size(0), D = x.size(1), C = weight.size(0);
   const bool marks = need_near && p == 2;
-  const Tensor near_cells =
-      marks ? torch::stable::new_zeros(x, {N, C}, ScalarType::Bool) : device_empty(x, {0}, ScalarType::Bool);
+  const Tensor near_cells = marks ? torch::stable::new_zeros(x, {N, near_words(C)}, ScalarType::Int)
+                                  : device_empty(x, {0}, ScalarType::Int);
   if (D == 0) return {torch::stable::new_zeros(x, {N, C}), near_cells};
   Tensor out = device_empty(x, {N, C}, x.scalar_type());
   dispatch_accumulator(x.scalar_type(), [&]<class T>() {
     if (p == 2)
-      squared_forward<T>(queue, x, weight, out, marks ? data_of<bool>(near_cells) : nullptr);
+      squared_forward<T>(queue, x, weight, out, marks ? data_of<unsigned>(near_cells) : nullptr);
     else
       launch("manhattan", queue, manhattan_kernel<T>,
              Grid{((N + kTile - 1) / kTile) * ((C + kTile - 1) / kTile)}, kThreads,
@@ -79,19 +80,10 @@ struct Side {
 template <class T, int kOrder>
 void launch_slopes(Queue& queue, const Side& side, const Tensor* marks, const Tensor* total,
                    const Tensor* product, const Tensor& out) {
-  const int64_t rows = side.own.size(0), D = side.own.size(1), C = side.grad.size(1);
-  const auto strides = [&](int64_t row) {
-    return side.transposed ? std::pair(int64_t(1), row) : std::pair(row, int64_t(1));
-  };
-  const auto [row, column] = strides(C);
-  const auto [tile_row, tile_column] = strides(tiles_of(C));
-  const Cells cells{StoredArray(side.grad),
-                    row,
-                    column,
-                    kOrder == 2 ? data_of<const bool>(side.near) : nullptr,
-                    marks != nullptr ? data_of<const bool>(*marks) : nullptr,
-                    tile_row,
-                    tile_column};
+  const int64_t rows = side.own.size(0), D = side.own.size(1);
+  const Cells cells{StoredArray(side.grad), side.grad.size(1), side.transposed,
+                    data_of<const unsigned>(side.near),
+                    marks != nullptr ? data_of<const int>(*marks) : nullptr};
   const auto numbers = [](const Tensor* t) { return t != nullptr ? data_of<const T>(*t) : nullptr; };
   launch("slopes", queue, slopes_kernel<T, kOrder>, Grid{tiles_of(rows) * tiles_of(D)}, kThreads,
          2 * shared_bytes<T>(kDepth * kTile), StoredArray(side.own), StoredArray(side.other), cells, rows,
@@ -105,10 +97,10 @@ void squared_backward(Queue& queue, const Side& side, const Tensor& out) {
   const ScalarType wide = accumulator(own.scalar_type());
   const ScalarType type = common_type(grad.scalar_type(), side.other.scalar_type());
   const Tensor far = device_empty(own, {N, C}, type), factor = torch::stable::to(side.other, type);
-  const Tensor marks = device_empty(own, {tiles_of(N) * tiles_of(C)}, ScalarType::Bool);
+  const Tensor marks = device_empty(own, {tiles_of(N) * tiles_of(C)}, ScalarType::Int);
   launch("far_cells", queue, far_cells_kernel<T>, Grid{tiles_of(N) * tiles_of(C)}, kThreads,
-         shared_bytes<int>(kThreads / kWarp), StoredArray(grad), data_of<const bool>(side.near), N, C,
-         StoredArray(far), data_of<bool>(marks));
+         shared_bytes<int>(kThreads / kWarp), StoredArray(grad), data_of<const unsigned>(side.near), N, C,
+         StoredArray(far), data_of<int>(marks));
   const bool direct = out.scalar_type() == wide;
   const Tensor product = direct ? out : device_empty(own, {rows, D}, wide);
   multiply(own, side.transposed ? whole(far).transposed() : whole(far), whole(factor), whole(product));
