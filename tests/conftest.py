@@ -12,14 +12,9 @@ from lanes import LANES, MISSING, Lane
 from selection import pytest_addoption, pytest_collection_modifyitems  # noqa: F401  (hooks)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads it
-def pytest_cmdline_main(config: pytest.Config) -> None:
-    workers.keep_groups(config)
-
-
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
-def pytest_configure_node(node) -> None:
-    workers.tell(node)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    return workers.scheduler(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,7 +2,8 @@
 
 A lane is what the tests have of the world: a device and a namespace of operators. Lanes that this
 machine cannot offer are not collected, and the header says so. NORMFACE_TEST_NAMESPACES replaces them
-by a comma list of operator namespaces that take CPU tensors, such as normface_sanitized.
+by a comma list of operator namespaces that take CPU tensors, such as normface_sanitized; which cases run is
+decided as ever, by --all or a node id (selection.py).
 """
 
 from __future__ import annotations

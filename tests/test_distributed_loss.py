@@ -9,7 +9,6 @@ from ranks import ranks
 
 import normface_ext as nf
 
-pytestmark = pytest.mark.xdist_group("processes")
 CLASSES, BATCH = 10, 14
 
 

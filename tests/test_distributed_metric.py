@@ -20,8 +20,6 @@ from ranks import ranks
 
 import normface_ext as nf
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 
 def in_one_process(layout, name, options, dtype):
     x, weight, labels, upstream = whole(layout, dtype)

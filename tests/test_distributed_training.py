@@ -11,7 +11,6 @@ import normface_ext as nf
 from normface_ext.distributed import checkpoints
 from normface_ext.distributed.sampling import ClassSampler, chosen
 
-pytestmark = pytest.mark.xdist_group("processes")
 CLASSES, BATCH = 11, 12
 
 

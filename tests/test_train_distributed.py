@@ -12,7 +12,6 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 import normface_ext as nf
 
-pytestmark = pytest.mark.xdist_group("processes")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_distributed.py"
 CRASHING = Path(__file__).with_name("crashing_training.py")
 SMALL = ["--identities", "301", "--batch", "64", "--device", "cpu"]
