@@ -3,7 +3,7 @@
 The run asks one of them at a time, by the name of a method of `measure.Measured`, and waits no longer than
 it may: past that the process is killed, with whatever it started, and its row says so. It may sit in a
 kernel, a compiler or a lock then; no signal handler would be heard there. A CUDA error, too, stays within
-the process that made it.
+the process that made it. And when the run itself is gone, none is left behind.
 
 The processes come from a fork server that has imported torch once and run nothing, so one costs
 milliseconds, and each is as fresh as the one before: resident memory can be read there.
