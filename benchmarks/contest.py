@@ -51,18 +51,20 @@ class Contest:
     def run(self, folder: Path) -> None:
         """`folder` is for the float64 values, which every competitor's process reads."""
         right = folder / "right.pt"
-        values = truth.truth(self.case, make_inputs(self.case, self.device), SCALE)
-        if "dw" in values and self.case.precision.operand.itemsize <= 2:
-            values["dw"] = values[
-                "dw"
-            ].float()  # half the file, and still 4 digits more than 16 bits can have
-        torch.save({name: value.cpu() for name, value in values.items()}, right)
-        del values
+        able = self._able()
+        try:
+            self._save_truth(right)
+        except torch.OutOfMemoryError:
+            self.rows = {name: self._row(name, provider) for name, provider in able.items()}
+            for row in self.rows.values():
+                row.outcome, row.note = "failed", "no memory for the float64 values"
+            self.record.write(*self.rows.values())
+            return
         floor_ms = floor.cuda_ms(self.case, self.mode) if self.device == "cuda" else None
         if self.device == "cuda":
             torch.cuda.empty_cache()
         try:
-            for name, provider in self._able().items():
+            for name, provider in able.items():
                 self._enter(name, provider, right)
                 if name == EAGER:
                     self._judge()
@@ -73,6 +75,13 @@ class Contest:
             raise
         finally:
             self._finish(floor_ms)
+
+    def _save_truth(self, path: Path) -> None:
+        values = truth.truth(self.case, make_inputs(self.case, self.device), SCALE)
+        if "dw" in values and self.case.precision.operand.itemsize <= 2:
+            # Half the file, and still four digits more than operands of 16 bits can have.
+            values["dw"] = values["dw"].float()
+        torch.save({name: value.cpu() for name, value in values.items()}, path)
 
     def _able(self) -> dict[str, Provider]:
         """Those who can do the case; the others have their rows."""

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+import torch
 from bench_folder import Rival, eventually, gone, modules, read
 
 
@@ -210,3 +211,19 @@ def test_compiling_has_a_limit_for_all(bench: SimpleNamespace, contest: object) 
     rows = contest.read()
     assert rows["compile"]["outcome"] == "over budget"
     assert rows["torch.lin_ce+compiled-norm"]["note"].startswith("the 60 s for compiling are used up")
+
+
+def test_a_case_too_large_for_the_truth(
+    bench: SimpleNamespace, contest: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has its rows, and the run goes on with the next case."""
+
+    def too_large(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench.truth, "truth", too_large)
+    rows = contest({})
+    for name in ("normface_ext", "eager"):
+        assert (rows[name]["outcome"], rows[name]["median_ms"]) == ("failed", None)
+        assert "float64" in rows[name]["note"]
+    assert rows["compile"]["outcome"] == "unavailable"

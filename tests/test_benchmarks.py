@@ -230,3 +230,11 @@ def test_every_precision_passes_the_judge(bench: SimpleNamespace, dtype: str) ->
     }
     assert set(bench.truth.QUANTITIES) <= set(errors["normface_ext"])
     assert not bench.truth.complaints(errors["normface_ext"], errors["eager"], case.precision.operand)
+
+
+def test_a_figure_of_nothing(bench: SimpleNamespace, tmp_path: Path) -> None:
+    """A run in which eager never ended still ends well."""
+    row = bench.report.Row("a case", 1, 2, 3, "float32", "normface_ext", "fwd", median_ms=1.0)
+    bench.report.plot([row], tmp_path / "nothing.png", "title")
+    assert (tmp_path / "nothing.png").stat().st_size > 1000
+    assert bench.report.headline([row], "normface_ext", "eager") == []
