@@ -171,12 +171,6 @@ class Contest:
             row.outcome, row.note = why.outcome, str(why)
             self.record.write(row)
 
-    def _turn(self, name: str) -> None:
-        try:
-            self.times[name].append(self.workers[name].ask("turn"))
-        except Dropped as dropped:
-            self._drop(name, dropped)
-
     def _rounds(self) -> None:
         if self.device == "cpu":
             self._worker(FLOOR)
@@ -189,8 +183,16 @@ class Contest:
         most = LEAST if self.options.quick else 60
         while count < LEAST or (count < most and time.monotonic() - start < self.options.seconds):
             for name in order if count % 2 == 0 else reversed(order):
-                if name in self.workers:
-                    self._turn(name)
+                if name not in self.workers:
+                    continue
+                try:
+                    self.times[name].append(self.workers[name].ask("turn"))
+                except OverBudget as over:
+                    if count >= LEAST:  # enough is known of it: the rounds end, and it keeps its row
+                        return
+                    self._drop(name, over)
+                except Dropped as dropped:
+                    self._drop(name, dropped)
             count += 1
 
     def _finish(self, floor_ms: float | None) -> None:
