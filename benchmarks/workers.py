@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import time
+import warnings
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -115,6 +116,7 @@ def _serve(
     fcntl.fcntl(lifeline.fileno(), fcntl.F_SETFL, flags | os.O_ASYNC)
     if lifeline.poll():  # it closed before
         return
+    warnings.filterwarnings("ignore", module="torch")  # torch.compile's, about itself
     measured = kind(*about)
     while True:
         try:
