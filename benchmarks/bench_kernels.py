@@ -29,7 +29,6 @@ import re
 import signal
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 import cases as case_list
@@ -88,7 +87,6 @@ def main() -> int:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_PAGES})
     if options.threads:
         torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore", module="torch")  # torch.compile's, about itself
     signal.signal(signal.SIGTERM, stop)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     common = machine.about(device)

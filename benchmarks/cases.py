@@ -114,9 +114,10 @@ def choose(device: str, quick: bool, full: bool) -> list[Case]:
             cases += [head(256, 512, CASIA, margin=m) for m in reference.MARGINS if m != "normface"]
         return cases
     grid = [(512, CASIA), (512, MS1MV2), (128, CASIA), (128, MS1MV2)]
-    cases = [head(256, dim, classes, dtype) for dtype in ("amp-bfloat16", "float32") for dim, classes in grid]
+    cases = [head(256, dim, classes, "amp-bfloat16") for dim, classes in grid]
     cases += [head(256, 512, CASIA_128, "amp-bfloat16")]
     cases += [head(1024, dim, MILLION_128, "mixed-bfloat16") for dim in (512, 128)]
+    cases += [head(256, dim, classes) for dim, classes in grid]
     cases += others
     if full:
         sizes = [(n, d, c) for d in (512, 128) for c in (CASIA, MS1MV2) for n in (64, 1024)]

@@ -51,14 +51,20 @@ class Contest:
     def run(self, folder: Path) -> None:
         """`folder` is for the float64 values, which every competitor's process reads."""
         right = folder / "right.pt"
-        values = truth.truth(self.case, make_inputs(self.case, self.device), SCALE)
-        torch.save({name: value.cpu() for name, value in values.items()}, right)
-        del values
+        able = self._able()
+        try:
+            self._save_truth(right)
+        except torch.OutOfMemoryError:
+            self.rows = {name: self._row(name, provider) for name, provider in able.items()}
+            for row in self.rows.values():
+                row.outcome, row.note = "failed", "no memory for the float64 values"
+            self.record.write(*self.rows.values())
+            return
         floor_ms = floor.cuda_ms(self.case, self.mode) if self.device == "cuda" else None
         if self.device == "cuda":
             torch.cuda.empty_cache()
         try:
-            for name, provider in self._able().items():
+            for name, provider in able.items():
                 self._enter(name, provider, right)
                 if name == EAGER:
                     self._judge()
@@ -69,6 +75,13 @@ class Contest:
             raise
         finally:
             self._finish(floor_ms)
+
+    def _save_truth(self, path: Path) -> None:
+        values = truth.truth(self.case, make_inputs(self.case, self.device), SCALE)
+        if "dw" in values and self.case.precision.operand.itemsize <= 2:
+            # Half the file, and still four digits more than operands of 16 bits can have.
+            values["dw"] = values["dw"].float()
+        torch.save({name: value.cpu() for name, value in values.items()}, path)
 
     def _able(self) -> dict[str, Provider]:
         """Those who can do the case; the others have their rows."""
@@ -158,12 +171,6 @@ class Contest:
             row.outcome, row.note = why.outcome, str(why)
             self.record.write(row)
 
-    def _turn(self, name: str) -> None:
-        try:
-            self.times[name].append(self.workers[name].ask("turn"))
-        except Dropped as dropped:
-            self._drop(name, dropped)
-
     def _rounds(self) -> None:
         if self.device == "cpu":
             self._worker(FLOOR)
@@ -176,8 +183,16 @@ class Contest:
         most = LEAST if self.options.quick else 60
         while count < LEAST or (count < most and time.monotonic() - start < self.options.seconds):
             for name in order if count % 2 == 0 else reversed(order):
-                if name in self.workers:
-                    self._turn(name)
+                if name not in self.workers:
+                    continue
+                try:
+                    self.times[name].append(self.workers[name].ask("turn"))
+                except OverBudget as over:
+                    if count >= LEAST:  # enough is known of it: the rounds end, and it keeps its row
+                        return
+                    self._drop(name, over)
+                except Dropped as dropped:
+                    self._drop(name, dropped)
             count += 1
 
     def _finish(self, floor_ms: float | None) -> None:

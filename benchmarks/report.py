@@ -214,7 +214,7 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
     left.axvline(1, color="#8a8f98", linewidth=0.8, linestyle=":")
     left.set_yticks(range(len(cases)), [case.replace(" ", "\n", 1) for case in cases])
     left.set_ylim(len(cases) - 0.45, -0.55)
-    left.set_xlim(0, max(1.5, *(1.35 * min(row.ratio_to_eager, 2.5) for row in rows)))
+    left.set_xlim(0, max([1.5, *(1.35 * min(row.ratio_to_eager, 2.5) for row in rows)]))
     left.set_xlabel("time / eager PyTorch's time (shorter is faster)")
     right.set_xscale("log")
     right.set_xlim(0.8, 6 * max([row.peak_extra_mib or 1 for row in rows] + [1]))

@@ -3,7 +3,7 @@
 The run asks one of them at a time, by the name of a method of `measure.Measured`, and waits no longer than
 it may: past that the process is killed, with whatever it started, and its row says so. It may sit in a
 kernel, a compiler or a lock then; no signal handler would be heard there. A CUDA error, too, stays within
-the process that made it.
+the process that made it. And when the run itself is gone, none is left behind.
 
 The processes come from a fork server that has imported torch once and run nothing, so one costs
 milliseconds, and each is as fresh as the one before: resident memory can be read there.
@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import signal
 import time
+import warnings
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -115,6 +116,7 @@ def _serve(
     fcntl.fcntl(lifeline.fileno(), fcntl.F_SETFL, flags | os.O_ASYNC)
     if lifeline.poll():  # it closed before
         return
+    warnings.filterwarnings("ignore", module="torch")  # torch.compile's, about itself
     measured = kind(*about)
     while True:
         try:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+import torch
 from bench_folder import Rival, eventually, gone, modules, read
 
 
@@ -91,12 +92,12 @@ class Scripted:
 
 @pytest.fixture
 def contest(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> object:
-    """Runs one quick case with Scripted workers; gives the record, also of a run that was interrupted."""
+    """Runs one toy case, quick unless told else, with Scripted workers; gives the rows by provider."""
     monkeypatch.setattr(bench.contest, "Worker", Scripted)
 
     def play(plans: dict[str, dict[str, object]], *arguments: str) -> object:
         Scripted.plans, Scripted.order = plans, []
-        options = bench.bench_kernels.arguments(["--quick", *arguments])
+        options = bench.bench_kernels.arguments([*arguments] or ["--quick"])
         record = bench.report.Record(tmp_path / "kernels.jsonl", {})
         compiling = bench.contest.CompileBudget(60.0)
         play.contest = bench.contest.Contest(bench.cases.head(4, 3, 5), "cpu", options, compiling, record)
@@ -127,6 +128,15 @@ def test_one_out_in_the_middle_costs_nobody_a_round(bench: SimpleNamespace, cont
     assert rows["eager"]["outcome"] == "measured"
     order = [row.provider for row in contest.rows]
     assert order.index("torch.lin_ce") < order.index("normface_ext"), "its row was known first"
+
+
+def test_one_that_needs_more_later_ends_the_rounds(bench: SimpleNamespace, contest: object) -> None:
+    """It has as many rounds as are needed: nobody loses a row."""
+    out = bench.workers.OverBudget("stopped: turn took longer than the 3 s left")
+    turns = [10.0] * 5 + [30.0, out]
+    rows = contest({"eager": {"turn": turns}}, "--compile-limit", "0")
+    assert {rows[name]["outcome"] for name in ("normface_ext", "eager")} == {"measured"}
+    assert not turns and rows["eager"]["median_ms"] == 10.0
 
 
 @pytest.mark.parametrize("when", ["first", "errors", "turn"])
@@ -210,3 +220,19 @@ def test_compiling_has_a_limit_for_all(bench: SimpleNamespace, contest: object) 
     rows = contest.read()
     assert rows["compile"]["outcome"] == "over budget"
     assert rows["torch.lin_ce+compiled-norm"]["note"].startswith("the 60 s for compiling are used up")
+
+
+def test_a_case_too_large_for_the_truth(
+    bench: SimpleNamespace, contest: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has its rows, and the run goes on with the next case."""
+
+    def too_large(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench.truth, "truth", too_large)
+    rows = contest({})
+    for name in ("normface_ext", "eager"):
+        assert (rows[name]["outcome"], rows[name]["median_ms"]) == ("failed", None)
+        assert "float64" in rows[name]["note"]
+    assert rows["compile"]["outcome"] == "unavailable"

@@ -215,3 +215,26 @@ def test_the_summary_says_what_was_measured_by_hand(bench: SimpleNamespace) -> N
     rows = [row("eager", median_ms=2.0), row("quack", outcome="over budget", note="a turn takes 9 s")]
     text = bench.report.summary(rows)
     assert "by hand" not in text and "- over budget (a turn takes 9 s): quack" in text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "amp-bfloat16", "mixed-bfloat16"])
+def test_every_precision_passes_the_judge(bench: SimpleNamespace, dtype: str) -> None:
+    case = bench.cases.head(16, 24, 40, dtype)
+    inputs = bench.cases.make_inputs(case, "cpu")
+    right = bench.truth.truth(case, inputs, bench.cases.SCALE)
+    errors = {
+        name: bench.truth.errors(
+            bench.competitors.BASE[name].build(case, "fwd+bwd", "cpu"), inputs, bench.cases.SCALE, case, right
+        )
+        for name in ("normface_ext", "eager")
+    }
+    assert set(bench.truth.QUANTITIES) <= set(errors["normface_ext"])
+    assert not bench.truth.complaints(errors["normface_ext"], errors["eager"], case.precision.operand)
+
+
+def test_a_figure_of_nothing(bench: SimpleNamespace, tmp_path: Path) -> None:
+    """A run in which eager never ended still ends well."""
+    row = bench.report.Row("a case", 1, 2, 3, "float32", "normface_ext", "fwd", median_ms=1.0)
+    bench.report.plot([row], tmp_path / "nothing.png", "title")
+    assert (tmp_path / "nothing.png").stat().st_size > 1000
+    assert bench.report.headline([row], "normface_ext", "eager") == []
