@@ -18,6 +18,8 @@ from .proto import messages, require
 
 #: Characters of a file, twice as many as the largest released nets have. Beyond it reading takes seconds.
 LONGEST_TEXT = 1 << 20
+#: Layers and inputs of a net; the deepest released ones have some thousands.
+MOST_FIELDS = 5000
 #: Messages within messages; Caffe's own are four deep.
 DEEPEST = 30
 #: Characters of a number; a float64 needs 24.
@@ -69,13 +71,16 @@ def parse_text(text: str, where: str) -> tuple[Any, Lines]:
     net, text_format = messages()["NetParameter"](), require("text_format")
     walk = _Walk(_words(text.removeprefix("\ufeff"), where), where)
     lines = walk.message(net.DESCRIPTOR, 1, None)
+    count = sum(len(lines.fields.get(name, ())) for name in ("layer", "input"))
+    if count > MOST_FIELDS:
+        raise ValueError(f"{where}: expected a net of at most {MOST_FIELDS} layers and inputs, got {count}")
     try:
         # Each word as a line: protobuf's errors then say which word, and no line is long.
-        text_format.ParseLines([word for word, _ in walk.kept], net)
+        text_format.ParseLines(walk.kept.words, net)
     except text_format.ParseError as error:
-        place = min(error.GetLine() or 1, len(walk.kept)) - 1
+        place = min(error.GetLine() or 1, len(walk.kept.words)) - 1
         sentence = re.sub(r"^\d+(:\d+)? : ", "", str(error))
-        raise _refusal(where, walk.kept[place][1], sentence) from error
+        raise _refusal(where, walk.kept.lines[place], sentence) from error
     return net, lines
 
 
@@ -83,9 +88,21 @@ def _refusal(where: str, line: int, sentence: str) -> ValueError:
     return ValueError(clip(f"{where}:{line}: expected a prototxt, got: {sentence}"))
 
 
-def _words(text: str, where: str) -> list[tuple[str, int]]:
-    """(word, line) of all but space and comments; at the end an empty word."""
-    words, line, end = [], 1, 0
+class _Words:
+    """Words and the line of each, in two lists: a pair for each would take five times the memory."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+        self.lines: list[int] = []
+
+    def add(self, word: str, line: int) -> None:
+        self.words.append(word)
+        self.lines.append(line)
+
+
+def _words(text: str, where: str) -> _Words:
+    """All but space and comments; at the end an empty word."""
+    found, line, end = _Words(), 1, 0
     while end < len(text):
         match = _WORD.match(text, end)
         if match is None:
@@ -103,9 +120,9 @@ def _words(text: str, where: str) -> list[tuple[str, int]]:
                 raise ValueError(
                     f"{where}:{line}: expected a text file in UTF-8 (prototxt), got {quoted(word)}"
                 )
-            words.append((word, line))
-    words.append(("", line - text.endswith("\n")))
-    return words
+            found.add(word, line)
+    found.add("", line - text.endswith("\n"))
+    return found
 
 
 def _is_utf8(word: str) -> bool:
@@ -119,23 +136,23 @@ def _is_utf8(word: str) -> bool:
 class _Walk:
     """Reads words as `name: value` and `name { ... }`; ``kept`` are those of known options."""
 
-    def __init__(self, words: list[tuple[str, int]], where: str) -> None:
-        self.words, self.where, self.next, self.depth = words, where, 0, 0
-        self.kept: list[tuple[str, int]] = []
+    def __init__(self, found: _Words, where: str) -> None:
+        self.words, self.lines, self.where, self.next, self.depth = found.words, found.lines, where, 0, 0
+        self.kept = _Words()
 
     def take(self, known: bool) -> str:
-        word, _ = self.words[self.next]
+        word = self.words[self.next]
         if known:
-            self.kept.append(self.words[self.next])
+            self.kept.add(word, self.lines[self.next])
         self.next += 1
         return word
 
     def skip(self, known: bool, *signs: str) -> str:
         """The next word, taken where it is one of the signs, or ""."""
-        return self.take(known) if self.words[self.next][0] in signs else ""
+        return self.take(known) if self.words[self.next] in signs else ""
 
     def refuse(self, sentence: str) -> ValueError:
-        word, line = self.words[self.next]
+        word, line = self.words[self.next], self.lines[self.next]
         return _refusal(self.where, line, f"{quoted(word) if word else 'the end of the text'}, {sentence}")
 
     def message(self, descriptor: Any, line: int, closing: str | None) -> Lines:
@@ -145,8 +162,8 @@ class _Walk:
         self.depth += 1
         if self.depth > DEEPEST:
             raise self.refuse(f"more than {DEEPEST} messages within each other")
-        while (word := self.words[self.next][0]) != (closing or ""):
-            line_of_field = self.words[self.next][1]
+        while (word := self.words[self.next]) != (closing or ""):
+            line_of_field = self.lines[self.next]
             if not (word[:1].isalpha() or word[:1] == "_"):
                 wanted = "the name of an option" + (f" or {closing!r}" if closing else "")
                 raise self.refuse(f"and not {wanted}")
@@ -172,7 +189,7 @@ class _Walk:
             return [self.value(child, known, line)]
         places = []
         while not self.skip(known, "]"):
-            places.append(self.value(child, known, self.words[self.next][1]))
+            places.append(self.value(child, known, self.lines[self.next]))
             self.skip(known, ",")
         return places
 
@@ -181,11 +198,11 @@ class _Walk:
             lines = self.message(child, line, _CLOSING[opening])
             self.take(known)
             return lines
-        word = self.words[self.next][0]
+        word = self.words[self.next]
         if not word or word in "]}>[:;,":
             raise self.refuse("and not a value")
         strings = word[0] in "'\""
         self.take(known)
-        while strings and self.words[self.next][0][:1] in ("'", '"'):  # pieces of one string
+        while strings and self.words[self.next][:1] in ("'", '"'):  # pieces of one string
             self.take(known)
         return Lines(line)
