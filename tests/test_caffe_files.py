@@ -134,9 +134,9 @@ def test_texts_and_names_of_files_have_a_largest_length(path):
 @pytest.mark.parametrize(
     ("unit", "part"),
     [
-        ("layer{name:'a'type:'Flip'bottom:'x'top:'a'}\n", "layers of a head"),
-        ("layer{type:'F'}", "layers of a head"),
-        ("input:'a' ", "layer"),
+        ("layer{name:'a'type:'Flip'bottom:'x'top:'a'}\n", "at most 5000 `layer`"),
+        ("layer{type:'F'}", "at most 5000 `layer`"),
+        ("input:'a' ", "at most 5000 `input`"),
         ("a:1 ", "things that are not supported"),
         ("a{} ", "things that are not supported"),
         (" ", "layer"),

@@ -18,8 +18,8 @@ from .proto import messages, require
 
 #: Characters of a file, twice as many as the largest released nets have. Beyond it reading takes seconds.
 LONGEST_TEXT = 1 << 20
-#: Layers and inputs of a net; the deepest released ones have some thousands.
-MOST_FIELDS = 5000
+#: Layers of a net, or inputs; the deepest released ones have some thousands.
+MOST_LAYERS = 5000
 #: Messages within messages; Caffe's own are four deep.
 DEEPEST = 30
 #: Characters of a number; a float64 needs 24.
@@ -71,9 +71,6 @@ def parse_text(text: str, where: str) -> tuple[Any, Lines]:
     net, text_format = messages()["NetParameter"](), require("text_format")
     walk = _Walk(_words(text.removeprefix("\ufeff"), where), where)
     lines = walk.message(net.DESCRIPTOR, 1, None)
-    count = sum(len(lines.fields.get(name, ())) for name in ("layer", "input"))
-    if count > MOST_FIELDS:
-        raise ValueError(f"{where}: expected a net of at most {MOST_FIELDS} layers and inputs, got {count}")
     try:
         # Each word as a line: protobuf's errors then say which word, and no line is long.
         text_format.ParseLines(walk.kept.words, net)
@@ -86,6 +83,10 @@ def parse_text(text: str, where: str) -> tuple[Any, Lines]:
 
 def _refusal(where: str, line: int, sentence: str) -> ValueError:
     return ValueError(clip(f"{where}:{line}: expected a prototxt, got: {sentence}"))
+
+
+def _no_text(where: str, line: int, got: str) -> ValueError:
+    return ValueError(f"{where}:{line}: expected a text file in UTF-8 (prototxt), got {got}")
 
 
 class _Words:
@@ -109,7 +110,7 @@ def _words(text: str, where: str) -> _Words:
             got = quoted(text[end:].split("\n", 1)[0], 20)
             if text[end] in "'\"":
                 raise _refusal(where, line, f"a string without its end or with an unknown escape, {got}")
-            raise ValueError(f"{where}:{line}: expected a text file in UTF-8 (prototxt), got {got}")
+            raise _no_text(where, line, got)
         word, end = match.group(), match.end()
         if match.lastgroup == "space":
             line += word.count("\n")
@@ -117,9 +118,7 @@ def _words(text: str, where: str) -> _Words:
             if match.lastgroup == "number" and (len(word) > LONGEST_NUMBER or "_" in word):
                 raise _refusal(where, line, f"no number: {quoted(word)}")
             if match.lastgroup == "string" and not word.isascii() and not _is_utf8(word):
-                raise ValueError(
-                    f"{where}:{line}: expected a text file in UTF-8 (prototxt), got {quoted(word)}"
-                )
+                raise _no_text(where, line, quoted(word))
             found.add(word, line)
     found.add("", line - text.endswith("\n"))
     return found
@@ -175,6 +174,10 @@ class _Walk:
             places = self.field(option, line_of_field)
             if known:
                 fields.setdefault(word, []).extend(places)
+                if self.depth == 1 and len(fields[word]) > MOST_LAYERS:
+                    raise ValueError(
+                        f"{self.where}:{line_of_field}: expected a net with at most {MOST_LAYERS} `{word}`"
+                    )
             if not self.skip(known, ","):
                 self.skip(known, ";")
         self.depth -= 1
