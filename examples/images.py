@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -66,7 +66,8 @@ def read_image(path: Path, size: int) -> Tensor:
                     raise ValueError(f"an image of mode {image.mode}")
                 rgb = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     except Exception as error:  # decoders raise errors of a dozen kinds
-        got = f"{type(error).__name__}: {error}"
+        known = not isinstance(error, UnidentifiedImageError)  # which repeats the path
+        got = f"{type(error).__name__}: {error}" if known else "another file"
         raise ValueError(
             sentence(f"{printable(path)}: expected an image ({', '.join(FORMATS)}), got {got}")
         ) from error
