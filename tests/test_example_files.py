@@ -189,7 +189,7 @@ CHANGES = {
     "losses": lambda state: {**state, "losses": ["x"]},
     "before": lambda state: {**state, "before": {}},
     "rng": lambda state: {**state, "rng": torch.zeros(3, dtype=torch.uint8)},
-    "cuda": lambda state: {**state, "cuda_rng": [torch.zeros(16, dtype=torch.uint8)] * 99},
+    "cuda": lambda state: {**state, "cuda_rng": 3},
     "backbone": lambda state: {**state, "backbone": {}},
     "head": lambda state: {**state, "head": {"weight": torch.zeros(1)}},
     "optimizer": lambda state: {**state, "optimizer": {"state": {}}},
