@@ -35,16 +35,17 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from checkpoint import Training, resume, save
 from common import FAINT, pyplot, write_csv
-from images import printable, read_image, readable, scan, sentence
+from images import read_image, readable, scan, sentence
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torch_files import check_entries, check_optimizer, check_state, load_weights, read
+from torch_files import load_weights
 from tqdm import tqdm
 
 import normface_ext as nf
@@ -239,18 +240,6 @@ def evaluate(embedder: Embedder, faces: Faces, options: argparse.Namespace) -> V
 # ----------------------------------------------------------------------------------------- training
 
 
-@dataclass
-class Training:
-    """Everything a checkpoint holds."""
-
-    backbone: nn.Module
-    head: nf.NormFaceLoss
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
-    before: dict[str, float] = field(default_factory=dict)
-
-
 def make_training(backbone: nn.Module, people: int, options: argparse.Namespace) -> Training:
     dim = embedding_size(backbone, options.size)
     head = nf.NormFaceLoss(dim, people, scale=options.scale)
@@ -287,72 +276,6 @@ def fingerprint(options: argparse.Namespace, faces: Faces) -> dict[str, object]:
     )
     files = [readable(f"{path.parent.name}/{path.name}") for path, _ in faces.items]
     return {**{name: getattr(options, name) for name in names}, "images": files}
-
-
-#: What a checkpoint consists of.
-CHECKPOINT = {
-    "backbone": dict, "head": dict, "optimizer": dict, "step": int, "losses": list, "before": dict,
-    "rng": Tensor, "cuda_rng": list, "fingerprint": dict,
-}  # fmt: skip
-
-
-def save(training: Training, mark: dict[str, object], path: Path) -> None:
-    """All or nothing: a crash while writing leaves the checkpoint before."""
-    state = {
-        "backbone": training.backbone.state_dict(),
-        "head": training.head.state_dict(),
-        "optimizer": training.optimizer.state_dict(),
-        "step": training.step,
-        "losses": training.losses,
-        "before": training.before,
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "fingerprint": mark,
-    }
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
-
-
-def resume(training: Training, mark: dict[str, object], path: Path) -> None:
-    if not path.exists():
-        raise SystemExit(f"--resume: there is no checkpoint {path}")
-    where = printable(path)
-    try:
-        state = read(path, checksums=True)
-        check_entries(where, state, CHECKPOINT)
-        for name, value in mark.items():
-            was = state["fingerprint"].get(name)
-            if was != value:
-                images = name == "images"
-                what = (
-                    "the images differ" if images else f"--{name.replace('_', '-')} was {was} and is {value}"
-                )
-                raise ValueError(sentence(f"{where} is of another run: {what}"))
-        check_state(f"{where}: backbone", training.backbone, state["backbone"])
-        check_state(f"{where}: head", training.head, state["head"])
-        check_optimizer(where, training.optimizer, state["optimizer"])
-        if state["step"] != len(state["losses"]) or not all(type(loss) is float for loss in state["losses"]):
-            raise ValueError(f"{where}: expected a loss for each of {state['step']} steps")
-        if state["before"].keys() != {"accuracy", "threshold", "tar_at_far_1"}:
-            raise ValueError(f"{where}: expected what was measured before training, got other measures")
-        random = [(state["rng"], torch.get_rng_state())]
-        if state["cuda_rng"]:
-            here = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-            if len(here) != len(state["cuda_rng"]):
-                raise ValueError(f"{where}: written with {len(state['cuda_rng'])} GPUs, here are {len(here)}")
-            random += zip(state["cuda_rng"], here, strict=True)
-        if any(given.dtype != mine.dtype or given.shape != mine.shape for given, mine in random):
-            raise ValueError(f"{where}: expected states of the random generators, got other tensors")
-    except (ValueError, OSError) as error:
-        raise SystemExit(sentence(f"--resume: {error}")) from None
-    training.backbone.load_state_dict(state["backbone"])
-    training.head.load_state_dict(state["head"])
-    training.optimizer.load_state_dict(state["optimizer"])
-    training.step, training.losses, training.before = state["step"], state["losses"], state["before"]
-    torch.set_rng_state(state["rng"])
-    if state["cuda_rng"]:
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
 
 
 def fit(

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 #: Pillow looks at contents, not at names, and for some kinds (PostScript) it starts other programs.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-#: A few bytes can claim to be an image that fills the memory; the largest cameras' have less.
-MOST_PIXELS = 1 << 25
+#: A few bytes can claim to be an image that fills the memory. The largest cameras' have less than this, and
+#: a photograph never has so many pixels in a byte.
+MOST_PIXELS, MOST_PER_BYTE, SMALL = 1 << 25, 100, 1 << 21
 
 
 def readable(name: str | Path) -> str:
@@ -58,13 +59,15 @@ def read_image(path: Path, size: int) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS}")
+                pixels, size_of_file = image.width * image.height, path.stat().st_size
+                if pixels > MOST_PIXELS or pixels > max(SMALL, MOST_PER_BYTE * size_of_file):
+                    raise ValueError(f"{image.width} x {image.height} pixels in {size_of_file} bytes")
                 if image.mode.startswith(("I", "F")):  # which `convert` would cut off at 255
                     raise ValueError(f"an image of mode {image.mode}")
                 rgb = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     except Exception as error:  # decoders raise errors of a dozen kinds
-        got = f"{type(error).__name__}: {error}"
+        known = not isinstance(error, UnidentifiedImageError)  # which repeats the path
+        got = f"{type(error).__name__}: {error}" if known else "another file"
         raise ValueError(
             sentence(f"{printable(path)}: expected an image ({', '.join(FORMATS)}), got {got}")
         ) from error

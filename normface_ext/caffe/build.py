@@ -110,7 +110,8 @@ def create_blobs(layers: list[tuple[Layer, Spec]], context: Context, report: Rep
             problem = size_problem(shape, context.dtype, free)
             if problem:
                 spec.refuse(f"expected `{name}` {problem}", layer.SIZE)
-            free -= layer.bytes_of(name)
+            else:
+                free -= layer.bytes_of(name)
     for layer, spec in [] if report.problems else layers:
         try:
             layer.create(context.dtype, context.device)

@@ -18,6 +18,8 @@ from .proto import messages, require
 
 #: Characters of a file, twice as many as the largest released nets have. Beyond it reading takes seconds.
 LONGEST_TEXT = 1 << 20
+#: Layers of a net, or inputs; the deepest released ones have some thousands.
+MOST_LAYERS = 5000
 #: Messages within messages; Caffe's own are four deep.
 DEEPEST = 30
 #: Characters of a number; a float64 needs 24.
@@ -71,11 +73,11 @@ def parse_text(text: str, where: str) -> tuple[Any, Lines]:
     lines = walk.message(net.DESCRIPTOR, 1, None)
     try:
         # Each word as a line: protobuf's errors then say which word, and no line is long.
-        text_format.ParseLines([word for word, _ in walk.kept], net)
+        text_format.ParseLines(walk.kept.words, net)
     except text_format.ParseError as error:
-        place = min(error.GetLine() or 1, len(walk.kept)) - 1
+        place = min(error.GetLine() or 1, len(walk.kept.words)) - 1
         sentence = re.sub(r"^\d+(:\d+)? : ", "", str(error))
-        raise _refusal(where, walk.kept[place][1], sentence) from error
+        raise _refusal(where, walk.kept.lines[place], sentence) from error
     return net, lines
 
 
@@ -83,16 +85,32 @@ def _refusal(where: str, line: int, sentence: str) -> ValueError:
     return ValueError(clip(f"{where}:{line}: expected a prototxt, got: {sentence}"))
 
 
-def _words(text: str, where: str) -> list[tuple[str, int]]:
-    """(word, line) of all but space and comments; at the end an empty word."""
-    words, line, end = [], 1, 0
+def _no_text(where: str, line: int, got: str) -> ValueError:
+    return ValueError(f"{where}:{line}: expected a text file in UTF-8 (prototxt), got {got}")
+
+
+class _Words:
+    """Words and the line of each, in two lists: a pair for each would take five times the memory."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+        self.lines: list[int] = []
+
+    def add(self, word: str, line: int) -> None:
+        self.words.append(word)
+        self.lines.append(line)
+
+
+def _words(text: str, where: str) -> _Words:
+    """All but space and comments; at the end an empty word."""
+    found, line, end = _Words(), 1, 0
     while end < len(text):
         match = _WORD.match(text, end)
         if match is None:
             got = quoted(text[end:].split("\n", 1)[0], 20)
             if text[end] in "'\"":
                 raise _refusal(where, line, f"a string without its end or with an unknown escape, {got}")
-            raise ValueError(f"{where}:{line}: expected a text file in UTF-8 (prototxt), got {got}")
+            raise _no_text(where, line, got)
         word, end = match.group(), match.end()
         if match.lastgroup == "space":
             line += word.count("\n")
@@ -100,12 +118,10 @@ def _words(text: str, where: str) -> list[tuple[str, int]]:
             if match.lastgroup == "number" and (len(word) > LONGEST_NUMBER or "_" in word):
                 raise _refusal(where, line, f"no number: {quoted(word)}")
             if match.lastgroup == "string" and not word.isascii() and not _is_utf8(word):
-                raise ValueError(
-                    f"{where}:{line}: expected a text file in UTF-8 (prototxt), got {quoted(word)}"
-                )
-            words.append((word, line))
-    words.append(("", line - text.endswith("\n")))
-    return words
+                raise _no_text(where, line, quoted(word))
+            found.add(word, line)
+    found.add("", line - text.endswith("\n"))
+    return found
 
 
 def _is_utf8(word: str) -> bool:
@@ -119,23 +135,23 @@ def _is_utf8(word: str) -> bool:
 class _Walk:
     """Reads words as `name: value` and `name { ... }`; ``kept`` are those of known options."""
 
-    def __init__(self, words: list[tuple[str, int]], where: str) -> None:
-        self.words, self.where, self.next, self.depth = words, where, 0, 0
-        self.kept: list[tuple[str, int]] = []
+    def __init__(self, found: _Words, where: str) -> None:
+        self.words, self.lines, self.where, self.next, self.depth = found.words, found.lines, where, 0, 0
+        self.kept = _Words()
 
     def take(self, known: bool) -> str:
-        word, _ = self.words[self.next]
+        word = self.words[self.next]
         if known:
-            self.kept.append(self.words[self.next])
+            self.kept.add(word, self.lines[self.next])
         self.next += 1
         return word
 
     def skip(self, known: bool, *signs: str) -> str:
         """The next word, taken where it is one of the signs, or ""."""
-        return self.take(known) if self.words[self.next][0] in signs else ""
+        return self.take(known) if self.words[self.next] in signs else ""
 
     def refuse(self, sentence: str) -> ValueError:
-        word, line = self.words[self.next]
+        word, line = self.words[self.next], self.lines[self.next]
         return _refusal(self.where, line, f"{quoted(word) if word else 'the end of the text'}, {sentence}")
 
     def message(self, descriptor: Any, line: int, closing: str | None) -> Lines:
@@ -145,8 +161,8 @@ class _Walk:
         self.depth += 1
         if self.depth > DEEPEST:
             raise self.refuse(f"more than {DEEPEST} messages within each other")
-        while (word := self.words[self.next][0]) != (closing or ""):
-            line_of_field = self.words[self.next][1]
+        while (word := self.words[self.next]) != (closing or ""):
+            line_of_field = self.lines[self.next]
             if not (word[:1].isalpha() or word[:1] == "_"):
                 wanted = "the name of an option" + (f" or {closing!r}" if closing else "")
                 raise self.refuse(f"and not {wanted}")
@@ -158,6 +174,10 @@ class _Walk:
             places = self.field(option, line_of_field)
             if known:
                 fields.setdefault(word, []).extend(places)
+                if self.depth == 1 and len(fields[word]) > MOST_LAYERS:
+                    raise ValueError(
+                        f"{self.where}:{line_of_field}: expected a net with at most {MOST_LAYERS} `{word}`"
+                    )
             if not self.skip(known, ","):
                 self.skip(known, ";")
         self.depth -= 1
@@ -172,7 +192,7 @@ class _Walk:
             return [self.value(child, known, line)]
         places = []
         while not self.skip(known, "]"):
-            places.append(self.value(child, known, self.words[self.next][1]))
+            places.append(self.value(child, known, self.lines[self.next]))
             self.skip(known, ",")
         return places
 
@@ -181,11 +201,11 @@ class _Walk:
             lines = self.message(child, line, _CLOSING[opening])
             self.take(known)
             return lines
-        word = self.words[self.next][0]
+        word = self.words[self.next]
         if not word or word in "]}>[:;,":
             raise self.refuse("and not a value")
         strings = word[0] in "'\""
         self.take(known)
-        while strings and self.words[self.next][0][:1] in ("'", '"'):  # pieces of one string
+        while strings and self.words[self.next][:1] in ("'", '"'):  # pieces of one string
             self.take(known)
         return Lines(line)

@@ -87,6 +87,8 @@ def with_pickle(file: bytes, data: bytes) -> bytes:
     return out.getvalue()
 
 
+# Of numbers for which torch has no instruction.
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("seeds", ROUNDS)
 @pytest.mark.parametrize("where", ["zip file", "pickle in it", "old format"])
 def test_weights(tmp_path: Path, where: str, seeds: range) -> None:
