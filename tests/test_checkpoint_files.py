@@ -425,6 +425,15 @@ def test_a_step_is_an_int(tmp_path, number):
         saved(tmp_path, number)
 
 
+@pytest.mark.slow
+def test_ranks_without_classes_save_and_load(tmp_path):
+    arguments = str(tmp_path), 5, 8
+    losses, _ = ranks(4).run(jobs.trained_and_saved, *arguments, 0, 3, 2, 1.0)[0]  # 2, 2, 1 and no classes
+    for world in (2, 4):
+        again, _ = ranks(world).run(jobs.trained_and_saved, *arguments, 2, 3, None, 1.0)[0]
+        assert again == pytest.approx(losses[2:], rel=1e-4)
+
+
 def test_what_goes_wrong_on_one_rank_is_heard_on_all(tmp_path):
     heard = ranks(2).run(jobs.checkpoint_troubles, str(tmp_path))
     for said in heard:

@@ -181,7 +181,7 @@ def save_checkpoint(
     try:
         with explained(f"saving {draft}", dist.group.WORLD):
             saved = save(state, storage_writer=writer)
-        parts = together(f"the checksums of {draft}", lambda: writer.parts(saved))
+        parts = together(f"the checksums of {draft}", writer.parts)
         everyone = gathered(f"the manifest of {draft}", parts)
         listing = [part for of_rank in everyone for part in of_rank]
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -41,32 +41,29 @@ def gathered(what: str, mine: Result) -> list[Result]:
 
 def together(what: str, work: Callable[[], Result]) -> Result:
     """What ``work`` returns here; its error on every rank, if it failed on any."""
-    result, failure = None, None
+    result: Result | None = None
+    failure: Exception | None = None
     try:
         result = work()
     except Exception as error:
         failure = error
-    # A new exception: one from a library may not survive the journey.
-    told = None if failure is None else _retold(failure, _rank())
-    raise_first(gathered(what, told), failure)
-    return result  # type: ignore[return-value]
+    told = None if failure is None else _retold(failure, what, _rank())
+    for heard in gathered(what, told):
+        if heard is not None:
+            raise heard from failure
+    return cast(Result, result)
 
 
-def raise_first(told: list[Exception | None], cause: BaseException | None) -> None:
-    for error in told:
-        if error is not None:
-            raise error from cause
-
-
-def _retold(error: BaseException, rank: int) -> Exception:
-    """The error with its rank; of one that nobody foresaw, its name and the beginning of its text."""
+def _retold(error: Exception, what: str, rank: int) -> Exception:
+    """The error once more, with its rank. A new one: a library's own may not survive the journey to the
+    others. Of one that nobody foresaw the beginning, and what was going on."""
     if isinstance(error, OSError) and error.errno is not None:
         at = f": {error.filename}" if error.filename else ""
         return type(error)(error.errno, f"{error.strerror}{at} (rank {rank})")
     for kind in (FileNotFoundError, OSError, ValueError, TypeError):
         if isinstance(error, kind):
             return kind(f"{error} (rank {rank})")
-    return RuntimeError(f"{type(error).__name__}: {str(error)[:120]} (rank {rank})")
+    return RuntimeError(f"{what} failed: {type(error).__name__}: {str(error)[:120]} (rank {rank})")
 
 
 def explained_failure(op: str, path: Path, error: CheckpointException) -> BaseException:
@@ -74,11 +71,11 @@ def explained_failure(op: str, path: Path, error: CheckpointException) -> BaseEx
     rank, (first, _) = next(iter(error.failures.items()))
     if not isinstance(first, Exception):
         return first  # Ctrl-C
-    retold = _retold(first, rank)
+    retold = _retold(first, op, rank)
     if isinstance(retold, OSError) and retold.errno is not None:
         text = str(retold.strerror)
         return retold if text.startswith(op) else type(retold)(retold.errno, f"{op}: {path}: {text}")
-    return retold if str(retold).startswith(op) else type(retold)(f"{op}: {path}: {retold}")
+    return retold if str(retold).startswith(f"{op}:") else type(retold)(f"{op}: {path}: {retold}")
 
 
 class Writer(FileSystemWriter):
@@ -88,11 +85,14 @@ class Writer(FileSystemWriter):
         super().__init__(folder)
         self._folder = folder
         self._results: list[Any] = []
+        self._sizes: dict[Any, list[int]] = {}  # of the blocks of tensors; [] of plain values
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[Any]]:
         try:
             done = super().write_data(plan, planner)
             self._results = done.wait()
+            for item in plan.items:
+                self._sizes[item.index] = list(item.tensor_data.chunk.sizes) if item.tensor_data else []
         except Exception as error:
             # The archive that could not be written is closed on the way out, which raises what hides why.
             cause: BaseException | None = error
@@ -104,18 +104,15 @@ class Writer(FileSystemWriter):
             raise OSError(cause.errno, f"save_checkpoint: writing {file} failed: {cause.strerror}") from error
         return done
 
-    def parts(self, saved: Metadata) -> list[tuple[str, Part]]:
+    def parts(self) -> list[tuple[str, Part]]:
         """This rank's parts by name; reads the files again, for their checksums."""
         found = []
         for result in self._results:
-            name, info, offset = result.index.fqn, result.storage_data, result.index.offset
-            size: list[int] = []
-            if offset is not None:
-                chunks = saved.state_dict_metadata[name].chunks  # type: ignore[union-attr]
-                size = next(list(chunk.sizes) for chunk in chunks if chunk.offsets == offset)
+            index, info = result.index, result.storage_data
+            offset = None if index.offset is None else list(index.offset)
             digest = checksum(self._folder / info.relative_path, info.offset, info.length)
-            at = None if offset is None else list(offset)
-            found.append((name, Part(at, size, info.relative_path, info.offset, info.length, digest)))
+            place = info.relative_path, info.offset, info.length
+            found.append((index.fqn, Part(offset, self._sizes[index], *place, digest)))
         return found
 
 
