@@ -88,7 +88,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(("of_x", "of_weight"), itertools.product(LAYOUTS, LAYOUTS))
+@pytest.mark.parametrize(("of_x", "of_weight"), list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_second_derivatives_of_strided_operands(lane, of_x, of_weight):
     double = torch.float64
     x = LAYOUTS[of_x](lane.randn(5, 4, dtype=double)).detach().requires_grad_()
