@@ -88,7 +88,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(("of_x", "of_weight"), itertools.product(LAYOUTS, LAYOUTS))
+@pytest.mark.parametrize(("of_x", "of_weight"), list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_second_derivatives_of_strided_operands(lane, of_x, of_weight):
     double = torch.float64
     x = LAYOUTS[of_x](lane.randn(5, 4, dtype=double)).detach().requires_grad_()
@@ -105,6 +105,26 @@ def test_second_derivatives_of_strided_operands(lane, of_x, of_weight):
 
     for got, truth in zip(penalty(F), penalty(reference), strict=True):
         torch.testing.assert_close(got, truth)
+
+
+@pytest.mark.parametrize("trained", ["x", "weight"])
+@pytest.mark.parametrize("normalize_input", [True, False])
+def test_second_derivatives_where_one_side_is_frozen(lane, trained, normalize_input):
+    """Raw features enter linearly: their second derivative is 0, and not an error."""
+    double = torch.float64
+    x = lane.randn(3, 4, dtype=double, grad=trained == "x")
+    weight = lane.randn(5, 4, dtype=double, seed=1, grad=trained == "weight")
+    leaf = x if trained == "x" else weight
+    upstream = lane.randn(3, 5, dtype=torch.float64, seed=7)
+    out = F.norm_linear(x, weight, 2.0, normalize_input=normalize_input)
+    (first,) = torch.autograd.grad(out, leaf, upstream, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), leaf)
+    if trained == "x" and not normalize_input:
+        assert (second == 0).all()
+    else:
+        truth = reference.norm_linear(x, weight, 2.0, normalize_input=normalize_input)
+        (expected,) = torch.autograd.grad(truth, leaf, upstream, create_graph=True)
+        torch.testing.assert_close(second, torch.autograd.grad(expected.square().sum(), leaf)[0])
 
 
 def test_third_derivatives(lane):
