@@ -85,6 +85,7 @@ def _loss(
     eps = _checks.eps(op, eps)
     check_active_limit(op, active_limit)
     x, weight = _agents(op, x, weight, labels, 0 if mode == "caffe" else ignore_index)
+    options.check_device(op, x)
     if mode == "caffe":
         distances = _caffe_distances(x, weight, eps)
         value, gradient, stats = options.of_caffe(distances.detach(), labels)

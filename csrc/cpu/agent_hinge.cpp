@@ -23,6 +23,7 @@ void prepare(const Rows<T>& x, const int64_t* labels, const double* target_cosin
     else
       unit_rows(x, i, 1, T(eps), x_hat + i * x.length, &inverse);
     const double distance = ignored ? 0.0 : math::distance_of_cosine(target_cosine[i]);
+    rows[kHingeCounts][i] = ignored ? 0.0 : 1.0;
     rows[kHingeInverseNorm][i] = inverse;
     rows[kHingeThreshold][i] = ignored ? 0.0 : margin + (triplet ? distance : 0.0);
     target[i] = T(distance);
@@ -87,6 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> agent_hinge(
     int64_t class_chunk, int64_t capacity, bool partial) {
   const char* op = "agent_hinge";
   check_agents(op, x, weight, labels, partial);
+  check_number(op, "margin", margin, x);
   check_row_numbers(op, "target_cosine", target_cosine, ScalarType::Double, x.size(0));
   HingeResult out = dispatch_accumulator(x.scalar_type(), [&]<class T>() {
     return forward<T>(x, weight, labels, target_cosine, scale_of(margin, margin_value), triplet,
@@ -102,7 +104,7 @@ void hinge_gradients(const HeadShape& shape, const int64_t* labels, const HingeR
                      T* scores) {
   for (int64_t i = 0; i < shape.batch; ++i) {
     T* row = scores + i * tile.width;
-    if (rows[kHingeInverseNorm][i] == 0.0) {
+    if (rows[kHingeCounts][i] == 0.0) {
       std::fill_n(row, tile.width, T(0));
       continue;
     }
@@ -118,11 +120,10 @@ void hinge_gradients(const HeadShape& shape, const int64_t* labels, const HingeR
 template <class T>
 void unit_features(const Rows<T>& x, const HingeRows& rows, T* x_hat) {
   for_rows(rows.batch, x.length, [&](int64_t i) {
-    const T inverse = T(rows[kHingeInverseNorm][i]);
-    if (inverse == T(0))
+    if (rows[kHingeCounts][i] == 0.0)
       std::fill_n(x_hat + i * x.length, x.length, T(0));
     else
-      x.kernel.widen(x.row(i), x.length, inverse, x_hat + i * x.length);
+      x.kernel.widen(x.row(i), x.length, T(rows[kHingeInverseNorm][i]), x_hat + i * x.length);
   });
 }
 

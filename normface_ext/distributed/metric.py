@@ -109,6 +109,7 @@ def _loss(
     _checks.features_and_shard(op, x, weight, shard.count)
     _checks.labels(op, labels, x, shard.num_classes, ignore_index)
     options.check(op, "math")
+    options.check_device(op, x)
     _checks.reduction(op, reduction)
     eps = _checks.eps(op, eps)
     check_active_limit(op, active_limit)
