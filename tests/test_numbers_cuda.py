@@ -328,3 +328,32 @@ def test_an_agent_with_a_long_list(cuda_lane):  # noqa: F811
         lambda *t: nf.functional.c_triplet_loss(*t, labels, active_limit=1, **options), x, weight
     )[2]
     close(got, truth, 2e-6)
+
+
+@pytest.mark.slow
+def test_a_row_of_many_classes(cuda_lane):  # noqa: F811
+    """Equal terms, thousands to a block of the single sweep, so that any drift is systematic."""
+    lane, classes = cuda_lane, 12_480
+    x, weight = lane.randn(4, 8, dtype=torch.bfloat16), lane.randn(classes, 8, seed=1)
+    shift = lane.tensor(torch.tensor([0.4, 0.9, 1.3, -0.2], dtype=torch.float64))
+    rows = _library.namespace().normface_sweep(
+        x,
+        weight,
+        lane.labels(4, classes),
+        None,
+        0.0,  # the scale: E is exp(-shift), whatever the cosines are
+        -100,
+        1e-12,
+        classes,
+        False,
+        True,
+        False,
+        3,  # the single sweep
+        torch.bfloat16,
+        None,
+        None,
+        classes,
+        False,
+        shift,
+    )[0]
+    close(rows[0] / (classes - 1), (-shift).exp(), 1e-6)

@@ -22,7 +22,7 @@ namespace nf {
 namespace {
 
 constexpr int kTile = 128;
-constexpr int kStretch = 4096;  // classes, a multiple of those of a step
+constexpr int kStretch = 1024;  // classes, a multiple of those of a step
 
 template <int kColumns>
 struct Shape {
