@@ -7,6 +7,10 @@
 
 namespace nf {
 
+// Which cells of an [N, C] matrix are near: a bit each, every row in words of its own.
+constexpr int64_t kNearBits = 32;
+inline int64_t near_words(int64_t classes) { return (classes + kNearBits - 1) / kNearBits; }
+
 inline void check_distance_order(const char* op, int64_t p) {
   if (p != 1 && p != 2) fail(op, ": expected `p` to be 1 or 2, got ", p);
 }
@@ -16,11 +20,16 @@ inline void check_distance(const char* op, const Tensor& x, const Tensor& weight
   check_distance_order(op, p);
 }
 
-inline void check_distance_backward(const char* op, const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                    const std::optional<Tensor>& labels, int64_t p) {
+inline void check_distance_backward(const char* op, const Tensor& grad, const Tensor& near, const Tensor& x,
+                                    const Tensor& weight, const std::optional<Tensor>& labels, int64_t p) {
   check_distance(op, x, weight, p);
   check_matrix(op, "grad", grad);
   check_shape(op, "grad", grad, x.size(0), weight.size(0));
+  if (p == 2) {
+    check_shape(op, "near", near, x.size(0), near_words(weight.size(0)));
+    if (near.scalar_type() != ScalarType::Int || !near.is_contiguous())
+      fail(op, ": expected `near` to be contiguous int32, got ", name_of(near.scalar_type()));
+  }
   if (labels) check_labels(op, *labels, x.size(0));
 }
 

@@ -10,12 +10,14 @@
 namespace nf {
 
 inline void define_metric_ops(torch::stable::detail::StableLibrary& m) {
-  // x [N, D], weight [C, D] -> [N, C] in x's dtype: sum (x - w)^2 for p = 2, sum |x - w| for p = 1.
+  // x [N, D], weight [C, D] -> [N, C] in x's dtype: sum (x - w)^2 for p = 2, sum |x - w| for p = 1. near,
+  // when asked for, has for p = 2 a bit per cell, int32 [N, ceil(C / 32)]: those whose products cancel
+  // (csrc/math/distance.h), which backward computes from the differences too.
   // With labels [N] the gradient of the weight counts the cells (i, labels[i]) only.
-  m.def("inner_distance(Tensor x, Tensor weight, int p) -> Tensor");
+  m.def("inner_distance(Tensor x, Tensor weight, int p, bool need_near) -> (Tensor distances, Tensor near)");
   m.def(
-      "inner_distance_backward(Tensor grad, Tensor x, Tensor weight, Tensor? labels, int p, bool need_x,"
-      " bool need_weight) -> (Tensor grad_x, Tensor grad_weight)");
+      "inner_distance_backward(Tensor grad, Tensor near, Tensor x, Tensor weight, Tensor? labels, int p,"
+      " bool need_x, bool need_weight) -> (Tensor grad_x, Tensor grad_weight)");
 
   // a, b [N, D] -> [N], the same distances row by row, in the accumulator type.
   m.def("pair_distance(Tensor a, Tensor b, int p) -> Tensor");

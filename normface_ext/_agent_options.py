@@ -80,12 +80,12 @@ class AgentOptions:
         chosen = plan(batch, max(1, dim), classes, wide, ops.plan_device(x), workspace=workspace)
         if self.hardest_only:
             capacity = 1
+        elif not _checks.has_values(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            capacity = 0  # following a list needs its length on the host
         elif active_limit is not None:
             capacity = min(active_limit, classes - 1)
         else:
-            # Following a list needs its length on the host, which neither a traced nor a captured step has.
-            traced = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-            capacity = 0 if traced else min(classes // 16, 512)
+            capacity = min(classes // 16, 512)
         margin = self.margin
         tensor, value = (margin, 0.0) if isinstance(margin, Tensor) else (None, float(margin))
         return tensor, HingeOptions(
@@ -229,7 +229,8 @@ class ContrastiveOptions(AgentOptions):
         if self.normalize_negative is not None:
             count = kept.sum().clamp_min(1)
             size = abs(self.neg_weight) * slope.sum() / self.normalize_negative / count
-            hinges = torch.where(size > self.pos_weight, hinges / size, hinges)
+            # Chosen before the division: one by 0, where nothing is active, has no gradient but NaN.
+            hinges = hinges / torch.where((size > self.pos_weight) & (size > 0), size, 1)
         return self.pos_weight * positive + self.neg_weight * hinges
 
 

@@ -81,7 +81,7 @@ def contrastive(
     push = pushed * (-distances).exp() if exp_negative_weight else pushed
     if normalize_negative is not None:
         total = push.sum().abs() / normalize_negative / batch
-        push = torch.where(total > pos_weight, push / total, push)
+        push = push / torch.where((total > pos_weight) & (total > 0), total, 1)
     gradient = torch.where(own, pull, -push) / batch
     stats = torch.stack([positive.sum() / batch, hinge.sum() / batch / (classes - 1)])
     return printed.abs().sum() / batch, gradient, stats

@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from .margins import NO_MARGIN, CombinedMargin
 
@@ -118,10 +119,20 @@ def label_rows(op: str, value: object, x: Tensor) -> Tensor:
     return checked
 
 
+def has_values(value: Tensor) -> bool:
+    """Whether a tensor's values can be read at all: not of a fake or meta tensor, nor while compiling."""
+    return not (torch.compiler.is_compiling() or value.is_meta or is_fake(value))
+
+
+def readable(value: Tensor) -> bool:
+    """Whether values can be read without waiting for a device."""
+    return value.device.type == "cpu" and has_values(value)
+
+
 def labels(op: str, value: object, x: Tensor, classes: int, ignore_index: int) -> Tensor:
     """labels [N] int64 in [0, C) or ignore_index. On CUDA the range is checked by the kernel."""
     checked = label_rows(op, value, x)
-    if checked.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(checked):
         label_range(op, checked, classes, ignore_index)
     return checked
 

@@ -22,8 +22,8 @@ def inner_distance(
     """d_ij = sum_k (x_ik - w_jk)^2 for p = 2 (squared), sum_k |x_ik - w_jk| for p = 1.
 
     Caffe's ``InnerDistance`` layer. The squared distance is a matrix product, |x|^2 + |w|^2 - 2 <x, w>,
-    except where that would cancel: distances below an eighth of |x|^2 + |w|^2 are computed again from the
-    differences, so equal rows have distance 0. (Caffe's L1 gradient is wrong for negative differences;
+    except where that would cancel: distances below an eighth of |x|^2 + |w|^2, and what they give to the
+    gradients, are computed from the differences, so equal rows have distance 0. (Caffe's L1 gradient is wrong for negative differences;
     this one is the derivative, with sign(0) = 0.)
 
     Args:
@@ -105,14 +105,13 @@ def pair_contrastive_loss(
     if checked.shape != a.shape[:1]:
         raise ValueError(f"{op}: expected `same` to have shape [{a.shape[0]}], got {list(checked.shape)}")
     _checks.same_device(op, "same", checked, "a", a)
-    readable = checked.device.type == "cpu" and not torch.compiler.is_compiling()
-    if checked.dtype == torch.int64 and readable and ((checked != 0) & (checked != 1)).any():
+    if checked.dtype == torch.int64 and _checks.readable(checked) and ((checked != 0) & (checked != 1)).any():
         raise ValueError(f"{op}: expected `same` to hold 0 and 1, got {checked.unique().tolist()}")
     margin = number(op, "margin", margin)
     _checks.reduction(op, reduction)
     squared = _distance_ops.pair_distance(a, b, 2)
-    apart = squared > 0
-    distance = torch.where(apart, squared, 1).sqrt() * apart
+    apart = squared != 0  # true of NaN, which shows
+    distance = torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
     losses = torch.where(checked.bool(), squared, (margin - distance).clamp_min(0).square()) / 2
     return reference._reduce(losses, torch.ones_like(checked, dtype=torch.bool), reduction)
 
@@ -143,6 +142,7 @@ def triplet_loss(
     negative = _rows(op, "negative", negative, anchor)
     margin = number(op, "margin", margin)
     _checks.reduction(op, reduction)
+    anchor = anchor.to(ops._accumulator(anchor.dtype))  # its two gradients meet before they are rounded
     near = _distance_ops.pair_distance(anchor, positive, 2)
     far = _distance_ops.pair_distance(anchor, negative, 2)
     losses = (margin + near - far).clamp_min(0)

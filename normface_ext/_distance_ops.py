@@ -24,32 +24,40 @@ def asked(needed: tuple[bool, ...], gradients: tuple[Tensor, ...]) -> tuple[Tens
 # inner_distance -------------------------------------------------------------------------------------
 
 
-def _inner_distance_fake(x: Tensor, weight: Tensor, p: int) -> Tensor:
-    return x.new_empty([x.shape[0], weight.shape[0]])
+def _inner_distance_fake(x: Tensor, weight: Tensor, p: int, need_near: bool) -> tuple[Tensor, Tensor]:
+    batch, classes = x.shape[0], weight.shape[0]
+    words = [batch, (classes + 31) // 32] if need_near and p == 2 else [0]
+    return x.new_empty([batch, classes]), x.new_empty(words, dtype=torch.int32)
+
+
+def _inner_distance_backward_fake(grad: Tensor, near: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return gradients_fake(grad, *arguments)
 
 
 class _InnerDistance(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor | None, p: int) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
-        ctx.save_for_backward(x, weight, None if labels is None else labels.contiguous())
+        out: Tensor
+        out, near = ops._kernels(x, weight).inner_distance(x, weight, p, any(ctx.needs_input_grad[:2]))
+        ctx.save_for_backward(near, x, weight, None if labels is None else labels.contiguous())
         ctx.p = p
-        out: Tensor = ops._kernels(x, weight).inner_distance(x, weight, p)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, labels = ctx.saved_tensors
+        near, x, weight, labels = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         with torch.no_grad():
             gradients = ops._kernels(x, weight).inner_distance_backward(
-                grad.contiguous(), x, weight, labels, ctx.p, *needed
+                grad.contiguous(), near, x, weight, labels, ctx.p, *needed
             )
         return *ops._no_second_derivative("inner_distance", asked(needed, gradients)), None, None
 
 
 def inner_distance(x: Tensor, weight: Tensor, labels: Tensor | None, p: int) -> Tensor:
     """With ``labels`` the weight's gradient counts the cells (i, labels[i]) only."""
+    x, weight = ops.as_recorded(x, weight)
     result: Tensor = _InnerDistance.apply(x, weight, labels, p)
     return result
 
@@ -109,7 +117,7 @@ def with_gradient(distances: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
 ops.add_fakes(
     {
         "inner_distance": _inner_distance_fake,
-        "inner_distance_backward": gradients_fake,
+        "inner_distance_backward": _inner_distance_backward_fake,
         "pair_distance": _pair_distance_fake,
         "pair_distance_backward": gradients_fake,
     }

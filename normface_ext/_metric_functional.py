@@ -172,7 +172,9 @@ def c_contrastive_loss(
         positive_first: rows with d_iy > positive_upper_bound have no negative terms.
         exp_negative_weight: active negatives cost exp(-d_ij) instead of their hinge.
         normalize_negative: r; where the mean of a row's negative gradient magnitudes, divided by r,
-            exceeds w+, the negative terms are divided by it (it counts as a constant).
+            exceeds w+ and 0, the negative terms are divided by it (it counts as a constant).
+        ignore_index: rows with this label count nowhere and get no gradient, whatever they and the weight
+            hold.
         reduction: "mean" over the rows that are not ignored, "sum" or "none".
         mode: "math", the gradient of this loss; "caffe", value and gradient of the released layer with
             its deviations, listed in ``_caffe_losses``: a plain path on the full N x C matrix, which

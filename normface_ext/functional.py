@@ -50,8 +50,10 @@ def normalize(
 
     ``eps`` sits inside, as in NormFace (section 3.1; Caffe ``Normalize`` layer), unlike
     ``torch.nn.functional.normalize``, which clamps. A zero row gives y = 0 and the finite gradient
-    g / n(0); in float16, where that may have no value, it saturates at +-65504. Rows of any magnitude
-    keep their direction: nothing overflows on the way. Differentiable any number of times.
+    g / n(0); in float16, where that may have no value, it saturates at +-65504. With eps = 0 it still gives
+    y = 0, and its own gradient is infinite where g is not 0. Rows of any magnitude, denormal ones too, keep
+    their direction: nothing overflows on the way. Differentiable any number of times; the first gradient is
+    the same with ``create_graph`` and without.
 
     Args:
         x: any shape; rows (``dim`` last) and the channel axis of NCHW, contiguous or channels_last, are
@@ -146,11 +148,12 @@ def normface_loss(
         labels: [N] int64 in [0, C) or ``ignore_index``.
         scale: s, a float or a 0-d tensor with or without gradient.
         margin: psi on the target cosine: ``CosFace``, ``ArcFace``, ``CombinedMargin`` or ``None``.
-        reduction: "mean" over the rows that are not ignored (0 when there is none), "sum" or "none".
+        reduction: "mean" over the rows that are not ignored (0 when there is none, or their weights sum to
+            0), "sum" or "none".
         ignore_index: rows with this label count neither in the loss nor in the mean, and get no
-            gradient.
+            gradient, whatever they and the weight hold: NaN in them reaches nothing.
         eps: inside both norms, see ``normalize``.
-        sample_weight: [N] factors of the rows' losses, without gradient.
+        sample_weight: [N] factors of the rows' losses, without gradient. A row of weight 0 is an ignored one.
         class_weight: [C] factors of the classes, without gradient, as in ``F.cross_entropy``: the mean
             divides by the sum of sample_weight_i * class_weight_(y_i) over the rows that count.
         label_smoothing: a in [0, 1): the target gets 1 - a, and a / C goes to every class, weighted by

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import functional, theory
+from . import _checks, functional, theory
 from .margins import CombinedMargin
 
 
@@ -29,7 +29,7 @@ def unit_rows_(weight: Tensor, eps: float, owner: str) -> Tensor:
     """
     with torch.no_grad():
         finite = torch.isfinite(weight).all(dim=1, keepdim=True)
-        if weight.device.type == "cpu" and not finite.all():
+        if _checks.readable(weight) and not finite.all():
             row = int((~finite).nonzero()[0, 0])
             raise ValueError(f"{owner}: expected finite weights, got row {row} that is not")
         return weight.copy_(torch.where(finite, functional.normalize(weight, dim=1, eps=eps), weight))

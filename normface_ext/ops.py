@@ -50,6 +50,47 @@ def _no_second_derivative(op: str, gradients: tuple[Tensor | None, ...]) -> tupl
     return tuple(None if g is None else next(raising) for g in gradients)
 
 
+class _Formula(Function):
+    """``kernel(*inputs)``, with the derivatives, of any order, of ``formula(*inputs)``: so that a first
+    gradient is the kernel's whether or not it will be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Any, formula: Any, *inputs: Tensor | None) -> Any:
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        ctx.formula = formula
+        return kernel(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        again, needed = torch.is_grad_enabled(), ctx.needs_input_grad[2:]
+        with torch.enable_grad():
+            # Each input under a name of its own, since one may have been computed from another.
+            inputs = [t if t is None else t.view_as(t) for t in ctx.saved_tensors]
+            results = ctx.formula(*inputs)
+            pairs = [
+                (r, g) for r, g in zip(results, upstream, strict=True) if g is not None and r.requires_grad
+            ]
+            wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
+            found = iter(
+                torch.autograd.grad(
+                    [r for r, _ in pairs],
+                    wanted,
+                    [g for _, g in pairs],
+                    create_graph=again,
+                    allow_unused=True,
+                )
+            )
+        return None, None, *(next(found) if need else None for need in needed)
+
+
+def _first(kernel: Any, formula: Any, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    """First gradients by ``kernel``; those of them, where a graph is made, by ``formula``."""
+    gradients: tuple[Tensor | None, ...]
+    gradients = _Formula.apply(kernel, formula, *inputs) if torch.is_grad_enabled() else kernel(*inputs)
+    return gradients
+
+
 def as_recorded(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors; detached where autograd does not record. A Function is told there, too, that parameters
     need a gradient, and would keep for a backward that cannot come what only that needs."""
@@ -92,13 +133,19 @@ class _Normalize(Function):
         x, norm = ctx.saved_tensors
         if grad_y is None and grad_norm is None:
             return None, None, None, None
-        if torch.is_grad_enabled():  # create_graph: the specification differentiates any number of times
-            return reference.normalize_backward(grad_y, grad_norm, x, *ctx.arguments), None, None, None
-        if grad_y is not None and grad_y.stride() != x.stride():
-            grad_y = torch.empty_like(x).copy_(grad_y)
-        if grad_norm is not None:
-            grad_norm = grad_norm.contiguous()
-        dx = _kernels(x).normalize_backward(grad_y, grad_norm, x, norm, *ctx.arguments)
+        arguments = ctx.arguments
+
+        def kernel(grad_y: Tensor | None, grad_norm: Tensor | None, x: Tensor) -> tuple[Tensor]:
+            if grad_y is not None and grad_y.stride() != x.stride():
+                grad_y = torch.empty_like(x).copy_(grad_y)
+            if grad_norm is not None:
+                grad_norm = grad_norm.contiguous()
+            return (_kernels(x).normalize_backward(grad_y, grad_norm, x, norm.detach(), *arguments),)
+
+        def formula(grad_y: Tensor | None, grad_norm: Tensor | None, x: Tensor) -> tuple[Tensor]:
+            return (reference.normalize_backward(grad_y, grad_norm, x, *arguments),)
+
+        (dx,) = _first(kernel, formula, grad_y, grad_norm, x)
         return dx, None, None, None
 
 
@@ -148,14 +195,14 @@ def _norm_linear_backward_fake(
 
 def _asked(
     needed: tuple[bool, ...], gradients: tuple[Tensor, ...], scale: Tensor | None
-) -> list[Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """The gradients that were asked for, that of the scale in the scale's dtype."""
     dx, dw, ds = gradients
-    return [
+    return (
         dx if needed[0] else None,
         dw if needed[1] else None,
         ds.to(scale.dtype) if needed[2] and scale is not None else None,
-    ]
+    )
 
 
 class _NormLinear(Function):
@@ -169,25 +216,38 @@ class _NormLinear(Function):
         normalize_input: bool,
         eps: float,
     ) -> Tensor:
-        x, weight = x.contiguous(), weight.contiguous()
-        ctx.save_for_backward(x, weight, scale)
+        ctx.save_for_backward(x, weight, scale)  # as given: a copy would be unknown to autograd
         ctx.arguments = scale_value, normalize_input, eps
-        out: Tensor = _kernels(x, weight).norm_linear(x, weight, scale, *ctx.arguments)
+        out: Tensor = _kernels(x, weight).norm_linear(
+            x.contiguous(), weight.contiguous(), scale, *ctx.arguments
+        )
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, scale = ctx.saved_tensors
         scale_value, normalize_input, eps = ctx.arguments
         needed = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # create_graph
-            s = torch.tensor(scale_value, dtype=_accumulator(x.dtype)) if scale is None else scale
-            gradients = reference.norm_linear_backward(grad, x, weight, s, eps, normalize_input)
-        else:
+
+        def kernel(
+            grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None
+        ) -> tuple[Tensor | None, ...]:
             gradients = _kernels(x, weight).norm_linear_backward(
-                grad.contiguous(), x, weight, scale, *ctx.arguments, *needed
+                grad.contiguous(),
+                x.contiguous(),
+                weight.contiguous(),
+                scale,
+                scale_value,
+                normalize_input,
+                eps,
+                *needed,
             )
-        return *_asked(needed, gradients, scale), None, None, None
+            return _asked(needed, gradients, scale)
+
+        def formula(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, ...]:
+            s = torch.tensor(scale_value, dtype=_accumulator(x.dtype)) if scale is None else scale
+            return reference.norm_linear_backward(grad, x, weight, s, eps, normalize_input)
+
+        return *_first(kernel, formula, grad, *ctx.saved_tensors), None, None, None
 
 
 def norm_linear(
@@ -474,7 +534,7 @@ class _NormFaceLoss(Function):
             gradients = normface_backward(
                 grad_loss, x, weight, labels, scale, class_weight, Swept(*swept), ctx.options, needed
             )
-        asked = _no_second_derivative("normface_loss", tuple(_asked(needed, gradients, scale)))
+        asked = _no_second_derivative("normface_loss", _asked(needed, gradients, scale))
         return *asked, None, None, None, None
 
 

@@ -23,20 +23,38 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _norm(x: Tensor, dim: int, p: int, eps: float) -> Tensor:
+def _norm(x: Tensor, dim: int, p: int, eps: float | Tensor) -> Tensor:
     if p == 1:
         return x.abs().sum(dim, keepdim=True) + eps
     return (x.square().sum(dim, keepdim=True) + eps).sqrt()
+
+
+def _magnitude(x: Tensor, dim: int, p: int, eps: float) -> Tensor:
+    """A power of two at the largest entry of each row (or at eps), a constant: the square of what is divided
+    by it neither overflows nor vanishes, and no digit changes."""
+    x = x.detach()
+    if x.shape[dim] == 0:
+        return x.new_ones(x.sum(dim, keepdim=True).shape)
+    largest = x.abs().amax(dim, keepdim=True).clamp_min(eps if p == 1 else math.sqrt(eps))
+    mantissa, _ = torch.frexp(largest)
+    return torch.where(largest.isfinite() & (largest > 0), largest / (2 * mantissa), 1)
+
+
+def _unit(x: Tensor, dim: int, p: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(y = x / n, n / m, m) with n = sqrt(sum x^2 + eps) or sum |x| + eps and the rows' magnitudes m."""
+    size = _magnitude(x, dim, p, eps)
+    x = x / size
+    norm = _norm(x, dim, p, eps / size if p == 1 else eps / size / size)
+    return x / norm, norm, size
 
 
 def normalize(
     x: Tensor, dim: int = 1, p: int = 2, eps: float = 1e-12, return_norm: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y = x / n with n = sqrt(sum x^2 + eps) for p = 2, sum |x| + eps for p = 1 (paper section 3.1)."""
-    wide = _wide(x)
-    norm = _norm(wide, dim, p, eps)
-    y = (wide / norm).to(x.dtype)
-    return (y, norm) if return_norm else y
+    unit, norm, size = _unit(_wide(x), dim, p, eps)
+    y = unit.to(x.dtype)
+    return (y, norm * size) if return_norm else y
 
 
 def normalize_backward(
@@ -44,13 +62,12 @@ def normalize_backward(
 ) -> Tensor:
     """dx = (g - slope <y, g>) / n + g_n slope, slope = dn/dx: y for p = 2, sign(x) for p = 1."""
     wide = _wide(x)
-    norm = _norm(wide, dim, p, eps)
-    y = wide / norm
+    y, norm, size = _unit(wide, dim, p, eps)
     slope = y if p == 2 else wide.sign()
     dx = torch.zeros_like(wide)
     if grad_y is not None:
         g = _wide(grad_y)
-        dx = dx + (g - slope * (y * g).sum(dim, keepdim=True)) / norm
+        dx = dx + (g - slope * (y * g).sum(dim, keepdim=True)) / norm / size
     if grad_norm is not None:
         dx = dx + grad_norm * slope
     return dx.to(x.dtype)
@@ -60,8 +77,8 @@ def cosine(x: Tensor, weight: Tensor, eps: float = 1e-12, normalize_input: bool 
     """c_ij = <x_i, w_j> / (||x_i|| ||w_j||), [N, C]."""
     x, weight = _wide(x), _wide(weight)
     if normalize_input:
-        x = x / _norm(x, 1, 2, eps)
-    return x @ (weight / _norm(weight, 1, 2, eps)).t()
+        x = _unit(x, 1, 2, eps)[0]
+    return x @ _unit(weight, 1, 2, eps)[0].t()
 
 
 def norm_linear(
@@ -81,13 +98,13 @@ def norm_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``norm_linear`` with respect to x, weight and scale, written out."""
     grad, wide_x, wide_w = _wide(grad), _wide(x), _wide(weight)
-    norm_w = _norm(wide_w, 1, 2, eps)
-    norm_x = _norm(wide_x, 1, 2, eps) if normalize_input else torch.ones_like(wide_x[:, :1])
-    x_hat, w_hat = wide_x / norm_x, wide_w / norm_w
+    one = torch.ones_like(wide_x[:, :1])
+    x_hat, norm_x, size_x = _unit(wide_x, 1, 2, eps) if normalize_input else (wide_x, one, one)
+    w_hat, norm_w, size_w = _unit(wide_w, 1, 2, eps)
     dx, dw_hat = scale * (grad @ w_hat), scale * (grad.t() @ x_hat)
     if normalize_input:
-        dx = (dx - x_hat * (x_hat * dx).sum(1, keepdim=True)) / norm_x
-    dw = (dw_hat - w_hat * (w_hat * dw_hat).sum(1, keepdim=True)) / norm_w
+        dx = (dx - x_hat * (x_hat * dx).sum(1, keepdim=True)) / norm_x / size_x
+    dw = (dw_hat - w_hat * (w_hat * dw_hat).sum(1, keepdim=True)) / norm_w / size_w
     dscale = (grad * (x_hat @ w_hat.t())).sum()
     return dx.to(x.dtype), dw.to(weight.dtype), dscale.to(scale.dtype)
 
@@ -118,10 +135,13 @@ def normface_loss(
 ) -> Tensor:
     """loss_i = -log softmax_j(s psi(c_ij))[y_i], psi on the target column only (paper section 3.2).
 
-    With class weights u and smoothing a: (1 - a) u_y loss_iy + a/C sum_j u_j loss_ij.
+    With class weights u and smoothing a: (1 - a) u_y loss_iy + a/C sum_j u_j loss_ij. The mean divides by the
+    sum of the weights, and is 0 where that is 0.
     """
-    cos = cosine(x, weight, eps)
     kept = labels != ignore_index
+    if sample_weight is not None:
+        kept = kept & (sample_weight != 0)
+    cos = cosine(_counting(x, kept), weight, eps)
     safe = labels.clamp(0, weight.shape[0] - 1)[:, None]
     target = _margin(cos.gather(1, safe), margin or NO_MARGIN)
     logits = scale * cos.scatter(1, safe, target)
@@ -132,13 +152,14 @@ def normface_loss(
     losses = (1 - label_smoothing) * of_target * every.gather(1, safe).squeeze(1)
     if label_smoothing > 0:
         losses = losses + label_smoothing / weight.shape[0] * (every * of_class).sum(1)
-    losses = torch.where(kept, of_row * losses, torch.zeros_like(losses))
+    losses = torch.where(kept, of_row * losses, 0)
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
-    total_weight = torch.where(kept, of_row * of_target, torch.zeros_like(of_row)).sum()
-    return losses.sum() / torch.where(total_weight == 0, torch.ones_like(total_weight), total_weight)
+    total_weight = torch.where(kept, of_row * of_target, 0).sum()
+    empty = total_weight == 0
+    return torch.where(empty, 0, losses.sum() / torch.where(empty, 1, total_weight))
 
 
 def inner_distance(
@@ -154,12 +175,17 @@ def inner_distance(
     """d_ij = sum (x_i - w_j)^2 for p = 2, sum |x_i - w_j| for p = 1, [N, C], in x's dtype."""
     features, agents = _wide(x), _wide(weight)
     if normalize:
-        agents = agents / _norm(agents, 1, 2, eps)
+        agents = _unit(agents, 1, 2, eps)[0]
     if update_center_only and labels is not None:
         own = labels[:, None] == torch.arange(weight.shape[0], device=labels.device)
         agents = torch.where(own[..., None], agents, agents.detach())
     difference = features[:, None] - agents
     return (difference.square() if p == 2 else difference.abs()).sum(2).to(x.dtype)
+
+
+def _counting(x: Tensor, kept: Tensor) -> Tensor:
+    """x with ones instead of the rows that do not count: what those hold, NaN included, reaches nothing."""
+    return torch.where(kept[:, None], x, 1)
 
 
 def _reduce(losses: Tensor, kept: Tensor, reduction: str) -> Tensor:
@@ -201,8 +227,8 @@ def c_contrastive_loss(
     eps: float = 1e-12,
 ) -> Tensor:
     """loss_i = w+ min(T, (d_iy - m+)_+) + w- sum_{j != y} (m- - d_ij)_+ (paper section 4)."""
-    target, others = _split(_agent_distances(x, weight, eps), labels)
     kept = labels != ignore_index
+    target, others = _split(_agent_distances(_counting(x, kept), weight, eps), labels)
     positive = (target - pos_margin).clamp(0, positive_outlier_thresh)
     if max_positive_only:
         best = torch.where(kept, positive, -torch.inf).argmax()
@@ -216,7 +242,7 @@ def c_contrastive_loss(
     if normalize_negative is not None:
         slopes = terms if exp_negative_weight else (terms != 0).to(terms.dtype)
         size = abs(neg_weight) * slopes.sum().detach() / normalize_negative / kept.sum().clamp_min(1)
-        terms = torch.where(size > pos_weight, terms / size, terms)
+        terms = terms / torch.where((size > pos_weight) & (size > 0), size, 1)
     return _reduce(pos_weight * positive + neg_weight * terms.sum(1), kept, reduction)
 
 
@@ -237,7 +263,8 @@ def c_triplet_loss(
     eps: float = 1e-12,
 ) -> Tensor:
     """loss_i = w- sum_{j != y} (m + d_iy - d_ij)_+ [+ w+ d_iy] (paper section 4)."""
-    target, others = _split(_agent_distances(x, weight, eps), labels)
+    kept = labels != ignore_index
+    target, others = _split(_agent_distances(_counting(x, kept), weight, eps), labels)
     if hardest_only:
         others = others.gather(1, others.argmin(1, keepdim=True))
     excess = margin + target[:, None] - others
@@ -246,7 +273,7 @@ def c_triplet_loss(
     losses = neg_weight * torch.where(dropped, 0, terms.sum(1))
     if add_center_loss:
         losses = losses + pos_weight * target
-    return _reduce(losses, labels != ignore_index, reduction)
+    return _reduce(losses, kept, reduction)
 
 
 def pair_contrastive_loss(
@@ -255,7 +282,8 @@ def pair_contrastive_loss(
     """loss_i = 1/2 (d^2 where same, (margin - d)_+^2 elsewhere), d = |a_i - b_i| (Hadsell et al. 2006)."""
     squared = (_wide(a) - _wide(b)).square().sum(1)
     # At d = 0 the distance has no slope; the push apart is taken as 0 there.
-    distance = torch.where(squared > 0, squared, 1).sqrt() * (squared > 0)
+    apart = squared != 0
+    distance = torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
     losses = torch.where(same.bool(), squared, (margin - distance).clamp_min(0).square()) / 2
     return _reduce(losses, torch.ones_like(same, dtype=torch.bool), reduction)
 

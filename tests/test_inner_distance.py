@@ -100,11 +100,13 @@ def test_opcheck(lane, p):
     x, weight, labels = sample(lane, grad=False)
     namespace = nf._library.namespace()
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(namespace.inner_distance.default, (x, weight, p), test_utils=tests)
+    for need_near in (False, True):
+        torch.library.opcheck(namespace.inner_distance.default, (x, weight, p, need_near), test_utils=tests)
+    _, near = namespace.inner_distance(x, weight, p, True)
     for own in (None, labels):
         torch.library.opcheck(
             namespace.inner_distance_backward.default,
-            (lane.randn(6, 41), x, weight, own, p, True, True),
+            (lane.randn(6, 41), near, x, weight, own, p, True, True),
             test_utils=tests,
         )
     torch.library.opcheck(namespace.pair_distance.default, (x, x + 1, p), test_utils=tests)

@@ -2,10 +2,11 @@
 // cosines to a few sums and a short list of what is active; its backward follows the list
 // (cosine_pairs.cpp) or, where most classes are active, sweeps again (agent_hinge_backward). See
 // csrc/math/hinge.h for the formulas.
+#include <cstring>
+
 #include "cpu/head.h"
 #include "cpu/hinge_fold.h"
 #include "hinge_checks.h"
-#include "math/normalize.h"
 
 namespace nf::cpu {
 namespace {
@@ -17,11 +18,13 @@ void prepare(const Rows<T>& x, const int64_t* labels, const double* target_cosin
              bool triplet, int64_t ignore_index, double eps, T* x_hat, const HingeRows& rows, T* target) {
   for_rows(rows.batch, x.length, [&](int64_t i) {
     const bool ignored = labels[i] == ignore_index;
-    T inverse = T(0);
-    if (ignored)
+    double inverse = 0;  // where it has room
+    if (ignored) {
       std::fill_n(x_hat + i * x.length, x.length, T(0));
-    else
-      unit_rows(x, i, 1, T(eps), x_hat + i * x.length, &inverse);
+    } else {
+      const auto scale = x.kernel.normalize_wide(x.row(i), x.length, 2, T(eps), x_hat + i * x.length);
+      inverse = scale.wide_inverse();
+    }
     const double distance = ignored ? 0.0 : math::distance_of_cosine(target_cosine[i]);
     rows[kHingeCounts][i] = ignored ? 0.0 : 1.0;
     rows[kHingeInverseNorm][i] = inverse;
@@ -118,12 +121,12 @@ void hinge_gradients(const HeadShape& shape, const int64_t* labels, const HingeR
 
 // Unit features from the saved norms; zero where a row is ignored, even if it holds NaN.
 template <class T>
-void unit_features(const Rows<T>& x, const HingeRows& rows, T* x_hat) {
+void unit_features(const Rows<T>& x, const HingeRows& rows, T eps, T* x_hat) {
   for_rows(rows.batch, x.length, [&](int64_t i) {
     if (rows[kHingeCounts][i] == 0.0)
       std::fill_n(x_hat + i * x.length, x.length, T(0));
     else
-      x.kernel.widen(x.row(i), x.length, T(rows[kHingeInverseNorm][i]), x_hat + i * x.length);
+      unit_row_again(x, i, T(rows[kHingeInverseNorm][i]), eps, x_hat + i * x.length);
   });
 }
 
@@ -140,11 +143,12 @@ void backward(const Tensor& target_factor, const Tensor& hinge_factor, const Ten
   Buffer<T> product(dw != nullptr ? shape.slots * shape.chunk * D : 0);
   Buffer<T> sums(dx != nullptr ? shape.slots * N * D : 0);
   std::fill_n(sums.data, sums.tensor.numel(), T(0));
-  unit_features(xs, rows, x_hat.data);
+  unit_features(xs, rows, T(eps), x_hat.data);
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
     T* unit = w_hat.data + slot * shape.chunk * D;
     T* g = scores.data + slot * N * shape.chunk;
-    unit_rows_again(ws, tile.first, tile.width, inverse, unit);
+    for (int64_t j = 0; j < tile.width; ++j)
+      unit_row_again(ws, tile.first + j, inverse[tile.first + j], T(eps), unit + j * D);
     score_tile(shape, x_hat.data, unit, tile, g);
     hinge_gradients(shape, data_of<const int64_t>(labels), rows, data_of<const T>(target_factor),
                     data_of<const T>(hinge_factor), exponential, tile, g);
@@ -157,17 +161,21 @@ void backward(const Tensor& target_factor, const Tensor& hinge_factor, const Ten
     multiply<T>(Matrix<T>{g, N, tile.width, tile.width}.transposed(), {x_hat.data, N, D, D},
                 {rows_of_tile, tile.width, D, D});
     for (int64_t j = 0; j < tile.width; ++j)
-      ws.kernel.project(unit + j * D, rows_of_tile + j * D, D, inverse[tile.first + j],
-                        math::ruled_by_eps(2, T(1) / inverse[tile.first + j], T(eps)),
-                        out.row(tile.first + j));
+      ws.kernel.project(unit + j * D, rows_of_tile + j * D, D, T(1),
+                        scale_again(ws, tile.first + j, inverse[tile.first + j], T(eps), unit + j * D),
+                        T(eps), out.row(tile.first + j));
   });
   if (dx == nullptr) return;
   add_slots(sums.data, shape.slots, N * D);
   const Rows<T> out(*dx, D);
   for_rows(N, D, [&](int64_t i) {
-    const T factor = T(rows[kHingeInverseNorm][i]);
-    out.kernel.project(x_hat.data + i * D, sums.data + i * D, D, factor,
-                       math::ruled_by_eps(2, T(1) / factor, T(eps)), out.row(i));
+    if (rows[kHingeCounts][i] == 0.0) {  // ignored: no gradient, whatever the agents hold
+      std::memset(out.row(i), 0, size_t(D * out.kernel.item));
+      return;
+    }
+    out.kernel.project(x_hat.data + i * D, sums.data + i * D, D, T(1),
+                       scale_again(xs, i, T(rows[kHingeInverseNorm][i]), T(eps), x_hat.data + i * D), T(eps),
+                       out.row(i));
   });
 }
 

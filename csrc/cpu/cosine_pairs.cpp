@@ -5,7 +5,6 @@
 
 #include "cpu/head.h"
 #include "hinge_checks.h"
-#include "math/normalize.h"
 
 namespace nf::cpu {
 namespace {
@@ -24,8 +23,9 @@ double cosine_of(const Rows<T>& x, int64_t i, const Rows<T>& w, int64_t j, doubl
   } else {
     x.kernel.widen(x.row(i), D, T(1), a);
     w.kernel.widen(w.row(j), D, T(1), b);
-    const double xx = dot_in_double(a, a, D), ww = dot_in_double(b, b, D), xw = dot_in_double(a, b, D);
-    return xw / std::sqrt(xx + eps) / std::sqrt(ww + eps);
+    const double xx = dot_in_double(a, a, D) + eps, ww = dot_in_double(b, b, D) + eps;
+    if (xx == 0 || ww == 0) return 0;  // zero rows stay zero, under eps = 0 too
+    return dot_in_double(a, b, D) / std::sqrt(xx) / std::sqrt(ww);
   }
 }
 
@@ -50,8 +50,8 @@ Tensor target_cosine(Tensor x, Tensor weight, Tensor labels, int64_t ignore_inde
 
 // g += factor unit(row r)
 template <class T>
-void add_unit_row(const Rows<T>& rows, int64_t r, T inverse, T factor, T* scratch, T* g) {
-  rows.kernel.widen(rows.row(r), rows.length, inverse, scratch);
+void add_unit_row(const Rows<T>& rows, int64_t r, T inverse, T eps, T factor, T* scratch, T* g) {
+  unit_row_again(rows, r, inverse, eps, scratch);
   accum_rows<T>().axpy(factor, scratch, g, rows.length);
 }
 
@@ -70,8 +70,8 @@ void pairs_backward(const Tensor& factors_tensor, const Tensor& classes_tensor, 
     std::vector<T> memory(static_cast<size_t>(2 * D), T(0));
     T *g = memory.data(), *scratch = g + D;
     add(scratch, g);
-    rows.kernel.widen(rows.row(r), D, inverse, scratch);
-    out.kernel.project(scratch, g, D, inverse, math::ruled_by_eps(2, T(1) / inverse, T(eps)), out.row(r));
+    const auto scale = unit_row_again(rows, r, inverse, T(eps), scratch);
+    out.kernel.project(scratch, g, D, T(1), scale, T(eps), out.row(r));
   };
   if (dx != nullptr) {
     const Rows<T> out(*dx, D);
@@ -84,7 +84,7 @@ void pairs_backward(const Tensor& factors_tensor, const Tensor& classes_tensor, 
       }
       project(xs, i, x_inv[i], out, [&](T* scratch, T* g) {
         for (int64_t k = i * listed; k < (i + 1) * listed; ++k)
-          if (classes[k] < C) add_unit_row(ws, classes[k], w_inv[classes[k]], factors[k], scratch, g);
+          if (classes[k] < C) add_unit_row(ws, classes[k], w_inv[classes[k]], T(eps), factors[k], scratch, g);
       });
     });
   }
@@ -100,7 +100,7 @@ void pairs_backward(const Tensor& factors_tensor, const Tensor& classes_tensor, 
     const int64_t j = classes[order[starts[size_t(run)]]];
     project(ws, j, w_inv[j], out, [&](T* scratch, T* g) {
       for (int64_t k = starts[size_t(run)]; k < starts[size_t(run) + 1]; ++k)
-        add_unit_row(xs, order[k] / listed, x_inv[order[k] / listed], factors[order[k]], scratch, g);
+        add_unit_row(xs, order[k] / listed, x_inv[order[k] / listed], T(eps), factors[order[k]], scratch, g);
     });
   });
 }

@@ -98,18 +98,26 @@ inline double scale_of(const std::optional<Tensor>& scale, double value) {
   }
 }
 
-// y[r] = x[first + r] / ||.||, r < count; inverse[r] = 1 / ||.||.
+// y[r] = x[first + r] / ||.||, r < count; inverse[r] = 1 / ||.||, held at the largest number.
 template <class T>
 void unit_rows(const Rows<T>& x, int64_t first, int64_t count, T eps, T* y, T* inverse) {
   for (int64_t r = 0; r < count; ++r)
-    inverse[r] = T(1) / x.kernel.normalize_wide(x.row(first + r), x.length, 2, eps, y + r * x.length);
+    inverse[r] = x.kernel.normalize_wide(x.row(first + r), x.length, 2, eps, y + r * x.length).inverse();
 }
 
-// The same rows again, from the norms saved before.
+// How row r was scaled, from the 1 / ||.|| saved before; where that does not say it all, y is its unit row.
 template <class T>
-void unit_rows_again(const Rows<T>& x, int64_t first, int64_t count, const T* inverse, T* y) {
-  for (int64_t r = 0; r < count; ++r)
-    x.kernel.widen(x.row(first + r), x.length, inverse[first + r], y + r * x.length);
+math::RowScale<T> scale_again(const Rows<T>& x, int64_t r, T inverse, T eps, T* y) {
+  if (math::inverse_serves(inverse)) return {inverse, T(1), T(1) / inverse};
+  return x.kernel.normalize_wide(x.row(r), x.length, 2, eps, y);
+}
+
+// Unit row r once more.
+template <class T>
+math::RowScale<T> unit_row_again(const Rows<T>& x, int64_t r, T inverse, T eps, T* y) {
+  const math::RowScale<T> scale = scale_again(x, r, inverse, eps, y);
+  if (math::inverse_serves(inverse)) x.kernel.widen(x.row(r), x.length, inverse, y);
+  return scale;
 }
 
 // sum over slots of parts[slot * count + k], in slot order, into parts[k].

@@ -1,6 +1,6 @@
-// inner_distance, d(x_i, w_j) for all pairs, and its backward on the CPU. The squared distance is one
-// matrix product where that keeps its digits (math/distance.h); the cells that lie too near, and every L1
-// cell, are computed from the differences, a tile of agents at a time.
+// inner_distance, d(x_i, w_j) for all pairs, and its backward on the CPU. The squared distance and its
+// gradients are matrix products where those keep their digits (math/distance.h); the cells that lie too
+// near, and every L1 cell, are computed from the differences, a tile of agents at a time.
 #include "cpu/head.h"
 #include "distance_checks.h"
 #include "math/distance.h"
@@ -8,9 +8,11 @@
 namespace nf::cpu {
 namespace {
 
-// As many tiles as threads, of at most 256 agents: a tile stays within L2.
+// As many tiles as threads, of at most 256 agents: a tile stays within L2. No two tiles share a word of
+// near cells.
 int64_t chunk_for(const Tensor& weight) {
-  return std::clamp<int64_t>((weight.size(0) + thread_count() - 1) / thread_count(), 1, 256);
+  const int64_t each = (weight.size(0) + thread_count() - 1) / thread_count();
+  return std::min<int64_t>(256, std::max<int64_t>(1, near_words(each)) * kNearBits);
 }
 
 // All rows in the accumulator type.
@@ -29,7 +31,7 @@ void* cell(const Rows<T>& matrix, int64_t row, int64_t column) {
 }
 
 template <class T>
-void forward(const Tensor& x, const Tensor& weight, int p, Tensor& out) {
+void forward(const Tensor& x, const Tensor& weight, int p, Tensor& out, uint32_t* near) {
   const HeadShape shape(x, weight, chunk_for(weight));
   const int64_t N = shape.batch, D = shape.dim;
   const AccumRows<T>& kernel = accum_rows<T>();
@@ -53,11 +55,15 @@ void forward(const Tensor& x, const Tensor& weight, int p, Tensor& out) {
     for (int64_t i = 0; i < N; ++i) {
       T* row = d + i * tile.width;
       const T* feature = features.data + i * D;
+      uint32_t* words =
+          near != nullptr ? near + i * near_words(shape.classes) + tile.first / kNearBits : nullptr;
+      if (words != nullptr) std::fill_n(words, near_words(tile.width), 0u);
       for (int64_t j = 0; j < tile.width; ++j) {
         bool again = p == 1;
         if (p == 2) {
           row[j] = math::distance_from_products(xx[size_t(i)], ww[size_t(j)], row[j]);
           again = math::distance_needs_differences(row[j], xx[size_t(i)], ww[size_t(j)]);
+          if (again && words != nullptr) words[j / kNearBits] |= 1u << (j % kNearBits);
         }
         if (again) row[j] = T(kernel.distance(feature, w + j * D, D, p));
       }
@@ -68,17 +74,56 @@ void forward(const Tensor& x, const Tensor& weight, int p, Tensor& out) {
 
 // sum over the row
 template <class T>
-T row_sum(const T* g, int64_t n) {
+double row_sum(const T* g, int64_t n) {
   double sum = 0;
   for (int64_t j = 0; j < n; ++j) sum += double(g[j]);
-  return T(sum);
+  return sum;
 }
 
-// p = 2: dx_i = 2 (x_i sum_j g_ij - sum_j g_ij w_j) by products; p = 1: cell by cell. With labels the
-// gradient of an agent comes from its own rows alone, and is computed from the differences.
+// What a tile's gradient is made of.
 template <class T>
-void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const int64_t* labels, int p,
-              Tensor* dx, Tensor* dw) {
+struct GradientTile {
+  int64_t width;
+  const T* features;  // [N, D]
+  const T* agents;    // [width, D]
+  T* g;               // [N, width]
+};
+
+// The cells that lie too near leave g, and give 2 g (x - w) to what 2 (x sum g - .) and 2 (w sum g - .)
+// will be taken of: to x_sum [N, D] and w_sum [width, D], each perhaps null.
+template <class T>
+void take_near_cells(const GradientTile<T>& tile, const uint32_t* near, int64_t near_stride, int64_t batch,
+                     int64_t dim, T* x_sum, T* w_sum) {
+  for (int64_t i = 0; i < batch; ++i)
+    for (int64_t j = 0; j < tile.width; ++j) {
+      if ((near[i * near_stride + j / kNearBits] >> (j % kNearBits) & 1u) == 0) continue;
+      T& g = tile.g[i * tile.width + j];
+      const T *x = tile.features + i * dim, *w = tile.agents + j * dim;
+      if (x_sum != nullptr) accum_rows<T>().add_distance_slope(T(-0.5) * g, x, w, x_sum + i * dim, dim, 2);
+      if (w_sum != nullptr) accum_rows<T>().add_distance_slope(T(-0.5) * g, w, x, w_sum + j * dim, dim, 2);
+      g = T(0);
+    }
+}
+
+// w_sum += g slope, cell by cell; with labels [N] those of each row's own agent alone.
+template <class T>
+void add_agent_slopes(const GradientTile<T>& tile, const int64_t* labels, int64_t first, int64_t batch,
+                      int64_t dim, int p, T* w_sum) {
+  for (int64_t i = 0; i < batch; ++i) {
+    const int64_t own = labels != nullptr ? labels[i] - first : 0;
+    const int64_t begin = labels == nullptr || (own >= 0 && own < tile.width) ? own : tile.width;
+    const int64_t end = labels != nullptr ? std::min(begin + 1, tile.width) : tile.width;
+    for (int64_t j = begin; j < end; ++j)
+      accum_rows<T>().add_distance_slope(tile.g[i * tile.width + j], tile.agents + j * dim,
+                                         tile.features + i * dim, w_sum + j * dim, dim, p);
+  }
+}
+
+// p = 2: dx_i = 2 (x_i sum_j g_ij - sum_j g_ij w_j) by products, but for the near cells; p = 1: cell by
+// cell. With labels the gradient of an agent comes from its own rows alone, cell by cell.
+template <class T>
+void backward(const Tensor& grad, const uint32_t* near, const Tensor& x, const Tensor& weight,
+              const int64_t* labels, int p, Tensor* dx, Tensor* dw) {
   const HeadShape shape(x, weight, chunk_for(weight));
   const int64_t N = shape.batch, D = shape.dim;
   const AccumRows<T>& kernel = accum_rows<T>();
@@ -93,16 +138,23 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const i
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
     T* w = agents.data + slot * shape.chunk * D;
     T* g = cells.data + slot * N * shape.chunk;
+    const GradientTile<T> part{tile.width, features.data, w, g};
     for (int64_t j = 0; j < tile.width; ++j) ws.kernel.widen(ws.row(tile.first + j), D, T(1), w + j * D);
-    for (int64_t i = 0; i < N; ++i) {
-      T* row = g + i * tile.width;
-      grads.kernel.widen(cell(grads, i, tile.first), tile.width, T(1), row);
-      totals.data[slot * N + i] += double(row_sum(row, tile.width));
-    }
+    for (int64_t i = 0; i < N; ++i)
+      grads.kernel.widen(cell(grads, i, tile.first), tile.width, T(1), g + i * tile.width);
+    T* sum = dx != nullptr ? sums.data + slot * N * D : nullptr;
+    T* product = dw != nullptr ? products.data + slot * shape.chunk * D : nullptr;
+    const bool direct = labels != nullptr || p == 1;
+    if (dw != nullptr) std::fill_n(product, tile.width * D, T(0));
+    if (dw != nullptr && direct) add_agent_slopes(part, labels, tile.first, N, D, p, product);
+    if (p == 2)
+      take_near_cells(part, near + tile.first / kNearBits, near_words(shape.classes), N, D, sum,
+                      direct ? nullptr : product);
+    for (int64_t i = 0; i < N; ++i) totals.data[slot * N + i] += row_sum(g + i * tile.width, tile.width);
+    const Matrix<T> factors{g, N, tile.width, tile.width};
     if (dx != nullptr) {
-      T* sum = sums.data + slot * N * D;
       if (p == 2)
-        multiply<T>({g, N, tile.width, tile.width}, {w, tile.width, D, D}, {sum, N, D, D}, true);
+        multiply<T>(factors, {w, tile.width, D, D}, {sum, N, D, D}, true);
       else
         for (int64_t i = 0; i < N; ++i)
           for (int64_t j = 0; j < tile.width; ++j)
@@ -111,21 +163,8 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const i
     }
     if (dw == nullptr) return;
     const Rows<T> out(*dw, D);
-    T* product = products.data + slot * shape.chunk * D;
-    const bool direct = labels != nullptr || p == 1;
-    if (direct)
-      std::fill_n(product, tile.width * D, T(0));
-    else
-      multiply<T>(Matrix<T>{g, N, tile.width, tile.width}.transposed(), {features.data, N, D, D},
-                  {product, tile.width, D, D});
-    if (direct)
-      for (int64_t i = 0; i < N; ++i) {
-        const int64_t own = labels != nullptr ? labels[i] - tile.first : 0;
-        const int64_t begin = labels == nullptr || (own >= 0 && own < tile.width) ? own : tile.width;
-        for (int64_t j = begin; j < (labels != nullptr ? std::min(begin + 1, tile.width) : tile.width); ++j)
-          kernel.add_distance_slope(g[i * tile.width + j], w + j * D, features.data + i * D, product + j * D,
-                                    D, p);
-      }
+    if (!direct)
+      multiply<T>(factors.transposed(), {features.data, N, D, D}, {product, tile.width, D, D}, true);
     for (int64_t j = 0; j < tile.width; ++j) {
       T* row = product + j * D;
       if (!direct) {
@@ -148,21 +187,27 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, const i
   });
 }
 
-Tensor inner_distance(Tensor x, Tensor weight, int64_t p) {
+std::tuple<Tensor, Tensor> inner_distance(Tensor x, Tensor weight, int64_t p, bool need_near) {
   check_distance("inner_distance", x, weight, p);
-  Tensor out = fresh({x.size(0), weight.size(0)}, x.scalar_type());
-  dispatch_accumulator(x.scalar_type(), [&]<class T>() { forward<T>(x, weight, int(p), out); });
-  return out;
+  const int64_t N = x.size(0), C = weight.size(0);
+  Tensor out = fresh({N, C}, x.scalar_type());
+  const bool marks = need_near && p == 2;
+  Tensor near = marks ? fresh({N, near_words(C)}, ScalarType::Int) : fresh({0}, ScalarType::Int);
+  dispatch_accumulator(x.scalar_type(), [&]<class T>() {
+    forward<T>(x, weight, int(p), out, marks ? data_of<uint32_t>(near) : nullptr);
+  });
+  return {out, near};
 }
 
-std::tuple<Tensor, Tensor> inner_distance_backward(Tensor grad, Tensor x, Tensor weight,
+std::tuple<Tensor, Tensor> inner_distance_backward(Tensor grad, Tensor near, Tensor x, Tensor weight,
                                                    std::optional<Tensor> labels, int64_t p, bool need_x,
                                                    bool need_weight) {
-  check_distance_backward("inner_distance_backward", grad, x, weight, labels, p);
+  check_distance_backward("inner_distance_backward", grad, near, x, weight, labels, p);
   Tensor dx = gradient_like(x, need_x), dw = gradient_like(weight, need_weight);
   dispatch_accumulator(x.scalar_type(), [&]<class T>() {
-    backward<T>(grad, x, weight, labels ? data_of<const int64_t>(*labels) : nullptr, int(p),
-                need_x ? &dx : nullptr, need_weight ? &dw : nullptr);
+    backward<T>(grad, data_of<const uint32_t>(near), x, weight,
+                labels ? data_of<const int64_t>(*labels) : nullptr, int(p), need_x ? &dx : nullptr,
+                need_weight ? &dw : nullptr);
   });
   return {dx, dw};
 }

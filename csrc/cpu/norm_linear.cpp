@@ -90,8 +90,9 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, double 
     T* product = dw_hat.data + slot * shape.chunk * D;
     multiply<T>(g.transposed(), {x_hat.data, N, D, D}, {product, tile.width, D, D});
     for (int64_t j = 0; j < tile.width; ++j)
-      ws.kernel.project(unit + j * D, product + j * D, D, T(scale) * inverse[j],
-                        math::ruled_by_eps(2, T(1) / inverse[j], T(eps)), out.row(tile.first + j));
+      ws.kernel.project(unit + j * D, product + j * D, D, T(scale),
+                        scale_again(ws, tile.first + j, inverse[j], T(eps), unit + j * D), T(eps),
+                        out.row(tile.first + j));
   });
   if (need_rows) add_slots(dx_hat.data, shape.slots, N * D);
   if (dscale != nullptr) {
@@ -104,8 +105,9 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, double 
   for_rows(N, D, [&](int64_t i) {
     T* g = dx_hat.data + i * D;
     if (normalize_input)
-      xs.kernel.project(x_hat.data + i * D, g, D, T(scale) * x_inverse.data[i],
-                        math::ruled_by_eps(2, T(1) / x_inverse.data[i], T(eps)), out.row(i));
+      xs.kernel.project(x_hat.data + i * D, g, D, T(scale),
+                        scale_again(xs, i, x_inverse.data[i], T(eps), x_hat.data + i * D), T(eps),
+                        out.row(i));
     else
       xs.kernel.narrow(g, D, T(scale), out.row(i));
   });

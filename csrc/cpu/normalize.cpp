@@ -92,8 +92,17 @@ void backward_channels(const StoredRows<T>& kernel, const char* grad_y, const T*
       g_norm[c] = grad_norms != nullptr ? grad_norms[block.row + c] : T(0);
       bound[c] = math::ruled_by_eps(p, norm, eps) ? kernel.largest_gradient : T(INFINITY);
     }
-    kernel.column_vjp(from, g, n, layout.inner, block.columns, p, inverse, along, g_norm, bound,
-                      dx + block.offset * item);
+    char* to = dx + block.offset * item;
+    kernel.column_vjp(from, g, n, layout.inner, block.columns, p, inverse, along, g_norm, bound, to);
+    for (int64_t c = 0; c < block.columns; ++c) {  // few, if any: one by one, as rows
+      if (math::norm_is_moderate(norms[block.row + c])) continue;
+      std::vector<char> rows(size_t(3 * n * item));
+      char *own = rows.data(), *upstream = own + n * item, *out = upstream + n * item;
+      copy_strided(from + c * item, layout.inner, own, 1, n, item);
+      if (g != nullptr) copy_strided(g + c * item, layout.inner, upstream, 1, n, item);
+      kernel.vjp(own, g != nullptr ? upstream : nullptr, n, p, eps, norms[block.row + c], g_norm[c], out);
+      copy_strided(out, 1, to + c * item, layout.inner, n, item);
+    }
   });
 }
 

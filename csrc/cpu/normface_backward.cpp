@@ -1,9 +1,9 @@
 // Last stage of the fused head on the CPU: gradients from the rows' state, with a second sweep over the
 // classes for dW.
+#include <cstring>
 #include <numeric>
 
 #include "cpu/normface.h"
-#include "math/normalize.h"
 
 namespace nf::cpu {
 namespace {
@@ -37,20 +37,22 @@ std::vector<RowGradient> row_gradients(const RowState& rows, double scale, doubl
 
 template <class T>
 void grad_features(const Rows<T>& x, const Rows<T>& w, const Labels& labels, const T* inverse_norm,
-                   const std::vector<RowGradient>& gradients, const RowState& rows, const T* x_hat,
-                   const T* x_sum, const T* class_sum, T eps, const Rows<T>& dx) {
+                   const std::vector<RowGradient>& gradients, const RowState& rows, T* x_hat, const T* x_sum,
+                   const T* class_sum, T eps, const Rows<T>& dx) {
   for_rows(labels.batch, x.length, [&](int64_t i) {
+    if (rows[kRowWeight][i] == 0.0) {  // no gradient, whatever the row or a class holds
+      std::memset(dx.row(i), 0, size_t(x.length * dx.kernel.item));
+      return;
+    }
     const RowGradient& row = gradients[size_t(i)];
     std::vector<T> g(size_t(x.length), T(0));
-    if (rows[kRowWeight][i] != 0.0) {  // an ignored row has no target
-      if (labels.data[i] != kElsewhere) unit_rows_again(w, labels.data[i], 1, inverse_norm, g.data());
-      for (int64_t d = 0; d < x.length; ++d)
-        g[size_t(d)] = T(row.others) * x_sum[i * x.length + d] + T(row.target) * g[size_t(d)];
-      if (class_sum != nullptr) accum_rows<T>().axpy(T(row.uniform), class_sum, g.data(), x.length);
-    }
-    const T inverse = T(rows[kInverseNorm][i]);
-    dx.kernel.project(x_hat + i * x.length, g.data(), x.length, inverse,
-                      math::ruled_by_eps(2, T(1) / inverse, eps), dx.row(i));
+    const int64_t label = labels.data[i];
+    if (label != kElsewhere) unit_row_again(w, label, inverse_norm[label], eps, g.data());
+    for (int64_t d = 0; d < x.length; ++d)
+      g[size_t(d)] = T(row.others) * x_sum[i * x.length + d] + T(row.target) * g[size_t(d)];
+    if (class_sum != nullptr) accum_rows<T>().axpy(T(row.uniform), class_sum, g.data(), x.length);
+    const auto scale = scale_again(x, i, T(rows[kInverseNorm][i]), eps, x_hat + i * x.length);
+    dx.kernel.project(x_hat + i * x.length, g.data(), x.length, T(1), scale, eps, dx.row(i));
   });
 }
 
@@ -89,7 +91,8 @@ void grad_weight(const HeadShape& shape, const Rows<T>& w, const Labels& labels,
     T* unit = w_hat.data + slot * shape.chunk * D;
     T* e = stored != nullptr ? stored + N * tile.first : scores.data + slot * N * shape.chunk;
     T* g = direct ? static_cast<T*>(out.row(tile.first)) : product.data + slot * shape.chunk * D;
-    unit_rows_again(w, tile.first, tile.width, inverse_norm, unit);
+    for (int64_t j = 0; j < tile.width; ++j)
+      unit_row_again(w, tile.first + j, inverse_norm[tile.first + j], eps, unit + j * D);
     if (stored == nullptr) {
       score_tile(shape, x_hat, unit, tile, e);
       exponentiate<T>(shape, labels, rows[kShift], scale, tile, e, nullptr, nullptr);
@@ -105,8 +108,8 @@ void grad_weight(const HeadShape& shape, const Rows<T>& w, const Labels& labels,
       for (int64_t j = 0; j < tile.width; ++j)
         accum_rows<T>().axpy(T(class_weight[tile.first + j]), uniform.data(), g + j * D, D);
     for (int64_t j = 0; j < tile.width; ++j)
-      w.kernel.project(unit + j * D, g + j * D, D, inverse_norm[tile.first + j],
-                       math::ruled_by_eps(2, T(1) / inverse_norm[tile.first + j], eps),
+      w.kernel.project(unit + j * D, g + j * D, D, T(1),
+                       scale_again(w, tile.first + j, inverse_norm[tile.first + j], eps, unit + j * D), eps,
                        out.row(tile.first + j));
   });
 }
@@ -134,9 +137,8 @@ void backward(const BackwardArguments& in, Tensor* dx, Tensor* dw, Tensor* dscal
       row_gradients<T>(rows, in.scale, in.smoothing / double(in.classes_in_all), in.grad_loss);
   Buffer<T> x_hat(N * D);
   for_rows(N, D, [&](int64_t i) {  // zero where the row does not count, even if it holds NaN
-    const T factor = T(rows[kInverseNorm][i]);
     if (rows[kRowWeight][i] != 0.0)
-      xs.kernel.widen(xs.row(i), D, factor, x_hat.data + i * D);
+      unit_row_again(xs, i, T(rows[kInverseNorm][i]), T(in.eps), x_hat.data + i * D);
     else
       std::fill_n(x_hat.data + i * D, D, T(0));
   });

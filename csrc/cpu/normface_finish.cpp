@@ -24,15 +24,19 @@ void weigh_rows(const FinishArguments& in, const RowState& rows) {
   for (int64_t i = 0; i < rows.batch; ++i) kept += rows[kRowWeight][i] * rows[kTargetWeight][i];
   const double each = in.reduction != kMean ? 1.0 : kept != 0.0 ? 1.0 / kept : 0.0;
   for_rows(rows.batch, class_sum != nullptr ? D : 16, [&](int64_t i) {
-    if (rows[kRowWeight][i] == 0.0) return;  // psi and the weights stay 0
+    rows[kRowWeight][i] *= each;
+    if (rows[kRowWeight][i] == 0.0) {  // psi and the weights stay 0
+      rows[kShift][i] = 0;             // backward takes the row as zero, so its scores are 0
+      return;
+    }
     const auto psi = in.margin(rows[kCosine][i]);
     rows[kPsi][i] = psi.value;
     rows[kPsiSlope][i] = psi.slope;
     double with_sum = 0;
     if (class_sum != nullptr) {
-      std::vector<T> unit(static_cast<size_t>(D));
-      x.kernel.widen(x.row(i), D, T(rows[kInverseNorm][i]), unit.data());
-      with_sum = dot_in_double(unit.data(), class_sum, D);
+      std::vector<T> raw(static_cast<size_t>(D));
+      x.kernel.widen(x.row(i), D, T(1), raw.data());
+      with_sum = dot_in_double(raw.data(), class_sum, D) * rows[kInverseNorm][i];
     }
     const math::RowWeights weights = math::row_weights(
         in.smoothing, double(in.classes_in_all), rows[kTargetWeight][i],
@@ -41,7 +45,6 @@ void weigh_rows(const FinishArguments& in, const RowState& rows) {
     rows[kSmooth][i] = weights.smooth;
     rows[kPull][i] = weights.pull;
     rows[kPush][i] = weights.push;
-    rows[kRowWeight][i] *= each;
   });
 }
 

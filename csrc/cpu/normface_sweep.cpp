@@ -15,33 +15,48 @@ struct SweepArguments {
   bool partial;
 };
 
-// Unit features and their inverse norms. An ignored row becomes zero, so that nothing it holds, NaN
-// included, reaches another row or a class.
+// Which rows count: those that are not ignored and have a weight. The others become zero, so that nothing
+// they hold, NaN included, reaches another row or a class.
 template <class T>
-void unit_features(const SweepArguments& in, T* x_hat, T* inverse) {
+struct Counting {
+  const int64_t* labels;
+  int64_t ignore_index;
+  const T* sample_weight;  // [N] or null
+
+  double weight(int64_t i) const {
+    if (labels[i] == ignore_index) return 0;
+    return sample_weight != nullptr ? double(sample_weight[i]) : 1.0;
+  }
+};
+
+// Unit features and their inverse norms, which have room in double.
+template <class T>
+void unit_features(const SweepArguments& in, const Counting<T>& counting, T* x_hat, double* inverse) {
   const Rows<T> x(in.x, in.x.size(1));
-  const Labels labels(in.labels);
-  for_rows(labels.batch, x.length, [&](int64_t i) {
-    inverse[i] = T(0);
-    if (labels.data[i] == in.ignore_index)
-      std::fill_n(x_hat + i * x.length, x.length, T(0));
-    else
-      unit_rows(x, i, 1, T(in.eps), x_hat + i * x.length, inverse + i);
+  for_rows(in.labels.size(0), x.length, [&](int64_t i) {
+    inverse[i] = 0;
+    T* y = x_hat + i * x.length;
+    if (counting.weight(i) == 0) {
+      std::fill_n(y, x.length, T(0));
+      return;
+    }
+    const math::RowScale<T> scale = x.kernel.normalize_wide(x.row(i), x.length, 2, T(in.eps), y);
+    inverse[i] = scale.wide_inverse();
   });
 }
 
-// What a row knows before the sweep: its weight, and its target's cosine, a dot product in double.
+// What a row knows before the sweep: its norm, its weight, and its target's cosine, a dot product in double.
 template <class T>
-void prepare_rows(const SweepArguments& in, const T* sample_weight, const ClassWeights<T>& class_weight,
-                  const T* x_hat, const T* inverse, const RowState& rows) {
+void prepare_rows(const SweepArguments& in, const Counting<T>& counting, const ClassWeights<T>& class_weight,
+                  T* x_hat, const RowState& rows) {
   const Rows<T> w(in.weight, in.weight.size(1));
   const Labels labels(in.labels);
   std::fill_n(rows.data, kRowFields * rows.batch, 0.0);
+  unit_features(in, counting, x_hat, rows[kInverseNorm]);
   for_rows(labels.batch, w.length, [&](int64_t i) {
-    if (labels.data[i] == in.ignore_index) return;
+    rows[kRowWeight][i] = counting.weight(i);
+    if (rows[kRowWeight][i] == 0) return;
     const bool here = labels.data[i] != kElsewhere;
-    rows[kInverseNorm][i] = inverse[i];
-    rows[kRowWeight][i] = sample_weight != nullptr ? double(sample_weight[i]) : 1.0;
     rows[kTargetWeight][i] = !class_weight.given ? 1.0 : here ? class_weight[labels.data[i]] : 0.0;
     if (!here) return;
     std::vector<T> unit(static_cast<size_t>(w.length));
@@ -160,14 +175,17 @@ SweepResult run_sweep(const SweepArguments& in, bool store, bool need_x, bool ne
                   need_x ? fresh({N, D}, wide) : fresh({0}, wide), fresh({need_class_sum ? D + 1 : 0}, wide),
                   fresh({store ? N * C : 0}, wide)};
   const RowState rows = row_state(out.rows);
-  Buffer<T> x_hat(N * D), inverse(N);
-  unit_features(in, x_hat.data, inverse.data);
-  prepare_rows(in, sample_weight ? static_cast<const T*>(sample_weight->const_data_ptr()) : nullptr,
-               class_weight, x_hat.data, inverse.data, rows);
+  Buffer<T> x_hat(N * D);
+  const Counting<T> counting{
+      Labels(in.labels).data, in.ignore_index,
+      sample_weight ? static_cast<const T*>(sample_weight->const_data_ptr()) : nullptr};
+  prepare_rows(in, counting, class_weight, x_hat.data, rows);
   if (shift)
     std::copy_n(static_cast<const double*>(shift->const_data_ptr()), N, rows[kShift]);
   else
     choose_shift(shape, in, x_hat.data, rows[kShift]);
+  for (int64_t i = 0; i < N; ++i)  // a row that became zero has scores of 0
+    if (rows[kRowWeight][i] == 0) rows[kShift][i] = 0;
   sweep(shape, in, class_weight, x_hat.data, rows, out);
   return out;
 }
@@ -212,8 +230,9 @@ Tensor normface_shift(Tensor x, Tensor weight, Tensor labels, std::optional<Tens
   Tensor shift = fresh({x.size(0)}, ScalarType::Double);
   const auto run = [&]<class T>(T) {
     const HeadShape shape(x, weight, class_chunk);
-    Buffer<T> x_hat(shape.batch * shape.dim), inverse(shape.batch);
-    unit_features(in, x_hat.data, inverse.data);
+    Buffer<T> x_hat(shape.batch * shape.dim);
+    Buffer<double> inverse(shape.batch);
+    unit_features(in, {Labels(labels).data, ignore_index, nullptr}, x_hat.data, inverse.data);
     choose_shift(shape, in, x_hat.data, static_cast<double*>(shift.mutable_data_ptr()));
   };
   accumulator(x.scalar_type()) == ScalarType::Double ? run(double()) : run(float());

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/stored.h"
+#include "math/normalize.h"
 
 namespace nf::cpu {
 
@@ -42,13 +43,14 @@ struct StoredRows {
   int64_t item;  // bytes of one element
   // y = x / ||x||, y stored like x; returns the norm.
   T (*normalize)(const void* x, int64_t n, int p, T eps, void* y);
-  // The same into the accumulator type.
-  T (*normalize_wide)(const void* x, int64_t n, int p, T eps, T* y);
+  // The same into the accumulator type; returns how.
+  math::RowScale<T> (*normalize_wide)(const void* x, int64_t n, int p, T eps, T* y);
   // dx from x, its norm, g = dL/dy (may be null: zero) and g_norm = dL/dn.
   void (*vjp)(const void* x, const void* g, int64_t n, int p, T eps, T norm, T g_norm, void* dx);
-  // out = factor (g - y <y, g>), y = x / ||x|| given wide: the tangent projection. `eps_rules` holds it
-  // within +-largest_gradient, see math::ruled_by_eps.
-  void (*project)(const T* y, const T* g, int64_t n, T factor, bool eps_rules, void* out);
+  // out = factor / ||x|| (g - y <y, g>), y = x / ||x|| given wide: the tangent projection. Where eps rules
+  // the norm it is held within +-largest_gradient, see math::ruled_by_eps.
+  void (*project)(const T* y, const T* g, int64_t n, T factor, const math::RowScale<T>& scale, T eps,
+                  void* out);
   // A channel axis: `columns` neighbouring rows whose element d lies `stride` after element d - 1.
   // sums[c] = the p-norm's terms of column c, or sum of x g where g is given. columns <= kColumns.
   void (*column_sums)(const void* x, const void* g, int64_t n, int64_t stride, int64_t columns, int p,

@@ -10,9 +10,9 @@ namespace nf {
 namespace {
 
 // Everything a row knows before the sweep: its norm, its weight, the shift, and, where its target is among
-// the classes at hand, the target's cosine (products and sums in double, from the raw rows). An ignored
-// row becomes zero, so that nothing it holds, NaN included, reaches another row or a class. One warp per
-// row.
+// the classes at hand, the target's cosine (products and sums in double, from the raw rows). A row that is
+// ignored, or has no weight, becomes zero, and so do its scores and its shift: nothing it holds, NaN
+// included, reaches another row or a class. One warp per row.
 template <class T>
 struct PrepareRows {
   StoredArray x, w;       // [N, D], [C, D]
@@ -36,11 +36,11 @@ NF_DEVICE void prepare_row(const PrepareRows<T>& task, int64_t i) {
   const RowState& rows = task.rows;
   const int64_t dim = task.dim, classes = task.classes, ignore_index = task.ignore_index;
   const int64_t label = task.labels[i];
-  const bool ignored = label == ignore_index;
-  const bool elsewhere = task.partial && label == kElsewhere;
-  const bool here = !ignored && !elsewhere;
+  const bool ignored = label == ignore_index || task.sample_weight[i] == 0.0;
+  const bool given = label != ignore_index && !(task.partial && label == kElsewhere);
+  const bool here = given && !ignored;
   NF_DEVICE_CHECK(
-      !here || (label >= 0 && label < classes),
+      !given || (label >= 0 && label < classes),
       "normface_sweep: expected `labels` in [0, %lld) or ignore_index (%lld), got %lld at row %lld",
       (long long)classes, (long long)ignore_index, (long long)label, (long long)i);
   RowCosine row{};
@@ -50,11 +50,12 @@ NF_DEVICE void prepare_row(const PrepareRows<T>& task, int64_t i) {
   if (lane_id() != 0) return;
   task.arrivals[i] = 0;
   for (int field = 0; field < kRowFields; ++field) rows.at(RowField(field), i) = 0;
-  rows.at(kShift, i) = task.given_shift != nullptr              ? task.given_shift[i]
+  rows.at(kShift, i) = ignored                                  ? 0.0
+                       : task.given_shift != nullptr            ? task.given_shift[i]
                        : task.window.serves(task.scale.value()) ? task.window.kappa
                                                                 : -INFINITY;
   if (ignored) return;
-  rows.at(kInverseNorm, i) = 1.0 / row.x.norm;
+  rows.at(kInverseNorm, i) = row.x.inverse();
   rows.at(kCosine, i) = row.cosine;
   rows.at(kRowWeight, i) = task.sample_weight[i];
   rows.at(kTargetWeight, i) = !task.class_weight.given ? 1.0 : here ? task.class_weight[label] : 0.0;

@@ -54,7 +54,7 @@ prepare_hinge_kernel(StoredArray x,                             // [N, D]
   if (i >= rows.batch) return;  // the whole warp leaves
   const int64_t label = labels[i];
   const bool ignored = label == ignore_index, here = !ignored && label >= 0 && label < classes;
-  RowScale<double> scale{};
+  math::RowScale<double> scale{};
   if (!ignored) scale = row_cosine(x, i, x, -1, dim, eps).x;
   for (int64_t d = lane_id(); d < dim; d += kWarp)
     x_hat.store<T>(i * dim + d, ignored ? T(0) : T(x.load<double>(i * dim + d) * scale.outer * scale.inner));
@@ -64,7 +64,7 @@ prepare_hinge_kernel(StoredArray x,                             // [N, D]
   const double distance = ignored ? 0.0 : math::distance_of_cosine(target_cosine[i]);
   target[i] = T(distance);
   for (int field = 0; field < kHingeFields; ++field) rows.at(HingeField(field), i) = 0;
-  rows.at(kHingeInverseNorm, i) = ignored ? 0.0 : 1.0 / scale.norm;
+  rows.at(kHingeInverseNorm, i) = ignored ? 0.0 : scale.inverse();
   rows.at(kHingeThreshold, i) = ignored ? 0.0 : margin.value() + (triplet ? distance : 0.0);
   rows.at(kHingeBest, i) = -INFINITY;
   rows.at(kHingeBestClass, i) = -1;

@@ -6,9 +6,8 @@
 #include <optional>
 #include <vector>
 
-#include "row_access.cuh"
 #include "row_layout.h"
-#include "rows.h"
+#include "rows.cuh"
 
 namespace nf {
 namespace {
@@ -31,14 +30,15 @@ normalize_rows_backward_kernel(const S* __restrict__ grad_y,              // [ro
   using T = accum_t<S>;
   const int64_t r = block_id() * kRowsPerBlock + warp_id();
   if (r >= rows) return;  // the whole warp leaves
-  const T row_norm = norm[r], inverse = T(1) / row_norm;
+  const T row_norm = norm[r];
   const T g_norm = grad_norm != nullptr ? grad_norm[r] : T(0);
   const WarpRow<S, kVec> row(x + r * length, length);
+  const math::RowScale<T> scale = scale_again(row, p, eps, T(1) / row_norm);
   T dot = 0;
   if (grad_y != nullptr) {
     row.each([&](int64_t at, const Vector<S, kVec>& v) {
       const Vector<S, kVec> g = load_vector<kVec>(grad_y + r * length + at);
-      for (int e = 0; e < kVec; ++e) dot += T(v.at[e]) * inverse * T(g.at[e]);
+      for (int e = 0; e < kVec; ++e) dot += T(v.at[e]) * scale.outer * scale.inner * T(g.at[e]);
     });
     dot = warp_sum(dot);
   }
@@ -47,8 +47,8 @@ normalize_rows_backward_kernel(const S* __restrict__ grad_y,              // [ro
     if (grad_y != nullptr) g = load_vector<kVec>(grad_y + r * length + at);
     for (int e = 0; e < kVec; ++e) {
       const T value = T(v.at[e]);
-      const T slope = math::norm_slope<T>(p, value, value * inverse);
-      const T plain = math::normalize_vjp<T>(T(g.at[e]), slope, dot, inverse, g_norm);
+      const T slope = math::norm_slope<T>(p, value, value * scale.outer * scale.inner);
+      const T plain = math::normalize_vjp<T>(T(g.at[e]), slope, dot, scale.outer, scale.inner, g_norm);
       d.at[e] = S(held_finite<S>(plain, row_norm, eps, p));
     }
     store_vector<kVec>(dx + r * length + at, d);
@@ -83,17 +83,22 @@ NF_DEVICE T sum_over_groups(T value, T* scratch) {
   return total;
 }
 
-template <class T>
-NF_DEVICE T largest_over_groups(T value, T* scratch) {
-  sync_block();  // an earlier call's reads of scratch, before this one's writes
-  scratch[warp_id() * kColumns + lane_id()] = value;
-  sync_block();  // the writes above, before the reads below
-  T best = 0;
-  for (int g = 0; g < kGroups; ++g) {
-    const T other = scratch[g * kColumns + lane_id()];
-    best = other > best ? other : best;
-  }
-  return best;
+// How a column is scaled. All threads of the block: the sums need them, so a block rescues together.
+template <class S>
+NF_DEVICE math::RowScale<accum_t<S>> channel_scale(const ChannelThread& me, const S* x, int64_t length,
+                                                   int64_t inner, int p, accum_t<S> eps,
+                                                   accum_t<S>* scratch) {
+  using T = accum_t<S>;
+  const auto sum = [&](T factor) {
+    T total = 0;
+    if (me.active)
+      for (int64_t c = warp_id(); c < length; c += kGroups)
+        total += math::norm_term<T>(p, T(x[me.first + c * inner]) * factor);
+    return sum_over_groups(total, scratch);
+  };
+  const T plain = sum(T(1)), tamer = me.active ? math::norm_tamer(p, plain, eps) : T(1);
+  const bool rescue = sum_over_groups(warp_any(tamer != T(1)) ? T(1) : T(0), scratch) > 0;
+  return math::row_scale(p, eps, tamer, rescue ? sum(tamer) : plain);
 }
 
 template <class S>
@@ -107,38 +112,13 @@ normalize_channels_kernel(const S* __restrict__ x,  // [outer, length, inner]
   SharedMemory shared;
   T* scratch = shared.take<T>(kChannelThreads);
   const ChannelThread me(length, inner);
-  const auto each = [&](const auto& f) {
-    if (me.active)
-      for (int64_t c = warp_id(); c < length; c += kGroups) f(me.first + c * inner);
-  };
-  const auto sum = [&](T factor) {
-    T total = 0;
-    each([&](int64_t at) { total += math::norm_term<T>(p, T(x[at]) * factor); });
-    return sum_over_groups(total, scratch);
-  };
-  const auto largest = [&] {
-    T top = 0;
-    each([&](int64_t at) {
-      const T magnitude = std::fabs(T(x[at]));
-      top = magnitude > top ? magnitude : top;
-    });
-    return largest_over_groups(top, scratch);
-  };
-  // The barriers in `sum` and `largest` need all threads, so a block rescues together or not at all.
-  const T plain = sum(T(1));
-  const bool mine = me.active && math::norm_needs_rescue(p, plain, eps);
-  const bool rescue = sum_over_groups(warp_any(mine) ? T(1) : T(0), scratch) > 0;
-  RowScale<T> scale;
-  if (rescue) {
-    const T top = largest();
-    const T factor = top > 0 ? T(1) / top : T(1);
-    const T tamed = sum(factor);
-    scale = row_scale<T>(p, eps, [&](T f) { return f == T(1) ? plain : tamed; }, [&] { return top; });
-  } else {
-    scale = row_scale<T>(p, eps, [&](T) { return plain; }, [] { return T(0); });
+  const math::RowScale<T> scale = channel_scale(me, x, length, inner, p, eps, scratch);
+  if (!me.active) return;
+  for (int64_t c = warp_id(); c < length; c += kGroups) {
+    const int64_t at = me.first + c * inner;
+    y[at] = S(T(x[at]) * scale.outer * scale.inner);
   }
-  each([&](int64_t at) { y[at] = S(T(x[at]) * scale.outer * scale.inner); });
-  if (me.active && warp_id() == 0) norm[me.outer * inner + me.column] = scale.norm;
+  if (warp_id() == 0) norm[me.outer * inner + me.column] = scale.norm;
 }
 
 template <class S>
@@ -155,21 +135,27 @@ normalize_channels_backward_kernel(const S* __restrict__ grad_y,  // [outer, len
   T* scratch = shared.take<T>(kChannelThreads);
   const ChannelThread me(length, inner);
   const int64_t row = me.outer * inner + me.column;
-  const T row_norm = me.active ? norm[row] : T(1), inverse = T(1) / row_norm;
+  const T row_norm = me.active ? norm[row] : T(1);
+  math::RowScale<T> scale{T(1) / row_norm, T(1), row_norm};
+  const bool serves = math::inverse_serves(scale.outer);
+  if (sum_over_groups(warp_any(!serves) ? T(1) : T(0), scratch) > 0) {  // the same for the whole block
+    const math::RowScale<T> anew = channel_scale(me, x, length, inner, p, eps, scratch);
+    if (!serves) scale = anew;
+  }
   const T g_norm = me.active && grad_norm != nullptr ? grad_norm[row] : T(0);
   T dot = 0;
   if (me.active && grad_y != nullptr)
     for (int64_t c = warp_id(); c < length; c += kGroups) {
       const int64_t at = me.first + c * inner;
-      dot += T(x[at]) * inverse * T(grad_y[at]);
+      dot += T(x[at]) * scale.outer * scale.inner * T(grad_y[at]);
     }
   dot = sum_over_groups(dot, scratch);
   if (!me.active) return;
   for (int64_t c = warp_id(); c < length; c += kGroups) {
     const int64_t at = me.first + c * inner;
     const T value = T(x[at]), g = grad_y != nullptr ? T(grad_y[at]) : T(0);
-    const T slope = math::norm_slope<T>(p, value, value * inverse);
-    const T plain = math::normalize_vjp<T>(g, slope, dot, inverse, g_norm);
+    const T slope = math::norm_slope<T>(p, value, value * scale.outer * scale.inner);
+    const T plain = math::normalize_vjp<T>(g, slope, dot, scale.outer, scale.inner, g_norm);
     dx[at] = S(held_finite<S>(plain, row_norm, eps, p));
   }
 }

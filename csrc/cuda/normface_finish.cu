@@ -47,12 +47,13 @@ finish_loss_kernel(RowState swept, RowState rows, Scale scale, Margin margin, in
     const double with_sum = class_weight_sum != nullptr ? rows.at(kSmooth, i) : 0.0;
     math::ValueAndSlope<double> psi{0.0, 0.0};
     math::RowWeights weights{0.0, 0.0, 0.0, 0.0};
-    if (swept.at(kRowWeight, i) != 0.0) {  // else psi and the weights are 0
+    if (weight != 0.0) {  // else psi and the weights are 0
       psi = math::Margin{margin.m1, margin.m2, margin.m3}(swept.at(kCosine, i));
       weights = math::row_weights(smoothing, double(classes_in_all), swept.at(kTargetWeight, i), weight_sum,
                                   psi.value, swept.at(kCosine, i), with_sum);
     }
     rows.at(kRowWeight, i) = weight;
+    if (weight == 0.0) rows.at(kShift, i) = 0;  // backward takes the row as zero, so its scores are 0
     rows.at(kPsi, i) = psi.value;
     rows.at(kPsiSlope, i) = psi.slope;
     rows.at(kTotal, i) = weights.total;

@@ -40,32 +40,6 @@ class WarpRow {
   Vector<S, kVec> held_[kHeld];
 };
 
-// y = (x * outer) * inner and the norm; see math/normalize.h for rows that need two factors.
-template <class T>
-struct RowScale {
-  T outer;
-  T inner;
-  T norm;
-};
-
-// Over the values a warp (or any group) holds: `sum(factor)` adds the p-norm's terms of factor * x over
-// the whole row, `largest()` is its largest magnitude; both give every lane the same answer.
-template <class T, class Sum, class Largest>
-NF_DEVICE RowScale<T> row_scale(int p, T eps, const Sum& sum, const Largest& largest) {
-  const T plain = sum(T(1));
-  if (!math::norm_needs_rescue(p, plain, eps)) {
-    const T norm = math::norm_value(p, plain, eps);
-    return {T(1) / norm, T(1), norm};
-  }
-  const T top = largest();
-  if (!(top > 0)) {  // all zero under eps = 0: y = 0 without dividing by the norm; or all NaN
-    const T norm = math::norm_value(p, plain, eps);
-    return {norm, T(1), norm};
-  }
-  const T scaled = math::norm_value(p, sum(T(1) / top), math::norm_scaled_eps(p, eps, top));
-  return {T(1) / top, T(1) / scaled, top * scaled};
-}
-
 // A gradient that stays finite in float16 where eps rules the norm; see math::ruled_by_eps.
 template <class S, class T>
 NF_DEVICE T held_finite(T d, T norm, T eps, int p) {

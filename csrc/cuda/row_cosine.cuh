@@ -1,36 +1,23 @@
 // The norms and the cosine of two stored rows to the last digits: products and sums in double, from the raw
-// rows. Squares of float64 rows may leave the range of double; such a row is divided by its largest entry.
+// rows. Squares of float64 rows may leave the range of double; math/normalize.h tames such a row.
 #pragma once
 
 #include "row_access.cuh"
 
 namespace nf {
 
-// Row r as the factors of its unit row, from the sum of its squares. One warp.
-NF_DEVICE RowScale<double> scale_from_squares(const StoredArray& rows, int64_t r, int64_t dim, double squares,
-                                              double eps) {
-  const auto sum = [&](double factor) {
-    if (factor == 1.0) return squares;
-    double total = 0;
-    for (int64_t d = lane_id(); d < dim; d += kWarp) {
-      const double v = rows.load<double>(r * dim + d) * factor;
-      total += v * v;
-    }
-    return warp_sum(total);
-  };
-  const auto largest = [&] {
-    double top = 0;
-    for (int64_t d = lane_id(); d < dim; d += kWarp) {
-      const double magnitude = std::fabs(rows.load<double>(r * dim + d));
-      top = magnitude > top ? magnitude : top;
-    }
-    return warp_largest(top);
-  };
-  return row_scale<double>(2, eps, sum, largest);
+// sum of (factor x)^2 over row r. One warp.
+NF_DEVICE double sum_of_squares(const StoredArray& rows, int64_t r, int64_t dim, double factor) {
+  double total = 0;
+  for (int64_t d = lane_id(); d < dim; d += kWarp) {
+    const double v = rows.load<double>(r * dim + d) * factor;
+    total += v * v;
+  }
+  return warp_sum(total);
 }
 
 struct RowCosine {
-  RowScale<double> x;
+  math::RowScale<double> x;
   double cosine;  // 0 where there is no other row
 };
 
@@ -45,16 +32,18 @@ NF_DEVICE RowCosine row_cosine(const StoredArray& x, int64_t i, const StoredArra
     xw += a * b;
   }
   xx = warp_sum(xx), ww = warp_sum(ww), xw = warp_sum(xw);
-  const RowScale<double> of_x = scale_from_squares(x, i, dim, xx, eps);
+  const double x_tamer = math::norm_tamer(2, xx, eps);
+  if (x_tamer != 1.0) xx = sum_of_squares(x, i, dim, x_tamer);
+  const math::RowScale<double> of_x = math::row_scale(2, eps, x_tamer, xx);
   if (j < 0) return {of_x, 0.0};
-  const RowScale<double> of_w = scale_from_squares(w, j, dim, ww, eps);
-  if (!math::norm_needs_rescue(2, xx, eps) && !math::norm_needs_rescue(2, ww, eps))
-    return {of_x, xw / of_x.norm / of_w.norm};
+  const double w_tamer = math::norm_tamer(2, ww, eps);
+  if (w_tamer != 1.0) ww = sum_of_squares(w, j, dim, w_tamer);
+  const math::RowScale<double> of_w = math::row_scale(2, eps, w_tamer, ww);
+  if (x_tamer == 1.0 && w_tamer == 1.0) return {of_x, xw / of_x.norm / of_w.norm};
   xw = 0;
   for (int64_t d = lane_id(); d < dim; d += kWarp)
-    xw += x.load<double>(i * dim + d) * of_x.outer * of_x.inner *
-          (w.load<double>(j * dim + d) * of_w.outer * of_w.inner);
-  return {of_x, warp_sum(xw)};
+    xw += x.load<double>(i * dim + d) * x_tamer * (w.load<double>(j * dim + d) * w_tamer);
+  return {of_x, warp_sum(xw) * of_x.inner * of_w.inner};
 }
 
 }  // namespace nf

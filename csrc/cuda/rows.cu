@@ -27,24 +27,27 @@ project_rows_kernel(const S* __restrict__ x,  // [rows, length]
                     int64_t rows, int64_t length, accum_t<S> eps,
                     const accum_t<S>* __restrict__ inverse,  // [rows] or null
                     const accum_t<S>* g, S* out,             // [rows, length], perhaps the same memory
-                    Scale scale) {
+                    Scale factor) {
   using T = accum_t<S>;
   const int64_t r = block_id() * kRowsPerBlock + warp_id();
   if (r >= rows) return;  // the whole warp leaves
   const WarpRow<S, kVec> row(x + r * length, length);
-  const T own = inverse != nullptr ? inverse[r] : T(1) / scale_of(row, 2, eps).norm;
-  const T factor = T(scale.value()) * own;
+  const math::RowScale<T> scale =
+      inverse != nullptr ? scale_again(row, 2, eps, inverse[r]) : scale_of(row, 2, eps);
+  const T inner = T(factor.value()) * scale.inner;
   const T* gradient = g + r * length;
   T radial = 0;
   row.each([&](int64_t at, const Vector<S, kVec>& v) {
-    for (int e = 0; e < kVec; ++e) radial += T(v.at[e]) * own * gradient[at + e];
+    for (int e = 0; e < kVec; ++e) radial += T(v.at[e]) * scale.outer * scale.inner * gradient[at + e];
   });
   radial = warp_sum(radial);
   row.each([&](int64_t at, const Vector<S, kVec>& v) {
     T d[kVec];
-    for (int e = 0; e < kVec; ++e)
-      d[e] = held_finite<S>(math::normalize_vjp<T>(gradient[at + e], T(v.at[e]) * own, radial, factor, T(0)),
-                            T(1) / own, eps, 2);
+    for (int e = 0; e < kVec; ++e) {
+      const T y = T(v.at[e]) * scale.outer * scale.inner;
+      d[e] = held_finite<S>(math::normalize_vjp<T>(gradient[at + e], y, radial, scale.outer, inner, T(0)),
+                            scale.norm, eps, 2);
+    }
     store_as<S>(out, r * length + at, d);
   });
 }

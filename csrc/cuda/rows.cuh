@@ -8,7 +8,7 @@ namespace nf {
 namespace {
 
 template <class S, int kVec>
-NF_DEVICE RowScale<accum_t<S>> scale_of(const WarpRow<S, kVec>& row, int p, accum_t<S> eps) {
+NF_DEVICE math::RowScale<accum_t<S>> scale_of(const WarpRow<S, kVec>& row, int p, accum_t<S> eps) {
   using T = accum_t<S>;
   const auto sum = [&](T factor) {
     T total = 0;
@@ -17,17 +17,17 @@ NF_DEVICE RowScale<accum_t<S>> scale_of(const WarpRow<S, kVec>& row, int p, accu
     });
     return warp_sum(total);
   };
-  const auto largest = [&] {
-    T top = 0;
-    row.each([&](int64_t, const Vector<S, kVec>& v) {
-      for (int e = 0; e < kVec; ++e) {
-        const T magnitude = std::fabs(T(v.at[e]));
-        top = magnitude > top ? magnitude : top;
-      }
-    });
-    return warp_largest(top);
-  };
-  return row_scale<T>(p, eps, sum, largest);
+  const T plain = sum(T(1)), tamer = math::norm_tamer(p, plain, eps);
+  return math::row_scale(p, eps, tamer, tamer == T(1) ? plain : sum(tamer));
+}
+
+// The same from the 1 / ||x|| saved before, where that says it all. All lanes.
+template <class S, int kVec>
+NF_DEVICE math::RowScale<accum_t<S>> scale_again(const WarpRow<S, kVec>& row, int p, accum_t<S> eps,
+                                                 accum_t<S> inverse) {
+  using T = accum_t<S>;
+  return math::inverse_serves(inverse) ? math::RowScale<T>{inverse, T(1), T(1) / inverse}
+                                       : scale_of(row, p, eps);
 }
 
 // Stores kVec values of T as type O, in accesses of at most 16 bytes.
@@ -43,7 +43,8 @@ NF_DEVICE void store_as(void* y, int64_t at, const T (&values)[kVec]) {
 
 // y = x * scale for the whole row, stored as O.
 template <class O, class S, int kVec, class T>
-NF_DEVICE void store_unit_row(const WarpRow<S, kVec>& row, const RowScale<T>& scale, void* y, int64_t first) {
+NF_DEVICE void store_unit_row(const WarpRow<S, kVec>& row, const math::RowScale<T>& scale, void* y,
+                              int64_t first) {
   row.each([&](int64_t at, const Vector<S, kVec>& v) {
     T unit[kVec];
     for (int e = 0; e < kVec; ++e) unit[e] = T(v.at[e]) * scale.outer * scale.inner;
@@ -56,10 +57,10 @@ template <class S, int kVec>
 NF_DEVICE void unit_row(const UnitRows& task, int64_t r, accum_t<S> factor) {
   using T = accum_t<S>;
   const WarpRow<S, kVec> row(static_cast<const S*>(task.x) + r * task.length, task.length);
-  RowScale<T> scale = scale_of(row, task.p, T(task.eps));
+  math::RowScale<T> scale = scale_of(row, task.p, T(task.eps));
   if (lane_id() == 0) {
     if (task.norm != nullptr) static_cast<T*>(task.norm)[r] = scale.norm;
-    if (task.inverse != nullptr) static_cast<T*>(task.inverse)[r] = T(1) / scale.norm;
+    if (task.inverse != nullptr) static_cast<T*>(task.inverse)[r] = scale.inverse();
   }
   const int64_t first = r * task.length;
   if (task.copy != nullptr) store_unit_row<BFloat16>(row, scale, task.copy, first);

@@ -19,7 +19,8 @@ NF_HD T distance_from_products(T xx, T ww, T xw) {
 }
 
 // The three products cancel where x and w are close: the error is that of xx + ww, whatever is left of
-// it. Below an eighth of the sum, and where the sum overflowed, d is computed from the differences.
+// it. Below an eighth of the sum, and where the sum overflowed, d is computed from the differences. So is
+// the cell's part of the gradient, 2 g (x - w): in 2 (x sum g - sum g w) it would cancel likewise.
 template <class T>
 NF_HD bool distance_needs_differences(T d, T xx, T ww) {
   return !(d >= T(0.125) * (xx + ww));

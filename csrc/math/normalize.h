@@ -18,20 +18,70 @@ NF_HD T norm_value(int p, T sum, T eps) {
   return p == 2 ? std::sqrt(sum + eps) : sum + eps;
 }
 
-// A row of magnitude 1e19 overflows sum x^2 in float32, one of 1e-30 loses it. Such rows are summed
-// again after division by their largest entry m:  n = m * n', n' = sqrt(sum (x/m)^2 + eps/m^2).
+// A row of magnitude 1e19 overflows sum x^2 in float32, one of 1e-30 loses it, and the norm of one of denormal
+// numbers has no reciprocal. Such rows are summed again after multiplication by a power of two, which is exact.
 // A lost sum far below eps changes nothing, so a small one is only rescued when eps is smaller still.
 template <class T>
 NF_HD bool norm_needs_rescue(int p, T sum, T eps) {
-  const T high = std::is_same_v<T, double> ? T(1e300) : T(1e37);
-  const T low = std::is_same_v<T, double> ? T(1e-280) : T(1e-30);
-  return !(sum <= high) || (p == 2 && sum < low && eps < low && sum + eps < low);
+  constexpr bool kDouble = std::is_same_v<T, double>;
+  const T high = kDouble ? T(1e300) : T(1e37);
+  const T low = p == 2 ? (kDouble ? T(1e-280) : T(1e-30)) : (kDouble ? T(1e-300) : T(1e-37));
+  return !(sum <= high) || (sum < low && eps < low && sum + eps < low);
 }
 
-// eps of a row that was divided by `largest`.
+// That power of two, 1 where none is needed. Whatever it meets is far from both ends of T, squared too.
 template <class T>
-NF_HD T norm_scaled_eps(int p, T eps, T largest) {
-  return p == 2 ? (eps / largest) / largest : eps / largest;
+NF_HD T norm_tamer(int p, T sum, T eps) {
+  if (!norm_needs_rescue(p, sum, eps)) return T(1);
+  if constexpr (std::is_same_v<T, double>)
+    return sum < T(1) ? 0x1p700 : 0x1p-700;
+  else
+    return sum < T(1) ? 0x1p100f : 0x1p-100f;
+}
+
+template <class T>
+constexpr T kLargestNumber = std::is_same_v<T, double> ? T(1.7976931348623157e308) : T(3.402823466e38f);
+
+// 1 / n of a row and n itself, in two factors: y = (x * outer) * inner. One factor may have no value in T.
+template <class T>
+struct RowScale {
+  T outer;
+  T inner;
+  T norm;
+
+  // 1 / n as one number, held at the largest: infinity would turn what is zero into NaN.
+  NF_HD T inverse() const {
+    const T product = outer * inner;
+    return product > kLargestNumber<T> ? kLargestNumber<T> : product;
+  }
+  // The same where float has no room for it.
+  NF_HD double wide_inverse() const { return RowScale<double>{outer, inner, norm}.inverse(); }
+};
+
+// From the sum of the terms of `tamer` * x. A zero row under eps = 0 stays zero; a row with an infinity
+// becomes NaN as a whole, so that it shows.
+template <class T>
+NF_HD RowScale<T> row_scale(int p, T eps, T tamer, T sum) {
+  const T scaled = norm_value(p, sum, p == 2 ? eps * tamer * tamer : eps * tamer);
+  const T inner = !(scaled <= kLargestNumber<T>) ? T(NAN)
+                  : scaled == T(0)               ? kLargestNumber<T>
+                                                 : T(1) / scaled;
+  return {tamer, inner, scaled / tamer};
+}
+
+// Whether x times this saved 1 / n is the unit row to the last digits; if not, the row is scaled anew.
+template <class T>
+NF_HD bool inverse_serves(T inverse) {
+  const T smallest = std::is_same_v<T, double> ? T(2.2250738585072014e-308) : T(1.1754943508e-38);
+  return inverse >= smallest && inverse < kLargestNumber<T>;
+}
+
+// Whether the products of a row and its gradient may be summed before the division by n: there they neither
+// overflow nor vanish.
+template <class T>
+NF_HD bool norm_is_moderate(T norm) {
+  constexpr bool kDouble = std::is_same_v<T, double>;
+  return norm >= (kDouble ? T(0x1p-300) : T(0x1p-32f)) && norm <= (kDouble ? T(0x1p300) : T(0x1p32f));
 }
 
 // Whether eps makes up most of the norm: a zero row, above all. Its gradient g / n may be too large for
@@ -48,10 +98,15 @@ NF_HD T norm_slope(int p, T x, T y) {
   return p == 2 ? y : T((x > 0) - (x < 0));
 }
 
-// d loss / dx = (g - slope <y, g>) / n + g_norm slope, with `dot` = <y, g> over the row.
+// d loss / dx = (g - slope <y, g>) / n + g_norm slope, with `dot` = <y, g> over the row and 1 / n = outer inner.
+template <class T>
+NF_HD T normalize_vjp(T g, T slope, T dot, T outer, T inner, T g_norm) {
+  return ((g - slope * dot) * outer) * inner + g_norm * slope;
+}
+
 template <class T>
 NF_HD T normalize_vjp(T g, T slope, T dot, T inverse_norm, T g_norm) {
-  return (g - slope * dot) * inverse_norm + g_norm * slope;
+  return normalize_vjp(g, slope, dot, inverse_norm, T(1), g_norm);
 }
 
 }  // namespace nf::math
