@@ -11,9 +11,9 @@ enum RowField {
   kSumCosine,     // A = the same sum of exp(...) c_j
   kCosine,        // c_y
   kTargetWeight,  // class weight of y; 1 on every shard where there are none, and then not to be summed
-  kShift,         // kappa
+  kShift,         // kappa; 0 where the row does not count, as its scores are
   kInverseNorm,   // 1 / ||x||
-  kRowWeight,     // weight of this row's loss in the result: 0 when ignored, 1/count for the mean
+  kRowWeight,     // weight of this row's loss in the result: 0 when it does not count, 1/count for the mean
   kPsi,           // psi(c_y), the target cosine after its margin
   kPsiSlope,      // psi'(c_y)
   kTotal,         // math::RowWeights

@@ -23,8 +23,8 @@ def inner_distance(
 
     Caffe's ``InnerDistance`` layer. The squared distance is a matrix product, |x|^2 + |w|^2 - 2 <x, w>,
     except where that would cancel: distances below an eighth of |x|^2 + |w|^2, and what they give to the
-    gradients, are computed from the differences, so equal rows have distance 0. (Caffe's L1 gradient is wrong for negative differences;
-    this one is the derivative, with sign(0) = 0.)
+    gradients, are computed from the differences, so equal rows have distance 0. (Caffe's L1 gradient is
+    wrong for negative differences; this one is the derivative, with sign(0) = 0.)
 
     Args:
         x: [N, D].

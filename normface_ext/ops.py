@@ -71,6 +71,8 @@ class _Formula(Function):
             pairs = [
                 (r, g) for r, g in zip(results, upstream, strict=True) if g is not None and r.requires_grad
             ]
+            if not pairs:  # linear in what is asked for
+                return None, None, *(None if t is None else torch.zeros_like(t) for t in inputs)
             wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
             found = iter(
                 torch.autograd.grad(

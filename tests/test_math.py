@@ -375,6 +375,8 @@ def test_only_rows_out_of_range_are_rescued(ask):
         ("rescue_float", 2, 1e36, 1e-12): 0,
         ("rescue_float", 2, 1e-35, 0.0): 1,
         ("rescue_float", 1, 1e-35, 0.0): 0,  # a sum of magnitudes loses nothing
+        ("rescue_float", 1, 1e-38, 0.0): 1,  # but it may have no reciprocal
+        ("rescue_float", 1, 1e-38, 1e-12): 0,
         ("rescue_float", 2, "nan", 1e-12): 1,
         ("rescue_double", 2, 1e38, 0.0): 0,
         ("rescue_double", 2, 1e-35, 0.0): 0,

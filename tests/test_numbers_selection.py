@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from test_class_shards import make, sharded, whole
 from test_normface_loss import least_workspace
 
 import normface_ext as nf
@@ -115,6 +116,24 @@ def test_rows_of_weight_zero_far_from_every_class(lane, scale, tight):
     torch.testing.assert_close(value.double(), truth, rtol=1e-4, atol=1e-5)
     for got, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("workspace", [None, 30_000])
+@pytest.mark.parametrize("bad", [1.0, math.nan, math.inf])
+def test_rows_of_weight_zero_in_shards(lane, workspace, bad):
+    """The shift that shards agree on comes from the rows as given; one without weight is not taken so."""
+    x, weight, labels = make(lane, torch.float32)
+    weight = weight.abs()
+    x[3] = -x[3].abs() * bad
+    factors = torch.ones(len(x), device=x.device)
+    factors[3] = 0
+    given = x, weight, labels, lane.tensor(1000.0), lane.tensor(1.0)
+    option = {"sample_weight": factors, "workspace": workspace}
+    parts, once = sharded(*given, shift=True, **option), whole(*given, **option)
+    for name, got, expected in zip(("loss", "dx", "dW", "ds"), parts, once, strict=True):
+        assert got.isfinite().all(), name
+        largest = expected.abs().max().item()
+        torch.testing.assert_close(got.float(), expected.float(), rtol=1e-3, atol=1e-4 * largest)
 
 
 @both_libraries
