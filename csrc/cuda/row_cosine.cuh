@@ -9,6 +9,7 @@ namespace nf {
 // sum of (factor x)^2 over row r. One warp.
 NF_DEVICE double sum_of_squares(const StoredArray& rows, int64_t r, int64_t dim, double factor) {
   double total = 0;
+#pragma unroll 1  // seldom run: its registers matter, not its speed
   for (int64_t d = lane_id(); d < dim; d += kWarp) {
     const double v = rows.load<double>(r * dim + d) * factor;
     total += v * v;
@@ -41,6 +42,7 @@ NF_DEVICE RowCosine row_cosine(const StoredArray& x, int64_t i, const StoredArra
   const math::RowScale<double> of_w = math::row_scale(2, eps, w_tamer, ww);
   if (x_tamer == 1.0 && w_tamer == 1.0) return {of_x, xw / of_x.norm / of_w.norm};
   xw = 0;
+#pragma unroll 1
   for (int64_t d = lane_id(); d < dim; d += kWarp)
     xw += x.load<double>(i * dim + d) * x_tamer * (w.load<double>(j * dim + d) * w_tamer);
   return {of_x, warp_sum(xw) * of_x.inner * of_w.inner};

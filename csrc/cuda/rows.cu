@@ -34,13 +34,13 @@ project_rows_kernel(const S* __restrict__ x,  // [rows, length]
   const WarpRow<S, kVec> row(x + r * length, length);
   const math::RowScale<T> scale =
       inverse != nullptr ? scale_again(row, 2, eps, inverse[r]) : scale_of(row, 2, eps);
-  const T inner = T(factor.value()) * scale.inner;
   const T* gradient = g + r * length;
   T radial = 0;
   row.each([&](int64_t at, const Vector<S, kVec>& v) {
     for (int e = 0; e < kVec; ++e) radial += T(v.at[e]) * scale.outer * scale.inner * gradient[at + e];
   });
   radial = warp_sum(radial);
+  const T inner = T(factor.value()) * scale.inner;
   row.each([&](int64_t at, const Vector<S, kVec>& v) {
     T d[kVec];
     for (int e = 0; e < kVec; ++e) {
