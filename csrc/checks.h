@@ -86,6 +86,16 @@ inline void check_matrix(const char* op, const char* name, const Tensor& t) {
     fail(op, ": expected `", name, "` to be 2-D and contiguous, got shape ", shape_of(t));
 }
 
+// A number that comes as a tensor is read where x lies.
+inline void check_number(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& x) {
+  if (!t) return;
+  if (t->dim() != 0 || !is_floating(t->scalar_type()))
+    fail(op, ": expected `", name, "` to be a 0-d floating tensor, got ", name_of(t->scalar_type()),
+         " of shape ", shape_of(*t));
+  if (t->device().type() != x.device().type() || t->get_device_index() != x.get_device_index())
+    fail(op, ": expected `", name, "` on the device of `x`, got it on another");
+}
+
 inline void check_shape(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t columns) {
   if (t.dim() != 2 || t.size(0) != rows || t.size(1) != columns)
     fail(op, ": expected `", name, "` to have shape [", rows, ", ", columns, "], got ", shape_of(t));

@@ -51,7 +51,8 @@ inline void define_metric_ops(torch::stable::detail::StableLibrary& m) {
       " Tensor labels, Tensor rows, Tensor inverse_norm, bool exponential, float eps, int class_chunk,"
       " bool partial, bool need_x, bool need_weight) -> (Tensor grad_x, Tensor grad_weight)");
   // Gradients of sum over i, k of factors[i, k] cos(x_i, w_classes[i, k]), from the saved inverse norms.
-  // order sorts classes.flatten() stably; classes >= C are unused. partial as above.
+  // order sorts classes.flatten() stably; classes >= C are unused, and a row of nothing else gets zeros.
+  // partial as above.
   m.def(
       "cosine_pairs_backward(Tensor factors, Tensor classes, Tensor order, Tensor x, Tensor weight,"
       " Tensor x_inverse, Tensor weight_inverse, float eps, bool partial, bool need_x, bool need_weight)"

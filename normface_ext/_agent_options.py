@@ -59,6 +59,11 @@ class AgentOptions:
     def exponential(self) -> bool:
         return False
 
+    def check_device(self, op: str, x: Tensor) -> None:
+        """A margin that is a tensor is read where x lies."""
+        if isinstance(self.margin, Tensor):
+            _checks.same_device(op, "neg_margin", self.margin, "x", x)
+
     def sweep_options(
         self,
         x: Tensor,

@@ -13,8 +13,9 @@ from . import ops
 from ._distance_ops import asked
 
 # csrc/hinge_state.h
-HINGE_FIELDS = 9
+HINGE_FIELDS = 10
 INVERSE_NORM, HINGE_SUM, HINGE_VALUE, HINGE_SLOPE, HINGE_ACTIVE, HINGE_COSINE, HINGE_BEST = range(1, 8)
+HINGE_COUNTS = 9
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def cosine_factors(
 ) -> tuple[Tensor, Tensor]:
     """d loss / d cosine of the label's agent, and of every active class per unit of its slope, [N] each.
     ``slope`` is the sum of the slopes over the active classes, of all shards."""
-    kept = rows[INVERSE_NORM] != 0
+    kept = rows[HINGE_COUNTS] != 0
     # d = 2 - 2 c, so d(hinge)/dc = 2 slope; in a triplet the label's distance is in every threshold.
     own = grad_target + grad_value * slope if triplet else grad_target
     return torch.where(kept, -2 * own, 0), torch.where(kept, 2 * grad_value, 0)

@@ -88,6 +88,7 @@ def _loss(
     workspace = _checks.workspace(op, workspace)
     active_limit = _checks.active_limit(op, active_limit)
     x, weight = _agents(op, x, weight, labels, 0 if mode == "caffe" else ignore_index)
+    options.check_device(op, x)
     if flag(op, "check_finite", check_finite):
         _checks.finite_operands(op, x, weight, None if mode == "caffe" else labels != ignore_index)
     if mode == "caffe":

@@ -314,8 +314,11 @@ def _cuda_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: i
     if plain:
         kernels = ("cuda cores", "cuda cores")
     scores = 0 if device.scores or operand == wide else wide  # E replaces scores of its own size
-    # Partial sums: of every block that a row has, or of stretches of classes.
-    blocks = max(1, 8 * device.multiprocessors // max(1, -(-batch // 128))) if device.scores else 0
+    # Partial sums: of every block that a row has (of at most 256 tiles: score_exp.cu), or of stretches of
+    # classes.
+    blocks = 0
+    if device.scores:
+        blocks = max(1, 8 * device.multiprocessors // max(1, -(-batch // 128)), -(-classes // (256 * 128)))
     stretch = 128 if plain else 4096
     costs = _Costs(
         # x_hat and its weighted copy, x_sum and the part added to it; the rows' state, before and after

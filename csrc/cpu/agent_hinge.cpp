@@ -26,6 +26,7 @@ void prepare(const Rows<T>& x, const int64_t* labels, const double* target_cosin
       inverse = scale.wide_inverse();
     }
     const double distance = ignored ? 0.0 : math::distance_of_cosine(target_cosine[i]);
+    rows[kHingeCounts][i] = ignored ? 0.0 : 1.0;
     rows[kHingeInverseNorm][i] = inverse;
     rows[kHingeThreshold][i] = ignored ? 0.0 : margin + (triplet ? distance : 0.0);
     target[i] = T(distance);
@@ -90,6 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> agent_hinge(
     int64_t class_chunk, int64_t capacity, bool partial) {
   const char* op = "agent_hinge";
   check_agents(op, x, weight, labels, partial);
+  check_number(op, "margin", margin, x);
   check_row_numbers(op, "target_cosine", target_cosine, ScalarType::Double, x.size(0));
   HingeResult out = dispatch_accumulator(x.scalar_type(), [&]<class T>() {
     return forward<T>(x, weight, labels, target_cosine, scale_of(margin, margin_value), triplet,
@@ -105,7 +107,7 @@ void hinge_gradients(const HeadShape& shape, const int64_t* labels, const HingeR
                      T* scores) {
   for (int64_t i = 0; i < shape.batch; ++i) {
     T* row = scores + i * tile.width;
-    if (rows[kHingeInverseNorm][i] == 0.0) {
+    if (rows[kHingeCounts][i] == 0.0) {
       std::fill_n(row, tile.width, T(0));
       continue;
     }
@@ -121,11 +123,10 @@ void hinge_gradients(const HeadShape& shape, const int64_t* labels, const HingeR
 template <class T>
 void unit_features(const Rows<T>& x, const HingeRows& rows, T eps, T* x_hat) {
   for_rows(rows.batch, x.length, [&](int64_t i) {
-    const T inverse = T(rows[kHingeInverseNorm][i]);
-    if (inverse == T(0))
+    if (rows[kHingeCounts][i] == 0.0)
       std::fill_n(x_hat + i * x.length, x.length, T(0));
     else
-      unit_row_again(x, i, inverse, eps, x_hat + i * x.length);
+      unit_row_again(x, i, T(rows[kHingeInverseNorm][i]), eps, x_hat + i * x.length);
   });
 }
 
@@ -168,13 +169,13 @@ void backward(const Tensor& target_factor, const Tensor& hinge_factor, const Ten
   add_slots(sums.data, shape.slots, N * D);
   const Rows<T> out(*dx, D);
   for_rows(N, D, [&](int64_t i) {
-    const T saved = T(rows[kHingeInverseNorm][i]);
-    if (saved == T(0)) {  // ignored: no gradient, whatever the agents hold
+    if (rows[kHingeCounts][i] == 0.0) {  // ignored: no gradient, whatever the agents hold
       std::memset(out.row(i), 0, size_t(D * out.kernel.item));
       return;
     }
     out.kernel.project(x_hat.data + i * D, sums.data + i * D, D, T(1),
-                       scale_again(xs, i, saved, T(eps), x_hat.data + i * D), T(eps), out.row(i));
+                       scale_again(xs, i, T(rows[kHingeInverseNorm][i]), T(eps), x_hat.data + i * D), T(eps),
+                       out.row(i));
   });
 }
 

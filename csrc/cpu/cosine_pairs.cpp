@@ -1,5 +1,6 @@
 // Cosines of listed pairs of a feature and an agent on the CPU: target_cosine, and the gradients of a
 // weighted sum of listed cosines, where a dense sweep (agent_hinge.cpp) would mostly add zeros.
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/head.h"
@@ -75,7 +76,9 @@ void pairs_backward(const Tensor& factors_tensor, const Tensor& classes_tensor, 
   if (dx != nullptr) {
     const Rows<T> out(*dx, D);
     for_rows(N, listed * D, [&](int64_t i) {
-      if (x_inv[i] == T(0)) {  // ignored: whatever it holds, NaN included, has no gradient
+      const int64_t* own = classes + i * listed;
+      // Nothing listed, an ignored row above all: whatever it holds, NaN included, has no gradient.
+      if (std::all_of(own, own + listed, [&](int64_t j) { return j >= C; })) {
         std::memset(out.row(i), 0, size_t(D * out.kernel.item));
         return;
       }

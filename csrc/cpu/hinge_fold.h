@@ -105,7 +105,7 @@ void finish_row(const HingeRows& rows, int64_t i, const FoldOptions& options, co
     all.value = all.sum;
     all.slope = all.active;
   }
-  const bool ignored = rows[kHingeInverseNorm][i] == 0.0;
+  const bool ignored = rows[kHingeCounts][i] == 0.0;
   rows[kHingeSum][i] = ignored ? 0.0 : all.sum;
   rows[kHingeValue][i] = ignored ? 0.0 : all.value;
   rows[kHingeSlope][i] = ignored ? 0.0 : all.slope;

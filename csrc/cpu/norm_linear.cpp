@@ -116,6 +116,7 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, double 
 Tensor norm_linear(Tensor x, Tensor weight, std::optional<Tensor> scale, double scale_value,
                    bool normalize_input, double eps) {
   check_head("norm_linear", x, weight);
+  check_number("norm_linear", "scale", scale, x);
   Tensor out = fresh({x.size(0), weight.size(0)}, x.scalar_type());
   const double s = scale_of(scale, scale_value);
   if (accumulator(x.scalar_type()) == ScalarType::Double)
@@ -131,6 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_linear_backward(Tensor grad, Tensor x, T
                                                         bool need_weight, bool need_scale) {
   const char* op = "norm_linear_backward";
   check_head(op, x, weight);
+  check_number(op, "scale", scale, x);
   check_matrix(op, "grad", grad);
   check_shape(op, "grad", grad, x.size(0), weight.size(0));
   Tensor dx = need_x ? fresh_like(x) : fresh({0}, x.scalar_type());

@@ -162,6 +162,7 @@ std::tuple<Tensor, Tensor, Tensor> normface_backward(
     bool partial) {
   const char* op = "normface_backward";
   check_head(op, x, weight, partial ? 0 : 1);
+  check_number(op, "scale", scale, x);
   check_labels(op, labels, x.size(0));
   check_shape(op, "rows", rows, kRowFields, x.size(0));
   check_weights(op, "class_weight", class_weight, x, weight.size(0));

@@ -66,6 +66,7 @@ std::tuple<Tensor, Tensor> normface_finish(Tensor rows, Tensor x, Tensor class_s
                                            double m2, double m3, int64_t reduction, double smoothing,
                                            int64_t classes_in_all) {
   check_finish("normface_finish", rows, x, class_sum, smoothing);
+  check_number("normface_finish", "scale", scale, x);
   const int64_t N = x.size(0);
   const ScalarType wide = accumulator(x.scalar_type());
   Tensor finished = fresh({kRowFields, N}, ScalarType::Double);

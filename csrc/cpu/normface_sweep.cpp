@@ -203,6 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normface_sweep(
     std::optional<Tensor> sample_weight, std::optional<Tensor> class_weight, int64_t classes_in_all,
     bool partial, std::optional<Tensor> shift) {
   const char* op = "normface_sweep";
+  check_number(op, "scale", scale, x);
   const SweepArguments in{
       x,           weight,         labels, scale_of(scale, scale_value), ignore_index, eps,
       class_chunk, classes_in_all, partial};
@@ -221,6 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normface_sweep(
 Tensor normface_shift(Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
                       int64_t ignore_index, double eps, int64_t class_chunk, int64_t /*kernels*/,
                       ScalarType /*operand*/, int64_t classes_in_all, bool partial) {
+  check_number("normface_shift", "scale", scale, x);
   const SweepArguments in{
       x,           weight,         labels, scale_of(scale, scale_value), ignore_index, eps,
       class_chunk, classes_in_all, partial};

@@ -42,6 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> agent_hinge(
     int64_t class_chunk, int64_t capacity, bool partial) {
   const char* op = "agent_hinge";
   check_agents(op, x, weight, labels, partial);
+  check_number(op, "margin", margin, x);
   check_row_numbers(op, "target_cosine", target_cosine, ScalarType::Double, x.size(0));
   Queue queue(x);
   const int64_t N = x.size(0), D = x.size(1), C = weight.size(0), chunk = chunk_of(weight, class_chunk);

@@ -86,7 +86,9 @@ row_gradients_kernel(RowGradients<T> task) {
     task.gradients[kUniform * rows.batch + i] = uniform;
     task.gradients[kScale * rows.batch + i] = scale;
     if (task.sweep_rows != nullptr) {
-      task.sweep_rows[i] = {math::power_of_two(s, rows.at(kShift, i)).offset, int(task.labels[i])};
+      // An ignored row's label may be any int64; only a class fits into 32 bits.
+      task.sweep_rows[i] = {math::power_of_two(s, rows.at(kShift, i)).offset,
+                            int(ignored ? kElsewhere : task.labels[i])};
       // Two rows are copied at a time: the last may come with one that is none, whose E must be finite.
       if (i == rows.batch - 1 && i % 2 == 0) task.sweep_rows[i + 1] = {0.0f, int(kElsewhere)};
     }

@@ -54,20 +54,43 @@ struct HeldTile {
 };
 
 // g[d] += target_i x_hat_di for the rows of the class, in their order. One warp; g is shared memory.
+//
+// Rows are looked through kWarp * kWarp at a time, and what is found there is summed in double before it meets
+// g: a class may own the whole batch, and a float sum over all of it would drift. Double, too, is what
+// x / ||x|| needs before the target's slope, since that slope over a large norm is no float.
 template <class T>
 NF_DEVICE void add_targets(const ClassGradient& task, int64_t label, int count, T* g) {
-  for (int64_t base = 0; count > 0; base += kWarp) {
-    const int64_t mine = base + lane_id();
-    const bool hit = mine < task.batch && task.labels[mine] == label && task.target[mine] != 0.0;
-    for (unsigned left = warp_ballot(hit); left != 0; left &= left - 1) {
-      const int64_t i = base + lowest_bit(left);
-      const T factor = T(task.target[i] * task.rows.at(kInverseNorm, i));
-      task.x.visit<T>([&](const auto* x) {
+  for (int64_t base = 0; count > 0; base += kWarp * kWarp) {
+    unsigned hits = 0;  // lane k: those among the k-th kWarp rows
 #pragma unroll 1
-        for (int64_t d = lane_id(); d < task.dim; d += kWarp) g[d] += factor * T(x[i * task.dim + d]);
-      });
-      --count;
+    for (int k = 0; k < kWarp && base + k * kWarp < task.batch; ++k) {
+      const int64_t i = base + k * kWarp + lane_id();
+      const unsigned found = warp_ballot(i < task.batch && task.labels[i] == label && task.target[i] != 0.0);
+      if (lane_id() == k) hits = found;
     }
+    const unsigned groups = warp_ballot(hits != 0);
+    if (groups == 0) continue;
+    int found = 0;
+    task.x.visit<T>([&](const auto* x) {
+#pragma unroll 1
+      for (int64_t first = 0; first < task.dim; first += kWarp) {
+        const int64_t d = first + lane_id();
+        double sum = 0;
+        found = 0;
+#pragma unroll 1
+        for (unsigned of = groups; of != 0; of &= of - 1) {
+          const int k = lowest_bit(of);
+#pragma unroll 1
+          for (unsigned left = shuffle(hits, k); left != 0; left &= left - 1, ++found) {
+            const int64_t i = base + k * kWarp + lowest_bit(left);
+            if (d < task.dim)
+              sum += task.target[i] * (double(x[i * task.dim + d]) * task.rows.at(kInverseNorm, i));
+          }
+        }
+        if (d < task.dim) g[d] = T(double(g[d]) + sum);
+      }
+    });
+    count -= found;
   }
   sync_warp();  // these sums, before other lanes read them
 }
@@ -121,8 +144,8 @@ NF_DEVICE void count_targets(const ClassGradient& task, int64_t tile, int* count
   for (int c = thread_id(); c < kClasses; c += kThreads) counts[c] = 0;
   sync_block();  // the zeros, before anyone counts
   for (int64_t i = thread_id(); i < task.batch; i += kThreads) {
-    const int64_t place = task.labels[i] - task.first - tile;
-    if (place >= 0 && place < kClasses && task.target[i] != 0.0) atomic_add(counts + place, 1);
+    const int64_t place = target_place(task.labels[i], task.first + tile, kClasses);
+    if (place >= 0 && task.target[i] != 0.0) atomic_add(counts + place, 1);
   }
   sync_block();  // the counts, before they are read
 }

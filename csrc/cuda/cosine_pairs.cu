@@ -2,6 +2,7 @@
 // weighted sum of listed cosines. No atomics: one warp owns each row of a result.
 #include "agent_rows.cuh"
 #include "hinge_checks.h"
+#include "row_cosine.cuh"
 
 namespace nf {
 namespace {
@@ -9,8 +10,7 @@ namespace {
 constexpr int kThreads = kRowThreads;
 constexpr int kWarps = kThreads / kWarp;
 
-// cosine[i] = cos(x_i, w_labels[i]), products and sums in double, from the raw rows; 0 where the agent is
-// not here. One warp per row.
+// cosine[i] = cos(x_i, w_labels[i]); 0 where the agent is not here. One warp per row.
 NF_KERNEL(kThreads)
 target_cosine_kernel(StoredArray x, StoredArray w,        // [N, D], [C, D]
                      const int64_t* __restrict__ labels,  // [N]
@@ -25,17 +25,8 @@ target_cosine_kernel(StoredArray x, StoredArray w,        // [N, D], [C, D]
       elsewhere || (label >= 0 && label < classes),
       "target_cosine: expected `labels` in [0, %lld) or ignore_index (%lld), got %lld at row %lld",
       (long long)classes, (long long)ignore_index, (long long)label, (long long)i);
-  double xx = 0, ww = 0, xw = 0;
-  if (!elsewhere)
-    for (int64_t d = lane_id(); d < dim; d += kWarp) {
-      const double a = x.load<double>(i * dim + d), b = w.load<double>(label * dim + d);
-      xx += a * a;
-      ww += b * b;
-      xw += a * b;
-    }
-  xx = warp_sum(xx), ww = warp_sum(ww), xw = warp_sum(xw);
-  if (lane_id() == 0)
-    cosine[i] = elsewhere ? 0.0 : xw / math::norm_value(2, xx, eps) / math::norm_value(2, ww, eps);
+  const double found = elsewhere ? 0.0 : row_cosine(x, i, w, label, dim, eps).cosine;
+  if (lane_id() == 0) cosine[i] = found;
 }
 
 struct Pairs {
@@ -52,19 +43,23 @@ pairs_features_kernel(Pairs pairs, const T* __restrict__ factors, const T* __res
                       const T* __restrict__ w_inverse, StoredArray dx) {
   const int64_t i = block_id() * kWarps + warp_id(), dim = pairs.dim;
   if (i >= pairs.batch) return;  // the whole warp leaves
-  if (x_inverse[i] == T(0)) {    // ignored: whatever it holds, NaN included, has no gradient
+  bool mine = false;
+  for (int64_t k = lane_id(); k < pairs.listed; k += kWarp)
+    mine = mine || pairs.classes[i * pairs.listed + k] < pairs.count;
+  if (!warp_any(mine)) {  // an ignored row, above all: whatever it holds, NaN included, has no gradient
     for (int64_t d = lane_id(); d < dim; d += kWarp) dx.store<T>(i * dim + d, T(0));
     return;
   }
   project_row<T>(
       pairs.x, i, dim, pairs.eps, x_inverse[i],
       [&](int64_t d) {
-        T sum = 0;
+        LongSum<T> sum;
+#pragma unroll 1
         for (int64_t k = i * pairs.listed; k < (i + 1) * pairs.listed; ++k) {
           const int64_t j = pairs.classes[k];
-          if (j < pairs.count) sum += factors[k] * (pairs.w.load<T>(j * dim + d) * w_inverse[j]);
+          if (j < pairs.count) sum.add(factors[k] * (pairs.w.load<T>(j * dim + d) * w_inverse[j]));
         }
-        return sum;
+        return sum.value();
       },
       dx);
 }
@@ -82,12 +77,13 @@ pairs_weight_kernel(Pairs pairs, const int64_t* __restrict__ order,  // [N * lis
   project_row<T>(
       pairs.w, j, dim, pairs.eps, w_inverse[j],
       [&](int64_t d) {
-        T sum = 0;
+        LongSum<T> sum;
+#pragma unroll 1
         for (int64_t at = begin; at < total && pairs.classes[order[at]] == j; ++at) {
           const int64_t k = order[at], i = k / pairs.listed;
-          sum += factors[k] * (pairs.x.load<T>(i * dim + d) * x_inverse[i]);
+          sum.add(factors[k] * (pairs.x.load<T>(i * dim + d) * x_inverse[i]));
         }
-        return sum;
+        return sum.value();
       },
       dw);
 }

@@ -27,7 +27,7 @@ exponentiate_kernel(const T* scores,  // [N, stride], `width` of them valid
   const int64_t i = block_id(), split = block_y(), splits = block_count_y();
   const int64_t begin = split * kColumnsPerBlock;
   const int64_t end = begin + kColumnsPerBlock < width ? begin + kColumnsPerBlock : width;
-  const int64_t target = labels[i] - first;
+  const int64_t target = target_place(labels[i], first, width);
   const T s = T(scale.value()), shift = T(rows.at(kShift, i));
   T sum = 0, sum_cosine = 0;
   for (int64_t j = begin + thread_id(); j < end; j += kThreads) {

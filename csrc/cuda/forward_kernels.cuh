@@ -3,6 +3,7 @@
 #pragma once
 
 #include "exponentiate.cuh"
+#include "row_cosine.cuh"
 #include "rows.cuh"
 
 namespace nf {
@@ -16,11 +17,12 @@ template <class T>
 struct PrepareRows {
   StoredArray x, w;       // [N, D], [C, D]
   const int64_t* labels;  // [N]
-  int64_t dim, classes, classes_in_all;
+  int64_t dim, classes;
   bool partial;
   int64_t ignore_index;
   double eps;
   Scale scale;
+  math::FixedShift window;
   const double* given_shift;  // [N] or null
   Factors<T> sample_weight, class_weight;
   RowState rows;
@@ -30,7 +32,7 @@ struct PrepareRows {
 
 template <class T>
 NF_DEVICE void prepare_row(const PrepareRows<T>& task, int64_t i) {
-  const StoredArray &x = task.x, &w = task.w, &x_hat = task.x_hat;
+  const StoredArray &x = task.x, &x_hat = task.x_hat;
   const RowState& rows = task.rows;
   const int64_t dim = task.dim, classes = task.classes, ignore_index = task.ignore_index;
   const int64_t label = task.labels[i];
@@ -41,30 +43,20 @@ NF_DEVICE void prepare_row(const PrepareRows<T>& task, int64_t i) {
       !given || (label >= 0 && label < classes),
       "normface_sweep: expected `labels` in [0, %lld) or ignore_index (%lld), got %lld at row %lld",
       (long long)classes, (long long)ignore_index, (long long)label, (long long)i);
-  double xx = 0, ww = 0, xw = 0;
-  if (!ignored)
-    for (int64_t d = lane_id(); d < dim; d += kWarp) {
-      const double a = x.load<double>(i * dim + d), b = here ? w.load<double>(label * dim + d) : 0.0;
-      xx += a * a;
-      ww += b * b;
-      xw += a * b;
-    }
-  xx = warp_sum(xx), ww = warp_sum(ww), xw = warp_sum(xw);
-  const double x_norm = math::norm_value(2, xx, task.eps), w_norm = math::norm_value(2, ww, task.eps);
-  const double inverse = ignored ? 0.0 : 1.0 / x_norm;
+  RowCosine row{};
+  if (!ignored) row = row_cosine(x, i, task.w, here ? label : -1, dim, task.eps);
   for (int64_t d = lane_id(); d < dim; d += kWarp)
-    x_hat.store<T>(i * dim + d, ignored ? T(0) : T(x.load<double>(i * dim + d) * inverse));
+    x_hat.store<T>(i * dim + d, ignored ? T(0) : T(x.load<double>(i * dim + d) * row.x.outer * row.x.inner));
   if (lane_id() != 0) return;
   task.arrivals[i] = 0;
-  const bool fixed = math::has_fixed_shift<T>(task.scale.value(), double(task.classes_in_all));
   for (int field = 0; field < kRowFields; ++field) rows.at(RowField(field), i) = 0;
-  rows.at(kShift, i) = ignored                       ? 0.0
-                       : task.given_shift != nullptr ? task.given_shift[i]
-                       : fixed                       ? math::fixed_shift<T>(double(task.classes_in_all))
-                                                     : -INFINITY;
+  rows.at(kShift, i) = ignored                                  ? 0.0
+                       : task.given_shift != nullptr            ? task.given_shift[i]
+                       : task.window.serves(task.scale.value()) ? task.window.kappa
+                                                                : -INFINITY;
   if (ignored) return;
-  rows.at(kInverseNorm, i) = inverse;
-  rows.at(kCosine, i) = here ? xw / x_norm / w_norm : 0.0;
+  rows.at(kInverseNorm, i) = row.x.inverse();
+  rows.at(kCosine, i) = row.cosine;
   rows.at(kRowWeight, i) = task.sample_weight[i];
   rows.at(kTargetWeight, i) = !task.class_weight.given ? 1.0 : here ? task.class_weight[label] : 0.0;
 }
@@ -78,22 +70,20 @@ prepare_kernel(PrepareRows<T> rows, UnitRows classes, int64_t row_blocks) {
     if (i < rows.rows.batch) prepare_row(rows, i);
   } else {
     const int64_t j = (block_id() - row_blocks) * kRowsPerBlock + warp_id();
-    if (j < classes.rows) unit_row<S, kVec>(classes, j);
+    if (j < classes.rows) unit_row<S, kVec>(classes, j, accum_t<S>(1));
   }
 }
 
-// Where a row's logits can be read: `count` of them, at data[i * row_stride + k * step], to be multiplied
-// by the scale unless that was done. `first` is the class of k = 0, or kNoClass if k is not a class.
+// Where a row's logits can be read: `count` of them, at data[i * row_stride + k * step]. Those of classes are
+// cosines, to be multiplied by the scale; the others are the largest logits of some classes.
 template <class T>
 struct RowLogits {
   const T* data;
   int64_t count;
   int64_t row_stride;
   int64_t step;
-  bool scaled;
+  bool of_classes;  // k is the class first + k
   int64_t first;
-
-  static constexpr int64_t kNoClass = INT64_MIN / 2;  // no label lies within `count` of it
 };
 
 // Outside the window of math/softmax.h: kappa becomes the largest logit seen so far, and what was
@@ -102,19 +92,19 @@ template <class T>
 NF_KERNEL(kThreads)
 update_shift_kernel(RowLogits<T> logits,
                     const int64_t* __restrict__ labels,  // [N]
-                    int64_t classes_in_all, Scale scale, RowState rows,
+                    math::FixedShift window, Scale scale, RowState rows,
                     T* __restrict__ x_sum,  // [N, D] or null
                     int64_t dim) {
   const double s = scale.value();
-  if (math::has_fixed_shift<T>(s, double(classes_in_all))) return;
+  if (window.serves(s)) return;
   SharedMemory shared;
   T* scratch = shared.take<T>(kThreads / kWarp);
   const int64_t i = block_id();
-  const int64_t target = labels[i] - logits.first;
+  const int64_t target = logits.of_classes ? target_place(labels[i], logits.first, logits.count) : -1;
   T best = -T(INFINITY);
   for (int64_t k = thread_id(); k < logits.count; k += kThreads) {
     const T value = logits.data[i * logits.row_stride + k * logits.step];
-    const T z = logits.scaled ? value : T(s) * value;
+    const T z = logits.of_classes ? T(s) * value : value;
     best = k != target && z > best ? z : best;
   }
   best = block_largest(best, scratch);

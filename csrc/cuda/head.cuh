@@ -70,13 +70,14 @@ struct Head {
   Scale scale;
   Factors<T> class_weight;
   int64_t batch, dim, classes, classes_in_all, chunk;
-  bool partial;         // one shard of the classes
-  bool fixed_shift;     // known here and now; where the scale is a tensor, the device decides
-  bool narrow;          // 16-bit operands
-  HeadKernels kernels;  // a choice that the operands' type allows
-  ScalarType wide;      // sums, scores
-  ScalarType score;     // operands of the scores
-  ScalarType other;     // E and the operands it meets
+  bool partial;             // one shard of the classes
+  math::FixedShift window;  // made here for the device too
+  bool fixed_shift;         // known here and now; where the scale is a tensor, the device decides
+  bool narrow;              // 16-bit operands
+  HeadKernels kernels;      // a choice that the operands' type allows
+  ScalarType wide;          // sums, scores
+  ScalarType score;         // operands of the scores
+  ScalarType other;         // E and the operands it meets
 
   explicit Head(const HeadArguments& in)
       : x(in.x),
@@ -90,7 +91,8 @@ struct Head {
         classes_in_all(in.classes_in_all),
         chunk(std::max<int64_t>(1, std::min(in.class_chunk, classes))),
         partial(in.partial),
-        fixed_shift(!in.scale && math::has_fixed_shift<T>(in.scale_value, double(in.classes_in_all))),
+        window(math::fixed_shift_of<T>(double(in.classes_in_all))),
+        fixed_shift(!in.scale && window.serves(in.scale_value)),
         narrow(in.operand == ScalarType::Half || in.operand == ScalarType::BFloat16),
         kernels(narrow == (in.kernels != kPlainProducts) ? HeadKernels(in.kernels) : kLibraryKernels),
         wide(accumulator(x.scalar_type())),
@@ -157,7 +159,7 @@ struct Head {
             dim,
             width,
             first,
-            classes_in_all,
+            window.largest_scale,
             label_data(),
             scale,
             rows,
@@ -172,6 +174,7 @@ struct Head {
 inline void check_arguments(const char* op, const HeadArguments& in) {
   check_head(op, in.x, in.weight, in.partial ? 0 : 1);
   check_labels(op, in.labels, in.x.size(0));
+  check_number(op, "scale", in.scale, in.x);
   check_weights(op, "class_weight", in.class_weight, in.x, in.weight.size(0));
 }
 

@@ -4,6 +4,8 @@
 #include "agent_rows.cuh"
 #include "hinge_state.h"
 #include "math/hinge.h"
+#include "row_cosine.cuh"
+#include "row_state.cuh"
 
 namespace nf {
 namespace {
@@ -21,7 +23,7 @@ struct HingeRows {
   explicit HingeRows(const Tensor& rows)
       : data(static_cast<double*>(const_cast<void*>(rows.const_data_ptr()))), batch(rows.size(1)) {}
   NF_DEVICE double& at(HingeField field, int64_t i) const { return data[field * batch + i]; }
-  NF_DEVICE bool ignored(int64_t i) const { return at(kHingeInverseNorm, i) == 0.0; }
+  NF_DEVICE bool ignored(int64_t i) const { return at(kHingeCounts, i) == 0.0; }
 };
 
 // classes[i][k] and slopes[i][k], k < listed; slopes perhaps null
@@ -52,26 +54,21 @@ prepare_hinge_kernel(StoredArray x,                             // [N, D]
   if (i >= rows.batch) return;  // the whole warp leaves
   const int64_t label = labels[i];
   const bool ignored = label == ignore_index, here = !ignored && label >= 0 && label < classes;
-  double xx = 0;
-  if (!ignored)
-    for (int64_t d = lane_id(); d < dim; d += kWarp) {
-      const double a = x.load<double>(i * dim + d);
-      xx += a * a;
-    }
-  xx = warp_sum(xx);
-  const double inverse = ignored ? 0.0 : 1.0 / math::norm_value(2, xx, eps);
+  math::RowScale<double> scale{};
+  if (!ignored) scale = row_cosine(x, i, x, -1, dim, eps).x;
   for (int64_t d = lane_id(); d < dim; d += kWarp)
-    x_hat.store<T>(i * dim + d, ignored ? T(0) : T(x.load<double>(i * dim + d) * inverse));
+    x_hat.store<T>(i * dim + d, ignored ? T(0) : T(x.load<double>(i * dim + d) * scale.outer * scale.inner));
   for (int64_t k = lane_id(); k < list.listed; k += kWarp)
     list.set(i, k, k == 0 && here ? label : classes, T(0));
   if (lane_id() != 0) return;
   const double distance = ignored ? 0.0 : math::distance_of_cosine(target_cosine[i]);
   target[i] = T(distance);
   for (int field = 0; field < kHingeFields; ++field) rows.at(HingeField(field), i) = 0;
-  rows.at(kHingeInverseNorm, i) = inverse;
+  rows.at(kHingeInverseNorm, i) = ignored ? 0.0 : scale.inverse();
   rows.at(kHingeThreshold, i) = ignored ? 0.0 : margin.value() + (triplet ? distance : 0.0);
   rows.at(kHingeBest, i) = -INFINITY;
   rows.at(kHingeBestClass, i) = -1;
+  rows.at(kHingeCounts, i) = ignored ? 0.0 : 1.0;
 }
 
 NF_DEVICE int count_bits(unsigned bits) {
@@ -92,7 +89,7 @@ fold_kernel(const T* __restrict__ scores,  // [N, width]
   int* counts = shared.take<int>(kWarps);
   const int64_t i = block_id();
   if (rows.ignored(i)) return;  // the whole block leaves
-  const int64_t target = labels[i] - first, capacity = hardest ? 0 : list.listed - 1;
+  const int64_t target = target_place(labels[i], first, width), capacity = hardest ? 0 : list.listed - 1;
   const T threshold = T(rows.at(kHingeThreshold, i));
   const double before = rows.at(kHingeActive, i);
   int64_t listed = before < double(capacity) ? int64_t(before) : capacity;
@@ -178,7 +175,7 @@ hinge_gradients_kernel(T* __restrict__ scores,  // [N, width]
                        bool exponential, HingeRows rows) {
   const int64_t i = block_id();
   const bool ignored = rows.ignored(i);
-  const int64_t target = labels[i] - first;
+  const int64_t target = target_place(labels[i], first, width);
   const T threshold = T(rows.at(kHingeThreshold, i));
   for (int64_t j = block_y() * kThreads + thread_id(); j < width; j += block_count_y() * kThreads) {
     T& cell = scores[i * width + j];

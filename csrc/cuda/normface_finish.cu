@@ -73,6 +73,7 @@ std::tuple<Tensor, Tensor> normface_finish(Tensor rows, Tensor x, Tensor class_s
                                            double m2, double m3, int64_t reduction, double smoothing,
                                            int64_t classes_in_all) {
   check_finish("normface_finish", rows, x, class_sum, smoothing);
+  check_number("normface_finish", "scale", scale, x);
   Queue queue(x);
   const int64_t N = x.size(0), D = x.size(1);
   const ScalarType wide = accumulator(x.scalar_type());

@@ -27,11 +27,11 @@ struct Sweep {
                               head.label_data(),
                               head.dim,
                               head.classes,
-                              head.classes_in_all,
                               head.partial,
                               ignore_index,
                               eps,
                               head.scale,
+                              head.window,
                               shift,
                               sample_weight,
                               head.class_weight,
@@ -62,7 +62,7 @@ struct Sweep {
     if (head.plain_products()) return;
     if (!head.tensor_cores()) {
       head.make_scores(count, x_hat, w_hat, scores);
-      update_shift(queue, {score_data(), count, head.padded(count), 1, false, first}, x_sum);
+      update_shift(queue, {score_data(), count, head.padded(count), 1, true, first}, x_sum);
       return;
     }
     if constexpr (std::is_same_v<T, float>) {
@@ -72,7 +72,7 @@ struct Sweep {
       ScoreExp task = head.score_exp_task(first, count, x_hat, w_hat, rows, nullptr);
       task.largest = static_cast<float*>(largest.mutable_data_ptr());
       score_largest(queue, task);
-      update_shift(queue, {task.largest, splits, 1, head.batch, true, RowLogits<T>::kNoClass}, x_sum);
+      update_shift(queue, {task.largest, splits, 1, head.batch, false, 0}, x_sum);
     }
   }
 
@@ -123,8 +123,8 @@ struct Sweep {
   void update_shift(Queue& queue, const RowLogits<T>& logits, T* x_sum) const {
     if (head.fixed_shift) return;
     launch("update_shift", queue, update_shift_kernel<T>, Grid{head.batch}, kThreads,
-           shared_bytes<T>(kThreads / kWarp), logits, head.label_data(), head.classes_in_all, head.scale,
-           rows, x_sum, head.dim);
+           shared_bytes<T>(kThreads / kWarp), logits, head.label_data(), head.window, head.scale, rows, x_sum,
+           head.dim);
   }
 };
 

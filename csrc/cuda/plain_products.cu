@@ -103,7 +103,7 @@ plain_scores_kernel(PlainScores<T> task) {
     const int64_t i = first_row + row;
     const bool exists = i < task.batch;
     const T shift = exists ? T(task.rows.at(kShift, i)) : T(0);
-    const int64_t target = exists ? task.labels[i] - task.first : -1;
+    const int64_t target = exists ? target_place(task.labels[i], task.first, task.width) : -1;
     T sum = 0, sum_cosine = 0;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {

@@ -23,6 +23,24 @@ NF_DEVICE T warp_largest(T value) {
   return value;
 }
 
+// A sum of any length: kRun terms at a time in T, the runs in double. A float sum of many like terms one by one
+// drifts away from them.
+template <class T>
+class LongSum {
+ public:
+  NF_DEVICE void add(T term) {
+    run_ += term;
+    if (++terms_ == kRun) total_ += double(run_), run_ = T(0), terms_ = 0;
+  }
+  NF_DEVICE T value() const { return T(total_ + double(run_)); }
+
+ private:
+  static constexpr int kRun = 64;
+  double total_ = 0;
+  T run_ = 0;
+  int terms_ = 0;
+};
+
 // `scratch` holds one value per warp. All threads of the block take part.
 template <class T>
 NF_DEVICE T block_sum(T value, T* scratch) {

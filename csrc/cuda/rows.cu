@@ -13,7 +13,12 @@ template <class S, int kVec>
 NF_KERNEL(kThreads)
 unit_rows_kernel(UnitRows task) {
   const int64_t r = block_id() * kRowsPerBlock + warp_id();
-  if (r < task.rows) unit_row<S, kVec>(task, r);
+  if (r >= task.rows) return;  // the whole warp leaves
+  const double s = task.factor.value(), root = std::sqrt(std::fabs(s));
+  const double factor = task.part == FactorPart::kWhole        ? s
+                        : task.part == FactorPart::kSignedRoot ? std::copysign(root, s)
+                                                               : root;
+  unit_row<S, kVec>(task, r, accum_t<S>(factor));
 }
 
 template <class S, int kVec>
@@ -21,8 +26,8 @@ NF_KERNEL(kThreads)
 project_rows_kernel(const S* __restrict__ x,  // [rows, length]
                     int64_t rows, int64_t length, accum_t<S> eps,
                     const accum_t<S>* __restrict__ inverse,  // [rows] or null
-                    const accum_t<S>* g, S* out)             // [rows, length], perhaps the same memory
-{
+                    const accum_t<S>* g, S* out,             // [rows, length], perhaps the same memory
+                    Scale factor) {
   using T = accum_t<S>;
   const int64_t r = block_id() * kRowsPerBlock + warp_id();
   if (r >= rows) return;  // the whole warp leaves
@@ -35,13 +40,13 @@ project_rows_kernel(const S* __restrict__ x,  // [rows, length]
     for (int e = 0; e < kVec; ++e) radial += T(v.at[e]) * scale.outer * scale.inner * gradient[at + e];
   });
   radial = warp_sum(radial);
+  const T inner = T(factor.value()) * scale.inner;
   row.each([&](int64_t at, const Vector<S, kVec>& v) {
     T d[kVec];
     for (int e = 0; e < kVec; ++e) {
       const T y = T(v.at[e]) * scale.outer * scale.inner;
-      d[e] =
-          held_finite<S>(math::normalize_vjp<T>(gradient[at + e], y, radial, scale.outer, scale.inner, T(0)),
-                         scale.norm, eps, 2);
+      d[e] = held_finite<S>(math::normalize_vjp<T>(gradient[at + e], y, radial, scale.outer, inner, T(0)),
+                            scale.norm, eps, 2);
     }
     store_as<S>(out, r * length + at, d);
   });
@@ -64,7 +69,7 @@ void project_rows(Queue& queue, const ProjectRows& task) {
     const auto kernel = vector ? project_rows_kernel<S, kVectorOf<S>> : project_rows_kernel<S, 1>;
     launch("project_rows", queue, kernel, grid_for(task.rows), kThreads, 0, static_cast<const S*>(task.x),
            task.rows, task.length, T(task.eps), static_cast<const T*>(task.inverse),
-           static_cast<const T*>(task.g), static_cast<S*>(task.out));
+           static_cast<const T*>(task.g), static_cast<S*>(task.out), task.factor);
   });
 }
 

@@ -52,12 +52,12 @@ NF_DEVICE void store_unit_row(const WarpRow<S, kVec>& row, const math::RowScale<
   });
 }
 
-// One row of unit_rows (rows.h). One warp.
+// One row of unit_rows (rows.h), whose factor is given. One warp.
 template <class S, int kVec>
-NF_DEVICE void unit_row(const UnitRows& task, int64_t r) {
+NF_DEVICE void unit_row(const UnitRows& task, int64_t r, accum_t<S> factor) {
   using T = accum_t<S>;
   const WarpRow<S, kVec> row(static_cast<const S*>(task.x) + r * task.length, task.length);
-  const math::RowScale<T> scale = scale_of(row, task.p, T(task.eps));
+  math::RowScale<T> scale = scale_of(row, task.p, T(task.eps));
   if (lane_id() == 0) {
     if (task.norm != nullptr) static_cast<T*>(task.norm)[r] = scale.norm;
     if (task.inverse != nullptr) static_cast<T*>(task.inverse)[r] = scale.inverse();
@@ -65,6 +65,7 @@ NF_DEVICE void unit_row(const UnitRows& task, int64_t r) {
   const int64_t first = r * task.length;
   if (task.copy != nullptr) store_unit_row<BFloat16>(row, scale, task.copy, first);
   if (task.y == nullptr) return;
+  scale.inner *= factor;
   switch (task.y_type) {
     case ScalarType::Half:
       return store_unit_row<Half>(row, scale, task.y, first);

@@ -4,11 +4,15 @@
 #include <device/launch.cuh>
 
 #include "checks.h"
+#include "stored.cuh"
 
 namespace nf {
 
-// y[r] = x[r] / ||x[r]|| for `rows` contiguous rows of `length`. y has any floating type (or is
-// null), `copy` takes the same values once more in bfloat16, norm and inverse take ||x|| and 1/||x||
+// Both sides of a product may share a factor: each takes the root of its magnitude, one of them the sign.
+enum class FactorPart { kWhole, kSignedRoot, kRoot };
+
+// y[r] = factor x[r] / ||x[r]|| for `rows` contiguous rows of `length`. y has any floating type (or is
+// null), `copy` takes the unit rows once more in bfloat16, norm and inverse take ||x|| and 1/||x||
 // in the accumulator type; each of them may be null.
 struct UnitRows {
   const void* x;
@@ -22,6 +26,8 @@ struct UnitRows {
   void* copy = nullptr;
   void* norm = nullptr;
   void* inverse = nullptr;
+  Scale factor{std::nullopt, 1.0};
+  FactorPart part = FactorPart::kWhole;
 };
 void unit_rows(Queue& queue, const UnitRows& task);
 
@@ -37,6 +43,7 @@ struct ProjectRows {
   const void* inverse;
   const void* g;
   void* out;
+  Scale factor{std::nullopt, 1.0};
 };
 void project_rows(Queue& queue, const ProjectRows& task);
 

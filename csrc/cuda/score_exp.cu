@@ -20,6 +20,8 @@ namespace {
 
 constexpr int kTile = 128;  // rows of a tile
 constexpr int kStages = 3;
+// Tiles of a block: what it adds up in float, tile by tile, must not drift.
+constexpr int64_t kMostTiles = 256;
 
 // Warps, four along the rows and kAcross along the classes: 32 x 64 of the tile each, as two row steps of 16
 // and two groups of 32 dealt classes.
@@ -107,7 +109,7 @@ template <class S, bool kLargestOnly>
 NF_KERNEL_RESIDENT(S::kThreads, S::kAcross == 2 ? 2 : 1)
 score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
   const double s = task.scale.value();
-  if (kLargestOnly && math::has_fixed_shift<float>(s, double(task.classes))) return;
+  if (kLargestOnly && math::FixedShift{task.largest_fixed_scale, 0.0}.serves(s)) return;
 
   SharedMemory shared;
   const int x_stride = padded_columns(task.dim), steps = x_stride / kBlock;
@@ -146,9 +148,8 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
   }
   if (thread_id() < kTile) {  // visible after the first step's barrier
     const int64_t i = first_row + thread_id();
-    const int64_t place = i < task.batch ? task.labels[i] - task.first : -1;
     offset[thread_id()] = math::power_of_two(s, i < task.batch ? task.rows.at(kShift, i) : 0.0).offset;
-    target[thread_id()] = place >= 0 && place < task.width ? int(place) : -1;
+    target[thread_id()] = i < task.batch ? int(target_place(task.labels[i], task.first, task.width)) : -1;
   }
   const float slope = kLargestOnly ? float(s) : math::power_of_two(s, 0.0).slope;
 
@@ -174,6 +175,7 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
     for (int r = 0; r < kHeldRows; ++r) {
       const int row = held_row<S>(r);
       const float row_offset = offset[row];
+      float part = 0, part_cosine = 0;  // of this tile
 #pragma unroll
       for (int n = 0; n < kGroups; ++n) {
         // Of this lane's eight classes here: how many exist, and which of them is the target.
@@ -198,14 +200,18 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
           Vector<BFloat16, kChunk> stored;
 #pragma unroll
           for (int k = 0; k < kChunk; ++k) {
-            sum[r] += e[k];
-            sum_cosine[r] += e[k] * acc[r / 2][n][k / 2][r % 2 * 2 + k % 2];
+            part += e[k];
+            part_cosine += e[k] * acc[r / 2][n][k / 2][r % 2 * 2 + k % 2];
             stored.at[k] = BFloat16(e[k]);
           }
           // Rows of E are padded to a multiple of kChunk, so a chunk that begins inside fits.
           if (task.e != nullptr && exist > 0 && first_row + row < task.batch)
             store_vector_global<kChunk>(task.e + (first_row + row) * task.stride + first, stored);
         }
+      }
+      if constexpr (!kLargestOnly) {
+        sum[r] += part;
+        sum_cosine[r] += part_cosine;
       }
     }
   }
@@ -246,7 +252,7 @@ int64_t tiles_per_block(const Queue& queue, int64_t batch, int64_t dim, int64_t 
     const int64_t blocks = (S::kAcross == 2 ? 8 : 4) * queue.multiprocessors();
     const int64_t splits = std::max<int64_t>(1, blocks / std::max<int64_t>(1, row_blocks_of(batch)));
     const int64_t tiles = (width + S::kClasses - 1) / S::kClasses;
-    return (tiles + splits - 1) / splits;
+    return std::min(kMostTiles, (tiles + splits - 1) / splits);
   });
 }
 

@@ -15,8 +15,8 @@ struct ScoreExp {
   int64_t batch;
   int64_t dim;  // a multiple of 8, so that rows begin at multiples of 16 bytes
   int64_t width;
-  int64_t first;    // class of w_hat's row 0
-  int64_t classes;  // C
+  int64_t first;               // class of w_hat's row 0
+  double largest_fixed_scale;  // math::FixedShift of all classes
   const int64_t* labels;
   Scale scale;
   RowState rows;

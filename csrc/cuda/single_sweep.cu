@@ -6,6 +6,10 @@
 // A block owns kTile rows of Q and of O; a warp takes whole rows, so that what it makes of the scores is, as
 // it lies in its registers, the left factor of the second product. Because the shift is fixed beforehand,
 // nothing is ever rescaled. Forward splits the classes over blocks; the last block of some rows adds up.
+//
+// A block may have a million classes, over which a float sum of like terms would drift. S and A are therefore
+// summed step by step, and every kStretch classes what has come together is added to the block's partial sums,
+// in double.
 #include <device/arrival.cuh>
 #include <device/exp2.cuh>
 #include <device/shared_memory.cuh>
@@ -18,6 +22,7 @@ namespace nf {
 namespace {
 
 constexpr int kTile = 128;
+constexpr int kStretch = 1024;  // classes, a multiple of those of a step
 
 template <int kColumns>
 struct Shape {
@@ -131,11 +136,10 @@ single_sweep_kernel(SingleSweep task, int64_t keys_per_block) {
 
   for (int row = thread_id(); row < kTile; row += S::kThreads) {  // visible after the first step's barrier
     const int64_t i = first_row + row;
-    const int64_t place = i < task.batch ? task.labels[i] - task.first : -1;
     const double shift = i < task.batch ? task.rows.at(kShift, i) : 0.0;
     // -inf: no class but the target so far. Its E is 0 only under a finite offset; any will do.
     buffers.rows[row] = {math::power_of_two(s, shift == -INFINITY ? 0.0 : shift).offset,
-                         place >= 0 && place < task.width ? int(place) : -1};
+                         i < task.batch ? int(target_place(task.labels[i], task.first, task.width)) : -1};
   }
   // The slope is kept from 0, where it makes no difference, so that there is a cosine whose E is 0 and which
   // adds 0 to A: what classes get that do not count.
@@ -155,7 +159,26 @@ single_sweep_kernel(SingleSweep task, int64_t keys_per_block) {
   // What this lane holds: rows first_held + 8 r, and columns 8 p + first_column + {0, 1}.
   const int first_held = warp_id() * S::kRowSteps * 16 + lane_id() / 4, first_column = lane_id() % 4 * 2;
   float sum[kHeldRows] = {}, sum_cosine[kHeldRows] = {};
+  // The sums of this lane's quad go to memory, where no other thread has a part in them.
+  const auto put_sums = [&](bool add) {
+#pragma unroll
+    for (int r = 0; r < kHeldRows; ++r) {
+      sum[r] += shuffle_xor(sum[r], 1);
+      sum[r] += shuffle_xor(sum[r], 2);
+      sum_cosine[r] += shuffle_xor(sum_cosine[r], 1);
+      sum_cosine[r] += shuffle_xor(sum_cosine[r], 2);
+      const int64_t i = first_row + first_held + 8 * r;
+      if (lane_id() % 4 == 0 && i < task.batch) {
+        double* of_row = task.partial + split * task.batch + i;
+        double* cosine_of_row = of_row + splits * task.batch;
+        *of_row = (add ? *of_row : 0.0) + sum[r];
+        *cosine_of_row = (add ? *cosine_of_row : 0.0) + sum_cosine[r];
+      }
+      sum[r] = sum_cosine[r] = 0;
+    }
+  };
   const auto weigh = [&](int key, int, float (&scores)[S::kRowSteps][S::kKeys / 8][4]) {
+    if (key > begin && (key - begin) % kStretch == 0) put_sums(key - begin > kStretch);
 #pragma unroll
     for (int r = 0; r < kHeldRows; ++r) {
       const SweepRow row = buffers.rows[first_held + 8 * r];
@@ -168,33 +191,29 @@ single_sweep_kernel(SingleSweep task, int64_t keys_per_block) {
             if (place >= end || place == row.label) scores[r / 2][n][r % 2 * 2 + k] = out_of_it;
           }
       }
+      float part = 0, part_cosine = 0;  // of this step
 #pragma unroll
       for (int n = 0; n < S::kKeys / 8; ++n)
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           float& value = scores[r / 2][n][r % 2 * 2 + k];
           const float e = exp2_or_zero(slope * value + row.offset);
-          sum[r] += e;
-          sum_cosine[r] += e * value;
+          part += e;
+          part_cosine += e * value;
           value = e;
         }
+      sum[r] += part;
+      sum_cosine[r] += part_cosine;
     }
   };
   float out[S::kRowSteps][kColumns / 8][4] = {};
   sweep(buffers, begin, end, fetch, weigh, out);
 
+  put_sums(end - begin > kStretch);
 #pragma unroll
   for (int r = 0; r < kHeldRows; ++r) {
-    sum[r] += shuffle_xor(sum[r], 1);
-    sum[r] += shuffle_xor(sum[r], 2);
-    sum_cosine[r] += shuffle_xor(sum_cosine[r], 1);
-    sum_cosine[r] += shuffle_xor(sum_cosine[r], 2);
     const int64_t i = first_row + first_held + 8 * r;
     if (i >= task.batch) continue;
-    if (lane_id() % 4 == 0) {
-      task.partial[split * task.batch + i] = sum[r];
-      task.partial[(splits + split) * task.batch + i] = sum_cosine[r];
-    }
 #pragma unroll
     for (int p = 0; p < kColumns / 8; ++p)
       if (first_column + 8 * p < task.dim)

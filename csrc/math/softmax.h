@@ -17,16 +17,36 @@ struct ExpRange {
 };
 
 // Cosines are bounded, so one kappa serves every row while
-//   s + kappa <= kLow   and   s - kappa + ln C <= kHigh.
+//   s + kappa <= kLow   and   s - kappa + ln C <= kHigh:
+// for every |s| up to this one.
+template <class T>
+NF_HD double largest_fixed_scale(double classes) {
+  return 0.5 * (ExpRange<T>::kLow + ExpRange<T>::kHigh - std::log(classes));
+}
+
 template <class T>
 NF_HD bool has_fixed_shift(double scale, double classes) {
-  return 2.0 * std::fabs(scale) + std::log(classes) <= ExpRange<T>::kLow + ExpRange<T>::kHigh;
+  return std::fabs(scale) <= largest_fixed_scale<T>(classes);
 }
 
 // The middle between both limits, whatever the scale.
 template <class T>
 NF_HD double fixed_shift(double classes) {
   return 0.5 * (ExpRange<T>::kLow - ExpRange<T>::kHigh + std::log(classes));
+}
+
+// Both numbers of a class count. Whoever has a scale compares it with them: were the logarithm taken on host
+// and device, each with its own last digit, they could disagree at the border.
+struct FixedShift {
+  double largest_scale;
+  double kappa;
+
+  NF_HD bool serves(double scale) const { return std::fabs(scale) <= largest_scale; }
+};
+
+template <class T>
+NF_HD FixedShift fixed_shift_of(double classes) {
+  return {largest_fixed_scale<T>(classes), fixed_shift<T>(classes)};
 }
 
 // E_j = 2^(slope c_j + offset): one multiply-add and the power of two that hardware has.

@@ -112,6 +112,7 @@ def _loss(
     ignore_index = _checks.ignore_index(op, ignore_index)
     _checks.labels(op, labels, x, shard.num_classes, ignore_index)
     options = options.checked(op, "math")
+    options.check_device(op, x)
     _checks.reduction(op, reduction)
     eps = _checks.eps(op, eps)
     workspace = _checks.workspace(op, workspace)
