@@ -96,6 +96,8 @@ def _fork_server() -> BaseContext:
     """Started in "/": it looks for modules where it starts, and the sources lie where users start it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    # Killed processes leave semaphores of torch.compile's; the tracker removes them, and would say so.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     here = os.getcwd()
     os.chdir("/")
     try:
