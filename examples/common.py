@@ -179,7 +179,7 @@ def load(options: argparse.Namespace) -> Data:
         pixels, labels, names = (*fashion(), FASHION_NAMES)
         if labels.max() >= len(names):
             raise SystemExit(f"{FASHION}: expected labels from 0 to {len(names) - 1}, got {labels.max()}")
-    elif Path(options.data).is_dir():
+    elif os.path.isdir(options.data):
         pixels, labels, names = folder(Path(options.data))
     else:
         raise SystemExit(f"--data: expected digits, fashion-mnist or a folder, got {options.data!r}")

@@ -76,10 +76,9 @@ def read_image(path: Path, size: int) -> Tensor:
 
 def scan(folder: Path, size: int) -> Scan:
     """Decodes every image once, so that nothing unreadable is met in the middle of an epoch."""
-    if not folder.is_dir():
-        raise SystemExit(
-            f"{folder}: expected a folder of people, got {'a file' if folder.exists() else 'nothing'}"
-        )
+    if not os.path.isdir(folder):  # where Path.is_dir fails if a folder above may not be read
+        got = "a file" if os.path.exists(folder) else "nothing"
+        raise SystemExit(f"{printable(folder)}: expected a folder of people, got {got}")
     result = Scan()
     entries = _entries(folder)
     if isinstance(entries, OSError):

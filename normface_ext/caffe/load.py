@@ -41,7 +41,11 @@ def load_head(
         dtype: of the parameters.
 
     Raises:
-        ValueError: what the file has that is not supported, all of it, each with its file and line.
+        ValueError: what the file has that is not supported, all of it, each with its file and line, in at
+            most 2000 characters. Also what no memory or time should be spent on: more than 1 MiB of text,
+            5000 layers in the net or 1000 in the head, blobs of 2^31 numbers (as in Caffe) or that together
+            do not fit into the free memory.
+        OSError: the file can't be read.
         ImportError: protobuf is missing (`pip install 'normface_ext[caffe]'`).
     """
     mode = choice("load_head", "mode", mode, MODES)
