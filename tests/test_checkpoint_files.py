@@ -419,6 +419,11 @@ def test_ctrl_c_while_saving_is_ctrl_c(tmp_path, monkeypatch):
     assert checkpoints(tmp_path) == []
 
 
+def test_a_step_may_be_a_numpy_integer(tmp_path):
+    saved(tmp_path, np.int64(4))
+    assert load_checkpoint(tmp_path, *make(momentum=0.9)) == 4
+
+
 @pytest.mark.parametrize("number", [1.0, True, "1", None])
 def test_a_step_is_an_int(tmp_path, number):
     with pytest.raises(TypeError, match="save_checkpoint: expected `step` to be an int, got"):

@@ -8,12 +8,13 @@ loaded can run code.
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch.distributed as dist
 from torch import nn
@@ -153,8 +154,9 @@ def save_checkpoint(
         RuntimeError: a rank died or came too late.
     """
     op = "save_checkpoint"
-    if isinstance(step, bool) or not isinstance(step, int):
+    if isinstance(step, bool) or not isinstance(step, SupportsIndex):
         raise TypeError(f"{op}: expected `step` to be an int, got {type(step).__name__}")
+    step = operator.index(step)
     if step < 0:
         raise ValueError(f"{op}: expected `step` >= 0, got {step}")
     if keep is not None and keep < 1:
