@@ -37,9 +37,9 @@ def _inner_distance_backward_fake(grad: Tensor, near: Tensor, *arguments: Any) -
 class _InnerDistance(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor | None, p: int) -> Tensor:
-        x, weight = x.contiguous(), weight.contiguous()
+        need_near = any(ctx.needs_input_grad[:2])
         out: Tensor
-        out, near = ops._kernels(x, weight).inner_distance(x, weight, p, any(ctx.needs_input_grad[:2]))
+        out, near = ops._kernels(x, weight).inner_distance(x.contiguous(), weight.contiguous(), p, need_near)
         ctx.save_for_backward(near, x, weight, None if labels is None else labels.contiguous())
         ctx.p = p
         return out
@@ -50,9 +50,10 @@ class _InnerDistance(Function):
         needed = ctx.needs_input_grad[:2]
         with torch.no_grad():
             gradients = ops._kernels(x, weight).inner_distance_backward(
-                grad.contiguous(), near, x, weight, labels, ctx.p, *needed
+                grad.contiguous(), near, x.contiguous(), weight.contiguous(), labels, ctx.p, *needed
             )
-        return *ops._no_second_derivative("inner_distance", asked(needed, gradients)), None, None
+        given = asked(needed, gradients)
+        return *ops._no_second_derivative("inner_distance", given, grad, x, weight), None, None
 
 
 def inner_distance(x: Tensor, weight: Tensor, labels: Tensor | None, p: int) -> Tensor:
@@ -72,10 +73,9 @@ def _pair_distance_fake(a: Tensor, b: Tensor, p: int) -> Tensor:
 class _PairDistance(Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, p: int) -> Tensor:
-        a, b = a.contiguous(), b.contiguous()
         ctx.save_for_backward(a, b)
         ctx.p = p
-        out: Tensor = ops._kernels(a, b).pair_distance(a, b, p)
+        out: Tensor = ops._kernels(a, b).pair_distance(a.contiguous(), b.contiguous(), p)
         return out
 
     @staticmethod
@@ -83,8 +83,11 @@ class _PairDistance(Function):
         a, b = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         with torch.no_grad():
-            gradients = ops._kernels(a, b).pair_distance_backward(grad.contiguous(), a, b, ctx.p, *needed)
-        return *ops._no_second_derivative("pair_distance", asked(needed, gradients)), None
+            gradients = ops._kernels(a, b).pair_distance_backward(
+                grad.contiguous(), a.contiguous(), b.contiguous(), ctx.p, *needed
+            )
+        given = asked(needed, gradients)
+        return *ops._no_second_derivative("pair_distance", given, grad, a, b), None
 
 
 def pair_distance(a: Tensor, b: Tensor, p: int) -> Tensor:

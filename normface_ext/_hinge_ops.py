@@ -188,10 +188,10 @@ class _AgentHinge(Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, margin: Tensor | None, options: HingeOptions
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
+        rows, agents, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
         capacity = options.capacity if any(ctx.needs_input_grad[:2]) else 0
-        cosine = target_cosine(x, weight, labels, options, False)
-        target, value, *state = sweep(x, weight, labels, cosine, margin, options, capacity, False)
+        cosine = target_cosine(rows, agents, labels, options, False)
+        target, value, *state = sweep(rows, agents, labels, cosine, margin, options, capacity, False)
         ctx.save_for_backward(x, weight, labels, *state)
         ctx.arguments = options, capacity
         ctx.mark_non_differentiable(state[0])
@@ -205,11 +205,20 @@ class _AgentHinge(Function):
             slope = state[0][HINGE_SLOPE].to(grad_value.dtype)
             factors = cosine_factors(state[0], slope, grad_target, grad_value, options.triplet)
             gradients = sweep_gradients(
-                *factors, x, weight, labels, state, options, capacity, ctx.needs_input_grad[:2], False
+                *factors,
+                x.contiguous(),
+                weight.contiguous(),
+                labels,
+                state,
+                options,
+                capacity,
+                ctx.needs_input_grad[:2],
+                False,
             )
         # Both losses stand on this op; the sentence names the one that is the other's pattern.
         name = "c_triplet_loss" if options.triplet else "c_contrastive_loss"
-        return *ops._no_second_derivative(name, gradients), None, None, None
+        origins = grad_target, grad_value, x, weight
+        return *ops._no_second_derivative(name, gradients, *origins), None, None, None
 
 
 def agent_hinge(

@@ -40,13 +40,29 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _no_second_derivative(op: str, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients that raise a sentence when somebody differentiates them again."""
+class _Once(Function):
+    """The first ``count`` of the tensors, as a function of all that raises when it is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, count: int, *tensors: Tensor | None) -> Any:
+        ctx.message = message
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        raise RuntimeError(ctx.message)
+
+
+def _no_second_derivative(
+    op: str, gradients: tuple[Tensor | None, ...], *origins: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients that raise a sentence when somebody differentiates them again, by one of the ``origins`` or
+    by anything: autograd goes only where what is asked for can be reached."""
     if not torch.is_grad_enabled():
         return gradients
     message = f"{op}: second derivatives are not available; differentiate normface_ext.reference.{op} instead"
     present = [g.detach().requires_grad_() for g in gradients if g is not None]
-    raising = iter(torch._C._functions.DelayedError(message.encode(), len(present))(*present))
+    raising = iter(_Once.apply(message, len(present), *present, *origins))
     return tuple(None if g is None else next(raising) for g in gradients)
 
 
@@ -545,11 +561,11 @@ class _NormFaceLoss(Function):
         class_weight: Tensor | None,
         options: LossOptions,
     ) -> Tensor:
-        x, weight, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
+        labels = labels.contiguous()
         need_x, need_weight = ctx.needs_input_grad[:2]
         swept, options = normface_sweep_in_memory(
-            x,
-            weight,
+            x.contiguous(),
+            weight.contiguous(),
             labels,
             scale,
             sample_weight,
@@ -558,7 +574,7 @@ class _NormFaceLoss(Function):
             need_x=need_x,
             need_weight=need_weight,
         )
-        loss, rows = normface_finish(swept.rows, x, swept.class_sum, scale, options)
+        loss, rows = normface_finish(swept.rows, x.contiguous(), swept.class_sum, scale, options)
         ctx.save_for_backward(x, weight, scale, labels, class_weight, *swept._replace(rows=rows))
         ctx.options = options
         return loss
@@ -569,9 +585,18 @@ class _NormFaceLoss(Function):
         needed = ctx.needs_input_grad[:3]
         with torch.no_grad():
             gradients = normface_backward(
-                grad_loss, x, weight, labels, scale, class_weight, Swept(*swept), ctx.options, needed
+                grad_loss,
+                x.contiguous(),
+                weight.contiguous(),
+                labels,
+                scale,
+                class_weight,
+                Swept(*swept),
+                ctx.options,
+                needed,
             )
-        asked = _no_second_derivative("normface_loss", _asked(needed, gradients, scale))
+        given = _asked(needed, gradients, scale)
+        asked = _no_second_derivative("normface_loss", given, grad_loss, x, weight, scale)
         return *asked, None, None, None, None
 
 

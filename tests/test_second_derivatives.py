@@ -1,0 +1,52 @@
+"""Ops without second derivatives say so, however and by whatever they are asked for: never a silent zero."""
+
+import itertools
+
+import pytest
+import torch
+
+import normface_ext as nf
+
+F = nf.functional
+
+#: name -> (x, weight, labels) -> number. The sentence begins with the name.
+OPS = {
+    "normface_loss": lambda x, w, y: F.normface_loss(x, w, y, 4.0),
+    "c_contrastive_loss": lambda x, w, y: F.c_contrastive_loss(x, w, y),
+    "c_triplet_loss": lambda x, w, y: F.c_triplet_loss(x, w, y),
+    "inner_distance": lambda x, w, y: F.inner_distance(x, w).square().sum(),
+    "pair_distance": lambda x, w, y: F.triplet_loss(x, w[y], w[y - 1], margin=9.0),
+}
+STRIDED = {"contiguous": lambda t: t, "transposed": lambda t: t.t().contiguous().t()}
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("trained", [("x",), ("weight",), ("x", "weight")], ids="+".join)
+@pytest.mark.parametrize("layouts", list(itertools.product(STRIDED, STRIDED)), ids="+".join)
+def test_a_penalty_on_a_gradient_raises(lane, name, trained, layouts):
+    leaves = {"x": lane.randn(5, 8), "weight": lane.randn(7, 8, seed=1)}
+    leaves = {
+        key: STRIDED[layout](t).detach() for (key, t), layout in zip(leaves.items(), layouts, strict=True)
+    }
+    for key in trained:
+        leaves[key].requires_grad_()
+    labels = lane.labels(5, 7)
+    for penalised in trained:
+        for asked in (penalised, *trained):
+            loss = OPS[name](*leaves.values(), labels)
+            (first,) = torch.autograd.grad(loss, leaves[penalised], create_graph=True)
+            with pytest.raises(RuntimeError, match=f"^{name}: second derivatives are not available"):
+                torch.autograd.grad(loss + first.square().sum(), leaves[asked], retain_graph=True)
+            with pytest.raises(RuntimeError, match=f"^{name}: second derivatives are not available"):
+                (loss + first.square().sum()).backward()
+
+
+def test_a_first_gradient_with_a_graph_is_the_same(lane):
+    x, weight, labels = lane.randn(5, 8, grad=True), lane.randn(7, 8, seed=1, grad=True), lane.labels(5, 7)
+    for name, call in OPS.items():
+        plain, graphed = (
+            torch.autograd.grad(call(x, weight, labels), (x, weight), create_graph=graph)
+            for graph in (False, True)
+        )
+        for a, b in zip(plain, graphed, strict=True):
+            assert torch.equal(a, b.detach()), name
