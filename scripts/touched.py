@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "normface_ext"
 #: Runs with every change of a kernel: all ops, both directions, in seconds.
 ALWAYS = "test_every_op"
-#: Test files by how the names of ops begin; every op of csrc/schemas.h has a row (tests/test_touched.py).
+#: Test files by how the names of ops begin, the main one first; every op of csrc/schemas.h has a row.
 TESTS_OF_OPS = {
     "normalize": ["test_normalize"],
     "norm_linear": ["test_norm_linear"],
@@ -33,6 +33,7 @@ TESTS_OF_OPS = {
 #: What no import says, by the beginning of the path.
 TESTS_OF_FILES = {
     "normface_ext/__init__.py": [ALWAYS, "test_contract"],
+    "normface_ext/_checkout.py": ["test_install"],
     "csrc/schemas.h": ["test_contract"],
     "csrc/math/": ["test_math"],
     "csrc/cuda/device/": ["test_emulation"],
@@ -41,8 +42,8 @@ TESTS_OF_FILES = {
     "tests/prototxt/": ["test_caffe_loader"],
     "tests/lanes.py": [ALWAYS],
     "tests/conftest.py": [ALWAYS, "test_selection"],
-    "setup.py": ["test_build"],
-    "pyproject.toml": ["test_build"],
+    "setup.py": ["test_install", "test_build"],
+    "pyproject.toml": ["test_build", "test_install"],
     "README.md": ["test_docs"],
     "docs/": ["test_docs"],
     "benchmarks/": ["test_benchmarks"],
@@ -157,8 +158,9 @@ def names_used(module: str) -> set[str]:
             used |= {definer(target, each) for each in bindings(target) if not each.startswith("_")}
     text = modules()[module].read_text(encoding="utf-8")
     used |= {name for name in re.findall(rf"[\"'/ ]({PACKAGE}\.[\w.]+)", text) if name in modules()}
-    # Scripts that tests start by their file name, such as "train_digits.py".
-    used |= {name for name in re.findall(r"[\"'/](\w+)\.py\b", text) if name in modules()}
+    # Scripts that tests start by their file name, such as "train_digits.py"; this one's test starts none.
+    if module != "test_touched":
+        used |= {name for name in re.findall(r"[\"'/](\w+)\.py\b", text) if name in modules()}
     return used - {module, PACKAGE}
 
 
@@ -195,7 +197,11 @@ def tests_of_python(changed: str) -> list[str]:
         if not new or (found and distance > min(found.values())):
             break
     own = f"test_{changed.rpartition('.')[2].strip('_')}"
-    return sorted(found, key=lambda test: (test != own, found[test], takes_long(test), test))
+
+    def order(test: str) -> tuple[object, ...]:  # of equally near ones the one that is about least else first
+        return test != own, found[test], takes_long(test), len(uses()[test]), test
+
+    return sorted(found, key=order)
 
 
 # C++ ----------------------------------------------------------------------------------------------------
@@ -239,10 +245,13 @@ def ops_of(source: str) -> set[str]:
 
 
 def tests_of_ops(ops: Iterable[str]) -> list[str]:
-    found = {
-        test for op in ops for start, tests in TESTS_OF_OPS.items() if op.startswith(start) for test in tests
-    }
-    return sorted(found)
+    """Those of the table, the main file of each op before what stands behind it there."""
+    place: dict[str, int] = {}
+    for start, tests in TESTS_OF_OPS.items():
+        if any(op.startswith(start) for op in ops):
+            for index, test in enumerate(tests):
+                place[test] = min(index, place.get(test, index))
+    return sorted(place, key=lambda test: (place[test], test))
 
 
 def tests_of_csrc(file: str) -> Touched:
