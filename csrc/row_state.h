@@ -4,6 +4,8 @@
 // has the same rows.
 #pragma once
 
+#include "math/host_device.h"
+
 namespace nf {
 
 enum RowField {
@@ -26,6 +28,12 @@ enum RowField {
 
 // Instead of a label: the row counts, and its target is a class of another shard.
 constexpr long long kElsewhere = -1;
+
+// The place of a label's class among the `width` classes from `first` on, -1 where it is not there. What
+// stands for no class (an ignored row) may be any int64, whose difference to `first` need not exist.
+NF_HD int64_t target_place(int64_t label, int64_t first, int64_t width) {
+  return label >= first && label - first < width ? label - first : -1;
+}
 
 // What makes the products on CUDA. plan.py chooses; those on tensor cores need 16-bit operands, the plain
 // ones wider.

@@ -183,9 +183,9 @@ def test_any_index_to_ignore_in_the_head(cuda_lane, monkeypatch, choice, ignore)
 
 @every_hinge
 @pytest.mark.parametrize("ignore", EXTREME)
-def test_any_index_to_ignore_in_a_hinge_loss(cuda_lane, loss, ignore):  # noqa: F811
+def test_any_index_to_ignore_in_a_hinge_loss(lane, loss, ignore):
     function, options = HINGES[loss]
-    x, weight, labels = sample(cuda_lane, 4, 8, 7)
+    x, weight, labels = sample(lane, 4, 8, 7)
     results = []
     for index in (-100, ignore):
         labels[1] = index

@@ -114,8 +114,8 @@ void hinge_gradients(const HeadShape& shape, const int64_t* labels, const HingeR
     const T threshold = T(rows[kHingeThreshold][i]), factor = hinge_factor[i];
     for (int64_t j = 0; j < tile.width; ++j)
       row[j] = factor * math::hinge_term<T>(exponential, threshold, row[j]).slope;
-    const int64_t own = labels[i] - tile.first;
-    if (own >= 0 && own < tile.width) row[own] = target_factor[i];
+    const int64_t own = target_place(labels[i], tile.first, tile.width);
+    if (own >= 0) row[own] = target_factor[i];
   }
 }
 

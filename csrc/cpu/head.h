@@ -72,8 +72,8 @@ void score_tile(const HeadShape& shape, T* x_hat, T* w_hat, const Tile& tile, T*
 // Calls part(begin, end) for the columns of a tile other than the row's own target.
 template <class Part>
 void around_target(int64_t label, const Tile& tile, const Part& part) {
-  const int64_t target = label - tile.first;
-  if (target < 0 || target >= tile.width) return part(0, tile.width);
+  const int64_t target = target_place(label, tile.first, tile.width);
+  if (target < 0) return part(0, tile.width);
   part(0, target);
   part(target + 1, tile.width);
 }

@@ -36,8 +36,8 @@ void exponentiate(const HeadShape& shape, const Labels& labels, const double* sh
       sum[i] += part.exp;
       sum_cosine[i] += part.exp_cosine;
     });
-    const int64_t target = labels.data[i] - tile.first;
-    if (target >= 0 && target < tile.width) row[target] = T(0);
+    const int64_t target = target_place(labels.data[i], tile.first, tile.width);
+    if (target >= 0) row[target] = T(0);
   }
 }
 
