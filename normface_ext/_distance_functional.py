@@ -112,7 +112,7 @@ def pair_contrastive_loss(
     margin = number(op, "margin", margin)
     _checks.reduction(op, reduction)
     squared = _distance_ops.pair_distance(a, b, 2)
-    apart = squared > 0
+    apart = squared != 0  # NaN stays one
     distance = torch.where(apart, squared, 1).sqrt() * apart
     losses = torch.where(checked.bool(), squared, (margin - distance).clamp_min(0).square()) / 2
     return reference._reduce(losses, torch.ones_like(checked, dtype=torch.bool), reduction)

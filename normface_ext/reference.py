@@ -204,7 +204,7 @@ def c_contrastive_loss(
     target, others = _split(_agent_distances(x, weight, eps), labels)
     kept = labels != ignore_index
     positive = (target - pos_margin).clamp(0, positive_outlier_thresh)
-    if max_positive_only:
+    if max_positive_only and len(labels):
         best = torch.where(kept, positive, -torch.inf).argmax()
         positive = torch.where(torch.arange(len(labels), device=labels.device) == best, positive, 0)
     if hardest_only:
@@ -255,7 +255,7 @@ def pair_contrastive_loss(
     """loss_i = 1/2 (d^2 where same, (margin - d)_+^2 elsewhere), d = |a_i - b_i| (Hadsell et al. 2006)."""
     squared = (_wide(a) - _wide(b)).square().sum(1)
     # At d = 0 the distance has no slope; the push apart is taken as 0 there.
-    distance = torch.where(squared > 0, squared, 1).sqrt() * (squared > 0)
+    distance = torch.where(squared != 0, squared, 1).sqrt() * (squared != 0)
     losses = torch.where(same.bool(), squared, (margin - distance).clamp_min(0).square()) / 2
     return _reduce(losses, torch.ones_like(same, dtype=torch.bool), reduction)
 
