@@ -8,6 +8,8 @@ import pytest
 import torch
 from lanes import LANES, MISSING, Lane
 
+pytest_plugins = ["fuzz_options"]
+
 
 def pytest_report_header() -> list[str]:
     return [f"normface_ext lanes: {', '.join(lane.name for lane in LANES)}", *MISSING]
