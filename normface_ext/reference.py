@@ -230,7 +230,7 @@ def c_contrastive_loss(
     kept = labels != ignore_index
     target, others = _split(_agent_distances(_counting(x, kept), weight, eps), labels)
     positive = (target - pos_margin).clamp(0, positive_outlier_thresh)
-    if max_positive_only:
+    if max_positive_only and len(labels):
         best = torch.where(kept, positive, -torch.inf).argmax()
         positive = torch.where(torch.arange(len(labels), device=labels.device) == best, positive, 0)
     if hardest_only:

@@ -11,6 +11,8 @@ import workers
 from lanes import LANES, MISSING, Lane
 from selection import pytest_addoption, pytest_collection_modifyitems  # noqa: F401  (hooks)
 
+pytest_plugins = ["fuzz_options"]
+
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:

@@ -201,7 +201,10 @@ def test_the_module_says_what_it_is():
         ("mesh", "TypeError: shard_head: expected `mesh` to be a DeviceMesh, got str"),
         ("2-D", "ValueError: shard_head: expected `mesh` to be 1-D, got 2 dimensions"),
         ("rate", "ValueError: shard_head: expected `sample_rate` in (0, 1], got 0.0"),
-        ("gradients", "ValueError: shard_head: expected `backbone_gradients` to be one of mean, sum"),
+        (
+            "gradients",
+            "ValueError: shard_head: expected `backbone_gradients` to be one of mean, sum, got 'both'",
+        ),
         ("seed", "ValueError: shard_head: expected `seed` in [0, 4294967295], got -1"),
         ("margin", "TypeError: distributed.normface_loss: expected `margin` to be CosFace, ArcFace"),
         ("labels", "IndexError: distributed.normface_loss: expected `labels` in [0, 5)"),
