@@ -150,9 +150,8 @@ def test_classes_of_heads(head, tight, dtype, power, upstream):
 
 
 @every_head
-def test_a_zero_row_reaches_nothing(head):
+def test_a_zero_row_reaches_nothing(lane, head):
     """Under eps = 0 a zero row stays zero, and its own gradient alone is divided by 0."""
-    lane = LANES[0]
     x, weight, labels = (
         integers(lane, 5, 33, torch.float32),
         integers(lane, 21, 33, torch.float32, 1),
@@ -173,3 +172,27 @@ def test_a_zero_row_reaches_nothing(head):
     rest = torch.arange(5) != 2
     torch.testing.assert_close(dx[rest], dx_expected[rest])
     assert not dx[2].isnan().any()
+
+
+@pytest.mark.parametrize("scale", [64.0, -64.0, 1.0])
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("dtype", POWERS, ids=str)
+def test_a_zero_row_of_norm_linear(lane, dtype, as_tensor, scale):
+    """It stays zero whatever the scale, and without an upstream gradient it has none itself."""
+    x, weight = integers(lane, 4, 8, dtype), integers(lane, 5, 8, dtype, 1)
+    x[1] = 0
+    weight[2] = 0
+    upstream = lane.randn(4, 5, dtype=dtype)
+    upstream[1] = 0
+    upstream[:, 2] = 0
+
+    def results(eps):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        factor = lane.tensor(torch.tensor(scale, dtype=torch.float64)) if as_tensor else scale
+        out = F.norm_linear(*leaves, factor, eps)
+        return out.detach(), *torch.autograd.grad(out, leaves, upstream)
+
+    got = results(0.0)
+    for found, expected in zip(got, results(1e-12), strict=True):  # nothing beside the length of the rows
+        torch.testing.assert_close(found, expected)
+    assert not got[0][1].any() and not got[0][:, 2].any() and not got[1][1].any() and not got[2][2].any()

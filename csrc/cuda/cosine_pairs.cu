@@ -51,7 +51,7 @@ pairs_features_kernel(Pairs pairs, const T* __restrict__ factors, const T* __res
     return;
   }
   project_row<T>(
-      pairs.x, i, dim, pairs.eps, x_inverse[i],
+      pairs.x, i, dim, pairs.eps, math::held_factor(x_inverse[i]),
       [&](int64_t d) {
         LongSum<T> sum;
 #pragma unroll 1
@@ -81,7 +81,7 @@ pairs_weight_kernel(Pairs pairs, const int64_t* __restrict__ order,  // [N * lis
 #pragma unroll 1
         for (int64_t at = begin; at < total && pairs.classes[order[at]] == j; ++at) {
           const int64_t k = order[at], i = k / pairs.listed;
-          sum.add(factors[k] * (pairs.x.load<T>(i * dim + d) * x_inverse[i]));
+          sum.add(factors[k] * (pairs.x.load<T>(i * dim + d) * math::held_factor(x_inverse[i])));
         }
         return sum.value();
       },

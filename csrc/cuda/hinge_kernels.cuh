@@ -215,8 +215,9 @@ finish_features_kernel(StoredArray x, int64_t dim, double eps, HingeRows rows, c
     for (int64_t d = lane_id(); d < dim; d += kWarp) dx.store<T>(i * dim + d, T(0));
     return;
   }
-  project_row<T>(
-      x, i, dim, eps, T(rows.at(kHingeInverseNorm, i)), [&](int64_t d) { return sum[i * dim + d]; }, dx);
+  // In double 1 / n had room.
+  const T inverse = math::held_factor(T(rows.at(kHingeInverseNorm, i)));
+  project_row<T>(x, i, dim, eps, inverse, [&](int64_t d) { return sum[i * dim + d]; }, dx);
 }
 
 }  // namespace

@@ -40,7 +40,7 @@ project_rows_kernel(const S* __restrict__ x,  // [rows, length]
     for (int e = 0; e < kVec; ++e) radial += T(v.at[e]) * scale.outer * scale.inner * gradient[at + e];
   });
   radial = warp_sum(radial);
-  const T inner = T(factor.value()) * scale.inner;
+  const T inner = scale.times(T(factor.value())).inner;
   row.each([&](int64_t at, const Vector<S, kVec>& v) {
     T d[kVec];
     for (int e = 0; e < kVec; ++e) {

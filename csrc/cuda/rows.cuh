@@ -57,7 +57,7 @@ template <class S, int kVec>
 NF_DEVICE void unit_row(const UnitRows& task, int64_t r, accum_t<S> factor) {
   using T = accum_t<S>;
   const WarpRow<S, kVec> row(static_cast<const S*>(task.x) + r * task.length, task.length);
-  math::RowScale<T> scale = scale_of(row, task.p, T(task.eps));
+  const math::RowScale<T> scale = scale_of(row, task.p, T(task.eps));
   if (lane_id() == 0) {
     if (task.norm != nullptr) static_cast<T*>(task.norm)[r] = scale.norm;
     if (task.inverse != nullptr) static_cast<T*>(task.inverse)[r] = scale.inverse();
@@ -65,16 +65,16 @@ NF_DEVICE void unit_row(const UnitRows& task, int64_t r, accum_t<S> factor) {
   const int64_t first = r * task.length;
   if (task.copy != nullptr) store_unit_row<BFloat16>(row, scale, task.copy, first);
   if (task.y == nullptr) return;
-  scale.inner *= factor;
+  const math::RowScale<T> scaled = scale.times(factor);
   switch (task.y_type) {
     case ScalarType::Half:
-      return store_unit_row<Half>(row, scale, task.y, first);
+      return store_unit_row<Half>(row, scaled, task.y, first);
     case ScalarType::BFloat16:
-      return store_unit_row<BFloat16>(row, scale, task.y, first);
+      return store_unit_row<BFloat16>(row, scaled, task.y, first);
     case ScalarType::Double:
-      return store_unit_row<double>(row, scale, task.y, first);
+      return store_unit_row<double>(row, scaled, task.y, first);
     default:
-      return store_unit_row<float>(row, scale, task.y, first);
+      return store_unit_row<float>(row, scaled, task.y, first);
   }
 }
 

@@ -42,6 +42,14 @@ NF_HD T norm_tamer(int p, T sum, T eps) {
 template <class T>
 constexpr T kLargestNumber = std::is_same_v<T, double> ? T(1.7976931348623157e308) : T(3.402823466e38f);
 
+// A factor that grew out of its type, held at the largest number: infinity would turn what is zero into NaN.
+template <class T>
+NF_HD T held_factor(T factor) {
+  return factor > kLargestNumber<T>    ? kLargestNumber<T>
+         : factor < -kLargestNumber<T> ? -kLargestNumber<T>
+                                       : factor;
+}
+
 // 1 / n of a row and n itself, in two factors: y = (x * outer) * inner. One factor may have no value in T.
 template <class T>
 struct RowScale {
@@ -49,10 +57,12 @@ struct RowScale {
   T inner;
   T norm;
 
-  // 1 / n as one number, held at the largest: infinity would turn what is zero into NaN.
-  NF_HD T inverse() const {
-    const T product = outer * inner;
-    return product > kLargestNumber<T> ? kLargestNumber<T> : product;
+  // 1 / n as one number.
+  NF_HD T inverse() const { return held_factor(outer * inner); }
+  // That of `factor` * y, for any number `factor`: `inner` of a zero row is the largest number itself.
+  NF_HD RowScale times(T factor) const {
+    const T product = inner * factor;
+    return {outer, std::fabs(factor) <= kLargestNumber<T> ? held_factor(product) : product, norm};
   }
   // The same where float has no room for it.
   NF_HD double wide_inverse() const { return RowScale<double>{outer, inner, norm}.inverse(); }
