@@ -1,6 +1,8 @@
 // inner_distance, d(x_i, w_j) for all pairs, and its backward on the CPU. The squared distance and its
 // gradients are matrix products where those keep their digits (math/distance.h); the cells that lie too
 // near, and every L1 cell, are computed from the differences, a tile of agents at a time.
+#include <bit>
+
 #include "cpu/head.h"
 #include "distance_checks.h"
 #include "math/distance.h"
@@ -95,14 +97,15 @@ template <class T>
 void take_near_cells(const GradientTile<T>& tile, const uint32_t* near, int64_t near_stride, int64_t batch,
                      int64_t dim, T* x_sum, T* w_sum) {
   for (int64_t i = 0; i < batch; ++i)
-    for (int64_t j = 0; j < tile.width; ++j) {
-      if ((near[i * near_stride + j / kNearBits] >> (j % kNearBits) & 1u) == 0) continue;
-      T& g = tile.g[i * tile.width + j];
-      const T *x = tile.features + i * dim, *w = tile.agents + j * dim;
-      if (x_sum != nullptr) accum_rows<T>().add_distance_slope(T(-0.5) * g, x, w, x_sum + i * dim, dim, 2);
-      if (w_sum != nullptr) accum_rows<T>().add_distance_slope(T(-0.5) * g, w, x, w_sum + j * dim, dim, 2);
-      g = T(0);
-    }
+    for (int64_t word = 0; word < near_words(tile.width); ++word)
+      for (uint32_t left = near[i * near_stride + word]; left != 0; left &= left - 1) {
+        const int64_t j = word * kNearBits + std::countr_zero(left);
+        T& g = tile.g[i * tile.width + j];
+        const T *x = tile.features + i * dim, *w = tile.agents + j * dim;
+        if (x_sum != nullptr) accum_rows<T>().add_distance_slope(T(-0.5) * g, x, w, x_sum + i * dim, dim, 2);
+        if (w_sum != nullptr) accum_rows<T>().add_distance_slope(T(-0.5) * g, w, x, w_sum + j * dim, dim, 2);
+        g = T(0);
+      }
 }
 
 // w_sum += g slope, cell by cell; with labels [N] those of each row's own agent alone.
@@ -110,8 +113,8 @@ template <class T>
 void add_agent_slopes(const GradientTile<T>& tile, const int64_t* labels, int64_t first, int64_t batch,
                       int64_t dim, int p, T* w_sum) {
   for (int64_t i = 0; i < batch; ++i) {
-    const int64_t own = labels != nullptr ? labels[i] - first : 0;
-    const int64_t begin = labels == nullptr || (own >= 0 && own < tile.width) ? own : tile.width;
+    const int64_t own = labels != nullptr ? target_place(labels[i], first, tile.width) : 0;
+    const int64_t begin = own >= 0 ? own : tile.width;
     const int64_t end = labels != nullptr ? std::min(begin + 1, tile.width) : tile.width;
     for (int64_t j = begin; j < end; ++j)
       accum_rows<T>().add_distance_slope(tile.g[i * tile.width + j], tile.agents + j * dim,
