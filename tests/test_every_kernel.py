@@ -53,11 +53,14 @@ def test_every_kernel_is_launched() -> None:
     library = ctypes.CDLL(str(build.build("emulation")))
     library.nf_emulation_launched.restype = ctypes.c_char_p
     lane = next(lane for lane in LANES if lane.name == "emulated")
+    launched: set[str] = set()
     with lane.active():
         library.nf_emulation_launched()
-        for case in all_cases(FLOATS):
+        for case in all_cases([torch.float32, torch.float16, torch.bfloat16, torch.float64]):
             case.ours(*case.inputs)
-    launched = set(library.nf_emulation_launched().decode().split())
+            launched |= set(library.nf_emulation_launched().decode().split())
+            if names <= launched:  # kernels have no names of their own for a dtype
+                break
     assert len(names) > 40 and names - launched == set(), "missing in scripts/kernel_cases"
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import every_kernel
 import gpu_pass
 import gpu_steps
 import pytest
@@ -233,6 +234,18 @@ def test_processes_share_the_gpu_where_there_are_cores(
     command = gpu_steps.ops(gpu_steps.Options(tmp_path, "cuda", quick=True, select=""))
     assert command[-2:] == ["-n", workers] if workers else "-n" not in command
     assert "--all" not in command and command[command.index("-k") + 1] == "cuda"
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_quick_command_lines_ask_for_less(tmp_path: Path, quick: bool) -> None:
+    options = gpu_steps.Options(tmp_path, "cuda", quick, select="")
+    commands = {step.name: step.command(options) for step in STEPS}
+    assert ("--quick" in commands["bench"]) == quick
+    assert ("--all" in commands["gpu"]) == ("--all" in commands["ops"]) == (not quick)
+    for name, dtypes in (("kernels", 4), ("memcheck", 2 if quick else 4)):
+        after = commands[name].index("scripts/every_kernel.py") + 1
+        given = every_kernel.arguments(commands[name][after:])
+        assert len(given.dtypes) == dtypes and given.device == "cuda"
 
 
 SANITIZER = """#!/bin/sh
