@@ -37,7 +37,9 @@ def best_threshold(scores: Array, same: Array) -> float:
     # In the scores' own precision; half-way between neighbours in it may round up to the upper one.
     between = np.maximum(values[:-1] / 2 + values[1:] / 2, values[:-1])  # no sum that overflows
     between = np.where(between < values[1:], between, values[:-1])
-    cuts = np.r_[np.nextafter(values[:1], -np.inf), between, values[-1:]]
+    with np.errstate(over="ignore"):  # below the lowest number lies -infinity
+        below = np.nextafter(values[:1], -np.inf)
+    cuts = np.r_[below, between, values[-1:]]
     best = np.flatnonzero(right == right.max())
     return float(cuts[best[len(best) // 2]])
 
