@@ -52,8 +52,8 @@ def with_entry(value: float, at: int = 7) -> np.ndarray:
         (with_entry(np.nextafter(1.0, 2.0)), "1.0000000000000002 at pair 7"),
         (np.where(IS_SAME, "1", "0"), "<U1, '0' first"),
         (np.where(IS_SAME, b"True", b"False"), r"\|S5"),
-        (np.where(IS_SAME, "1", "0").astype(object), "object, '0' first"),
-        ([*IS_SAME.tolist()[:-1], None], "object, 'False' first"),
+        (np.where(IS_SAME, "1", "0").astype(object), "object of str"),
+        ([*IS_SAME.tolist()[:-1], None], "object of NoneType, bool"),
         (IS_SAME.astype(complex), "complex128"),
         (IS_SAME[:, None], r"one shape \[P\], got \[40, 1\]"),
         (np.ma.masked_array(IS_SAME, ~IS_SAME), "without masked entries, got 20"),
@@ -67,7 +67,7 @@ def test_labels_that_are_no_answers_are_refused(taker: str, same: object, found:
 
 
 @by_taker
-@pytest.mark.parametrize("kind", [list, torch.tensor, np.uint8, np.int64, np.float32, np.float64])
+@pytest.mark.parametrize("kind", [list, torch.tensor, object, np.uint8, np.int64, np.float32, np.float64])
 def test_labels_that_are_0_and_1_are_read(taker: str, kind: Callable[..., object]):
     given = IS_SAME.astype(kind) if isinstance(kind, type) and kind is not list else kind(IS_SAME.tolist())
     found, truth = TAKES_SAME[taker](given), TAKES_SAME[taker](IS_SAME)

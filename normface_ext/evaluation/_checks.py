@@ -85,16 +85,23 @@ def as_scores(op: str, name: str, scores: Any) -> Array:
     return array
 
 
+def _held(array: Array) -> str:
+    """What a row of no numbers holds, for a sentence."""
+    if array.dtype.kind == "O":
+        return f"object of {', '.join(sorted({type(value).__name__ for value in array}))}"[:100]
+    return f"{array.dtype}, {str(array[0])[:40]!r} first" if len(array) else str(array.dtype)
+
+
 def as_same(op: str, same: Any) -> npt.NDArray[np.bool_]:
     """[P] bool out of bools or of numbers that are 0 and 1; -1, 2, 0.9, NaN and words are no answers."""
     array = as_array(op, "same", same)
     if array.ndim != 1:
         raise ValueError(f"{op}: expected `same` to be of one shape [P], got {list(array.shape)[:8]}")
-    if array.dtype == np.bool_:
-        return array
+    bools = array.dtype.kind == "O" and {type(value) for value in array} <= {bool, np.bool_}
+    if array.dtype == np.bool_ or bools:
+        return array.astype(np.bool_, copy=False)
     if array.dtype.kind not in "iuf":
-        first = f", {str(array[0])[:40]!r} first" if len(array) else ""
-        raise ValueError(f"{op}: expected `same` to be bool or 0 and 1, got {array.dtype}{first}")
+        raise ValueError(f"{op}: expected `same` to be bool or 0 and 1, got {_held(array)}")
     bad = (array != 0) & (array != 1)
     if bad.any():
         at = int(bad.argmax())
@@ -174,10 +181,8 @@ def numbered(op: str, **labels: tuple[Any, int]) -> list[npt.NDArray[np.int64]]:
             array.dtype.kind == "O" and all(isinstance(value, str) for value in array)
         )
         if not words and array.dtype.kind not in "biuf":
-            kinds = sorted({type(value).__name__ for value in array}) if array.dtype.kind == "O" else []
             raise ValueError(
-                f"{op}: expected `{name}` to be numbers or words that name people, got {array.dtype}"
-                + (f" of {', '.join(kinds)}"[:100] if kinds else "")
+                f"{op}: expected `{name}` to be numbers or words that name people, got {_held(array)}"
             )
         missing = array.astype(str) == "" if words else ~np.isfinite(array)
         if missing.any():
