@@ -78,7 +78,7 @@ def test_the_largest_positive_of_given_distances(rows, ignored):
 @pytest.mark.parametrize("tiny", [5e-324, -3e-310, 2e-300])
 def test_an_entry_that_vanishes_beside_the_largest_keeps_its_sign(lane, tiny):
     """dn/dx = sign(x) for p = 1, in the kernels and in the reference, whatever stands beside x."""
-    x = lane.tensor([[tiny, 1e14, -2e14]], torch.float64)
+    x = lane.tensor(torch.tensor([[tiny, 1e14, -2e14]], dtype=torch.float64))
     sign = math.copysign(1.0, tiny)
     for normalize in (nf.functional.normalize, nf.reference.normalize):
         leaf = x.clone().requires_grad_()
