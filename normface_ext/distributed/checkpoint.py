@@ -8,13 +8,12 @@ loaded can run code.
 
 from __future__ import annotations
 
-import operator
 import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from .._arguments import integer
 from .collectives import explained
 from .contents import check_fits, check_plain, nonfinite
 from .manifest import NAME, Manifest
@@ -147,20 +147,16 @@ def save_checkpoint(
         The path of the checkpoint.
 
     Raises:
-        TypeError: step; extra, or an option of an optimizer, that is no tensor and no plain value.
+        TypeError: step, keep; extra, or an option of an optimizer, that is no tensor and no plain value.
         ValueError: step, keep, what is not finite. Nothing is saved, and the checkpoints there are stay.
         OSError: storage failed on some rank; raised on all, with the file and the rank. The checkpoints
             before are as they were.
         RuntimeError: a rank died or came too late.
     """
     op = "save_checkpoint"
-    if isinstance(step, bool) or not isinstance(step, SupportsIndex):
-        raise TypeError(f"{op}: expected `step` to be an int, got {type(step).__name__}")
-    step = operator.index(step)
-    if step < 0:
-        raise ValueError(f"{op}: expected `step` >= 0, got {step}")
-    if keep is not None and keep < 1:
-        raise ValueError(f"{op}: expected `keep` >= 1 or None, got {keep}")
+    step = integer(op, "step", step, 0)
+    if keep is not None:
+        keep = integer(op, "keep", keep, 1, kind="an int or None")
     folder = Path(folder)
     final, draft = folder / f"step-{step}", folder / f"saving-{step}"
     writer = Writer(draft)
@@ -220,6 +216,7 @@ def load_checkpoint(
         The step, or ``None`` where the folder has no checkpoint: a run begins.
 
     Raises:
+        TypeError: step.
         FileNotFoundError: ``step`` was given and is not there, a file of the checkpoint is not there, or the
             ranks see different checkpoints.
         ValueError: a file is damaged; or the checkpoint is of another run: a name, a size or a dtype differs,
@@ -228,6 +225,8 @@ def load_checkpoint(
         RuntimeError: a rank died or came too late.
     """
     op = "load_checkpoint"
+    if step is not None:
+        step = integer(op, "step", step, kind="an int or None")
     found = [entry for entry in checkpoints(folder) if step is None or entry[0] == step]
     _same_everywhere(found[-1][0] if found else None, folder)
     if not found:
@@ -251,7 +250,7 @@ def load_checkpoint(
             load(state, storage_reader=reader, planner=planner)
     except CheckpointException as error:
         raise explained_failure(op, path, error) from None
-    planner.check_groups(op, path)
+    together(f"the groups of {path}", lambda: planner.check_groups(op, path))
     planner.assign()
     set_state_dict(
         model, optimizer_list, model_state_dict=state["model"], optim_state_dict=state["optimizers"]
