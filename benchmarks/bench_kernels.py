@@ -10,7 +10,7 @@ gradients of both, so normalisation counts for all. Results are compared with fl
 timed; if ours are wrong, the run ends there with exit status 1. Each row is on the screen and in
 kernels.jsonl as soon as it is known; at the end come kernels.md and kernels.png.
 
-Every competitor runs in a process of its own (`workers.py`), they take turns, and each has --budget
+Every competitor runs in a process of its own (`processes.py`), they take turns, and each has --budget
 seconds for a case, and all together --compile-limit seconds for compiling. Who needs more is stopped and
 reported as over budget. The peers are installed by
 

@@ -18,8 +18,8 @@ import truth
 from cases import SCALE, Case, make_inputs
 from competitors import EAGER, OURS, Provider
 from measure import FLOOR, quantiles
+from processes import Dropped, OverBudget, Worker
 from report import Record, Row
-from workers import Dropped, OverBudget, Worker
 
 LEAST = 4  # rounds, however long they take
 

@@ -1,4 +1,4 @@
-"""How one competitor is measured, inside the process that `workers.py` gives it.
+"""How one competitor is measured, inside the process that `processes.py` gives it.
 
 Time: a turn is one call that is not timed and then timed ones, TURN_MS long together or one call. Memory:
 the peak of the first call beyond inputs and gradients. Gradients are cleared before each call, outside the

@@ -40,14 +40,20 @@ class AgentOptions:
 
     def checked(self: Options, op: str, mode: str) -> Options:
         """The options as Python's own numbers and flags; raises what is none."""
-        plain: dict[str, Any] = {name: number(op, name, getattr(self, name)) for name in self.NUMBERS}
-        plain.update({name: flag(op, name, getattr(self, name)) for name in self.FLAGS})
-        plain.update(self.checked_special(op, mode))
-        foreign = [name for name, value in plain.items() if type(getattr(self, name)) is not type(value)]
-        return replace(self, **plain) if foreign else self  # type: ignore[type-var]
+        foreign: dict[str, Any] = self.checked_special(op, mode)
+        for name in self.NUMBERS:
+            value = getattr(self, name)
+            plain = number(op, name, value)
+            if not isinstance(value, (int, float)):
+                foreign[name] = plain
+        for name in self.FLAGS:
+            value = getattr(self, name)
+            if flag(op, name, value) is not value:
+                foreign[name] = bool(value)
+        return replace(self, **foreign) if foreign else self  # type: ignore[type-var]
 
     def checked_special(self, op: str, mode: str) -> dict[str, Any]:
-        """Those of the fields that are neither."""
+        """Checks the fields that are neither; those that were not Python's own, as they should be."""
         return {}
 
     @property
@@ -194,18 +200,23 @@ class ContrastiveOptions(AgentOptions):
 
     def checked_special(self, op: str, mode: str) -> dict[str, Any]:
         margin, ratio = self.neg_margin, self.normalize_negative
+        foreign: dict[str, Any] = {}
         if not isinstance(margin, Tensor):
-            margin = number(op, "neg_margin", margin)
+            plain = number(op, "neg_margin", margin)
+            if not isinstance(margin, (int, float)):
+                foreign["neg_margin"] = plain
         elif margin.dim() != 0 or margin.dtype not in _checks.FLOATING or margin.requires_grad:
             raise ValueError(
                 f"{op}: expected `neg_margin` to be a number or a 0-d floating tensor without gradient, got"
                 f" {margin.dtype} of shape {list(margin.shape)}{' with gradient' * margin.requires_grad}"
             )
         if ratio is not None:
-            ratio = number(op, "normalize_negative", ratio, kind="a number or None")
-            if mode == "math" and ratio <= 0:
-                raise ValueError(f"{op}: expected `normalize_negative` > 0, got {ratio}")
-        return {"neg_margin": margin, "normalize_negative": ratio}
+            plain = number(op, "normalize_negative", ratio, kind="a number or None")
+            if mode == "math" and plain <= 0:
+                raise ValueError(f"{op}: expected `normalize_negative` > 0, got {plain}")
+            if not isinstance(ratio, (int, float)):
+                foreign["normalize_negative"] = plain
+        return foreign
 
     @property
     def margin(self) -> float | Tensor:

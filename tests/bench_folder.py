@@ -18,7 +18,7 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 MODULES = (
-    *("cases", "competitors", "peers", "floor", "truth", "measure", "workers", "report", "machine"),
+    *("cases", "competitors", "peers", "floor", "truth", "measure", "processes", "report", "machine"),
     *("host", "contest", "bench_kernels", "accuracy"),
 )
 

@@ -32,8 +32,8 @@ add("crashes", lambda *a: os.abort())
 MEDDLED = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-import meddler, workers, bench_kernels
-workers.PRELOAD.append("meddler")
+import meddler, processes, bench_kernels
+processes.PRELOAD.append("meddler")
 sys.exit(bench_kernels.main())
 """
 
@@ -129,8 +129,8 @@ nf.functional.normface_loss = lambda *a, **k: wrong[in_use.read_text()](*a, **k)
 """
 SABOTAGED = """
 import json, sys
-import sabotage, workers, bench_kernels
-workers.PRELOAD.append("sabotage")
+import sabotage, processes, bench_kernels
+processes.PRELOAD.append("sabotage")
 status = {}
 for name in sabotage.wrong:
     sabotage.in_use.write_text(name)

@@ -1,6 +1,6 @@
 """The benchmark script: it measures, and it records.
 
-Nothing here asserts a time. `test_benchmark_workers.py` and `test_benchmark_runs.py` have competitors that
+Nothing here asserts a time. `test_benchmark_processes.py` and `test_benchmark_runs.py` have competitors that
 misbehave, `test_benchmark_peers.py` the other packages.
 """
 

@@ -20,7 +20,7 @@ OPS = re.findall(r'def\(\s*"(\w+)\(', (ROOT / "csrc" / "schemas.h").read_text())
         ("normface_ext/theory.py", "test_theory", "test_normalize"),
         ("normface_ext/mirror.py", "test_mirror", "test_norm_linear"),
         ("normface_ext/plan.py", "test_plan", "test_theory"),
-        ("normface_ext/evaluation/ytf.py", "test_evaluation", "test_normface_loss"),
+        ("normface_ext/evaluation/ytf.py", "test_evaluation_labels", "test_normface_loss"),
         ("normface_ext/caffe/proto.py", "test_caffemodel_files", "test_normface_loss"),
         ("normface_ext/distributed/rows.py", "test_row_optimizers", "test_metric_losses"),
         ("examples/train_digits.py", "test_examples", "test_modules"),

@@ -15,7 +15,7 @@ from emulation import build
 from lanes import LANES
 
 #: Beginnings of the names of those files.
-WITH_PROCESSES = ("test_distributed_", "test_train_distributed")
+WITH_PROCESSES = ("test_distributed_", "test_train_distributed", "test_check_finite", "test_checkpoint_files")
 
 
 def threads_of(workers: int, cores: int) -> int:

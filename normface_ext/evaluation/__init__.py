@@ -6,21 +6,21 @@ for scores, thresholds and rates; PCA, SVM, ROC and AUC need scikit-learn, the `
 """
 
 from .blufr import BlufrResult, Trial, blufr, identification_rate, random_trials, verification_rate
+from .features import read_features
 from .lfw import LfwResult, lfw_protocol
-from .pairs import Pairs, read_index_pairs, read_lfw_pairs, read_names
+from .pairs import Pairs, read_index_pairs, read_lfw_pairs, read_name_pairs, read_names
 from .plots import plot_roc
 from .roc import Roc, best_threshold, roc, tar_at_far
 from .scores import merge_mirror, pair_scores, unit_rows
 from .ytf import (
-    VideoPairs,
     YtfResult,
     frame_scores,
     hik_svm_protocol,
     histogram_intersection,
-    read_ytf_splits,
     score_histogram,
     ytf_protocol,
 )
+from .ytf_splits import VideoPairs, read_ytf_splits
 
 __all__ = [
     "BlufrResult",
@@ -41,8 +41,10 @@ __all__ = [
     "pair_scores",
     "plot_roc",
     "random_trials",
+    "read_features",
     "read_index_pairs",
     "read_lfw_pairs",
+    "read_name_pairs",
     "read_names",
     "read_ytf_splits",
     "roc",

@@ -7,13 +7,14 @@ import csv
 import sys
 from pathlib import Path
 
-import numpy as np
-
+from .._files import clip, file_name
+from ._checks import folds_of_both_kinds
+from .features import read_features
 from .lfw import lfw_protocol
-from .pairs import read_index_pairs, read_lfw_pairs, read_names
+from .pairs import read_index_pairs, read_names, read_pairs_of_names
 from .plots import plot_roc
 from .roc import roc, tar_at_far
-from .scores import as_features, merge_mirror
+from .scores import merge_mirror
 
 DESCRIPTION = """\
 Verification accuracy in folds, AUC, EER and TAR@FAR of features under a list of pairs.
@@ -22,7 +23,8 @@ Verification accuracy in folds, AUC, EER and TAR@FAR of features under a list of
   yours  python -m normface_ext.evaluation --features F.npy --pairs pairs.txt      (lines "i j same")
 
 F.npy holds one row per image. names.txt holds one image name per row (Al_Gore_0003.jpg); with it the pairs
-file is read in LFW's format, without it as row numbers with 1 for same and 0 for different."""
+file is read in LFW's format, which has a header "folds pairs", or without one as lines "image image same"
+of these names; without names.txt as row numbers. same is 1 for one person and 0 for two."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--mirror", type=Path, metavar="M.npy", help="features of the mirrored images, added")
     parser.add_argument("--pairs", type=Path, required=True, metavar="pairs.txt")
     parser.add_argument(
-        "--names", type=Path, metavar="names.txt", help="the image of each row: LFW pairs file"
+        "--names", type=Path, metavar="names.txt", help="the image of each row: pairs by name"
     )
     parser.add_argument("--folds", type=int, default=10, help="for pairs without folds (default: 10)")
     parser.add_argument(
@@ -49,16 +51,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def evaluate(options: argparse.Namespace) -> list[tuple[str, float]]:
     """The rows of the table; writes the files asked for."""
-    features = as_features("--features", "F", np.load(options.features))
+    features = read_features(options.features)
     if options.mirror:
-        features = merge_mirror(features, np.load(options.mirror))
+        mirrored = read_features(options.mirror)
+        if mirrored.shape != features.shape:
+            raise ValueError(
+                f"{file_name(options.mirror)}: expected features of shape {list(features.shape)} as in"
+                f" {file_name(options.features)}, got {list(mirrored.shape)}"
+            )
+        features = merge_mirror(features, mirrored)
     if options.names:
         names = read_names(options.names)
         if len(names) != len(features):
-            raise ValueError(f"{options.names}: expected {len(features)} names, got {len(names)}")
-        pairs = read_lfw_pairs(options.pairs, names)
+            raise ValueError(f"{file_name(options.names)}: expected {len(features)} names, got {len(names)}")
+        pairs = read_pairs_of_names(options.pairs, names, options.folds, options.names)
     else:
-        pairs = read_index_pairs(options.pairs, options.folds)
+        pairs = read_index_pairs(options.pairs, options.folds, rows=len(features))
+    folds_of_both_kinds(file_name(options.pairs), pairs.same, pairs.fold)
     pca = None if options.pca is None else (options.pca or True)
     result = lfw_protocol(features, pairs, pca=pca)
     curve = roc(result.scores, pairs.same)
@@ -88,8 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         rows = evaluate(options)
-    except (ValueError, IndexError, OSError, ImportError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+    except (ValueError, TypeError, IndexError, OSError, ImportError, MemoryError) as error:
+        print(f"{parser.prog}: {clip(str(error)) or type(error).__name__}", file=sys.stderr)
         return 1
     for name, value in rows:
         print(f"{name:16}  {value:.0f}" if name == "pairs" else f"{name:16}  {value:.4f}")

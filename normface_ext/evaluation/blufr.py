@@ -13,15 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .._arguments import BETWEEN_0_AND_1, integer, number
+from ._checks import RATE, Array, Features, as_array, as_rows, false_accept_rates, numbered
 from .roc import allowed, false_accept_threshold
-from .scores import Array, Features, unit_rows
-
-
-def _labels(op: str, labels: object, rows: int) -> npt.NDArray[np.int64]:
-    checked = np.asarray(labels)
-    if checked.shape != (rows,):
-        raise ValueError(f"{op}: expected `labels` to have shape [{rows}], got {list(checked.shape)}")
-    return checked.astype(np.int64)
+from .scores import unit_rows
 
 
 def verification_rate(
@@ -33,17 +28,23 @@ def verification_rate(
 
     Args:
         features: [M, D].
-        labels: [M], who is on each image.
+        labels: [M], who is on each image: numbers or words; images of equal labels are of one person.
+        far: in [0, 1].
+        block: rows at a time.
+
+    Raises:
+        ValueError: shapes, rates, a feature that is not finite, a label that is missing; one person, or no
+            person twice.
     """
     op = "verification_rate"
-    unit = unit_rows(features)
-    who = _labels(op, labels, len(unit))
+    unit, rates, block = unit_rows(features), false_accept_rates(op, far), integer(op, "block", block, 1)
+    (who,) = numbered(op, labels=(labels, len(unit)))
     counts = np.unique(who, return_counts=True)[1].astype(np.int64)
     genuine_pairs = int((counts * (counts - 1) // 2).sum())
     impostor_pairs = len(who) * (len(who) - 1) // 2 - genuine_pairs
     if genuine_pairs == 0 or impostor_pairs == 0:
         raise ValueError(f"{op}: expected same and different pairs, got {genuine_pairs} and {impostor_pairs}")
-    accepted = [allowed(value, impostor_pairs) for value in np.atleast_1d(far)]
+    accepted = [allowed(rate, impostor_pairs) for rate in rates]
     keep = min(max(accepted) + 1, impostor_pairs)
     largest = np.empty(0, dtype=unit.dtype)
     genuine: list[Array] = []
@@ -82,15 +83,27 @@ def identification_rate(
     Args:
         gallery: [G, D].
         probes: [M, D].
-        gallery_labels: [G].
+        gallery_labels: [G], numbers or words.
         probe_labels: [M].
+        far: in [0, 1].
+        block: probes at a time.
+
+    Raises:
+        ValueError: shapes, rates, a feature that is not finite, a label that is missing; no known or no
+            unknown probe.
     """
     op = "identification_rate"
     known, asked = unit_rows(gallery), unit_rows(probes)
+    rates, block = false_accept_rates(op, far), integer(op, "block", block, 1)
     if len(known) == 0:
         raise ValueError(f"{op}: expected at least one gallery image, got none")
-    names, who = _labels(op, gallery_labels, len(known)), _labels(op, probe_labels, len(asked))
-    best, said = np.empty(len(asked), dtype=asked.dtype), np.empty(len(asked), dtype=np.int64)
+    if known.shape[1] != asked.shape[1]:
+        raise ValueError(f"{op}: expected `probes` [M, {known.shape[1]}], got {list(asked.shape)}")
+    names, who = numbered(
+        op, gallery_labels=(gallery_labels, len(known)), probe_labels=(probe_labels, len(asked))
+    )
+    best = np.empty(len(asked), dtype=np.result_type(asked, known))
+    said = np.empty(len(asked), dtype=np.int64)
     for start in range(0, len(asked), block):
         part = slice(start, start + block)
         scores = asked[part] @ known.T
@@ -101,7 +114,7 @@ def identification_rate(
         raise ValueError(f"{op}: expected known and unknown probes, got {enrolled.sum()} known of {len(who)}")
     strangers = np.sort(best[~enrolled])[::-1]
     right, confidence = (said == who)[enrolled], best[enrolled]
-    thresholds = [false_accept_threshold(strangers, allowed(f, len(strangers))) for f in np.atleast_1d(far)]
+    thresholds = [false_accept_threshold(strangers, allowed(rate, len(strangers))) for rate in rates]
     return np.array([(right & (confidence > threshold)).mean() for threshold in thresholds])
 
 
@@ -119,18 +132,18 @@ def random_trials(labels: object, *, known: float = 0.25, trials: int = 10, seed
     BLUFR publishes its own ten (about a quarter of the people known); numbers that are to be compared with
     a paper need those.
     """
-    if not 0 < known < 1:
-        raise ValueError(f"random_trials: expected `known` in (0, 1), got {known}")
-    who = np.asarray(labels)
+    op = "random_trials"
+    known, trials = number(op, "known", known, BETWEEN_0_AND_1), integer(op, "trials", trials, 1)
+    (who,) = numbered(op, labels=(labels, as_array(op, "labels", labels).size))
     people, counts = np.unique(who, return_counts=True)
     candidates = people[counts >= 2]
     count = max(1, round(known * len(people)))
     if count > len(candidates) or count >= len(people):
         raise ValueError(
-            f"random_trials: expected at least {count} people with two images and strangers beside them,"
+            f"{op}: expected at least {count} people with two images and strangers beside them,"
             f" got {len(candidates)} of {len(people)}"
         )
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(integer(op, "seed", seed, 0))
     result = []
     for _ in range(trials):
         chosen = random.choice(candidates, count, replace=False)
@@ -165,13 +178,31 @@ def blufr(
     """Verification rate at FAR 0.1 % and open-set DIR at FAR 1 % (rank 1) in each trial.
 
     Verification is over all pairs of a trial's images, gallery and probes together.
+
+    Args:
+        features: [M, D].
+        labels: [M], numbers or words.
+        trials: at least one, of rows of ``features``, each image once in a trial.
+
+    Raises:
+        ValueError: as ``verification_rate`` and ``identification_rate``; an image twice.
+        IndexError: a row number outside the features, by its place.
     """
+    op = "blufr"
     unit = unit_rows(features)
-    who = _labels("blufr", labels, len(unit))
+    (who,) = numbered(op, labels=(labels, len(unit)))
+    far = number(op, "verification_far", verification_far, RATE)
+    stranger_far = number(op, "identification_far", identification_far, RATE)
+    if len(trials) == 0:
+        raise ValueError(f"{op}: expected at least one trial, got none")
     verification, identification = [], []
     for trial in trials:
-        rows = np.r_[trial.gallery, trial.probes]
-        verification.append(verification_rate(unit[rows], who[rows], verification_far)[0])
-        parts = (unit[trial.gallery], who[trial.gallery], unit[trial.probes], who[trial.probes])
-        identification.append(identification_rate(*parts, identification_far)[0])
+        gallery = as_rows(op, "gallery", trial.gallery, len(unit), what="position")
+        probes = as_rows(op, "probes", trial.probes, len(unit), what="position")
+        rows = np.r_[gallery, probes]
+        if len(np.unique(rows)) != len(rows):
+            raise ValueError(f"{op}: expected each image once in gallery and probes, got one twice")
+        verification.append(verification_rate(unit[rows], who[rows], far)[0])
+        parts = (unit[gallery], who[gallery], unit[probes], who[probes])
+        identification.append(identification_rate(*parts, stranger_far)[0])
     return BlufrResult(np.array(verification), np.array(identification))

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .._arguments import BETWEEN_0_AND_1, integer, number
+from ._checks import Array, Features, as_features, as_rows, folds_of_both_kinds
 from ._optional import require
 from .pairs import Pairs
 from .roc import best_threshold
-from .scores import Array, Features, as_features, as_indices, pair_scores, unit_rows
+from .scores import pair_scores, unit_rows
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,15 @@ def _pca(features: Array, rows: npt.NDArray[np.int64], components: int | float |
     return projected
 
 
+def _axes(op: str, pca: object) -> int | float | bool:
+    """A count, a share of the variance, True for all axes, False for no PCA."""
+    if pca is None or isinstance(pca, (bool, np.bool_)):
+        return bool(pca)
+    if isinstance(pca, (float, np.floating)):
+        return number(op, "pca", pca, BETWEEN_0_AND_1)
+    return integer(op, "pca", pca, 1)
+
+
 def lfw_protocol(
     features: Features, pairs: Pairs, *, pca: int | float | bool | None = None, block: int = 1 << 14
 ) -> LfwResult:
@@ -54,31 +65,30 @@ def lfw_protocol(
 
     Args:
         features: [M, D], as the network gives them; mirror images merged before (``merge_mirror``).
-        pairs: with at least two folds.
+        pairs: with at least two folds, each of same and different pairs.
         pca: axes to keep: a count, a share of the variance in (0, 1), ``True`` for all, ``None`` for no PCA.
         block: pairs scored at a time.
 
     Raises:
-        ValueError: one fold, values that are not finite.
+        ValueError: one fold; a fold of one kind of pairs, by its number; values that are not finite.
+        IndexError: a row number, naming the pair.
         ImportError: PCA without scikit-learn.
     """
     op = "lfw_protocol"
-    folds = np.unique(pairs.fold)
-    if len(folds) < 2:
-        raise ValueError(f"{op}: expected pairs in at least 2 folds, got {len(folds)}")
+    folds = folds_of_both_kinds(op, pairs.same, pairs.fold)
+    axes = _axes(op, pca)
     matrix = as_features(op, "features", features)
-    first = as_indices(op, "first", pairs.first, len(matrix))
-    second = as_indices(op, "second", pairs.second, len(matrix))
-    use_pca = pca is not None and pca is not False
+    first = as_rows(op, "first", pairs.first, len(matrix))
+    second = as_rows(op, "second", pairs.second, len(matrix))
     unit = unit_rows(matrix)
     scores = pair_scores(unit, first, second, block=block)
     own = scores.copy()  # of each pair, in the space of its own fold
     accuracies, thresholds = [], []
     for fold in folds:
         judged = pairs.fold == fold
-        if use_pca:
+        if axes is not False:
             rows = np.unique(np.r_[first[~judged], second[~judged]])
-            space = _pca(unit, rows, None if pca is True else pca)
+            space = _pca(unit, rows, None if axes is True else axes)
             scores = pair_scores(space, first, second, block=block)
         threshold = best_threshold(scores[~judged], pairs.same[~judged])
         accuracies.append(((scores[judged] > threshold) == pairs.same[judged]).mean())

@@ -8,33 +8,25 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ._checks import Array, false_accept_rates, judged_pairs
 from ._optional import require
-from .scores import Array
-
-
-def checked(op: str, scores: Array, same: Array, *, both: bool = True) -> tuple[Array, npt.NDArray[np.bool_]]:
-    """Scores [P] without NaN, same [P] bool; ``both``: at least one pair of each kind."""
-    scores, is_same = np.asarray(scores), np.asarray(same, dtype=bool)
-    if scores.ndim != 1 or scores.shape != is_same.shape:
-        raise ValueError(
-            f"{op}: expected `scores` and `same` to be of one shape [P],"
-            f" got {list(scores.shape)} and {list(is_same.shape)}"
-        )
-    if np.isnan(scores).any():
-        raise ValueError(f"{op}: expected `scores` without NaN, got one at pair {np.isnan(scores).argmax()}")
-    if both and not (is_same.any() and not is_same.all()):
-        raise ValueError(
-            f"{op}: expected same and different pairs, got {is_same.sum()} same of {len(scores)}"
-        )
-    return scores, is_same
 
 
 def best_threshold(scores: Array, same: Array) -> float:
     """The threshold with the fewest mistakes on these pairs; of equally good ones the middle one.
 
-    Candidates lie half-way between neighbouring distinct scores, and outside all of them.
+    Candidates lie half-way between neighbouring distinct scores, and outside all of them. Pairs of one kind
+    have a best threshold too: it accepts all or none.
+
+    Args:
+        scores: [P], finite.
+        same: [P], bools, or numbers that are 0 and 1.
+
+    Raises:
+        ValueError: no pair, other shapes; a score that is NaN or infinite, a label that is no answer, by the
+            first.
     """
-    scores, is_same = checked("best_threshold", scores, same, both=False)
+    scores, is_same = judged_pairs("best_threshold", scores, same, both=False)
     if len(scores) == 0:
         raise ValueError("best_threshold: expected at least one pair, got none")
     values, index = np.unique(scores, return_inverse=True)
@@ -43,9 +35,11 @@ def best_threshold(scores: Array, same: Array) -> float:
     # Cut k rejects the k smallest values.
     right = np.r_[0, different_at.cumsum()] + is_same.sum() - np.r_[0, same_at.cumsum()]
     # In the scores' own precision; half-way between neighbours in it may round up to the upper one.
-    between = (values[:-1] + (values[1:] - values[:-1]) / 2).astype(values.dtype)
+    between = np.maximum(values[:-1] / 2 + values[1:] / 2, values[:-1])  # no sum that overflows
     between = np.where(between < values[1:], between, values[:-1])
-    cuts = np.r_[np.nextafter(values[:1], -np.inf), between, values[-1:]]
+    with np.errstate(over="ignore"):  # below the lowest number lies -infinity
+        below = np.nextafter(values[:1], -np.inf)
+    cuts = np.r_[below, between, values[-1:]]
     best = np.flatnonzero(right == right.max())
     return float(cuts[best[len(best) // 2]])
 
@@ -59,8 +53,6 @@ def false_accept_threshold(impostors_descending: Array, accepted: int) -> float:
 
 def allowed(far: float, impostors: int) -> int:
     """floor(far * impostors), safe from 0.3 * 10 = 2.9999999999999996."""
-    if not 0 <= far <= 1:
-        raise ValueError(f"expected a false accept rate in [0, 1], got {far}")
     return int(np.floor(far * impostors * (1 + 1e-12)))
 
 
@@ -69,10 +61,19 @@ def tar_at_far(scores: Array, same: Array, far: float | Sequence[float]) -> npt.
 
     The threshold is the lowest one that accepts at most floor(far * impostors) different pairs, so a FAR
     below 1 / impostors means no false accept at all. Returns one value for each ``far``.
+
+    Args:
+        scores: [P], finite.
+        same: [P], bools, or numbers that are 0 and 1; some of each.
+        far: in [0, 1].
+
+    Raises:
+        ValueError: other shapes or rates; a score that is NaN or infinite, a label that is no answer, by the
+            first; labels of one kind.
     """
-    scores, is_same = checked("tar_at_far", scores, same)
+    scores, is_same = judged_pairs("tar_at_far", scores, same)
     impostors, genuine = np.sort(scores[~is_same])[::-1], scores[is_same]
-    counts = [allowed(value, len(impostors)) for value in np.atleast_1d(far)]
+    counts = [allowed(value, len(impostors)) for value in false_accept_rates("tar_at_far", far)]
     return np.array([(genuine > false_accept_threshold(impostors, count)).mean() for count in counts])
 
 
@@ -91,8 +92,16 @@ def roc(scores: Array, same: Array) -> Roc:
     """The ROC curve with its area and its equal error rate (scikit-learn), every corner kept.
 
     The EER is where FAR = 1 - TAR on the straight line between the two corners around it.
+
+    Args:
+        scores: [P], finite.
+        same: [P], bools, or numbers that are 0 and 1; some of each.
+
+    Raises:
+        ValueError: as ``tar_at_far``.
+        ImportError: without scikit-learn.
     """
-    scores, is_same = checked("roc", scores, same)
+    scores, is_same = judged_pairs("roc", scores, same)
     metrics = require("sklearn.metrics", "roc")
     far, tar, threshold = metrics.roc_curve(is_same, scores, drop_intermediate=False)
     gap = far - (1 - tar)  # rises from -1 to 1

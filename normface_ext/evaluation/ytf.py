@@ -11,118 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from .._arguments import POSITIVE, integer, number
+from ._checks import (
+    Array,
+    Features,
+    as_array,
+    as_reals,
+    as_same,
+    as_scores,
+    as_whole,
+    folds_of_both_kinds,
+)
 from ._optional import require
 from .roc import best_threshold
-from .scores import Array, Features, unit_rows
-
-
-@dataclass(frozen=True)
-class VideoPairs:
-    """P pairs of videos by name: ``first``, ``second``; ``same`` [P] bool; ``fold`` [P] int64."""
-
-    first: tuple[str, ...]
-    second: tuple[str, ...]
-    same: npt.NDArray[np.bool_]
-    fold: npt.NDArray[np.int64]
-
-    def __post_init__(self) -> None:
-        sizes = [len(part) for part in (self.first, self.second, self.same, self.fold)]
-        if len(set(sizes)) != 1:
-            raise ValueError(f"VideoPairs: expected four columns of one length, got lengths {sizes}")
-
-    def __len__(self) -> int:
-        return len(self.same)
-
-    @property
-    def videos(self) -> list[str]:
-        """The name of every video in some pair, once, sorted."""
-        return sorted({*self.first, *self.second})
-
-
-def _columns(where: str, header: str) -> dict[str, int]:
-    """Where the columns are, by their names in the header; of several "is same" the first."""
-    names = [" ".join(cell.lower().split()) for cell in header.split(",")]
-    meanings = {
-        "split": lambda name: name.startswith("split"),
-        "first": lambda name: name == "first name",
-        "second": lambda name: name == "second name",
-        "same": lambda name: name in ("is same", "same"),
-    }
-    found = {}
-    for meaning, fits in meanings.items():
-        places = [i for i, name in enumerate(names) if fits(name)]
-        if not places:
-            raise ValueError(
-                f"{where}: expected a header with the columns 'split number', 'first name', 'second name'"
-                f" and 'is same', got {header.strip()!r}"
-            )
-        found[meaning] = places[0]
-    return found
-
-
-def read_ytf_splits(
-    path: str | Path, *, splits: int | None = 10, pairs_per_split: int | None = 500
-) -> VideoPairs:
-    """The splits file of YouTube Faces: a header line, then a comma-separated row per pair of videos.
-
-    The released ``splits.txt`` has the columns "split number, pair number, first name, second name, is
-    same, is same". They are found by name, so that other orders are read too; the first "is same" counts.
-    Videos are named "person/number".
-
-    Args:
-        path: the file.
-        splits: how many there must be, 10 in the data set; ``None`` accepts any number.
-        pairs_per_split: likewise, 500 in the data set.
-
-    Raises:
-        ValueError: a malformed header or row, a pair of a video with itself, or a file with other numbers of
-            splits or pairs, naming file and line.
-    """
-    path = Path(path)
-    lines = [
-        (f"{path}:{number}", line)
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1)
-        if line.strip()
-    ]
-    if not lines:
-        raise ValueError(f"{path}: expected a header and a row per pair, got an empty file")
-    column = _columns(*lines[0])
-    width = len(lines[0][1].split(","))
-    first: list[str] = []
-    second: list[str] = []
-    same: list[bool] = []
-    fold: list[int] = []
-    for where, line in lines[1:]:
-        cells = [cell.strip() for cell in line.split(",")]
-        if len(cells) != width:
-            raise ValueError(f"{where}: expected {width} columns as in the header, got {len(cells)}")
-        split, flag = cells[column["split"]], cells[column["same"]]
-        one, other = cells[column["first"]], cells[column["second"]]
-        if not split.isdecimal():
-            raise ValueError(f"{where}: expected a split number, got {split!r}")
-        if flag not in ("0", "1"):
-            raise ValueError(f"{where}: expected 'is same' to be 0 or 1, got {flag!r}")
-        if not one or not other or one == other:
-            raise ValueError(f"{where}: expected the names of two videos, got {one!r} and {other!r}")
-        first.append(one)
-        second.append(other)
-        same.append(flag == "1")
-        fold.append(int(split))
-    numbers, counts = np.unique(np.array(fold, dtype=np.int64), return_counts=True)
-    if splits is not None and len(numbers) != splits:
-        raise ValueError(f"{path}: expected {splits} splits, got {len(numbers)}: {numbers.tolist()}")
-    wrong = counts != pairs_per_split
-    if pairs_per_split is not None and wrong.any():
-        at = int(wrong.argmax())
-        raise ValueError(
-            f"{path}: expected {pairs_per_split} pairs in each split, got {counts[at]} in split {numbers[at]}"
-        )
-    return VideoPairs(tuple(first), tuple(second), np.array(same, dtype=bool), np.array(fold, dtype=np.int64))
+from .scores import unit_rows
+from .ytf_splits import VideoPairs
 
 
 def frame_scores(first: Features, second: Features) -> Array:
@@ -130,7 +37,10 @@ def frame_scores(first: Features, second: Features) -> Array:
 
     Their mean is the plain score of the pair; their histogram is what HIK-SVM takes.
     """
-    scores: Array = (unit_rows(first) @ unit_rows(second).T).ravel()
+    one, other = unit_rows(first), unit_rows(second)
+    if one.shape[1] != other.shape[1]:
+        raise ValueError(f"frame_scores: expected `second` [F2, {one.shape[1]}], got {list(other.shape)}")
+    scores: Array = (one @ other.T).ravel()
     return scores
 
 
@@ -138,17 +48,33 @@ def score_histogram(scores: Array, bins: int = 100) -> npt.NDArray[np.float64]:
     """The share of scores in each of ``bins`` equal intervals of [-1, 1]: [bins], sum 1.
 
     Cosines that rounding carried past +-1 count in the outer bins.
+
+    Raises:
+        ValueError: no score, a score that is NaN or infinite, no bin.
     """
-    scores = np.asarray(scores, dtype=np.float64).ravel()
-    if len(scores) == 0 or np.isnan(scores).any():
-        raise ValueError(f"score_histogram: expected scores without NaN, got {len(scores)} scores")
-    counts = np.histogram(scores.clip(-1, 1), bins=bins, range=(-1.0, 1.0))[0]
-    return counts / len(scores)
+    op = "score_histogram"
+    bins = integer(op, "bins", bins, 1)
+    values = as_scores(op, "scores", as_array(op, "scores", scores).ravel()).astype(np.float64)
+    if len(values) == 0:
+        raise ValueError(f"{op}: expected at least one score, got none")
+    counts = np.histogram(values.clip(-1, 1), bins=bins, range=(-1.0, 1.0))[0]
+    return counts / len(values)
+
+
+def _shares(op: str, name: str, histograms: Array) -> npt.NDArray[np.float64]:
+    rows = as_reals(op, name, histograms).astype(np.float64)
+    if not (np.isfinite(rows) & (rows >= 0)).all():
+        raise ValueError(f"{op}: expected `{name}` to be finite and >= 0, got other values")
+    return rows
 
 
 def histogram_intersection(a: Array, b: Array) -> npt.NDArray[np.float64]:
-    """k(a, b) = sum_i min(a_i, b_i): [n, bins] and [m, bins] -> [n, m]; 1 for equal histograms."""
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    """k(a, b) = sum_i min(a_i, b_i): [n, bins] and [m, bins] -> [n, m]; 1 for equal histograms.
+
+    Raises:
+        ValueError: other shapes, shares that are negative, NaN or infinite.
+    """
+    a, b = _shares("histogram_intersection", "a", a), _shares("histogram_intersection", "b", b)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(
             f"histogram_intersection: expected [n, bins] and [m, bins],"
@@ -167,25 +93,35 @@ def hik_svm_protocol(
 
     Args:
         histograms: [P, bins], one row per pair of videos.
-        same: [P].
-        fold: [P].
-        c: the SVM's penalty.
+        same: [P], bools, or numbers that are 0 and 1.
+        fold: [P] whole numbers; at least two folds, each of same and different pairs.
+        c: the SVM's penalty, above 0.
+
+    Raises:
+        ValueError: other shapes or values; one fold; a fold of one kind of pairs, by its number.
+        ImportError: without scikit-learn.
     """
     op = "hik_svm_protocol"
+    penalty = number(op, "c", c, POSITIVE)
     svm = require("sklearn.svm", op)
-    rows, is_same, folds = np.asarray(histograms), np.asarray(same, dtype=bool), np.asarray(fold)
+    rows, is_same, folds = (
+        _shares(op, "histograms", histograms),
+        as_same(op, same),
+        as_whole(op, "fold", fold),
+    )
     if rows.ndim != 2 or is_same.shape != (len(rows),) or folds.shape != (len(rows),):
         raise ValueError(
             f"{op}: expected histograms [P, bins], same [P] and fold [P],"
             f" got {list(rows.shape)}, {list(is_same.shape)} and {list(folds.shape)}"
         )
-    if len(np.unique(folds)) < 2:
-        raise ValueError(f"{op}: expected at least 2 folds, got {len(np.unique(folds))}")
+    numbers = folds_of_both_kinds(op, is_same, folds)
     kernel = histogram_intersection(rows, rows)
     accuracies = []
-    for value in np.unique(folds):
+    for value in numbers:
         judged = folds == value
-        model = svm.SVC(C=c, kernel="precomputed").fit(kernel[np.ix_(~judged, ~judged)], is_same[~judged])
+        model = svm.SVC(C=penalty, kernel="precomputed").fit(
+            kernel[np.ix_(~judged, ~judged)], is_same[~judged]
+        )
         accuracies.append((model.predict(kernel[np.ix_(judged, ~judged)]) == is_same[judged]).mean())
     return np.array(accuracies)
 
@@ -223,18 +159,18 @@ def ytf_protocol(
 
     Args:
         features: name of a video -> [frames, D], as the network gives them.
-        pairs: with at least two folds (``read_ytf_splits``).
+        pairs: with at least two folds, each of same and different pairs (``read_ytf_splits``).
         bins: of the histograms, over [-1, 1].
         c: the SVM's penalty.
 
     Raises:
-        ValueError: one fold; a video without features or without a frame, by its name.
+        ValueError: one fold; a fold of one kind of pairs, by its number; a video without features or without
+            a frame, by its name.
         ImportError: without scikit-learn.
     """
     op = "ytf_protocol"
-    folds = np.unique(pairs.fold)
-    if len(folds) < 2:
-        raise ValueError(f"{op}: expected pairs in at least 2 folds, got {len(folds)}")
+    folds, bins = folds_of_both_kinds(op, pairs.same, pairs.fold), integer(op, "bins", bins, 1)
+    penalty = number(op, "c", c, POSITIVE)
     missing = [name for name in pairs.videos if name not in features]
     if missing:
         raise ValueError(
@@ -247,7 +183,10 @@ def ytf_protocol(
     mean_scores = np.empty(len(pairs))
     histograms = np.empty((len(pairs), bins))
     for i, (one, other) in enumerate(zip(pairs.first, pairs.second, strict=True)):
-        scores = frame_scores(features[one], features[other])
+        try:
+            scores = frame_scores(features[one], features[other])
+        except ValueError as error:
+            raise ValueError(f"{op}: {one!r} and {other!r}: {error}") from error
         mean_scores[i] = scores.mean(dtype=np.float64)
         histograms[i] = score_histogram(scores, bins)
     by_mean = []
@@ -255,5 +194,5 @@ def ytf_protocol(
         judged = pairs.fold == fold
         threshold = best_threshold(mean_scores[~judged], pairs.same[~judged])
         by_mean.append(((mean_scores[judged] > threshold) == pairs.same[judged]).mean())
-    accuracies = hik_svm_protocol(histograms, pairs.same, pairs.fold, c=c)
+    accuracies = hik_svm_protocol(histograms, pairs.same, pairs.fold, c=penalty)
     return YtfResult(accuracies, np.array(by_mean), mean_scores, histograms)

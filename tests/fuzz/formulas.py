@@ -229,7 +229,7 @@ def contrastive_of_pairs(
     """1/2 (d^2 where same, (margin - d)_+^2 elsewhere); at d = 0 the push apart has no slope."""
     square = r.distances((a - b).square().sum(1))
     apart = square != 0
-    d = torch.where(apart, torch.where(apart, square, 1).sqrt(), square)
+    d = torch.where(apart, torch.where(apart, square, 1).sqrt(), 0)
     losses = torch.where(same.bool(), square, (margin - d).clamp_min(0).square()) / 2
     return reduce(losses, torch.ones_like(apart), reduction)
 

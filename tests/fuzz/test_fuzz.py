@@ -6,13 +6,14 @@ as lines of Python that repeat it, to be run with PYTHONPATH=tests.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from fuzz import calls, functions, illegal, known, layers
+from fuzz import calls, functions, illegal, layers
 from fuzz.functions import OPS, Call
 from fuzz.inputs import Labels, Rows
 from fuzz.judge import Wrong
@@ -61,8 +62,6 @@ def test_functions(op: str, fuzzed: Lane, request: pytest.FixtureRequest) -> Non
 
     def check(data: st.DataObject) -> None:
         call = OPS[op].draw(data.draw, budget)
-        if known.known(call, fuzzed):
-            return
         try:
             calls.check(call, fuzzed.name)
         except Exception as error:
@@ -117,6 +116,9 @@ PLAIN = {
 }
 
 
+TICKS = itertools.count()
+
+
 @pytest.mark.parametrize("op", PLAIN)
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
@@ -124,7 +126,7 @@ PLAIN = {
         (lambda out: out * (1 + 1e-5), "times the allowed"),
         (lambda out: out + 1e-5 * out.detach()[0].abs().max(), "times the allowed"),
         (
-            lambda out: out - out.detach() + out.detach() * (1 + torch.rand(()) * 1e-6),
+            lambda out: out - out.detach() + out.detach() * (1 + next(TICKS) % 2 * 1e-6),
             "other bits|times the allowed|whether gradients",
         ),
         (lambda out: out.detach() + 0 * out, "gradient of"),

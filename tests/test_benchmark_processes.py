@@ -20,7 +20,7 @@ def bench() -> Iterator[SimpleNamespace]:
 
 
 def start(bench: SimpleNamespace, name: str, budget: float) -> object:
-    return bench.workers.Worker(name, bench.cases.normalize(2, 3), "fwd", "cpu", 1, budget, Rival)
+    return bench.processes.Worker(name, bench.cases.normalize(2, 3), "fwd", "cpu", 1, budget, Rival)
 
 
 def test_a_good_one_answers(bench: SimpleNamespace) -> None:
@@ -37,7 +37,7 @@ def test_a_good_one_answers(bench: SimpleNamespace) -> None:
 def test_one_that_hangs_is_stopped(bench: SimpleNamespace) -> None:
     worker = start(bench, "hangs", 60)
     began = time.monotonic()
-    with pytest.raises(bench.workers.OverBudget, match="first took longer than the 1 s"):
+    with pytest.raises(bench.processes.OverBudget, match="first took longer than the 1 s"):
         worker.ask("first", limit=1.0)
     assert time.monotonic() - began < 60
     assert gone(worker.process.pid)
@@ -56,14 +56,14 @@ def test_what_it_started_ends_with_it(bench: SimpleNamespace, tmp_path: Path) ->
 
 def test_one_that_crashes(bench: SimpleNamespace) -> None:
     worker = start(bench, "crashes", 60)
-    with pytest.raises(bench.workers.Dropped, match=r"process died in first \(exit code -6\)") as caught:
+    with pytest.raises(bench.processes.Dropped, match=r"process died in first \(exit code -6\)") as caught:
         worker.ask("first")
     assert caught.value.outcome == "failed"
 
 
 def test_one_that_raises(bench: SimpleNamespace) -> None:
     worker = start(bench, "raises", 60)
-    with pytest.raises(bench.workers.Dropped, match=r"^RuntimeError: no kernel for this size$"):
+    with pytest.raises(bench.processes.Dropped, match=r"^RuntimeError: no kernel for this size$"):
         worker.ask("first")
 
 
@@ -118,7 +118,7 @@ def test_rounds_are_balanced(contest: object) -> None:
 
 
 def test_one_out_in_the_middle_costs_nobody_a_round(bench: SimpleNamespace, contest: object) -> None:
-    out = bench.workers.OverBudget("stopped: turn took longer than the 3 s left")
+    out = bench.processes.OverBudget("stopped: turn took longer than the 3 s left")
     rows = contest({
         "normface_ext": {"turn": [5.0, 5.0, 5.0, 5.0, 20.0]},
         "torch.lin_ce": {"turn": [10.0, 10.0, out]},
@@ -132,7 +132,7 @@ def test_one_out_in_the_middle_costs_nobody_a_round(bench: SimpleNamespace, cont
 
 def test_one_that_needs_more_later_ends_the_rounds(bench: SimpleNamespace, contest: object) -> None:
     """It has as many rounds as are needed: nobody loses a row."""
-    out = bench.workers.OverBudget("stopped: turn took longer than the 3 s left")
+    out = bench.processes.OverBudget("stopped: turn took longer than the 3 s left")
     turns = [10.0] * 5 + [30.0, out]
     rows = contest({"eager": {"turn": turns}}, "--compile-limit", "0")
     assert {rows[name]["outcome"] for name in ("normface_ext", "eager")} == {"measured"}
@@ -142,7 +142,7 @@ def test_one_that_needs_more_later_ends_the_rounds(bench: SimpleNamespace, conte
 @pytest.mark.parametrize("when", ["first", "errors", "turn"])
 @pytest.mark.parametrize("who", ["eager", "torch.lin_ce"])
 def test_one_that_fails_has_its_row(bench: SimpleNamespace, contest: object, who: str, when: str) -> None:
-    rows = contest({who: {when: bench.workers.Dropped("RuntimeError: no")}})
+    rows = contest({who: {when: bench.processes.Dropped("RuntimeError: no")}})
     assert (rows[who]["outcome"], rows[who]["note"]) == ("failed", "RuntimeError: no")
     ours = rows["normface_ext"]
     assert ours["median_ms"] == 10.0 and ours["percent_of_floor"] == 100
@@ -184,7 +184,7 @@ def test_ours_must_be_right_and_run(bench: SimpleNamespace, contest: object) -> 
         contest({"normface_ext": {"errors": {"dw": 1e-2}}, "eager": {"errors": {"dw": 1e-7}}})
     assert contest.read()["normface_ext"]["outcome"] == "wrong" and not Scripted.order.count("floor")
     with pytest.raises(bench.contest.WrongKernel, match="RuntimeError: no"):
-        contest({"normface_ext": {"first": bench.workers.Dropped("RuntimeError: no")}})
+        contest({"normface_ext": {"first": bench.processes.Dropped("RuntimeError: no")}})
 
 
 def test_an_inexact_peer_is_named(contest: object) -> None:
@@ -193,13 +193,13 @@ def test_an_inexact_peer_is_named(contest: object) -> None:
 
 
 def test_ours_without_eager_is_judged_too(bench: SimpleNamespace, contest: object) -> None:
-    eager = {"first": bench.workers.Dropped("OutOfMemoryError: no")}
+    eager = {"first": bench.processes.Dropped("OutOfMemoryError: no")}
     with pytest.raises(bench.contest.WrongKernel, match="dx"):
         contest({"normface_ext": {"errors": {"dx": 1e-3}}, "eager": eager})
 
 
 def test_compiling_has_a_limit_for_all(bench: SimpleNamespace, contest: object) -> None:
-    out = bench.workers.OverBudget("stopped: first took longer than the 60 s left")
+    out = bench.processes.OverBudget("stopped: first took longer than the 60 s left")
     contest({})
     options = bench.bench_kernels.arguments(["--compile-limit", "60"])
     record = bench.report.Record(contest.contest.record.path, {})
