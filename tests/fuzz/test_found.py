@@ -73,3 +73,19 @@ def test_the_largest_positive_of_given_distances(rows, ignored):
         }
         tensors = {"x": Rows(rows, 4, seed=3), "labels": Labels(rows, 4, ignored, -1)}
         calls.check(Call("c_contrastive_loss", tensors, options), "cpu")
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_value_is_judged_alike_with_and_without_gradients(classes, wanted):
+    """The loss of one class is 0, and with label smoothing a difference of rounded cosines: the judge allowed
+    for it only where a gradient was asked for."""
+    for seed in range(8):
+        tensors = {
+            "x": Rows(3, 2, seed=seed, grad=wanted),
+            "weight": Rows(classes, 2, seed=seed + 50),
+            "labels": Labels(3, classes, "random", -100, seed),
+        }
+        options = {"margin": (1.0, 0.0, 0.0), "reduction": "mean", "ignore_index": -100, "eps": 1e-12}
+        options |= {"label_smoothing": 0.1, "workspace": None, "scale": 30.0}
+        calls.check(Call("normface_loss", tensors, options), "cpu")
