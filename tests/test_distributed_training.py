@@ -178,6 +178,21 @@ def test_what_was_just_saved_is_kept(tmp_path):
         nf.distributed.load_checkpoint(tmp_path, net, torch.optim.SGD(net.parameters()), step="7")
 
 
+def test_what_is_not_of_a_checkpoint_is_left_alone(tmp_path):
+    mine = [tmp_path / name for name in ("saving-notes", "saving-1-of-2", "saving-removed-by-hand", "step-x")]
+    for path in mine:
+        path.mkdir()
+    (tmp_path / "saving-plan.txt").write_text("mine")
+    theirs = [
+        tmp_path / name for name in ("saving-3", "saving-removed-step-2", "saving-removed-saving-over-step-1")
+    ]
+    for path in theirs:
+        path.mkdir()
+    saved(tmp_path, 1, 0.0)
+    assert all(path.exists() for path in (*mine, tmp_path / "saving-plan.txt"))
+    assert not any(path.exists() for path in theirs)
+
+
 def test_a_crash_while_deleting_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch):
     def crash(path):
         next(path.glob("*.distcp")).unlink()

@@ -60,6 +60,7 @@ def _same_everywhere(step: int | None, folder: str | Path) -> None:
 #   saving-N            a draft,
 #   saving-over-step-N  a checkpoint that a draft of the same step replaces, which counts where step-N is not,
 #   saving-removed-*    what is being deleted, perhaps no longer whole.
+_DOES_NOT_COUNT = re.compile(r"saving-(\d+|over-step-\d+|removed-(saving-over-)?step-\d+)")
 
 
 def _remove(path: Path) -> None:
@@ -72,7 +73,7 @@ def _remove(path: Path) -> None:
 
 def _clean_up(folder: Path) -> None:
     """After a run that died while saving: what it was about to replace is back, its drafts are gone."""
-    for path in folder.glob("saving-*"):
+    for path in filter(lambda path: _DOES_NOT_COUNT.fullmatch(path.name), folder.glob("saving-*")):
         match = _FOLDER.fullmatch(path.name)
         if match and not (folder / f"step-{match[2]}").exists():
             path.rename(folder / f"step-{match[2]}")
