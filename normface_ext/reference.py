@@ -43,9 +43,12 @@ def _magnitude(x: Tensor, dim: int, p: int, eps: float) -> Tensor:
 def _unit(x: Tensor, dim: int, p: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y = x / n, n / m, m) with n = sqrt(sum x^2 + eps) or sum |x| + eps and the rows' magnitudes m."""
     size = _magnitude(x, dim, p, eps)
-    x = x / size
-    norm = _norm(x, dim, p, eps / size if p == 1 else eps / size / size)
-    return x / norm, norm, size
+    scaled = x / size
+    if p == 1:  # |x| by x's own sign, which an entry that vanishes beside the largest still has
+        norm = (scaled * x.detach().sign()).sum(dim, keepdim=True) + eps / size
+    else:
+        norm = _norm(scaled, dim, p, eps / size / size)
+    return scaled / norm, norm, size
 
 
 def normalize(

@@ -162,3 +162,10 @@ def test_scores_that_are_not_finite_are_refused(taker: str, value: float):
 def test_scores_that_are_no_real_numbers_are_refused(taker: str, scores: object):
     with pytest.raises(ValueError, match=rf"^{taker}: expected `scores` (to be|without masked)"):
         TAKES_SCORES[taker](scores)
+
+
+@pytest.mark.parametrize("names", ["video", None, 3, np.array("a"), [1] * PAIRS, [*VIDEOS[0][1:], None]])
+def test_videos_that_are_no_names_are_refused(names: object):
+    for columns in ((names, VIDEOS[1]), (VIDEOS[0], names)):
+        with pytest.raises(TypeError, match=r"^VideoPairs: expected `(first|second)` to be names of videos"):
+            ev.VideoPairs(*columns, IS_SAME, FOLD)

@@ -39,7 +39,7 @@ def merge_mirror(front: Features, mirrored: Features, how: str = "sum") -> Array
         raise ValueError(
             f"merge_mirror: expected `mirrored` to have shape {list(a.shape)}, got {list(b.shape)}"
         )
-    if how not in ("sum", "max"):
+    if not isinstance(how, str) or how not in ("sum", "max"):
         raise ValueError(f"merge_mirror: expected `how` to be sum or max, got {shown(how)}")
     if how == "max":
         return np.maximum(a, b)

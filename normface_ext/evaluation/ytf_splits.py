@@ -34,10 +34,11 @@ class VideoPairs:
     def __post_init__(self) -> None:
         op = "VideoPairs"
         for name, names in (("first", self.first), ("second", self.second)):
-            wrong = [type(video).__name__ for video in names if not isinstance(video, str)]
-            if wrong or isinstance(names, str):
-                found = wrong[0] if wrong else "one str"
-                raise TypeError(f"{op}: expected `{name}` to be names of videos, each a str, got {found}")
+            row = isinstance(names, (tuple, list)) or (isinstance(names, np.ndarray) and names.ndim == 1)
+            wrong = [video for video in names if not isinstance(video, str)] if row else [names]
+            if wrong:
+                got = ", ".join(sorted({type(video).__name__ for video in wrong}))[:100]
+                raise TypeError(f"{op}: expected `{name}` to be names of videos, each a str, got {got}")
         same, fold = as_same(op, self.same), as_whole(op, "fold", self.fold)
         columns(op, {"first": self.first, "second": self.second, "same": same, "fold": fold}, "columns")
         object.__setattr__(self, "same", same)  # what was checked is what is used

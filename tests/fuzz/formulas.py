@@ -33,7 +33,8 @@ def unit(
     n = (
         (u.square().sum(dim, keepdim=True) + eps / m / m).sqrt()
         if p == 2
-        else u.abs().sum(dim, keepdim=True) + eps / m
+        # |x| by x's own sign, which an entry that vanishes beside the largest still has.
+        else (u * x.detach().sign()).sum(dim, keepdim=True) + eps / m
     )
     return u / r.norms(n), m * n
 

@@ -131,7 +131,8 @@ LISTS: dict[str, tuple[Callable[[Path], Any], str, Callable[[Any, bytes], bool]]
 def test_list(tmp_path: Path, kind: str, encoding: str, seeds: range) -> None:
     reader, good, right = LISTS[kind]
     read, refused = run(reader, "list.txt", good.encode(encoding), seeds, tmp_path, right=right)
-    assert read > 0 and refused > 0
+    # In UTF-16 a byte more or less spoils all that follows: there the good file alone may be read.
+    assert refused > 0 and (read > 0 or encoding == "utf-16")
 
 
 @pytest.mark.parametrize("seeds", ROUNDS)

@@ -75,6 +75,21 @@ def test_the_largest_positive_of_given_distances(rows, ignored):
         calls.check(Call("c_contrastive_loss", tensors, options), "cpu")
 
 
+@pytest.mark.parametrize("tiny", [5e-324, -3e-310, 2e-300])
+def test_an_entry_that_vanishes_beside_the_largest_keeps_its_sign(lane, tiny):
+    """dn/dx = sign(x) for p = 1, in the kernels and in the reference, whatever stands beside x."""
+    x = lane.tensor(torch.tensor([[tiny, 1e14, -2e14]], dtype=torch.float64))
+    sign = math.copysign(1.0, tiny)
+    for normalize in (nf.functional.normalize, nf.reference.normalize):
+        leaf = x.clone().requires_grad_()
+        y, norm = normalize(leaf, 1, 1, return_norm=True)
+        (slopes,) = torch.autograd.grad(norm.sum(), leaf, retain_graph=True)
+        (dx,) = torch.autograd.grad(y[0, 1], leaf)
+        assert slopes.tolist() == [[sign, 1.0, -1.0]]
+        expected = torch.tensor([[-sign / 9e14, 2 / 9e14, 1 / 9e14]], dtype=torch.float64)
+        torch.testing.assert_close(dx.cpu(), expected, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("classes", [1, 2, 5])
 @pytest.mark.parametrize("wanted", [True, False])
 def test_a_value_is_judged_alike_with_and_without_gradients(classes, wanted):
