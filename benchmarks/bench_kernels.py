@@ -69,9 +69,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("bench_results"),
                         help="where the files go (default: ./bench_results)")  # fmt: skip
     options = parser.parse_args(argv)
-    if (
-        options.quick or options.host
-    ):  # toy sizes crawl with more threads on a machine that is busy with other things
+    # Toy sizes crawl with more threads on a machine that is busy with other things.
+    if options.quick or options.host:
         options.threads = options.threads or 1
     return options
 
@@ -102,11 +101,8 @@ def main() -> int:
         print("written: " + str(host.run(device, common, options.out)))
         return 0
 
-    chosen = [
-        c
-        for c in case_list.choose(device, options.quick, options.full)
-        if re.search(options.cases or "", c.name)
-    ]
+    cases = case_list.choose(device, options.quick, options.full)
+    chosen = [case for case in cases if re.search(options.cases or "", case.name)]
     if not chosen:
         print(f"no case matches {options.cases!r}", file=sys.stderr)
         return 2

@@ -97,9 +97,8 @@ class Measured:
         finally:
             gc.enable()
             inputs.clear_gradients()
-        if (
-            self.device == "cuda"
-        ):  # the others need the memory; on the CPU, making inputs again would take long
+        # The others need the memory; on the CPU, making inputs again would take long.
+        if self.device == "cuda":
             del inputs
             self.inputs = None
             _flush.clear()

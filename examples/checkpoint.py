@@ -75,7 +75,7 @@ def resume(training: Training, mark: dict[str, object], path: Path) -> None:
 
 def check_mark(where: str, mark: dict[str, object], given: dict[str, object]) -> None:
     for name, value in mark.items():
-        if name not in given or given[name] != value:
+        if name not in given or repr(given[name]) != repr(value):  # `!=` of a tensor is no answer
             what = f"--{name.replace('_', '-')} was {given.get(name)} and is {value}"
             if name == "images":
                 what = "the images differ"
@@ -88,7 +88,9 @@ def check_checkpoint(where: str, training: Training, state: dict[str, Any], on_g
     check_optimizer(where, training.optimizer, state["optimizer"])
     if state["step"] != len(state["losses"]) or not all(type(loss) is float for loss in state["losses"]):
         raise ValueError(f"{where}: expected a loss for each of {state['step']} steps")
-    if state["before"].keys() != {"accuracy", "threshold", "tar_at_far_1"}:
+    before = state["before"]
+    measures = before.keys() == {"accuracy", "threshold", "tar_at_far_1"}
+    if not measures or not all(type(value) is float for value in before.values()):
         raise ValueError(f"{where}: expected what was measured before training, got other measures")
     given, here = [state["rng"]], [torch.get_rng_state()]
     if on_gpu:
@@ -97,6 +99,10 @@ def check_checkpoint(where: str, training: Training, state: dict[str, Any], on_g
         raise ValueError(
             f"{where}: expected the random states of the CPU and {len(here) - 1} GPUs, got others"
         )
+    try:
+        torch.Generator().set_state(given[0])
+    except RuntimeError as error:  # of the right size, and no state
+        raise ValueError(f"{where}: expected a random state of the CPU, got {error}") from None
 
 
 def _alike(given: object, mine: Tensor) -> bool:

@@ -111,7 +111,10 @@ def check_optimizer(where: str, optimizer: torch.optim.Optimizer, state: Mapping
     check_entries(f"{where}: optimizer", state, {"state": dict, "param_groups": list})
     own, groups = optimizer.state_dict()["param_groups"], state["param_groups"]
     same = len(groups) == len(own) and all(
-        isinstance(group, dict) and mine.keys() == group.keys() and mine["params"] == group["params"]
+        isinstance(group, dict)
+        and mine.keys() == group.keys()
+        and all(type(mine[name]) is type(group[name]) for name in mine)
+        and repr(mine["params"]) == repr(group["params"])
         for mine, group in zip(own, groups, strict=True)
     )
     if not same:

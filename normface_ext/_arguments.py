@@ -2,7 +2,8 @@
 
 Every function returns the value as Python's own type or raises "op: expected `argument` to ..., got ...",
 with the argument's name as the caller wrote it. NumPy's scalars and 0-d arrays count as what they hold, and
-so do 0-d integer tensors; a bool is no number, and nothing is rounded, cut or parsed on the way.
+where an int is wanted so do 0-d integer tensors; a bool is no number, and nothing is rounded, cut or parsed
+on the way.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def number(op: str, name: str, value: object, within: Range = FINITE, *, kind: s
         real = value
     else:
         real = _real(op, name, value, kind)
-    if not within.low <= real <= within.high:
+    too_large = isinstance(real, int) and abs(real) > _MOST  # for a float, whatever the range
+    if too_large or not within.low <= real <= within.high:
         raise ValueError(f"{op}: expected `{name}` {within.text}, got {shown(real)}")
     return float(real)
 
@@ -104,7 +106,10 @@ def number(op: str, name: str, value: object, within: Range = FINITE, *, kind: s
 def _real(op: str, name: str, value: object, kind: str) -> float:
     held = value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
     if isinstance(held, numbers.Real) and not isinstance(held, (bool, np.bool_)):
-        return float(held)
+        try:
+            return float(held)
+        except OverflowError:  # a fraction
+            raise ValueError(f"{op}: expected `{name}` {FINITE.text}, got {type(value).__name__}") from None
     raise TypeError(f"{op}: expected `{name}` to be {kind}, got {type(value).__name__}")
 
 

@@ -209,7 +209,7 @@ def finite_rows(
 ) -> None:
     """ValueError naming the rows of [N, ...] with NaN or infinity, of those that are `counted` [N]; `row` is
     what an index is called. A 0-d tensor has none. Waits for the device. In a traced step the device asserts,
-    without names."""
+    without names; of a fake or meta tensor there is nothing to see."""
     finite = value.detach().isfinite()
     bad = ~(finite.flatten(1).all(1) if finite.dim() > 1 else finite)
     if counted is not None:
@@ -217,13 +217,18 @@ def finite_rows(
     sentence = f"{op}: expected `{name}` to be finite, got NaN or infinity"
     if torch.compiler.is_compiling():
         torch._assert_async(~bad.any(), sentence)
-    elif bad.any():
+    elif has_values(value) and bad.any():
         if bad.dim() == 0:
             raise ValueError(sentence)
         rows = bad.nonzero()[:, 0].tolist()
         shown = ", ".join(str(row(index)) for index in rows[:4])
         more = f" and {len(rows) - 4} more" if len(rows) > 4 else ""
         raise ValueError(f"{sentence} in {'row' if len(rows) == 1 else 'rows'} {shown}{more}")
+
+
+def weighed(kept: Tensor | None, sample_weight: Tensor | None) -> Tensor | None:
+    """Which rows [N] count: a row of weight 0 is an ignored one."""
+    return kept if kept is None or sample_weight is None else kept & (sample_weight != 0)
 
 
 def finite_operands(
@@ -234,8 +239,9 @@ def finite_operands(
     scale: Tensor | None = None,
     sample_weight: Tensor | None = None,
 ) -> None:
-    """``finite_rows`` of what a head is given. Of x and sample_weight the rows that are `kept` [N] count."""
-    finite_rows(op, "x", x, kept)
+    """``finite_rows`` of what a head is given. Of x and sample_weight the rows that are `kept` [N] count; in
+    x, those of weight 0 do not."""
+    finite_rows(op, "x", x, weighed(kept, sample_weight))
     if weight is not None:
         finite_rows(op, "weight", weight)
     if scale is not None:

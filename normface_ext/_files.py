@@ -19,7 +19,7 @@ def clip(text: str, most: int = LONGEST) -> str:
     """The text on one line; where it is longer than ``most``, without its middle."""
     if len(text) > most:
         text = f"{text[: most * 2 // 3 - 3]} ... {text[len(text) - most // 3 + 2 :]}"
-    return " ".join(text.splitlines()) if len(text.splitlines()) > 1 else text
+    return " ".join(text.splitlines())
 
 
 def quoted(value: str | bytes, most: int = 60) -> str:

@@ -164,7 +164,7 @@ def normface_loss(
             class_weight, as in ``F.cross_entropy``.
         workspace: bytes allowed beyond inputs and gradients; see ``normface_ext.plan``. Where they cannot be
             had, a smaller plan takes over, with a RuntimeWarning.
-        check_finite: look for NaN and infinity first, in the rows that are not ignored, in the weight, in the
+        check_finite: look for NaN and infinity first, in the rows that count, in the weight, in the
             scale and in sample_weight: one more reading of them, and on CUDA a wait of the host. Without it
             such a row makes the loss and the weight's gradient NaN; other rows' own gradients stay right.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ROOT / "tests"  # pytest runs there: in the root the source folder would hide the installed package
+TESTS = ROOT / "tests"  # pytest runs there, on the files by their names
 GPU_FILES = ["test_gpu.py", "test_train_distributed.py", "test_emulation.py"]
 
 
@@ -36,6 +36,7 @@ class Step:
     folder: Path = ROOT
     needs_gpu: bool = False  # it shows nothing on the emulated kernels, but its command line runs
     environment: tuple[tuple[str, str], ...] = ()
+    of_build: bool = True  # what it shows is about the installed build, not about the machine alone
 
 
 WHERE = """
@@ -127,7 +128,7 @@ def sanitized(tool: str) -> Callable[[Options], list[str]]:
 
 AGREED, PASSED = r"[1-9]\d* cases, all agree", r"\b[1-9]\d* passed"
 STEPS = [
-    Step("machine", 60, 15, machine, "this machine: "),
+    Step("machine", 60, 15, machine, "this machine: ", of_build=False),
     Step("library", 900, 900, library, "the library is ready", TESTS, environment=(("NORMFACE_CUDA", "1"),)),
     Step("kernels", 120, 40, kernels, AGREED),
     Step("ops", 480, 70, ops, PASSED, TESTS),

@@ -477,18 +477,22 @@ def not_finite(rank, world):
     x, weight, labels = problem(9, 8, torch.float32)
     mine = rows_of(rank, world, 8, ragged=False)
     for loss in (nfd.normface_loss, nfd.c_contrastive_loss, nfd.c_triplet_loss):
-        scale = (9.0,) if loss is nfd.normface_loss else ()
-        for kind in ("row", "ignored", "weight"):
+        softmax = loss is nfd.normface_loss
+        for kind in ("row", "ignored", "weight", *("scale", "weightless") * softmax):
+            scale = (torch.tensor(float("nan") if kind == "scale" and rank == 1 else 9.0),) * softmax
+            options = {"sample_weight": torch.ones(len(labels[mine]))} if softmax else {}
             features, head = x[mine].clone(), nfd.shard_head(head_of(9, weight, scale=9.0), mesh_of(world))
-            if rank == 1 and kind != "weight":
+            if rank == 1 and kind in ("row", "ignored", "weightless"):
                 features[2, 1] = float("nan")
             if rank == 1 and kind == "weight":
                 head.weight.to_local().detach()[1, 0] = float("inf")
             places = labels[mine].clone()
             if kind == "ignored":
                 places[2] = -100
+            if kind == "weightless":
+                options["sample_weight"][2] = 0
             try:
-                found = loss(features, head.weight, places, *scale, head.shard, check_finite=True)
+                found = loss(features, head.weight, places, *scale, head.shard, check_finite=True, **options)
                 heard.append(bool(found.isfinite()))
             except ValueError as error:
                 heard.append(str(error))

@@ -175,7 +175,8 @@ def test_integers_of_other_libraries_count(call, name):
 
 @pytest.mark.parametrize(("call", "name"), cases(NUMBERS))
 def test_what_is_no_number_is_refused(call, name):
-    kinds = [None, TEXT, math.nan, -math.inf, LIST, True, np.bool_(True), 1j, -(10**5000)]
+    kinds = [None, TEXT, math.nan, -math.inf, LIST, True, np.bool_(True), 1j, -(10**5000), 10**400]
+    kinds += [fractions.Fraction(10**400)]
     arrays = [np.float32("nan"), np.array([0.5]), np.array("0.5"), np.array(True), torch.ones(2)]
     refused(call, name, [*kinds, *arrays])
 

@@ -9,6 +9,7 @@ import distributed_jobs as jobs
 import pytest
 import torch
 from ranks import ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import normface_ext as nf
 
@@ -100,6 +101,27 @@ def test_scale_and_sample_weight_are_looked_at():
         call(x, weight, labels, 4.0, sample_weight=factors[[0, 2, 1]], check_finite=True)
 
 
+def test_a_row_of_weight_0_is_an_ignored_one(lane):
+    x, weight, labels = problem(lane)
+    factors = lane.tensor([1.0, 0.0, 2.0, 1.0, 1.0, 1.0, 1.0], torch.float32)
+    clean = LOSSES["normface_loss"](x, weight, labels, sample_weight=factors)
+    x[1] = math.nan
+    checked = LOSSES["normface_loss"](x, weight, labels, sample_weight=factors, check_finite=True)
+    assert torch.equal(checked, clean)
+    x[2] = math.nan
+    with pytest.raises(ValueError, match=r"expected `x` to be finite, got NaN or infinity in row 2$"):
+        LOSSES["normface_loss"](x, weight, labels, sample_weight=factors, check_finite=True)
+
+
+def test_tensors_without_values_pass(loss):
+    x, weight, labels = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 4])
+    meta = [tensor.to("meta") for tensor in (x, weight, labels)]
+    assert LOSSES[loss](*meta, check_finite=True).shape == ()
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(tensor) for tensor in (x, weight, labels)]
+        assert LOSSES[loss](*fake, check_finite=True).shape == ()
+
+
 def test_distances_and_the_released_layers_are_looked_at():
     distances, labels = torch.rand(3, 4), torch.tensor([0, -100, 3])
     distances[1] = math.nan
@@ -131,11 +153,13 @@ def test_a_compiled_step_stops_too(loss, compile_fully):
 
 def test_every_rank_hears_of_it():
     for heard in ranks(2).run(jobs.not_finite):
-        for row, ignored, weight in (heard[:3], heard[3:6], heard[6:]):
+        for row, ignored, weight in (heard[:3], heard[5:8], heard[8:]):
             assert row.endswith("expected `x` to be finite, got NaN or infinity in row 2 of rank 1")
             assert ignored is True
             assert weight.endswith("expected `weight` to be finite, got NaN or infinity in class 6")
             assert row.startswith("distributed.") and weight.startswith("distributed.")
+        assert heard[3].endswith("normface_loss: expected `scale` to be finite, got NaN or infinity")
+        assert heard[4] is True  # the row has weight 0
 
 
 @pytest.mark.slow

@@ -223,6 +223,7 @@ def test_files_and_folders_of_other_checkpoints_are_found(tmp_path):
         lambda c: c["entries"]["model.head.weight"]["parts"][0].update(file="../../secret"),
         lambda c: c["entries"]["model.head.weight"]["parts"].clear(),
         lambda c: c["entries"]["model.head.weight"]["parts"][0].update(size=[59, 16]),
+        lambda c: c["entries"]["model.head.weight"]["parts"][0].update(offset=None),
         lambda c: c["entries"]["model.head.weight"].update(dtype="load"),
         lambda c: c["entries"]["model.head.weight"].update(dtype="float64"),
         lambda c: c["entries"]["model.head.weight"]["parts"][0].update(start=-5),

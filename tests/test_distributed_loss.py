@@ -39,6 +39,7 @@ OPTIONS = {
     "beyond the window": {"scale": 300.0},
     "beyond the window, learned": {"scale": 300.0, "learn_scale": True},
     "recomputed": {"workspace": 40_000},
+    "check_finite": {"check_finite": True, "learn_scale": True, "scale": 8.0},
 }
 
 
@@ -162,6 +163,7 @@ def test_what_the_options_send():
     expected = {
         "class weights": [("all-reduce", 8 * (4 * 16 + jobs.DIM + 1))],
         "beyond the window": [("all-reduce", 8 * 16), ("all-reduce", 8 * 3 * 16)],
+        "check_finite": [("all-reduce", 8), ("all-reduce", 8 * 3 * 16)],
     }
     for name, sums in expected.items():
         for forward, _ in ranks(2).run(

@@ -165,8 +165,32 @@ def test_what_was_just_saved_is_kept(tmp_path):
         saved(tmp_path, step, 0.0)
     assert saved(tmp_path, 3, 0.0).exists()
     assert [step for step, _ in checkpoints(tmp_path)] == [3, 7]
-    with pytest.raises(ValueError, match="save_checkpoint: expected `keep` >= 1 or None, got 0"):
+    with pytest.raises(ValueError, match="save_checkpoint: expected `keep` >= 1, got 0"):
         saved(tmp_path, 4, 0.0, keep=0)
+    for name, value in (("keep", "2"), ("keep", True), ("keep", 1.5)):
+        with pytest.raises(TypeError, match=f"save_checkpoint: expected `{name}` to be an int or None, got"):
+            saved(tmp_path, 4, 0.0, **{name: value})
+    for step in ("4", True, 4.0, torch.tensor(4.5)):
+        with pytest.raises(TypeError, match="save_checkpoint: expected `step` to be an int, got"):
+            saved(tmp_path, step, 0.0)
+    net = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="load_checkpoint: expected `step` to be an int or None, got str"):
+        nf.distributed.load_checkpoint(tmp_path, net, torch.optim.SGD(net.parameters()), step="7")
+
+
+def test_what_is_not_of_a_checkpoint_is_left_alone(tmp_path):
+    mine = [tmp_path / name for name in ("saving-notes", "saving-1-of-2", "saving-removed-by-hand", "step-x")]
+    for path in mine:
+        path.mkdir()
+    (tmp_path / "saving-plan.txt").write_text("mine")
+    theirs = [
+        tmp_path / name for name in ("saving-3", "saving-removed-step-2", "saving-removed-saving-over-step-1")
+    ]
+    for path in theirs:
+        path.mkdir()
+    saved(tmp_path, 1, 0.0)
+    assert all(path.exists() for path in (*mine, tmp_path / "saving-plan.txt"))
+    assert not any(path.exists() for path in theirs)
 
 
 def test_a_crash_while_deleting_leaves_no_half_of_a_checkpoint(tmp_path, monkeypatch):

@@ -179,21 +179,34 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return arguments
 
 
+def with_groups(state: dict, **entries: object) -> dict:
+    optimizer = state["optimizer"]
+    return {**optimizer, "param_groups": [{**group, **entries} for group in optimizer["param_groups"]]}
+
+
 CHANGES = {
     "another file": lambda state: {"weight": torch.zeros(3)},
     "no dict": lambda state: [state],
     "an entry less": lambda state: {k: v for k, v in state.items() if k != "rng"},
     "no fingerprint": lambda state: {**state, "fingerprint": 3},
+    "fingerprint of tensors": lambda state: {
+        **state,
+        "fingerprint": dict.fromkeys(state["fingerprint"], torch.zeros(2)),
+    },
     "step": lambda state: {**state, "step": 2},
     "step of another kind": lambda state: {**state, "step": True},
     "losses": lambda state: {**state, "losses": ["x"]},
     "before": lambda state: {**state, "before": {}},
+    "before of another kind": lambda state: {**state, "before": dict.fromkeys(state["before"], "x")},
+    "rng that is none": lambda state: {**state, "rng": torch.full_like(state["rng"], 255)},
     "rng": lambda state: {**state, "rng": torch.zeros(3, dtype=torch.uint8)},
     "cuda": lambda state: {**state, "cuda_rng": 3},
     "backbone": lambda state: {**state, "backbone": {}},
     "head": lambda state: {**state, "head": {"weight": torch.zeros(1)}},
     "optimizer": lambda state: {**state, "optimizer": {"state": {}}},
     "groups": lambda state: {**state, "optimizer": {"state": {}, "param_groups": [{}]}},
+    "groups of tensors": lambda state: {**state, "optimizer": with_groups(state, params=[torch.zeros(2)])},
+    "groups with a rate of text": lambda state: {**state, "optimizer": with_groups(state, lr="x")},
     "momentum": lambda state: {
         **state,
         "optimizer": {**state["optimizer"], "state": {0: {"momentum_buffer": torch.zeros(2)}}},

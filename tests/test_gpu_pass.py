@@ -133,6 +133,20 @@ def test_what_is_found_about_a_build_that_a_step_replaces_is_forgotten(
     assert json.loads((tmp_path / "steps.json").read_text())["build"] == "True"
 
 
+def test_a_build_replaced_in_a_second_call(call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What passed before it is forgotten and counts as not passed, but for what is no matter of the build."""
+    built = tmp_path / "built"
+    monkeypatch.setattr(gpu_pass, "build_of_the_package", lambda: str(built.exists()))
+    first = [step("machine", "echo one", of_build=False), step("early", "echo two")]
+    assert call([*first, step("library", "echo no nvcc; exit 1")])[0] == 1
+    steps = [*first, step("library", f"touch {built}; echo built")]
+    status, _, lines = call(steps)
+    assert status == 1 and "passed (before)" in lines["machine"] and "early" not in lines
+    status, _, lines = call(steps)
+    assert status == 0 and "before" not in lines["early"] and "passed (before)" in lines["library"]
+    assert [each.name for each in gpu_steps.STEPS if not each.of_build] == ["machine"]
+
+
 def test_a_quick_pass_is_not_a_full_one(call, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     both = step("both", f"echo both >> {runs}; echo done")

@@ -8,13 +8,12 @@ loaded can run code.
 
 from __future__ import annotations
 
-import operator
 import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -24,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from .._arguments import integer
 from .collectives import explained
 from .contents import check_fits, check_plain, nonfinite
 from .manifest import NAME, Manifest
@@ -60,6 +60,7 @@ def _same_everywhere(step: int | None, folder: str | Path) -> None:
 #   saving-N            a draft,
 #   saving-over-step-N  a checkpoint that a draft of the same step replaces, which counts where step-N is not,
 #   saving-removed-*    what is being deleted, perhaps no longer whole.
+_DOES_NOT_COUNT = re.compile(r"saving-(\d+|over-step-\d+|removed-(saving-over-)?step-\d+)")
 
 
 def _remove(path: Path) -> None:
@@ -72,7 +73,7 @@ def _remove(path: Path) -> None:
 
 def _clean_up(folder: Path) -> None:
     """After a run that died while saving: what it was about to replace is back, its drafts are gone."""
-    for path in folder.glob("saving-*"):
+    for path in filter(lambda path: _DOES_NOT_COUNT.fullmatch(path.name), folder.glob("saving-*")):
         match = _FOLDER.fullmatch(path.name)
         if match and not (folder / f"step-{match[2]}").exists():
             path.rename(folder / f"step-{match[2]}")
@@ -147,20 +148,16 @@ def save_checkpoint(
         The path of the checkpoint.
 
     Raises:
-        TypeError: step; extra, or an option of an optimizer, that is no tensor and no plain value.
+        TypeError: step, keep; extra, or an option of an optimizer, that is no tensor and no plain value.
         ValueError: step, keep, what is not finite. Nothing is saved, and the checkpoints there are stay.
         OSError: storage failed on some rank; raised on all, with the file and the rank. The checkpoints
             before are as they were.
         RuntimeError: a rank died or came too late.
     """
     op = "save_checkpoint"
-    if isinstance(step, bool) or not isinstance(step, SupportsIndex):
-        raise TypeError(f"{op}: expected `step` to be an int, got {type(step).__name__}")
-    step = operator.index(step)
-    if step < 0:
-        raise ValueError(f"{op}: expected `step` >= 0, got {step}")
-    if keep is not None and keep < 1:
-        raise ValueError(f"{op}: expected `keep` >= 1 or None, got {keep}")
+    step = integer(op, "step", step, 0)
+    if keep is not None:
+        keep = integer(op, "keep", keep, 1, kind="an int or None")
     folder = Path(folder)
     final, draft = folder / f"step-{step}", folder / f"saving-{step}"
     writer = Writer(draft)
@@ -220,6 +217,7 @@ def load_checkpoint(
         The step, or ``None`` where the folder has no checkpoint: a run begins.
 
     Raises:
+        TypeError: step.
         FileNotFoundError: ``step`` was given and is not there, a file of the checkpoint is not there, or the
             ranks see different checkpoints.
         ValueError: a file is damaged; or the checkpoint is of another run: a name, a size or a dtype differs,
@@ -228,6 +226,8 @@ def load_checkpoint(
         RuntimeError: a rank died or came too late.
     """
     op = "load_checkpoint"
+    if step is not None:
+        step = integer(op, "step", step, kind="an int or None")
     found = [entry for entry in checkpoints(folder) if step is None or entry[0] == step]
     _same_everywhere(found[-1][0] if found else None, folder)
     if not found:
@@ -251,7 +251,7 @@ def load_checkpoint(
             load(state, storage_reader=reader, planner=planner)
     except CheckpointException as error:
         raise explained_failure(op, path, error) from None
-    planner.check_groups(op, path)
+    together(f"the groups of {path}", lambda: planner.check_groups(op, path))
     planner.assign()
     set_state_dict(
         model, optimizer_list, model_state_dict=state["model"], optim_state_dict=state["optimizers"]

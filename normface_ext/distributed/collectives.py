@@ -62,20 +62,27 @@ class Batch:
     rank: int
     need_x: bool
 
-    def check_finite(self, op: str, weight: Tensor, shard: ClassShard, ignore_index: int) -> None:
-        """ValueError on every rank, with one sentence, where a row of any rank is not finite, or a class of
-        `weight` [C_local, D] on any. All ranks have all rows; what only one has it tells the others."""
+    def check_finite(
+        self, op: str, weight: Tensor, shard: ClassShard, ignore_index: int, scale: Tensor | None = None
+    ) -> None:
+        """ValueError on every rank, with one sentence, where a row of any rank is not finite, or on any the
+        scale or a class of `weight` [C_local, D]. All ranks have all rows; what only one has it tells the
+        others."""
         kept = self.labels != ignore_index
 
         def of_rank(index: int) -> str:
             return f"{index % self.each} of rank {index // self.each}"
 
-        _checks.finite_rows(op, "x", self.x, kept, of_rank)
+        _checks.finite_rows(op, "x", self.x, _checks.weighed(kept, self.sample_weight), of_rank)
         if self.sample_weight is not None:
             _checks.finite_rows(op, "sample_weight", self.sample_weight, kept, of_rank)
         bad = (~weight.detach().isfinite().all(1)).nonzero()[:, 0]
         last = bad[-1:].add(shard.first) if bad.numel() else bad.new_full((1,), -1)
+        if scale is not None and not scale.detach().isfinite():
+            last = last.new_full((1,), shard.num_classes)  # beyond every class
         worst = int(largest_over_shards(last, shard.group))
+        if worst == shard.num_classes:
+            raise ValueError(f"{op}: expected `scale` to be finite, got NaN or infinity")
         if worst >= 0:
             raise ValueError(f"{op}: expected `weight` to be finite, got NaN or infinity in class {worst}")
 
@@ -171,7 +178,7 @@ def add_over_shards(parts: list[Tensor], group: ProcessGroup) -> list[Tensor]:
 def largest_over_shards(value: Tensor, group: ProcessGroup) -> Tensor:
     """The elementwise maximum over the group."""
     largest = value.clone()
-    with explained("the all-reduce of largest logits", group):
+    with explained("the all-reduce of maxima", group):
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     return largest
 

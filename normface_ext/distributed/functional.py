@@ -177,8 +177,8 @@ def normface_loss(
         weight: [shard.count, D] its classes, or a DTensor ``Shard(0)`` of [num_classes, D].
         labels: [N] int64, global, in [0, num_classes) or ``ignore_index``.
         class_weight: [num_classes], the same on all ranks.
-        check_finite: look for NaN and infinity first, in the rows of all ranks, in sample_weight and in the
-            weight; raised on all ranks. One more collective, of 8 bytes.
+        check_finite: look for NaN and infinity first, in the rows of all ranks that count, in sample_weight,
+            in the weight and in the scale; raised on all ranks. One more collective, of 8 bytes.
         largest_scale: a bound on a scale tensor: with it the host need not read the tensor to see whether
             the fixed shift serves.
         sample: a ``ClassSampler``, to train on the rows' own classes and a random part of the others. The
@@ -208,6 +208,7 @@ def normface_loss(
     psi = _checks.margin(OP, margin)
     check_backbone_gradients(OP, backbone_gradients)
     flag(OP, "equal_batches", equal_batches)
+    check_finite = flag(OP, "check_finite", check_finite)
     workspace = _checks.workspace(OP, workspace)
     if largest_scale is not None:
         largest_scale = number(OP, "largest_scale", largest_scale, kind="a number or None")
@@ -229,7 +230,7 @@ def normface_loss(
         equal_batches=equal_batches,
     )
     if check_finite:
-        batch.check_finite(OP, local, shard, ignore_index)
+        batch.check_finite(OP, local, shard, ignore_index, scale_tensor)
     places = shard.places(batch.labels, ignore_index)
     rows = None
     if sample is not None:

@@ -133,6 +133,8 @@ class Manifest:
             if not all(_FILE.fullmatch(part.file) for part in entry.parts):
                 raise ValueError(f"{name} lies in another file than save_checkpoint writes")
             for part in entry.parts:
+                if (part.offset is None) != (entry.dtype is None):
+                    raise ValueError(f"{name} has a place that is none")
                 numbers = [*(part.offset or []), *part.size, part.start, part.length]
                 if not all(isinstance(number, int) and number >= 0 for number in numbers):
                     raise ValueError(f"{name} has a place that is none")

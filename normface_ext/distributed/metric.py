@@ -119,6 +119,7 @@ def _loss(
     active_limit = _checks.active_limit(op, active_limit)
     check_backbone_gradients(op, backbone_gradients)
     flag(op, "equal_batches", equal_batches)
+    check_finite = flag(op, "check_finite", check_finite)
     batch = gather_rows(x, labels, shard.group, ignore_index=ignore_index, equal_batches=equal_batches)
     if check_finite:
         batch.check_finite(op, weight, shard, ignore_index)

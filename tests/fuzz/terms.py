@@ -70,22 +70,23 @@ def terms_of(
     recorded = noises[0]
     if recorded.c is None:
         return {name: g for name, g in by_formula(Held())[1].items() if g is not None}
-    if recorded.slope is None:
-        return {}
     x, w = (tensors[name].detach().double() for name in ("x", "weight"))
     (x_hat, n), (w_hat, m) = (formulas.unit(t, eps=call.options["eps"]) for t in (x, w))
+    x_hat, w_hat, s = x_hat.nan_to_num(0.0), w_hat.nan_to_num(0.0), number_of_scale(tensors, call.options)
+    found: dict[str, Tensor] = {}
+    if call.options.get("label_smoothing") and recorded.c.numel():  # s times differences of cosines
+        found["value"] = abs(s) * (x_hat.norm(dim=1).max() * w_hat.norm(dim=1).max()).nan_to_num(1.0)
+    if recorded.slope is None:  # no gradient is asked for
+        return found
     # What a rounding may switch on is a term too.
     slope = torch.stack([noise.slope for noise in noises]).nan_to_num(0.0, 0.0).amax(0)
-    x_hat, w_hat, s = x_hat.nan_to_num(0.0), w_hat.nan_to_num(0.0), number_of_scale(tensors, call.options)
     if "labels" in tensors:
         kept = tensors["labels"] != call.options["ignore_index"]
         every = x.new_zeros(len(x), len(w))
         # A cosine is off by an epsilon at best, which a softmax multiplies by s.
         every[kept] = slope * (1 + abs(s) / 4) + smoothed(call, tensors, upstream, kept)
         slope = every
-    found = {"x": slope @ w_hat.abs() / n, "weight": slope.t() @ x_hat.abs() / m}
-    if call.options.get("label_smoothing") and recorded.c.numel():  # s times differences of cosines
-        found["value"] = abs(s) * (x_hat.norm(dim=1).max() * w_hat.norm(dim=1).max()).nan_to_num(1.0)
+    found |= {"x": slope @ w_hat.abs() / n, "weight": slope.t() @ x_hat.abs() / m}
     if "scale" in tensors:
         cosines = recorded.c if slope.shape == recorded.c.shape else 1.0
         found["scale"] = (slope * abs(cosines)).sum() / abs(s or 1.0)

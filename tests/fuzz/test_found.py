@@ -88,3 +88,19 @@ def test_an_entry_that_vanishes_beside_the_largest_keeps_its_sign(lane, tiny):
         assert slopes.tolist() == [[sign, 1.0, -1.0]]
         expected = torch.tensor([[-sign / 9e14, 2 / 9e14, 1 / 9e14]], dtype=torch.float64)
         torch.testing.assert_close(dx.cpu(), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_value_is_judged_alike_with_and_without_gradients(classes, wanted):
+    """The loss of one class is 0, and with label smoothing a difference of rounded cosines: the judge allowed
+    for it only where a gradient was asked for."""
+    for seed in range(8):
+        tensors = {
+            "x": Rows(3, 2, seed=seed, grad=wanted),
+            "weight": Rows(classes, 2, seed=seed + 50),
+            "labels": Labels(3, classes, "random", -100, seed),
+        }
+        options = {"margin": (1.0, 0.0, 0.0), "reduction": "mean", "ignore_index": -100, "eps": 1e-12}
+        options |= {"label_smoothing": 0.1, "workspace": None, "scale": 30.0}
+        calls.check(Call("normface_loss", tensors, options), "cpu")
