@@ -101,7 +101,7 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   // Margin, weights and losses of the rows, from sums over all classes; rows with every field filled.
   m.def(
       "normface_finish(Tensor rows, Tensor x, Tensor class_sum, Tensor? scale, float scale_value, float m1,"
-      " float m2, float m3, int reduction, float smoothing, int classes_in_all)"
+      " float m2, float m3, int reduction, float smoothing, int classes_in_all, float eps)"
       " -> (Tensor loss, Tensor rows)");
   // x_sum and class_sum are this shard's. When `partial`, grad_x is in the accumulator type: the
   // gradients of the shards are to be added.

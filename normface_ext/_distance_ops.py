@@ -102,18 +102,20 @@ class _WithGradient(Function):
     """A value whose gradient with respect to `distances` is given rather than derived."""
 
     @staticmethod
-    def forward(ctx: Any, distances: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
+    def forward(ctx: Any, op: str, distances: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(distances, gradient)
+        ctx.op = op
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        (gradient,) = ctx.saved_tensors
-        return upstream * gradient, None, None
+        distances, gradient = ctx.saved_tensors
+        grad = upstream.detach() * gradient
+        return None, *ops._no_second_derivative(ctx.op, (grad,), upstream, distances), None, None
 
 
-def with_gradient(distances: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-    result: Tensor = _WithGradient.apply(distances, value, gradient)
+def with_gradient(op: str, distances: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    result: Tensor = _WithGradient.apply(op, distances, value, gradient)
     return result
 
 

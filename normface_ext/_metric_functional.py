@@ -94,7 +94,7 @@ def _loss(
     if mode == "caffe":
         distances = _caffe_distances(x, weight, eps)
         value, gradient, stats = options.of_caffe(distances.detach(), labels)
-        loss = _distance_ops.with_gradient(distances, value, gradient)
+        loss = _distance_ops.with_gradient(op, distances, value, gradient)
         return (loss, stats) if return_stats else loss
     if weight is None:
         loss, stats = options.of_distances(x, labels, ignore_index, reduction)

@@ -346,6 +346,7 @@ def _normface_finish_fake(
     reduction: int,
     smoothing: float,
     classes_in_all: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
     shape = [x.shape[0]] if reduction == 0 else []
     return x.new_empty(shape, dtype=_accumulator(x.dtype)), torch.empty_like(rows)
@@ -512,6 +513,7 @@ def normface_finish(
         options.reduction,
         options.smoothing,
         options.classes_in_all,
+        options.eps,
     )
     return result
 

@@ -6,7 +6,6 @@ divides its gradient by the same. No reference is needed, and none could be had 
 
 import pytest
 import torch
-from lanes import LANES
 from test_normface_loss import least_workspace
 
 import normface_ext as nf
@@ -115,38 +114,22 @@ def head_inputs(lane, dtype):
 every_head = pytest.mark.parametrize("head", HEADS)
 
 
-@pytest.mark.parametrize("head", ["softmax", "smoothing"])
-@pytest.mark.parametrize("tight", [False, True])
-@pytest.mark.parametrize(("power", "upstream"), POWERS[torch.float32])
-def test_features_of_heads(lane, head, tight, power, upstream):
-    x, weight, labels = head_inputs(lane, torch.float32)
-    space = least_workspace(lane, x, weight) if tight else None
-    obeys_the_law(lambda x, w: HEADS[head](x, w, labels, 0.0, space), x, power, upstream, (weight,), 1e-4)
-
-
-@pytest.mark.parametrize("head", ["hinges, dense", "hinges, listed"])
-@pytest.mark.parametrize(("power", "upstream"), POWERS[torch.float32])
-def test_features_of_hinges(lane, head, power, upstream):
-    x, weight, labels = head_inputs(lane, torch.float32)
-    if lane.name != "cpu" and power == -145:
-        power, upstream = (
-            -132,
-            -20,
-        )  # on CUDA 1/n is a float32 there, and this is the smallest row that has one
-    obeys_the_law(lambda x, w: HEADS[head](x, w, labels, 0.0, None), x, power, upstream, (weight,), 1e-4)
-
-
 @every_head
 @pytest.mark.parametrize("tight", [False, True])
 @every_power
-def test_classes_of_heads(head, tight, dtype, power, upstream):
-    """On CUDA a class keeps its 1/n in one number: there denormal classes are right in forward alone."""
-    lane = LANES[0]
+@pytest.mark.parametrize("scaled", ["features", "classes"])
+def test_heads(lane, scaled, head, tight, dtype, power, upstream):
     x, weight, labels = head_inputs(lane, dtype)
-    space = least_workspace(lane, x, weight) if tight else None
-    obeys_the_law(
-        lambda w, x: HEADS[head](x, w, labels, 0.0, space), weight, power, upstream, (x,), tolerance(dtype)
-    )
+    # The hinges make their products, and so their plan, in the accumulator type.
+    wide = torch.promote_types(dtype, torch.float32) if head.startswith("hinges") else dtype
+    space = least_workspace(lane, x.to(wide), weight.to(wide)) if tight else None
+    rows, others = (x, weight) if scaled == "features" else (weight, x)
+
+    def call(rows, others):
+        x, weight = (rows, others) if scaled == "features" else (others, rows)
+        return HEADS[head](x, weight, labels, 0.0, space)
+
+    obeys_the_law(call, rows, power, upstream, (others,), tolerance(dtype))
 
 
 @every_head

@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from ranks import ranks
+from second_derivative_jobs import penalties
 
 import normface_ext as nf
 
@@ -50,3 +52,22 @@ def test_a_first_gradient_with_a_graph_is_the_same(lane):
         )
         for a, b in zip(plain, graphed, strict=True):
             assert torch.equal(a, b.detach()), name
+
+
+@pytest.mark.parametrize("agents", [False, True])
+@pytest.mark.parametrize("loss", ["c_contrastive_loss", "c_triplet_loss"])
+def test_a_penalty_on_caffes_own_gradient_raises(lane, loss, agents):
+    x, labels = lane.randn(5, 7, grad=True), lane.labels(5, 7)
+    weight = lane.randn(7, 7, seed=1, grad=True) if agents else None
+    for asked in (x, weight)[: 1 + agents]:
+        value = getattr(F, loss)(x, weight, labels, mode="caffe")
+        (first,) = torch.autograd.grad(value, x, create_graph=True)
+        with pytest.raises(RuntimeError, match=": second derivatives are not available"):
+            torch.autograd.grad(value + first.square().sum(), asked)
+
+
+def test_a_penalty_on_a_gradient_of_shards_raises():
+    for said in ranks(2).run(penalties):
+        for (name, question), sentence in said.items():
+            expected = f"{name.split(',')[0]}: second derivatives are not available"
+            assert sentence is not None and sentence.startswith(expected), (name, question, sentence)

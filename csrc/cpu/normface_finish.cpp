@@ -12,6 +12,7 @@ struct FinishArguments {
   int64_t reduction;
   double smoothing;
   int64_t classes_in_all;
+  double eps;
 };
 
 // Margin and weights of every row; the rows' weights in the result.
@@ -34,9 +35,14 @@ void weigh_rows(const FinishArguments& in, const RowState& rows) {
     rows[kPsiSlope][i] = psi.slope;
     double with_sum = 0;
     if (class_sum != nullptr) {
-      std::vector<T> raw(static_cast<size_t>(D));
-      x.kernel.widen(x.row(i), D, T(1), raw.data());
-      with_sum = dot_in_double(raw.data(), class_sum, D) * rows[kInverseNorm][i];
+      std::vector<T> row(static_cast<size_t>(D));
+      const double inverse = rows[kInverseNorm][i];
+      const bool serves = math::inverse_serves(inverse);
+      if (serves)
+        x.kernel.widen(x.row(i), D, T(1), row.data());
+      else
+        x.kernel.normalize_wide(x.row(i), D, 2, T(in.eps), row.data());
+      with_sum = dot_in_double(row.data(), class_sum, D) * (serves ? inverse : 1.0);
     }
     const math::RowWeights weights = math::row_weights(
         in.smoothing, double(in.classes_in_all), rows[kTargetWeight][i],
@@ -64,7 +70,7 @@ void reduce_loss(const RowState& rows, double scale, int64_t reduction, T* loss)
 std::tuple<Tensor, Tensor> normface_finish(Tensor rows, Tensor x, Tensor class_sum,
                                            std::optional<Tensor> scale, double scale_value, double m1,
                                            double m2, double m3, int64_t reduction, double smoothing,
-                                           int64_t classes_in_all) {
+                                           int64_t classes_in_all, double eps) {
   check_finish("normface_finish", rows, x, class_sum, smoothing);
   check_number("normface_finish", "scale", scale, x);
   const int64_t N = x.size(0);
@@ -74,7 +80,8 @@ std::tuple<Tensor, Tensor> normface_finish(Tensor rows, Tensor x, Tensor class_s
   std::copy_n(static_cast<const double*>(rows.const_data_ptr()), kRowFields * N, state.data);
   Tensor loss = reduction == kNone ? fresh({N}, wide) : fresh({}, wide);
   const FinishArguments in{rows,         x,         class_sum, scale_of(scale, scale_value),
-                           {m1, m2, m3}, reduction, smoothing, classes_in_all};
+                           {m1, m2, m3}, reduction, smoothing, classes_in_all,
+                           eps};
   const auto run = [&]<class T>(T) {
     weigh_rows<T>(in, state);
     reduce_loss(state, in.scale, reduction, static_cast<T*>(loss.mutable_data_ptr()));

@@ -90,7 +90,7 @@ void backward(Queue& queue, const Tensor& target_factor, const Tensor& hinge_fac
   const Tensor sum = device_empty(x, {dx != nullptr ? N : 0, D}, wide);
   const Tensor part = device_empty(x, {dx != nullptr && chunk < C ? N : 0, D}, wide);
   launch("unit_features", queue, unit_features_kernel<T>, warp_per_row(N), kThreads, 0, StoredArray(x), D,
-         rows, data_of<T>(x_hat));
+         eps, rows, data_of<T>(x_hat));
   for (int64_t first = 0; first < C; first += chunk) {
     const int64_t width = std::min(chunk, C - first);
     score_chunk<T>(queue, x_hat, weight, first, width, eps, w_hat, nullptr, scores);

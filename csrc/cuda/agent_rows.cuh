@@ -4,29 +4,32 @@
 #include "gemm.h"
 #include "math/normalize.h"
 #include "reduce.cuh"
-#include "row_access.cuh"
+#include "row_scale.cuh"
 #include "stored.cuh"
 
 namespace nf {
 
 constexpr int kRowThreads = 256;
 
+inline Grid thread_per(int64_t count) { return {(count + kRowThreads - 1) / kRowThreads}; }
+
 inline Grid warp_per_row(int64_t rows) {
   constexpr int kRows = kRowThreads / kWarp;
   return {(rows + kRows - 1) / kRows};
 }
 
-// out[r] = inverse (g - y <y, g>), y = inverse own[r], for g(d) = `gradient(d)`; by one warp.
+// out[r] = (g - y <y, g>) / ||own[r]||, y = own[r] / ||own[r]||, for g(d) = `gradient(d)`; `scale`
+// is that of the row. One warp.
 template <class T, class Gradient>
-NF_DEVICE void project_row(const StoredArray& own, int64_t r, int64_t dim, double eps, T inverse,
-                           const Gradient& gradient, const StoredArray& out) {
+NF_DEVICE void project_row(const StoredArray& own, int64_t r, int64_t dim, double eps,
+                           const math::RowScale<T>& scale, const Gradient& gradient, const StoredArray& out) {
+  const auto unit = [&](int64_t d) { return own.load<T>(r * dim + d) * scale.outer * scale.inner; };
   T radial = 0;
-  for (int64_t d = lane_id(); d < dim; d += kWarp) radial += own.load<T>(r * dim + d) * inverse * gradient(d);
+  for (int64_t d = lane_id(); d < dim; d += kWarp) radial += unit(d) * gradient(d);
   radial = warp_sum(radial);
   for (int64_t d = lane_id(); d < dim; d += kWarp) {
-    const T y = own.load<T>(r * dim + d) * inverse;
-    T g = math::normalize_vjp<T>(gradient(d), y, radial, inverse, T(0));
-    if (out.type == int(ScalarType::Half)) g = held_finite<Half>(g, T(1) / inverse, T(eps), 2);
+    T g = math::normalize_vjp<T>(gradient(d), unit(d), radial, scale.outer, scale.inner, T(0));
+    if (out.type == int(ScalarType::Half)) g = held_finite<Half>(g, scale.norm, T(eps), 2);
     out.store<T>(r * dim + d, g);
   }
 }

@@ -10,8 +10,8 @@ namespace {
 
 // What row i contributes to the gradients, upstream gradient and scale included: the factors of x_sum (and
 // of E x_hat in dW), of the target, and of class_sum (and of class_weight_j x_hat in dW); and to the
-// gradient of the scale.
-enum GradientField { kOthers, kTarget, kUniform, kScale, kGradientFields };
+// gradient of the scale. And how the row was scaled: x_hat = x * outer * inner.
+enum GradientField { kOthers, kTarget, kUniform, kScale, kOuter, kInner, kGradientFields };
 
 template <class T>
 struct RowGradients {
@@ -34,29 +34,32 @@ struct RowGradients {
   SweepRow* sweep_rows;  // [N] or null
 };
 
-// dx = P_x(others * x_sum + target * w_hat_y). One warp.
+// dx = P_x(others * x_sum + target * w_hat_y), x_hat = x * scale. One warp.
 template <class T>
-NF_DEVICE void write_grad_features(const RowGradients<T>& task, int64_t i, bool ignored, double others,
-                                   double target, double uniform) {
+NF_DEVICE void write_grad_features(const RowGradients<T>& task, int64_t i, bool ignored,
+                                   const math::RowScale<double>& scale, double others, double target,
+                                   double uniform) {
   const int64_t dim = task.dim;
   const int64_t label = ignored ? kElsewhere : task.labels[i];
-  const double inverse = task.rows.at(kInverseNorm, i);
+  math::RowScale<T> of_class{};
+  if (label != kElsewhere) of_class = scale_again(task.w, label, dim, T(task.eps), task.inverse_norm[label]);
   const auto gradient = [&](int64_t d) {
     return others * double(task.x_sum[i * dim + d]) +
-           (label != kElsewhere
-                ? target * (task.w.template load<double>(label * dim + d) * double(task.inverse_norm[label]))
-                : 0.0) +
+           (label != kElsewhere ? target * (task.w.template load<double>(label * dim + d) *
+                                            double(of_class.outer) * double(of_class.inner))
+                                : 0.0) +
            (task.class_sum != nullptr ? uniform * double(task.class_sum[d]) : 0.0);
   };
   double radial = 0;
   if (!ignored)
     for (int64_t d = lane_id(); d < dim; d += kWarp)
-      radial += task.x.template load<double>(i * dim + d) * inverse * gradient(d);
+      radial += task.x.template load<double>(i * dim + d) * scale.outer * scale.inner * gradient(d);
   radial = warp_sum(radial);
   for (int64_t d = lane_id(); d < dim; d += kWarp) {
-    const double y = ignored ? 0.0 : task.x.template load<double>(i * dim + d) * inverse;
-    double g = ignored ? 0.0 : math::normalize_vjp<double>(gradient(d), y, radial, inverse, 0.0);
-    if (task.dx.type == int(ScalarType::Half)) g = held_finite<Half>(g, 1.0 / inverse, task.eps, 2);
+    const double y = ignored ? 0.0 : task.x.template load<double>(i * dim + d) * scale.outer * scale.inner;
+    double g =
+        ignored ? 0.0 : math::normalize_vjp<double>(gradient(d), y, radial, scale.outer, scale.inner, 0.0);
+    if (task.dx.type == int(ScalarType::Half)) g = held_finite<Half>(g, scale.norm, task.eps, 2);
     task.dx.template store<double>(i * dim + d, g);
   }
 }
@@ -71,7 +74,9 @@ row_gradients_kernel(RowGradients<T> task) {
   const double s = task.scale.value();
   const bool ignored = rows.at(kRowWeight, i) == 0.0;
   double g = 0, others = 0, target = 0, scale = 0;
+  math::RowScale<double> of_row{};
   if (!ignored) {
+    of_row = feature_scale_again<T>(task.x, i, task.dim, task.eps, rows.at(kInverseNorm, i));
     g = double(task.grad_loss[task.per_row ? i : 0]) * rows.at(kRowWeight, i);
     const math::RowSoftmax row = softmax_of(rows, s, i);
     const math::RowWeights weights = weights_of(rows, i);
@@ -85,6 +90,8 @@ row_gradients_kernel(RowGradients<T> task) {
     task.gradients[kTarget * rows.batch + i] = target;
     task.gradients[kUniform * rows.batch + i] = uniform;
     task.gradients[kScale * rows.batch + i] = scale;
+    task.gradients[kOuter * rows.batch + i] = of_row.outer;
+    task.gradients[kInner * rows.batch + i] = of_row.inner;
     if (task.sweep_rows != nullptr) {
       // An ignored row's label may be any int64; only a class fits into 32 bits.
       task.sweep_rows[i] = {math::power_of_two(s, rows.at(kShift, i)).offset,
@@ -93,11 +100,11 @@ row_gradients_kernel(RowGradients<T> task) {
       if (i == rows.batch - 1 && i % 2 == 0) task.sweep_rows[i + 1] = {0.0f, int(kElsewhere)};
     }
   }
-  if (task.dx.data != nullptr) write_grad_features(task, i, ignored, others, target, uniform);
+  if (task.dx.data != nullptr) write_grad_features(task, i, ignored, of_row, others, target, uniform);
   if (task.weighted.data == nullptr) return;
-  const double inverse = rows.at(kInverseNorm, i);
   for (int64_t d = lane_id(); d < task.dim; d += kWarp) {
-    const double unit = ignored ? 0.0 : task.x.template load<double>(i * task.dim + d) * inverse;
+    const double x = ignored ? 0.0 : task.x.template load<double>(i * task.dim + d);
+    const double unit = x * of_row.outer * of_row.inner;
     if (task.x_hat.data != nullptr) task.x_hat.template store<T>(i * task.dim + d, T(unit));
     task.weighted.template store<T>(i * task.dim + d, T(others * unit));
   }
@@ -123,10 +130,11 @@ uniform_gradient_kernel(StoredArray x, int64_t dim, RowState rows, const double*
 {
   const int64_t d = block_id() * kThreads + thread_id();
   if (d >= dim) return;
+  const auto of = [&](GradientField field, int64_t i) { return gradients[field * rows.batch + i]; };
   double total = 0;
   for (int64_t i = 0; i < rows.batch; ++i)
     if (rows.at(kRowWeight, i) != 0.0)
-      total += gradients[kUniform * rows.batch + i] * rows.at(kInverseNorm, i) * x.load<double>(i * dim + d);
+      total += of(kUniform, i) * (x.load<double>(i * dim + d) * of(kOuter, i) * of(kInner, i));
   sum[d] = T(total);
 }
 

@@ -7,8 +7,8 @@
 
 #include "math/normalize.h"
 #include "reduce.cuh"
-#include "row_access.cuh"
-#include "row_state.cuh"
+#include "row_scale.cuh"
+#include "row_state.h"
 
 namespace nf {
 
@@ -17,11 +17,11 @@ struct ClassGradient {
   const int64_t* labels;  // [batch]
   int64_t batch;
   int64_t dim;
-  RowState rows;
-  const double* target;  // [batch]: d loss / d target cosine, 0 for rows that do not count
-  StoredArray weight;    // [C, dim]
-  const void* inverse;   // [C], accumulator type
-  int64_t first;         // the classes [first, first + width) are wanted
+  const double* target;         // [batch]: d loss / d target cosine, 0 for rows that do not count
+  const double *outer, *inner;  // [batch]: x_hat = x * outer * inner
+  StoredArray weight;           // [C, dim]
+  const void* inverse;          // [C], accumulator type
+  int64_t first;                // the classes [first, first + width) are wanted
   int64_t width;
   const void* uniform;        // [dim], accumulator type, or null
   const void* class_weights;  // [C], accumulator type, or null
@@ -84,7 +84,7 @@ NF_DEVICE void add_targets(const ClassGradient& task, int64_t label, int count, 
           for (unsigned left = shuffle(hits, k); left != 0; left &= left - 1, ++found) {
             const int64_t i = base + k * kWarp + lowest_bit(left);
             if (d < task.dim)
-              sum += task.target[i] * (double(x[i * task.dim + d]) * task.rows.at(kInverseNorm, i));
+              sum += task.target[i] * (double(x[i * task.dim + d]) * task.outer[i] * task.inner[i]);
           }
         }
         if (d < task.dim) g[d] = T(double(g[d]) + sum);
@@ -97,8 +97,8 @@ NF_DEVICE void add_targets(const ClassGradient& task, int64_t label, int count, 
 
 // dW of one class from g, in shared memory. One warp; kVec divides dim.
 template <int kVec, class T, class S>
-NF_DEVICE void write_class(const ClassGradient& task, const S* weight, int64_t j, const T* g) {
-  const T inverse = static_cast<const T*>(task.inverse)[j];
+NF_DEVICE void write_class(const ClassGradient& task, const S* weight, const math::RowScale<T>& scale,
+                           int64_t j, const T* g) {
   const T* uniform = static_cast<const T*>(task.uniform);
   const T* weights = static_cast<const T*>(task.class_weights);
   const T of_class = weights != nullptr ? weights[j] : T(1);
@@ -110,17 +110,18 @@ NF_DEVICE void write_class(const ClassGradient& task, const S* weight, int64_t j
 #pragma unroll 1  // a few rounds: one body is enough, in each of many copies of this code
   for (int64_t d = lane_id() * kVec; d < task.dim; d += kWarp * kVec) {
     const auto w = load_vector<kVec>(weight + j * task.dim + d);
-    for (int e = 0; e < kVec; ++e) radial += T(w.at[e]) * inverse * gradient(d + e);
+    for (int e = 0; e < kVec; ++e) radial += T(w.at[e]) * scale.outer * scale.inner * gradient(d + e);
   }
   radial = warp_sum(radial);
 #pragma unroll 1
   for (int64_t d = lane_id() * kVec; d < task.dim; d += kWarp * kVec) {
     const auto w = load_vector<kVec>(weight + j * task.dim + d);
     Vector<S, kVec> out;
-    for (int e = 0; e < kVec; ++e)
-      out.at[e] = S(
-          held_finite<S>(math::normalize_vjp<T>(gradient(d + e), T(w.at[e]) * inverse, radial, inverse, T(0)),
-                         T(1) / inverse, T(task.eps), 2));
+    for (int e = 0; e < kVec; ++e) {
+      const T y = T(w.at[e]) * scale.outer * scale.inner;
+      const T dw = math::normalize_vjp<T>(gradient(d + e), y, radial, scale.outer, scale.inner, T(0));
+      out.at[e] = S(held_finite<S>(dw, scale.norm, T(task.eps), 2));
+    }
     store_vector_global<kVec>(static_cast<S*>(task.dw.data) + j * task.dim + d, out);
   }
 }
@@ -130,11 +131,13 @@ template <class T>
 NF_DEVICE void finish_class(const ClassGradient& task, int64_t within, int targets, T* g) {
   const int64_t j = task.first + within;
   if (targets > 0) add_targets(task, j, targets, g);
+  const math::RowScale<T> scale =
+      scale_again(task.weight, j, task.dim, T(task.eps), static_cast<const T*>(task.inverse)[j]);
   task.weight.visit<T>([&](const auto* weight) {
     if (sizeof(*weight) < 8 && task.vectors)  // doubles fill a warp's access one by one
-      write_class<sizeof(*weight) < 8 ? 4 : 1>(task, weight, j, g);
+      write_class<sizeof(*weight) < 8 ? 4 : 1>(task, weight, scale, j, g);
     else
-      write_class<1>(task, weight, j, g);
+      write_class<1>(task, weight, scale, j, g);
   });
 }
 

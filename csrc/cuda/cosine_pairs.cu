@@ -34,13 +34,48 @@ struct Pairs {
   const int64_t* classes;  // [N, listed]
   int64_t batch, dim, count, listed;
   double eps;
+
+  int64_t entries() const { return batch * listed; }
 };
+
+// How the class of each entry of the list was scaled, and behind them every row of x: the sums over pairs have
+// no room to see to a row that has to be summed anew.
+template <class T>
+struct PairScales {
+  T *outer, *inner;  // [N * listed + N] each
+
+  NF_DEVICE T unit(T value, int64_t k) const { return value * outer[k] * inner[k]; }
+  NF_DEVICE math::RowScale<T> at(int64_t k) const {
+    return {outer[k], inner[k], T(1) / (outer[k] * inner[k])};
+  }
+};
+
+// One thread per entry; a row that has to be summed anew is the work of its whole warp.
+template <class T>
+NF_KERNEL(kThreads)
+pair_scales_kernel(Pairs pairs, const T* __restrict__ x_inverse, const T* __restrict__ w_inverse,
+                   PairScales<T> scales) {
+  const int64_t k = block_id() * kThreads + thread_id(), entries = pairs.batch * pairs.listed;
+  const bool of_class = k < entries;
+  const int64_t r = of_class ? pairs.classes[k] : k - entries;
+  const bool here = r < (of_class ? pairs.count : pairs.batch);
+  const T inverse = !here ? T(1) : of_class ? w_inverse[r] : x_inverse[r];
+  math::RowScale<T> scale{inverse, T(1), T(1)};
+  for (unsigned left = warp_ballot(!math::inverse_serves(inverse)); left != 0; left &= left - 1) {
+    const int lane = lowest_bit(left);
+    const int64_t row = shuffle(r, lane);
+    const T saved = shuffle(inverse, lane), eps = T(pairs.eps);
+    const auto anew = shuffle(int(of_class), lane) != 0 ? scale_again(pairs.w, row, pairs.dim, eps, saved)
+                                                        : scale_again(pairs.x, row, pairs.dim, eps, saved);
+    if (lane_id() == lane) scale = anew;
+  }
+  if (here) scales.outer[k] = scale.outer, scales.inner[k] = scale.inner;
+}
 
 // One warp per row of x.
 template <class T>
 NF_KERNEL(kThreads)
-pairs_features_kernel(Pairs pairs, const T* __restrict__ factors, const T* __restrict__ x_inverse,
-                      const T* __restrict__ w_inverse, StoredArray dx) {
+pairs_features_kernel(Pairs pairs, const T* __restrict__ factors, PairScales<T> scales, StoredArray dx) {
   const int64_t i = block_id() * kWarps + warp_id(), dim = pairs.dim;
   if (i >= pairs.batch) return;  // the whole warp leaves
   bool mine = false;
@@ -51,13 +86,13 @@ pairs_features_kernel(Pairs pairs, const T* __restrict__ factors, const T* __res
     return;
   }
   project_row<T>(
-      pairs.x, i, dim, pairs.eps, math::held_factor(x_inverse[i]),
+      pairs.x, i, dim, pairs.eps, scales.at(pairs.batch * pairs.listed + i),
       [&](int64_t d) {
         LongSum<T> sum;
 #pragma unroll 1
         for (int64_t k = i * pairs.listed; k < (i + 1) * pairs.listed; ++k) {
           const int64_t j = pairs.classes[k];
-          if (j < pairs.count) sum.add(factors[k] * (pairs.w.load<T>(j * dim + d) * w_inverse[j]));
+          if (j < pairs.count) sum.add(factors[k] * scales.unit(pairs.w.load<T>(j * dim + d), k));
         }
         return sum.value();
       },
@@ -68,20 +103,19 @@ pairs_features_kernel(Pairs pairs, const T* __restrict__ factors, const T* __res
 template <class T>
 NF_KERNEL(kThreads)
 pairs_weight_kernel(Pairs pairs, const int64_t* __restrict__ order,  // [N * listed]
-                    const T* __restrict__ factors, const T* __restrict__ x_inverse,
-                    const T* __restrict__ w_inverse, StoredArray dw) {
+                    const T* __restrict__ factors, PairScales<T> scales, StoredArray dw) {
   const int64_t begin = block_id() * kWarps + warp_id(), total = pairs.batch * pairs.listed, dim = pairs.dim;
   if (begin >= total) return;  // the whole warp leaves
   const int64_t j = pairs.classes[order[begin]];
   if (j >= pairs.count || (begin > 0 && pairs.classes[order[begin - 1]] == j)) return;
   project_row<T>(
-      pairs.w, j, dim, pairs.eps, w_inverse[j],
+      pairs.w, j, dim, pairs.eps, scales.at(order[begin]),
       [&](int64_t d) {
         LongSum<T> sum;
 #pragma unroll 1
         for (int64_t at = begin; at < total && pairs.classes[order[at]] == j; ++at) {
           const int64_t k = order[at], i = k / pairs.listed;
-          sum.add(factors[k] * (pairs.x.load<T>(i * dim + d) * math::held_factor(x_inverse[i])));
+          sum.add(factors[k] * scales.unit(pairs.x.load<T>(i * dim + d), total + i));
         }
         return sum.value();
       },
@@ -114,14 +148,18 @@ std::tuple<Tensor, Tensor> cosine_pairs_backward(Tensor factors, Tensor classes,
                     classes.size(1),
                     eps};
   dispatch_accumulator(x.scalar_type(), [&]<class T>() {
-    const T *f = data_of<const T>(factors), *xi = data_of<const T>(x_inverse),
-            *wi = data_of<const T>(weight_inverse);
+    const T* f = data_of<const T>(factors);
+    const int64_t count = pairs.entries() + pairs.batch;
+    const Tensor table = device_empty(x, {2, count}, accumulator(x.scalar_type()));
+    const PairScales<T> scales{data_of<T>(table), data_of<T>(table) + count};
+    launch("pair_scales", queue, pair_scales_kernel<T>, thread_per(count), kThreads, 0, pairs,
+           data_of<const T>(x_inverse), data_of<const T>(weight_inverse), scales);
     if (need_x)
       launch("pairs_features", queue, pairs_features_kernel<T>, warp_per_row(pairs.batch), kThreads, 0, pairs,
-             f, xi, wi, StoredArray(dx));
+             f, scales, StoredArray(dx));
     if (need_weight)
-      launch("pairs_weight", queue, pairs_weight_kernel<T>, warp_per_row(pairs.batch * pairs.listed),
-             kThreads, 0, pairs, data_of<const int64_t>(order), f, xi, wi, StoredArray(dw));
+      launch("pairs_weight", queue, pairs_weight_kernel<T>, warp_per_row(pairs.entries()), kThreads, 0, pairs,
+             data_of<const int64_t>(order), f, scales, StoredArray(dw));
   });
   return {dx, dw};
 }

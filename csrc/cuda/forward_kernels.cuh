@@ -135,17 +135,21 @@ template <class T>
 NF_KERNEL(kThreads)
 class_sum_kernel(StoredArray w,                       // [C, D]
                  const T* __restrict__ inverse_norm,  // [C]
-                 int64_t classes, int64_t dim, Factors<T> class_weight,
+                 int64_t classes, int64_t dim, T eps, Factors<T> class_weight,
                  double* __restrict__ partial)  // [runs, D + 1]
 {
   const int64_t d = block_y() * kThreads + thread_id();
-  if (d > dim) return;
   const int64_t first = block_id() * classes / block_count(),
                 last = (block_id() + 1) * classes / block_count();
   double sum = 0;
-  for (int64_t j = first; j < last; ++j)
-    sum += class_weight[j] * (d < dim ? w.load<double>(j * dim + d) * double(inverse_norm[j]) : 1.0);
-  partial[block_id() * (dim + 1) + d] = sum;
+  for (int64_t j = first; j < last; ++j) {
+    // All lanes, those behind the row's end too: the warp may have to sum the row.
+    const math::RowScale<T> scale = scale_again(w, j, dim, eps, inverse_norm[j]);
+    const double unit =
+        d < dim ? w.load<double>(j * dim + d) * double(scale.outer) * double(scale.inner) : 1.0;
+    sum += class_weight[j] * unit;
+  }
+  if (d <= dim) partial[block_id() * (dim + 1) + d] = sum;
 }
 
 // class_sum = the sum of the partial ones, in order.

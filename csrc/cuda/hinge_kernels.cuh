@@ -13,8 +13,6 @@ namespace {
 constexpr int kThreads = kRowThreads;
 constexpr int kWarps = kThreads / kWarp;
 
-Grid thread_per(int64_t count) { return {(count + kThreads - 1) / kThreads}; }
-
 // rows[field][i] in device memory
 struct HingeRows {
   double* data;
@@ -188,12 +186,14 @@ hinge_gradients_kernel(T* __restrict__ scores,  // [N, width]
 // Unit features from the saved norms; zero where a row is ignored. One warp per row.
 template <class T>
 NF_KERNEL(kThreads)
-unit_features_kernel(StoredArray x, int64_t dim, HingeRows rows, T* __restrict__ x_hat) {
+unit_features_kernel(StoredArray x, int64_t dim, double eps, HingeRows rows, T* __restrict__ x_hat) {
   const int64_t i = block_id() * kWarps + warp_id();
-  if (i >= rows.batch) return;
+  if (i >= rows.batch) return;  // the whole warp leaves
   const bool ignored = rows.ignored(i);
+  math::RowScale<double> scale{};
+  if (!ignored) scale = feature_scale_again<T>(x, i, dim, eps, rows.at(kHingeInverseNorm, i));
   for (int64_t d = lane_id(); d < dim; d += kWarp)
-    x_hat[i * dim + d] = ignored ? T(0) : T(x.load<double>(i * dim + d) * rows.at(kHingeInverseNorm, i));
+    x_hat[i * dim + d] = ignored ? T(0) : T(x.load<double>(i * dim + d) * scale.outer * scale.inner);
 }
 
 // sum[i] += part[i]
@@ -215,9 +215,9 @@ finish_features_kernel(StoredArray x, int64_t dim, double eps, HingeRows rows, c
     for (int64_t d = lane_id(); d < dim; d += kWarp) dx.store<T>(i * dim + d, T(0));
     return;
   }
-  // In double 1 / n had room.
-  const T inverse = math::held_factor(T(rows.at(kHingeInverseNorm, i)));
-  project_row<T>(x, i, dim, eps, inverse, [&](int64_t d) { return sum[i * dim + d]; }, dx);
+  project_row<T>(
+      x, i, dim, eps, scale_again(x, i, dim, T(eps), T(rows.at(kHingeInverseNorm, i))),
+      [&](int64_t d) { return sum[i * dim + d]; }, dx);
 }
 
 }  // namespace

@@ -26,12 +26,14 @@ struct WeightGradients {
 
   ClassGradient classes(int64_t first, int64_t width) const {
     const auto of_weight = [](const Tensor& t) { return static_cast<const void*>(t.const_data_ptr()); };
+    const auto* of_rows = static_cast<const double*>(factors.gradients.const_data_ptr());
     return {StoredArray(head.x),
             head.label_data(),
             head.batch,
             head.dim,
-            rows,
-            static_cast<const double*>(factors.gradients.const_data_ptr()) + kTarget * head.batch,
+            of_rows + kTarget * head.batch,
+            of_rows + kOuter * head.batch,
+            of_rows + kInner * head.batch,
             StoredArray(head.weight),
             inverse_norm.const_data_ptr(),
             first,

@@ -1,6 +1,7 @@
 // The second stage of the fused head on CUDA: margin, weights, losses, from sums over all classes.
 #include "head.cuh"
 #include "math/margin.h"
+#include "row_scale.cuh"
 
 namespace nf {
 namespace {
@@ -10,13 +11,15 @@ template <class T>
 NF_KERNEL(kThreads)
 dot_class_sum_kernel(StoredArray x,                    // [N, D]
                      const T* __restrict__ class_sum,  // [D + 1]
-                     int64_t dim, RowState swept, RowState rows) {
+                     int64_t dim, double eps, RowState swept, RowState rows) {
   const int64_t i = block_id() * kRowsPerBlock + warp_id();
   if (i >= rows.batch) return;  // the whole warp leaves
+  const auto scale = feature_scale_again<T>(x, i, dim, eps, swept.at(kInverseNorm, i));
   double dot = 0;
-  for (int64_t d = lane_id(); d < dim; d += kWarp) dot += x.load<double>(i * dim + d) * double(class_sum[d]);
+  for (int64_t d = lane_id(); d < dim; d += kWarp)
+    dot += x.load<double>(i * dim + d) * scale.outer * double(class_sum[d]);
   dot = warp_sum(dot);
-  if (lane_id() == 0) rows.at(kSmooth, i) = dot * swept.at(kInverseNorm, i);
+  if (lane_id() == 0) rows.at(kSmooth, i) = dot * scale.inner;
 }
 
 struct Margin {
@@ -71,7 +74,7 @@ finish_loss_kernel(RowState swept, RowState rows, Scale scale, Margin margin, in
 std::tuple<Tensor, Tensor> normface_finish(Tensor rows, Tensor x, Tensor class_sum,
                                            std::optional<Tensor> scale, double scale_value, double m1,
                                            double m2, double m3, int64_t reduction, double smoothing,
-                                           int64_t classes_in_all) {
+                                           int64_t classes_in_all, double eps) {
   check_finish("normface_finish", rows, x, class_sum, smoothing);
   check_number("normface_finish", "scale", scale, x);
   Queue queue(x);
@@ -84,7 +87,7 @@ std::tuple<Tensor, Tensor> normface_finish(Tensor rows, Tensor x, Tensor class_s
     const T* sums = data_or_null<const T>(class_sum);
     if (sums != nullptr)
       launch("dot_class_sum", queue, dot_class_sum_kernel<T>, warp_per_row(N), kThreads, 0, StoredArray(x),
-             sums, D, swept, state);
+             sums, D, eps, swept, state);
     launch("finish_loss", queue, finish_loss_kernel<T>, Grid{1}, kThreads,
            shared_bytes<double>(kThreads / kWarp), swept, state, Scale(scale, scale_value),
            Margin{m1, m2, m3}, reduction, smoothing, classes_in_all, sums != nullptr ? sums + D : nullptr,

@@ -134,13 +134,13 @@ struct SweepResult {
 
 // class_sum = sum of class_weight_j w_hat_j and, last, of class_weight_j.
 template <class T>
-void sum_classes(Queue& queue, const Head<T>& head, const T* inverse_norm, T* class_sum) {
+void sum_classes(Queue& queue, const Head<T>& head, const T* inverse_norm, double eps, T* class_sum) {
   const int64_t D = head.dim, runs = std::min<int64_t>(head.classes, 8 * queue.multiprocessors());
   const int64_t columns = (D + 1 + kThreads - 1) / kThreads;
   const Tensor partial = head.buffer(runs, D + 1, ScalarType::Double);
   double* partials = data_or_null<double>(partial);
   launch("class_sum", queue, class_sum_kernel<T>, Grid{runs, columns}, kThreads, 0, StoredArray(head.weight),
-         inverse_norm, head.classes, D, head.class_weight, partials);
+         inverse_norm, head.classes, D, T(eps), head.class_weight, partials);
   launch("add_class_sums", queue, add_class_sums_kernel<T>, Grid{columns}, kThreads, 0, partials, runs, D + 1,
          class_sum);
 }
@@ -196,7 +196,7 @@ SweepResult sweep(Queue& queue, Head<T> head, int64_t ignore_index, double eps, 
   }
   if (head.classes == 0 && need_x) torch::stable::zero_(out.x_sum);  // no chunk wrote it
   if (need_class_sum)
-    sum_classes(queue, head, data_or_null<T>(out.inverse_norm), data_or_null<T>(out.class_sum));
+    sum_classes(queue, head, data_or_null<T>(out.inverse_norm), eps, data_or_null<T>(out.class_sum));
   return out;
 }
 

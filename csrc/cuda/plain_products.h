@@ -3,6 +3,7 @@
 #pragma once
 
 #include "class_gradient.cuh"
+#include "row_state.cuh"
 
 namespace nf {
 

@@ -2,20 +2,9 @@
 // rows. Squares of float64 rows may leave the range of double; math/normalize.h tames such a row.
 #pragma once
 
-#include "row_access.cuh"
+#include "row_scale.cuh"
 
 namespace nf {
-
-// sum of (factor x)^2 over row r. One warp.
-NF_DEVICE double sum_of_squares(const StoredArray& rows, int64_t r, int64_t dim, double factor) {
-  double total = 0;
-#pragma unroll 1  // seldom run: its registers matter, not its speed
-  for (int64_t d = lane_id(); d < dim; d += kWarp) {
-    const double v = rows.load<double>(r * dim + d) * factor;
-    total += v * v;
-  }
-  return warp_sum(total);
-}
 
 struct RowCosine {
   math::RowScale<double> x;

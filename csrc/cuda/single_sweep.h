@@ -4,6 +4,7 @@
 #pragma once
 
 #include "class_gradient.cuh"
+#include "row_state.cuh"
 
 namespace nf {
 

@@ -51,7 +51,7 @@ class ContrastiveLoss(Layer):
             losses = torch.where(same, squared, (self.margin - squared).clamp_min(0))
             return (losses.sum() / (2 * max(1, len(a))),)
         value, gradient = _caffe_losses.pair_contrastive(squared.detach(), same, self.margin)
-        return (_distance_ops.with_gradient(squared, value, gradient),)
+        return (_distance_ops.with_gradient("pair_contrastive_loss", squared, value, gradient),)
 
 
 class TripletLoss(Layer):

@@ -95,7 +95,7 @@ class _ClassParallelLoss(Function):
             swept.rows, batch.x, class_sum.to(swept.class_sum.dtype), scale, options
         )
         ctx.save_for_backward(
-            batch.x, classes, scale, places, class_weight, rows, *swept._replace(rows=state)
+            x, weight, batch.x, classes, scale, places, class_weight, rows, *swept._replace(rows=state)
         )
         ctx.batch, ctx.options, ctx.replicas, ctx.shard = batch, options, replicas, shard
         ctx.weight_shape, ctx.first = weight.shape, shard.first if isinstance(weight, DTensor) else 0
@@ -103,9 +103,10 @@ class _ClassParallelLoss(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        x, classes, scale, places, class_weight, rows, *swept = ctx.saved_tensors
+        mine, weight, x, classes, scale, places, class_weight, rows, *swept = ctx.saved_tensors
         own_x, need_weight, need_scale = ctx.needs_input_grad[:3]
         batch, options, shard = ctx.batch, ctx.options, ctx.shard
+        origins = grad_loss, mine, weight, scale
         if options.reduction == 0:
             grad_loss = gather_row_gradients(grad_loss, batch, shard.group)
 
@@ -119,16 +120,17 @@ class _ClassParallelLoss(Function):
         dx_all, _, ds = gradients(batch.need_x, False, need_scale)
         moving = ScatteredRows(dx_all, batch, shard.group) if batch.need_x else None
         dw: Tensor | None = gradients(False, True, False)[1] if need_weight else None
-        if dw is not None and rows is not None:
-            dw = torch.sparse_coo_tensor(
-                (rows + ctx.first)[None], dw, ctx.weight_shape, is_coalesced=True, check_invariants=False
-            )
         dx = None
         if moving is not None:
             norms = batch.own(swept[0][ops.INVERSE_NORM])
             dx = narrow(moving.wait() * ctx.replicas, x.dtype, norms, options.eps)
         given = (dx if own_x else None, dw, ds.to(scale.dtype) if need_scale else None)
-        return *ops._no_second_derivative("normface_loss", given), *[None] * 8
+        dx, dw, dscale = ops._no_second_derivative("normface_loss", given, *origins)
+        if dw is not None and rows is not None:
+            dw = torch.sparse_coo_tensor(
+                (rows + ctx.first)[None], dw, ctx.weight_shape, is_coalesced=True, check_invariants=False
+            )
+        return dx, dw, dscale, *[None] * 8
 
 
 def narrow(gradient: Tensor, dtype: torch.dtype, inverse_norm: Tensor, eps: float) -> Tensor:

@@ -47,11 +47,11 @@ class _ClassParallelHinge(Function):
         replicas: int,
         shard: ClassShard,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        weight = weight.contiguous()
+        agents = weight.contiguous()
         capacity = options.capacity if any(ctx.needs_input_grad[:2]) else 0
-        part = _hinge_ops.target_cosine(batch.x, weight, places, options, True)
+        part = _hinge_ops.target_cosine(batch.x, agents, places, options, True)
         (cosine,) = add_over_shards([part], shard.group)
-        target, _, *state = _hinge_ops.sweep(batch.x, weight, places, cosine, margin, options, capacity, True)
+        target, _, *state = _hinge_ops.sweep(batch.x, agents, places, cosine, margin, options, capacity, True)
         value, slope = state[0][HINGE_VALUE], state[0][HINGE_SLOPE]
         mine = torch.ones_like(places, dtype=torch.bool)
         if options.hardest:
@@ -59,7 +59,7 @@ class _ClassParallelHinge(Function):
             # NaN shows, wherever it is.
             value, slope = torch.where(mine | value.isnan(), value, 0), torch.where(mine, slope, 0)
         value, slope = (s.to(target.dtype) for s in add_over_shards([value, slope], shard.group))
-        ctx.save_for_backward(batch.x, weight, places, mine, slope, *state)
+        ctx.save_for_backward(x, weight, batch.x, agents, places, mine, slope, *state)
         ctx.batch, ctx.options, ctx.capacity, ctx.shard = batch, options, capacity, shard
         ctx.separate, ctx.replicas = separate, replicas
         ctx.mark_non_differentiable(slope)
@@ -67,10 +67,11 @@ class _ClassParallelHinge(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_target: Tensor, grad_value: Tensor, _: Any) -> Any:
-        x, weight, places, mine, slope, *state = ctx.saved_tensors
+        own, weight, x, agents, places, mine, slope, *state = ctx.saved_tensors
         batch, options, shard = ctx.batch, ctx.options, ctx.shard
         own_x, need_weight = ctx.needs_input_grad[:2]
         needed = batch.need_x, need_weight
+        origins = grad_target, grad_value, own, weight
         with torch.no_grad():
             if ctx.separate:
                 parts = [grad_target, grad_value]
@@ -80,13 +81,13 @@ class _ClassParallelHinge(Function):
             )
             hinge_factor = torch.where(mine, hinge_factor, 0)
             dx, dw = _hinge_ops.sweep_gradients(
-                target_factor, hinge_factor, x, weight, places, state, options, ctx.capacity, needed, True
+                target_factor, hinge_factor, x, agents, places, state, options, ctx.capacity, needed, True
             )
             if dx is not None:
                 moved = ScatteredRows(dx, batch, shard.group).wait() * ctx.replicas
                 dx = narrow(moved, x.dtype, batch.own(state[0][INVERSE_NORM]), options.eps)
         name = "c_triplet_loss" if options.triplet else "c_contrastive_loss"
-        return *ops._no_second_derivative(name, (dx if own_x else None, dw)), *[None] * 7
+        return *ops._no_second_derivative(name, (dx if own_x else None, dw), *origins), *[None] * 7
 
 
 def _loss(
