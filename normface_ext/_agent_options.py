@@ -85,7 +85,7 @@ class AgentOptions:
         chosen = plan(batch, max(1, dim), classes, wide, ops.plan_device(x), workspace=workspace)
         if self.hardest_only:
             capacity = 1
-        elif not _checks.has_values(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        elif not _checks.has_values(x):
             capacity = 0  # following a list needs its length on the host
         elif active_limit is not None:
             capacity = min(active_limit, classes - 1)

@@ -173,8 +173,13 @@ def label_rows(op: str, value: object, x: Tensor) -> Tensor:
 
 
 def has_values(value: Tensor) -> bool:
-    """Whether a tensor's values can be read at all: not of a fake or meta tensor, nor while compiling."""
-    return not (torch.compiler.is_compiling() or value.is_meta or is_fake(value))
+    """Whether a tensor's values can be read at all: not of a fake or meta tensor, nor while compiling or
+    while a CUDA graph is captured."""
+    return not (torch.compiler.is_compiling() or value.is_meta or is_fake(value) or capturing(value))
+
+
+def capturing(value: Tensor) -> bool:
+    return value.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def readable(value: Tensor) -> bool:
@@ -208,14 +213,14 @@ def finite_rows(
     row: Callable[[int], object] = lambda index: index,
 ) -> None:
     """ValueError naming the rows of [N, ...] with NaN or infinity, of those that are `counted` [N]; `row` is
-    what an index is called. A 0-d tensor has none. Waits for the device. In a traced step the device asserts,
-    without names; of a fake or meta tensor there is nothing to see."""
+    what an index is called. A 0-d tensor has none. Waits for the device. In a traced or captured step the
+    device asserts, without names; of a fake or meta tensor there is nothing to see."""
     finite = value.detach().isfinite()
     bad = ~(finite.flatten(1).all(1) if finite.dim() > 1 else finite)
     if counted is not None:
         bad = bad & counted
     sentence = f"{op}: expected `{name}` to be finite, got NaN or infinity"
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or capturing(value):
         torch._assert_async(~bad.any(), sentence)
     elif has_values(value) and bad.any():
         if bad.dim() == 0:
@@ -251,7 +256,7 @@ def finite_operands(
 
 
 def margin(op: str, value: object) -> Margin:
-    if value is not None and not isinstance(value, Margin):
+    if value is not None and (not isinstance(value, Margin) or type(value) is Margin):
         raise TypeError(
             f"{op}: expected `margin` to be CosFace, ArcFace, CombinedMargin or None,"
             f" got {type(value).__name__}"

@@ -133,7 +133,7 @@ STEPS = [
     Step("kernels", 120, 40, kernels, AGREED),
     Step("ops", 480, 70, ops, PASSED, TESTS),
     Step("gpu", 240, 40, gpu, PASSED, TESTS, needs_gpu=True),
-    Step("bench", 420, 60, bench, r"\S"),
+    Step("bench", 420, 60, bench, r"normface_ext"),
     Step("memcheck", 180, 55, sanitized("memcheck"), AGREED),
     Step("racecheck", 240, None, sanitized("racecheck"), AGREED),
     Step("initcheck", 240, None, sanitized("initcheck"), AGREED),

@@ -1,8 +1,10 @@
 """The layers: state, initialisation, bounds of a learned scale, and what the world does to modules."""
 
 import copy
+import dataclasses
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 import normface_ext as nf
 from normface_ext import reference, theory
+from normface_ext.margins import Margin
 from normface_ext.testing import assert_close_to_truth
 
 HEADS = {
@@ -353,6 +356,18 @@ def test_bad_sizes_and_names():
 def test_bad_margins_are_named(make, error, sentence):
     with pytest.raises(error, match=sentence):
         make()
+
+
+def test_the_bare_base_is_no_margin():
+    with pytest.raises(TypeError, match=r"^NormFaceLoss: expected `margin` to be CosFace, .*, got Margin$"):
+        nf.NormFaceLoss(3, 4, margin=Margin())
+
+
+def test_equal_numbers_are_equal_margins():
+    assert nf.CosFace(0.3) == nf.CombinedMargin(m3=0.3) and nf.ArcFace(0.3) == nf.CombinedMargin(m2=0.3)
+    assert nf.CosFace(0.3) != nf.ArcFace(0.3) and nf.CosFace(0.3) != 0.3
+    assert dataclasses.replace(nf.ArcFace(0.1), m=0.4) == nf.ArcFace(0.4)
+    assert pickle.loads(pickle.dumps(nf.CosFace(0.3))) == nf.CosFace(0.3)
 
 
 def test_margins_are_values():
