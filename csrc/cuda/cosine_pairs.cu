@@ -38,8 +38,8 @@ struct Pairs {
   int64_t entries() const { return batch * listed; }
 };
 
-// How the class of each entry of the list was scaled, and behind them every row of x: the sums over pairs have
-// no room to see to a row that has to be summed anew.
+// How the class of each entry of the list was scaled, and behind them every row of x: the sums over pairs
+// have no room to see to a row that has to be summed anew.
 template <class T>
 struct PairScales {
   T* data;  // [N * listed + N, 2]: outer, inner
