@@ -29,7 +29,8 @@ NF_DEVICE void project_row(const StoredArray& own, int64_t r, int64_t dim, doubl
   radial = warp_sum(radial);
   for (int64_t d = lane_id(); d < dim; d += kWarp) {
     T g = math::normalize_vjp<T>(gradient(d), unit(d), radial, scale.outer, scale.inner, T(0));
-    if (out.type == int(ScalarType::Half)) g = held_finite<Half>(g, scale.norm, T(eps), 2);
+    if constexpr (!std::is_same_v<T, double>)
+      if (out.type == int(ScalarType::Half)) g = held_finite<Half>(g, scale.norm, T(eps), 2);
     out.store<T>(r * dim + d, g);
   }
 }

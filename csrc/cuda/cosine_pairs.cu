@@ -38,15 +38,16 @@ struct Pairs {
   int64_t entries() const { return batch * listed; }
 };
 
-// How the class of each entry of the list was scaled, and behind them every row of x: the sums over pairs have
-// no room to see to a row that has to be summed anew.
+// How the class of each entry of the list was scaled, and behind them every row of x: the sums over pairs
+// have no room to see to a row that has to be summed anew.
 template <class T>
 struct PairScales {
-  T *outer, *inner;  // [N * listed + N] each
+  T* data;  // [N * listed + N, 2]: outer, inner
 
-  NF_DEVICE T unit(T value, int64_t k) const { return value * outer[k] * inner[k]; }
+  NF_DEVICE T unit(T value, int64_t k) const { return value * data[2 * k] * data[2 * k + 1]; }
   NF_DEVICE math::RowScale<T> at(int64_t k) const {
-    return {outer[k], inner[k], T(1) / (outer[k] * inner[k])};
+    const T outer = data[2 * k], inner = data[2 * k + 1];
+    return {outer, inner, T(1) / (outer * inner)};
   }
 };
 
@@ -63,13 +64,12 @@ pair_scales_kernel(Pairs pairs, const T* __restrict__ x_inverse, const T* __rest
   math::RowScale<T> scale{inverse, T(1), T(1)};
   for (unsigned left = warp_ballot(!math::inverse_serves(inverse)); left != 0; left &= left - 1) {
     const int lane = lowest_bit(left);
-    const int64_t row = shuffle(r, lane);
-    const T saved = shuffle(inverse, lane), eps = T(pairs.eps);
-    const auto anew = shuffle(int(of_class), lane) != 0 ? scale_again(pairs.w, row, pairs.dim, eps, saved)
-                                                        : scale_again(pairs.x, row, pairs.dim, eps, saved);
+    StoredArray rows = pairs.x;
+    if (shuffle(int(of_class), lane) != 0) rows = pairs.w;
+    const auto anew = scale_again(rows, shuffle(r, lane), pairs.dim, T(pairs.eps), shuffle(inverse, lane));
     if (lane_id() == lane) scale = anew;
   }
-  if (here) scales.outer[k] = scale.outer, scales.inner[k] = scale.inner;
+  if (here) scales.data[2 * k] = scale.outer, scales.data[2 * k + 1] = scale.inner;
 }
 
 // One warp per row of x.
@@ -150,8 +150,8 @@ std::tuple<Tensor, Tensor> cosine_pairs_backward(Tensor factors, Tensor classes,
   dispatch_accumulator(x.scalar_type(), [&]<class T>() {
     const T* f = data_of<const T>(factors);
     const int64_t count = pairs.entries() + pairs.batch;
-    const Tensor table = device_empty(x, {2, count}, accumulator(x.scalar_type()));
-    const PairScales<T> scales{data_of<T>(table), data_of<T>(table) + count};
+    const Tensor table = device_empty(x, {count, 2}, accumulator(x.scalar_type()));
+    const PairScales<T> scales{data_of<T>(table)};
     launch("pair_scales", queue, pair_scales_kernel<T>, thread_per(count), kThreads, 0, pairs,
            data_of<const T>(x_inverse), data_of<const T>(weight_inverse), scales);
     if (need_x)

@@ -1,5 +1,5 @@
-// How a stored row was scaled, from the 1 / n that was saved of it: csrc/math/normalize.h says where that number
-// says it all; elsewhere the row is summed anew.
+// How a stored row was scaled, from the 1 / n that was saved of it: csrc/math/normalize.h says where that
+// number says it all; elsewhere the row is summed anew.
 #pragma once
 
 #include "row_access.cuh"
