@@ -79,11 +79,13 @@ NF_HD RowScale<T> row_scale(int p, T eps, T tamer, T sum) {
   return {tamer, inner, scaled / tamer};
 }
 
-// Whether x times this saved 1 / n is the unit row to the last digits; if not, the row is scaled anew.
+// Whether x times this saved 1 / n is the unit row to the last digits, and a gradient times it keeps in range
+// until the scale that it still has to meet; if not, the row is scaled anew.
 template <class T>
 NF_HD bool inverse_serves(T inverse) {
-  const T smallest = std::is_same_v<T, double> ? T(2.2250738585072014e-308) : T(1.1754943508e-38);
-  return inverse >= smallest && inverse < kLargestNumber<T>;
+  constexpr bool kDouble = std::is_same_v<T, double>;
+  const T smallest = kDouble ? T(2.2250738585072014e-308) : T(1.1754943508e-38);
+  return inverse >= smallest && inverse <= (kDouble ? T(0x1p700) : T(0x1p100f));
 }
 
 // Whether the products of a row and its gradient may be summed before the division by n: there they neither

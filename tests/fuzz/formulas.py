@@ -22,20 +22,17 @@ def unit(
     x: Tensor, dim: int = 1, p: int = 2, eps: float = 1e-12, r: Rounding = EXACT
 ) -> tuple[Tensor, Tensor]:
     """(x / n, n) with n = sqrt(sum x^2 + eps) for p = 2, sum |x| + eps for p = 1 (section 3.1)."""
-    least = math.sqrt(eps) if p == 2 else eps
-    largest = x.detach().abs().amax(dim, keepdim=True).clamp_min(least)
+    if p == 1:
+        n = x.abs().sum(dim, keepdim=True) + eps
+        return x / r.norms(n), n
+    largest = x.detach().abs().amax(dim, keepdim=True).clamp_min(math.sqrt(eps))
     usable = (largest > 0) & largest.isfinite()
     _, exponent = torch.frexp(torch.where(usable, largest, 1.0))
     m = torch.ldexp(
         torch.ones_like(largest), exponent.clamp(-1020 if x.dtype == torch.float64 else -125, None)
     )
     u = x / m
-    n = (
-        (u.square().sum(dim, keepdim=True) + eps / m / m).sqrt()
-        if p == 2
-        # |x| by x's own sign, which an entry that vanishes beside the largest still has.
-        else (u * x.detach().sign()).sum(dim, keepdim=True) + eps / m
-    )
+    n = (u.square().sum(dim, keepdim=True) + eps / m / m).sqrt()
     return u / r.norms(n), m * n
 
 

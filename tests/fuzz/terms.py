@@ -65,11 +65,20 @@ def terms_of(
     call: Call, tensors: Tensors, upstream: list[Tensor], noises: list[Recorded], by_formula: Any
 ) -> dict[str, Tensor]:
     """By name, the sizes of the terms that add up to a gradient: what cannot cancel without a trace."""
-    if call.op == "inner_distance" and call.options["p"] == 2:
-        return product_terms(call, tensors, upstream)
     recorded = noises[0]
     if recorded.c is None:
-        return {name: g for name, g in by_formula(Held())[1].items() if g is not None}
+        if call.op == "inner_distance" and call.options["p"] == 2:
+            found = product_terms(call, tensors, upstream)
+        else:
+            found = {name: g for name, g in by_formula(Held())[1].items() if g is not None}
+        if call.options.get("normalize"):  # the unit agents are rounded before anything is taken off them
+            x, w = (tensors[name].detach().double() for name in ("x", "weight"))
+            agents = formulas.unit(w, eps=call.options["eps"])[0]
+            gap = (x[:, None] - agents).abs() + torch.finfo(torch.float32).eps * agents.abs()
+            found["value"] = (
+                (2 * gap if call.options["p"] == 2 else torch.ones_like(gap)) * agents.abs()
+            ).sum(2)
+        return found
     x, w = (tensors[name].detach().double() for name in ("x", "weight"))
     (x_hat, n), (w_hat, m) = (formulas.unit(t, eps=call.options["eps"]) for t in (x, w))
     x_hat, w_hat, s = x_hat.nan_to_num(0.0), w_hat.nan_to_num(0.0), number_of_scale(tensors, call.options)
