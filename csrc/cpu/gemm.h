@@ -36,9 +36,9 @@ Tensor as_tensor(const Matrix<T>& m) {
 template <class T>
 void multiply(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& out, bool accumulate = false) {
   const Tensor ta = as_tensor(a), tb = as_tensor(b), to = as_tensor(out);
-  TORCH_ERROR_CODE_CHECK(
-      accumulate ? aoti_torch_cpu_addmm_out(to.get(), to.get(), ta.get(), tb.get(), 1.0, 1.0)
-                 : aoti_torch_cpu_mm_out(to.get(), ta.get(), tb.get()));
+  TORCH_ERROR_CODE_CHECK(accumulate
+                             ? aoti_torch_cpu_addmm_out(to.get(), to.get(), ta.get(), tb.get(), 1.0, 1.0)
+                             : aoti_torch_cpu_mm_out(to.get(), ta.get(), tb.get()));
 }
 
 }  // namespace nf::cpu
