@@ -167,7 +167,7 @@ def compile_against(include: Path, version: str) -> None:
     print(f"headers of torch {version}", flush=True)
     build = runpy.run_path(str(ROOT / "setup.py"))
     common = [*build["COMMON"][:-1], *build["include_flags"]([str(ROOT / "csrc")], [])]
-    system = [include, build["package_dir"]("pybind11") / "include", Path(sysconfig.get_path("include"))]
+    system = [build["package_dir"]("pybind11") / "include", include, Path(sysconfig.get_path("include"))]
     system_flags = [flag for path in system for flag in ("-isystem", str(path))]
     macros = ["NF_VERSION", "NF_BUILD_TORCH", "NF_CUDA_ARCHS", "NF_CUDA_VERSION"]
     compiler = os.environ.get("CXX", "c++")
