@@ -9,7 +9,7 @@ Steps, in order (default: all):
     headers     every C++ file against the headers of each torch, the .cu files by nvcc too where it is found
     oldest      `pip install --no-build-isolation .` with the oldest torch, a short test set, a wheel
     wheels      that wheel under this torch and the newest; sdist -> wheel by this torch, under the oldest
-    editable    `pip install -e .` in a copy of the checkout, imported inside and outside of it
+    editable    `pip install -e .` with the newest torch and setuptools, imported here and elsewhere
 
 Run by the Python of an environment with torch and the build requirements. Needs the network and about 12 GB
 under --work (a temporary folder by default): torch's own wheels bring CUDA.
@@ -90,7 +90,8 @@ class Work:
             venv.create(self.folder / name, with_pip=True)
             site = next((self.folder / name / "lib").glob("python3*/site-packages"))
             # After the environment's own: what is installed there comes first.
-            (site / "zz_borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+            borrowed = [path for path in sys.path if Path(path).name == "site-packages"]
+            (site / "zz_borrowed.pth").write_text("".join(f"{path}\n" for path in borrowed))
         return self.python(name)
 
     def install(self, python: Path, wheel: Path) -> None:
@@ -110,7 +111,7 @@ class Work:
         tests = ["pytest", "pytest-xdist", "hypothesis", "numpy"]
         build = ["ninja", "pybind11", "wheel"]
         self.environment("oldest", f"torch=={self.oldest}", "setuptools<66", *build, *tests)
-        self.environment("newest", f"torch=={self.newest}", *tests)
+        self.environment("newest", f"torch=={self.newest}", "setuptools>=77", *build, *tests)
 
     def headers(self) -> None:
         for version in self.between:
@@ -153,7 +154,7 @@ class Work:
         self.short_tests(self.python("oldest"), checkout)
 
     def editable(self) -> None:
-        checkout, python = self.copy_of_checkout("checkout-editable"), self.beside_this_torch("editable")
+        checkout, python = self.copy_of_checkout("checkout-editable"), self.python("newest")
         pip = [python, "-m", "pip", "install", "--quiet"]
         run(*pip, "--no-build-isolation", "--no-deps", "-e", ".", cwd=checkout)
         inside = f"import normface_ext as nf; assert nf.__file__.startswith({str(checkout)!r}), nf.__file__"
