@@ -1,5 +1,6 @@
-"""Which cases plain `pytest` runs: all but those marked `slow`, which `pytest --all` adds.
+"""Which cases plain `pytest` runs: all but those marked `slow`, which `--all` adds, or `fuzz`, as `--fuzz` does.
 
+    @pytest.mark.fuzz           for --fuzz: minutes of drawn input
     @pytest.mark.slow           for --all (a test, or one value: pytest.param(..., marks=pytest.mark.slow))
     @pytest.mark.covering(2)    of the product of the parameters, fixtures such as `lane` among them, a part
                                 is quick in which any two values of two parameters meet; the rest is slow.
@@ -80,6 +81,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def register(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fuzz: runs under --fuzz")
     config.addinivalue_line("markers", "covering(strength): a part runs every day, see tests/selection.py")
     config.addinivalue_line(
         "markers", "xdist_group(name): for one worker of `pytest -n`"
@@ -89,9 +91,13 @@ def register(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before -m and -k, which may then ask for `slow`
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mark_what_is_not_covered(items)
-    if config.option.every_case:
-        return
-    left_out = [item for item in items if item.get_closest_marker("slow") and not asked_by_name(config, item)]
+    wanted = {"slow": config.option.every_case, "fuzz": config.getoption("fuzz", False)}
+    needed = [mark for mark, given in wanted.items() if not given]
+    left_out = [
+        item
+        for item in items
+        if any(map(item.get_closest_marker, needed)) and not asked_by_name(config, item)
+    ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         gone = set(left_out)

@@ -23,7 +23,8 @@ FILES = Path(__file__).parent.parent / "prototxt"
 LIST = 2000
 ROUNDS = [
     pytest.param(range(150), id="slice"),
-    pytest.param(range(1000, 6000), id="long", marks=pytest.mark.slow),
+    pytest.param(range(1000, 1500), id="more", marks=pytest.mark.slow),
+    pytest.param(range(1000, 6000), id="long", marks=pytest.mark.fuzz),
 ]
 FEATURES, LABELS = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)), torch.arange(7) % 4
 

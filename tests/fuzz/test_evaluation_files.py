@@ -17,7 +17,8 @@ from normface_ext import evaluation as ev
 
 ROUNDS = [
     pytest.param(range(60), id="slice"),
-    pytest.param(range(1000, 6000), id="long", marks=pytest.mark.slow),
+    pytest.param(range(1000, 1500), id="more", marks=pytest.mark.slow),
+    pytest.param(range(1000, 6000), id="long", marks=pytest.mark.fuzz),
 ]
 NAMES = [f"P_{i}_{j:04d}.jpg" for i in range(4) for j in (1, 2)]
 ROWS = {name: row for row, name in enumerate(NAMES)}

@@ -25,7 +25,8 @@ import normface_ext as nf
 
 ROUNDS = [
     pytest.param(range(100), id="slice"),
-    pytest.param(range(1000, 6000), id="long", marks=pytest.mark.slow),
+    pytest.param(range(1000, 1500), id="more", marks=pytest.mark.slow),
+    pytest.param(range(1000, 6000), id="long", marks=pytest.mark.fuzz),
 ]
 
 
