@@ -1,4 +1,4 @@
-"""Which cases plain `pytest` runs: all but those marked `slow`, added by `--all`, or `fuzz`, added by `--fuzz`.
+"""Which cases plain `pytest` runs: all but those marked `slow` (for `--all`) or `fuzz` (for `--fuzz`).
 
     @pytest.mark.fuzz           for --fuzz: minutes of drawn input
     @pytest.mark.slow           for --all (a test, or one value: pytest.param(..., marks=pytest.mark.slow))
