@@ -37,36 +37,45 @@ def sentence(compiler: list[str] = COMPILER) -> str:
     return str(stopped.value)
 
 
+@pytest.fixture(autouse=True)
+def packages(monkeypatch) -> dict[str, str | None]:
+    """What setup.py finds of the build requirements, None where one is missing. The tests' own environment
+    has torch; pip brought the others into one that is gone."""
+    found: dict[str, str | None] = {"torch": "2.13.0", "pybind11": "3.0", "ninja": "1.13"}
+    real_spec, real_version = importlib.util.find_spec, importlib.metadata.version
+
+    def find_spec(name: str, package: str | None = None) -> object:
+        if name not in found:
+            return real_spec(name, package)
+        return types.SimpleNamespace(origin=f"/packages/{name}/__init__.py") if found[name] else None
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: found.get(name) or real_version(name))
+    return found
+
+
 def test_a_machine_with_everything_is_not_complained_about():
     SETUP["check_requirements"](COMPILER)
 
 
-def hide_package(monkeypatch, name: str) -> None:
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None if asked == name else real(asked))
-
-
 @pytest.mark.parametrize("name", ["torch", "pybind11", "ninja"])
-def test_a_missing_package_is_named_with_the_remedy(name, monkeypatch):
-    hide_package(monkeypatch, name)
+def test_a_missing_package_is_named_with_the_remedy(name, packages, monkeypatch):
+    packages[name] = None
     monkeypatch.setattr(shutil, "which", lambda tool: None)  # a ninja of the system would do
     said = sentence()
     assert said.startswith(f"normface_ext: building needs {name}, which this Python")
     assert f"`pip install {SETUP['BUILD_REQUIREMENTS'][name]}`" in said
 
 
-def test_the_ninja_of_the_system_will_do(monkeypatch):
-    hide_package(monkeypatch, "ninja")
+def test_the_ninja_of_the_system_will_do(packages, monkeypatch):
+    packages["ninja"] = None
     real = shutil.which
     monkeypatch.setattr(shutil, "which", lambda tool: "/usr/bin/ninja" if tool == "ninja" else real(tool))
     SETUP["check_requirements"](COMPILER)
 
 
-def test_a_torch_that_is_too_old_is_named_with_its_version(monkeypatch):
-    real = importlib.metadata.version
-    monkeypatch.setattr(
-        importlib.metadata, "version", lambda name: "2.10.1+cu128" if name == "torch" else real(name)
-    )
+def test_a_torch_that_is_too_old_is_named_with_its_version(packages):
+    packages["torch"] = "2.10.1+cu128"
     said = sentence()
     assert said.startswith("normface_ext: building needs torch>=2.11, got torch 2.10.1+cu128: `pip install")
 
@@ -226,9 +235,10 @@ STABLE_TORCH_LIBRARY_IMPL(normface_probe, CompositeExplicitAutograd, m) {
 
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="nvcc not found")
-def test_a_check_that_prints_a_number_raises(tmp_path):
+def test_a_check_that_prints_a_number_raises(tmp_path, monkeypatch):
     """Compiled by nvcc and linked as `_cuda` is. nvcc as the linker takes libstdc++ as an archive, whose
     streams find no locale: that ended the process."""
+    monkeypatch.undo()  # torch as it is
     source = tmp_path / "probe.cu"
     source.write_text(PROBE)
     compiler = types.SimpleNamespace(compiler_so_cxx=COMPILER, linker_so_cxx=[*COMPILER, "-shared"])
