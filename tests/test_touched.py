@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -114,6 +115,7 @@ def test_list_runs_nothing():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("pybind11") is None, reason="pybind11, to build with, not found")
 def test_it_rebuilds_and_runs_the_nearest_first():
     """With no time at all, the first file is begun and the others are named."""
     said = dev(

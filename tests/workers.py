@@ -15,7 +15,13 @@ from emulation import build
 from lanes import LANES
 
 #: Beginnings of the names of those files.
-WITH_PROCESSES = ("test_distributed_", "test_train_distributed", "test_check_finite", "test_checkpoint_files")
+WITH_PROCESSES = (
+    "test_distributed_",
+    "test_train_distributed",
+    "test_check_finite",
+    "test_checkpoint_files",
+    "test_second_derivatives",
+)
 
 
 def threads_of(workers: int, cores: int) -> int:
