@@ -144,7 +144,6 @@ def test_a_wrong_kernel_is_not_timed(tmp_path: Path) -> None:
     (tmp_path / "sabotage.py").write_text(SABOTAGE)
     path = os.pathsep.join((str(tmp_path), str(FOLDER)))
     options = ("--quick", "--cases", "head 32", "--out", str(tmp_path))
-    # Elsewhere than in the root, where -c would find the source folder before the installed package.
     done = run("-c", SABOTAGED, *options, cwd=tmp_path, PYTHONPATH=path, SABOTAGE=str(tmp_path / "in_use"))
     last = next((line for line in done.stdout.splitlines() if line.startswith("STATUS ")), None)
     assert last, f"the script failed\n{done.stdout}\n{done.stderr}"

@@ -767,7 +767,6 @@ def test_memory_stays_within_the_budget():
 
     def growth(workspace):
         command = [sys.executable, "-c", MEMORY, str(workspace)]
-        # Not in the source folder, whose package has no compiled module.
         ran = subprocess.run(command, capture_output=True, text=True, cwd="/", check=True)
         return int(ran.stdout)
 

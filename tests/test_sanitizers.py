@@ -27,7 +27,7 @@ def test_op_tests_pass_under_the_sanitizers(library: str) -> None:
         [*command, "-k", namespace, "."],
         capture_output=True,
         text=True,
-        cwd=build.HERE.parent,  # the root would hide the installed package behind the source folder
+        cwd=build.HERE.parent,  # what `.` above is
         env={
             **build.sanitizer_environment(),
             "NORMFACE_TEST_NAMESPACES": namespace,
