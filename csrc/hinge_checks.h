@@ -14,15 +14,15 @@ inline void check_row_numbers(const char* op, const char* name, const Tensor& t,
 }
 
 inline void check_agents(const char* op, const Tensor& x, const Tensor& weight, const Tensor& labels,
-                         bool partial) {
-  check_head(op, x, weight, partial ? 0 : 1);
+                         bool is_shard) {
+  check_head(op, x, weight, is_shard ? 0 : 1);
   check_labels(op, labels, x.size(0));
 }
 
 inline void check_hinge_backward(const char* op, const Tensor& target_factor, const Tensor& hinge_factor,
                                  const Tensor& x, const Tensor& weight, const Tensor& labels,
-                                 const Tensor& rows, const Tensor& inverse_norm, bool partial) {
-  check_agents(op, x, weight, labels, partial);
+                                 const Tensor& rows, const Tensor& inverse_norm, bool is_shard) {
+  check_agents(op, x, weight, labels, is_shard);
   const ScalarType wide = accumulator(x.scalar_type());
   check_row_numbers(op, "target_factor", target_factor, wide, x.size(0));
   check_row_numbers(op, "hinge_factor", hinge_factor, wide, x.size(0));
@@ -33,8 +33,8 @@ inline void check_hinge_backward(const char* op, const Tensor& target_factor, co
 inline void check_cosine_pairs(const char* op, const Tensor& factors, const Tensor& classes,
                                const Tensor& order, const Tensor& x, const Tensor& weight,
                                const Tensor& x_inverse, const Tensor& weight_inverse, bool need_weight,
-                               bool partial) {
-  check_head(op, x, weight, partial ? 0 : 1);
+                               bool is_shard) {
+  check_head(op, x, weight, is_shard ? 0 : 1);
   const ScalarType wide = accumulator(x.scalar_type());
   if (classes.dim() != 2) fail(op, ": expected `classes` to be 2-D, got shape ", shape_of(classes));
   check_shape(op, "classes", classes, x.size(0), classes.size(1));

@@ -9,8 +9,8 @@ namespace nf {
 enum HingeField {
   kHingeThreshold,    // t, in terms of distance
   kHingeInverseNorm,  // 1 / ||x||; whether a row is ignored is not to be told from it (kHingeCounts)
-  kHingeSum,          // sum of the hinges (t - d)_+
-  kHingeValue,        // what the loss takes of them: all, the hardest one, or their exponentials
+  kExcessSum,         // sum of the hinges (t - d)_+
+  kLossValue,         // what the loss takes of them: all, the hardest one, or their exponentials
   kHingeSlope,        // sum of the slopes of those
   kHingeActive,       // number of active classes
   kHingeCosine,       // sum of the cosines

@@ -18,7 +18,7 @@ enum RowField {
   kRowWeight,     // weight of this row's loss in the result: 0 when it does not count, 1/count for the mean
   kPsi,           // psi(c_y), the target cosine after its margin
   kPsiSlope,      // psi'(c_y)
-  kTotal,         // math::RowWeights
+  kTotal,         // math::SmoothingTerms
   kSmooth,
   kPull,
   kPush,

@@ -13,14 +13,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import functional, reference, theory
-from ._library import build_info
-from .margins import ArcFace, CombinedMargin, CosFace
-from .metric import CContrastiveLoss, CTripletLoss, InnerDistance, PairContrastiveLoss, TripletLoss
+from .agents.layers import CContrastiveLoss, CTripletLoss
+from .cosine.layers import NormalizeLayer, NormLinear
+from .cosine.rows import gaussian_unitball_
+from .distances.layers import InnerDistance, PairContrastiveLoss, TripletLoss
+from .engine.library import build_info
+from .engine.plan import Plan, plan
+from .engine.sharded_plan import ShardedPlan
 from .mirror import MirrorFace
-from .modules import NormalizeLayer, NormFaceLoss, NormLinear, gaussian_unitball_
 from .optim import parameter_groups
-from .plan import Plan, plan
-from .sharded_plan import ShardedPlan
+from .softmax.layers import NormFaceLoss
+from .softmax.margins import ArcFace, CombinedMargin, CosFace
 
 if TYPE_CHECKING:
     from . import caffe, distributed, evaluation

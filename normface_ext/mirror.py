@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._arguments import choice
+from .engine.arguments import choice
 
 MERGES = ("sum", "max", "concat")
 

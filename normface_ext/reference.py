@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .margins import NO_MARGIN, ArcFace, CombinedMargin, CosFace, Margin
+from .softmax.margins import NO_MARGIN, ArcFace, CombinedMargin, CosFace, Margin
 
 #: sin(theta) is held at this floor, which keeps value and slope finite at cos theta = +-1.
 SIN_FLOOR = 1e-4

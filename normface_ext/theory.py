@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from ._arguments import NOT_NEGATIVE, POSITIVE, number, size
+from .engine.arguments import NOT_NEGATIVE, POSITIVE, number, size
 
 #: ``scale="auto"`` takes the smallest scale whose bound is this low: 12 for 10 classes, 21 for the
 #: 10,575 of CASIA-WebFace (the paper: "say 20 or 30"), 25 for a million.

@@ -53,9 +53,9 @@ def kernels_of(device: str) -> Iterator[str]:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     from lanes import load
 
-    from normface_ext import _library
+    from normface_ext.engine import library
 
-    with _library.use_namespace(load("normface_emulation")):
+    with library.use_namespace(load("normface_emulation")):
         yield "cpu"
 
 

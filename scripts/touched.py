@@ -1,7 +1,7 @@
 """Which test files a change touches: what scripts/dev runs.
 
 Python: a test touches the modules whose names it uses, followed through re-exports to where a name is
-defined (`nf.functional.c_triplet_loss` is of `_metric_functional`), then what those use, and so on: the
+defined (`nf.functional.c_triplet_loss` is of `agents.functions`), then what those use, and so on: the
 number of steps is the distance. C++: from the file through #include to the sources that register ops, from
 the ops by the table below to test files, and from the folder to the lane. Nothing is imported or built.
 """

@@ -17,7 +17,8 @@ import torch
 from emulation import build
 
 import normface_ext as nf
-from normface_ext import _library, ops, testing
+from normface_ext import testing
+from normface_ext.engine import calls, library
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 #: One below, at and above a warp, one element, and a block's width and a bit.
@@ -67,7 +68,7 @@ class Lane:
 
     @contextmanager
     def active(self) -> Iterator[Lane]:
-        with _library.use_namespace(load(self.namespace)):
+        with library.use_namespace(load(self.namespace)):
             yield self
 
 
@@ -78,7 +79,7 @@ def load(namespace: str) -> torch._ops._OpNamespace:
     """The operators of a namespace, built, loaded and given fake kernels at the first call."""
     if namespace not in _loaded:
         build.load(next(library for library, name in build.NAMESPACES.items() if name == namespace))
-        ops.register_fakes(namespace)
+        calls.register_fakes(namespace)
         _loaded.add(namespace)
     return getattr(torch.ops, namespace)
 

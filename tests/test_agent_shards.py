@@ -8,14 +8,16 @@ import itertools
 import pytest
 import torch
 
-from normface_ext import _hinge_ops, ops
-from normface_ext._hinge_ops import HINGE_BEST, HINGE_COSINE, HINGE_SLOPE, HINGE_SUM, HingeOptions
+from normface_ext.agents import ops as agent_ops
+from normface_ext.agents.ops import EXCESS_SUM, HINGE_BEST, HINGE_COSINE, HINGE_SLOPE, HingeOptions
+from normface_ext.engine.calls import accumulator
+from normface_ext.softmax import ops
 
 BATCH, DIM, CLASSES, IGNORED = 9, 11, 23, -100
 #: First classes of the shards; the third is empty.
 BOUNDS = [0, 7, 15, 15, CLASSES]
 SHARDS = list(itertools.pairwise(BOUNDS))
-SUMS = [HINGE_SUM, HINGE_SLOPE, HINGE_COSINE]
+SUMS = [EXCESS_SUM, HINGE_SLOPE, HINGE_COSINE]
 
 
 def problem(lane, dtype):
@@ -28,9 +30,9 @@ def problem(lane, dtype):
 
 def swept(x, weight, labels, cosine, options, partial, upstream):
     """(state, gradients) of these classes."""
-    _, _, *state = _hinge_ops.sweep(x, weight, labels, cosine, None, options, options.capacity, partial)
-    return state, lambda slope, hinges: _hinge_ops.sweep_gradients(
-        *_hinge_ops.cosine_factors(state[0], slope, upstream[0], upstream[1] * hinges, options.triplet),
+    _, _, *state = agent_ops.sweep(x, weight, labels, cosine, None, options, options.capacity, partial)
+    return state, lambda slope, hinges: agent_ops.sweep_gradients(
+        *agent_ops.cosine_factors(state[0], slope, upstream[0], upstream[1] * hinges, options.triplet),
         x, weight, labels, state, options, options.capacity, (True, True), partial,
     )  # fmt: skip
 
@@ -50,9 +52,9 @@ def test_shards_add_up(lane, dtype, mode, capacity):
         class_chunk=4,
         capacity=1 if mode == "hardest" else capacity,
     )
-    wide = ops._accumulator(dtype)
+    wide = accumulator(dtype)
     upstream = [lane.randn(BATCH, dtype=wide, seed=seed) for seed in (5, 6)]
-    cosine = _hinge_ops.target_cosine(x, weight, labels, options, False)
+    cosine = agent_ops.target_cosine(x, weight, labels, options, False)
     state, gradients = swept(x, weight, labels, cosine, options, False, upstream)
     slope = state[0][HINGE_SLOPE].to(wide)
     dx, dw = gradients(slope, 1)
@@ -63,7 +65,7 @@ def test_shards_add_up(lane, dtype, mode, capacity):
         elsewhere = torch.where(labels == IGNORED, IGNORED, ops.ELSEWHERE)
         places.append(torch.where(here, labels - first, elsewhere))
     shards = [(weight[first:last], place) for (first, last), place in zip(SHARDS, places, strict=True)]
-    parts = [_hinge_ops.target_cosine(x, w, place, options, True) for w, place in shards]
+    parts = [agent_ops.target_cosine(x, w, place, options, True) for w, place in shards]
     assert all(part.dtype == torch.float64 for part in parts)
     assert torch.equal(torch.stack(parts).sum(0), cosine)  # one shard's number and zeros
     found = [swept(x, w, place, cosine, options, True, upstream) for w, place in shards]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import normface_ext as nf
-from normface_ext import _arguments
 from normface_ext.distributed import ClassSampler, RowAdamW, RowSGD, clip_grad_norm_
+from normface_ext.engine import arguments
 
 F = nf.functional
 X, W, Y = torch.randn(4, 5), torch.randn(6, 5), torch.tensor([0, 1, 2, 3])
@@ -264,4 +264,4 @@ def test_symbolic_sizes_are_not_made_fixed():
 
     size = ShapeEnv().create_unbacked_symint()
     torch._check(size >= 0)
-    assert _arguments.integer("op", "n", size, 0) is size
+    assert arguments.integer("op", "n", size, 0) is size

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import normface_ext
-from normface_ext import _C, _library
+from normface_ext import _C
+from normface_ext.engine import library
 
 PACKAGE = Path(normface_ext.__file__).parent
 LIBRARIES = [path for path in (Path(_C.__file__), PACKAGE / "_cuda.so") if path.exists()]
@@ -83,21 +84,21 @@ def test_cuda_kernels_cover_the_same_operators():
 
 
 def test_missing_cuda_is_explained(monkeypatch):
-    monkeypatch.setattr(_library, "_cuda_reason", "`_cuda` was not built")
+    monkeypatch.setattr(library, "_cuda_reason", "`_cuda` was not built")
     with pytest.raises(
         RuntimeError, match=r"^normalize: .*`_cuda` was not built.*NORMFACE_CUDA=1 pip install"
     ):
-        _library.require_cuda("normalize")
+        library.require_cuda("normalize")
 
 
 def test_loaded_cuda_is_not_complained_about(monkeypatch):
-    monkeypatch.setattr(_library, "_cuda_reason", None)
-    _library.require_cuda("normalize")
+    monkeypatch.setattr(library, "_cuda_reason", None)
+    library.require_cuda("normalize")
 
 
 def test_another_namespace_is_used_and_given_back():
     other = torch.ops.normface_another
-    with pytest.raises(KeyError), _library.use_namespace(other):
-        assert _library.namespace() is other
+    with pytest.raises(KeyError), library.use_namespace(other):
+        assert library.namespace() is other
         raise KeyError
-    assert _library.namespace() is torch.ops.normface_ext
+    assert library.namespace() is torch.ops.normface_ext

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import normface_ext as nf
-from normface_ext import ops
-from normface_ext.margins import NO_MARGIN
-from normface_ext.plan import plan
+from normface_ext.engine.calls import accumulator, plan_device
+from normface_ext.engine.plan import plan
+from normface_ext.softmax import ops
+from normface_ext.softmax.margins import NO_MARGIN
 
 BATCH, DIM, CLASSES = 9, 11, 23
 #: First classes of the shards; the third is empty.
@@ -36,10 +37,10 @@ def sharded(
         ignore_index=-100,
         eps=1e-12,
         smoothing=option.get("smoothing", 0.0),
-        plan=plan(BATCH, DIM, CLASSES, x.dtype, ops.plan_device(x), workspace=option.get("workspace")),
-        operand=x.dtype,
-        classes_in_all=CLASSES,
-        partial=True,
+        plan=plan(BATCH, DIM, CLASSES, x.dtype, plan_device(x), workspace=option.get("workspace")),
+        product_precision=x.dtype,
+        total_classes=CLASSES,
+        is_shard=True,
     )
     shards = []
     for first, last in itertools.pairwise(BOUNDS):
@@ -68,7 +69,7 @@ def sharded(
         )
         for (w, local, factors), part in zip(shards, swept, strict=True)
     ]
-    assert all(dx.dtype == ops._accumulator(x.dtype) for dx, _, _ in gradients)
+    assert all(dx.dtype == accumulator(x.dtype) for dx, _, _ in gradients)
     for _, _, ds in gradients[1:]:
         assert torch.equal(ds, gradients[0][2])  # every shard knows the whole of it
     dx = torch.stack([dx for dx, _, _ in gradients]).sum(0)
@@ -110,11 +111,11 @@ def test_shards_add_up_to_the_whole(lane, name, dtype):
     x, weight, labels = make(lane, dtype)
     case = dict(CASES[name])
     if case.pop("weights", False):
-        wide = ops._accumulator(dtype)
+        wide = accumulator(dtype)
         case["sample_weight"] = lane.randn(BATCH, seed=5, dtype=wide).abs()
         case["class_weight"] = lane.randn(CLASSES, seed=6, dtype=wide).abs()
     upstream = lane.randn(BATCH, seed=7) if case.get("reduction") == 0 else lane.tensor(1.7)
-    upstream = upstream.to(ops._accumulator(dtype))
+    upstream = upstream.to(accumulator(dtype))
     scale = lane.tensor(12.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     expected = whole(x, weight, labels, scale, upstream, **case)
     got = sharded(x, weight, labels, scale, upstream, **case)
@@ -140,7 +141,7 @@ def test_beyond_the_fixed_shift_the_largest_logit_is_shared(lane, dtype):
 def test_inside_the_window_every_shard_has_the_same_shift(lane):
     x, weight, labels = make(lane, torch.float32)
     options = ops.LossOptions(
-        16.0, NO_MARGIN, 1, -100, 1e-12, 0.0, plan(BATCH, DIM, CLASSES), torch.float32, CLASSES, partial=True
+        16.0, NO_MARGIN, 1, -100, 1e-12, 0.0, plan(BATCH, DIM, CLASSES), torch.float32, CLASSES, is_shard=True
     )
     shifts = [
         ops.normface_shift(x, part.contiguous(), torch.full_like(labels, ops.ELSEWHERE), None, options)

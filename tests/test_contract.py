@@ -15,7 +15,8 @@ import torch
 from lanes import LANES
 
 import normface_ext as nf
-from normface_ext import _library, ops, reference
+from normface_ext import reference
+from normface_ext.engine import calls, library
 from normface_ext.functional import norm_linear, normalize, normface_loss
 
 SCHEMAS = Path(__file__).resolve().parent.parent / "csrc" / "schemas.h"
@@ -70,7 +71,7 @@ def test_the_list_of_ops_is_read():
 def test_every_op_has_kernels_a_fake_and_a_sample(lane, name):
     key = "CUDA" if lane.device.type == "cuda" else "CPU"
     assert has_kernel(f"{lane.namespace}::{name}", key)
-    assert name in ops.FAKES
+    assert name in calls.FAKES
     if name in CHECKED_ELSEWHERE:
         source = Path(__file__).with_name(CHECKED_ELSEWHERE[name]).read_text()
         assert f"namespace.{name}.default" in source or f"op.{name}.default" in source
@@ -145,13 +146,13 @@ def normface_sweep_samples(lane):
         for store in (False, True):
             yield {**given, "reduction": reduction, "store": store, "class_chunk": 4 if lane.widens else 8}
     yield {**given, "scale": lane.tensor(200.0), "need_x": False}
-    double = {"x": x.double(), "weight": weight.double(), "operand": torch.float64}
+    double = {"x": x.double(), "weight": weight.double(), "product_precision": torch.float64}
     yield {**given, **double, "reduction": 0, "store": True}
-    yield {**given, "x": x.bfloat16(), "operand": torch.bfloat16, "store": True}
+    yield {**given, "x": x.bfloat16(), "product_precision": torch.bfloat16, "store": True}
     smooth = {"smoothing": 0.1, "need_class_sum": True}
     yield {**given, **smooth, "class_weight": lane.randn(8).abs(), "reduction": 0}
     yield {**given, "sample_weight": lane.randn(3).abs()}
-    shard = {"partial": True, "classes_in_all": 20, "labels": lane.tensor([0, -1, -100])}
+    shard = {"is_shard": True, "total_classes": 20, "labels": lane.tensor([0, -1, -100])}
     yield {**given, **shard, "x": x.bfloat16(), "shift": lane.tensor([3.0, 2.0, 0.0], torch.float64)}
     yield {**given, **shard, **smooth, "weight": weight[:0], "labels": lane.tensor([-1, -1, -100])}
 
@@ -185,9 +186,9 @@ def normface_backward_samples(lane):
 DEFAULTS = {
     "dim": 1, "p": 2, "eps": 1e-12, "normalize_input": True, "scale": None, "scale_value": 30.0,
     "m1": 1.0, "m2": 0.0, "m3": 0.0, "reduction": 1, "ignore_index": -100, "class_chunk": 8,
-    "store": False, "need_class_sum": False, "classes_in_all": 8, "partial": False, "shift": None,
+    "store": False, "need_class_sum": False, "total_classes": 8, "is_shard": False, "shift": None,
     "need_x": True, "need_weight": True, "need_scale": True, "kernels": 0,
-    "operand": torch.float32,
+    "product_precision": torch.float32,
     "sample_weight": None, "class_weight": None, "smoothing": 0.0,
 }  # fmt: skip
 
@@ -233,7 +234,7 @@ def test_opcheck_of_every_sample(lane, name):
 
 def test_fakes_know_the_padding_of_odd_class_counts(lane):
     for given in normface_sweep_samples(lane):
-        if given.get("partial"):
+        if given.get("is_shard"):
             continue
         given["weight"], given["labels"] = given["weight"][:5].contiguous(), lane.tensor([0, 4, -100])
         if "class_weight" in given:
@@ -423,7 +424,7 @@ def test_distributed_tensors_are_refused(tmp_path):
 
 def test_a_cuda_tensor_without_cuda_kernels_gets_the_reason(monkeypatch):
     """The kernels of the wrong device must not be reached; tensors here are fakes on a fake GPU."""
-    monkeypatch.setattr(_library, "_cuda_reason", "`_cuda` was not built (a reason)")
+    monkeypatch.setattr(library, "_cuda_reason", "`_cuda` was not built (a reason)")
     with torch._subclasses.fake_tensor.FakeTensorMode():
         x, weight = (torch.empty(shape, device="cuda") for shape in ((3, 4), (5, 4)))
         labels = torch.empty(3, dtype=torch.int64, device="cuda")

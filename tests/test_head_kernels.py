@@ -17,7 +17,7 @@ import normface_ext as nf
 from normface_ext import functional, testing
 
 SWEEP_COLUMNS = 256
-planning = importlib.import_module("normface_ext.plan")  # the package has a function of that name
+planning = importlib.import_module("normface_ext.engine.plan")  # the package has a function of that name
 
 
 @pytest.fixture(params=[lane for lane in LANES if not lane.widens], ids=lambda lane: lane.name)

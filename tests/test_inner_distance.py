@@ -99,7 +99,7 @@ def test_gradcheck(lane, own_only, p):
 @both_p
 def test_opcheck(lane, p):
     x, weight, labels = sample(lane, grad=False)
-    namespace = nf._library.namespace()
+    namespace = nf.engine.library.namespace()
     tests = ("test_schema", "test_faketensor")
     for need_near in (False, True):
         torch.library.opcheck(namespace.inner_distance.default, (x, weight, p, need_near), test_utils=tests)
@@ -355,7 +355,7 @@ def test_equal_rows_have_finite_gradients(lane):
 @both_p
 def test_pair_gradcheck(lane, p):
     a, b = (lane.randn(3, 5, dtype=torch.float64, seed=s, grad=True) for s in (0, 1))
-    pair = nf._distance_ops.pair_distance
+    pair = nf.distances.ops.pair_distance
     assert torch.autograd.gradcheck(lambda a, b: pair(a, b, p), (a, b), fast_mode=lane.slow)
 
 
@@ -388,6 +388,6 @@ def test_pair_errors():
 
 def test_pair_distance_is_right_in_16_bit(lane):
     a, b = (lane.randn(5, 300, dtype=torch.float16, seed=s) for s in (0, 1))
-    got = nf._distance_ops.pair_distance(a, b, 2)
+    got = nf.distances.ops.pair_distance(a, b, 2)
     assert got.dtype == torch.float32
     assert_close_to_truth(got, (a.double() - b.double()).square().sum(1), None, "pair_distance")

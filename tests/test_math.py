@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from normface_ext import reference
-from normface_ext.margins import NO_MARGIN
+from normface_ext.softmax.margins import NO_MARGIN
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 CXX = os.environ.get("CXX", "g++")

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import normface_ext as nf
-from normface_ext import _memory, ops
+from normface_ext.engine import calls, memory
+from normface_ext.softmax import ops
 
 REFUSALS = [
     RuntimeError("normface_ext: could not allocate float32 of shape [8]: out of memory"),
@@ -21,7 +22,7 @@ REFUSALS = [
 
 @pytest.fixture(autouse=True)
 def nothing_refused(monkeypatch):
-    monkeypatch.setattr(_memory, "_refused", {})
+    monkeypatch.setattr(memory, "_refused", {})
 
 
 class Hook:
@@ -42,8 +43,8 @@ class Hook:
 
 
 def hooked(monkeypatch, error, **options):
-    hook = Hook(ops._kernels(), error, **options)
-    monkeypatch.setattr(ops, "_kernels", lambda *tensors: hook)
+    hook = Hook(calls.kernels(), error, **options)
+    monkeypatch.setattr(ops, "kernels", lambda *tensors: hook)
     return hook
 
 
@@ -82,7 +83,7 @@ def test_other_errors_are_no_refusal(lane, monkeypatch):
     hook = hooked(monkeypatch, RuntimeError("something else"))
     with pytest.raises(RuntimeError, match=r"^something else$"):
         step(lane)
-    assert hook.asked == 1 and not _memory._refused
+    assert hook.asked == 1 and not memory._refused
 
 
 def test_where_nothing_fits_the_error_is_raised(lane, monkeypatch):
@@ -95,11 +96,11 @@ def test_the_plan_without_e_is_much_smaller():
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
         shape = (512, 512, 50_000, dtype, torch.device(device))
         stored = nf.plan(*shape)
-        smaller = _memory.smaller_plan(stored, *shape)
+        smaller = memory.smaller_plan(stored, *shape)
         assert stored.store and smaller is not None and not smaller.store
         assert smaller.workspace_bytes <= stored.workspace_bytes // 2
     tiny = (4, 8, 5, torch.float32, torch.device("cpu"))
-    assert _memory.smaller_plan(nf.plan(*tiny), *tiny) is None
+    assert memory.smaller_plan(nf.plan(*tiny), *tiny) is None
 
 
 def test_an_allocation_that_fails_says_what():

@@ -108,7 +108,7 @@ def test_gradcheck(lane, loss, options, limit):
 @pytest.mark.parametrize("limit", [0, 5])
 def test_opcheck(lane, limit, partial, exponential):
     x, weight, labels = sample(lane, dtype=torch.bfloat16, grad=False)
-    op = nf._library.namespace()
+    op = nf.engine.library.namespace()
 
     def checked(op, *arguments):
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -234,7 +234,7 @@ def test_one_class(lane, loss):
 def test_chunks_do_not_matter(lane, loss):
     classes = 17 if lane.slow else 70
     x, weight, labels = sample(lane, 7, 20, classes, dtype=torch.float64)
-    device = nf.ops.plan_device(x)
+    device = nf.engine.calls.plan_device(x)
     with pytest.raises(ValueError) as raised:
         nf.plan(7, 20, classes, torch.float64, device, workspace=0)
     least = int(str(raised.value).split("at least ")[1].split()[0])
@@ -273,9 +273,12 @@ def test_lists_and_sweeps_are_chosen_by_what_is_active(lane, loss, monkeypatch):
     x, weight, labels = sample(lane)
     calls = []
     for name in ("agent_hinge_backward", "cosine_pairs_backward"):
-        real = getattr(nf._library.namespace(), name)
+        real = getattr(nf.engine.library.namespace(), name)
         monkeypatch.setattr(
-            nf._library.namespace(), name, lambda *a, n=name, r=real: calls.append(n) or r(*a), raising=False
+            nf.engine.library.namespace(),
+            name,
+            lambda *a, n=name, r=real: calls.append(n) or r(*a),
+            raising=False,
         )
     options = {"neg_margin": 3.9} if loss == "c_contrastive_loss" else {"margin": 3.9}
     for limit in (40, 5, 0):

@@ -12,7 +12,7 @@ from torch import nn
 
 import normface_ext as nf
 from normface_ext import reference, theory
-from normface_ext.margins import Margin
+from normface_ext.softmax.margins import Margin
 from normface_ext.testing import assert_close_to_truth
 
 HEADS = {

@@ -603,8 +603,8 @@ def test_never_less_accurate_than_eager_float32(lane, scale):
 
 def least_workspace(lane, x, weight):
     """The smallest budget the plan accepts: one class per chunk, nothing stored."""
-    operand = nf.functional.operand_dtype(x, weight)
-    device = nf.ops.plan_device(x)
+    operand = nf.softmax.functions.product_dtype(x, weight)
+    device = nf.engine.calls.plan_device(x)
     with pytest.raises(ValueError) as raised:
         nf.plan(x.shape[0], *reversed(weight.shape), operand, device, workspace=0)
     return int(str(raised.value).split("at least ")[1].split()[0])
@@ -616,11 +616,14 @@ def test_every_budget_gives_the_same_numbers(lane, scale):
     labels[2] = IGNORE
     learned = lane.tensor(scale, grad=True)
     least = least_workspace(lane, x, weight)
-    stored = nf.plan(7, 20, 70, torch.float32, nf.ops.plan_device(x), workspace=1 << 30)
+    stored = nf.plan(7, 20, 70, torch.float32, nf.engine.calls.plan_device(x), workspace=1 << 30)
     assert stored.store
     per_class = (stored.workspace_bytes - least) // 70 or 1
     budgets = [least, least + 3 * per_class, stored.workspace_bytes - 1, stored.workspace_bytes]
-    plans = [nf.plan(7, 20, 70, torch.float32, nf.ops.plan_device(x), workspace=budget) for budget in budgets]
+    plans = [
+        nf.plan(7, 20, 70, torch.float32, nf.engine.calls.plan_device(x), workspace=budget)
+        for budget in budgets
+    ]
     assert [plan.store for plan in plans] == [False, False, False, True]
     assert plans[0].chunks == 70 and plans[1].chunks > 1
     for budget in budgets:
@@ -724,7 +727,7 @@ def test_plans_keep_their_word(lane, shape, store):
         pytest.skip("test_gpu.py measures the card's memory")
     batch, dim, classes = (size // (10 if lane.slow else 1) or 2 for size in shape)
     x, weight, labels = sample(lane, batch, dim, classes)
-    least, device = least_workspace(lane, x, weight), nf.ops.plan_device(x)
+    least, device = least_workspace(lane, x, weight), nf.engine.calls.plan_device(x)
     stored = nf.plan(batch, dim, classes, x.dtype, device, workspace=1 << 40).workspace_bytes
     budgets = [stored] if store else [least, (least + stored) // 2, stored - 1]
     for budget in budgets:

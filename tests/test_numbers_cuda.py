@@ -12,7 +12,8 @@ from test_head_kernels import CHOICES, PLAIN, choose, cuda_lane  # noqa: F401  (
 from test_normface_loss import sample
 
 import normface_ext as nf
-from normface_ext import _C, _library
+from normface_ext import _C
+from normface_ext.engine import library
 
 HINGES = {
     "triplet": (nf.functional.c_triplet_loss, {}),
@@ -261,7 +262,7 @@ def test_a_margin_elsewhere_is_refused(lane, mode, with_weight):
 
 def test_the_ops_refuse_what_is_no_number(lane):
     """The second line, for those who call past the functions."""
-    ops, x, weight = _library.namespace(), lane.randn(2, 4), lane.randn(3, 4)
+    ops, x, weight = library.namespace(), lane.randn(2, 4), lane.randn(3, 4)
     labels, cosine, row = lane.tensor([0, 1]), lane.tensor([0.5, 0.5], torch.float64), lane.randn(1)
     with pytest.raises(RuntimeError, match="agent_hinge: expected `margin` to be a 0-d floating tensor"):
         ops.agent_hinge(x, weight, labels, cosine, row, 0.0, False, False, False, -100, 1e-12, 3, 0, False)
@@ -336,7 +337,7 @@ def test_a_row_of_many_classes(cuda_lane):  # noqa: F811
     lane, classes = cuda_lane, 12_480
     x, weight = lane.randn(4, 8, dtype=torch.bfloat16), lane.randn(classes, 8, seed=1)
     shift = lane.tensor(torch.tensor([0.4, 0.9, 1.3, -0.2], dtype=torch.float64))
-    rows = _library.namespace().normface_sweep(
+    rows = library.namespace().normface_sweep(
         x,
         weight,
         lane.labels(4, classes),

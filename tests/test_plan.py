@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import normface_ext as nf
-from normface_ext.plan import DEFAULT_WORKSPACE
+from normface_ext.engine.plan import DEFAULT_WORKSPACE
 
 SHAPES = [
     (0, 8, 5),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from normface_ext import ArcFace, CombinedMargin, CosFace, reference
-from normface_ext.margins import NO_MARGIN
+from normface_ext.softmax.margins import NO_MARGIN
 
 
 def tensor(*values, grad=False):

@@ -20,7 +20,7 @@ OPS = re.findall(r'def\(\s*"(\w+)\(', (ROOT / "csrc" / "schemas.h").read_text())
     [
         ("normface_ext/theory.py", "test_theory", "test_normalize"),
         ("normface_ext/mirror.py", "test_mirror", "test_norm_linear"),
-        ("normface_ext/plan.py", "test_plan", "test_theory"),
+        ("normface_ext/engine/plan.py", "test_plan", "test_theory"),
         ("normface_ext/evaluation/ytf.py", "test_evaluation_labels", "test_normface_loss"),
         ("normface_ext/caffe/proto.py", "test_caffemodel_files", "test_normface_loss"),
         ("normface_ext/distributed/rows.py", "test_row_optimizers", "test_metric_losses"),
@@ -38,7 +38,7 @@ def test_python_and_documents(file, nearest, never):
 
 
 def test_a_re_export_is_followed_to_where_the_name_is_defined():
-    near = touched.touched(["normface_ext/_hinge_ops.py"]).tests
+    near = touched.touched(["normface_ext/agent_ops.py"]).tests
     assert {"test_agent_shards", "test_metric_losses"} <= set(near) and "test_normalize" not in near
     package = touched.PACKAGE
     assert touched.definer(package, "ArcFace") == f"{package}.margins"

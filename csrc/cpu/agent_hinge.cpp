@@ -88,13 +88,13 @@ HingeResult forward(const Tensor& x, const Tensor& weight, const Tensor& labels_
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> agent_hinge(
     Tensor x, Tensor weight, Tensor labels, Tensor target_cosine, std::optional<Tensor> margin,
     double margin_value, bool triplet, bool hardest, bool exponential, int64_t ignore_index, double eps,
-    int64_t class_chunk, int64_t capacity, bool partial) {
+    int64_t class_chunk, int64_t capacity, bool is_shard) {
   const char* op = "agent_hinge";
-  check_agents(op, x, weight, labels, partial);
+  check_agents(op, x, weight, labels, is_shard);
   check_number(op, "margin", margin, x);
   check_row_numbers(op, "target_cosine", target_cosine, ScalarType::Double, x.size(0));
   HingeResult out = dispatch_accumulator(x.scalar_type(), [&]<class T>() {
-    return forward<T>(x, weight, labels, target_cosine, scale_of(margin, margin_value), triplet,
+    return forward<T>(x, weight, labels, target_cosine, number_argument(margin, margin_value), triplet,
                       {hardest, exponential, std::max<int64_t>(0, capacity)}, ignore_index, eps, class_chunk);
   });
   return {out.target, out.value, out.rows, out.inverse_norm, out.classes, out.slopes};
@@ -182,11 +182,11 @@ void backward(const Tensor& target_factor, const Tensor& hinge_factor, const Ten
 std::tuple<Tensor, Tensor> agent_hinge_backward(Tensor target_factor, Tensor hinge_factor, Tensor x,
                                                 Tensor weight, Tensor labels, Tensor rows,
                                                 Tensor inverse_norm, bool exponential, double eps,
-                                                int64_t class_chunk, bool partial, bool need_x,
+                                                int64_t class_chunk, bool is_shard, bool need_x,
                                                 bool need_weight) {
   check_hinge_backward("agent_hinge_backward", target_factor, hinge_factor, x, weight, labels, rows,
-                       inverse_norm, partial);
-  Tensor dx = partial_gradient_like(x, need_x, partial), dw = gradient_like(weight, need_weight);
+                       inverse_norm, is_shard);
+  Tensor dx = partial_gradient_like(x, need_x, is_shard), dw = gradient_like(weight, need_weight);
   dispatch_accumulator(x.scalar_type(), [&]<class T>() {
     backward<T>(target_factor, hinge_factor, x, weight, labels, rows, inverse_norm, exponential, eps,
                 class_chunk, need_x ? &dx : nullptr, need_weight ? &dw : nullptr);

@@ -29,12 +29,13 @@ double cosine_of(const Rows<T>& x, int64_t i, const Rows<T>& w, int64_t j, doubl
   }
 }
 
-Tensor target_cosine(Tensor x, Tensor weight, Tensor labels, int64_t ignore_index, double eps, bool partial) {
+Tensor target_cosine(Tensor x, Tensor weight, Tensor labels, int64_t ignore_index, double eps,
+                     bool is_shard) {
   const char* op = "target_cosine";
-  check_agents(op, x, weight, labels, partial);
+  check_agents(op, x, weight, labels, is_shard);
   const int64_t N = x.size(0), D = x.size(1), C = weight.size(0);
   const Labels given(labels);
-  given.check(op, C, ignore_index, partial);
+  given.check(op, C, ignore_index, is_shard);
   Tensor out = fresh({N}, ScalarType::Double);
   double* cosine = data_of<double>(out);
   dispatch_accumulator(x.scalar_type(), [&]<class T>() {
@@ -107,10 +108,10 @@ void pairs_backward(const Tensor& factors_tensor, const Tensor& classes_tensor, 
 
 std::tuple<Tensor, Tensor> cosine_pairs_backward(Tensor factors, Tensor classes, Tensor order, Tensor x,
                                                  Tensor weight, Tensor x_inverse, Tensor weight_inverse,
-                                                 double eps, bool partial, bool need_x, bool need_weight) {
+                                                 double eps, bool is_shard, bool need_x, bool need_weight) {
   check_cosine_pairs("cosine_pairs_backward", factors, classes, order, x, weight, x_inverse, weight_inverse,
-                     need_weight, partial);
-  Tensor dx = partial_gradient_like(x, need_x, partial), dw = gradient_like(weight, need_weight);
+                     need_weight, is_shard);
+  Tensor dx = partial_gradient_like(x, need_x, is_shard), dw = gradient_like(weight, need_weight);
   dispatch_accumulator(x.scalar_type(), [&]<class T>() {
     pairs_backward<T>(factors, classes, order, x, weight, x_inverse, weight_inverse, eps,
                       need_x ? &dx : nullptr, need_weight ? &dw : nullptr);

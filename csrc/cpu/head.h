@@ -52,9 +52,9 @@ struct Labels {
   explicit Labels(const Tensor& t)
       : data(static_cast<const int64_t*>(t.const_data_ptr())), batch(t.size(0)) {}
 
-  void check(const char* op, int64_t classes, int64_t ignore_index, bool partial) const {
+  void check(const char* op, int64_t classes, int64_t ignore_index, bool is_shard) const {
     for (int64_t i = 0; i < batch; ++i)
-      if (data[i] != ignore_index && !(partial && data[i] == kElsewhere) &&
+      if (data[i] != ignore_index && !(is_shard && data[i] == kElsewhere) &&
           (data[i] < 0 || data[i] >= classes))
         fail(op, ": expected `labels` in [0, ", classes, ") or ignore_index (", ignore_index, "), got ",
              data[i], " at row ", i);
@@ -89,7 +89,7 @@ struct Buffer {
 };
 
 // The value of a float argument or of the 0-d tensor given in its place.
-inline double scale_of(const std::optional<Tensor>& scale, double value) {
+inline double number_argument(const std::optional<Tensor>& scale, double value) {
   if (!scale) return value;
   switch (scale->scalar_type()) {
     case ScalarType::Double:

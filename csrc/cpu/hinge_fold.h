@@ -106,14 +106,14 @@ void finish_row(const HingeRows& rows, int64_t i, const FoldOptions& options, co
     all.slope = all.active;
   }
   const bool ignored = rows[kHingeCounts][i] == 0.0;
-  rows[kHingeSum][i] = ignored ? 0.0 : all.sum;
-  rows[kHingeValue][i] = ignored ? 0.0 : all.value;
+  rows[kExcessSum][i] = ignored ? 0.0 : all.sum;
+  rows[kLossValue][i] = ignored ? 0.0 : all.value;
   rows[kHingeSlope][i] = ignored ? 0.0 : all.slope;
   rows[kHingeActive][i] = ignored ? 0.0 : all.active;
   rows[kHingeCosine][i] = ignored ? 0.0 : all.cosine;
   rows[kHingeBest][i] = all.best;
   rows[kHingeBestClass][i] = double(all.best_class);
-  value[i] = T(rows[kHingeValue][i]);
+  value[i] = T(rows[kLossValue][i]);
   for (int64_t k = 0; k < options.capacity; ++k) {
     const bool used = !ignored && k < int64_t(all.classes.size());
     classes[k] = used ? all.classes[size_t(k)] : no_class;

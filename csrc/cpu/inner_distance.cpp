@@ -69,7 +69,7 @@ void forward(const Tensor& x, const Tensor& weight, int p, Tensor& out, uint32_t
         }
         if (again) row[j] = T(kernel.distance(feature, w + j * D, D, p));
       }
-      outs.kernel.narrow(row, tile.width, T(1), cell(outs, i, tile.first));
+      outs.kernel.store_as(row, tile.width, T(1), cell(outs, i, tile.first));
     }
   });
 }
@@ -175,7 +175,7 @@ void backward(const Tensor& grad, const uint32_t* near, const Tensor& x, const T
         for (int64_t i = 0; i < N; ++i) total += double(g[i * tile.width + j]);
         for (int64_t d = 0; d < D; ++d) row[d] = T(2) * (T(total) * w[j * D + d] - row[d]);
       }
-      out.kernel.narrow(row, D, T(1), out.row(tile.first + j));
+      out.kernel.store_as(row, D, T(1), out.row(tile.first + j));
     }
   });
   if (dx == nullptr) return;
@@ -186,7 +186,7 @@ void backward(const Tensor& grad, const uint32_t* near, const Tensor& x, const T
     T* row = sums.data + i * D;
     if (p == 2)
       for (int64_t d = 0; d < D; ++d) row[d] = T(2) * (T(totals.data[i]) * features.data[i * D + d] - row[d]);
-    out.kernel.narrow(row, D, T(1), out.row(i));
+    out.kernel.store_as(row, D, T(1), out.row(i));
   });
 }
 

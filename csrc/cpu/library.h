@@ -82,8 +82,8 @@ inline Tensor gradient_like(const Tensor& t, bool needed) {
 }
 
 // The same for one shard's part of a gradient: added to others before it is rounded, so not yet rounded.
-inline Tensor partial_gradient_like(const Tensor& x, bool needed, bool partial) {
-  if (!needed || !partial) return gradient_like(x, needed);
+inline Tensor partial_gradient_like(const Tensor& x, bool needed, bool is_shard) {
+  if (!needed || !is_shard) return gradient_like(x, needed);
   return fresh({x.size(0), x.size(1)}, accumulator(x.scalar_type()));
 }
 

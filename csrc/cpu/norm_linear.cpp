@@ -58,7 +58,7 @@ void forward(const Tensor& x, const Tensor& weight, double scale, bool normalize
     multiply<T>({x_hat.data, N, D, D}, Matrix<T>{unit, tile.width, D, D}.transposed(), result);
     if (!direct)
       for (int64_t i = 0; i < N; ++i)
-        outs.kernel.narrow(result.data + i * tile.width, tile.width, T(1), cell(outs, i, tile.first));
+        outs.kernel.store_as(result.data + i * tile.width, tile.width, T(1), cell(outs, i, tile.first));
   });
 }
 
@@ -109,7 +109,7 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, double 
                         scale_again(xs, i, x_inverse.data[i], T(eps), x_hat.data + i * D), T(eps),
                         out.row(i));
     else
-      xs.kernel.narrow(g, D, T(scale), out.row(i));
+      xs.kernel.store_as(g, D, T(scale), out.row(i));
   });
 }
 
@@ -118,7 +118,7 @@ Tensor norm_linear(Tensor x, Tensor weight, std::optional<Tensor> scale, double 
   check_head("norm_linear", x, weight);
   check_number("norm_linear", "scale", scale, x);
   Tensor out = fresh({x.size(0), weight.size(0)}, x.scalar_type());
-  const double s = scale_of(scale, scale_value);
+  const double s = number_argument(scale, scale_value);
   if (accumulator(x.scalar_type()) == ScalarType::Double)
     forward<double>(x, weight, s, normalize_input, eps, out);
   else
@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_linear_backward(Tensor grad, Tensor x, T
   Tensor dx = need_x ? fresh_like(x) : fresh({0}, x.scalar_type());
   Tensor dw = need_weight ? fresh_like(weight) : fresh({0}, weight.scalar_type());
   Tensor ds = need_scale ? fresh({}, ScalarType::Double) : fresh({0}, ScalarType::Double);
-  const double s = scale_of(scale, scale_value);
+  const double s = number_argument(scale, scale_value);
   const auto run = accumulator(x.scalar_type()) == ScalarType::Double ? backward<double> : backward<float>;
   run(grad, x, weight, s, normalize_input, eps, need_x ? &dx : nullptr, need_weight ? &dw : nullptr,
       need_scale ? &ds : nullptr);

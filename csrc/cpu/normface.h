@@ -56,7 +56,7 @@ inline math::RowSoftmax softmax_of(const RowState& rows, double scale, int64_t i
   return math::softmax_row(rows[kSum][i], rows[kShift][i], scale * rows[kPsi][i]);
 }
 
-inline math::RowWeights weights_of(const RowState& rows, int64_t i) {
+inline math::SmoothingTerms smoothing_of(const RowState& rows, int64_t i) {
   return {rows[kTotal][i], rows[kSmooth][i], rows[kPull][i], rows[kPush][i]};
 }
 

@@ -26,7 +26,7 @@ std::vector<RowGradient> row_gradients(const RowState& rows, double scale, doubl
     if (rows[kRowWeight][i] == 0.0) continue;
     const double g = double(upstream[i * step]) * rows[kRowWeight][i];
     const math::RowSoftmax row = softmax_of(rows, scale, i);
-    const math::RowWeights weights = weights_of(rows, i);
+    const math::SmoothingTerms weights = smoothing_of(rows, i);
     result[size_t(i)] = {g * scale * math::others_slope(row, weights),
                          g * scale * math::target_slope(row, weights, rows[kPsiSlope][i]),
                          -g * scale * uniform,
@@ -122,7 +122,7 @@ struct BackwardArguments {
   Tensor rows, inverse_norm, x_sum, class_sum, stored;
   std::optional<Tensor> class_weight;
   double smoothing;
-  int64_t classes_in_all;
+  int64_t total_classes;
 };
 
 template <class T>
@@ -134,7 +134,7 @@ void backward(const BackwardArguments& in, Tensor* dx, Tensor* dw, Tensor* dscal
   const RowState rows = row_state(in.rows);
   const T* inverse = static_cast<const T*>(in.inverse_norm.const_data_ptr());
   const std::vector<RowGradient> gradients =
-      row_gradients<T>(rows, in.scale, in.smoothing / double(in.classes_in_all), in.grad_loss);
+      row_gradients<T>(rows, in.scale, in.smoothing / double(in.total_classes), in.grad_loss);
   Buffer<T> x_hat(N * D);
   for_rows(N, D, [&](int64_t i) {  // zero where the row does not count, even if it holds NaN
     if (rows[kRowWeight][i] != 0.0)
@@ -158,22 +158,23 @@ std::tuple<Tensor, Tensor, Tensor> normface_backward(
     Tensor grad_loss, Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
     double eps, int64_t class_chunk, Tensor rows, Tensor inverse_norm, Tensor x_sum, Tensor class_sum,
     Tensor stored, bool need_x, bool need_weight, bool need_scale, int64_t /*kernels*/,
-    ScalarType /*operand*/, std::optional<Tensor> class_weight, double smoothing, int64_t classes_in_all,
-    bool partial) {
+    ScalarType /*product_precision*/, std::optional<Tensor> class_weight, double smoothing,
+    int64_t total_classes, bool is_shard) {
   const char* op = "normface_backward";
-  check_head(op, x, weight, partial ? 0 : 1);
+  check_head(op, x, weight, is_shard ? 0 : 1);
   check_number(op, "scale", scale, x);
   check_labels(op, labels, x.size(0));
   check_shape(op, "rows", rows, kRowFields, x.size(0));
   check_weights(op, "class_weight", class_weight, x, weight.size(0));
   if (need_x) check_shape(op, "x_sum", x_sum, x.size(0), x.size(1));
-  const ScalarType x_type = partial ? accumulator(x.scalar_type()) : x.scalar_type();
+  const ScalarType x_type = is_shard ? accumulator(x.scalar_type()) : x.scalar_type();
   Tensor dx = need_x ? fresh({x.size(0), x.size(1)}, x_type) : fresh({0}, x_type);
   Tensor dw = need_weight ? fresh_like(weight) : fresh({0}, weight.scalar_type());
   Tensor ds = need_scale ? fresh({}, ScalarType::Double) : fresh({0}, ScalarType::Double);
-  const BackwardArguments in{grad_loss, x,           weight,       labels,       scale_of(scale, scale_value),
-                             eps,       class_chunk, rows,         inverse_norm, x_sum,
-                             class_sum, stored,      class_weight, smoothing,    classes_in_all};
+  const BackwardArguments in{
+      grad_loss, x,           weight,       labels,       number_argument(scale, scale_value),
+      eps,       class_chunk, rows,         inverse_norm, x_sum,
+      class_sum, stored,      class_weight, smoothing,    total_classes};
   const auto run = accumulator(x.scalar_type()) == ScalarType::Double ? backward<double> : backward<float>;
   run(in, need_x ? &dx : nullptr, need_weight ? &dw : nullptr, need_scale ? &ds : nullptr);
   return {dx, dw, ds};

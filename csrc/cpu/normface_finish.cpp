@@ -11,7 +11,7 @@ struct FinishArguments {
   math::Margin margin;
   int64_t reduction;
   double smoothing;
-  int64_t classes_in_all;
+  int64_t total_classes;
   double eps;
 };
 
@@ -44,8 +44,8 @@ void weigh_rows(const FinishArguments& in, const RowState& rows) {
         x.kernel.normalize_wide(x.row(i), D, 2, T(in.eps), row.data());
       with_sum = dot_in_double(row.data(), class_sum, D) * (serves ? inverse : 1.0);
     }
-    const math::RowWeights weights = math::row_weights(
-        in.smoothing, double(in.classes_in_all), rows[kTargetWeight][i],
+    const math::SmoothingTerms weights = math::smoothing_terms(
+        in.smoothing, double(in.total_classes), rows[kTargetWeight][i],
         class_sum != nullptr ? double(class_sum[D]) : 0.0, psi.value, rows[kCosine][i], with_sum);
     rows[kTotal][i] = weights.total;
     rows[kSmooth][i] = weights.smooth;
@@ -60,7 +60,8 @@ void reduce_loss(const RowState& rows, double scale, int64_t reduction, T* loss)
   for (int64_t i = 0; i < rows.batch; ++i) {
     const double weight = rows[kRowWeight][i];
     const double weighted =
-        weight == 0.0 ? 0.0 : weight * math::row_loss(softmax_of(rows, scale, i), weights_of(rows, i), scale);
+        weight == 0.0 ? 0.0
+                      : weight * math::row_loss(softmax_of(rows, scale, i), smoothing_of(rows, i), scale);
     if (reduction == kNone) loss[i] = T(weighted);
     total += weighted;
   }
@@ -70,7 +71,7 @@ void reduce_loss(const RowState& rows, double scale, int64_t reduction, T* loss)
 std::tuple<Tensor, Tensor> normface_finish(Tensor rows, Tensor x, Tensor class_sum,
                                            std::optional<Tensor> scale, double scale_value, double m1,
                                            double m2, double m3, int64_t reduction, double smoothing,
-                                           int64_t classes_in_all, double eps) {
+                                           int64_t total_classes, double eps) {
   check_finish("normface_finish", rows, x, class_sum, smoothing);
   check_number("normface_finish", "scale", scale, x);
   const int64_t N = x.size(0);
@@ -79,8 +80,8 @@ std::tuple<Tensor, Tensor> normface_finish(Tensor rows, Tensor x, Tensor class_s
   const RowState state = row_state(finished);
   std::copy_n(static_cast<const double*>(rows.const_data_ptr()), kRowFields * N, state.data);
   Tensor loss = reduction == kNone ? fresh({N}, wide) : fresh({}, wide);
-  const FinishArguments in{rows,         x,         class_sum, scale_of(scale, scale_value),
-                           {m1, m2, m3}, reduction, smoothing, classes_in_all,
+  const FinishArguments in{rows,         x,         class_sum, number_argument(scale, scale_value),
+                           {m1, m2, m3}, reduction, smoothing, total_classes,
                            eps};
   const auto run = [&]<class T>(T) {
     weigh_rows<T>(in, state);

@@ -11,8 +11,8 @@ struct SweepArguments {
   int64_t ignore_index;
   double eps;
   int64_t class_chunk;
-  int64_t classes_in_all;
-  bool partial;
+  int64_t total_classes;
+  bool is_shard;
 };
 
 // Which rows count: those that are not ignored and have a weight. The others become zero, so that nothing
@@ -99,8 +99,8 @@ void largest_logits(const HeadShape& shape, const SweepArguments& in, T* x_hat, 
 // else the row's largest logit, which costs a sweep of its own.
 template <class T>
 void choose_shift(const HeadShape& shape, const SweepArguments& in, T* x_hat, double* shift) {
-  if (math::has_fixed_shift<T>(in.scale, double(in.classes_in_all)))
-    std::fill_n(shift, shape.batch, math::fixed_shift<T>(double(in.classes_in_all)));
+  if (math::has_fixed_shift<T>(in.scale, double(in.total_classes)))
+    std::fill_n(shift, shape.batch, math::fixed_shift<T>(double(in.total_classes)));
   else
     largest_logits(shape, in, x_hat, shift);
 }
@@ -191,22 +191,22 @@ SweepResult run_sweep(const SweepArguments& in, bool store, bool need_x, bool ne
 }
 
 void check_arguments(const char* op, const SweepArguments& in) {
-  check_head(op, in.x, in.weight, in.partial ? 0 : 1);
+  check_head(op, in.x, in.weight, in.is_shard ? 0 : 1);
   check_labels(op, in.labels, in.x.size(0));
-  Labels(in.labels).check(op, in.weight.size(0), in.ignore_index, in.partial);
+  Labels(in.labels).check(op, in.weight.size(0), in.ignore_index, in.is_shard);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normface_sweep(
     Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
     int64_t ignore_index, double eps, int64_t class_chunk, bool store, bool need_x, bool need_class_sum,
-    int64_t /*kernels: a CUDA choice*/, ScalarType /*operand: CPU products are at least float32*/,
-    std::optional<Tensor> sample_weight, std::optional<Tensor> class_weight, int64_t classes_in_all,
-    bool partial, std::optional<Tensor> shift) {
+    int64_t /*kernels: a CUDA choice*/, ScalarType /*product_precision: CPU products are at least float32*/,
+    std::optional<Tensor> sample_weight, std::optional<Tensor> class_weight, int64_t total_classes,
+    bool is_shard, std::optional<Tensor> shift) {
   const char* op = "normface_sweep";
   check_number(op, "scale", scale, x);
   const SweepArguments in{
-      x,           weight,         labels, scale_of(scale, scale_value), ignore_index, eps,
-      class_chunk, classes_in_all, partial};
+      x,           weight,        labels,  number_argument(scale, scale_value), ignore_index, eps,
+      class_chunk, total_classes, is_shard};
   check_arguments(op, in);
   check_weights(op, "sample_weight", sample_weight, x, x.size(0));
   check_weights(op, "class_weight", class_weight, x, weight.size(0));
@@ -221,11 +221,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normface_sweep(
 
 Tensor normface_shift(Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
                       int64_t ignore_index, double eps, int64_t class_chunk, int64_t /*kernels*/,
-                      ScalarType /*operand*/, int64_t classes_in_all, bool partial) {
+                      ScalarType /*product_precision*/, int64_t total_classes, bool is_shard) {
   check_number("normface_shift", "scale", scale, x);
   const SweepArguments in{
-      x,           weight,         labels, scale_of(scale, scale_value), ignore_index, eps,
-      class_chunk, classes_in_all, partial};
+      x,           weight,        labels,  number_argument(scale, scale_value), ignore_index, eps,
+      class_chunk, total_classes, is_shard};
   check_arguments("normface_shift", in);
   Tensor shift = fresh({x.size(0)}, ScalarType::Double);
   const auto run = [&]<class T>(T) {

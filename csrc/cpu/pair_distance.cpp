@@ -27,8 +27,8 @@ void pair_backward(const T* grad, const Rows<T>& a, const Rows<T>& b, int64_t ba
     a.kernel.widen(a.row(i), D, T(1), first);
     b.kernel.widen(b.row(i), D, T(1), second);
     accum_rows<T>().add_distance_slope(grad[i], first, second, slope, D, p);
-    if (da != nullptr) a.kernel.narrow(slope, D, T(1), Rows<T>(*da, D).row(i));
-    if (db != nullptr) b.kernel.narrow(slope, D, T(-1), Rows<T>(*db, D).row(i));
+    if (da != nullptr) a.kernel.store_as(slope, D, T(1), Rows<T>(*da, D).row(i));
+    if (db != nullptr) b.kernel.store_as(slope, D, T(-1), Rows<T>(*db, D).row(i));
   });
 }
 

@@ -64,7 +64,7 @@ struct StoredRows {
   T largest_gradient;
   // y = factor x, to and from the accumulator type.
   void (*widen)(const void* x, int64_t n, T factor, T* y);
-  void (*narrow)(const T* x, int64_t n, T factor, void* y);
+  void (*store_as)(const T* x, int64_t n, T factor, void* y);
 };
 
 constexpr int64_t kColumns = 256;

@@ -39,9 +39,9 @@ void score_chunk(Queue& queue, const Tensor& x_hat, const Tensor& weight, int64_
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> agent_hinge(
     Tensor x, Tensor weight, Tensor labels, Tensor target_cosine, std::optional<Tensor> margin,
     double margin_value, bool triplet, bool hardest, bool exponential, int64_t ignore_index, double eps,
-    int64_t class_chunk, int64_t capacity, bool partial) {
+    int64_t class_chunk, int64_t capacity, bool is_shard) {
   const char* op = "agent_hinge";
-  check_agents(op, x, weight, labels, partial);
+  check_agents(op, x, weight, labels, is_shard);
   check_number(op, "margin", margin, x);
   check_row_numbers(op, "target_cosine", target_cosine, ScalarType::Double, x.size(0));
   Queue queue(x);
@@ -122,13 +122,13 @@ void backward(Queue& queue, const Tensor& target_factor, const Tensor& hinge_fac
 std::tuple<Tensor, Tensor> agent_hinge_backward(Tensor target_factor, Tensor hinge_factor, Tensor x,
                                                 Tensor weight, Tensor labels, Tensor rows,
                                                 Tensor inverse_norm, bool exponential, double eps,
-                                                int64_t class_chunk, bool partial, bool need_x,
+                                                int64_t class_chunk, bool is_shard, bool need_x,
                                                 bool need_weight) {
   check_hinge_backward("agent_hinge_backward", target_factor, hinge_factor, x, weight, labels, rows,
-                       inverse_norm, partial);
+                       inverse_norm, is_shard);
   Queue queue(x);
   const bool empty = x.numel() == 0 || weight.numel() == 0;
-  Tensor dx = partial_gradient_like(x, need_x, partial, empty),
+  Tensor dx = partial_gradient_like(x, need_x, is_shard, empty),
          dw = gradient_like(weight, need_weight, empty);
   if (empty) return {dx, dw};
   dispatch_accumulator(x.scalar_type(), [&]<class T>() {

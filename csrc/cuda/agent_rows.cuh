@@ -43,8 +43,8 @@ inline Tensor gradient_like(const Tensor& t, bool needed, bool zero) {
 }
 
 // The same for the features: a shard's part is added to others before it is rounded.
-inline Tensor partial_gradient_like(const Tensor& x, bool needed, bool partial, bool zero) {
-  if (!needed || !partial) return gradient_like(x, needed, zero);
+inline Tensor partial_gradient_like(const Tensor& x, bool needed, bool is_shard, bool zero) {
+  if (!needed || !is_shard) return gradient_like(x, needed, zero);
   const ScalarType wide = accumulator(x.scalar_type());
   return zero ? torch::stable::new_zeros(x, {x.size(0), x.size(1)}, wide)
               : device_empty(x, {x.size(0), x.size(1)}, wide);

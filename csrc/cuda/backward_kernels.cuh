@@ -79,7 +79,7 @@ row_gradients_kernel(RowGradients<T> task) {
     of_row = feature_scale_again<T>(task.x, i, task.dim, task.eps, rows.at(kInverseNorm, i));
     g = double(task.grad_loss[task.per_row ? i : 0]) * rows.at(kRowWeight, i);
     const math::RowSoftmax row = softmax_of(rows, s, i);
-    const math::RowWeights weights = weights_of(rows, i);
+    const math::SmoothingTerms weights = smoothing_of(rows, i);
     others = g * s * math::others_slope(row, weights);
     target = g * s * math::target_slope(row, weights, rows.at(kPsiSlope, i));
     scale = g * math::scale_slope(row, weights, rows.at(kSumCosine, i), rows.at(kPsi, i));

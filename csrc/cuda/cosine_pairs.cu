@@ -15,12 +15,12 @@ NF_KERNEL(kThreads)
 target_cosine_kernel(StoredArray x, StoredArray w,        // [N, D], [C, D]
                      const int64_t* __restrict__ labels,  // [N]
                      int64_t batch, int64_t dim, int64_t classes, int64_t ignore_index, double eps,
-                     bool partial, double* __restrict__ cosine)  // [N]
+                     bool is_shard, double* __restrict__ cosine)  // [N]
 {
   const int64_t i = block_id() * kWarps + warp_id();
   if (i >= batch) return;  // the whole warp leaves
   const int64_t label = labels[i];
-  const bool elsewhere = label == ignore_index || (partial && label == kElsewhere);
+  const bool elsewhere = label == ignore_index || (is_shard && label == kElsewhere);
   NF_DEVICE_CHECK(
       elsewhere || (label >= 0 && label < classes),
       "target_cosine: expected `labels` in [0, %lld) or ignore_index (%lld), got %lld at row %lld",
@@ -122,23 +122,25 @@ pairs_weight_kernel(Pairs pairs, const int64_t* __restrict__ order,  // [N * lis
       dw);
 }
 
-Tensor target_cosine(Tensor x, Tensor weight, Tensor labels, int64_t ignore_index, double eps, bool partial) {
-  check_agents("target_cosine", x, weight, labels, partial);
+Tensor target_cosine(Tensor x, Tensor weight, Tensor labels, int64_t ignore_index, double eps,
+                     bool is_shard) {
+  check_agents("target_cosine", x, weight, labels, is_shard);
   Queue queue(x);
   const Tensor out = device_empty(x, {x.size(0)}, ScalarType::Double);
   launch("target_cosine", queue, target_cosine_kernel, warp_per_row(x.size(0)), kThreads, 0, StoredArray(x),
          StoredArray(weight), data_of<const int64_t>(labels), x.size(0), x.size(1), weight.size(0),
-         ignore_index, eps, partial, data_of<double>(out));
+         ignore_index, eps, is_shard, data_of<double>(out));
   return out;
 }
 
 std::tuple<Tensor, Tensor> cosine_pairs_backward(Tensor factors, Tensor classes, Tensor order, Tensor x,
                                                  Tensor weight, Tensor x_inverse, Tensor weight_inverse,
-                                                 double eps, bool partial, bool need_x, bool need_weight) {
+                                                 double eps, bool is_shard, bool need_x, bool need_weight) {
   check_cosine_pairs("cosine_pairs_backward", factors, classes, order, x, weight, x_inverse, weight_inverse,
-                     need_weight, partial);
+                     need_weight, is_shard);
   Queue queue(x);
-  Tensor dx = partial_gradient_like(x, need_x, partial, false), dw = gradient_like(weight, need_weight, true);
+  Tensor dx = partial_gradient_like(x, need_x, is_shard, false),
+         dw = gradient_like(weight, need_weight, true);
   const Pairs pairs{StoredArray(x),
                     StoredArray(weight),
                     data_of<const int64_t>(classes),

@@ -63,7 +63,7 @@ void exponentiate(Queue& queue, const Head<T>& head, int64_t first, int64_t widt
     launch("exponentiate", queue, exponentiate_kernel<T, O>, grid, kThreads, shared, from, to, width, stride,
            stride, first, head.label_data(), head.scale, rows, partials, arrivals);
   };
-  if (head.narrow)
+  if (head.is_16_bit)
     run(static_cast<BFloat16*>(e.mutable_data_ptr()));
   else
     run(static_cast<T*>(e.mutable_data_ptr()));

@@ -18,7 +18,7 @@ struct PrepareRows {
   StoredArray x, w;       // [N, D], [C, D]
   const int64_t* labels;  // [N]
   int64_t dim, classes;
-  bool partial;
+  bool is_shard;
   int64_t ignore_index;
   double eps;
   Scale scale;
@@ -37,7 +37,7 @@ NF_DEVICE void prepare_row(const PrepareRows<T>& task, int64_t i) {
   const int64_t dim = task.dim, classes = task.classes, ignore_index = task.ignore_index;
   const int64_t label = task.labels[i];
   const bool ignored = label == ignore_index || task.sample_weight[i] == 0.0;
-  const bool given = label != ignore_index && !(task.partial && label == kElsewhere);
+  const bool given = label != ignore_index && !(task.is_shard && label == kElsewhere);
   const bool here = given && !ignored;
   NF_DEVICE_CHECK(
       !given || (label >= 0 && label < classes),

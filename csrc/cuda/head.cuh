@@ -45,10 +45,10 @@ struct HeadArguments {
   double scale_value;
   int64_t class_chunk;
   int64_t kernels;
-  ScalarType operand;
+  ScalarType product_precision;
   std::optional<Tensor> class_weight;
-  int64_t classes_in_all;
-  bool partial;
+  int64_t total_classes;
+  bool is_shard;
 };
 
 template <class T>
@@ -69,11 +69,11 @@ struct Head {
   const Tensor& labels;
   Scale scale;
   Factors<T> class_weight;
-  int64_t batch, dim, classes, classes_in_all, chunk;
-  bool partial;             // one shard of the classes
+  int64_t batch, dim, classes, total_classes, chunk;
+  bool is_shard;            // one shard of the classes
   math::FixedShift window;  // made here for the device too
   bool fixed_shift;         // known here and now; where the scale is a tensor, the device decides
-  bool narrow;              // 16-bit operands
+  bool is_16_bit;           // 16-bit operands
   HeadKernels kernels;      // a choice that the operands' type allows
   ScalarType wide;          // sums, scores
   ScalarType score;         // operands of the scores
@@ -88,16 +88,16 @@ struct Head {
         batch(x.size(0)),
         dim(x.size(1)),
         classes(weight.size(0)),
-        classes_in_all(in.classes_in_all),
+        total_classes(in.total_classes),
         chunk(std::max<int64_t>(1, std::min(in.class_chunk, classes))),
-        partial(in.partial),
-        window(math::fixed_shift_of<T>(double(in.classes_in_all))),
+        is_shard(in.is_shard),
+        window(math::fixed_shift_of<T>(double(in.total_classes))),
         fixed_shift(!in.scale && window.serves(in.scale_value)),
-        narrow(in.operand == ScalarType::Half || in.operand == ScalarType::BFloat16),
-        kernels(narrow == (in.kernels != kPlainProducts) ? HeadKernels(in.kernels) : kLibraryKernels),
+        is_16_bit(in.product_precision == ScalarType::Half || in.product_precision == ScalarType::BFloat16),
+        kernels(is_16_bit == (in.kernels != kPlainProducts) ? HeadKernels(in.kernels) : kLibraryKernels),
         wide(accumulator(x.scalar_type())),
-        score(narrow ? ScalarType::Half : wide),
-        other(narrow ? ScalarType::BFloat16 : wide) {}
+        score(is_16_bit ? ScalarType::Half : wide),
+        other(is_16_bit ? ScalarType::BFloat16 : wide) {}
 
   bool tensor_cores() const { return kernels != kLibraryKernels && kernels != kPlainProducts; }
   // kappa from scores would need them in memory.
@@ -172,7 +172,7 @@ struct Head {
 };
 
 inline void check_arguments(const char* op, const HeadArguments& in) {
-  check_head(op, in.x, in.weight, in.partial ? 0 : 1);
+  check_head(op, in.x, in.weight, in.is_shard ? 0 : 1);
   check_labels(op, in.labels, in.x.size(0));
   check_number(op, "scale", in.scale, in.x);
   check_weights(op, "class_weight", in.class_weight, in.x, in.weight.size(0));
@@ -182,7 +182,7 @@ NF_DEVICE math::RowSoftmax softmax_of(const RowState& rows, double scale, int64_
   return math::softmax_row(rows.at(kSum, i), rows.at(kShift, i), scale * rows.at(kPsi, i));
 }
 
-NF_DEVICE math::RowWeights weights_of(const RowState& rows, int64_t i) {
+NF_DEVICE math::SmoothingTerms smoothing_of(const RowState& rows, int64_t i) {
   return {rows.at(kTotal, i), rows.at(kSmooth, i), rows.at(kPull, i), rows.at(kPush, i)};
 }
 

@@ -132,8 +132,8 @@ fold_kernel(const T* __restrict__ scores,  // [N, width]
   // Of equal cosines the first class.
   const double chosen = -block_largest(double(best) == top ? -double(best_class) : -INFINITY, scratch);
   if (thread_id() != 0) return;
-  rows.at(kHingeSum, i) += sum;
-  rows.at(kHingeValue, i) += value;
+  rows.at(kExcessSum, i) += sum;
+  rows.at(kLossValue, i) += value;
   rows.at(kHingeSlope, i) += slope;
   rows.at(kHingeActive, i) += active;
   rows.at(kHingeCosine, i) += cosine;
@@ -155,12 +155,12 @@ finish_hinge_kernel(bool hardest, bool exponential, HingeRows rows, ActiveList<T
     const int64_t best_class = int64_t(rows.at(kHingeBestClass, i));
     auto h = math::hinge_term<T>(exponential, T(rows.at(kHingeThreshold, i)), T(rows.at(kHingeBest, i)));
     if (best_class < 0) h = {T(0), T(0)};
-    const double sum = rows.at(kHingeSum, i);
-    rows.at(kHingeValue, i) = sum != sum ? sum : double(h.value);  // NaN among the cosines shows
+    const double sum = rows.at(kExcessSum, i);
+    rows.at(kLossValue, i) = sum != sum ? sum : double(h.value);  // NaN among the cosines shows
     rows.at(kHingeSlope, i) = double(h.slope);
     if (h.slope != T(0) && list.listed > 1) list.set(i, 1, best_class, h.slope);
   }
-  value[i] = T(rows.at(kHingeValue, i));
+  value[i] = T(rows.at(kLossValue, i));
 }
 
 // Cosines -> d loss / d cosine, in place. Blocks: rows x splits of a row.

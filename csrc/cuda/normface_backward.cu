@@ -105,10 +105,10 @@ void grad_weight(Queue& queue, const Head<T>& head, const RowState& rows, const 
 
   const Tensor w_hat = head.buffer(recompute ? chunk : 0, D, head.score);
   const Tensor scores = head.buffer(recompute && !head.tensor_cores() ? N : 0, head.padded(chunk), head.wide);
-  const bool need_e = recompute && head.narrow && !head.single_sweep();
-  const Tensor e = !recompute    ? stored
-                   : head.narrow ? head.buffer(need_e ? N : 0, head.padded(chunk), head.other)
-                                 : scores;
+  const bool need_e = recompute && head.is_16_bit && !head.single_sweep();
+  const Tensor e = !recompute       ? stored
+                   : head.is_16_bit ? head.buffer(need_e ? N : 0, head.padded(chunk), head.other)
+                                    : scores;
   // Where the product cannot go where the result will be.
   const bool direct = head.weight.scalar_type() == head.wide || head.kernels == kTensorCores ||
                       head.single_sweep() || head.plain_products();
@@ -143,7 +143,7 @@ void backward(Queue& queue, const Head<T>& head, const Tensor& grad_loss, const 
          RowGradients<T>{StoredArray(head.x), StoredArray(head.weight),
                          static_cast<const T*>(inverse_norm.const_data_ptr()), head.label_data(), D, rows,
                          head.scale, static_cast<const T*>(grad_loss.const_data_ptr()), grad_loss.dim() == 1,
-                         smoothing / double(head.classes_in_all), gradients, data_or_null<T>(x_sum),
+                         smoothing / double(head.total_classes), gradients, data_or_null<T>(x_sum),
                          data_or_null<T>(class_sum), eps, dx != nullptr ? StoredArray(*dx) : StoredArray(),
                          or_null(factors.x_hat, recompute), or_null(factors.weighted, dw != nullptr),
                          data_or_null<SweepRow>(factors.sweep_rows)});
@@ -157,16 +157,26 @@ void backward(Queue& queue, const Head<T>& head, const Tensor& grad_loss, const 
 std::tuple<Tensor, Tensor, Tensor> normface_backward(
     Tensor grad_loss, Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
     double eps, int64_t class_chunk, Tensor rows, Tensor inverse_norm, Tensor x_sum, Tensor class_sum,
-    Tensor stored, bool need_x, bool need_weight, bool need_scale, int64_t kernels, ScalarType operand,
-    std::optional<Tensor> class_weight, double smoothing, int64_t classes_in_all, bool partial) {
+    Tensor stored, bool need_x, bool need_weight, bool need_scale, int64_t kernels,
+    ScalarType product_precision, std::optional<Tensor> class_weight, double smoothing, int64_t total_classes,
+    bool is_shard) {
   const char* op = "normface_backward";
-  const HeadArguments in{x,       weight,  labels,       scale,          scale_value, class_chunk,
-                         kernels, operand, class_weight, classes_in_all, partial};
+  const HeadArguments in{x,
+                         weight,
+                         labels,
+                         scale,
+                         scale_value,
+                         class_chunk,
+                         kernels,
+                         product_precision,
+                         class_weight,
+                         total_classes,
+                         is_shard};
   check_arguments(op, in);
   check_shape(op, "rows", rows, kRowFields, x.size(0));
   if (need_x) check_shape(op, "x_sum", x_sum, x.size(0), x.size(1));
   Queue queue(x);
-  const ScalarType x_type = partial ? accumulator(x.scalar_type()) : x.scalar_type();
+  const ScalarType x_type = is_shard ? accumulator(x.scalar_type()) : x.scalar_type();
   Tensor dx = need_x ? device_empty(x, {x.size(0), x.size(1)}, x_type) : device_empty(x, {0}, x_type);
   Tensor dw = need_weight ? torch::stable::empty_like(weight) : device_empty(x, {0}, weight.scalar_type());
   Tensor ds = need_scale ? device_empty(x, {}, ScalarType::Double) : device_empty(x, {0}, ScalarType::Double);

@@ -31,7 +31,7 @@ struct Margin {
 template <class T>
 NF_KERNEL(kThreads)
 finish_loss_kernel(RowState swept, RowState rows, Scale scale, Margin margin, int64_t reduction,
-                   double smoothing, int64_t classes_in_all,
+                   double smoothing, int64_t total_classes,
                    const T* __restrict__ class_weight_sum,  // [] or null: no smoothing
                    T* __restrict__ loss)                    // [N] or []
 {
@@ -49,11 +49,11 @@ finish_loss_kernel(RowState swept, RowState rows, Scale scale, Margin margin, in
     const double weight = swept.at(kRowWeight, i) * each;
     const double with_sum = class_weight_sum != nullptr ? rows.at(kSmooth, i) : 0.0;
     math::ValueAndSlope<double> psi{0.0, 0.0};
-    math::RowWeights weights{0.0, 0.0, 0.0, 0.0};
+    math::SmoothingTerms weights{0.0, 0.0, 0.0, 0.0};
     if (weight != 0.0) {  // else psi and the weights are 0
       psi = math::Margin{margin.m1, margin.m2, margin.m3}(swept.at(kCosine, i));
-      weights = math::row_weights(smoothing, double(classes_in_all), swept.at(kTargetWeight, i), weight_sum,
-                                  psi.value, swept.at(kCosine, i), with_sum);
+      weights = math::smoothing_terms(smoothing, double(total_classes), swept.at(kTargetWeight, i),
+                                      weight_sum, psi.value, swept.at(kCosine, i), with_sum);
     }
     rows.at(kRowWeight, i) = weight;
     if (weight == 0.0) rows.at(kShift, i) = 0;  // backward takes the row as zero, so its scores are 0
@@ -74,7 +74,7 @@ finish_loss_kernel(RowState swept, RowState rows, Scale scale, Margin margin, in
 std::tuple<Tensor, Tensor> normface_finish(Tensor rows, Tensor x, Tensor class_sum,
                                            std::optional<Tensor> scale, double scale_value, double m1,
                                            double m2, double m3, int64_t reduction, double smoothing,
-                                           int64_t classes_in_all, double eps) {
+                                           int64_t total_classes, double eps) {
   check_finish("normface_finish", rows, x, class_sum, smoothing);
   check_number("normface_finish", "scale", scale, x);
   Queue queue(x);
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> normface_finish(Tensor rows, Tensor x, Tensor class_s
              sums, D, eps, swept, state);
     launch("finish_loss", queue, finish_loss_kernel<T>, Grid{1}, kThreads,
            shared_bytes<double>(kThreads / kWarp), swept, state, Scale(scale, scale_value),
-           Margin{m1, m2, m3}, reduction, smoothing, classes_in_all, sums != nullptr ? sums + D : nullptr,
+           Margin{m1, m2, m3}, reduction, smoothing, total_classes, sums != nullptr ? sums + D : nullptr,
            data_or_null<T>(loss));
   });
   return {loss, finished};

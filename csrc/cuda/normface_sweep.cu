@@ -27,7 +27,7 @@ struct Sweep {
                               head.label_data(),
                               head.dim,
                               head.classes,
-                              head.partial,
+                              head.is_shard,
                               ignore_index,
                               eps,
                               head.scale,
@@ -157,7 +157,7 @@ SweepResult sweep(Queue& queue, Head<T> head, int64_t ignore_index, double eps, 
                   device_empty(x, {store ? N * head.padded(head.classes) : 0}, head.other)};
   const bool at_once = head.single_sweep() && need_x;
   // In the wide types E replaces the scores, so stored E is where they are written.
-  const bool in_place = !head.narrow;
+  const bool in_place = !head.is_16_bit;
   const Tensor scores = store && in_place
                             ? out.stored
                             : head.buffer(head.tensor_cores() ? 0 : N, head.padded(chunk), head.wide);
@@ -171,7 +171,7 @@ SweepResult sweep(Queue& queue, Head<T> head, int64_t ignore_index, double eps, 
                        head.buffer(N, D, head.score),
                        device_empty(x, {N}, ScalarType::Int),
                        head.buffer(chunk, D, head.score),
-                       head.buffer(head.narrow && need_x ? chunk : 0, D, head.other),
+                       head.buffer(head.is_16_bit && need_x ? chunk : 0, D, head.other),
                        scores};
   sweep.prepare(queue, ignore_index, shift, sample_weight, &out.inverse_norm);
 
@@ -188,7 +188,7 @@ SweepResult sweep(Queue& queue, Head<T> head, int64_t ignore_index, double eps, 
     sweep.fold(queue, first, e);
     if (!need_x) continue;
     multiply(x, {e.const_data_ptr(), head.other, N, width, head.padded(width)},
-             {(head.narrow ? sweep.w_copy : sweep.w_hat).const_data_ptr(), head.other, width, D, D},
+             {(head.is_16_bit ? sweep.w_copy : sweep.w_hat).const_data_ptr(), head.other, width, D, D},
              {(first == 0 ? out.x_sum : part).const_data_ptr(), head.wide, N, D, D});
     if (first > 0)
       launch("accumulate", queue, accumulate_kernel<T>, Grid{(N * D + kThreads - 1) / kThreads}, kThreads, 0,
@@ -224,11 +224,20 @@ Tensor choose_shift(Queue& queue, const Head<T>& head, int64_t ignore_index, dou
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normface_sweep(
     Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
     int64_t ignore_index, double eps, int64_t class_chunk, bool store, bool need_x, bool need_class_sum,
-    int64_t kernels, ScalarType operand, std::optional<Tensor> sample_weight,
-    std::optional<Tensor> class_weight, int64_t classes_in_all, bool partial, std::optional<Tensor> shift) {
+    int64_t kernels, ScalarType product_precision, std::optional<Tensor> sample_weight,
+    std::optional<Tensor> class_weight, int64_t total_classes, bool is_shard, std::optional<Tensor> shift) {
   const char* op = "normface_sweep";
-  const HeadArguments in{x,       weight,  labels,       scale,          scale_value, class_chunk,
-                         kernels, operand, class_weight, classes_in_all, partial};
+  const HeadArguments in{x,
+                         weight,
+                         labels,
+                         scale,
+                         scale_value,
+                         class_chunk,
+                         kernels,
+                         product_precision,
+                         class_weight,
+                         total_classes,
+                         is_shard};
   check_arguments(op, in);
   check_weights(op, "sample_weight", sample_weight, x, x.size(0));
   check_shift(op, shift, x.size(0));
@@ -242,9 +251,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normface_sweep(
 
 Tensor normface_shift(Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
                       int64_t ignore_index, double eps, int64_t class_chunk, int64_t kernels,
-                      ScalarType operand, int64_t classes_in_all, bool partial) {
-  const HeadArguments in{x,       weight,  labels,       scale,          scale_value, class_chunk,
-                         kernels, operand, std::nullopt, classes_in_all, partial};
+                      ScalarType product_precision, int64_t total_classes, bool is_shard) {
+  const HeadArguments in{x,
+                         weight,
+                         labels,
+                         scale,
+                         scale_value,
+                         class_chunk,
+                         kernels,
+                         product_precision,
+                         std::nullopt,
+                         total_classes,
+                         is_shard};
   check_arguments("normface_shift", in);
   Queue queue(x);
   return dispatch_accumulator(x.scalar_type(),

@@ -33,7 +33,7 @@ project_rows_kernel(const S* __restrict__ x,  // [rows, length]
   if (r >= rows) return;  // the whole warp leaves
   const WarpRow<S, kVec> row(x + r * length, length);
   const math::RowScale<T> scale =
-      inverse != nullptr ? scale_again(row, 2, eps, inverse[r]) : scale_of(row, 2, eps);
+      inverse != nullptr ? scale_again(row, 2, eps, inverse[r]) : row_factors(row, 2, eps);
   const T* gradient = g + r * length;
   T radial = 0;
   row.each([&](int64_t at, const Vector<S, kVec>& v) {

@@ -8,7 +8,7 @@ namespace nf {
 namespace {
 
 template <class S, int kVec>
-NF_DEVICE math::RowScale<accum_t<S>> scale_of(const WarpRow<S, kVec>& row, int p, accum_t<S> eps) {
+NF_DEVICE math::RowScale<accum_t<S>> row_factors(const WarpRow<S, kVec>& row, int p, accum_t<S> eps) {
   using T = accum_t<S>;
   const auto sum = [&](T factor) {
     T total = 0;
@@ -27,7 +27,7 @@ NF_DEVICE math::RowScale<accum_t<S>> scale_again(const WarpRow<S, kVec>& row, in
                                                  accum_t<S> inverse) {
   using T = accum_t<S>;
   return math::inverse_serves(inverse) ? math::RowScale<T>{inverse, T(1), T(1) / inverse}
-                                       : scale_of(row, p, eps);
+                                       : row_factors(row, p, eps);
 }
 
 // Stores kVec values of T as type O, in accesses of at most 16 bytes.
@@ -57,7 +57,7 @@ template <class S, int kVec>
 NF_DEVICE void unit_row(const UnitRows& task, int64_t r, accum_t<S> factor) {
   using T = accum_t<S>;
   const WarpRow<S, kVec> row(static_cast<const S*>(task.x) + r * task.length, task.length);
-  const math::RowScale<T> scale = scale_of(row, task.p, T(task.eps));
+  const math::RowScale<T> scale = row_factors(row, task.p, T(task.eps));
   if (lane_id() == 0) {
     if (task.norm != nullptr) static_cast<T*>(task.norm)[r] = scale.norm;
     if (task.inverse != nullptr) static_cast<T*>(task.inverse)[r] = scale.inverse();

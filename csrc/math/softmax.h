@@ -81,37 +81,38 @@ NF_HD RowSoftmax softmax_row(double sum, double kappa, double target_logit) {
 // d loss / d z_j is total p_j - a/C u_j for the others, -total q + pull for the target, with
 //   pull = a/C (sum u - u_y),  push = a/C u_y.
 // Without either: total = 1 and the rest is 0.
-struct RowWeights {
+struct SmoothingTerms {
   double total;
   double smooth;
   double pull;
   double push;
 };
 
-NF_HD RowWeights row_weights(double smoothing, double classes, double target_weight, double weight_sum,
-                             double psi, double cosine, double cosine_with_sum) {
+NF_HD SmoothingTerms smoothing_terms(double smoothing, double classes, double target_weight,
+                                     double weight_sum, double psi, double cosine, double cosine_with_sum) {
   const double each = smoothing / classes;
   return {(1.0 - smoothing) * target_weight + each * weight_sum,
           each * (psi * weight_sum - cosine_with_sum - target_weight * (psi - cosine)),
           each * (weight_sum - target_weight), each * target_weight};
 }
 
-NF_HD double row_loss(const RowSoftmax& row, const RowWeights& weights, double scale) {
+NF_HD double row_loss(const RowSoftmax& row, const SmoothingTerms& weights, double scale) {
   return weights.total * row.softplus + scale * weights.smooth;
 }
 
 // d loss / d (s c_j), j != y, is others * E_j - push_j, push_j = a/C u_j.
-NF_HD double others_slope(const RowSoftmax& row, const RowWeights& weights) {
+NF_HD double others_slope(const RowSoftmax& row, const SmoothingTerms& weights) {
   return weights.total * row.weight;
 }
 
 // d loss / d (s c_y): through psi, and what the target's part of U takes back.
-NF_HD double target_slope(const RowSoftmax& row, const RowWeights& weights, double psi_slope) {
+NF_HD double target_slope(const RowSoftmax& row, const SmoothingTerms& weights, double psi_slope) {
   return (weights.pull - weights.total * row.q) * psi_slope + weights.push;
 }
 
 // d loss / ds
-NF_HD double scale_slope(const RowSoftmax& row, const RowWeights& weights, double sum_cosine, double psi) {
+NF_HD double scale_slope(const RowSoftmax& row, const SmoothingTerms& weights, double sum_cosine,
+                         double psi) {
   return weights.total * (row.weight * sum_cosine - row.q * psi) + weights.smooth;
 }
 

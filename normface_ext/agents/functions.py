@@ -1,4 +1,4 @@
-"""The metric losses over agents; with the distances, what ``functional`` offers beside the softmax head."""
+"""The losses over agents: defaults, checks and sentences. The kernels are behind ``ops``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
-from . import _checks, _distance_ops, _hinge_ops, ops, reference
-from ._agent_options import (
+from .. import reference
+from ..cosine.ops import normalize
+from ..distances.functions import inner_distance
+from ..distances.ops import with_gradient
+from ..engine import checks
+from ..engine.arguments import choice, flag
+from ..engine.calls import accumulator
+from . import ops
+from .ops import EXCESS_SUM, HINGE_COSINE, HINGE_SLOPE
+from .options import (
     AgentOptions,
     AgentRows,
     ContrastiveArguments,
@@ -15,20 +23,9 @@ from ._agent_options import (
     TripletArguments,
     TripletOptions,
 )
-from ._arguments import choice, flag
-from ._distance_functional import inner_distance, pair_contrastive_loss, triplet_loss
-from ._hinge_ops import HINGE_COSINE, HINGE_SLOPE, HINGE_SUM
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-__all__ = [
-    "c_contrastive_loss",
-    "c_triplet_loss",
-    "inner_distance",
-    "pair_contrastive_loss",
-    "triplet_loss",
-]
 
 MODES = ("math", "caffe")
 
@@ -44,23 +41,23 @@ def _agents(
 ) -> tuple[Tensor, Tensor | None]:
     """x [N, D] and weight [C, D], or distances [N, C] and no weight; labels checked."""
     if weight is None:
-        distances = _checks.matrix(op, "x", x, "[N, C] distances where `weight` is None")
+        distances = checks.matrix(op, "x", x, "[N, C] distances where `weight` is None")
         if distances.shape[1] == 0:
             raise ValueError(
                 f"{op}: expected `x` to have at least one class, got shape {list(distances.shape)}"
             )
-        _checks.labels(op, labels, distances, distances.shape[1], ignore_index)
+        checks.labels(op, labels, distances, distances.shape[1], ignore_index)
         return distances, None
-    features, agents = _checks.features_and_weight(op, x, weight)
-    _checks.labels(op, labels, features, agents.shape[0], ignore_index)
+    features, agents = checks.features_and_weight(op, x, weight)
+    checks.labels(op, labels, features, agents.shape[0], ignore_index)
     return features, agents
 
 
 def _caffe_distances(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """What the released nets put in front of the loss: Normalize, then InnerDistance with normalize."""
     if weight is None:
-        return x.to(ops._accumulator(x.dtype))
-    unit = ops.normalize(x.to(ops._accumulator(x.dtype)).contiguous(), 1, 2, eps)[0]
+        return x.to(accumulator(x.dtype))
+    unit = normalize(x.to(accumulator(x.dtype)).contiguous(), 1, 2, eps)[0]
     return inner_distance(unit, weight, normalize=True, eps=eps)
 
 
@@ -79,35 +76,35 @@ def _loss(
     active_limit: int | None,
     check_finite: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    _checks.reduction(op, reduction)
+    checks.reduction(op, reduction)
     check_mode(op, mode, reduction)
     options = options.checked(op, mode)
     return_stats = flag(op, "return_stats", return_stats)
-    ignore_index = _checks.ignore_index(op, ignore_index)
-    eps = _checks.eps(op, eps)
-    workspace = _checks.workspace(op, workspace)
-    active_limit = _checks.active_limit(op, active_limit)
+    ignore_index = checks.ignore_index(op, ignore_index)
+    eps = checks.eps(op, eps)
+    workspace = checks.workspace(op, workspace)
+    active_limit = checks.active_limit(op, active_limit)
     x, weight = _agents(op, x, weight, labels, 0 if mode == "caffe" else ignore_index)
     options.check_device(op, x)
     if flag(op, "check_finite", check_finite):
-        _checks.finite_operands(op, x, weight, None if mode == "caffe" else labels != ignore_index)
+        checks.finite_operands(op, x, weight, None if mode == "caffe" else labels != ignore_index)
     if mode == "caffe":
         distances = _caffe_distances(x, weight, eps)
         value, gradient, stats = options.of_caffe(distances.detach(), labels)
-        loss = _distance_ops.with_gradient(op, distances, value, gradient)
+        loss = with_gradient(op, distances, value, gradient)
         return (loss, stats) if return_stats else loss
     if weight is None:
         loss, stats = options.of_distances(x, labels, ignore_index, reduction)
         return (loss, stats) if return_stats else loss
     margin, given = options.sweep_options(x, weight.shape[0], ignore_index, eps, workspace, active_limit)
-    target, hinges, state = _hinge_ops.agent_hinge(x, weight, labels, margin, given)
+    target, hinges, state = ops.agent_hinge(x, weight, labels, margin, given)
     rows = AgentRows(labels != ignore_index, target, hinges, state[HINGE_SLOPE].to(target.dtype))
     loss = reference._reduce(options.losses(rows), rows.kept, reduction)
     if not return_stats:
         return loss
     classes = weight.shape[0]
     distance_sum = 2.0 * (classes - 1) - 2.0 * state[HINGE_COSINE]
-    return loss, options.stats(rows.kept, target, state[HINGE_SUM], distance_sum, classes)
+    return loss, options.stats(rows.kept, target, state[EXCESS_SUM], distance_sum, classes)
 
 
 @overload
@@ -183,7 +180,7 @@ def c_contrastive_loss(
             hold.
         reduction: "mean" over the rows that are not ignored, "sum" or "none".
         mode: "math", the gradient of this loss; "caffe", value and gradient of the released layer with
-            its deviations, listed in ``_caffe_losses``: a plain path on the full N x C matrix, which
+            its deviations, listed in ``released_losses``: a plain path on the full N x C matrix, which
             knows only reduction "mean" and no ignored rows.
         return_stats: also return [mean positive hinge, mean negative hinge], detached: Caffe's second
             output, which never belongs to the loss.
@@ -282,7 +279,7 @@ def c_triplet_loss(
             not its value.)
         positive_first: rows with d_iy > positive_upper_bound keep only the centre term.
         mode: "caffe" is the released layer, whose gradient is not that of its loss: the positive is
-            pulled once per row, not once per active negative. See ``_caffe_losses``.
+            pulled once per row, not once per active negative. See ``released_losses``.
         return_stats: also return [mean distance to the label's agent, mean distance to the others].
 
     It returns and raises what ``c_contrastive_loss`` does.

@@ -1,88 +1,21 @@
-"""Layers of the distances and the metric losses: parameters and state only, as in ``modules``."""
+"""The losses over agents as layers: parameters and state only; every formula is in ``functions``."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import _checks, functional
-from ._agent_options import AgentOptions, ContrastiveOptions, TripletOptions
-from ._arguments import flag, number, size
-from ._metric_functional import check_mode
-from .modules import gaussian_unitball_, unit_rows_
-
-
-class _Agents(nn.Module):
-    """A weight [classes, features], rows uniform on the unit sphere."""
-
-    weight: nn.Parameter
-    eps: float
-
-    def __init__(
-        self, features: int, classes: int, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(classes, features, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        gaussian_unitball_(self.weight)
-
-    def renormalize_(self) -> None:
-        """Overwrites the weight by its unit rows; see ``caffe.renormalize_after_step``."""
-        unit_rows_(self.weight, self.eps, type(self).__name__)
+from ..distances.layers import Agents
+from ..engine import checks
+from ..engine.arguments import flag, number, size
+from . import functions
+from .functions import check_mode
+from .options import AgentOptions, ContrastiveOptions, TripletOptions
 
 
-class InnerDistance(_Agents):
-    """Distances to every agent: [N, in_features] -> [N, out_features] (Caffe ``InnerDistance``).
-
-    Args:
-        in_features: D.
-        out_features: C; ``weight`` is [C, D], rows uniform on the unit sphere.
-
-    ``p``, ``normalize``, ``update_center_only`` and ``eps`` are those of ``functional.inner_distance``.
-    ``forward(x, labels)`` needs the labels with ``update_center_only`` and refuses them without.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        p: int = 2,
-        normalize: bool = False,
-        update_center_only: bool = False,
-        eps: float = 1e-12,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        owner = type(self).__name__
-        in_features = size(owner, "in_features", in_features)
-        out_features = size(owner, "out_features", out_features)
-        super().__init__(in_features, out_features, device, dtype)
-        self.in_features, self.out_features = in_features, out_features
-        self.p, self.eps = _checks.exponent(owner, p), _checks.eps(owner, eps)
-        self.normalize = flag(owner, "normalize", normalize)
-        self.update_center_only = flag(owner, "update_center_only", update_center_only)
-
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        return functional.inner_distance(
-            x,
-            self.weight,
-            p=self.p,
-            normalize=self.normalize,
-            labels=labels,
-            update_center_only=self.update_center_only,
-            eps=self.eps,
-        )
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, p={self.p}, normalize={self.normalize}"
-
-
-class _AgentLoss(_Agents):
+class _AgentLoss(Agents):
     """A loss over agents of its own, and the options of its function."""
 
     def __init__(
@@ -109,16 +42,16 @@ class _AgentLoss(_Agents):
     ) -> float:
         """Checks all options and keeps them but for the one called `margin`, which it returns."""
         owner = type(self).__name__
-        _checks.reduction(owner, reduction)
+        checks.reduction(owner, reduction)
         check_mode(owner, mode, reduction)
         self.options: dict[str, Any] = {
             **vars(given.checked(owner, mode)),
-            "ignore_index": _checks.ignore_index(owner, ignore_index),
+            "ignore_index": checks.ignore_index(owner, ignore_index),
             "reduction": reduction,
             "mode": mode,
-            "eps": _checks.eps(owner, eps),
-            "workspace": _checks.workspace(owner, workspace),
-            "active_limit": _checks.active_limit(owner, active_limit),
+            "eps": checks.eps(owner, eps),
+            "workspace": checks.workspace(owner, workspace),
+            "active_limit": checks.active_limit(owner, active_limit),
             "check_finite": flag(owner, "check_finite", check_finite),
         }
         self.mode, self.eps = mode, self.options["eps"]
@@ -211,7 +144,7 @@ class CContrastiveLoss(_AgentLoss):
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         margin = self.neg_margin + self.intra_mae if self.add_intra_mae else self.neg_margin
-        loss, stats = functional.c_contrastive_loss(
+        loss, stats = functions.c_contrastive_loss(
             features,
             self.weight,
             labels,
@@ -289,44 +222,10 @@ class CTripletLoss(_AgentLoss):
         )
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        loss, stats = functional.c_triplet_loss(
+        loss, stats = functions.c_triplet_loss(
             features, self.weight, labels, margin=self.margin, return_stats=True, **self.options
         )
         return (loss, stats) if self.return_stats else loss
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.num_classes}, margin={self.margin:g}, mode={self.mode!r}"
-
-
-class PairContrastiveLoss(nn.Module):
-    """(a [N, D], b [N, D], same [N]) -> loss; see ``functional.pair_contrastive_loss``."""
-
-    def __init__(self, *, margin: float = 1.0, reduction: str = "mean") -> None:
-        super().__init__()
-        owner = type(self).__name__
-        _checks.reduction(owner, reduction)
-        self.margin, self.reduction = number(owner, "margin", margin), reduction
-
-    def forward(self, a: Tensor, b: Tensor, same: Tensor) -> Tensor:
-        return functional.pair_contrastive_loss(a, b, same, margin=self.margin, reduction=self.reduction)
-
-    def extra_repr(self) -> str:
-        return f"margin={self.margin:g}, reduction={self.reduction!r}"
-
-
-class TripletLoss(nn.Module):
-    """(anchor, positive, negative), each [N, D] -> loss; see ``functional.triplet_loss``."""
-
-    def __init__(self, *, margin: float = 0.2, reduction: str = "mean") -> None:
-        super().__init__()
-        owner = type(self).__name__
-        _checks.reduction(owner, reduction)
-        self.margin, self.reduction = number(owner, "margin", margin), reduction
-
-    def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-        return functional.triplet_loss(
-            anchor, positive, negative, margin=self.margin, reduction=self.reduction
-        )
-
-    def extra_repr(self) -> str:
-        return f"margin={self.margin:g}, reduction={self.reduction!r}"

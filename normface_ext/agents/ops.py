@@ -1,4 +1,4 @@
-"""The ops of the metric losses over agents, in the manner of ``ops``: fakes, Function, wrapper."""
+"""The ops of the metric losses over agents: fakes, Function, wrapper. No checks, no defaults."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import ops
-from ._distance_ops import asked
+from ..engine.autograd import asked, detach_without_grad, no_second_derivative
+from ..engine.calls import accumulator, add_fakes, kernels
 
 # csrc/hinge_state.h
 HINGE_FIELDS = 10
-INVERSE_NORM, HINGE_SUM, HINGE_VALUE, HINGE_SLOPE, HINGE_ACTIVE, HINGE_COSINE, HINGE_BEST = range(1, 8)
+INVERSE_NORM, EXCESS_SUM, LOSS_VALUE, HINGE_SLOPE, HINGE_ACTIVE, HINGE_COSINE, HINGE_BEST = range(1, 8)
 HINGE_COUNTS = 9
 
 
@@ -33,14 +33,14 @@ class HingeOptions:
 
 
 def _target_cosine_fake(
-    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, eps: float, partial: bool
+    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, eps: float, is_shard: bool
 ) -> Tensor:
     return x.new_empty([x.shape[0]], dtype=torch.float64)
 
 
 def _agent_hinge_fake(x: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, ...]:
     *_, exponential, _, _, _, capacity, _ = options
-    wide, batch = ops._accumulator(x.dtype), x.shape[0]
+    wide, batch = accumulator(x.dtype), x.shape[0]
     listed = 1 + max(0, capacity)
     return (
         x.new_empty([batch], dtype=wide),
@@ -53,8 +53,8 @@ def _agent_hinge_fake(x: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor,
 
 
 def _gradients_fake(x: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    *_, partial, need_x, need_weight = options
-    dtype = ops._accumulator(x.dtype) if partial and need_x else x.dtype
+    *_, is_shard, need_x, need_weight = options
+    dtype = accumulator(x.dtype) if is_shard and need_x else x.dtype
     return (
         x.new_empty(x.shape if need_x else [0], dtype=dtype),
         weight.new_empty(weight.shape if need_weight else [0]),
@@ -69,10 +69,10 @@ def _cosine_pairs_backward_fake(factors: Tensor, classes: Tensor, order: Tensor,
     return _gradients_fake(*arguments)
 
 
-def target_cosine(x: Tensor, weight: Tensor, labels: Tensor, options: HingeOptions, partial: bool) -> Tensor:
+def target_cosine(x: Tensor, weight: Tensor, labels: Tensor, options: HingeOptions, is_shard: bool) -> Tensor:
     """cos(x_i, w_labels[i]), [N] float64, without a gradient of its own; 0 where the agent is not here."""
-    cosine: Tensor = ops._kernels(x, weight).target_cosine(
-        x, weight, labels, options.ignore_index, options.eps, partial
+    cosine: Tensor = kernels(x, weight).target_cosine(
+        x, weight, labels, options.ignore_index, options.eps, is_shard
     )
     return cosine
 
@@ -85,11 +85,11 @@ def sweep(
     margin: Tensor | None,
     options: HingeOptions,
     capacity: int,
-    partial: bool,
+    is_shard: bool,
 ) -> list[Tensor]:
     """[target, value, rows, inverse_norm, classes, slopes] of csrc/schemas.h."""
     return list(
-        ops._kernels(x, weight).agent_hinge(
+        kernels(x, weight).agent_hinge(
             x,
             weight,
             labels,
@@ -103,7 +103,7 @@ def sweep(
             options.eps,
             options.class_chunk,
             capacity,
-            partial,
+            is_shard,
         )
     )
 
@@ -129,7 +129,7 @@ def sweep_gradients(
     options: HingeOptions,
     capacity: int,
     needed: tuple[bool, ...],
-    partial: bool,
+    is_shard: bool,
 ) -> tuple[Tensor | None, ...]:
     """Of (x, weight), from the last four results of :func:`sweep`.
 
@@ -138,7 +138,7 @@ def sweep_gradients(
     sweeps all classes again. Both are exact.
     """
     rows, inverse_norm, classes, slopes = state
-    kernels, wide = ops._kernels(x, weight), ops._accumulator(x.dtype)
+    called, wide = kernels(x, weight), accumulator(x.dtype)
     target_factor, hinge_factor = target_factor.to(wide), hinge_factor.to(wide)
     listed = 1
     if capacity > 0 and x.shape[0] > 0:
@@ -147,7 +147,7 @@ def sweep_gradients(
     if not sparse:
         if options.hardest:
             raise RuntimeError("agent_hinge: the hardest class has no dense gradient; expected a list")
-        gradients = kernels.agent_hinge_backward(
+        gradients = called.agent_hinge_backward(
             target_factor,
             hinge_factor,
             x,
@@ -158,7 +158,7 @@ def sweep_gradients(
             options.exponential,
             options.eps,
             options.class_chunk,
-            partial,
+            is_shard,
             *needed,
         )
         return asked(needed, gradients)
@@ -166,7 +166,7 @@ def sweep_gradients(
     scales = slopes[:, 1:listed] if options.exponential else (classes[:, 1:] < weight.shape[0]).to(wide)
     factors = torch.cat([target_factor[:, None], hinge_factor[:, None] * scales], 1)
     order = classes.flatten().argsort(stable=True) if needed[1] else classes.new_empty(0)
-    gradients = kernels.cosine_pairs_backward(
+    gradients = called.cosine_pairs_backward(
         factors,
         classes,
         order,
@@ -175,7 +175,7 @@ def sweep_gradients(
         rows[INVERSE_NORM].to(wide),
         inverse_norm,
         options.eps,
-        partial,
+        is_shard,
         *needed,
     )
     return asked(needed, gradients)
@@ -218,18 +218,18 @@ class _AgentHinge(Function):
         # Both losses stand on this op; the sentence names the one that is the other's pattern.
         name = "c_triplet_loss" if options.triplet else "c_contrastive_loss"
         origins = grad_target, grad_value, x, weight
-        return *ops._no_second_derivative(name, gradients, *origins), None, None, None
+        return *no_second_derivative(name, gradients, *origins), None, None, None
 
 
 def agent_hinge(
     x: Tensor, weight: Tensor, labels: Tensor, margin: Tensor | None, options: HingeOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight = ops.as_recorded(x, weight)
+    x, weight = detach_without_grad(x, weight)
     result: tuple[Tensor, Tensor, Tensor] = _AgentHinge.apply(x, weight, labels, margin, options)
     return result
 
 
-ops.add_fakes(
+add_fakes(
     {
         "target_cosine": _target_cosine_fake,
         "agent_hinge": _agent_hinge_fake,

@@ -11,10 +11,13 @@ from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from . import _caffe_losses, _checks, ops, reference
-from ._arguments import flag, number
-from ._hinge_ops import HingeOptions
-from .plan import plan
+from .. import reference
+from ..caffe import released_losses
+from ..engine import checks
+from ..engine.arguments import flag, number
+from ..engine.calls import accumulator, plan_device
+from ..engine.plan import plan
+from .ops import HingeOptions
 
 
 class AgentRows(NamedTuple):
@@ -68,7 +71,7 @@ class AgentOptions:
     def check_device(self, op: str, x: Tensor) -> None:
         """A margin that is a tensor is read where x lies."""
         if isinstance(self.margin, Tensor):
-            _checks.same_device(op, "neg_margin", self.margin, "x", x)
+            checks.same_device(op, "neg_margin", self.margin, "x", x)
 
     def sweep_options(
         self,
@@ -81,11 +84,11 @@ class AgentOptions:
     ) -> tuple[Tensor | None, HingeOptions]:
         """(the margin where it is a tensor, the other arguments of the sweep) for x [N, D] and `classes`."""
         batch, dim = x.shape
-        wide, classes = ops._accumulator(x.dtype), max(1, classes)
-        chosen = plan(batch, max(1, dim), classes, wide, ops.plan_device(x), workspace=workspace)
+        wide, classes = accumulator(x.dtype), max(1, classes)
+        chosen = plan(batch, max(1, dim), classes, wide, plan_device(x), workspace=workspace)
         if self.hardest_only:
             capacity = 1
-        elif not _checks.has_values(x):
+        elif not checks.has_values(x):
             capacity = 0  # following a list needs its length on the host
         elif active_limit is not None:
             capacity = min(active_limit, classes - 1)
@@ -129,7 +132,7 @@ class AgentOptions:
         loss: Tensor = getattr(reference, name)(
             distances, None, labels, ignore_index=ignore_index, reduction=reduction, **vars(self)
         )
-        wide = distances.detach().to(ops._accumulator(distances.dtype))
+        wide = distances.detach().to(accumulator(distances.dtype))
         target, others = reference._split(wide, labels)
         hinge_sum = (self.margin - others).clamp_min(0).sum(1)
         kept, distance_sum = labels != ignore_index, wide.sum(1) - target
@@ -137,7 +140,7 @@ class AgentOptions:
 
     def of_caffe(self, distances: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, gradient [N, C], stats) as the released layers have them."""
-        released: Any = _caffe_losses.triplet if self.triplet else _caffe_losses.contrastive
+        released: Any = released_losses.triplet if self.triplet else released_losses.contrastive
         result: tuple[Tensor, Tensor, Tensor] = released(distances, labels, **vars(self))
         return result
 
@@ -205,7 +208,7 @@ class ContrastiveOptions(AgentOptions):
             plain = number(op, "neg_margin", margin)
             if not isinstance(margin, (int, float)):
                 foreign["neg_margin"] = plain
-        elif margin.dim() != 0 or margin.dtype not in _checks.FLOATING or margin.requires_grad:
+        elif margin.dim() != 0 or margin.dtype not in checks.FLOATING or margin.requires_grad:
             raise ValueError(
                 f"{op}: expected `neg_margin` to be a number or a 0-d floating tensor without gradient, got"
                 f" {margin.dtype} of shape {list(margin.shape)}{' with gradient' * margin.requires_grad}"

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._files import quoted
-from ..modules import gaussian_unitball_
+from ..cosine.rows import gaussian_unitball_
+from ..engine.files import quoted
 from .spec import Context, Spec
 
 FILLERS = ("constant", "uniform", "gaussian", "gaussian_unitball", "xavier", "msra")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from .._files import quoted
+from ..engine.files import quoted
 from ..optim import is_scale
 from .build import MOST_LAYERS, PHASES, Layers, build, create_blobs, phases
 from .layer import Layer

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .. import _checks, functional
-from .._files import quoted
-from ..modules import unit_rows_
+from .. import functional
+from ..cosine.rows import unit_rows_
+from ..engine import checks
+from ..engine.files import quoted
 from .fillers import MOST_NUMBERS, check_filler
 from .layer import Layer
 from .spec import Context, Spec
@@ -140,20 +141,20 @@ class Agents(Layer):
 
     def operands(self, bottoms: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """(x [N, D], weight [C, D]) of the bottoms and the parameter, checked against each other."""
-        x = _checks.floating("forward", "bottom 0", bottoms[0])
+        x = checks.floating("forward", "bottom 0", bottoms[0])
         if x.dim() < 2:
             raise ValueError(f"expected bottom 0 to be [N, D, ...], got shape {list(x.shape)}")
         x = x.flatten(1)
         if self.own:
             self.materialize(x.shape[1], x)
             assert self.weight is not None
-            return _checks.features_and_weight(self._get_name(), x, self.weight)
+            return checks.features_and_weight(self._get_name(), x, self.weight)
         weight = bottoms[1]
         if self.num_output and weight.shape[:1] != (self.num_output,):
             raise ValueError(
                 f"expected bottom 1 to be [{self.num_output}, D], got shape {list(weight.shape)}"
             )
-        return _checks.features_and_weight(self._get_name(), x, weight)
+        return checks.features_and_weight(self._get_name(), x, weight)
 
 
 class InnerProduct(Agents):
@@ -289,7 +290,7 @@ class Scale(Layer):
         return self.scale
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        return (_checks.floating("forward", "bottom 0", x) * self.bounded_scale().to(x.dtype),)
+        return (checks.floating("forward", "bottom 0", x) * self.bounded_scale().to(x.dtype),)
 
     def extra_repr(self) -> str:
         return f"{self.wiring}, scale={float(self.scale.detach()):g}"

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import torch
 
-from .. import _checks
-from .._arguments import choice, integer
-from .._files import clip, file_name, listing, read_bytes
+from ..engine import checks
+from ..engine.arguments import choice, integer
+from ..engine.files import clip, file_name, listing, read_bytes
 from .graph import Head
 from .prototxt import LONGEST_TEXT, parse_text
 from .spec import Context, Report, Spec
@@ -52,7 +52,7 @@ def load_head(
     mode = choice("load_head", "mode", mode, MODES)
     if in_features is not None:
         in_features = integer("load_head", "in_features", in_features, 1)
-    eps = _checks.eps("load_head", eps)
+    eps = checks.eps("load_head", eps)
     where, text = _read(path_or_text)
     net, lines = parse_text(text, where)
     report = Report(where)

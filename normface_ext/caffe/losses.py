@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from .. import _checks, functional
+from .. import functional
+from ..engine import checks
 from .layer import Layer
 from .spec import Context, Spec
 
@@ -20,8 +21,8 @@ NO_IGNORED_LABEL = torch.iinfo(torch.int64).min
 
 
 def scores_and_labels(op: str, scores: object, labels: object, ignored: int) -> tuple[Tensor, Tensor]:
-    checked = _checks.matrix(op, "bottom 0", scores, "[N, C]")
-    return checked, _checks.labels(op, labels, checked, checked.shape[1], ignored)
+    checked = checks.matrix(op, "bottom 0", scores, "[N, C]")
+    return checked, checks.labels(op, labels, checked, checked.shape[1], ignored)
 
 
 class SoftmaxWithLoss(Layer):

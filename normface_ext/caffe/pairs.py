@@ -7,7 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import _caffe_losses, _checks, _distance_ops, functional
+from .. import functional
+from ..distances.ops import pair_distance, with_gradient
+from ..engine import checks
+from . import released_losses
 from .layer import Layer
 from .spec import Context, Spec
 
@@ -16,7 +19,7 @@ def _rows(kind: str, bottoms: tuple[Tensor, ...]) -> list[Tensor]:
     """Bottoms [N, D] or [N, D, 1, 1] as matrices of one shape."""
     rows = []
     for i, bottom in enumerate(bottoms):
-        checked = _checks.floating(kind, f"bottom {i}", bottom)
+        checked = checks.floating(kind, f"bottom {i}", bottom)
         if checked.dim() < 2 or checked.shape != bottoms[0].shape or checked[:1, :1].numel() > 1:
             raise ValueError(
                 f"{kind}: expected bottom {i} to be [N, D] or [N, D, 1, 1], like bottom 0, got shape"
@@ -42,16 +45,16 @@ class ContrastiveLoss(Layer):
 
     def forward(self, a: Tensor, b: Tensor, label_a: Tensor, label_b: Tensor) -> tuple[Tensor]:
         a, b = _rows("ContrastiveLoss", (a, b))
-        labels = [_checks.label_rows("ContrastiveLoss", given, a) for given in (label_a, label_b)]
+        labels = [checks.label_rows("ContrastiveLoss", given, a) for given in (label_a, label_b)]
         same = labels[0] == labels[1]
         if not self.legacy and not self.hard:
             return (functional.pair_contrastive_loss(a, b, same, margin=self.margin),)
-        squared = _distance_ops.pair_distance(a, b, 2)
+        squared = pair_distance(a, b, 2)
         if self.legacy:
             losses = torch.where(same, squared, (self.margin - squared).clamp_min(0))
             return (losses.sum() / (2 * max(1, len(a))),)
-        value, gradient = _caffe_losses.pair_contrastive(squared.detach(), same, self.margin)
-        return (_distance_ops.with_gradient("pair_contrastive_loss", squared, value, gradient),)
+        value, gradient = released_losses.pair_contrastive(squared.detach(), same, self.margin)
+        return (with_gradient("pair_contrastive_loss", squared, value, gradient),)
 
 
 class TripletLoss(Layer):

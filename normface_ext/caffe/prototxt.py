@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from .._files import clip, quoted
+from ..engine.files import clip, quoted
 from .proto import messages, require
 
 #: Characters of a file, twice as many as the largest released nets have. Beyond it reading takes seconds.

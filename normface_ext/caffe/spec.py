@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .._files import clip, quoted
+from ..engine.files import clip, quoted
 from .prototxt import Lines
 
 #: So many problems of a file are kept; the others are counted.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._files import clip, file_name, listing, read_bytes, reading
+from ..engine.files import clip, file_name, listing, read_bytes, reading
 from .build import Layers
 from .fillers import dtype_of
 from .layer import Layer

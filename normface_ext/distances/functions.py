@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks, _distance_ops, ops, reference
-from ._arguments import flag, number
+from .. import reference
+from ..cosine.ops import normalize as unit_rows
+from ..engine import checks
+from ..engine.arguments import flag, number
+from ..engine.calls import accumulator
+from . import ops
 
 
 def inner_distance(
@@ -46,9 +50,9 @@ def inner_distance(
         IndexError: a label out of range (on CUDA the kernel aborts).
     """
     op = "inner_distance"
-    _checks.features_and_weight(op, x, weight)
-    p = _checks.exponent(op, p)
-    eps = _checks.eps(op, eps)
+    checks.features_and_weight(op, x, weight)
+    p = checks.exponent(op, p)
+    eps = checks.eps(op, eps)
     normalize = flag(op, "normalize", normalize)
     update_center_only = flag(op, "update_center_only", update_center_only)
     if update_center_only != (labels is not None):
@@ -57,22 +61,22 @@ def inner_distance(
             f" update_center_only={update_center_only} and labels {'missing' if labels is None else 'given'}"
         )
     if labels is not None:
-        _checks.labels(op, labels, x, weight.shape[0], 0)  # 0 is in range anyhow: it exempts nothing
+        checks.labels(op, labels, x, weight.shape[0], 0)  # 0 is in range anyhow: it exempts nothing
     if normalize:
-        wide = weight.to(ops._accumulator(weight.dtype))
-        weight = ops.normalize(wide.contiguous(), 1, 2, eps)[0]
-    return _distance_ops.inner_distance(x, weight, labels, p)
+        wide = weight.to(accumulator(weight.dtype))
+        weight = unit_rows(wide.contiguous(), 1, 2, eps)[0]
+    return ops.inner_distance(x, weight, labels, p)
 
 
 def _rows(op: str, name: str, value: object, like: Tensor) -> Tensor:
-    rows = _checks.matrix(op, name, value, "[N, D]")
+    rows = checks.matrix(op, name, value, "[N, D]")
     if rows.shape != like.shape:
         raise ValueError(f"{op}: expected `{name}` to have shape {list(like.shape)}, got {list(rows.shape)}")
     if (rows.dtype == torch.float64) != (like.dtype == torch.float64):
         raise TypeError(
             f"{op}: expected `{name}` to be float64 only together with the others, got {rows.dtype}"
         )
-    _checks.same_device(op, name, rows, "the first", like)
+    checks.same_device(op, name, rows, "the first", like)
     return rows
 
 
@@ -98,19 +102,19 @@ def pair_contrastive_loss(
         ValueError: shapes, devices, values.
     """
     op = "pair_contrastive_loss"
-    a = _checks.matrix(op, "a", a, "[N, D]")
+    a = checks.matrix(op, "a", a, "[N, D]")
     b = _rows(op, "b", b, a)
-    checked = _checks.tensor(op, "same", same)
+    checked = checks.tensor(op, "same", same)
     if checked.dtype not in (torch.bool, torch.int64):
         raise TypeError(f"{op}: expected `same` to be bool or int64, got {checked.dtype}")
     if checked.shape != a.shape[:1]:
         raise ValueError(f"{op}: expected `same` to have shape [{a.shape[0]}], got {list(checked.shape)}")
-    _checks.same_device(op, "same", checked, "a", a)
-    if checked.dtype == torch.int64 and _checks.readable(checked) and ((checked != 0) & (checked != 1)).any():
+    checks.same_device(op, "same", checked, "a", a)
+    if checked.dtype == torch.int64 and checks.readable(checked) and ((checked != 0) & (checked != 1)).any():
         raise ValueError(f"{op}: expected `same` to hold 0 and 1, got {checked.unique().tolist()}")
     margin = number(op, "margin", margin)
-    _checks.reduction(op, reduction)
-    squared = _distance_ops.pair_distance(a, b, 2)
+    checks.reduction(op, reduction)
+    squared = ops.pair_distance(a, b, 2)
     apart = squared != 0  # true of NaN, which shows
     distance = torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
     losses = torch.where(checked.bool(), squared, (margin - distance).clamp_min(0).square()) / 2
@@ -138,13 +142,13 @@ def triplet_loss(
         ValueError: shapes, devices, values.
     """
     op = "triplet_loss"
-    anchor = _checks.matrix(op, "anchor", anchor, "[N, D]")
+    anchor = checks.matrix(op, "anchor", anchor, "[N, D]")
     positive = _rows(op, "positive", positive, anchor)
     negative = _rows(op, "negative", negative, anchor)
     margin = number(op, "margin", margin)
-    _checks.reduction(op, reduction)
-    anchor = anchor.to(ops._accumulator(anchor.dtype))  # its two gradients meet before they are rounded
-    near = _distance_ops.pair_distance(anchor, positive, 2)
-    far = _distance_ops.pair_distance(anchor, negative, 2)
+    checks.reduction(op, reduction)
+    anchor = anchor.to(accumulator(anchor.dtype))  # its two gradients meet before they are rounded
+    near = ops.pair_distance(anchor, positive, 2)
+    far = ops.pair_distance(anchor, negative, 2)
     losses = (margin + near - far).clamp_min(0)
     return reference._reduce(losses, torch.ones_like(losses, dtype=torch.bool), reduction)

@@ -1,4 +1,4 @@
-"""The ops of the distances, in the manner of ``ops``: fake, Function, wrapper."""
+"""The ops of the distances: fake, Function, wrapper. No checks, no defaults."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import ops
+from ..engine.autograd import asked, detach_without_grad, no_second_derivative
+from ..engine.calls import accumulator, add_fakes, kernels
 
 
 def gradients_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Of a backward op of two operands: (grad, a, b, ..., need_a, need_b)."""
     _, a, b, *_, need_a, need_b = arguments
     return a.new_empty(a.shape if need_a else [0]), b.new_empty(b.shape if need_b else [0])
-
-
-def asked(needed: tuple[bool, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(g if need else None for need, g in zip(needed, gradients, strict=True))
 
 
 # inner_distance -------------------------------------------------------------------------------------
@@ -39,7 +36,7 @@ class _InnerDistance(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor | None, p: int) -> Tensor:
         need_near = any(ctx.needs_input_grad[:2])
         out: Tensor
-        out, near = ops._kernels(x, weight).inner_distance(x.contiguous(), weight.contiguous(), p, need_near)
+        out, near = kernels(x, weight).inner_distance(x.contiguous(), weight.contiguous(), p, need_near)
         ctx.save_for_backward(near, x, weight, None if labels is None else labels.contiguous())
         ctx.p = p
         return out
@@ -49,16 +46,16 @@ class _InnerDistance(Function):
         near, x, weight, labels = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         with torch.no_grad():
-            gradients = ops._kernels(x, weight).inner_distance_backward(
+            gradients = kernels(x, weight).inner_distance_backward(
                 grad.contiguous(), near, x.contiguous(), weight.contiguous(), labels, ctx.p, *needed
             )
         given = asked(needed, gradients)
-        return *ops._no_second_derivative("inner_distance", given, grad, x, weight), None, None
+        return *no_second_derivative("inner_distance", given, grad, x, weight), None, None
 
 
 def inner_distance(x: Tensor, weight: Tensor, labels: Tensor | None, p: int) -> Tensor:
     """With ``labels`` the weight's gradient counts the cells (i, labels[i]) only."""
-    x, weight = ops.as_recorded(x, weight)
+    x, weight = detach_without_grad(x, weight)
     result: Tensor = _InnerDistance.apply(x, weight, labels, p)
     return result
 
@@ -67,7 +64,7 @@ def inner_distance(x: Tensor, weight: Tensor, labels: Tensor | None, p: int) -> 
 
 
 def _pair_distance_fake(a: Tensor, b: Tensor, p: int) -> Tensor:
-    return a.new_empty([a.shape[0]], dtype=ops._accumulator(a.dtype))
+    return a.new_empty([a.shape[0]], dtype=accumulator(a.dtype))
 
 
 class _PairDistance(Function):
@@ -75,7 +72,7 @@ class _PairDistance(Function):
     def forward(ctx: Any, a: Tensor, b: Tensor, p: int) -> Tensor:
         ctx.save_for_backward(a, b)
         ctx.p = p
-        out: Tensor = ops._kernels(a, b).pair_distance(a.contiguous(), b.contiguous(), p)
+        out: Tensor = kernels(a, b).pair_distance(a.contiguous(), b.contiguous(), p)
         return out
 
     @staticmethod
@@ -83,11 +80,11 @@ class _PairDistance(Function):
         a, b = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         with torch.no_grad():
-            gradients = ops._kernels(a, b).pair_distance_backward(
+            gradients = kernels(a, b).pair_distance_backward(
                 grad.contiguous(), a.contiguous(), b.contiguous(), ctx.p, *needed
             )
         given = asked(needed, gradients)
-        return *ops._no_second_derivative("pair_distance", given, grad, a, b), None
+        return *no_second_derivative("pair_distance", given, grad, a, b), None
 
 
 def pair_distance(a: Tensor, b: Tensor, p: int) -> Tensor:
@@ -111,7 +108,7 @@ class _WithGradient(Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         distances, gradient = ctx.saved_tensors
         grad = upstream.detach() * gradient
-        return None, *ops._no_second_derivative(ctx.op, (grad,), upstream, distances), None, None
+        return None, *no_second_derivative(ctx.op, (grad,), upstream, distances), None, None
 
 
 def with_gradient(op: str, distances: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
@@ -119,7 +116,7 @@ def with_gradient(op: str, distances: Tensor, value: Tensor, gradient: Tensor) -
     return result
 
 
-ops.add_fakes(
+add_fakes(
     {
         "inner_distance": _inner_distance_fake,
         "inner_distance_backward": _inner_distance_backward_fake,

@@ -6,13 +6,13 @@ ranks exchange the features, three sums per row, and the features' gradient, thr
 ``torchrun`` and ``torch.distributed`` set up; gloo and NCCL both serve.
 """
 
+from .agents import c_contrastive_loss, c_triplet_loss
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from .functional import normface_loss
-from .metric import c_contrastive_loss, c_triplet_loss
 from .modules import ShardedNormFaceLoss, shard_head
 from .optim import RowAdamW, RowSGD, clip_grad_norm_
 from .sampling import ClassSampler
 from .shard import ClassShard
+from .softmax import normface_loss
 
 __all__ = [
     "ClassSampler",

@@ -10,13 +10,16 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 
-from .. import _checks, _hinge_ops, ops, reference
-from .._agent_options import AgentOptions, AgentRows, ContrastiveOptions, TripletOptions
-from .._arguments import flag
-from .._hinge_ops import HINGE_BEST, HINGE_SLOPE, HINGE_VALUE, INVERSE_NORM, HingeOptions
+from .. import reference
+from ..agents import ops
+from ..agents.ops import HINGE_BEST, HINGE_SLOPE, INVERSE_NORM, LOSS_VALUE, HingeOptions
+from ..agents.options import AgentOptions, AgentRows, ContrastiveOptions, TripletOptions
+from ..engine import checks
+from ..engine.arguments import flag
+from ..engine.autograd import detach_without_grad, no_second_derivative
 from .collectives import Batch, ScatteredRows, add_over_shards, gather_rows, largest_over_shards
-from .functional import check_backbone_gradients, narrow
 from .shard import IGNORED, ClassShard
+from .softmax import check_backbone_gradients, store_as
 
 
 def _holds_hardest(best: Tensor, shard: ClassShard) -> Tensor:
@@ -27,7 +30,7 @@ def _holds_hardest(best: Tensor, shard: ClassShard) -> Tensor:
 
 
 class _ClassParallelHinge(Function):
-    """As ``_hinge_ops._AgentHinge`` for the rows of all ranks: (target distance, hinges, slopes), [W * each]
+    """As ``ops._AgentHinge`` for the rows of all ranks: (target distance, hinges, slopes), [W * each]
     each, the same on every rank.
 
     With ``separate`` the gradients that come back are each rank's own rows' and add up; otherwise they are
@@ -49,10 +52,10 @@ class _ClassParallelHinge(Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         agents = weight.contiguous()
         capacity = options.capacity if any(ctx.needs_input_grad[:2]) else 0
-        part = _hinge_ops.target_cosine(batch.x, agents, places, options, True)
+        part = ops.target_cosine(batch.x, agents, places, options, True)
         (cosine,) = add_over_shards([part], shard.group)
-        target, _, *state = _hinge_ops.sweep(batch.x, agents, places, cosine, margin, options, capacity, True)
-        value, slope = state[0][HINGE_VALUE], state[0][HINGE_SLOPE]
+        target, _, *state = ops.sweep(batch.x, agents, places, cosine, margin, options, capacity, True)
+        value, slope = state[0][LOSS_VALUE], state[0][HINGE_SLOPE]
         mine = torch.ones_like(places, dtype=torch.bool)
         if options.hardest:
             mine = _holds_hardest(state[0][HINGE_BEST], shard)
@@ -76,18 +79,18 @@ class _ClassParallelHinge(Function):
             if ctx.separate:
                 parts = [grad_target, grad_value]
                 grad_target, grad_value = (g.to(slope.dtype) for g in add_over_shards(parts, shard.group))
-            target_factor, hinge_factor = _hinge_ops.cosine_factors(
+            target_factor, hinge_factor = ops.cosine_factors(
                 state[0], slope, grad_target, grad_value, options.triplet
             )
             hinge_factor = torch.where(mine, hinge_factor, 0)
-            dx, dw = _hinge_ops.sweep_gradients(
+            dx, dw = ops.sweep_gradients(
                 target_factor, hinge_factor, x, agents, places, state, options, ctx.capacity, needed, True
             )
             if dx is not None:
                 moved = ScatteredRows(dx, batch, shard.group).wait() * ctx.replicas
-                dx = narrow(moved, x.dtype, batch.own(state[0][INVERSE_NORM]), options.eps)
+                dx = store_as(moved, x.dtype, batch.own(state[0][INVERSE_NORM]), options.eps)
         name = "c_triplet_loss" if options.triplet else "c_contrastive_loss"
-        return *ops._no_second_derivative(name, (dx if own_x else None, dw), *origins), *[None] * 7
+        return *no_second_derivative(name, (dx if own_x else None, dw), *origins), *[None] * 7
 
 
 def _loss(
@@ -109,15 +112,15 @@ def _loss(
     op = f"distributed.{op}"
     if isinstance(weight, DTensor):
         weight = weight.to_local()  # differentiable
-    _checks.features_and_shard(op, x, weight, shard.count)
-    ignore_index = _checks.ignore_index(op, ignore_index)
-    _checks.labels(op, labels, x, shard.num_classes, ignore_index)
+    checks.features_and_shard(op, x, weight, shard.count)
+    ignore_index = checks.ignore_index(op, ignore_index)
+    checks.labels(op, labels, x, shard.num_classes, ignore_index)
     options = options.checked(op, "math")
     options.check_device(op, x)
-    _checks.reduction(op, reduction)
-    eps = _checks.eps(op, eps)
-    workspace = _checks.workspace(op, workspace)
-    active_limit = _checks.active_limit(op, active_limit)
+    checks.reduction(op, reduction)
+    eps = checks.eps(op, eps)
+    workspace = checks.workspace(op, workspace)
+    active_limit = checks.active_limit(op, active_limit)
     check_backbone_gradients(op, backbone_gradients)
     flag(op, "equal_batches", equal_batches)
     check_finite = flag(op, "check_finite", check_finite)
@@ -127,7 +130,7 @@ def _loss(
     places = shard.places(batch.labels, ignore_index)
     margin, given = options.sweep_options(batch.x, shard.count, IGNORED, eps, workspace, active_limit)
     replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
-    x, weight = ops.as_recorded(x, weight)
+    x, weight = detach_without_grad(x, weight)
     found = _ClassParallelHinge.apply(
         x, weight, batch, places, margin, given, reduction == "none", replicas, shard
     )

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from .._arguments import integer
+from ..engine.arguments import integer
 from .collectives import explained
 from .contents import check_fits, check_plain, nonfinite
 from .manifest import NAME, Manifest

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .. import _checks
+from ..engine import checks
 from .shard import ClassShard
 
 # torch 2.13 gave both collectives new names and warns of the old ones.
@@ -73,9 +73,9 @@ class Batch:
         def of_rank(index: int) -> str:
             return f"{index % self.each} of rank {index // self.each}"
 
-        _checks.finite_rows(op, "x", self.x, _checks.weighed(kept, self.sample_weight), of_rank)
+        checks.finite_rows(op, "x", self.x, checks.weighed(kept, self.sample_weight), of_rank)
         if self.sample_weight is not None:
-            _checks.finite_rows(op, "sample_weight", self.sample_weight, kept, of_rank)
+            checks.finite_rows(op, "sample_weight", self.sample_weight, kept, of_rank)
         bad = (~weight.detach().isfinite().all(1)).nonzero()[:, 0]
         last = bad[-1:].add(shard.first) if bad.numel() else bad.new_full((1,), -1)
         if scale is not None and not scale.detach().isfinite():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.optim import Optimizer
 
-from .._checks import FLOATING
+from ..engine.checks import FLOATING
 from .manifest import Manifest
 from .rows import local
 

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from .._arguments import RATE, flag, integer, number
-from ..modules import NormFaceLoss, unit_rows_
-from . import functional
+from ..cosine.rows import unit_rows_
+from ..engine.arguments import RATE, flag, integer, number
+from ..softmax.layers import NormFaceLoss
+from . import softmax
 from .sampling import ClassSampler
 from .shard import ClassShard
 
@@ -39,7 +40,7 @@ class ShardedNormFaceLoss(NormFaceLoss):
         super().__init__(
             head.in_features,
             head.num_classes,
-            scale=head._scale_value(),
+            scale=head.scale_value(),
             margin=head.margin,
             reduction=head.reduction,
             ignore_index=head.ignore_index,
@@ -90,7 +91,7 @@ class ShardedNormFaceLoss(NormFaceLoss):
                 self._draw_(self.weight.to_local())
 
     def forward(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        return functional.normface_loss(
+        return softmax.normface_loss(
             features,
             self.weight,
             labels,
@@ -172,7 +173,7 @@ def shard_head(
         raise ValueError(f"{op}: expected `mesh` to be 1-D, got {mesh.ndim} dimensions; pass mesh['name']")
     sample_rate = number(op, "sample_rate", sample_rate, RATE)
     seed = integer(op, "seed", seed, 0, (1 << 32) - 1)
-    functional.check_backbone_gradients(op, backbone_gradients)
+    softmax.check_backbone_gradients(op, backbone_gradients)
     equal_batches = flag(op, "equal_batches", equal_batches)
     return ShardedNormFaceLoss(
         head,

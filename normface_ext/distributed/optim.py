@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from .._arguments import ABOVE_ZERO, AT_LEAST_ZERO, FRACTION, flag, number
+from ..engine.arguments import ABOVE_ZERO, AT_LEAST_ZERO, FRACTION, flag, number
 from .collectives import explained
 from .rows import TouchedRows, local, sharded_dimensions
 

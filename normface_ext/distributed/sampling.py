@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._arguments import BETWEEN_0_AND_1, INT64_MAX, INT64_MIN, integer, number
+from ..engine.arguments import BETWEEN_0_AND_1, INT64_MAX, INT64_MIN, integer, number
 from .shard import ClassShard
 
 _BITS = 53  # of the hash that are used: exact in a float64

@@ -10,11 +10,15 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 
-from .. import _C, _checks, ops
-from .._arguments import choice, flag, number
-from ..functional import operand_dtype
-from ..margins import Margin
-from ..plan import plan
+from .. import _C
+from ..engine import checks
+from ..engine.arguments import choice, flag, number
+from ..engine.autograd import detach_without_grad, no_second_derivative
+from ..engine.calls import plan_device
+from ..engine.plan import plan
+from ..softmax import ops
+from ..softmax.functions import product_dtype
+from ..softmax.margins import Margin, margin_argument
 from .collectives import (
     Batch,
     ScatteredRows,
@@ -123,9 +127,9 @@ class _ClassParallelLoss(Function):
         dx = None
         if moving is not None:
             norms = batch.own(swept[0][ops.INVERSE_NORM])
-            dx = narrow(moving.wait() * ctx.replicas, x.dtype, norms, options.eps)
+            dx = store_as(moving.wait() * ctx.replicas, x.dtype, norms, options.eps)
         given = (dx if own_x else None, dw, ds.to(scale.dtype) if need_scale else None)
-        dx, dw, dscale = ops._no_second_derivative("normface_loss", given, *origins)
+        dx, dw, dscale = no_second_derivative("normface_loss", given, *origins)
         if dw is not None and rows is not None:
             dw = torch.sparse_coo_tensor(
                 (rows + ctx.first)[None], dw, ctx.weight_shape, is_coalesced=True, check_invariants=False
@@ -133,7 +137,7 @@ class _ClassParallelLoss(Function):
         return dx, dw, dscale, *[None] * 8
 
 
-def narrow(gradient: Tensor, dtype: torch.dtype, inverse_norm: Tensor, eps: float) -> Tensor:
+def store_as(gradient: Tensor, dtype: torch.dtype, inverse_norm: Tensor, eps: float) -> Tensor:
     """To the features' dtype. In float16 the rows whose norm is mostly eps, zero rows above all, are held at
     the largest half (math::ruled_by_eps); an overflow elsewhere stays one, for a GradScaler to see."""
     if dtype == torch.float16:
@@ -203,23 +207,23 @@ def normface_loss(
         RuntimeError: a rank died or came too late.
     """
     local = weight.to_local() if isinstance(weight, DTensor) else weight
-    _checks.features_and_shard(OP, x, local, shard.count)
-    ignore_index = _checks.ignore_index(OP, ignore_index)
-    _checks.labels(OP, labels, x, shard.num_classes, ignore_index)
-    scale_tensor, scale_value = _checks.scale(OP, scale, x)
-    psi = _checks.margin(OP, margin)
+    checks.features_and_shard(OP, x, local, shard.count)
+    ignore_index = checks.ignore_index(OP, ignore_index)
+    checks.labels(OP, labels, x, shard.num_classes, ignore_index)
+    scale_tensor, scale_value = checks.scale(OP, scale, x)
+    psi = margin_argument(OP, margin)
     check_backbone_gradients(OP, backbone_gradients)
     flag(OP, "equal_batches", equal_batches)
     check_finite = flag(OP, "check_finite", check_finite)
-    workspace = _checks.workspace(OP, workspace)
+    workspace = checks.workspace(OP, workspace)
     if largest_scale is not None:
         largest_scale = number(OP, "largest_scale", largest_scale, kind="a number or None")
-    smoothing = _checks.smoothing(OP, label_smoothing)
+    smoothing = checks.smoothing(OP, label_smoothing)
     if sample is not None and smoothing > 0:
         raise ValueError(f"{OP}: expected `label_smoothing` 0 with sampled classes, got {smoothing}")
-    code, eps = _checks.reduction(OP, reduction), _checks.eps(OP, eps)
-    row_weight = _checks.weights(OP, "sample_weight", sample_weight, x, x.shape[0])
-    factors = _checks.weights(OP, "class_weight", class_weight, x, shard.num_classes)
+    code, eps = checks.reduction(OP, reduction), checks.eps(OP, eps)
+    row_weight = checks.weights(OP, "sample_weight", sample_weight, x, x.shape[0])
+    factors = checks.weights(OP, "class_weight", class_weight, x, shard.num_classes)
     if factors is not None:
         factors = factors[shard.first : shard.first + shard.count]
 
@@ -241,7 +245,7 @@ def normface_loss(
     elif isinstance(weight, DTensor):
         weight = weight.to_local()  # differentiable; a sparse gradient goes past it
     classes = shard.count if rows is None else rows.shape[0]
-    operand = operand_dtype(x, local)
+    product_precision = product_dtype(x, local)
     options = ops.LossOptions(
         scale_value=scale_value,
         margin=psi,
@@ -250,14 +254,19 @@ def normface_loss(
         eps=eps,
         smoothing=smoothing,
         plan=plan(
-            batch.x.shape[0], x.shape[1], max(1, classes), operand, ops.plan_device(x), workspace=workspace
+            batch.x.shape[0],
+            x.shape[1],
+            max(1, classes),
+            product_precision,
+            plan_device(x),
+            workspace=workspace,
         ),
-        operand=operand,
-        classes_in_all=shard.num_classes,
-        partial=True,
+        product_precision=product_precision,
+        total_classes=shard.num_classes,
+        is_shard=True,
     )
     replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
-    x, weight = ops.as_recorded(x, weight)
+    x, weight = detach_without_grad(x, weight)
     loss: Tensor = _ClassParallelLoss.apply(
         x,
         weight,

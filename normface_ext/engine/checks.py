@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from . import _arguments
-from ._arguments import INT64_MAX, INT64_MIN, choice, integer, number
-from .margins import NO_MARGIN, Margin
+from . import arguments
+from .arguments import INT64_MAX, INT64_MIN, choice, integer, number
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -54,7 +53,7 @@ def same_device(op: str, name: str, value: Tensor, other: str, reference: Tensor
 
 
 def eps(op: str, value: object) -> float:
-    return number(op, "eps", value, _arguments.NOT_NEGATIVE)
+    return number(op, "eps", value, arguments.NOT_NEGATIVE)
 
 
 def exponent(op: str, value: object) -> int:
@@ -64,7 +63,7 @@ def exponent(op: str, value: object) -> int:
     except (TypeError, ValueError):
         p = 0.0
     if p not in (1.0, 2.0):
-        raise ValueError(f"{op}: expected `p` to be 1 or 2, got {_arguments.shown(value)}")
+        raise ValueError(f"{op}: expected `p` to be 1 or 2, got {arguments.shown(value)}")
     return int(p)
 
 
@@ -90,7 +89,7 @@ def reduction(op: str, value: object) -> int:
 
 
 def smoothing(op: str, value: object) -> float:
-    return number(op, "label_smoothing", value, _arguments.FRACTION)
+    return number(op, "label_smoothing", value, arguments.FRACTION)
 
 
 def floating_dtype(op: str, value: object) -> torch.dtype:
@@ -107,7 +106,7 @@ def device(op: str, value: object) -> torch.device:
     try:
         return torch.device(value)  # type: ignore[call-overload, no-any-return]
     except (TypeError, RuntimeError):
-        raise ValueError(f"{op}: expected `device` to be a device, got {_arguments.shown(value)}") from None
+        raise ValueError(f"{op}: expected `device` to be a device, got {arguments.shown(value)}") from None
 
 
 # Tensors.
@@ -253,15 +252,6 @@ def finite_operands(
         finite_rows(op, "scale", scale)
     if sample_weight is not None:
         finite_rows(op, "sample_weight", sample_weight, kept)
-
-
-def margin(op: str, value: object) -> Margin:
-    if value is not None and (not isinstance(value, Margin) or type(value) is Margin):
-        raise TypeError(
-            f"{op}: expected `margin` to be CosFace, ArcFace, CombinedMargin or None,"
-            f" got {type(value).__name__}"
-        )
-    return value or NO_MARGIN
 
 
 def factors(op: str, name: str, value: object, count: int) -> Tensor:

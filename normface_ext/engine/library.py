@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch._ops import _OpNamespace
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent.parent
 _CUDA_LIBRARY = _FOLDER / "_cuda.so"
 
 if importlib.util.find_spec("normface_ext._C") is None:

@@ -15,8 +15,8 @@ from typing import overload
 
 import torch
 
-from . import _checks
-from ._arguments import RATE, choice, integer, number
+from . import checks
+from .arguments import RATE, choice, integer, number
 from .sharded_plan import OPTIMIZER_STATES, ShardedPlan, sharded_plan
 
 GIB = 1 << 30
@@ -149,8 +149,8 @@ def plan(
     """
     batch = integer("plan", "batch", batch, 0)
     dim, classes = integer("plan", "dim", dim, 1), integer("plan", "classes", classes, 1)
-    dtype, workspace = _checks.floating_dtype("plan", dtype), _checks.workspace("plan", workspace)
-    device = _checks.device("plan", device)
+    dtype, workspace = checks.floating_dtype("plan", dtype), checks.workspace("plan", workspace)
+    device = checks.device("plan", device)
     kind = device.type
     budget = _default_workspace(kind, device) if workspace is None else workspace
 

@@ -7,7 +7,7 @@ import csv
 import sys
 from pathlib import Path
 
-from .._files import clip, file_name
+from ..engine.files import clip, file_name
 from ._checks import folds_of_both_kinds
 from .features import read_features
 from .lfw import lfw_protocol

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .._arguments import INT64_MAX, INT64_MIN, Range, number
+from ..engine.arguments import INT64_MAX, INT64_MIN, Range, number
 
 Array: TypeAlias = npt.NDArray[Any]
 Features: TypeAlias = "Array | torch.Tensor"

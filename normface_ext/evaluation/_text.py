@@ -8,8 +8,8 @@ import os
 import re
 from collections.abc import Iterator
 
-from .._arguments import INT64_MAX
-from .._files import clip, file_name, quoted
+from ..engine.arguments import INT64_MAX
+from ..engine.files import clip, file_name, quoted
 
 #: Characters of a line: room for two paths. More is no list of pairs or names.
 LONGEST_LINE = 1 << 14

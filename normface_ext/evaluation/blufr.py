@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .._arguments import BETWEEN_0_AND_1, integer, number
+from ..engine.arguments import BETWEEN_0_AND_1, integer, number
 from ._checks import RATE, Array, Features, as_array, as_rows, false_accept_rates, numbered
 from .roc import allowed, false_accept_threshold
 from .scores import unit_rows

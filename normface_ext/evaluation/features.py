@@ -9,7 +9,7 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy
 
-from .._files import file_name, quoted, reading
+from ..engine.files import file_name, quoted, reading
 from ._checks import Array, as_features
 from ._text import refused
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .._arguments import BETWEEN_0_AND_1, integer, number
+from ..engine.arguments import BETWEEN_0_AND_1, integer, number
 from ._checks import Array, Features, as_features, as_rows, folds_of_both_kinds
 from ._optional import require
 from .pairs import Pairs

@@ -13,8 +13,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .._arguments import integer
-from .._files import clip, file_name, quoted
+from ..engine.arguments import integer
+from ..engine.files import clip, file_name, quoted
 from ._checks import as_rows, as_same, as_whole, columns
 from ._text import lines, refused, whole, words_of
 

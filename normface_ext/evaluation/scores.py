@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .. import functional
-from .._arguments import integer, shown
+from ..engine.arguments import integer, shown
 from ._checks import Array, Features, as_features, as_rows
 
 

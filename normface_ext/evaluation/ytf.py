@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .._arguments import POSITIVE, integer, number
+from ..engine.arguments import POSITIVE, integer, number
 from ._checks import (
     Array,
     Features,

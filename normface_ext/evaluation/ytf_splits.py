@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .._arguments import integer
-from .._files import file_name, quoted
+from ..engine.arguments import integer
+from ..engine.files import file_name, quoted
 from ._checks import as_same, as_whole, columns
 from ._text import lines, refused, whole
 

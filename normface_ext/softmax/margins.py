@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ._arguments import below, number
+from ..engine.arguments import below, number
 
 LIMITS = {"m1": below(1.0, math.inf), "m2": below(0.0, math.pi), "m3": below(0.0, math.inf)}
 
@@ -110,3 +110,12 @@ class ArcFace(Margin):
 
 
 NO_MARGIN = CombinedMargin()
+
+
+def margin_argument(op: str, value: object) -> Margin:
+    if value is not None and (not isinstance(value, Margin) or type(value) is Margin):
+        raise TypeError(
+            f"{op}: expected `margin` to be CosFace, ArcFace, CombinedMargin or None,"
+            f" got {type(value).__name__}"
+        )
+    return value or NO_MARGIN

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from normface_ext import _distance_ops, functional, reference
+from normface_ext import functional, reference
+from normface_ext.distances.ops import pair_distance
 
 from .case import Case, case, labels, randn
 
@@ -46,7 +47,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         )
         yield case(
             f"pair_distance p={p}",
-            partial(_distance_ops.pair_distance, p=p),
+            partial(pair_distance, p=p),
             lambda a, b, p=p: (a - b).abs().pow(p).sum(1),
             [randn(9, 131, dtype=dtype), randn(9, 131, dtype=dtype, seed=1)],
         )

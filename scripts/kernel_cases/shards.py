@@ -8,10 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from normface_ext import _hinge_ops, ops, reference
-from normface_ext._hinge_ops import HINGE_SLOPE, HINGE_VALUE, HingeOptions
-from normface_ext.margins import ArcFace
-from normface_ext.plan import plan
+from normface_ext import reference
+from normface_ext.agents import ops as agent_ops
+from normface_ext.agents.ops import HINGE_SLOPE, LOSS_VALUE, HingeOptions
+from normface_ext.engine.calls import plan_device
+from normface_ext.engine.plan import plan
+from normface_ext.softmax import ops
+from normface_ext.softmax.margins import ArcFace
 
 from .agents import problem, thresholds
 from .case import Case, Results, differentiated, labels, number, randn
@@ -34,7 +37,7 @@ def parts(weight: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 def softmax(x: Tensor, weight: Tensor, scale: Tensor, y: Tensor) -> Results:
     """Loss and gradients of x, weight and scale; kappa is shared as distributed heads share it."""
-    device = ops.plan_device(x)
+    device = plan_device(x)
     options = ops.LossOptions(
         scale_value=0.0,
         margin=MARGIN,
@@ -43,9 +46,9 @@ def softmax(x: Tensor, weight: Tensor, scale: Tensor, y: Tensor) -> Results:
         eps=1e-12,
         smoothing=0.0,
         plan=plan(x.shape[0], x.shape[1], CLASSES, x.dtype, device),
-        operand=x.dtype,
-        classes_in_all=CLASSES,
-        partial=True,
+        product_precision=x.dtype,
+        total_classes=CLASSES,
+        is_shard=True,
     )
     shards = parts(weight, y)
     shift = torch.stack([ops.normface_shift(x, w, place, scale, options) for w, place in shards]).amax(0)
@@ -72,21 +75,19 @@ def softmax(x: Tensor, weight: Tensor, scale: Tensor, y: Tensor) -> Results:
 def hinges(options: HingeOptions, x: Tensor, weight: Tensor, y: Tensor) -> Results:
     """Distance to the label's agent and sum of the hinges of every row, and the gradients of x and weight."""
     shards = parts(weight, y)
-    cosine = torch.stack([_hinge_ops.target_cosine(x, w, place, options, True) for w, place in shards]).sum(0)
+    cosine = torch.stack([agent_ops.target_cosine(x, w, place, options, True) for w, place in shards]).sum(0)
     swept = [
-        _hinge_ops.sweep(x, w, place, cosine, None, options, options.capacity, True) for w, place in shards
+        agent_ops.sweep(x, w, place, cosine, None, options, options.capacity, True) for w, place in shards
     ]
     target = swept[0][0]
     value, slope = (
         torch.stack([part[2][field] for part in swept]).sum(0).to(target.dtype)
-        for field in (HINGE_VALUE, HINGE_SLOPE)
+        for field in (LOSS_VALUE, HINGE_SLOPE)
     )
     upstream = randn(len(x), dtype=torch.float64, seed=5).to(target)
-    factors = _hinge_ops.cosine_factors(swept[0][2], slope, upstream, upstream, options.triplet)
+    factors = agent_ops.cosine_factors(swept[0][2], slope, upstream, upstream, options.triplet)
     gradients = [
-        _hinge_ops.sweep_gradients(
-            *factors, x, w, place, state, options, options.capacity, (True, True), True
-        )
+        agent_ops.sweep_gradients(*factors, x, w, place, state, options, options.capacity, (True, True), True)
         for (w, place), (_, _, *state) in zip(shards, swept, strict=True)
     ]
     dx, dw = zip(*gradients, strict=True)

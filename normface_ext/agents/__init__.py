@@ -1,0 +1,1 @@
+"""The losses over agents: C-contrastive and C-triplet."""

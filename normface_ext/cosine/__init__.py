@@ -1,0 +1,1 @@
+"""normalize and norm_linear."""

@@ -1,0 +1,1 @@
+"""Distances to agents, and the losses of pairs and triplets of rows."""

@@ -1,0 +1,1 @@
+"""Loading the libraries, calling ops, autograd, checks, planning: what all families stand on."""

@@ -1,0 +1,89 @@
+"""What the autograd Functions of all families share: first and second derivatives, and what is saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+class _Once(Function):
+    """The first ``count`` of the tensors, as a function of all that raises when it is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, count: int, *tensors: Tensor | None) -> Any:
+        ctx.message = message
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        raise RuntimeError(ctx.message)
+
+
+def no_second_derivative(
+    op: str, gradients: tuple[Tensor | None, ...], *origins: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients that raise a sentence when somebody differentiates them again, by one of the ``origins`` or
+    by anything: autograd goes only where what is asked for can be reached."""
+    if not torch.is_grad_enabled():
+        return gradients
+    message = f"{op}: second derivatives are not available; differentiate normface_ext.reference.{op} instead"
+    present = [g.detach().requires_grad_() for g in gradients if g is not None]
+    raising = iter(_Once.apply(message, len(present), *present, *origins))
+    return tuple(None if g is None else next(raising) for g in gradients)
+
+
+class _Formula(Function):
+    """``kernel(*inputs)``, with the derivatives, of any order, of ``formula(*inputs)``: so that a first
+    gradient is the kernel's whether or not it will be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Any, formula: Any, *inputs: Tensor | None) -> Any:
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        ctx.formula = formula
+        return kernel(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        again, needed = torch.is_grad_enabled(), ctx.needs_input_grad[2:]
+        with torch.enable_grad():
+            # Each input under a name of its own, since one may have been computed from another.
+            inputs = [t if t is None else t.view_as(t) for t in ctx.saved_tensors]
+            results = ctx.formula(*inputs)
+            pairs = [
+                (r, g) for r, g in zip(results, upstream, strict=True) if g is not None and r.requires_grad
+            ]
+            if not pairs:  # linear in what is asked for
+                return None, None, *(None if t is None else torch.zeros_like(t) for t in inputs)
+            wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
+            found = iter(
+                torch.autograd.grad(
+                    [r for r, _ in pairs],
+                    wanted,
+                    [g for _, g in pairs],
+                    create_graph=again,
+                    allow_unused=True,
+                )
+            )
+        return None, None, *(next(found) if need else None for need in needed)
+
+
+def first_by_kernel(kernel: Any, formula: Any, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    """First gradients by ``kernel``; those of them, where a graph is made, by ``formula``."""
+    gradients: tuple[Tensor | None, ...]
+    gradients = _Formula.apply(kernel, formula, *inputs) if torch.is_grad_enabled() else kernel(*inputs)
+    return gradients
+
+
+def detach_without_grad(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors; detached where autograd does not record. A Function is told there, too, that parameters
+    need a gradient, and would keep for a backward that cannot come what only that needs."""
+    return tensors if torch.is_grad_enabled() else tuple(t.detach() for t in tensors)
+
+
+def asked(needed: tuple[bool, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients that were asked for."""
+    return tuple(g if need else None for need, g in zip(needed, gradients, strict=True))

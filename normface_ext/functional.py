@@ -1,0 +1,22 @@
+"""What users call: the public functions of all families.
+
+Every function takes float64, float32, float16 or bfloat16 and accumulates in at least float32
+(float64 for float64). Bad input raises ValueError (shapes, values), TypeError (types, dtypes) or
+IndexError (labels) with a sentence "op: expected `argument` to ..., got ...".
+"""
+
+from .agents.functions import c_contrastive_loss, c_triplet_loss
+from .cosine.functions import norm_linear, normalize
+from .distances.functions import inner_distance, pair_contrastive_loss, triplet_loss
+from .softmax.functions import normface_loss
+
+__all__ = [
+    "c_contrastive_loss",
+    "c_triplet_loss",
+    "inner_distance",
+    "norm_linear",
+    "normalize",
+    "normface_loss",
+    "pair_contrastive_loss",
+    "triplet_loss",
+]

@@ -1,0 +1,1 @@
+"""The softmax head: margins, options, functions, layers."""
