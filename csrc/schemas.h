@@ -7,6 +7,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "engine/cosine_arguments.h"
+
 namespace nf {
 
 inline void define_metric_ops(torch::stable::detail::StableLibrary& m) {
@@ -62,12 +64,8 @@ inline void define_metric_ops(torch::stable::detail::StableLibrary& m) {
 inline void define_ops(torch::stable::detail::StableLibrary& m) {
   define_metric_ops(m);
 
-  // x contiguous, or with `dim` innermost in memory (channels_last). norm keeps `dim` with size 1 and
-  // has the accumulator dtype.
-  m.def("normalize(Tensor x, int dim, int p, float eps) -> (Tensor y, Tensor norm)");
-  m.def(
-      "normalize_backward(Tensor? grad_y, Tensor? grad_norm, Tensor x, Tensor norm, int dim, int p,"
-      " float eps) -> Tensor");
+  define<NormalizeArguments>(m);
+  define<NormalizeBackwardArguments>(m);
 
   // x [N, D], weight [C, D] -> scale * cosine [N, C]
   m.def(

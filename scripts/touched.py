@@ -34,7 +34,12 @@ TESTS_OF_OPS = {
 TESTS_OF_FILES = {
     "normface_ext/__init__.py": [ALWAYS, "test_contract"],
     "normface_ext/_checkout.py": ["test_install"],
+    **{
+        f"normface_ext/{family}/__init__.py": [ALWAYS]
+        for family in ("agents", "cosine", "distances", "engine", "softmax")
+    },
     "csrc/schemas.h": ["test_contract"],
+    "csrc/engine/op.h": [ALWAYS, "test_contract"],
     "csrc/math/": ["test_math"],
     "csrc/cuda/device/": ["test_emulation"],
     "tests/emulation/": ["test_emulation", "test_emulation_cache", ALWAYS],
@@ -241,7 +246,15 @@ def includers(file: str) -> set[str]:
 def ops_of(source: str) -> set[str]:
     if not source.endswith((".cu", ".cpp")):
         return set()
-    return set(re.findall(r'm\.impl\("(\w+)"', (ROOT / source).read_text(encoding="utf-8")))
+    found = re.findall(r'm\.impl\("(\w+)"|implement<&(?:\w+::)*(\w+)>', (ROOT / source).read_text("utf-8"))
+    return {name for pair in found for name in pair if name}
+
+
+def ops() -> set[str]:
+    """Every op that csrc/schemas.h defines, by its arguments' struct or by a text."""
+    texts = [path.read_text("utf-8") for path in (ROOT / "csrc/engine").glob("*_arguments.h")]
+    named = re.findall(r'kName = "(\w+)";', "".join(texts))
+    return {*named, *re.findall(r'def\(\s*"(\w+)\(', (ROOT / "csrc/schemas.h").read_text("utf-8"))}
 
 
 def tests_of_ops(ops: Iterable[str]) -> list[str]:

@@ -31,7 +31,9 @@ def unstable(symbols: list[str]) -> list[str]:
 def test_every_package_is_listed():
     """A wheel has the packages that pyproject.toml names, and no others."""
     root = Path(__file__).parents[1]
-    line = re.search(r"^packages = \[(.*)\]$", (root / "pyproject.toml").read_text(), re.MULTILINE)
+    line = re.search(
+        r"^packages = \[(.*?)\]$", (root / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL
+    )
     listed = re.findall(r'"([^"]+)"', line[1])
     found = [path.parent.relative_to(root) for path in (root / "normface_ext").rglob("__init__.py")]
     assert sorted(listed) == sorted(".".join(path.parts) for path in found)

@@ -4,13 +4,12 @@ plain `pytest` touches. An op without a call fails by name. What each op must do
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import test_class_shards
 import torch
+import touched
 from lanes import DTYPES
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,8 +17,7 @@ import normface_ext as nf
 from normface_ext import reference
 from normface_ext.testing import random_like, value_and_gradients
 
-SCHEMAS = Path(__file__).resolve().parent.parent / "csrc" / "schemas.h"
-NAMES = set(re.findall(r'def\(\s*"(\w+)\(', SCHEMAS.read_text()))
+NAMES = touched.ops()
 #: Of the norm of a result: a few roundings of the dtype, times what cosines and hinges make of them.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 

@@ -99,8 +99,8 @@ int main() {
       }
       const double psi = c[0] - m3;
       const RowSoftmax row = softmax_row(sum, kappa, s * psi);
-      const RowWeights weights =
-          row_weights(smoothing, double(c.size()), u[0], weight_sum, psi, c[0], with_sum);
+      const SmoothingTerms weights =
+          smoothing_terms(smoothing, double(c.size()), u[0], weight_sum, psi, c[0], with_sum);
       std::printf("%.17g %.17g %.17g", row_loss(row, weights, s), scale_slope(row, weights, sum_cosine, psi),
                   s * (target_slope(row, weights, 1.0) - smoothing / double(c.size()) * u[0]));
       for (size_t j = 1; j < c.size(); ++j)

@@ -9,8 +9,9 @@ import torch
 from lanes import ODD_SIZES
 
 import normface_ext as nf
-from normface_ext import ops, reference, testing
+from normface_ext import reference, testing
 from normface_ext.reference import MARGINS
+from normface_ext.softmax import ops
 from normface_ext.testing import assert_close_to_truth, assert_matches_reference, value_and_gradients
 
 IGNORE = -100

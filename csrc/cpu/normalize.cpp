@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/library.h"
+#include "engine/cosine_arguments.h"
 #include "row_layout.h"
 
 namespace nf::cpu {
@@ -124,29 +125,30 @@ void backward(const std::optional<Tensor>& grad_y, const std::optional<Tensor>& 
   });
 }
 
-std::tuple<Tensor, Tensor> normalize(Tensor x, int64_t dim, int64_t p, double eps) {
-  check_normalize("normalize", x, p);
-  const RowLayout layout = row_layout("normalize", x, dim);
+std::tuple<Tensor, Tensor> normalize(const NormalizeArguments& in) {
+  const Tensor& x = in.x;
+  check_normalize(in.kName, x, in.p);
+  const RowLayout layout = row_layout(in.kName, x, in.dim);
   std::vector<int64_t> norm_sizes(x.sizes().begin(), x.sizes().end());
-  norm_sizes[size_t(dim)] = 1;
+  norm_sizes[size_t(in.dim)] = 1;
   const ScalarType wide = accumulator(x.scalar_type());
   Tensor y = fresh_like(x), norm = fresh(norm_sizes, wide);
   if (wide == ScalarType::Double)
-    forward<double>(x, layout, p, eps, y, norm);
+    forward<double>(x, layout, in.p, in.eps, y, norm);
   else
-    forward<float>(x, layout, p, eps, y, norm);
+    forward<float>(x, layout, in.p, in.eps, y, norm);
   return {y, norm};
 }
 
-Tensor normalize_backward(std::optional<Tensor> grad_y, std::optional<Tensor> grad_norm, Tensor x,
-                          Tensor norm, int64_t dim, int64_t p, double eps) {
-  check_normalize("normalize_backward", x, p);
-  const RowLayout layout = row_layout("normalize_backward", x, dim);
+Tensor normalize_backward(const NormalizeBackwardArguments& in) {
+  const Tensor& x = in.x;
+  check_normalize(in.kName, x, in.p);
+  const RowLayout layout = row_layout(in.kName, x, in.dim);
   Tensor dx = fresh_like(x);
   if (accumulator(x.scalar_type()) == ScalarType::Double)
-    backward<double>(grad_y, grad_norm, x, norm, layout, p, eps, dx);
+    backward<double>(in.grad_y, in.grad_norm, x, in.norm, layout, in.p, in.eps, dx);
   else
-    backward<float>(grad_y, grad_norm, x, norm, layout, p, eps, dx);
+    backward<float>(in.grad_y, in.grad_norm, x, in.norm, layout, in.p, in.eps, dx);
   return dx;
 }
 
@@ -154,6 +156,6 @@ Tensor normalize_backward(std::optional<Tensor> grad_y, std::optional<Tensor> gr
 }  // namespace nf::cpu
 
 NF_CPU_LIBRARY(m) {
-  m.impl("normalize", TORCH_BOX(&nf::cpu::normalize));
-  m.impl("normalize_backward", TORCH_BOX(&nf::cpu::normalize_backward));
+  nf::implement<&nf::cpu::normalize>(m);
+  nf::implement<&nf::cpu::normalize_backward>(m);
 }

@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "engine/cosine_arguments.h"
 #include "row_layout.h"
 #include "rows.cuh"
 
@@ -164,16 +165,17 @@ Grid channel_grid(const RowLayout& layout) {
   return {layout.outer * ((layout.inner + kColumns - 1) / kColumns)};
 }
 
-std::tuple<Tensor, Tensor> normalize(Tensor x, int64_t dim, int64_t p, double eps) {
-  check_normalize("normalize", x, p);
+std::tuple<Tensor, Tensor> normalize(const NormalizeArguments& in) {
+  const Tensor& x = in.x;
+  check_normalize(in.kName, x, in.p);
   Queue queue(x);
-  const RowLayout layout = row_layout("normalize", x, dim);
+  const RowLayout layout = row_layout(in.kName, x, in.dim);
   std::vector<int64_t> norm_sizes(x.sizes().begin(), x.sizes().end());
-  norm_sizes[size_t(dim)] = 1;
+  norm_sizes[size_t(in.dim)] = 1;
   Tensor y = torch::stable::empty_like(x);
   Tensor norm = torch::stable::empty(norm_sizes, accumulator(x.scalar_type()), {}, x.device());
   if (layout.inner == 1) {
-    UnitRows task{x.const_data_ptr(), x.scalar_type(), layout.outer, layout.length, int(p), eps};
+    UnitRows task{x.const_data_ptr(), x.scalar_type(), layout.outer, layout.length, int(in.p), in.eps};
     task.y = y.mutable_data_ptr();
     task.y_type = x.scalar_type();
     task.norm = norm.mutable_data_ptr();
@@ -184,24 +186,24 @@ std::tuple<Tensor, Tensor> normalize(Tensor x, int64_t dim, int64_t p, double ep
     using T = accum_t<S>;
     launch("normalize_channels", queue, normalize_channels_kernel<S>, channel_grid(layout), kChannelThreads,
            shared_bytes<T>(kChannelThreads), static_cast<const S*>(x.const_data_ptr()), layout.length,
-           layout.inner, int(p), T(eps), static_cast<S*>(y.mutable_data_ptr()),
+           layout.inner, int(in.p), T(in.eps), static_cast<S*>(y.mutable_data_ptr()),
            static_cast<T*>(norm.mutable_data_ptr()));
   });
   return {y, norm};
 }
 
-Tensor normalize_backward(std::optional<Tensor> grad_y, std::optional<Tensor> grad_norm, Tensor x,
-                          Tensor norm, int64_t dim, int64_t p, double eps) {
-  check_normalize("normalize_backward", x, p);
+Tensor normalize_backward(const NormalizeBackwardArguments& in) {
+  const Tensor& x = in.x;
+  check_normalize(in.kName, x, in.p);
   Queue queue(x);
-  const RowLayout layout = row_layout("normalize_backward", x, dim);
+  const RowLayout layout = row_layout(in.kName, x, in.dim);
   Tensor dx = torch::stable::empty_like(x);
   dispatch_stored(x.scalar_type(), [&]<class S>() {
     using T = accum_t<S>;
-    const S* g = grad_y ? static_cast<const S*>(grad_y->const_data_ptr()) : nullptr;
-    const T* g_norm = grad_norm ? static_cast<const T*>(grad_norm->const_data_ptr()) : nullptr;
+    const S* g = in.grad_y ? static_cast<const S*>(in.grad_y->const_data_ptr()) : nullptr;
+    const T* g_norm = in.grad_norm ? static_cast<const T*>(in.grad_norm->const_data_ptr()) : nullptr;
     const S* from = static_cast<const S*>(x.const_data_ptr());
-    const T* norms = static_cast<const T*>(norm.const_data_ptr());
+    const T* norms = static_cast<const T*>(in.norm.const_data_ptr());
     S* to = static_cast<S*>(dx.mutable_data_ptr());
     if (layout.inner == 1) {
       const bool vector =
@@ -209,11 +211,11 @@ Tensor normalize_backward(std::optional<Tensor> grad_y, std::optional<Tensor> gr
       launch("normalize_rows_backward", queue,
              vector ? normalize_rows_backward_kernel<S, kVectorOf<S>> : normalize_rows_backward_kernel<S, 1>,
              Grid{(layout.outer + kRowsPerBlock - 1) / kRowsPerBlock}, kThreads, 0, g, g_norm, from, norms,
-             layout.outer, layout.length, int(p), T(eps), to);
+             layout.outer, layout.length, int(in.p), T(in.eps), to);
     } else {
       launch("normalize_channels_backward", queue, normalize_channels_backward_kernel<S>,
              channel_grid(layout), kChannelThreads, shared_bytes<T>(kChannelThreads), g, g_norm, from, norms,
-             layout.length, layout.inner, int(p), T(eps), to);
+             layout.length, layout.inner, int(in.p), T(in.eps), to);
     }
   });
   return dx;
@@ -223,6 +225,6 @@ Tensor normalize_backward(std::optional<Tensor> grad_y, std::optional<Tensor> gr
 }  // namespace nf
 
 NF_CUDA_LIBRARY(m) {
-  m.impl("normalize", TORCH_BOX(&nf::normalize));
-  m.impl("normalize_backward", TORCH_BOX(&nf::normalize_backward));
+  nf::implement<&nf::normalize>(m);
+  nf::implement<&nf::normalize_backward>(m);
 }

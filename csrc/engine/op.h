@@ -1,0 +1,103 @@
+// An op's arguments are written once, as a struct whose each(f) names its fields in order:
+//
+//   struct NormalizeArguments {
+//     static constexpr const char* kName = "normalize";
+//     static constexpr const char* kReturns = "(Tensor y, Tensor norm)";
+//     Tensor x;
+//     double eps;
+//     template <class F> void each(F&& f) { f("x", x); f("eps", eps); }
+//   };
+//
+// From it come the schema (define<NormalizeArguments>(m)) and the reader of the stable ABI's stack, so that a
+// kernel is a function of the struct: implement<&normalize>(m), std::tuple<Tensor, Tensor> normalize(const
+// NormalizeArguments&). A struct that several ops share is a field, and its each is called in their each.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "checks.h"
+
+namespace nf {
+
+// What a schema calls a type.
+template <class T>
+struct SchemaType;
+template <>
+struct SchemaType<Tensor> {
+  static constexpr const char* kName = "Tensor";
+};
+template <>
+struct SchemaType<std::optional<Tensor>> {
+  static constexpr const char* kName = "Tensor?";
+};
+template <>
+struct SchemaType<double> {
+  static constexpr const char* kName = "float";
+};
+template <>
+struct SchemaType<int64_t> {
+  static constexpr const char* kName = "int";
+};
+template <>
+struct SchemaType<bool> {
+  static constexpr const char* kName = "bool";
+};
+template <>
+struct SchemaType<ScalarType> {
+  static constexpr const char* kName = "ScalarType";
+};
+
+template <class Arguments>
+std::string schema() {
+  std::string text;
+  Arguments().each([&]<class T>(const char* name, T&) {
+    text += text.empty() ? "" : ", ";
+    text += std::string(SchemaType<T>::kName) + ' ' + name;
+  });
+  return std::string(Arguments::kName) + '(' + text + ") -> " + Arguments::kReturns;
+}
+
+template <class Arguments>
+void define(torch::stable::detail::StableLibrary& m) {
+  m.def(schema<Arguments>().c_str());
+}
+
+template <class Result>
+void put_results(StableIValue* stack, Result&& result) {
+  stack[0] = torch::stable::detail::from<Result>(std::move(result));
+}
+template <class... Results>
+void put_results(StableIValue* stack, std::tuple<Results...>&& results) {
+  torch::stable::detail::box_from_tuple(stack, std::move(results));
+}
+
+// `kernel` as the dispatcher calls it.
+template <class Arguments, auto kernel>
+void boxed(StableIValue* stack, uint64_t count, uint64_t) {
+  Arguments arguments;
+  uint64_t place = 0;
+  arguments.each([&]<class T>(const char* name, T& field) {
+    if (place == count) fail(Arguments::kName, ": expected `", name, "`, got ", count, " arguments");
+    field = torch::stable::detail::to<T>(stack[place++]);
+  });
+  if (place != count) fail(Arguments::kName, ": expected ", place, " arguments, got ", count);
+  put_results(stack, kernel(arguments));
+}
+
+template <auto kernel, class Result, class Arguments>
+void implement_as(torch::stable::detail::StableLibrary& m, Result (*)(const Arguments&)) {
+  m.impl(Arguments::kName, &boxed<Arguments, kernel>);
+}
+
+template <auto kernel>
+void implement(torch::stable::detail::StableLibrary& m) {
+  implement_as<kernel>(m, kernel);
+}
+
+}  // namespace nf
