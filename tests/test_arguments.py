@@ -62,7 +62,7 @@ INTEGERS = {
     ),
     "seed": ("ClassSampler",),
 }
-NONE_IS_FINE = ("workspace", "active_limit", "world_size", "normalize_negative", "max_scale")
+NONE_IS_FINE = ("ignore_index", "workspace", "active_limit", "world_size", "normalize_negative", "max_scale")
 AGENTS = ("pos_weight", "neg_weight", "positive_upper_bound")
 NUMBERS = {
     "eps": (

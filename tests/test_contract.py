@@ -329,8 +329,12 @@ HEAD_ERRORS = [
 LABEL = "expected `labels` in [0, 5) or ignore_index (-100), got"
 LOSS_ERRORS = [
     ({"labels": [0, 1, 2]}, TypeError, "expected `labels` to be a Tensor, got list"),
-    ({"labels": torch.zeros(3)}, TypeError, "expected `labels` to be int64, got torch.float32"),
-    ({"labels": torch.zeros(3).int()}, TypeError, "expected `labels` to be int64, got torch.int32"),
+    ({"labels": torch.zeros(3)}, TypeError, "expected `labels` to be int64 or int32, got torch.float32"),
+    (
+        {"labels": torch.zeros(3).short()},
+        TypeError,
+        "expected `labels` to be int64 or int32, got torch.int16",
+    ),
     ({"labels": torch.tensor([0, 1])}, ValueError, "expected `labels` to have shape [3], got [2]"),
     (
         {"labels": torch.zeros(3, 5).long()},

@@ -279,7 +279,7 @@ def test_errors():
         d(x, w, update_center_only=True)
     with pytest.raises(ValueError, match="expected `labels` together with `update_center_only`"):
         d(x, w, labels=y)
-    with pytest.raises(TypeError, match=r"expected `labels` to be int64, got torch.float32"):
+    with pytest.raises(TypeError, match=r"expected `labels` to be int64 or int32, got torch.float32"):
         d(x, w, labels=y.float(), update_center_only=True)
     with pytest.raises(IndexError, match=r"expected `labels` in \[0, 5\) .*got 5 at row 2"):
         d(x, w, labels=torch.tensor([0, 1, 5]), update_center_only=True)

@@ -547,7 +547,7 @@ def test_errors(loss):
     margin = "neg_margin" if loss == "c_contrastive_loss" else "margin"
     with pytest.raises(ValueError, match=rf"^{loss}: expected `weight` to be \[C, 4\] to match `x`"):
         f(x, torch.randn(5, 3), y)
-    with pytest.raises(TypeError, match=r"expected `labels` to be int64, got torch.float32"):
+    with pytest.raises(TypeError, match=r"expected `labels` to be int64 or int32, got torch.float32"):
         f(x, w, y.float())
     with pytest.raises(IndexError, match=r"expected `labels` in \[0, 5\) .*got 5 at row 2"):
         f(x, w, torch.tensor([0, 1, 5]))

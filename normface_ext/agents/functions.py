@@ -76,14 +76,14 @@ def _loss(
     active_limit: int | None,
     check_finite: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    checks.reduction(op, reduction)
+    checks.reduction(op, "reduction", reduction)
     check_mode(op, mode, reduction)
     options = options.checked(op, mode)
     return_stats = flag(op, "return_stats", return_stats)
-    ignore_index = checks.ignore_index(op, ignore_index)
-    eps = checks.eps(op, eps)
-    workspace = checks.workspace(op, workspace)
-    active_limit = checks.active_limit(op, active_limit)
+    ignore_index = checks.ignored(checks.ignore_index(op, "ignore_index", ignore_index))
+    eps = checks.eps(op, "eps", eps)
+    workspace = checks.workspace(op, "workspace", workspace)
+    active_limit = checks.active_limit(op, "active_limit", active_limit)
     x, weight = _agents(op, x, weight, labels, 0 if mode == "caffe" else ignore_index)
     options.check_device(op, x)
     if flag(op, "check_finite", check_finite):

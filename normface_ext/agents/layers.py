@@ -42,16 +42,16 @@ class _AgentLoss(Agents):
     ) -> float:
         """Checks all options and keeps them but for the one called `margin`, which it returns."""
         owner = type(self).__name__
-        checks.reduction(owner, reduction)
+        checks.reduction(owner, "reduction", reduction)
         check_mode(owner, mode, reduction)
         self.options: dict[str, Any] = {
             **vars(given.checked(owner, mode)),
-            "ignore_index": checks.ignore_index(owner, ignore_index),
+            "ignore_index": checks.ignore_index(owner, "ignore_index", ignore_index),
             "reduction": reduction,
             "mode": mode,
-            "eps": checks.eps(owner, eps),
-            "workspace": checks.workspace(owner, workspace),
-            "active_limit": checks.active_limit(owner, active_limit),
+            "eps": checks.eps(owner, "eps", eps),
+            "workspace": checks.workspace(owner, "workspace", workspace),
+            "active_limit": checks.active_limit(owner, "active_limit", active_limit),
             "check_finite": flag(owner, "check_finite", check_finite),
         }
         self.mode, self.eps = mode, self.options["eps"]

@@ -52,7 +52,7 @@ def load_head(
     mode = choice("load_head", "mode", mode, MODES)
     if in_features is not None:
         in_features = integer("load_head", "in_features", in_features, 1)
-    eps = checks.eps("load_head", eps)
+    eps = checks.eps("load_head", "eps", eps)
     where, text = _read(path_or_text)
     net, lines = parse_text(text, where)
     report = Report(where)

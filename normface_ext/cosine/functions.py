@@ -51,13 +51,13 @@ def normalize(
     """
     op = "normalize"
     checks.floating(op, "x", x)
-    p = checks.exponent(op, p)
+    p = checks.exponent(op, "p", p)
     if x.dim() == 0:
         raise ValueError(f"{op}: expected `x` to have at least one dimension, got a 0-d tensor")
     dim = integer(op, "dim", dim)
     if not -x.dim() <= dim < x.dim():
         raise IndexError(f"{op}: expected `dim` in [{-x.dim()}, {x.dim()}), got {dim}")
-    eps = checks.eps(op, eps)
+    eps = checks.eps(op, "eps", eps)
     both = flag(op, "return_norm", return_norm)
     y, norm = ops.normalize(ops.as_rows(x, dim % x.dim()), dim % x.dim(), p, eps)
     return (y, norm) if both else y
@@ -93,6 +93,6 @@ def norm_linear(
     op = "norm_linear"
     checks.features_and_weight(op, x, weight)
     scale_tensor, scale_value = checks.scale(op, scale, x)
-    eps = checks.eps(op, eps)
+    eps = checks.eps(op, "eps", eps)
     normalize_input = flag(op, "normalize_input", normalize_input)
     return ops.norm_linear(x, weight, scale_tensor, scale_value, normalize_input, eps)

@@ -28,7 +28,6 @@ class ScaledHead(nn.Module):
         learn_scale: bool,
         min_scale: float,
         max_scale: float | None,
-        eps: float,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -41,7 +40,6 @@ class ScaledHead(nn.Module):
             raise ValueError(
                 f"{owner}: expected `scale` in [{self.min_scale:g}, {self.max_scale:g}], got {scale:g}"
             )
-        self.eps = checks.eps(owner, eps)
         self.weight = nn.Parameter(torch.empty(classes, features, device=device, dtype=dtype))
         self.learn_scale = flag(owner, "learn_scale", learn_scale)
         if self.learn_scale:
@@ -99,8 +97,8 @@ class NormalizeLayer(nn.Module):
     def __init__(self, dim: int = 1, p: int = 2, eps: float = 1e-12, return_norm: bool = False) -> None:
         super().__init__()
         owner = type(self).__name__
-        self.dim, self.p = integer(owner, "dim", dim), checks.exponent(owner, p)
-        self.eps, self.return_norm = checks.eps(owner, eps), flag(owner, "return_norm", return_norm)
+        self.dim, self.p = integer(owner, "dim", dim), checks.exponent(owner, "p", p)
+        self.eps, self.return_norm = checks.eps(owner, "eps", eps), flag(owner, "return_norm", return_norm)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if self.return_norm:
@@ -142,9 +140,10 @@ class NormLinear(ScaledHead):
         in_features = size(owner, "in_features", in_features)
         out_features = size(owner, "out_features", out_features)
         super().__init__(
-            out_features, in_features, scale, learn_scale, min_scale, max_scale, eps, device, dtype
+            out_features, in_features, scale, learn_scale, min_scale, max_scale, device, dtype
         )
         self.in_features, self.out_features = in_features, out_features
+        self.eps = checks.eps(owner, "eps", eps)
         self.normalize_input = flag(owner, "normalize_input", normalize_input)
 
     def forward(self, x: Tensor) -> Tensor:

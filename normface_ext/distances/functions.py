@@ -51,8 +51,8 @@ def inner_distance(
     """
     op = "inner_distance"
     checks.features_and_weight(op, x, weight)
-    p = checks.exponent(op, p)
-    eps = checks.eps(op, eps)
+    p = checks.exponent(op, "p", p)
+    eps = checks.eps(op, "eps", eps)
     normalize = flag(op, "normalize", normalize)
     update_center_only = flag(op, "update_center_only", update_center_only)
     if update_center_only != (labels is not None):
@@ -113,7 +113,7 @@ def pair_contrastive_loss(
     if checked.dtype == torch.int64 and checks.readable(checked) and ((checked != 0) & (checked != 1)).any():
         raise ValueError(f"{op}: expected `same` to hold 0 and 1, got {checked.unique().tolist()}")
     margin = number(op, "margin", margin)
-    checks.reduction(op, reduction)
+    checks.reduction(op, "reduction", reduction)
     squared = ops.pair_distance(a, b, 2)
     apart = squared != 0  # true of NaN, which shows
     distance = torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
@@ -146,7 +146,7 @@ def triplet_loss(
     positive = _rows(op, "positive", positive, anchor)
     negative = _rows(op, "negative", negative, anchor)
     margin = number(op, "margin", margin)
-    checks.reduction(op, reduction)
+    checks.reduction(op, "reduction", reduction)
     anchor = anchor.to(accumulator(anchor.dtype))  # its two gradients meet before they are rounded
     near = ops.pair_distance(anchor, positive, 2)
     far = ops.pair_distance(anchor, negative, 2)

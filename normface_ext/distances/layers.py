@@ -60,7 +60,7 @@ class InnerDistance(Agents):
         out_features = size(owner, "out_features", out_features)
         super().__init__(in_features, out_features, device, dtype)
         self.in_features, self.out_features = in_features, out_features
-        self.p, self.eps = checks.exponent(owner, p), checks.eps(owner, eps)
+        self.p, self.eps = checks.exponent(owner, "p", p), checks.eps(owner, "eps", eps)
         self.normalize = flag(owner, "normalize", normalize)
         self.update_center_only = flag(owner, "update_center_only", update_center_only)
 
@@ -85,7 +85,7 @@ class PairContrastiveLoss(nn.Module):
     def __init__(self, *, margin: float = 1.0, reduction: str = "mean") -> None:
         super().__init__()
         owner = type(self).__name__
-        checks.reduction(owner, reduction)
+        checks.reduction(owner, "reduction", reduction)
         self.margin, self.reduction = number(owner, "margin", margin), reduction
 
     def forward(self, a: Tensor, b: Tensor, same: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class TripletLoss(nn.Module):
     def __init__(self, *, margin: float = 0.2, reduction: str = "mean") -> None:
         super().__init__()
         owner = type(self).__name__
-        checks.reduction(owner, reduction)
+        checks.reduction(owner, "reduction", reduction)
         self.margin, self.reduction = number(owner, "margin", margin), reduction
 
     def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:

@@ -41,16 +41,10 @@ class ShardedNormFaceLoss(NormFaceLoss):
             head.in_features,
             head.num_classes,
             scale=head.scale_value(),
-            margin=head.margin,
-            reduction=head.reduction,
-            ignore_index=head.ignore_index,
-            eps=head.eps,
             min_scale=head.min_scale,
             max_scale=None if head.max_scale == float("inf") else head.max_scale,
             class_weight=head.class_weight,
-            label_smoothing=head.label_smoothing,
-            workspace=head.workspace,
-            check_finite=head.check_finite,
+            **vars(head.options),
             device="meta",
             dtype=head.weight.dtype,
         )
@@ -91,21 +85,15 @@ class ShardedNormFaceLoss(NormFaceLoss):
                 self._draw_(self.weight.to_local())
 
     def forward(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        return softmax.normface_loss(
+        return softmax.sharded_loss(
             features,
             self.weight,
             labels,
             self.bounded_scale(),
             self.shard,
-            margin=self.margin,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            eps=self.eps,
-            sample_weight=sample_weight,
-            class_weight=self.class_weight,
-            label_smoothing=self.label_smoothing,
-            workspace=self.workspace,
-            check_finite=self.check_finite,
+            sample_weight,
+            self.class_weight,
+            self.options,
             largest_scale=None if self.max_scale == float("inf") else self.max_scale,
             sample=self.sampler if self.training else None,
             backbone_gradients=self.backbone_gradients,

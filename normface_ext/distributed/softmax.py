@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,10 +15,12 @@ from ..engine import checks
 from ..engine.arguments import choice, flag, number
 from ..engine.autograd import detach_without_grad, no_second_derivative
 from ..engine.calls import plan_device
+from ..engine.options import takes
 from ..engine.plan import plan
 from ..softmax import ops
 from ..softmax.functions import product_dtype
-from ..softmax.margins import Margin, margin_argument
+from ..softmax.margins import NO_MARGIN
+from ..softmax.options import HeadKeywords, HeadOptions
 from .collectives import (
     Batch,
     ScatteredRows,
@@ -29,6 +31,9 @@ from .collectives import (
 )
 from .sampling import ClassSampler
 from .shard import IGNORED, ClassShard
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 OP = "distributed.normface_loss"
 
@@ -151,6 +156,7 @@ def check_backbone_gradients(op: str, value: str) -> None:
     choice(op, "backbone_gradients", value, ("mean", "sum"))
 
 
+@takes(HeadOptions)
 def normface_loss(
     x: Tensor,
     weight: Tensor,
@@ -158,19 +164,13 @@ def normface_loss(
     scale: float | Tensor,
     shard: ClassShard,
     *,
-    margin: Margin | None = None,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    eps: float = 1e-12,
     sample_weight: Tensor | None = None,
     class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    workspace: int | None = None,
-    check_finite: bool = False,
     largest_scale: float | None = None,
     sample: ClassSampler | None = None,
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
+    **options: Unpack[HeadKeywords],
 ) -> Tensor:
     """``functional.normface_loss`` of the rows of all ranks over the classes of all ranks.
 
@@ -206,22 +206,51 @@ def normface_loss(
         TypeError, ValueError, IndexError: as ``functional.normface_loss``.
         RuntimeError: a rank died or came too late.
     """
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
-    checks.features_and_shard(OP, x, local, shard.count)
-    ignore_index = checks.ignore_index(OP, ignore_index)
-    checks.labels(OP, labels, x, shard.num_classes, ignore_index)
-    scale_tensor, scale_value = checks.scale(OP, scale, x)
-    psi = margin_argument(OP, margin)
     check_backbone_gradients(OP, backbone_gradients)
     flag(OP, "equal_batches", equal_batches)
-    check_finite = flag(OP, "check_finite", check_finite)
-    workspace = checks.workspace(OP, workspace)
+    return sharded_loss(
+        x,
+        weight,
+        labels,
+        scale,
+        shard,
+        sample_weight,
+        class_weight,
+        HeadOptions.of(OP, options),
+        largest_scale=largest_scale,
+        sample=sample,
+        backbone_gradients=backbone_gradients,
+        equal_batches=equal_batches,
+    )
+
+
+def sharded_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    shard: ClassShard,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    options: HeadOptions,
+    *,
+    largest_scale: float | None,
+    sample: ClassSampler | None,
+    backbone_gradients: str,
+    equal_batches: bool,
+) -> Tensor:
+    """``normface_loss`` with options that have been checked."""
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    checks.features_and_shard(OP, x, local, shard.count)
+    ignored = checks.ignored(options.ignore_index)
+    labels = checks.labels(OP, labels, x, shard.num_classes, options.ignore_index)
+    scale_tensor, scale_value = checks.scale(OP, scale, x)
     if largest_scale is not None:
         largest_scale = number(OP, "largest_scale", largest_scale, kind="a number or None")
-    smoothing = checks.smoothing(OP, label_smoothing)
-    if sample is not None and smoothing > 0:
-        raise ValueError(f"{OP}: expected `label_smoothing` 0 with sampled classes, got {smoothing}")
-    code, eps = checks.reduction(OP, reduction), checks.eps(OP, eps)
+    if sample is not None and options.label_smoothing > 0:
+        raise ValueError(
+            f"{OP}: expected `label_smoothing` 0 with sampled classes, got {options.label_smoothing}"
+        )
     row_weight = checks.weights(OP, "sample_weight", sample_weight, x, x.shape[0])
     factors = checks.weights(OP, "class_weight", class_weight, x, shard.num_classes)
     if factors is not None:
@@ -231,13 +260,13 @@ def normface_loss(
         x,
         labels,
         shard.group,
-        ignore_index=ignore_index,
+        ignore_index=ignored,
         sample_weight=row_weight,
         equal_batches=equal_batches,
     )
-    if check_finite:
-        batch.check_finite(OP, local, shard, ignore_index, scale_tensor)
-    places = shard.places(batch.labels, ignore_index)
+    if options.check_finite:
+        batch.check_finite(OP, local, shard, ignored, scale_tensor)
+    places = shard.places(batch.labels, ignored)
     rows = None
     if sample is not None:
         rows, places = sample.draw(places, shard)
@@ -246,20 +275,20 @@ def normface_loss(
         weight = weight.to_local()  # differentiable; a sparse gradient goes past it
     classes = shard.count if rows is None else rows.shape[0]
     product_precision = product_dtype(x, local)
-    options = ops.LossOptions(
+    given = ops.LossOptions(
         scale_value=scale_value,
-        margin=psi,
-        reduction=code,
+        margin=options.margin or NO_MARGIN,
+        reduction=checks.REDUCTIONS[options.reduction],
         ignore_index=IGNORED,
-        eps=eps,
-        smoothing=smoothing,
+        eps=options.eps,
+        smoothing=options.label_smoothing,
         plan=plan(
             batch.x.shape[0],
             x.shape[1],
             max(1, classes),
             product_precision,
             plan_device(x),
-            workspace=workspace,
+            workspace=options.workspace,
         ),
         product_precision=product_precision,
         total_classes=shard.num_classes,
@@ -275,7 +304,7 @@ def normface_loss(
         places,
         None if factors is None else factors.contiguous(),
         rows,
-        options,
+        given,
         largest_scale,
         replicas,
         shard,

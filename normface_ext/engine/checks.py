@@ -52,44 +52,41 @@ def same_device(op: str, name: str, value: Tensor, other: str, reference: Tensor
 # Options that several ops share: what each may be.
 
 
-def eps(op: str, value: object) -> float:
-    return number(op, "eps", value, arguments.NOT_NEGATIVE)
+def eps(op: str, name: str, value: object) -> float:
+    return number(op, name, value, arguments.NOT_NEGATIVE)
 
 
-def exponent(op: str, value: object) -> int:
+def exponent(op: str, name: str, value: object) -> int:
     """`p`: 1 or 2, also as a float (torch's own default is 2.0)."""
     try:
-        p = number(op, "p", value)
+        p = number(op, name, value)
     except (TypeError, ValueError):
         p = 0.0
     if p not in (1.0, 2.0):
-        raise ValueError(f"{op}: expected `p` to be 1 or 2, got {arguments.shown(value)}")
+        raise ValueError(f"{op}: expected `{name}` to be 1 or 2, got {arguments.shown(value)}")
     return int(p)
 
 
-def ignore_index(op: str, value: object) -> int:
-    return integer(op, "ignore_index", value, INT64_MIN, INT64_MAX)
+def ignore_index(op: str, name: str, value: object) -> int | None:
+    """The label of rows to be left out, or None where there are none."""
+    return None if value is None else integer(op, name, value, INT64_MIN, INT64_MAX, kind="an int or None")
 
 
-def workspace(op: str, value: object) -> int | None:
+def workspace(op: str, name: str, value: object) -> int | None:
     """A budget in bytes; whether it is enough is for the plan to say."""
-    return (
-        None
-        if value is None
-        else integer(op, "workspace", value, INT64_MIN, INT64_MAX, kind="an int or None")
-    )
+    return None if value is None else integer(op, name, value, INT64_MIN, INT64_MAX, kind="an int or None")
 
 
-def active_limit(op: str, value: object) -> int | None:
-    return None if value is None else integer(op, "active_limit", value, 0, INT64_MAX, kind="an int or None")
+def active_limit(op: str, name: str, value: object) -> int | None:
+    return None if value is None else integer(op, name, value, 0, INT64_MAX, kind="an int or None")
 
 
-def reduction(op: str, value: object) -> int:
-    return REDUCTIONS[choice(op, "reduction", value, REDUCTIONS)]
+def reduction(op: str, name: str, value: object) -> str:
+    return choice(op, name, value, REDUCTIONS)
 
 
-def smoothing(op: str, value: object) -> float:
-    return number(op, "label_smoothing", value, arguments.FRACTION)
+def smoothing(op: str, name: str, value: object) -> float:
+    return number(op, name, value, arguments.FRACTION)
 
 
 def floating_dtype(op: str, value: object) -> torch.dtype:
@@ -161,14 +158,14 @@ def scale(op: str, value: object, x: Tensor) -> tuple[Tensor | None, float]:
 
 
 def label_rows(op: str, value: object, x: Tensor) -> Tensor:
-    """labels [N] int64, of any value."""
+    """labels [N] as int64, of any value."""
     checked = tensor(op, "labels", value)
-    if checked.dtype != torch.int64:
-        raise TypeError(f"{op}: expected `labels` to be int64, got {checked.dtype}")
+    if checked.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: expected `labels` to be int64 or int32, got {checked.dtype}")
     if checked.dim() != 1 or checked.shape[0] != x.shape[0]:
         raise ValueError(f"{op}: expected `labels` to have shape [{x.shape[0]}], got {list(checked.shape)}")
     same_device(op, "labels", checked, "x", x)
-    return checked
+    return checked.long()
 
 
 def has_values(value: Tensor) -> bool:
@@ -186,21 +183,28 @@ def readable(value: Tensor) -> bool:
     return value.device.type == "cpu" and has_values(value)
 
 
-def labels(op: str, value: object, x: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """labels [N] int64 in [0, C) or ignore_index. On CUDA the range is checked by the kernel."""
+def ignored(ignore_index: int | None) -> int:
+    """For kernels: where ``ignore_index`` is None, what no label is."""
+    return INT64_MIN if ignore_index is None else ignore_index
+
+
+def labels(op: str, value: object, x: Tensor, classes: int, ignore_index: int | None) -> Tensor:
+    """labels [N] as int64, in [0, C) or ignore_index. On CUDA the range is checked by the kernel."""
     checked = label_rows(op, value, x)
     if readable(checked):
         label_range(op, checked, classes, ignore_index)
     return checked
 
 
-def label_range(op: str, value: Tensor, classes: int, ignore_index: int) -> None:
-    bad = ((value < 0) | (value >= classes)) & (value != ignore_index)
+def label_range(op: str, value: Tensor, classes: int, ignore_index: int | None) -> None:
+    bad = (value < 0) | (value >= classes)
+    if ignore_index is not None:
+        bad &= value != ignore_index
     if bad.any():
         row = int(bad.nonzero()[0])
+        exempt = "" if ignore_index is None else f" or ignore_index ({ignore_index})"
         raise IndexError(
-            f"{op}: expected `labels` in [0, {classes}) or ignore_index ({ignore_index}),"
-            f" got {int(value[row])} at row {row}"
+            f"{op}: expected `labels` in [0, {classes}){exempt}, got {int(value[row])} at row {row}"
         )
 
 

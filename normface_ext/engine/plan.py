@@ -149,7 +149,7 @@ def plan(
     """
     batch = integer("plan", "batch", batch, 0)
     dim, classes = integer("plan", "dim", dim, 1), integer("plan", "classes", classes, 1)
-    dtype, workspace = checks.floating_dtype("plan", dtype), checks.workspace("plan", workspace)
+    dtype, workspace = checks.floating_dtype("plan", dtype), checks.workspace("plan", "workspace", workspace)
     device = checks.device("plan", device)
     kind = device.type
     budget = _default_workspace(kind, device) if workspace is None else workspace

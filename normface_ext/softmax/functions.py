@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from ..engine import checks
-from ..engine.arguments import flag
 from ..engine.calls import plan_device
+from ..engine.options import takes
 from ..engine.plan import plan
 from . import ops
-from .margins import Margin, margin_argument
+from .margins import NO_MARGIN
+from .options import HeadKeywords, HeadOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@takes(HeadOptions)
 def normface_loss(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
     scale: float | Tensor,
     *,
-    margin: Margin | None = None,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    eps: float = 1e-12,
     sample_weight: Tensor | None = None,
     class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    workspace: int | None = None,
-    check_finite: bool = False,
+    **options: Unpack[HeadKeywords],
 ) -> Tensor:
     """loss_i = -log softmax_j(s psi(cos_ij))[y_i], fused: no N x C matrix beyond the workspace budget.
 
@@ -39,13 +40,13 @@ def normface_loss(
     Args:
         x: [N, D] features.
         weight: [C, D], on x's device; float64 only together with float64.
-        labels: [N] int64 in [0, C) or ``ignore_index``.
+        labels: [N] int64 or int32 in [0, C) or ``ignore_index``.
         scale: s, a float or a 0-d tensor with or without gradient.
         margin: psi on the target cosine: ``CosFace``, ``ArcFace``, ``CombinedMargin`` or ``None``.
         reduction: "mean" over the rows that are not ignored (0 when there is none, or their weights sum to
             0), "sum" or "none".
         ignore_index: rows with this label count neither in the loss nor in the mean, and get no
-            gradient, whatever they and the weight hold: NaN in them reaches nothing.
+            gradient, whatever they and the weight hold: NaN in them reaches nothing. None: there are none.
         eps: inside both norms, see ``normalize``.
         sample_weight: [N] factors of the rows' losses, without gradient. A row of weight 0 is an ignored one.
         class_weight: [C] factors of the classes, without gradient, as in ``F.cross_entropy``: the mean
@@ -70,27 +71,38 @@ def normface_loss(
             since a check here would stall the GPU).
     """
     op = "normface_loss"
+    return head_loss(op, x, weight, labels, scale, sample_weight, class_weight, HeadOptions.of(op, options))
+
+
+def head_loss(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    options: HeadOptions,
+) -> Tensor:
+    """``normface_loss`` with options that have been checked."""
     checks.features_and_weight(op, x, weight)
     classes, dim = weight.shape
-    ignore_index = checks.ignore_index(op, ignore_index)
-    checks.labels(op, labels, x, classes, ignore_index)
+    ignored = checks.ignored(options.ignore_index)
+    labels = checks.labels(op, labels, x, classes, options.ignore_index)
     scale_tensor, scale_value = checks.scale(op, scale, x)
-    code = checks.reduction(op, reduction)
-    eps = checks.eps(op, eps)
-    workspace = checks.workspace(op, workspace)
     row_weight = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
-    if flag(op, "check_finite", check_finite):
-        checks.finite_operands(op, x, weight, labels != ignore_index, scale_tensor, row_weight)
-    product_precision = product_dtype(x, weight)
-    options = ops.LossOptions(
+    if options.check_finite:
+        checks.finite_operands(op, x, weight, labels != ignored, scale_tensor, row_weight)
+    precision = product_dtype(x, weight)
+    given = ops.LossOptions(
         scale_value=scale_value,
-        margin=margin_argument(op, margin),
-        reduction=code,
-        ignore_index=ignore_index,
-        eps=eps,
-        smoothing=checks.smoothing(op, label_smoothing),
-        plan=plan(x.shape[0], dim, classes, product_precision, plan_device(x), workspace=workspace),
-        product_precision=product_precision,
+        margin=options.margin or NO_MARGIN,
+        reduction=checks.REDUCTIONS[options.reduction],
+        ignore_index=ignored,
+        eps=options.eps,
+        smoothing=options.label_smoothing,
+        plan=plan(x.shape[0], dim, classes, precision, plan_device(x), workspace=options.workspace),
+        product_precision=precision,
         total_classes=classes,
     )
     return ops.normface_loss(
@@ -100,7 +112,7 @@ def normface_loss(
         labels,
         row_weight,
         checks.weights(op, "class_weight", class_weight, x, classes),
-        options,
+        given,
     )
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .. import theory
 from ..cosine.layers import ScaledHead
 from ..engine import checks
-from ..engine.arguments import flag, size
+from ..engine.arguments import size
+from ..engine.options import HoldsOptions, holds, takes
 from . import functions
-from .margins import Margin, margin_argument
+from .options import HeadKeywords, HeadOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class NormFaceLoss(ScaledHead):
+@holds(HeadOptions)
+class NormFaceLoss(HoldsOptions, ScaledHead):
     """The normalised softmax head and its loss in one: (features [N, D], labels [N]) -> loss.
 
     ``forward`` also takes ``sample_weight`` [N].
@@ -32,6 +39,10 @@ class NormFaceLoss(ScaledHead):
     ``functional.norm_linear(x, head.weight, head.scale)``; to verify, compare normalised features.
     """
 
+    options: HeadOptions
+    class_weight: Tensor | None
+
+    @takes(HeadOptions)
     def __init__(
         self,
         in_features: int,
@@ -39,57 +50,40 @@ class NormFaceLoss(ScaledHead):
         *,
         scale: float | str = "auto",
         learn_scale: bool = False,
-        margin: Margin | None = None,
-        reduction: str = "mean",
-        ignore_index: int = -100,
-        eps: float = 1e-12,
         min_scale: float = 0.01,
         max_scale: float | None = None,
         class_weight: Tensor | None = None,
-        label_smoothing: float = 0.0,
-        workspace: int | None = None,
-        check_finite: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Unpack[HeadKeywords],
     ) -> None:
         owner = type(self).__name__
         in_features = size(owner, "in_features", in_features)
         num_classes = size(owner, "num_classes", num_classes)
+        chosen = HeadOptions.of(owner, options)
         if isinstance(scale, str):
             if scale != "auto":
                 raise ValueError(f"{owner}: expected `scale` to be a number or 'auto', got {scale!r}")
             scale = theory.auto_scale(num_classes)
         super().__init__(
-            num_classes, in_features, scale, learn_scale, min_scale, max_scale, eps, device, dtype
+            num_classes, in_features, scale, learn_scale, min_scale, max_scale, device, dtype
         )
         self.in_features, self.num_classes = in_features, num_classes
-        margin_argument(owner, margin)
-        checks.reduction(owner, reduction)
-        self.margin, self.reduction = margin, reduction
-        self.ignore_index = checks.ignore_index(owner, ignore_index)
-        self.label_smoothing = checks.smoothing(owner, label_smoothing)
-        self.workspace = checks.workspace(owner, workspace)
-        self.check_finite = flag(owner, "check_finite", check_finite)
-        self.class_weight: Tensor | None
+        self.keep_options(chosen)
         if class_weight is not None:
             checks.factors(owner, "class_weight", class_weight, num_classes)
         self.register_buffer("class_weight", class_weight)
 
     def forward(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        return functions.normface_loss(
+        return functions.head_loss(
+            "normface_loss",
             features,
             self.weight,
             labels,
             self.bounded_scale(),
-            margin=self.margin,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            eps=self.eps,
-            sample_weight=sample_weight,
-            class_weight=self.class_weight,
-            label_smoothing=self.label_smoothing,
-            workspace=self.workspace,
-            check_finite=self.check_finite,
+            sample_weight,
+            self.class_weight,
+            self.options,
         )
 
     def loss_lower_bound(self) -> float:
@@ -97,5 +91,5 @@ class NormFaceLoss(ScaledHead):
         return theory.loss_lower_bound(self.num_classes, self.scale_value())
 
     def extra_repr(self) -> str:
-        margin = "" if self.margin is None else f", margin={self.margin}"
+        margin = "" if self.options.margin is None else f", margin={self.options.margin}"
         return f"{self.in_features}, {self.num_classes}, {self.scale_repr()}{margin}"

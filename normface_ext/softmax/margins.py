@@ -112,10 +112,10 @@ class ArcFace(Margin):
 NO_MARGIN = CombinedMargin()
 
 
-def margin_argument(op: str, value: object) -> Margin:
+def margin_argument(op: str, name: str, value: object) -> Margin | None:
     if value is not None and (not isinstance(value, Margin) or type(value) is Margin):
         raise TypeError(
-            f"{op}: expected `margin` to be CosFace, ArcFace, CombinedMargin or None,"
+            f"{op}: expected `{name}` to be CosFace, ArcFace, CombinedMargin or None,"
             f" got {type(value).__name__}"
         )
-    return value or NO_MARGIN
+    return value

@@ -1,0 +1,35 @@
+"""The options of the softmax head, once: ``functional.normface_loss`` says what they mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+from ..engine import checks
+from ..engine.arguments import flag
+from ..engine.options import Options, declared, option
+from .margins import Margin, margin_argument
+
+
+@declared
+@dataclass(frozen=True)
+class HeadOptions(Options):
+    margin: Margin | None = option(None, margin_argument)
+    reduction: str = option("mean", checks.reduction)
+    ignore_index: int | None = option(-100, checks.ignore_index)
+    eps: float = option(1e-12, checks.eps)
+    label_smoothing: float = option(0.0, checks.smoothing)
+    workspace: int | None = option(None, checks.workspace)
+    check_finite: bool = option(False, flag)
+
+
+class HeadKeywords(TypedDict, total=False):
+    """The same for static type checkers."""
+
+    margin: Margin | None
+    reduction: str
+    ignore_index: int | None
+    eps: float
+    label_smoothing: float
+    workspace: int | None
+    check_finite: bool
