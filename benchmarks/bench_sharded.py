@@ -1,4 +1,4 @@
-"""The class-parallel head: what nf.plan says of it, beside what a step really takes.
+"""The class-parallel head: what examples/plan_sharded.py says of it, beside what a step really takes.
 
     torchrun --nproc-per-node 2 benchmarks/bench_sharded.py               measured here, CPU or GPU
     python benchmarks/bench_sharded.py --calculator                       what fits where, by the plan
@@ -37,6 +37,7 @@ import normface_ext as nf
 from normface_ext import testing
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from plan_sharded import sharded_plan
 from train_distributed import start_process_group
 
 GIB, MIB = 2**30, 2**20
@@ -59,7 +60,7 @@ def calculator(options: argparse.Namespace) -> str:
     for classes in (1_000_000, 10_000_000, 100_000_000):
         for world in (1, 8, 64):
             for rate in (1.0, 0.1):
-                plan = nf.plan(
+                plan = sharded_plan(
                     options.batch, options.dim, classes, torch.bfloat16, "cuda",
                     world_size=world, sample_rate=rate, optimizer=options.optimizer,
                 )  # fmt: skip
@@ -72,7 +73,7 @@ def calculator(options: argparse.Namespace) -> str:
                 slowest = max(seconds, key=lambda name: seconds[name])
                 rows.append([
                     f"{classes:,}", str(world), f"{rate:g}", f"{plan.total_bytes / GIB:,.1f}",
-                    "yes" if plan.fits(80 * GIB) else "no", "yes" if plan.fits(141 * GIB) else "no",
+                    *("yes" if plan.total_bytes <= size * GIB else "no" for size in (80, 141)),
                     f"{plan.received_bytes / MIB:,.1f}", f"{1e3 * seconds[slowest]:,.1f} ({slowest})",
                 ])  # fmt: skip
     header = ["classes", "GPUs", "sample rate", "GiB per GPU", "fits 80 GiB", "fits 141 GiB",
@@ -166,7 +167,7 @@ def measure_case(
     ours(), bare()
     sharded.zero_grad()
     peak = peak_extra(ours, device)
-    plan = nf.plan(batch, dim, classes, torch.float32, device, world_size=world, sample_rate=rate)
+    plan = sharded_plan(batch, dim, classes, torch.float32, device, world_size=world, sample_rate=rate)
     planned = plan.total_bytes - plan.parameter_bytes - plan.optimizer_bytes
     times: list[tuple[float, float]] = []
     start = time.monotonic()

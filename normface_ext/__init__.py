@@ -19,7 +19,6 @@ from .cosine.rows import gaussian_unitball_
 from .distances.layers import InnerDistance, PairContrastiveLoss, TripletLoss
 from .engine.library import build_info
 from .engine.plan import Plan, plan
-from .engine.sharded_plan import ShardedPlan
 from .mirror import MirrorFace
 from .optim import parameter_groups
 from .softmax.layers import NormFaceLoss
@@ -41,7 +40,6 @@ __all__ = [
     "NormalizeLayer",
     "PairContrastiveLoss",
     "Plan",
-    "ShardedPlan",
     "TripletLoss",
     "build_info",
     "caffe",

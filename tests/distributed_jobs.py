@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from plan_sharded import sharded_plan
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -203,7 +204,7 @@ def peak_and_plan(rank, world, classes, batch, dim, rate, workspace):
     step()  # whatever is made once
     head.weight.grad = None
     measured = testing.peak_bytes(step)
-    plan = nf.plan(batch, dim, classes, workspace=workspace, world_size=world, sample_rate=rate)
+    plan = sharded_plan(batch, dim, classes, workspace=workspace, world_size=world, sample_rate=rate)
     return measured, plan.total_bytes - plan.parameter_bytes - plan.optimizer_bytes
 
 

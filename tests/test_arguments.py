@@ -50,7 +50,6 @@ INTEGERS = {
     "dim": ("normalize", "NormalizeLayer", "plan"),
     "batch": ("plan",),
     "classes": ("plan",),
-    "world_size": ("plan",),
     "in_features": ("NormLinear", "NormFaceLoss", "InnerDistance", *LOSSES[2:]),
     "out_features": ("NormLinear", "InnerDistance"),
     "num_classes": (
@@ -62,7 +61,7 @@ INTEGERS = {
     ),
     "seed": ("ClassSampler",),
 }
-NONE_IS_FINE = ("ignore_index", "workspace", "active_limit", "world_size", "normalize_negative", "max_scale")
+NONE_IS_FINE = ("ignore_index", "workspace", "active_limit", "normalize_negative", "max_scale")
 AGENTS = ("pos_weight", "neg_weight", "positive_upper_bound")
 NUMBERS = {
     "eps": (
@@ -218,12 +217,6 @@ def test_a_plan_names_a_bad_dtype(dtype):
 def test_a_plan_names_a_bad_device(device):
     with pytest.raises(ValueError, match=r"^plan: expected `device` to be a device, got "):
         nf.plan(4, 5, 6, device=device)
-
-
-@pytest.mark.parametrize("rate", [0, 1.5, math.nan, "1", None])
-def test_a_sharded_plan_names_a_bad_rate(rate):
-    with pytest.raises((TypeError, ValueError), match=r"^plan: expected `sample_rate` "):
-        nf.plan(4, 5, 6, world_size=2, sample_rate=rate)
 
 
 @pytest.mark.parametrize("loss", ["c_contrastive_loss", "c_triplet_loss"])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
 import pytest
+import torch
 from bench_folder import FOLDER, run
+from plan_sharded import sharded_plan
 
 # torchrun's own module, so that the ranks run with this interpreter.
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -57,3 +60,29 @@ def test_the_calculator(tmp_path: Path) -> None:
     text = out.read_text()
     assert text.strip() == done.stdout.strip() and text.count("\n| 10") >= 12
     assert os.linesep.join(text.splitlines()[:1]).startswith("| classes | GPUs |")
+
+
+# The calculator -----------------------------------------------------------------------------------
+
+
+def test_a_sharded_plan_divides_what_can_be_divided():
+    one = sharded_plan(128, 512, 10_000_000, torch.bfloat16, world_size=1)
+    eight = sharded_plan(128, 512, 10_000_000, torch.bfloat16, world_size=8)
+    assert eight.classes == 1_250_000 and eight.parameter_bytes == 1_250_000 * 512 * 4
+    assert one.parameter_bytes == 8 * eight.parameter_bytes
+    assert eight.optimizer_bytes == eight.parameter_bytes
+    assert one.received_bytes == 0 < eight.received_bytes
+    # One more rank gets fewer or as many classes, never too few in all.
+    assert sharded_plan(1, 4, 10, world_size=4).classes == 3
+    adamw = sharded_plan(128, 512, 10_000_000, world_size=8, optimizer="adamw")
+    assert adamw.optimizer_bytes == 2 * adamw.parameter_bytes + 4 * adamw.classes
+    assert "8 ranks, 1250000 classes each" in str(eight)
+
+
+def test_a_sampled_plan_is_smaller():
+    full = sharded_plan(128, 512, 1_000_000, world_size=4)
+    tenth = sharded_plan(128, 512, 1_000_000, world_size=4, sample_rate=0.1)
+    assert tenth.sampled_classes == 512 + math.ceil((250_000 - 512) * 0.1)
+    assert tenth.gradient_bytes < 0.25 * full.gradient_bytes
+    assert tenth.local.flops < 0.12 * full.local.flops
+    assert tenth.parameter_bytes == full.parameter_bytes

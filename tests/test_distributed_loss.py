@@ -5,6 +5,7 @@ from __future__ import annotations
 import distributed_jobs as jobs
 import pytest
 import torch
+from plan_sharded import sharded_plan
 from ranks import ranks
 
 import normface_ext as nf
@@ -228,7 +229,7 @@ def test_bad_calls_say_so_before_anyone_waits(kind, sentence):
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_plan_knows_what_a_step_sends(world):
     batch = 8
-    plan = nf.plan(batch, jobs.DIM, CLASSES, world_size=world)
+    plan = sharded_plan(batch, jobs.DIM, CLASSES, world_size=world)
     sent = {
         "all-gather": plan.all_gather_bytes,
         "all-reduce": plan.all_reduce_bytes,

@@ -1,6 +1,5 @@
 """The plan: budgets kept, choices monotone, numbers that add up, errors that say what would do."""
 
-import math
 import re
 import types
 
@@ -127,50 +126,6 @@ def test_a_plan_reads_as_a_sentence_and_cannot_be_changed():
     )
     with pytest.raises(AttributeError):
         plan.class_chunk = 1
-
-
-# Over ranks -----------------------------------------------------------------------------------------
-
-
-def test_a_sharded_plan_divides_what_can_be_divided():
-    one = nf.plan(128, 512, 10_000_000, torch.bfloat16, world_size=1)
-    eight = nf.plan(128, 512, 10_000_000, torch.bfloat16, world_size=8)
-    assert eight.classes == 1_250_000 and eight.parameter_bytes == 1_250_000 * 512 * 4
-    assert one.parameter_bytes == 8 * eight.parameter_bytes
-    assert eight.optimizer_bytes == eight.parameter_bytes
-    assert one.received_bytes == 0 < eight.received_bytes
-    assert eight.fits(eight.total_bytes) and not eight.fits(eight.total_bytes - 1)
-    # One more rank gets fewer or as many classes, never too few in all.
-    assert nf.plan(1, 4, 10, world_size=4).classes == 3
-    adamw = nf.plan(128, 512, 10_000_000, world_size=8, optimizer="adamw")
-    assert adamw.optimizer_bytes == 2 * adamw.parameter_bytes + 4 * adamw.classes
-    assert "8 ranks, 1250000 classes each" in str(eight)
-
-
-def test_a_sampled_plan_is_smaller():
-    full = nf.plan(128, 512, 1_000_000, world_size=4)
-    tenth = nf.plan(128, 512, 1_000_000, world_size=4, sample_rate=0.1)
-    assert tenth.sampled_classes == 512 + math.ceil((250_000 - 512) * 0.1)
-    assert tenth.gradient_bytes < 0.25 * full.gradient_bytes
-    assert tenth.local.flops < 0.12 * full.local.flops
-    assert tenth.parameter_bytes == full.parameter_bytes
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"world_size": 0}, "plan: expected `world_size` >= 1, got 0"),
-        ({"sample_rate": 0.5}, "plan: expected `world_size` with `sample_rate` and `optimizer`, got None"),
-        ({"world_size": 2, "sample_rate": 0.0}, r"plan: expected `sample_rate` in \(0, 1\], got 0.0"),
-        (
-            {"world_size": 2, "optimizer": "lamb"},
-            "plan: expected `optimizer` to be one of none, .*got 'lamb'",
-        ),
-    ],
-)
-def test_bad_sharded_plans_say_so(options, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        nf.plan(8, 8, 8, **options)
 
 
 # Kernels on CUDA ------------------------------------------------------------------------------------

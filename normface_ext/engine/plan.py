@@ -9,15 +9,12 @@ between the last two and ``stored``, a model of the time.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import overload
 
 import torch
 
 from . import checks
-from .arguments import RATE, choice, integer, number
-from .sharded_plan import OPTIMIZER_STATES, ShardedPlan, sharded_plan
+from .arguments import integer
 
 GIB = 1 << 30
 #: Default budgets: what the head may hold beyond its inputs, gradients and per-class norms.
@@ -90,7 +87,6 @@ def _cpu_chunk(batch: int, dim: int, classes: int, threads: int) -> int:
     return max(1, min(fits, -(-classes // (4 * threads)) if classes > 256 else classes))
 
 
-@overload
 def plan(
     batch: int,
     dim: int,
@@ -99,51 +95,20 @@ def plan(
     device: str | torch.device = "cpu",
     *,
     workspace: int | None = None,
-    world_size: None = None,
-) -> Plan: ...
-@overload
-def plan(
-    batch: int,
-    dim: int,
-    classes: int,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    *,
-    workspace: int | None = None,
-    world_size: int,
-    sample_rate: float = 1.0,
-    optimizer: str = "momentum",
-) -> ShardedPlan: ...
-def plan(
-    batch: int,
-    dim: int,
-    classes: int,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    *,
-    workspace: int | None = None,
-    world_size: int | None = None,
-    sample_rate: float = 1.0,
-    optimizer: str = "momentum",
-) -> Plan | ShardedPlan:
+) -> Plan:
     """The algorithm, chunking, memory and work of ``normface_loss`` for a shape.
 
     Args:
-        batch: N; with ``world_size`` the batch of one rank.
+        batch: N.
         dim: D.
         classes: C.
         dtype: of the operands (float64, float32, float16 or bfloat16).
         device: where it will run.
         workspace: budget in bytes for everything beyond inputs and gradients; ``None`` is 2 GiB on the
             CPU and 8 GiB (at most a quarter of the card's memory) on CUDA.
-        world_size: W, for a head whose classes ``distributed.shard_head`` spreads over W ranks: the result
-            is then a :class:`ShardedPlan`, with the weight (float32, or float64), its gradient and the
-            optimizer's state among the bytes, and what a step sends.
-        sample_rate: of that head.
-        optimizer: of that head: "none", "sgd", "momentum" or "adamw".
 
     Raises:
-        TypeError: a size that is no int, another dtype, a rate that is no number.
+        TypeError: a size that is no int, another dtype.
         ValueError: a size below 1 (the batch may be 0), or a budget in which not even one class per
             chunk fits; the message names the least that does.
     """
@@ -154,24 +119,9 @@ def plan(
     kind = device.type
     budget = _default_workspace(kind, device) if workspace is None else workspace
 
-    def sweep(rows: int, width: int) -> Plan:
-        if kind == "cuda":
-            return _cuda_plan(rows, dim, width, dtype, budget, _Device(dim, dtype, device))
-        return _cpu_plan(rows, dim, width, dtype, budget)
-
-    if world_size is None:
-        if not (sample_rate == 1 and optimizer == "momentum"):
-            raise ValueError("plan: expected `world_size` with `sample_rate` and `optimizer`, got None")
-        return sweep(batch, classes)
-    world_size = integer("plan", "world_size", world_size, 1, kind="an int or None")
-    sample_rate = number("plan", "sample_rate", sample_rate, RATE)
-    optimizer = choice("plan", "optimizer", optimizer, OPTIMIZER_STATES)
-    here = -(-classes // world_size)
-    # A draw has the rows' own classes and its share of the others.
-    positives = min(batch * world_size, here) if sample_rate < 1 else 0
-    drawn = min(here, positives + math.ceil((here - positives) * sample_rate))
-    local = sweep(batch * world_size, drawn)
-    return sharded_plan(local, batch, dim, here, drawn, world_size, dtype, optimizer)
+    if kind == "cuda":
+        return _cuda_plan(batch, dim, classes, dtype, budget, _Device(dim, dtype, device))
+    return _cpu_plan(batch, dim, classes, dtype, budget)
 
 
 def _default_workspace(kind: str, device: str | torch.device) -> int:

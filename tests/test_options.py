@@ -1,0 +1,62 @@
+"""Options are declared once: what else names them must name the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+
+import pytest
+
+import normface_ext as nf
+from normface_ext.engine.options import Options
+
+
+def families() -> list[type[Options]]:
+    """Every dataclass of options, those that only others inherit from left out."""
+    found, waiting = [], [Options]
+    while waiting:
+        below = waiting.pop().__subclasses__()
+        waiting += below
+        found += [cls for cls in below if not cls.__subclasses__()]
+    return sorted(found, key=lambda cls: cls.__name__)
+
+
+def public(name: str) -> list[object]:
+    """The public callables of this name: of functional, of the package, of distributed."""
+    return [getattr(place, name) for place in (nf, nf.functional, nf.distributed) if hasattr(place, name)]
+
+
+@pytest.mark.parametrize("options", families(), ids=lambda cls: cls.__name__)
+def test_keywords_are_the_fields(options):
+    keywords = getattr(sys.modules[options.__module__], options.__name__.replace("Options", "Keywords"))
+    fields = {f.name: f.type for f in dataclasses.fields(options)}
+    told = {name: kind.__forward_arg__ for name, kind in keywords.__annotations__.items()}
+    assert told == fields and list(told) == list(fields)
+    assert set(options.CHECKS) == set(fields)
+
+
+@pytest.mark.parametrize("options", families(), ids=lambda cls: cls.__name__)
+def test_every_default_passes_its_own_check(options):
+    for field in dataclasses.fields(options):
+        if field.default is not dataclasses.MISSING:
+            assert options.CHECKS[field.name]("op", field.name, field.default) == field.default
+
+
+@pytest.mark.parametrize("name", ["normface_loss", "NormFaceLoss"])
+def test_the_signature_shows_them(name):
+    from normface_ext.softmax.options import HeadOptions
+
+    for call in public(name):
+        shown = inspect.signature(call).parameters
+        for field in dataclasses.fields(HeadOptions):
+            assert shown[field.name].default == field.default
+            assert shown[field.name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert all(p.kind is not p.VAR_KEYWORD for p in shown.values())
+
+
+def test_what_is_no_option_is_named():
+    with pytest.raises(TypeError, match="normface_loss: got an unexpected keyword argument `marginn`"):
+        nf.functional.normface_loss(None, None, None, 1.0, marginn=None)
+    with pytest.raises(TypeError, match="NormFaceLoss: got an unexpected keyword argument `marginn`"):
+        nf.NormFaceLoss(3, 4, marginn=None)
