@@ -22,7 +22,7 @@ from .engine.plan import Plan, plan
 from .mirror import MirrorFace
 from .optim import parameter_groups
 from .softmax.layers import NormFaceLoss
-from .softmax.margins import ArcFace, CombinedMargin, CosFace
+from .softmax.margins import ArcFace, CombinedMargin, CosFace, RowMargin
 
 if TYPE_CHECKING:
     from . import caffe, distributed, evaluation
@@ -40,6 +40,7 @@ __all__ = [
     "NormalizeLayer",
     "PairContrastiveLoss",
     "Plan",
+    "RowMargin",
     "TripletLoss",
     "build_info",
     "caffe",
