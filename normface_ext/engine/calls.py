@@ -29,8 +29,8 @@ def plan_device(x: Tensor) -> torch.device:
 
 def autocast(x: Tensor) -> Tensor:
     """x as autocast hands it to a matrix product: float64 stays."""
-    kind = x.device.type
-    if x.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
+    kind = "cuda" if x.is_cuda else "cpu"
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64 or x.is_meta:
         return x
     return x.to(torch.get_autocast_dtype(kind))
 
