@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from . import arguments
@@ -18,10 +18,15 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
+def is_dtensor(value: Tensor) -> bool:
+    """By name: to import the class takes long, and who has one has done so."""
+    return type(value).__name__ == "DTensor"
+
+
 def tensor(op: str, name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: expected `{name}` to be a Tensor, got {type(value).__name__}")
-    if type(value).__name__ == "DTensor":
+    if is_dtensor(value):
         raise TypeError(f"{op}: expected `{name}` to be a plain Tensor, got a DTensor")
     return value
 
@@ -145,19 +150,39 @@ def _head(op: str, x: object, weight: object, classes: str) -> tuple[Tensor, Ten
 
 
 def scale(op: str, value: object, x: Tensor, *, per_row: bool = False) -> tuple[Tensor | None, float]:
-    """(0-d tensor, 0.0) or (None, float); `per_row`: or a tensor [N]. One of shape [1] counts as 0-d."""
-    if isinstance(value, Tensor):
-        rows = per_row and value.dim() == 1 and value.shape[0] == x.shape[0]
-        single = value.dim() == 1 and value.shape[0] == 1
-        if not (value.dim() == 0 or single or rows) or value.dtype not in FLOATING:
-            wanted = f" or one of shape [{x.shape[0]}]" if per_row else ""
-            raise ValueError(
-                f"{op}: expected `scale` to be a float or a 0-d floating tensor{wanted},"
-                f" got {value.dtype} of shape {list(value.shape)}"
-            )
-        same_device(op, "scale", value, "x", x)
-        return value.reshape(()) if single else value.contiguous(), 0.0
-    return None, number(op, "scale", value, kind="a float or a 0-d tensor")
+    """(0-d tensor, 0.0) or (None, float); `per_row`: or a tensor [N]. One of shape [1] counts as 0-d, and a
+    learned scale comes within its bounds (engine/scale.py)."""
+    if not isinstance(value, Tensor):
+        return None, number(op, "scale", value, kind="a float or a tensor of one element")
+    tensor(op, "scale", value)
+    single = value.dim() <= 1 and value.numel() == 1
+    rows = per_row and value.dim() == 1 and value.shape[0] == x.shape[0]
+    if not (single or rows) or value.dtype not in FLOATING:
+        wanted = f" or of shape [{x.shape[0]}]" if per_row else ""
+        raise ValueError(
+            f"{op}: expected `scale` to be a float or a floating tensor of one element{wanted},"
+            f" got {value.dtype} of shape {list(value.shape)}"
+        )
+    same_device(op, "scale", value, "x", x)
+    if not single:
+        return value.contiguous(), 0.0
+    bounds = getattr(value, "scale_bounds", None)
+    if bounds is not None:
+        return bounded(value, *bounds), 0.0
+    return (value if value.dim() == 0 else value.reshape(())), 0.0
+
+
+def bounded(scale: Tensor, low: float, high: float) -> Tensor:
+    """The one element as a 0-d tensor in [low, high].
+
+    The gradient is not masked, as in Caffe's Scale layer: a scale at a bound can come back.
+    """
+    # A Parameter as it is: no trace is looking, and no transform has wrapped it.
+    plain = type(scale) is nn.Parameter and scale.is_cpu and not torch.compiler.is_compiling()
+    if plain and low <= scale.item() <= high:
+        return scale.squeeze()
+    # scale - scale is 0: the value is the bound itself, and the slope is 1.
+    return (scale.detach().clamp(low, high) + (scale - scale.detach())).reshape(())
 
 
 def label_rows(op: str, value: object, x: Tensor) -> Tensor:
