@@ -139,7 +139,9 @@ class NormLinear(ScaledHead):
         owner = type(self).__name__
         in_features = size(owner, "in_features", in_features)
         out_features = size(owner, "out_features", out_features)
-        super().__init__(out_features, in_features, scale, learn_scale, min_scale, max_scale, device, dtype)
+        super().__init__(
+            out_features, in_features, scale, learn_scale, min_scale, max_scale, device, dtype
+        )
         self.in_features, self.out_features = in_features, out_features
         self.eps = checks.eps(owner, "eps", eps)
         self.normalize_input = flag(owner, "normalize_input", normalize_input)

@@ -65,7 +65,9 @@ class NormFaceLoss(HoldsOptions, ScaledHead):
             if scale != "auto":
                 raise ValueError(f"{owner}: expected `scale` to be a number or 'auto', got {scale!r}")
             scale = theory.auto_scale(num_classes)
-        super().__init__(num_classes, in_features, scale, learn_scale, min_scale, max_scale, device, dtype)
+        super().__init__(
+            num_classes, in_features, scale, learn_scale, min_scale, max_scale, device, dtype
+        )
         self.in_features, self.num_classes = in_features, num_classes
         self.keep_options(chosen)
         if class_weight is not None:
