@@ -2,6 +2,7 @@
 #pragma once
 
 #include "checks.h"
+#include "engine/agent_arguments.h"
 #include "hinge_state.h"
 
 namespace nf {
@@ -13,36 +14,41 @@ inline void check_row_numbers(const char* op, const char* name, const Tensor& t,
          name_of(t.scalar_type()), " of shape ", shape_of(t));
 }
 
-inline void check_agents(const char* op, const Tensor& x, const Tensor& weight, const Tensor& labels,
-                         bool is_shard) {
-  check_head(op, x, weight, is_shard ? 0 : 1);
-  check_labels(op, labels, x.size(0));
+template <class Arguments>
+void check_agents(const Arguments& in) {
+  check_head(in.kName, in.x, in.weight, in.is_shard ? 0 : 1);
+  check_labels(in.kName, in.labels, in.x.size(0));
 }
 
-inline void check_hinge_backward(const char* op, const Tensor& target_factor, const Tensor& hinge_factor,
-                                 const Tensor& x, const Tensor& weight, const Tensor& labels,
-                                 const Tensor& rows, const Tensor& inverse_norm, bool is_shard) {
-  check_agents(op, x, weight, labels, is_shard);
-  const ScalarType wide = accumulator(x.scalar_type());
-  check_row_numbers(op, "target_factor", target_factor, wide, x.size(0));
-  check_row_numbers(op, "hinge_factor", hinge_factor, wide, x.size(0));
-  check_row_numbers(op, "inverse_norm", inverse_norm, wide, weight.size(0));
-  check_shape(op, "rows", rows, kHingeFields, x.size(0));
+inline void check(const TargetCosineArguments& in) { check_agents(in); }
+
+inline void check(const AgentHingeArguments& in) {
+  check_agents(in);
+  check_number(in.kName, "margin", in.margin, in.x);
+  check_row_numbers(in.kName, "target_cosine", in.target_cosine, ScalarType::Double, in.x.size(0));
 }
 
-inline void check_cosine_pairs(const char* op, const Tensor& factors, const Tensor& classes,
-                               const Tensor& order, const Tensor& x, const Tensor& weight,
-                               const Tensor& x_inverse, const Tensor& weight_inverse, bool need_weight,
-                               bool is_shard) {
-  check_head(op, x, weight, is_shard ? 0 : 1);
-  const ScalarType wide = accumulator(x.scalar_type());
-  if (classes.dim() != 2) fail(op, ": expected `classes` to be 2-D, got shape ", shape_of(classes));
-  check_shape(op, "classes", classes, x.size(0), classes.size(1));
-  check_matrix(op, "factors", factors);
-  check_shape(op, "factors", factors, x.size(0), classes.size(1));
-  if (need_weight) check_row_numbers(op, "order", order, ScalarType::Long, classes.numel());
-  check_row_numbers(op, "x_inverse", x_inverse, wide, x.size(0));
-  check_row_numbers(op, "weight_inverse", weight_inverse, wide, weight.size(0));
+inline void check(const AgentHingeBackwardArguments& in) {
+  const char* op = in.kName;
+  check_agents(in);
+  const ScalarType wide = accumulator(in.x.scalar_type());
+  check_row_numbers(op, "target_factor", in.target_factor, wide, in.x.size(0));
+  check_row_numbers(op, "hinge_factor", in.hinge_factor, wide, in.x.size(0));
+  check_row_numbers(op, "inverse_norm", in.inverse_norm, wide, in.weight.size(0));
+  check_shape(op, "rows", in.rows, kHingeFields, in.x.size(0));
+}
+
+inline void check(const CosinePairsBackwardArguments& in) {
+  const char* op = in.kName;
+  check_head(op, in.x, in.weight, in.is_shard ? 0 : 1);
+  const ScalarType wide = accumulator(in.x.scalar_type());
+  if (in.classes.dim() != 2) fail(op, ": expected `classes` to be 2-D, got shape ", shape_of(in.classes));
+  check_shape(op, "classes", in.classes, in.x.size(0), in.classes.size(1));
+  check_matrix(op, "factors", in.factors);
+  check_shape(op, "factors", in.factors, in.x.size(0), in.classes.size(1));
+  if (in.need_weight) check_row_numbers(op, "order", in.order, ScalarType::Long, in.classes.numel());
+  check_row_numbers(op, "x_inverse", in.x_inverse, wide, in.x.size(0));
+  check_row_numbers(op, "weight_inverse", in.weight_inverse, wide, in.weight.size(0));
 }
 
 }  // namespace nf

@@ -5,14 +5,16 @@ Every function takes float64, float32, float16 or bfloat16 and accumulates in at
 IndexError (labels) with a sentence "op: expected `argument` to ..., got ...".
 """
 
-from .agents.functions import c_contrastive_loss, c_triplet_loss
+from .agents.functions import c_contrastive_loss, c_contrastive_stats, c_triplet_loss, c_triplet_stats
 from .cosine.functions import norm_linear, normalize
 from .distances.functions import inner_distance, pair_contrastive_loss, triplet_loss
 from .softmax.functions import head_parts, normface_loss
 
 __all__ = [
     "c_contrastive_loss",
+    "c_contrastive_stats",
     "c_triplet_loss",
+    "c_triplet_stats",
     "head_parts",
     "inner_distance",
     "norm_linear",

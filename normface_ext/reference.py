@@ -2,18 +2,30 @@
 
 Tests hold the kernels against these functions in float64, and second derivatives of the fused ops
 come from here. Nothing in this file is optimised. Arguments are those of ``normface_ext.functional``;
-bad input is that module's business.
+bad input is that module's business. What only says how a loss is computed (workspace, active_limit,
+check_finite) is taken where the options are declared, and changes nothing here.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .agents.options import (
+    AgentOptions,
+    ContrastiveKeywords,
+    ContrastiveOptions,
+    TripletKeywords,
+    TripletOptions,
+)
+from .engine.options import takes
 from .softmax.margins import NO_MARGIN, ArcFace, CombinedMargin, CosFace, Margin
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 #: sin(theta) is held at this floor, which keeps value and slope finite at cos theta = +-1.
 SIN_FLOOR = 1e-4
@@ -285,92 +297,157 @@ def _counting(x: Tensor, kept: Tensor) -> Tensor:
     return torch.where(kept[:, None], x, 1)
 
 
-def _reduce(losses: Tensor, kept: Tensor, reduction: str) -> Tensor:
+def _reduce(losses: Tensor, kept: Tensor, reduction: str, sample_weight: Tensor | None = None) -> Tensor:
+    """The rows' losses, weighted; the mean divides by the sum of the weights and is 0 where that is 0."""
+    if sample_weight is not None:
+        losses = sample_weight.to(losses.dtype) * losses
     losses = torch.where(kept, losses, torch.zeros_like(losses))
-    if reduction == "none":
-        return losses
-    total = losses.sum()
-    return total / kept.sum().clamp_min(1) if reduction == "mean" else total
+    if reduction != "mean":
+        return losses if reduction == "none" else losses.sum()
+    if sample_weight is None:
+        return losses.sum() / kept.sum().clamp_min(1)
+    total_weight = torch.where(kept, sample_weight.to(losses.dtype), 0).sum()
+    empty = total_weight == 0
+    return torch.where(empty, 0, losses.sum() / torch.where(empty, 1, total_weight))
+
+
+def _kept(labels: Tensor, ignore_index: int | None, sample_weight: Tensor | None) -> Tensor:
+    """Which rows [N] count: neither ignored nor of weight 0."""
+    kept = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    return kept if sample_weight is None else kept & (sample_weight != 0)
 
 
 def _split(distances: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The label's distance [N], and the others' [N, C] with infinity in its place."""
-    safe = labels.clamp(0, distances.shape[1] - 1)[:, None]
+    safe = labels.long().clamp(0, distances.shape[1] - 1)[:, None]
     return distances.gather(1, safe).squeeze(1), distances.scatter(1, safe, torch.inf)
 
 
-def _agent_distances(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return _wide(x) if weight is None else 2 - 2 * cosine(x, weight, eps)
+def _agent_distances(
+    x: Tensor, weight: Tensor, labels: Tensor, sample_weight: Tensor | None, options: AgentOptions
+) -> Tensor:
+    kept = _kept(labels, options.ignore_index, sample_weight)
+    return 2 - 2 * cosine(_counting(x, kept), weight, options.eps)
 
 
+@takes(ContrastiveOptions)
 def c_contrastive_loss(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor,
     labels: Tensor,
     *,
-    pos_margin: float = 0.0,
-    neg_margin: float | Tensor = 1.0,
-    pos_weight: float = 1.0,
-    neg_weight: float = 1.0,
-    hardest_only: bool = False,
-    max_positive_only: bool = False,
-    positive_outlier_thresh: float = 4.0,
-    positive_first: bool = False,
-    positive_upper_bound: float = 1.0,
-    exp_negative_weight: bool = False,
-    normalize_negative: float | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    eps: float = 1e-12,
+    sample_weight: Tensor | None = None,
+    **options: Unpack[ContrastiveKeywords],
 ) -> Tensor:
     """loss_i = w+ min(T, (d_iy - m+)_+) + w- sum_{j != y} (m- - d_ij)_+ (paper section 4)."""
-    kept = labels != ignore_index
-    target, others = _split(_agent_distances(_counting(x, kept), weight, eps), labels)
-    positive = (target - pos_margin).clamp(0, positive_outlier_thresh)
-    if max_positive_only and len(labels):
-        best = torch.where(kept, positive, -torch.inf).argmax()
-        positive = torch.where(torch.arange(len(labels), device=labels.device) == best, positive, 0)
-    if hardest_only:
-        others = others.gather(1, others.argmin(1, keepdim=True))
-    active = ~(neg_margin - others <= 0)
-    terms = (-others).exp() if exp_negative_weight else neg_margin - others
-    dropped = (target > positive_upper_bound) & positive_first
-    terms = torch.where(active & kept[:, None] & ~dropped[:, None], terms, 0)
-    if normalize_negative is not None:
-        slopes = terms if exp_negative_weight else (terms != 0).to(terms.dtype)
-        size = abs(neg_weight) * slopes.sum().detach() / normalize_negative / kept.sum().clamp_min(1)
-        terms = terms / torch.where((size > pos_weight) & (size > 0), size, 1)
-    return _reduce(pos_weight * positive + neg_weight * terms.sum(1), kept, reduction)
+    o = ContrastiveOptions.of("c_contrastive_loss", options)
+    distances = _agent_distances(x, weight, labels, sample_weight, o)
+    return contrastive_of_distances(distances, labels, sample_weight=sample_weight, **options)
 
 
-def c_triplet_loss(
-    x: Tensor,
-    weight: Tensor | None,
+@takes(ContrastiveOptions)
+def contrastive_of_distances(
+    distances: Tensor,
     labels: Tensor,
     *,
-    margin: float = 0.8,
-    pos_weight: float = 1.0,
-    neg_weight: float = 1.0,
-    hardest_only: bool = False,
-    add_center_loss: bool = False,
-    positive_first: bool = False,
-    positive_upper_bound: float = 1.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    eps: float = 1e-12,
+    sample_weight: Tensor | None = None,
+    **options: Unpack[ContrastiveKeywords],
+) -> Tensor:
+    """``c_contrastive_loss`` of given distances [N, C]."""
+    o = ContrastiveOptions.of("contrastive_of_distances", options)
+    kept = _kept(labels, o.ignore_index, sample_weight)
+    target, others = _split(_counting(_wide(distances), kept), labels)
+    positive = (target - o.pos_margin).clamp(0, o.positive_outlier_thresh)
+    if o.max_positive_only and len(labels):
+        best = torch.where(kept, positive, -torch.inf).argmax()
+        positive = torch.where(torch.arange(len(labels), device=labels.device) == best, positive, 0)
+    if o.hardest_only:
+        others = others.gather(1, others.argmin(1, keepdim=True))
+    active = ~(o.neg_margin - others <= 0)
+    terms = (-others).exp() if o.exp_negative_weight else o.neg_margin - others
+    dropped = (target > o.positive_upper_bound) & o.positive_first
+    terms = torch.where(active & kept[:, None] & ~dropped[:, None], terms, 0)
+    if o.normalize_negative is not None:
+        slopes = terms if o.exp_negative_weight else (terms != 0).to(terms.dtype)
+        mean = _reduce(slopes.sum(1).detach(), kept, "mean", sample_weight)
+        size = abs(o.neg_weight) * mean.abs() / o.normalize_negative
+        terms = terms / torch.where((size > o.pos_weight) & (size > 0), size, 1)
+    losses = o.pos_weight * positive + o.neg_weight * terms.sum(1)
+    return _reduce(losses, kept, o.reduction, sample_weight)
+
+
+@takes(ContrastiveOptions)
+def c_contrastive_stats(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    **options: Unpack[ContrastiveKeywords],
+) -> Tensor:
+    """[mean positive hinge, mean negative hinge], the latter over all other agents too."""
+    o = ContrastiveOptions.of("c_contrastive_stats", options)
+    target, others = _split(_agent_distances(x, weight, labels, sample_weight, o), labels)
+    hinges = (o.neg_margin - others).clamp_min(0).sum(1) / max(1, others.shape[1] - 1)
+    parts = (target - o.pos_margin).clamp(0, o.positive_outlier_thresh), hinges
+    kept = _kept(labels, o.ignore_index, sample_weight)
+    return torch.stack([_reduce(part, kept, "mean", sample_weight) for part in parts]).detach()
+
+
+@takes(TripletOptions)
+def c_triplet_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    **options: Unpack[TripletKeywords],
 ) -> Tensor:
     """loss_i = w- sum_{j != y} (m + d_iy - d_ij)_+ [+ w+ d_iy] (paper section 4)."""
-    kept = labels != ignore_index
-    target, others = _split(_agent_distances(_counting(x, kept), weight, eps), labels)
-    if hardest_only:
+    o = TripletOptions.of("c_triplet_loss", options)
+    distances = _agent_distances(x, weight, labels, sample_weight, o)
+    return triplet_of_distances(distances, labels, sample_weight=sample_weight, **options)
+
+
+@takes(TripletOptions)
+def triplet_of_distances(
+    distances: Tensor,
+    labels: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    **options: Unpack[TripletKeywords],
+) -> Tensor:
+    """``c_triplet_loss`` of given distances [N, C]."""
+    o = TripletOptions.of("triplet_of_distances", options)
+    kept = _kept(labels, o.ignore_index, sample_weight)
+    target, others = _split(_counting(_wide(distances), kept), labels)
+    if o.hardest_only:
         others = others.gather(1, others.argmin(1, keepdim=True))
-    excess = margin + target[:, None] - others
+    excess = o.margin + target[:, None] - others
     terms = torch.where(~(excess <= 0), excess, 0)
-    dropped = (target > positive_upper_bound) & positive_first
-    losses = neg_weight * torch.where(dropped, 0, terms.sum(1))
-    if add_center_loss:
-        losses = losses + pos_weight * target
-    return _reduce(losses, kept, reduction)
+    dropped = (target > o.positive_upper_bound) & o.positive_first
+    losses = o.neg_weight * torch.where(dropped, 0, terms.sum(1))
+    if o.add_center_loss:
+        losses = losses + o.pos_weight * target
+    return _reduce(losses, kept, o.reduction, sample_weight)
+
+
+@takes(TripletOptions)
+def c_triplet_stats(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    **options: Unpack[TripletKeywords],
+) -> Tensor:
+    """[mean distance to the label's agent, mean distance to the others]."""
+    o = TripletOptions.of("c_triplet_stats", options)
+    distances = _agent_distances(x, weight, labels, sample_weight, o)
+    target, _ = _split(distances, labels)
+    parts = target, (distances.sum(1) - target) / max(1, distances.shape[1] - 1)
+    kept = _kept(labels, o.ignore_index, sample_weight)
+    return torch.stack([_reduce(part, kept, "mean", sample_weight) for part in parts]).detach()
 
 
 def pair_contrastive_loss(

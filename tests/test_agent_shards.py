@@ -4,6 +4,7 @@ Here one process plays all shards, on the kernels of every lane; test_distribute
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,12 +29,12 @@ def problem(lane, dtype):
     return x, weight.to(dtype), labels
 
 
-def swept(x, weight, labels, cosine, options, partial, upstream):
+def swept(x, weight, labels, cosine, options, upstream):
     """(state, gradients) of these classes."""
-    _, _, *state = agent_ops.sweep(x, weight, labels, cosine, None, options, options.capacity, partial)
+    _, _, *state = agent_ops.sweep(x, weight, labels, cosine, None, options)
     return state, lambda slope, hinges: agent_ops.sweep_gradients(
         *agent_ops.cosine_factors(state[0], slope, upstream[0], upstream[1] * hinges, options.triplet),
-        x, weight, labels, state, options, options.capacity, (True, True), partial,
+        x, weight, labels, state, options, (True, True),
     )  # fmt: skip
 
 
@@ -54,8 +55,9 @@ def test_shards_add_up(lane, dtype, mode, capacity):
     )
     wide = accumulator(dtype)
     upstream = [lane.randn(BATCH, dtype=wide, seed=seed) for seed in (5, 6)]
-    cosine = agent_ops.target_cosine(x, weight, labels, options, False)
-    state, gradients = swept(x, weight, labels, cosine, options, False, upstream)
+    cosine = agent_ops.target_cosine(x, weight, labels, options)
+    state, gradients = swept(x, weight, labels, cosine, options, upstream)
+    options = replace(options, is_shard=True)
     slope = state[0][HINGE_SLOPE].to(wide)
     dx, dw = gradients(slope, 1)
 
@@ -65,10 +67,10 @@ def test_shards_add_up(lane, dtype, mode, capacity):
         elsewhere = torch.where(labels == IGNORED, IGNORED, ops.ELSEWHERE)
         places.append(torch.where(here, labels - first, elsewhere))
     shards = [(weight[first:last], place) for (first, last), place in zip(SHARDS, places, strict=True)]
-    parts = [agent_ops.target_cosine(x, w, place, options, True) for w, place in shards]
+    parts = [agent_ops.target_cosine(x, w, place, options) for w, place in shards]
     assert all(part.dtype == torch.float64 for part in parts)
     assert torch.equal(torch.stack(parts).sum(0), cosine)  # one shard's number and zeros
-    found = [swept(x, w, place, cosine, options, True, upstream) for w, place in shards]
+    found = [swept(x, w, place, cosine, options, upstream) for w, place in shards]
     rows = [part[0] for part, _ in found]
     tolerance = {"rtol": 32 * torch.finfo(wide).eps, "atol": 32 * torch.finfo(wide).eps}
     best = torch.stack([part[HINGE_BEST] for part in rows])

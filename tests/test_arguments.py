@@ -21,6 +21,10 @@ CALLS = {
     "inner_distance": lambda **given: F.inner_distance(X, W, **given),
     "c_contrastive_loss": lambda **given: F.c_contrastive_loss(X, W, Y, **given),
     "c_triplet_loss": lambda **given: F.c_triplet_loss(X, W, Y, **given),
+    "c_contrastive_stats": lambda **given: F.c_contrastive_stats(X, W, Y, **given),
+    "c_triplet_stats": lambda **given: F.c_triplet_stats(X, W, Y, **given),
+    "general_contrastive_loss": lambda **given: nf.caffe.general_contrastive_loss(X, Y, **given),
+    "general_triplet_loss": lambda **given: nf.caffe.general_triplet_loss(X, Y, **given),
     "pair_contrastive_loss": lambda **given: F.pair_contrastive_loss(X, X + 1, SAME, **given),
     "triplet_loss": lambda **given: F.triplet_loss(X, X + 1, X - 1, **given),
     "plan": lambda **given: nf.plan(**{"batch": 4, "dim": 5, "classes": 6, **given}),
@@ -41,12 +45,16 @@ CALLS = {
     "RowAdamW": lambda **given: RowAdamW([torch.nn.Parameter(X)], **given),
     "clip_grad_norm_": lambda **given: clip_grad_norm_([], **{"max_norm": 1.0, **given}),
 }
-#: Who takes which argument. Distances [N, C] in place of x and a weight take the same door.
+#: Who takes which argument.
+STATS, GENERAL = (
+    ("c_contrastive_stats", "c_triplet_stats"),
+    ("general_contrastive_loss", "general_triplet_loss"),
+)
 LOSSES = ("c_contrastive_loss", "c_triplet_loss", "CContrastiveLoss", "CTripletLoss")
 INTEGERS = {
     "ignore_index": ("normface_loss", "NormFaceLoss", *LOSSES),
     "workspace": ("plan", "normface_loss", "NormFaceLoss", *LOSSES),
-    "active_limit": LOSSES,
+    "active_limit": (*LOSSES, *STATS),
     "dim": ("normalize", "NormalizeLayer", "plan"),
     "batch": ("plan",),
     "classes": ("plan",),
@@ -75,6 +83,7 @@ NUMBERS = {
         "InnerDistance",
         "RowAdamW",
         *LOSSES,
+        *STATS,
     ),
     "scale": ("norm_linear", "normface_loss", "NormLinear", "NormFaceLoss", "max_probability"),
     "min_scale": ("NormLinear", "NormFaceLoss"),
@@ -88,12 +97,12 @@ NUMBERS = {
         "PairContrastiveLoss",
         "TripletLoss",
     ),
-    "neg_margin": ("c_contrastive_loss", "CContrastiveLoss"),
+    "neg_margin": ("c_contrastive_loss", "CContrastiveLoss", STATS[0], GENERAL[0]),
     "pos_margin": ("c_contrastive_loss", "CContrastiveLoss"),
     "positive_outlier_thresh": ("c_contrastive_loss", "CContrastiveLoss"),
     "normalize_negative": ("c_contrastive_loss", "CContrastiveLoss"),
     "max_negative_margin": ("CContrastiveLoss",),
-    **dict.fromkeys(AGENTS, LOSSES),
+    **dict.fromkeys(AGENTS, (*LOSSES, *GENERAL)),
     "m1": ("CombinedMargin",),
     "m2": ("CombinedMargin",),
     "m3": ("CombinedMargin",),
@@ -110,9 +119,9 @@ FLAGS = {
     "normalize": ("inner_distance", "InnerDistance"),
     "update_center_only": ("inner_distance", "InnerDistance"),
     "learn_scale": ("NormLinear", "NormFaceLoss"),
-    "hardest_only": LOSSES,
-    "positive_first": LOSSES,
-    "return_stats": LOSSES,
+    "hardest_only": (*LOSSES, *GENERAL),
+    "positive_first": (*LOSSES, *GENERAL),
+    "check_finite": ("normface_loss", "NormFaceLoss", *LOSSES, *STATS, *GENERAL),
     "add_center_loss": ("c_triplet_loss", "CTripletLoss"),
     "max_positive_only": ("c_contrastive_loss", "CContrastiveLoss"),
     "exp_negative_weight": ("c_contrastive_loss", "CContrastiveLoss"),
@@ -129,7 +138,6 @@ CHOICES = {
         "PairContrastiveLoss",
         "TripletLoss",
     ),
-    "mode": LOSSES,
     "p": ("normalize", "inner_distance", "NormalizeLayer", "InnerDistance"),
 }
 LIST, TEXT = [0], "1"
@@ -219,14 +227,6 @@ def test_a_plan_names_a_bad_device(device):
         nf.plan(4, 5, 6, device=device)
 
 
-@pytest.mark.parametrize("loss", ["c_contrastive_loss", "c_triplet_loss"])
-@pytest.mark.parametrize("name", ["workspace", "active_limit", "ignore_index", "eps"])
-def test_distances_take_the_same_door(loss, name):
-    for mode in ("math", "caffe"):
-        with pytest.raises(TypeError, match=f"^{loss}: expected `{name}` to be "):
-            getattr(F, loss)(torch.rand(4, 6), None, Y, mode=mode, **{name: "1"})
-
-
 def test_layers_keep_python_s_own_numbers():
     """What a layer shows, saves and passes on is an int, a float or a bool, whoever made it."""
     head = nf.NormFaceLoss(np.int64(5), torch.tensor(6), scale=np.float32(8), ignore_index=np.int32(-1))
@@ -235,8 +235,8 @@ def test_layers_keep_python_s_own_numbers():
     layer = nf.CContrastiveLoss(
         5, 6, neg_margin=np.array(1.5), pos_weight=np.float16(0.5), active_limit=np.int8(3)
     )
-    assert type(layer.neg_margin) is float and type(layer.options["pos_weight"]) is float
-    assert type(layer.options["active_limit"]) is int
+    assert type(layer.neg_margin) is float and type(layer.pos_weight) is float
+    assert type(layer.active_limit) is int
     assert nf.CosFace(np.array(0.25)) == nf.CosFace(0.25) and hash(nf.CosFace(np.float16(0.25)))
 
 

@@ -248,7 +248,7 @@ def test_layers_keep_their_names_and_options():
     )
     close(head.layers["cosine"].weight.norm(dim=1), np.ones(6), 1e-6)
     assert head.inputs == ("feature", "label")
-    assert load("c_triplet").layers["triplet_loss"].options["margin"] == pytest.approx(0.8)
+    assert load("c_triplet").layers["triplet_loss"].options.margin == pytest.approx(0.8)
 
 
 def test_notes_tell_what_has_no_effect():

@@ -1,8 +1,9 @@
-"""mode="caffe" against an independent transcription of the released layers, in NumPy and float64.
+"""Caffe's losses against an independent transcription of the released layers, in NumPy and float64.
 
 The loops below follow what happynear/caffe-windows (branch ms) does cell by cell, in words of our own:
 GeneralContrastiveLoss and GeneralTripletLoss on a matrix of distances. Each deviation of the layers from
-the gradient of their own loss has a test that mode "caffe" shows it and mode "math" does not.
+the gradient of their own loss has a test that ``caffe.general_*_loss`` (here: mode "caffe") shows it and the
+formula (``reference``, mode "math") does not.
 """
 
 import itertools
@@ -129,13 +130,26 @@ def triplet_layer(distance, label, **options):
     return loss, gradient / rows, [near / rows, far / rows / (columns - 1)]
 
 
+RELEASED = {
+    "c_contrastive_loss": nf.caffe.general_contrastive_loss,
+    "c_triplet_loss": nf.caffe.general_triplet_loss,
+}
+FORMULA = {
+    "c_contrastive_loss": nf.reference.contrastive_of_distances,
+    "c_triplet_loss": nf.reference.triplet_of_distances,
+}
+
+
 def run(loss, distance, label, mode, **options):
-    d = torch.tensor(distance, requires_grad=True)
-    value, stats = getattr(nf.functional, loss)(
-        d, None, torch.tensor(label), mode=mode, return_stats=True, **options
-    )
+    """(value, gradient, statistics, which the formula over distances has not)"""
+    d, labels = torch.tensor(distance, requires_grad=True), torch.tensor(label)
+    if mode == "caffe":
+        value, stats = RELEASED[loss](d, labels, **options)
+        assert not stats.requires_grad and stats.shape == (2,)
+    else:
+        value, stats = FORMULA[loss](d, labels, **options), None
     value.backward()
-    return float(value.detach()), d.grad.numpy(), stats.tolist()
+    return float(value.detach()), d.grad.numpy(), None if stats is None else stats.tolist()
 
 
 def distances(rows=7, columns=9, seed=0, high=2.5):
@@ -197,9 +211,9 @@ def test_upstream_gradient_and_agents():
         expected, gradient, stats = layer(d.detach().numpy(), labels.numpy(), **options)
         d.backward(3 * torch.tensor(gradient))
         mine = [t.clone().requires_grad_() for t in (x, w)]
-        value, got_stats = getattr(nf.functional, loss)(
-            *mine, labels, mode="caffe", return_stats=True, **options
-        )
+        unit = nf.functional.normalize(mine[0])
+        distance = nf.functional.inner_distance(unit, mine[1], normalize=True)
+        value, got_stats = RELEASED[loss](distance, labels, **options)
         (3 * value).backward()
         assert float(value.detach()) == pytest.approx(expected, rel=1e-12)
         assert got_stats.tolist() == pytest.approx(stats, rel=1e-12)
@@ -214,7 +228,6 @@ def test_plain_contrastive_is_the_same_in_both_modes():
     distance, label = distances()
     caffe, math = (run("c_contrastive_loss", distance, label, mode) for mode in ("caffe", "math"))
     assert caffe[0] == pytest.approx(math[0]) and np.allclose(caffe[1], math[1])
-    assert caffe[2] == pytest.approx(math[2])
 
 
 def test_triplet_with_one_active_negative_is_the_same_in_both_modes():
@@ -329,15 +342,32 @@ def test_center_loss_is_in_the_value_in_math_mode_only():
         assert with_center - without == pytest.approx(added)
 
 
-def test_stats_are_never_part_of_the_loss():
-    """Prototxts give Caffe's second output a loss_weight, which inflates the printed loss."""
-    d = torch.tensor(distances()[0], requires_grad=True)
-    labels = torch.tensor(distances()[1])
-    for loss in ("c_contrastive_loss", "c_triplet_loss"):
-        for mode in ("math", "caffe"):
-            value, stats = getattr(nf.functional, loss)(d, None, labels, mode=mode, return_stats=True)
-            assert not stats.requires_grad and stats.shape == (2,)
-            assert value == getattr(nf.functional, loss)(d, None, labels, mode=mode)
+def test_both_have_the_same_statistics():
+    """Of agents at the distances that the released layer is given."""
+    torch.manual_seed(0)
+    x, w = torch.randn(5, 6, dtype=torch.float64), torch.randn(8, 6, dtype=torch.float64)
+    labels = torch.tensor([0, 7, 3, 3, 1])
+    d = nf.functional.inner_distance(nf.functional.normalize(x), w, normalize=True)
+    for loss, stats in (("c_contrastive_loss", "c_contrastive_stats"), ("c_triplet_loss", "c_triplet_stats")):
+        _, released = RELEASED[loss](d, labels)
+        assert released.tolist() == pytest.approx(getattr(nf.functional, stats)(x, w, labels).tolist())
+
+
+def test_what_is_no_matrix_of_distances_is_refused():
+    d, labels = torch.rand(3, 4), torch.tensor([0, 1, 3])
+    for call in RELEASED.values():
+        op = call.__name__
+        with pytest.raises(
+            ValueError, match=rf"^{op}: expected `distances` to be 2-D \[N, C\], got shape \[3\]"
+        ):
+            call(d[:, 0], labels)
+        with pytest.raises(ValueError, match=f"^{op}: expected `distances` to have at least one class"):
+            call(d[:, :0], labels)
+        with pytest.raises(IndexError, match=rf"^{op}: expected `labels` in \[0, 4\), got -100 at row 1"):
+            call(d, torch.tensor([0, -100, 3]))
+        with pytest.raises(TypeError, match=f"^{op}: got an unexpected keyword argument `reduction`"):
+            call(d, labels, reduction="sum")
+        assert torch.equal(call(d.half(), labels.int())[0], call(d.half().float(), labels)[0])
 
 
 def test_l1_gradient_is_the_derivative():

@@ -125,12 +125,11 @@ def test_tensors_without_values_pass(loss):
 def test_distances_and_the_released_layers_are_looked_at():
     distances, labels = torch.rand(3, 4), torch.tensor([0, -100, 3])
     distances[1] = math.nan
-    call = nf.functional.c_triplet_loss
-    assert call(distances, None, labels, check_finite=True).isfinite()
-    with pytest.raises(ValueError, match=r"c_triplet_loss: expected `x` to be finite, .* in row 1$"):
-        call(distances, None, labels.abs() % 4, check_finite=True)
-    with pytest.raises(ValueError, match=r"c_triplet_loss: expected `x` to be finite, .* in row 1$"):
-        call(distances, torch.randn(5, 4), labels.abs() % 4, mode="caffe", check_finite=True)
+    assert nf.reference.triplet_of_distances(distances, labels).isfinite()
+    for call in (nf.caffe.general_contrastive_loss, nf.caffe.general_triplet_loss):
+        assert call(distances[[0, 2]], labels[[0, 2]], check_finite=True)[0].isfinite()
+        with pytest.raises(ValueError, match=rf"{call.__name__}: expected `distances` to be .* in row 1$"):
+            call(distances, labels.abs() % 4, check_finite=True)
 
 
 def test_layers_pass_it_on(loss):

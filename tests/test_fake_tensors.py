@@ -28,11 +28,23 @@ AGENTS = {
     "dense": {"active_limit": 0},
 }
 for loss in ("c_contrastive_loss", "c_triplet_loss"):
-    for name, options in {**AGENTS, "caffe": {"mode": "caffe"}, "stats": {"return_stats": True}}.items():
+    for name, options in AGENTS.items():
         CALLS[f"{loss} {name}"] = lambda x, w, y, loss=loss, options=options: getattr(F, loss)(
             x, w, y, **options
         )
+CALLS["general_contrastive_loss"] = lambda x, w, y: nf.caffe.general_contrastive_loss(x @ w.t(), y)
+CALLS["general_triplet_loss"] = lambda x, w, y: nf.caffe.general_triplet_loss(x @ w.t(), y)
 CALLS["exponential"] = lambda x, w, y: F.c_contrastive_loss(x, w, y, exp_negative_weight=True, active_limit=3)
+
+
+@pytest.mark.parametrize("stats", ["c_contrastive_stats", "c_triplet_stats"])
+def test_statistics_without_values(stats):
+    x, w, y = (
+        torch.empty(4, 5, device="meta"),
+        torch.empty(7, 5, device="meta"),
+        torch.empty(4, device="meta"),
+    )
+    assert getattr(F, stats)(x, w, y.long()).shape == (2,)
 
 
 @pytest.mark.parametrize("kind", ["fake", "meta"])

@@ -1,4 +1,4 @@
-"""c_contrastive_loss and c_triplet_loss (mode "math") in every lane, against the float64 specification."""
+"""c_contrastive_loss and c_triplet_loss in every lane, against the float64 specification."""
 
 import math
 
@@ -34,6 +34,10 @@ CASES = [("c_contrastive_loss", options) for options in CONTRASTIVE.values()]
 CASES += [("c_triplet_loss", options) for options in TRIPLET.values()]
 NAMES = [f"contrastive {name}" for name in CONTRASTIVE] + [f"triplet {name}" for name in TRIPLET]
 every_case = pytest.mark.parametrize(("loss", "options"), CASES, ids=NAMES)
+#: The statistics of each.
+STATS = {"c_contrastive_loss": "c_contrastive_stats", "c_triplet_loss": "c_triplet_stats"}
+#: Each over given distances.
+OF_DISTANCES = {"c_contrastive_loss": "contrastive_of_distances", "c_triplet_loss": "triplet_of_distances"}
 both = pytest.mark.parametrize("loss", ["c_contrastive_loss", "c_triplet_loss"])
 every_reduction = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 
@@ -120,12 +124,12 @@ def test_opcheck(lane, limit, partial, exponential):
         options = (None, 1.9, False, False, exponential, IGNORE, 1e-12, 16, limit, partial)
         _, _, rows, inverse, classes, _ = checked(op.agent_hinge.default, x, shard, given, cosine, *options)
         g = lane.randn(6), lane.randn(6, seed=1)
-        options = (exponential, 1e-12, 16, partial, True, True)
-        checked(op.agent_hinge_backward.default, *g, x, shard, given, rows, inverse, *options)
+        options = (True, True, exponential, 1e-12, 16, partial)
+        checked(op.agent_hinge_backward.default, x, shard, given, *g, rows, inverse, *options)
         factors, order = lane.randn(6, 1 + limit), classes.flatten().argsort(stable=True)
         norms = rows[1].float(), inverse
-        options = (1e-12, partial, True, False)
-        checked(op.cosine_pairs_backward.default, factors, classes, order, x, shard, *norms, *options)
+        options = (True, False, 1e-12, partial)
+        checked(op.cosine_pairs_backward.default, x, shard, factors, classes, order, *norms, *options)
 
 
 def test_by_hand(lane):
@@ -139,7 +143,8 @@ def test_by_hand(lane):
         x, weight, labels, neg_margin=3.0, reduction="none", hardest_only=True
     )
     assert loss.tolist() == pytest.approx([1, 2 + 3], abs=1e-6)
-    loss, stats = nf.functional.c_triplet_loss(x, weight, labels, margin=0.5, return_stats=True)
+    loss = nf.functional.c_triplet_loss(x, weight, labels, margin=0.5)
+    stats = nf.functional.c_triplet_stats(x, weight, labels, margin=0.5)
     assert float(loss.detach()) == pytest.approx((0 + 2.5 + 0.5) / 2, abs=1e-6)
     assert stats.tolist() == pytest.approx([1.0, (8 / 3 + 6 / 3) / 2], abs=1e-6)
     loss.backward()
@@ -206,14 +211,9 @@ def test_dtypes(lane, dtypes, limit, loss):
 def test_empty_batch_and_no_features(lane, reduction, loss):
     for limit in (None, 0, 3):
         x, weight = lane.randn(0, 6, grad=True), lane.randn(4, 6, grad=True)
-        value, stats = getattr(nf.functional, loss)(
-            x,
-            weight,
-            lane.tensor([], torch.int64),
-            reduction=reduction,
-            active_limit=limit,
-            return_stats=True,
-        )
+        labels, options = lane.tensor([], torch.int64), {"reduction": reduction, "active_limit": limit}
+        value = getattr(nf.functional, loss)(x, weight, labels, **options)
+        stats = getattr(nf.functional, STATS[loss])(x, weight, labels, **options)
         value.sum().backward()
         assert value.sum() == 0 and x.grad.shape == (0, 6) and (weight.grad == 0).all() and (stats == 0).all()
     x, weight = lane.randn(3, 0, grad=True), lane.randn(2, 0, grad=True)
@@ -318,9 +318,8 @@ def test_ignored_rows_reach_nothing(lane, loss, options, limit):
         rows = x.detach().clone()
         rows[2] += poison
         leaves = [rows.requires_grad_(), weight.detach().clone().requires_grad_()]
-        value, stats = getattr(nf.functional, loss)(
-            *leaves, labels, active_limit=limit, return_stats=True, **options
-        )
+        value = getattr(nf.functional, loss)(*leaves, labels, active_limit=limit, **options)
+        stats = getattr(nf.functional, STATS[loss])(*leaves, labels, active_limit=limit, **options)
         value.backward()
         assert (leaves[0].grad[2] == 0).all()
         results.append([value, stats, *(leaf.grad for leaf in leaves)])
@@ -336,7 +335,8 @@ def test_ignored_rows_reach_nothing(lane, loss, options, limit):
 def test_all_ignored_is_zero(lane, loss):
     x, weight, labels = sample(lane)
     labels.fill_(IGNORE)
-    value, stats = getattr(nf.functional, loss)(x, weight, labels, return_stats=True)
+    value = getattr(nf.functional, loss)(x, weight, labels)
+    stats = getattr(nf.functional, STATS[loss])(x, weight, labels)
     value.backward()
     assert value == 0 and (stats == 0).all() and (x.grad == 0).all() and (weight.grad == 0).all()
 
@@ -414,9 +414,9 @@ def test_collapsed_onto_the_agents(lane, loss):
 @every_case
 def test_stats(lane, loss, options):
     x, weight, labels = sample(lane)
-    value, stats = getattr(nf.functional, loss)(x, weight, labels, return_stats=True, **options)
-    assert torch.equal(value, getattr(nf.functional, loss)(x, weight, labels, **options))
-    assert not stats.requires_grad
+    value = getattr(nf.functional, loss)(x, weight, labels, **options)
+    stats = getattr(nf.functional, STATS[loss])(x, weight, labels, **options)
+    assert not stats.requires_grad and stats.dtype == torch.float32
     d = 2 - 2 * reference.cosine(x.double(), weight.double()).detach()
     own = torch.nn.functional.one_hot(labels, 41).bool()
     if loss == "c_contrastive_loss":
@@ -426,10 +426,10 @@ def test_stats(lane, loss, options):
         positive, others = d[own], d[~own]
     expected = [float(positive.mean()), float(others.mean())]
     assert stats.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-7)
-    given, same = getattr(nf.functional, loss)(d, None, labels, return_stats=True, **options)
-    assert same.tolist() == pytest.approx(expected, rel=1e-9) and float(given) == pytest.approx(
-        float(value), rel=1e-5
-    )
+    same = getattr(reference, STATS[loss])(x.double(), weight.double(), labels, **options)
+    assert same.tolist() == pytest.approx(expected, rel=1e-9) and not same.requires_grad
+    given = getattr(reference, OF_DISTANCES[loss])(d, labels, **options)
+    assert float(given) == pytest.approx(float(value), rel=1e-5)
 
 
 @both
@@ -437,9 +437,10 @@ def test_given_distances(lane, loss):
     x, weight, labels = sample(lane, dtype=torch.float64)
     labels[1] = IGNORE
     d = (2 - 2 * reference.cosine(x, weight)).detach().requires_grad_()
-    value = getattr(nf.functional, loss)(d, None, labels)
+    of_distances = getattr(reference, OF_DISTANCES[loss])
+    value = of_distances(d, labels)
     assert float(value) == pytest.approx(float(getattr(nf.functional, loss)(x, weight, labels)), rel=1e-12)
-    assert torch.autograd.gradcheck(lambda d: getattr(nf.functional, loss)(d, None, labels), (d,))
+    assert torch.autograd.gradcheck(lambda d: of_distances(d, labels), (d,))
 
 
 def test_margin_as_a_tensor(lane):
@@ -451,20 +452,17 @@ def test_margin_as_a_tensor(lane):
 
 def test_intra_mae_is_a_buffer(lane):
     x, weight, labels = sample(lane, grad=False)
-    module = nf.CContrastiveLoss(33, 41, add_intra_mae=True, return_stats=True, neg_margin=1.8).to(
-        lane.device
-    )
+    module = nf.CContrastiveLoss(33, 41, add_intra_mae=True, neg_margin=1.8).to(lane.device)
     with torch.no_grad():
         module.weight.copy_(weight)
     mean, cap = 0.0, 1.2
     for _ in range(3):
-        expected, expected_stats = nf.functional.c_contrastive_loss(
-            x, weight, labels, neg_margin=1.8 + mean, return_stats=True
-        )
-        loss, stats = module(x, labels)
-        mean = min(cap, 0.99 * mean + 0.01 * float(expected_stats[0]))
-        assert float(loss) == pytest.approx(float(expected), rel=1e-6)
-        assert stats.tolist() == pytest.approx([*expected_stats.tolist(), mean], rel=1e-5)
+        expected = nf.functional.c_contrastive_loss(x, weight, labels, neg_margin=1.8 + mean)
+        stats = nf.functional.c_contrastive_stats(x, weight, labels, neg_margin=1.8 + mean)
+        assert module.stats(x, labels).tolist() == pytest.approx(stats.tolist(), rel=1e-5)
+        assert float(module(x, labels)) == pytest.approx(float(expected), rel=1e-6)
+        mean = min(cap, 0.99 * mean + 0.01 * float(stats[0]))
+        assert float(module.intra_mae) == pytest.approx(mean, rel=1e-5)
     assert float(module.intra_mae) == pytest.approx(mean, rel=1e-5) and mean > 0
     copy = nf.CContrastiveLoss(33, 41, add_intra_mae=True).to(lane.device)
     copy.load_state_dict(module.state_dict())
@@ -482,13 +480,13 @@ def test_intra_mae_is_a_buffer(lane):
 def test_modules(lane):
     x, _, labels = sample(lane, grad=False)
     for module, loss in ((nf.CContrastiveLoss, "c_contrastive_loss"), (nf.CTripletLoss, "c_triplet_loss")):
-        for mode in ("math", "caffe"):
-            layer = module(33, 41, mode=mode).to(lane.device)
-            value = layer(x, labels)
-            value.backward()
-            assert torch.equal(value, getattr(nf.functional, loss)(x, layer.weight, labels, mode=mode))
-            assert layer.weight.grad.abs().max() > 0
-        assert len(module(33, 41, return_stats=True).to(lane.device)(x, labels)) == 2
+        layer = module(33, 41).to(lane.device)
+        value = layer(x, labels)
+        value.backward()
+        assert torch.equal(value, getattr(nf.functional, loss)(x, layer.weight, labels))
+        assert layer.weight.grad.abs().max() > 0
+        stats = layer.stats(x, labels)
+        assert torch.equal(stats, getattr(nf.functional, STATS[loss])(x, layer.weight, labels))
         assert "33, 41" in repr(layer)
 
 
@@ -555,10 +553,10 @@ def test_errors(loss):
         f(x, w, y, **{margin: math.nan})
     with pytest.raises(TypeError, match=f"expected `{margin}` to be a number, got str"):
         f(x, w, y, **{margin: "1"})
-    with pytest.raises(ValueError, match="expected `mode` to be one of math, caffe, got 'exact'"):
-        f(x, w, y, mode="exact")
-    with pytest.raises(ValueError, match="expected `reduction` to be mean in mode 'caffe'"):
-        f(x, w, y, mode="caffe", reduction="none")
+    with pytest.raises(TypeError, match=f"^{loss}: got an unexpected keyword argument `mode`"):
+        f(x, w, y, mode="caffe")
+    with pytest.raises(TypeError, match="expected `weight` to be a Tensor, got NoneType"):
+        f(x, None, y)
     with pytest.raises(ValueError, match="expected `reduction` to be one of"):
         f(x, w, y, reduction="max")
     with pytest.raises(ValueError, match="expected `active_limit` >= 0, got -1"):
@@ -566,13 +564,13 @@ def test_errors(loss):
     with pytest.raises(TypeError, match="both float64 or both not"):
         f(x.double(), w, y)
     with pytest.raises(IndexError, match="got -100 at row 0"):
-        f(x, w, torch.tensor([-100, 1, 2]), mode="caffe")
+        f(x, w, torch.tensor([-100, 1, 2]), ignore_index=None)
 
 
 def test_contrastive_errors():
     x, w, y = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 4])
     f = nf.functional.c_contrastive_loss
-    with pytest.raises(ValueError, match="expected `normalize_negative` > 0, got 0"):
+    with pytest.raises(ValueError, match="expected `normalize_negative` to be finite and > 0, got 0"):
         f(x, w, y, normalize_negative=0.0)
     with pytest.raises(ValueError, match="expected `neg_margin` to be a number or a 0-d floating tensor"):
         f(x, w, y, neg_margin=torch.ones(3))

@@ -55,12 +55,13 @@ def test_a_first_gradient_with_a_graph_is_the_same(lane):
 
 
 @pytest.mark.parametrize("agents", [False, True])
-@pytest.mark.parametrize("loss", ["c_contrastive_loss", "c_triplet_loss"])
+@pytest.mark.parametrize("loss", ["general_contrastive_loss", "general_triplet_loss"])
 def test_a_penalty_on_caffes_own_gradient_raises(lane, loss, agents):
     x, labels = lane.randn(5, 7, grad=True), lane.labels(5, 7)
     weight = lane.randn(7, 7, seed=1, grad=True) if agents else None
     for asked in (x, weight)[: 1 + agents]:
-        value = getattr(F, loss)(x, weight, labels, mode="caffe")
+        distances = F.inner_distance(F.normalize(x), weight, normalize=True) if agents else x
+        value, _ = getattr(nf.caffe, loss)(distances, labels)
         (first,) = torch.autograd.grad(value, x, create_graph=True)
         with pytest.raises(RuntimeError, match=": second derivatives are not available"):
             torch.autograd.grad(value + first.square().sum(), asked)

@@ -38,14 +38,14 @@ struct HingeResult {
 };
 
 template <class T>
-HingeResult forward(const Tensor& x, const Tensor& weight, const Tensor& labels_tensor,
-                    const Tensor& target_cosine, double margin, bool triplet, const FoldOptions& options,
-                    int64_t ignore_index, double eps, int64_t class_chunk) {
-  const HeadShape shape(x, weight, class_chunk);
+HingeResult forward(const AgentHingeArguments& in) {
+  const FoldOptions options{in.hardest, in.exponential, std::max<int64_t>(0, in.capacity)};
+  const int64_t ignore_index = in.ignore_index;
+  const HeadShape shape(in.x, in.weight, in.class_chunk);
   const int64_t N = shape.batch, D = shape.dim, C = shape.classes, listed = 1 + options.capacity;
-  const ScalarType wide = accumulator(x.scalar_type());
-  const Rows<T> xs(x, D), ws(weight, D);
-  const int64_t* labels = data_of<const int64_t>(labels_tensor);
+  const ScalarType wide = accumulator(in.x.scalar_type());
+  const Rows<T> xs(in.x, D), ws(in.weight, D);
+  const int64_t* labels = data_of<const int64_t>(in.labels);
   HingeResult out{fresh({N}, wide),
                   fresh({N}, wide),
                   fresh({kHingeFields, N}, ScalarType::Double),
@@ -57,13 +57,13 @@ HingeResult forward(const Tensor& x, const Tensor& weight, const Tensor& labels_
   T* inverse_norm = data_of<T>(out.inverse_norm);
   int64_t* classes = data_of<int64_t>(out.classes);
   Buffer<T> x_hat(N * D), w_hat(shape.slots * shape.chunk * D), scores(shape.slots * N * shape.chunk);
-  prepare(xs, labels, data_of<const double>(target_cosine), margin, triplet, ignore_index, eps, x_hat.data,
-          rows, target);
+  prepare(xs, labels, data_of<const double>(in.target_cosine), number_argument(in.margin, in.margin_value),
+          in.triplet, ignore_index, in.eps, x_hat.data, rows, target);
   std::vector<RowFold<T>> folds(static_cast<size_t>(shape.slots * N));
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
     T* unit = w_hat.data + slot * shape.chunk * D;
     T* tile_scores = scores.data + slot * N * shape.chunk;
-    unit_rows(ws, tile.first, tile.width, T(eps), unit, inverse_norm + tile.first);
+    unit_rows(ws, tile.first, tile.width, T(in.eps), unit, inverse_norm + tile.first);
     score_tile(shape, x_hat.data, unit, tile, tile_scores);
     for (int64_t i = 0; i < N; ++i) {
       if (labels[i] == ignore_index) continue;
@@ -85,18 +85,9 @@ HingeResult forward(const Tensor& x, const Tensor& weight, const Tensor& labels_
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> agent_hinge(
-    Tensor x, Tensor weight, Tensor labels, Tensor target_cosine, std::optional<Tensor> margin,
-    double margin_value, bool triplet, bool hardest, bool exponential, int64_t ignore_index, double eps,
-    int64_t class_chunk, int64_t capacity, bool is_shard) {
-  const char* op = "agent_hinge";
-  check_agents(op, x, weight, labels, is_shard);
-  check_number(op, "margin", margin, x);
-  check_row_numbers(op, "target_cosine", target_cosine, ScalarType::Double, x.size(0));
-  HingeResult out = dispatch_accumulator(x.scalar_type(), [&]<class T>() {
-    return forward<T>(x, weight, labels, target_cosine, number_argument(margin, margin_value), triplet,
-                      {hardest, exponential, std::max<int64_t>(0, capacity)}, ignore_index, eps, class_chunk);
-  });
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> agent_hinge(const AgentHingeArguments& in) {
+  check(in);
+  HingeResult out = dispatch_accumulator(in.x.scalar_type(), [&]<class T>() { return forward<T>(in); });
   return {out.target, out.value, out.rows, out.inverse_norm, out.classes, out.slopes};
 }
 
@@ -131,14 +122,13 @@ void unit_features(const Rows<T>& x, const HingeRows& rows, T eps, T* x_hat) {
 }
 
 template <class T>
-void backward(const Tensor& target_factor, const Tensor& hinge_factor, const Tensor& x, const Tensor& weight,
-              const Tensor& labels, const Tensor& rows_tensor, const Tensor& inverse_norm, bool exponential,
-              double eps, int64_t class_chunk, Tensor* dx, Tensor* dw) {
-  const HeadShape shape(x, weight, class_chunk);
+void backward(const AgentHingeBackwardArguments& in, Tensor* dx, Tensor* dw) {
+  const double eps = in.eps;
+  const HeadShape shape(in.x, in.weight, in.class_chunk);
   const int64_t N = shape.batch, D = shape.dim;
-  const Rows<T> xs(x, D), ws(weight, D);
-  const HingeRows rows(rows_tensor);
-  const T* inverse = data_of<const T>(inverse_norm);
+  const Rows<T> xs(in.x, D), ws(in.weight, D);
+  const HingeRows rows(in.rows);
+  const T* inverse = data_of<const T>(in.inverse_norm);
   Buffer<T> x_hat(N * D), w_hat(shape.slots * shape.chunk * D), scores(shape.slots * N * shape.chunk);
   Buffer<T> product(dw != nullptr ? shape.slots * shape.chunk * D : 0);
   Buffer<T> sums(dx != nullptr ? shape.slots * N * D : 0);
@@ -150,8 +140,8 @@ void backward(const Tensor& target_factor, const Tensor& hinge_factor, const Ten
     for (int64_t j = 0; j < tile.width; ++j)
       unit_row_again(ws, tile.first + j, inverse[tile.first + j], T(eps), unit + j * D);
     score_tile(shape, x_hat.data, unit, tile, g);
-    hinge_gradients(shape, data_of<const int64_t>(labels), rows, data_of<const T>(target_factor),
-                    data_of<const T>(hinge_factor), exponential, tile, g);
+    hinge_gradients(shape, data_of<const int64_t>(in.labels), rows, data_of<const T>(in.target_factor),
+                    data_of<const T>(in.hinge_factor), in.exponential, tile, g);
     if (dx != nullptr)
       multiply<T>({g, N, tile.width, tile.width}, {unit, tile.width, D, D},
                   {sums.data + slot * N * D, N, D, D}, true);
@@ -179,17 +169,12 @@ void backward(const Tensor& target_factor, const Tensor& hinge_factor, const Ten
   });
 }
 
-std::tuple<Tensor, Tensor> agent_hinge_backward(Tensor target_factor, Tensor hinge_factor, Tensor x,
-                                                Tensor weight, Tensor labels, Tensor rows,
-                                                Tensor inverse_norm, bool exponential, double eps,
-                                                int64_t class_chunk, bool is_shard, bool need_x,
-                                                bool need_weight) {
-  check_hinge_backward("agent_hinge_backward", target_factor, hinge_factor, x, weight, labels, rows,
-                       inverse_norm, is_shard);
-  Tensor dx = partial_gradient_like(x, need_x, is_shard), dw = gradient_like(weight, need_weight);
-  dispatch_accumulator(x.scalar_type(), [&]<class T>() {
-    backward<T>(target_factor, hinge_factor, x, weight, labels, rows, inverse_norm, exponential, eps,
-                class_chunk, need_x ? &dx : nullptr, need_weight ? &dw : nullptr);
+std::tuple<Tensor, Tensor> agent_hinge_backward(const AgentHingeBackwardArguments& in) {
+  check(in);
+  Tensor dx = partial_gradient_like(in.x, in.need_x, in.is_shard),
+         dw = gradient_like(in.weight, in.need_weight);
+  dispatch_accumulator(in.x.scalar_type(), [&]<class T>() {
+    backward<T>(in, in.need_x ? &dx : nullptr, in.need_weight ? &dw : nullptr);
   });
   return {dx, dw};
 }
@@ -198,6 +183,6 @@ std::tuple<Tensor, Tensor> agent_hinge_backward(Tensor target_factor, Tensor hin
 }  // namespace nf::cpu
 
 NF_CPU_LIBRARY(m) {
-  m.impl("agent_hinge", TORCH_BOX(&nf::cpu::agent_hinge));
-  m.impl("agent_hinge_backward", TORCH_BOX(&nf::cpu::agent_hinge_backward));
+  nf::implement<&nf::cpu::agent_hinge>(m);
+  nf::implement<&nf::cpu::agent_hinge_backward>(m);
 }

@@ -29,21 +29,19 @@ double cosine_of(const Rows<T>& x, int64_t i, const Rows<T>& w, int64_t j, doubl
   }
 }
 
-Tensor target_cosine(Tensor x, Tensor weight, Tensor labels, int64_t ignore_index, double eps,
-                     bool is_shard) {
-  const char* op = "target_cosine";
-  check_agents(op, x, weight, labels, is_shard);
-  const int64_t N = x.size(0), D = x.size(1), C = weight.size(0);
-  const Labels given(labels);
-  given.check(op, C, ignore_index, is_shard);
+Tensor target_cosine(const TargetCosineArguments& in) {
+  check(in);
+  const int64_t N = in.x.size(0), D = in.x.size(1), C = in.weight.size(0);
+  const Labels given(in.labels);
+  given.check(in.kName, C, in.ignore_index, in.is_shard);
   Tensor out = fresh({N}, ScalarType::Double);
   double* cosine = data_of<double>(out);
-  dispatch_accumulator(x.scalar_type(), [&]<class T>() {
-    const Rows<T> xs(x, D), ws(weight, D);
+  dispatch_accumulator(in.x.scalar_type(), [&]<class T>() {
+    const Rows<T> xs(in.x, D), ws(in.weight, D);
     for_rows(N, 4 * D, [&](int64_t i) {
       const int64_t label = given.data[i];
-      const bool here = label != ignore_index && label != kElsewhere;
-      cosine[i] = here ? cosine_of(xs, i, ws, label, eps) : 0.0;
+      const bool here = label != in.ignore_index && label != kElsewhere;
+      cosine[i] = here ? cosine_of(xs, i, ws, label, in.eps) : 0.0;
     });
   });
   return out;
@@ -57,15 +55,13 @@ void add_unit_row(const Rows<T>& rows, int64_t r, T inverse, T eps, T factor, T*
 }
 
 template <class T>
-void pairs_backward(const Tensor& factors_tensor, const Tensor& classes_tensor, const Tensor& order_tensor,
-                    const Tensor& x, const Tensor& weight, const Tensor& x_inverse,
-                    const Tensor& weight_inverse, double eps, Tensor* dx, Tensor* dw) {
-  const int64_t N = x.size(0), D = x.size(1), C = weight.size(0), listed = classes_tensor.size(1);
-  const Rows<T> xs(x, D), ws(weight, D);
-  const T *factors = data_of<const T>(factors_tensor), *x_inv = data_of<const T>(x_inverse);
-  const T* w_inv = data_of<const T>(weight_inverse);
-  const int64_t *classes = data_of<const int64_t>(classes_tensor),
-                *order = data_of<const int64_t>(order_tensor);
+void pairs_backward(const CosinePairsBackwardArguments& in, Tensor* dx, Tensor* dw) {
+  const double eps = in.eps;
+  const int64_t N = in.x.size(0), D = in.x.size(1), C = in.weight.size(0), listed = in.classes.size(1);
+  const Rows<T> xs(in.x, D), ws(in.weight, D);
+  const T *factors = data_of<const T>(in.factors), *x_inv = data_of<const T>(in.x_inverse);
+  const T* w_inv = data_of<const T>(in.weight_inverse);
+  const int64_t *classes = data_of<const int64_t>(in.classes), *order = data_of<const int64_t>(in.order);
   // out[r] = the projection of `add`ed pairs
   const auto project = [&](const Rows<T>& rows, int64_t r, T inverse, const Rows<T>& out, const auto& add) {
     std::vector<T> memory(static_cast<size_t>(2 * D), T(0));
@@ -106,15 +102,12 @@ void pairs_backward(const Tensor& factors_tensor, const Tensor& classes_tensor, 
   });
 }
 
-std::tuple<Tensor, Tensor> cosine_pairs_backward(Tensor factors, Tensor classes, Tensor order, Tensor x,
-                                                 Tensor weight, Tensor x_inverse, Tensor weight_inverse,
-                                                 double eps, bool is_shard, bool need_x, bool need_weight) {
-  check_cosine_pairs("cosine_pairs_backward", factors, classes, order, x, weight, x_inverse, weight_inverse,
-                     need_weight, is_shard);
-  Tensor dx = partial_gradient_like(x, need_x, is_shard), dw = gradient_like(weight, need_weight);
-  dispatch_accumulator(x.scalar_type(), [&]<class T>() {
-    pairs_backward<T>(factors, classes, order, x, weight, x_inverse, weight_inverse, eps,
-                      need_x ? &dx : nullptr, need_weight ? &dw : nullptr);
+std::tuple<Tensor, Tensor> cosine_pairs_backward(const CosinePairsBackwardArguments& in) {
+  check(in);
+  Tensor dx = partial_gradient_like(in.x, in.need_x, in.is_shard),
+         dw = gradient_like(in.weight, in.need_weight);
+  dispatch_accumulator(in.x.scalar_type(), [&]<class T>() {
+    pairs_backward<T>(in, in.need_x ? &dx : nullptr, in.need_weight ? &dw : nullptr);
   });
   return {dx, dw};
 }
@@ -123,6 +116,6 @@ std::tuple<Tensor, Tensor> cosine_pairs_backward(Tensor factors, Tensor classes,
 }  // namespace nf::cpu
 
 NF_CPU_LIBRARY(m) {
-  m.impl("target_cosine", TORCH_BOX(&nf::cpu::target_cosine));
-  m.impl("cosine_pairs_backward", TORCH_BOX(&nf::cpu::cosine_pairs_backward));
+  nf::implement<&nf::cpu::target_cosine>(m);
+  nf::implement<&nf::cpu::cosine_pairs_backward>(m);
 }

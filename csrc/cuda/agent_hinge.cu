@@ -36,53 +36,49 @@ void score_chunk(Queue& queue, const Tensor& x_hat, const Tensor& weight, int64_
            {scores.const_data_ptr(), wide, N, width, width});
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> agent_hinge(
-    Tensor x, Tensor weight, Tensor labels, Tensor target_cosine, std::optional<Tensor> margin,
-    double margin_value, bool triplet, bool hardest, bool exponential, int64_t ignore_index, double eps,
-    int64_t class_chunk, int64_t capacity, bool is_shard) {
-  const char* op = "agent_hinge";
-  check_agents(op, x, weight, labels, is_shard);
-  check_number(op, "margin", margin, x);
-  check_row_numbers(op, "target_cosine", target_cosine, ScalarType::Double, x.size(0));
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> agent_hinge(const AgentHingeArguments& in) {
+  check(in);
+  const Tensor &x = in.x, &weight = in.weight;
   Queue queue(x);
-  const int64_t N = x.size(0), D = x.size(1), C = weight.size(0), chunk = chunk_of(weight, class_chunk);
-  const int64_t listed = 1 + std::max<int64_t>(0, capacity);
+  const int64_t N = x.size(0), D = x.size(1), C = weight.size(0), chunk = chunk_of(weight, in.class_chunk);
+  const int64_t listed = 1 + std::max<int64_t>(0, in.capacity);
   const ScalarType wide = accumulator(x.scalar_type());
   Tensor target = device_empty(x, {N}, wide), value = device_empty(x, {N}, wide);
   Tensor rows_tensor = device_empty(x, {kHingeFields, N}, ScalarType::Double);
   Tensor inverse_norm = device_empty(x, {C}, wide);
   Tensor classes = device_empty(x, {N, listed}, ScalarType::Long);
-  Tensor slopes = exponential ? device_empty(x, {N, listed}, wide) : device_empty(x, {0}, wide);
+  Tensor slopes = in.exponential ? device_empty(x, {N, listed}, wide) : device_empty(x, {0}, wide);
   const Tensor x_hat = device_empty(x, {N, D}, wide), w_hat = device_empty(x, {chunk, D}, wide);
   const Tensor scores = device_empty(x, {N, chunk}, wide);
   dispatch_accumulator(wide, [&]<class T>() {
     const HingeRows rows(rows_tensor);
     const ActiveList<T> list{data_of<int64_t>(classes), data_of<T>(slopes), listed};
     launch("prepare_hinge", queue, prepare_hinge_kernel<T>, warp_per_row(N), kThreads, 0, StoredArray(x),
-           data_of<const int64_t>(labels), data_of<const double>(target_cosine), D, C, ignore_index, eps,
-           Scale(margin, margin_value), triplet, rows, StoredArray(x_hat), list, data_of<T>(target));
+           data_of<const int64_t>(in.labels), data_of<const double>(in.target_cosine), D, C, in.ignore_index,
+           in.eps, Scale(in.margin, in.margin_value), in.triplet, rows, StoredArray(x_hat), list,
+           data_of<T>(target));
     for (int64_t first = 0; first < C; first += chunk) {
       const int64_t width = std::min(chunk, C - first);
-      score_chunk<T>(queue, x_hat, weight, first, width, eps, w_hat, data_of<T>(inverse_norm) + first,
+      score_chunk<T>(queue, x_hat, weight, first, width, in.eps, w_hat, data_of<T>(inverse_norm) + first,
                      scores);
       launch("fold", queue, fold_kernel<T>, Grid{N}, kThreads,
              shared_bytes<double>(kWarps) + shared_bytes<int>(kWarps), data_of<const T>(scores), width, first,
-             data_of<const int64_t>(labels), hardest, exponential, rows, list);
+             data_of<const int64_t>(in.labels), in.hardest, in.exponential, rows, list);
     }
-    launch("finish_hinge", queue, finish_hinge_kernel<T>, thread_per(N), kThreads, 0, hardest, exponential,
-           rows, list, data_of<T>(value));
+    launch("finish_hinge", queue, finish_hinge_kernel<T>, thread_per(N), kThreads, 0, in.hardest,
+           in.exponential, rows, list, data_of<T>(value));
   });
   return {target, value, rows_tensor, inverse_norm, classes, slopes};
 }
 
 template <class T>
-void backward(Queue& queue, const Tensor& target_factor, const Tensor& hinge_factor, const Tensor& x,
-              const Tensor& weight, const Tensor& labels, const Tensor& rows_tensor,
-              const Tensor& inverse_norm, bool exponential, double eps, int64_t chunk, Tensor* dx,
-              Tensor* dw) {
+void backward(Queue& queue, const AgentHingeBackwardArguments& in, Tensor* dx, Tensor* dw) {
+  const Tensor &x = in.x, &weight = in.weight;
+  const double eps = in.eps;
+  const int64_t chunk = chunk_of(weight, in.class_chunk);
   const int64_t N = x.size(0), D = x.size(1), C = weight.size(0), item = int64_t(weight.element_size());
   const ScalarType wide = accumulator(x.scalar_type());
-  const HingeRows rows(rows_tensor);
+  const HingeRows rows(in.rows);
   const Tensor x_hat = device_empty(x, {N, D}, wide), w_hat = device_empty(x, {chunk, D}, wide);
   const Tensor scores = device_empty(x, {N, chunk}, wide);
   const bool direct = weight.scalar_type() == wide;  // the product can go where the result will be
@@ -96,8 +92,8 @@ void backward(Queue& queue, const Tensor& target_factor, const Tensor& hinge_fac
     score_chunk<T>(queue, x_hat, weight, first, width, eps, w_hat, nullptr, scores);
     launch("hinge_gradients", queue, hinge_gradients_kernel<T>,
            Grid{N, std::min<int64_t>(64, (width + kThreads - 1) / kThreads)}, kThreads, 0, data_of<T>(scores),
-           width, first, data_of<const int64_t>(labels), data_of<const T>(target_factor),
-           data_of<const T>(hinge_factor), exponential, rows);
+           width, first, data_of<const int64_t>(in.labels), data_of<const T>(in.target_factor),
+           data_of<const T>(in.hinge_factor), in.exponential, rows);
     const Matrix g{scores.const_data_ptr(), wide, N, width, width};
     if (dx != nullptr) {
       multiply(x, g, {w_hat.const_data_ptr(), wide, width, D, D},
@@ -112,28 +108,22 @@ void backward(Queue& queue, const Tensor& target_factor, const Tensor& hinge_fac
     multiply(x, g.transposed(), {x_hat.const_data_ptr(), wide, N, D, D}, {into, wide, width, D, D});
     project_rows(queue,
                  {static_cast<const char*>(weight.const_data_ptr()) + first * D * item, weight.scalar_type(),
-                  width, D, eps, data_of<const T>(inverse_norm) + first, into, out});
+                  width, D, eps, data_of<const T>(in.inverse_norm) + first, into, out});
   }
   if (dx != nullptr)
     launch("finish_features", queue, finish_features_kernel<T>, warp_per_row(N), kThreads, 0, StoredArray(x),
            D, eps, rows, data_of<const T>(sum), StoredArray(*dx));
 }
 
-std::tuple<Tensor, Tensor> agent_hinge_backward(Tensor target_factor, Tensor hinge_factor, Tensor x,
-                                                Tensor weight, Tensor labels, Tensor rows,
-                                                Tensor inverse_norm, bool exponential, double eps,
-                                                int64_t class_chunk, bool is_shard, bool need_x,
-                                                bool need_weight) {
-  check_hinge_backward("agent_hinge_backward", target_factor, hinge_factor, x, weight, labels, rows,
-                       inverse_norm, is_shard);
-  Queue queue(x);
-  const bool empty = x.numel() == 0 || weight.numel() == 0;
-  Tensor dx = partial_gradient_like(x, need_x, is_shard, empty),
-         dw = gradient_like(weight, need_weight, empty);
+std::tuple<Tensor, Tensor> agent_hinge_backward(const AgentHingeBackwardArguments& in) {
+  check(in);
+  Queue queue(in.x);
+  const bool empty = in.x.numel() == 0 || in.weight.numel() == 0;
+  Tensor dx = partial_gradient_like(in.x, in.need_x, in.is_shard, empty),
+         dw = gradient_like(in.weight, in.need_weight, empty);
   if (empty) return {dx, dw};
-  dispatch_accumulator(x.scalar_type(), [&]<class T>() {
-    backward<T>(queue, target_factor, hinge_factor, x, weight, labels, rows, inverse_norm, exponential, eps,
-                chunk_of(weight, class_chunk), need_x ? &dx : nullptr, need_weight ? &dw : nullptr);
+  dispatch_accumulator(in.x.scalar_type(), [&]<class T>() {
+    backward<T>(queue, in, in.need_x ? &dx : nullptr, in.need_weight ? &dw : nullptr);
   });
   return {dx, dw};
 }
@@ -142,6 +132,6 @@ std::tuple<Tensor, Tensor> agent_hinge_backward(Tensor target_factor, Tensor hin
 }  // namespace nf
 
 NF_CUDA_LIBRARY(m) {
-  m.impl("agent_hinge", TORCH_BOX(&nf::agent_hinge));
-  m.impl("agent_hinge_backward", TORCH_BOX(&nf::agent_hinge_backward));
+  nf::implement<&nf::agent_hinge>(m);
+  nf::implement<&nf::agent_hinge_backward>(m);
 }

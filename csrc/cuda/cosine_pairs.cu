@@ -122,46 +122,44 @@ pairs_weight_kernel(Pairs pairs, const int64_t* __restrict__ order,  // [N * lis
       dw);
 }
 
-Tensor target_cosine(Tensor x, Tensor weight, Tensor labels, int64_t ignore_index, double eps,
-                     bool is_shard) {
-  check_agents("target_cosine", x, weight, labels, is_shard);
+Tensor target_cosine(const TargetCosineArguments& in) {
+  check(in);
+  const Tensor &x = in.x, &weight = in.weight;
   Queue queue(x);
   const Tensor out = device_empty(x, {x.size(0)}, ScalarType::Double);
   launch("target_cosine", queue, target_cosine_kernel, warp_per_row(x.size(0)), kThreads, 0, StoredArray(x),
-         StoredArray(weight), data_of<const int64_t>(labels), x.size(0), x.size(1), weight.size(0),
-         ignore_index, eps, is_shard, data_of<double>(out));
+         StoredArray(weight), data_of<const int64_t>(in.labels), x.size(0), x.size(1), weight.size(0),
+         in.ignore_index, in.eps, in.is_shard, data_of<double>(out));
   return out;
 }
 
-std::tuple<Tensor, Tensor> cosine_pairs_backward(Tensor factors, Tensor classes, Tensor order, Tensor x,
-                                                 Tensor weight, Tensor x_inverse, Tensor weight_inverse,
-                                                 double eps, bool is_shard, bool need_x, bool need_weight) {
-  check_cosine_pairs("cosine_pairs_backward", factors, classes, order, x, weight, x_inverse, weight_inverse,
-                     need_weight, is_shard);
+std::tuple<Tensor, Tensor> cosine_pairs_backward(const CosinePairsBackwardArguments& in) {
+  check(in);
+  const Tensor &x = in.x, &weight = in.weight;
   Queue queue(x);
-  Tensor dx = partial_gradient_like(x, need_x, is_shard, false),
-         dw = gradient_like(weight, need_weight, true);
+  Tensor dx = partial_gradient_like(x, in.need_x, in.is_shard, false),
+         dw = gradient_like(weight, in.need_weight, true);
   const Pairs pairs{StoredArray(x),
                     StoredArray(weight),
-                    data_of<const int64_t>(classes),
+                    data_of<const int64_t>(in.classes),
                     x.size(0),
                     x.size(1),
                     weight.size(0),
-                    classes.size(1),
-                    eps};
+                    in.classes.size(1),
+                    in.eps};
   dispatch_accumulator(x.scalar_type(), [&]<class T>() {
-    const T* f = data_of<const T>(factors);
+    const T* f = data_of<const T>(in.factors);
     const int64_t count = pairs.entries() + pairs.batch;
     const Tensor table = device_empty(x, {count, 2}, accumulator(x.scalar_type()));
     const PairScales<T> scales{data_of<T>(table)};
     launch("pair_scales", queue, pair_scales_kernel<T>, thread_per(count), kThreads, 0, pairs,
-           data_of<const T>(x_inverse), data_of<const T>(weight_inverse), scales);
-    if (need_x)
+           data_of<const T>(in.x_inverse), data_of<const T>(in.weight_inverse), scales);
+    if (in.need_x)
       launch("pairs_features", queue, pairs_features_kernel<T>, warp_per_row(pairs.batch), kThreads, 0, pairs,
              f, scales, StoredArray(dx));
-    if (need_weight)
+    if (in.need_weight)
       launch("pairs_weight", queue, pairs_weight_kernel<T>, warp_per_row(pairs.entries()), kThreads, 0, pairs,
-             data_of<const int64_t>(order), f, scales, StoredArray(dw));
+             data_of<const int64_t>(in.order), f, scales, StoredArray(dw));
   });
   return {dx, dw};
 }
@@ -170,6 +168,6 @@ std::tuple<Tensor, Tensor> cosine_pairs_backward(Tensor factors, Tensor classes,
 }  // namespace nf
 
 NF_CUDA_LIBRARY(m) {
-  m.impl("target_cosine", TORCH_BOX(&nf::target_cosine));
-  m.impl("cosine_pairs_backward", TORCH_BOX(&nf::cosine_pairs_backward));
+  nf::implement<&nf::target_cosine>(m);
+  nf::implement<&nf::cosine_pairs_backward>(m);
 }

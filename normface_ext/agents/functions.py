@@ -2,154 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from .. import reference
-from ..cosine.ops import normalize
-from ..distances.functions import inner_distance
-from ..distances.ops import with_gradient
 from ..engine import checks
-from ..engine.arguments import choice, flag
-from ..engine.calls import accumulator
-from . import ops
-from .ops import EXCESS_SUM, HINGE_COSINE, HINGE_SLOPE
-from .options import (
-    AgentOptions,
-    AgentRows,
-    ContrastiveArguments,
-    ContrastiveOptions,
-    TripletArguments,
-    TripletOptions,
-)
+from ..engine.calls import accumulator, autocast_dtype, plan_device
+from ..engine.options import takes
+from ..engine.plan import plan
+from . import losses, ops
+from .losses import AgentRows, Losses
+from .ops import EXCESS_SUM, HINGE_COSINE, HINGE_SLOPE, HingeOptions
+from .options import ContrastiveKeywords, ContrastiveOptions, TripletKeywords, TripletOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-MODES = ("math", "caffe")
 
-
-def check_mode(op: str, mode: object, reduction: str) -> None:
-    choice(op, "mode", mode, MODES)
-    if mode == "caffe" and reduction != "mean":
-        raise ValueError(f"{op}: expected `reduction` to be mean in mode 'caffe', got {reduction!r}")
-
-
-def _agents(
-    op: str, x: object, weight: object, labels: object, ignore_index: int
-) -> tuple[Tensor, Tensor | None]:
-    """x [N, D] and weight [C, D], or distances [N, C] and no weight; labels checked."""
-    if weight is None:
-        distances = checks.matrix(op, "x", x, "[N, C] distances where `weight` is None")
-        if distances.shape[1] == 0:
-            raise ValueError(
-                f"{op}: expected `x` to have at least one class, got shape {list(distances.shape)}"
-            )
-        checks.labels(op, labels, distances, distances.shape[1], ignore_index)
-        return distances, None
-    features, agents = checks.features_and_weight(op, x, weight)
-    checks.labels(op, labels, features, agents.shape[0], ignore_index)
-    return features, agents
-
-
-def _caffe_distances(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """What the released nets put in front of the loss: Normalize, then InnerDistance with normalize."""
-    if weight is None:
-        return x.to(accumulator(x.dtype))
-    unit = normalize(x.to(accumulator(x.dtype)).contiguous(), 1, 2, eps)[0]
-    return inner_distance(unit, weight, normalize=True, eps=eps)
-
-
-def _loss(
-    op: str,
-    x: Tensor,
-    weight: Tensor | None,
-    labels: Tensor,
-    options: AgentOptions,
-    ignore_index: int,
-    reduction: str,
-    mode: str,
-    return_stats: bool,
-    eps: float,
-    workspace: int | None,
-    active_limit: int | None,
-    check_finite: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    checks.reduction(op, "reduction", reduction)
-    check_mode(op, mode, reduction)
-    options = options.checked(op, mode)
-    return_stats = flag(op, "return_stats", return_stats)
-    ignore_index = checks.ignored(checks.ignore_index(op, "ignore_index", ignore_index))
-    eps = checks.eps(op, "eps", eps)
-    workspace = checks.workspace(op, "workspace", workspace)
-    active_limit = checks.active_limit(op, "active_limit", active_limit)
-    x, weight = _agents(op, x, weight, labels, 0 if mode == "caffe" else ignore_index)
-    options.check_device(op, x)
-    if flag(op, "check_finite", check_finite):
-        checks.finite_operands(op, x, weight, None if mode == "caffe" else labels != ignore_index)
-    if mode == "caffe":
-        distances = _caffe_distances(x, weight, eps)
-        value, gradient, stats = options.of_caffe(distances.detach(), labels)
-        loss = with_gradient(op, distances, value, gradient)
-        return (loss, stats) if return_stats else loss
-    if weight is None:
-        loss, stats = options.of_distances(x, labels, ignore_index, reduction)
-        return (loss, stats) if return_stats else loss
-    margin, given = options.sweep_options(x, weight.shape[0], ignore_index, eps, workspace, active_limit)
-    target, hinges, state = ops.agent_hinge(x, weight, labels, margin, given)
-    rows = AgentRows(labels != ignore_index, target, hinges, state[HINGE_SLOPE].to(target.dtype))
-    loss = reference._reduce(options.losses(rows), rows.kept, reduction)
-    if not return_stats:
-        return loss
-    classes = weight.shape[0]
-    distance_sum = 2.0 * (classes - 1) - 2.0 * state[HINGE_COSINE]
-    return loss, options.stats(rows.kept, target, state[EXCESS_SUM], distance_sum, classes)
-
-
-@overload
+@takes(ContrastiveOptions)
 def c_contrastive_loss(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor,
     labels: Tensor,
     *,
-    return_stats: Literal[False] = False,
-    **options: Unpack[ContrastiveArguments],
-) -> Tensor: ...
-@overload
-def c_contrastive_loss(
-    x: Tensor,
-    weight: Tensor | None,
-    labels: Tensor,
-    *,
-    return_stats: Literal[True],
-    **options: Unpack[ContrastiveArguments],
-) -> tuple[Tensor, Tensor]: ...
-def c_contrastive_loss(
-    x: Tensor,
-    weight: Tensor | None,
-    labels: Tensor,
-    *,
-    pos_margin: float = 0.0,
-    neg_margin: float | Tensor = 1.0,
-    pos_weight: float = 1.0,
-    neg_weight: float = 1.0,
-    hardest_only: bool = False,
-    max_positive_only: bool = False,
-    positive_outlier_thresh: float = 4.0,
-    positive_first: bool = False,
-    positive_upper_bound: float = 1.0,
-    exp_negative_weight: bool = False,
-    normalize_negative: float | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    mode: str = "math",
-    return_stats: bool = False,
-    eps: float = 1e-12,
-    workspace: int | None = None,
-    active_limit: int | None = None,
-    check_finite: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    sample_weight: Tensor | None = None,
+    **options: Unpack[ContrastiveKeywords],
+) -> Tensor:
     """loss_i = w+ min(T, (d_iy - m+)_+) + w- sum_{j != y} (m- - d_ij)_+, d_ij = |x_i/|x_i| - w_j/|w_j||^2.
 
     The contrastive loss against class agents (paper section 4; Caffe GeneralContrastiveLoss on top of
@@ -158,114 +37,83 @@ def c_contrastive_loss(
     the rest is exactly zero, so backward follows the lists; where a row has more active classes than its
     list holds, it sweeps again, with the same result. Runs are bit-identical from one to the next.
 
+    A matrix of distances that is already there goes to ``reference.contrastive_of_distances``. What the
+    released Caffe layer does instead of this formula is ``caffe.general_contrastive_loss``.
+
     Args:
         x: [N, D] features.
         weight: [C, D] agents, on x's device; float64 only together with float64. Both are normalised
-            inside. With ``weight=None`` x is the [N, C] matrix of distances itself, plain torch takes over,
-            and nothing below needs ``eps`` or ``workspace``.
-        labels: [N] int64 in [0, C) or ``ignore_index``.
+            inside.
+        labels: [N] int64 or int32 in [0, C) or ``ignore_index``.
         pos_margin: m+.
         neg_margin: m-; it may be a 0-d tensor (without gradient).
         pos_weight: w+.
         neg_weight: w-.
         hardest_only: of each row only the largest negative term, the first of equal ones (Caffe:
             max_negative_only).
-        max_positive_only: of the batch only the largest positive term.
+        max_positive_only: of the batch only the largest positive term, the first of equal ones. The largest
+            is found before sample_weight.
         positive_outlier_thresh: T.
         positive_first: rows with d_iy > positive_upper_bound have no negative terms.
         exp_negative_weight: active negatives cost exp(-d_ij) instead of their hinge.
         normalize_negative: r; where the mean of a row's negative gradient magnitudes, divided by r,
-            exceeds w+ and 0, the negative terms are divided by it (it counts as a constant).
+            exceeds w+ and 0, the negative terms are divided by it (it counts as a constant). The mean is
+            weighted by sample_weight.
         ignore_index: rows with this label count nowhere and get no gradient, whatever they and the weight
-            hold.
-        reduction: "mean" over the rows that are not ignored, "sum" or "none".
-        mode: "math", the gradient of this loss; "caffe", value and gradient of the released layer with
-            its deviations, listed in ``released_losses``: a plain path on the full N x C matrix, which
-            knows only reduction "mean" and no ignored rows.
-        return_stats: also return [mean positive hinge, mean negative hinge], detached: Caffe's second
-            output, which never belongs to the loss.
+            hold. None: there are none.
+        reduction: "mean" over the rows that are not ignored (0 when there is none, or their weights sum to
+            0), "sum" or "none".
+        sample_weight: [N] factors of the rows' losses, without gradient; the mean divides by their sum over
+            the rows that count. A row of weight 0 is an ignored one.
         active_limit: active classes listed per row, chosen from C by default, 0 for always dense. A list
             costs one number read back from the device per step; it is off in traced and captured steps.
-        check_finite: look for NaN and infinity in x and weight first; see ``functional.normface_loss``.
+        eps, workspace, check_finite: see ``functional.normface_loss``.
+
+    Inside autocast on CUDA the products' operands are in its dtype, unless they are float64; gradients have
+    the dtypes of x and weight.
 
     Returns:
         A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise. Second derivatives
-        raise (where ``weight`` is given).
+        raise.
 
     Raises:
         TypeError: dtypes, types.
         ValueError: shapes, devices, values; with ``check_finite`` rows that are not finite, by their numbers.
         IndexError: a label out of range.
     """
-    options = ContrastiveOptions(
-        pos_margin,
-        neg_margin,
-        pos_weight,
-        neg_weight,
-        hardest_only,
-        max_positive_only,
-        positive_outlier_thresh,
-        positive_first,
-        positive_upper_bound,
-        exp_negative_weight,
-        normalize_negative,
-    )
-    return _loss(
-        "c_contrastive_loss",
-        x,
-        weight,
-        labels,
-        options,
-        ignore_index,
-        reduction,
-        mode,
-        return_stats,
-        eps,
-        workspace,
-        active_limit,
-        check_finite,
-    )
+    chosen = ContrastiveOptions.of("c_contrastive_loss", options)
+    return agent_loss("c_contrastive_loss", x, weight, labels, sample_weight, chosen)
 
 
-@overload
-def c_triplet_loss(
+@takes(ContrastiveOptions)
+def c_contrastive_stats(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor,
     labels: Tensor,
     *,
-    return_stats: Literal[False] = False,
-    **options: Unpack[TripletArguments],
-) -> Tensor: ...
-@overload
+    sample_weight: Tensor | None = None,
+    **options: Unpack[ContrastiveKeywords],
+) -> Tensor:
+    """[mean positive hinge, mean negative hinge] of :func:`c_contrastive_loss`, without a gradient.
+
+    The positive hinge of a row is min(T, (d_iy - m+)_+), its negative one the mean of (m- - d_ij)_+ over the
+    other agents; the means are over the rows that count, weighted by ``sample_weight``, whatever the
+    reduction. Caffe's layer has them as its second top. Arguments and errors are those of the loss; what
+    chooses or weighs terms (hardest_only, pos_weight, ...) has no effect here.
+    """
+    chosen = ContrastiveOptions.of("c_contrastive_stats", options)
+    return agent_stats("c_contrastive_stats", x, weight, labels, sample_weight, chosen)
+
+
+@takes(TripletOptions)
 def c_triplet_loss(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor,
     labels: Tensor,
     *,
-    return_stats: Literal[True],
-    **options: Unpack[TripletArguments],
-) -> tuple[Tensor, Tensor]: ...
-def c_triplet_loss(
-    x: Tensor,
-    weight: Tensor | None,
-    labels: Tensor,
-    *,
-    margin: float = 0.8,
-    pos_weight: float = 1.0,
-    neg_weight: float = 1.0,
-    hardest_only: bool = False,
-    add_center_loss: bool = False,
-    positive_first: bool = False,
-    positive_upper_bound: float = 1.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    mode: str = "math",
-    return_stats: bool = False,
-    eps: float = 1e-12,
-    workspace: int | None = None,
-    active_limit: int | None = None,
-    check_finite: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    sample_weight: Tensor | None = None,
+    **options: Unpack[TripletKeywords],
+) -> Tensor:
     """loss_i = w- sum_{j != y} (m + d_iy - d_ij)_+, d_ij = |x_i/|x_i| - w_j/|w_j||^2.
 
     The triplet loss against class agents (paper section 4; Caffe GeneralTripletLoss), fused as
@@ -278,33 +126,137 @@ def c_triplet_loss(
         add_center_loss: adds w+ d_iy to the loss. (Caffe, where it is the default, adds its gradient and
             not its value.)
         positive_first: rows with d_iy > positive_upper_bound keep only the centre term.
-        mode: "caffe" is the released layer, whose gradient is not that of its loss: the positive is
-            pulled once per row, not once per active negative. See ``released_losses``.
-        return_stats: also return [mean distance to the label's agent, mean distance to the others].
 
-    It returns and raises what ``c_contrastive_loss`` does.
+    ``reference.triplet_of_distances`` takes a matrix of distances; the released Caffe layer, whose gradient
+    is not that of its loss (the positive is pulled once per row, not once per active negative), is
+    ``caffe.general_triplet_loss``. It returns and raises what ``c_contrastive_loss`` does.
     """
-    options = TripletOptions(
-        margin,
-        pos_weight,
-        neg_weight,
-        hardest_only,
-        add_center_loss,
-        positive_first,
-        positive_upper_bound,
+    chosen = TripletOptions.of("c_triplet_loss", options)
+    return agent_loss("c_triplet_loss", x, weight, labels, sample_weight, chosen)
+
+
+@takes(TripletOptions)
+def c_triplet_stats(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    **options: Unpack[TripletKeywords],
+) -> Tensor:
+    """[mean distance to the label's agent, mean distance to the others], as :func:`c_contrastive_stats`."""
+    chosen = TripletOptions.of("c_triplet_stats", options)
+    return agent_stats("c_triplet_stats", x, weight, labels, sample_weight, chosen)
+
+
+def agent_loss(
+    op: str, x: Tensor, weight: Tensor, labels: Tensor, sample_weight: Tensor | None, options: Losses
+) -> Tensor:
+    """The loss with options that have been checked."""
+    return losses.loss(options, swept_rows(op, x, weight, labels, sample_weight, options)[0])
+
+
+@torch.no_grad()
+def agent_stats(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor | None,
+    options: Losses,
+    margin: Tensor | None = None,
+) -> Tensor:
+    rows, state = swept_rows(op, x, weight, labels, sample_weight, options, margin)
+    return losses.stats(options, rows, _negatives(options, state, weight.shape[0]))
+
+
+def agent_loss_and_stats(
+    op: str, x: Tensor, weight: Tensor, labels: Tensor, options: Losses, margin: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Both from one sweep."""
+    rows, state = swept_rows(op, x, weight, labels, None, options, margin)
+    negatives = _negatives(options, state, weight.shape[0])
+    return losses.loss(options, rows), losses.stats(options, rows, negatives)
+
+
+def swept_rows(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor | None,
+    options: Losses,
+    margin: Tensor | None = None,
+) -> tuple[AgentRows, Tensor]:
+    """(the rows, the state [HINGE_FIELDS, N] of the sweep). A ``margin`` stands in for the options'."""
+    checks.features_and_weight(op, x, weight)
+    classes, ignored = weight.shape[0], checks.ignored(options.ignore_index)
+    labels = checks.labels(op, labels, x, classes, options.ignore_index)
+    factor = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
+    if options.check_finite:
+        checks.finite_operands(op, x, weight, labels != ignored, sample_weight=factor)
+    if factor is not None:
+        labels = torch.where(factor == 0, ignored, labels)
+    needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    x, weight = product_operands(x, weight)
+    tensor, given = sweep_options(op, x, classes, ignored, options, needed, margin)
+    target, hinges, state = ops.agent_hinge(x, weight, labels, tensor, given)
+    slope = state[HINGE_SLOPE].to(target.dtype)
+    return AgentRows(labels != ignored, factor, target, hinges, slope), state
+
+
+def product_operands(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and agents as their products are made of them: in autocast's dtype on CUDA."""
+    dtype = autocast_dtype(x)
+    return (x, weight) if dtype is None else (x.to(dtype), weight.to(dtype))
+
+
+def sweep_options(
+    op: str,
+    x: Tensor,
+    classes: int,
+    ignored: int,
+    options: Losses,
+    needed: bool,
+    margin: float | Tensor | None = None,
+    is_shard: bool = False,
+) -> tuple[Tensor | None, HingeOptions]:
+    """(the margin where it is a tensor, the other arguments of the sweep) for x [N, D] and `classes`;
+    `needed`: a gradient will be wanted."""
+    batch, dim = x.shape
+    wide, classes = accumulator(x.dtype), max(1, classes)
+    chosen = plan(batch, max(1, dim), classes, wide, plan_device(x), workspace=options.workspace)
+    if not needed:
+        capacity = 0
+    elif options.hardest_only:
+        capacity = 1
+    elif not checks.has_values(x):
+        capacity = 0  # following a list needs its length on the host
+    elif options.active_limit is not None:
+        capacity = min(options.active_limit, classes - 1)
+    else:
+        capacity = min(classes // 16, 512)
+    triplet = isinstance(options, TripletOptions)
+    if margin is None:
+        margin = options.margin if isinstance(options, TripletOptions) else options.neg_margin
+    if isinstance(margin, Tensor):  # it is read where x lies
+        checks.same_device(op, "neg_margin", margin, "x", x)
+    return margin if isinstance(margin, Tensor) else None, HingeOptions(
+        margin_value=0.0 if isinstance(margin, Tensor) else margin,
+        triplet=triplet,
+        hardest=options.hardest_only,
+        exponential=not isinstance(options, TripletOptions) and options.exp_negative_weight,
+        ignore_index=ignored,
+        eps=options.eps,
+        class_chunk=chosen.class_chunk,
+        capacity=capacity,
+        is_shard=is_shard,
     )
-    return _loss(
-        "c_triplet_loss",
-        x,
-        weight,
-        labels,
-        options,
-        ignore_index,
-        reduction,
-        mode,
-        return_stats,
-        eps,
-        workspace,
-        active_limit,
-        check_finite,
-    )
+
+
+def _negatives(options: Losses, state: Tensor, classes: int) -> Tensor:
+    """[N], means over the other agents: of the distances, or of the hinges."""
+    others = classes - 1
+    if isinstance(options, TripletOptions):
+        return (2.0 * others - 2.0 * state[HINGE_COSINE]) / max(1, others)
+    return state[EXCESS_SUM] / max(1, others)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative
-from ..engine.calls import accumulator, add_fakes, kernels
+from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of
 
 # csrc/hinge_state.h
 HINGE_FIELDS = 10
@@ -29,17 +29,17 @@ class HingeOptions:
     ignore_index: int
     eps: float
     class_chunk: int
-    capacity: int
+    capacity: int  # of the lists of active classes; 0 where no gradient will follow them
+    is_shard: bool = False  # one shard of the classes of several
 
 
-def _target_cosine_fake(
-    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, eps: float, is_shard: bool
-) -> Tensor:
+def _target_cosine_fake(*, x: Tensor, **_: Any) -> Tensor:
     return x.new_empty([x.shape[0]], dtype=torch.float64)
 
 
-def _agent_hinge_fake(x: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    *_, exponential, _, _, _, capacity, _ = options
+def _agent_hinge_fake(
+    *, x: Tensor, weight: Tensor, exponential: bool, capacity: int, **_: Any
+) -> tuple[Tensor, ...]:
     wide, batch = accumulator(x.dtype), x.shape[0]
     listed = 1 + max(0, capacity)
     return (
@@ -52,8 +52,9 @@ def _agent_hinge_fake(x: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor,
     )
 
 
-def _gradients_fake(x: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    *_, is_shard, need_x, need_weight = options
+def _gradients_fake(
+    *, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, is_shard: bool, **_: Any
+) -> tuple[Tensor, Tensor]:
     dtype = accumulator(x.dtype) if is_shard and need_x else x.dtype
     return (
         x.new_empty(x.shape if need_x else [0], dtype=dtype),
@@ -61,51 +62,35 @@ def _gradients_fake(x: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, T
     )
 
 
-def _agent_hinge_backward_fake(target_factor: Tensor, hinge_factor: Tensor, *arguments: Any) -> Any:
-    return _gradients_fake(*arguments)
-
-
-def _cosine_pairs_backward_fake(factors: Tensor, classes: Tensor, order: Tensor, *arguments: Any) -> Any:
-    return _gradients_fake(*arguments)
-
-
-def target_cosine(x: Tensor, weight: Tensor, labels: Tensor, options: HingeOptions, is_shard: bool) -> Tensor:
-    """cos(x_i, w_labels[i]), [N] float64, without a gradient of its own; 0 where the agent is not here."""
-    cosine: Tensor = kernels(x, weight).target_cosine(
-        x, weight, labels, options.ignore_index, options.eps, is_shard
+add_fakes(
+    by_name(
+        {
+            "target_cosine": _target_cosine_fake,
+            "agent_hinge": _agent_hinge_fake,
+            "agent_hinge_backward": _gradients_fake,
+            "cosine_pairs_backward": _gradients_fake,
+        }
     )
+)
+
+_cosine_options = options_of("target_cosine", HingeOptions)
+_sweep_options = options_of("agent_hinge", HingeOptions)
+_dense_options = options_of("agent_hinge_backward", HingeOptions)
+_pairs_options = options_of("cosine_pairs_backward", HingeOptions)
+
+
+def target_cosine(x: Tensor, weight: Tensor, labels: Tensor, options: HingeOptions) -> Tensor:
+    """cos(x_i, w_labels[i]), [N] float64, without a gradient of its own; 0 where the agent is not here."""
+    cosine: Tensor = kernels(x, weight).target_cosine(x, weight, labels, *_cosine_options(options))
     return cosine
 
 
 def sweep(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    cosine: Tensor,
-    margin: Tensor | None,
-    options: HingeOptions,
-    capacity: int,
-    is_shard: bool,
+    x: Tensor, weight: Tensor, labels: Tensor, cosine: Tensor, margin: Tensor | None, options: HingeOptions
 ) -> list[Tensor]:
-    """[target, value, rows, inverse_norm, classes, slopes] of csrc/schemas.h."""
-    return list(
-        kernels(x, weight).agent_hinge(
-            x,
-            weight,
-            labels,
-            cosine,
-            margin,
-            options.margin_value,
-            options.triplet,
-            options.hardest,
-            options.exponential,
-            options.ignore_index,
-            options.eps,
-            options.class_chunk,
-            capacity,
-            is_shard,
-        )
-    )
+    """[target, value, rows, inverse_norm, classes, slopes] of csrc/engine/agent_arguments.h."""
+    called = kernels(x, weight)
+    return list(called.agent_hinge(x, weight, labels, cosine, margin, *_sweep_options(options)))
 
 
 def cosine_factors(
@@ -127,9 +112,7 @@ def sweep_gradients(
     labels: Tensor,
     state: list[Tensor],
     options: HingeOptions,
-    capacity: int,
     needed: tuple[bool, ...],
-    is_shard: bool,
 ) -> tuple[Tensor | None, ...]:
     """Of (x, weight), from the last four results of :func:`sweep`.
 
@@ -141,42 +124,24 @@ def sweep_gradients(
     called, wide = kernels(x, weight), accumulator(x.dtype)
     target_factor, hinge_factor = target_factor.to(wide), hinge_factor.to(wide)
     listed = 1
-    if capacity > 0 and x.shape[0] > 0:
+    if options.capacity > 0 and x.shape[0] > 0:
         listed = 2 if options.hardest else 1 + int(rows[HINGE_ACTIVE].max())
-    sparse = capacity > 0 and listed <= 1 + capacity
+    sparse = options.capacity > 0 and listed <= 1 + options.capacity
     if not sparse:
         if options.hardest:
             raise RuntimeError("agent_hinge: the hardest class has no dense gradient; expected a list")
+        factors = target_factor, hinge_factor
         gradients = called.agent_hinge_backward(
-            target_factor,
-            hinge_factor,
-            x,
-            weight,
-            labels,
-            rows,
-            inverse_norm,
-            options.exponential,
-            options.eps,
-            options.class_chunk,
-            is_shard,
-            *needed,
+            x, weight, labels, *factors, rows, inverse_norm, *needed, *_dense_options(options)
         )
         return asked(needed, gradients)
     classes = classes[:, :listed].contiguous()
     scales = slopes[:, 1:listed] if options.exponential else (classes[:, 1:] < weight.shape[0]).to(wide)
-    factors = torch.cat([target_factor[:, None], hinge_factor[:, None] * scales], 1)
+    terms = torch.cat([target_factor[:, None], hinge_factor[:, None] * scales], 1)
     order = classes.flatten().argsort(stable=True) if needed[1] else classes.new_empty(0)
+    norms = rows[INVERSE_NORM].to(wide), inverse_norm
     gradients = called.cosine_pairs_backward(
-        factors,
-        classes,
-        order,
-        x,
-        weight,
-        rows[INVERSE_NORM].to(wide),
-        inverse_norm,
-        options.eps,
-        is_shard,
-        *needed,
+        x, weight, terms, classes, order, *norms, *needed, *_pairs_options(options)
     )
     return asked(needed, gradients)
 
@@ -189,31 +154,23 @@ class _AgentHinge(Function):
         ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, margin: Tensor | None, options: HingeOptions
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, agents, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
-        capacity = options.capacity if any(ctx.needs_input_grad[:2]) else 0
-        cosine = target_cosine(rows, agents, labels, options, False)
-        target, value, *state = sweep(rows, agents, labels, cosine, margin, options, capacity, False)
+        cosine = target_cosine(rows, agents, labels, options)
+        target, value, *state = sweep(rows, agents, labels, cosine, margin, options)
         ctx.save_for_backward(x, weight, labels, *state)
-        ctx.arguments = options, capacity
+        ctx.options = options
         ctx.mark_non_differentiable(state[0])
         return target, value, state[0]
 
     @staticmethod
     def backward(ctx: Any, grad_target: Tensor, grad_value: Tensor, _: Any) -> Any:
         x, weight, labels, *state = ctx.saved_tensors
-        options, capacity = ctx.arguments
+        options = ctx.options
         with torch.no_grad():
             slope = state[0][HINGE_SLOPE].to(grad_value.dtype)
             factors = cosine_factors(state[0], slope, grad_target, grad_value, options.triplet)
+            needed = ctx.needs_input_grad[:2]
             gradients = sweep_gradients(
-                *factors,
-                x.contiguous(),
-                weight.contiguous(),
-                labels,
-                state,
-                options,
-                capacity,
-                ctx.needs_input_grad[:2],
-                False,
+                *factors, x.contiguous(), weight.contiguous(), labels, state, options, needed
             )
         # Both losses stand on this op; the sentence names the one that is the other's pattern.
         name = "c_triplet_loss" if options.triplet else "c_contrastive_loss"
@@ -227,13 +184,3 @@ def agent_hinge(
     x, weight = detach_without_grad(x, weight)
     result: tuple[Tensor, Tensor, Tensor] = _AgentHinge.apply(x, weight, labels, margin, options)
     return result
-
-
-add_fakes(
-    {
-        "target_cosine": _target_cosine_fake,
-        "agent_hinge": _agent_hinge_fake,
-        "agent_hinge_backward": _agent_hinge_backward_fake,
-        "cosine_pairs_backward": _cosine_pairs_backward_fake,
-    }
-)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from .. import functional
+from .. import functional, reference
+from ..agents.functions import agent_loss_and_stats
+from ..agents.options import ContrastiveOptions, TripletOptions
 from ..engine import checks
+from . import released_losses
+from .general_losses import distances_and_labels, released_contrastive, released_triplet
 from .layer import Layer
 from .spec import Context, Spec
 
@@ -96,24 +101,31 @@ class DistanceLoss(Layer):
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
-        self.mode, self.return_statistics = context.mode, len(spec.tops) == 2
+        self.released, self.return_statistics = context.caffe, len(spec.tops) == 2
+
+    def given(self, spec: Spec) -> dict[str, Any]:
+        """The file's options under the names of normface_ext."""
         (block,) = self.BLOCKS
-        options = {
-            field.name: spec.get(f"{block}.{field.name}") for field in spec.get(block).DESCRIPTOR.fields
-        }
-        self.options: dict[str, Any] = {
-            self.RENAMED.get(name, name): value for name, value in options.items()
+        fields = spec.get(block).DESCRIPTOR.fields
+        return {
+            self.RENAMED.get(field.name, field.name): spec.get(f"{block}.{field.name}") for field in fields
         }
 
-    def loss(self, x: Tensor, weight: Tensor | None, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def of_distances(self, distances: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss, statistics)"""
+        raise NotImplementedError
+
+    def of_agents(self, x: Tensor, weight: Tensor, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The same of features [N, D] and agents [C, D], fused."""
         raise NotImplementedError
 
     def forward(self, distances: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        return self.tops(distances, None, labels, 0.0)
+        return self._tops(*self.of_distances(*distances_and_labels(self.FUSED, distances, labels)))
 
-    def tops(self, x: Tensor, weight: Tensor | None, labels: Tensor, eps: float) -> tuple[Tensor, ...]:
-        """The tops of distances x [N, C], or fused of features x [N, D] and agents [C, D]."""
-        loss, statistics = self.loss(x, weight, labels, eps)
+    def tops(self, x: Tensor, weight: Tensor, labels: Tensor, eps: float) -> tuple[Tensor, ...]:
+        return self._tops(*self.of_agents(x, weight, labels, eps))
+
+    def _tops(self, loss: Tensor, statistics: Tensor) -> tuple[Tensor, ...]:
         return (loss, statistics) if self.return_statistics else (loss,)
 
 
@@ -133,39 +145,44 @@ class GeneralContrastiveLoss(DistanceLoss):
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
         (block,) = self.BLOCKS
+        options = self.given(spec)
         if not spec.has(f"{block}.normalize_negative"):
-            self.options["normalize_negative"] = None
-        elif self.options["normalize_negative"] <= 0:
+            options["normalize_negative"] = None
+        elif options["normalize_negative"] <= 0:
             spec.refuse(
                 "expected `normalize_negative` > 0, since Caffe divides by it", f"{block}.normalize_negative"
             )
+            return
         if spec.has(f"{block}.square"):
             spec.note("`square` is declared in caffe.proto but no Caffe code reads it", f"{block}.square")
-        del self.options["square"]
-        self.add_intra_mae, self.cap = (self.options.pop(n) for n in ("add_intra_mae", "max_negative_margin"))
+        del options["square"]
+        self.add_intra_mae, self.cap = (options.pop(n) for n in ("add_intra_mae", "max_negative_margin"))
+        self.options = ContrastiveOptions.of(str(spec), {**options, "ignore_index": None})
         if self.add_intra_mae:
             self.register_buffer("intra_mae", torch.zeros((), device=context.device, dtype=context.dtype))
 
-    def loss(self, x: Tensor, weight: Tensor | None, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        options = dict(self.options)
+    def of_distances(self, distances: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        options = self.options
         if self.add_intra_mae:
-            options["neg_margin"] = options["neg_margin"] + self.intra_mae
-        loss, statistics = functional.c_contrastive_loss(
-            x,
-            weight,
-            labels,
-            mode=self.mode,
-            ignore_index=NO_IGNORED_LABEL,
-            return_stats=True,
-            eps=eps,
-            **options,
-        )
-        if self.add_intra_mae:
-            moved = (0.99 * self.intra_mae + 0.01 * statistics[0].to(self.intra_mae)).clamp_max(self.cap)
-            if self.training:
-                self.intra_mae.copy_(moved)
-            statistics = torch.cat([statistics, moved.to(statistics)[None]])
-        return loss, statistics
+            options = replace(options, neg_margin=options.neg_margin + self.intra_mae)
+        if self.released:
+            return self._moved(*released_contrastive(distances, labels, options))
+        loss = reference.contrastive_of_distances(distances, labels, **vars(options))
+        return self._moved(loss, released_losses.contrastive_stats(distances.detach(), labels, options))
+
+    def of_agents(self, x: Tensor, weight: Tensor, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        options = replace(self.options, eps=eps)
+        margin = options.neg_margin + self.intra_mae if self.add_intra_mae else None
+        return self._moved(*agent_loss_and_stats("c_contrastive_loss", x, weight, labels, options, margin))
+
+    def _moved(self, loss: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """The running mean of the positive hinge moves, and is a statistic too."""
+        if not self.add_intra_mae:
+            return loss, statistics
+        moved = (0.99 * self.intra_mae + 0.01 * statistics[0].to(self.intra_mae)).clamp_max(self.cap)
+        if self.training:
+            self.intra_mae.copy_(moved)
+        return loss, torch.cat([statistics, moved.to(statistics)[None]])
 
 
 class GeneralTripletLoss(DistanceLoss):
@@ -174,11 +191,19 @@ class GeneralTripletLoss(DistanceLoss):
     BLOCKS = ("general_triplet_loss_param",)
     FUSED = "CTripletLoss"
 
-    def loss(self, x: Tensor, weight: Tensor | None, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        return functional.c_triplet_loss(
-            x, weight, labels, mode=self.mode, ignore_index=NO_IGNORED_LABEL, return_stats=True, eps=eps,
-            **self.options,
-        )  # fmt: skip
+    def __init__(self, spec: Spec, context: Context) -> None:
+        super().__init__(spec, context)
+        self.options = TripletOptions.of(str(spec), {**self.given(spec), "ignore_index": None})
+
+    def of_distances(self, distances: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if self.released:
+            return released_triplet(distances, labels, self.options)
+        loss = reference.triplet_of_distances(distances, labels, **vars(self.options))
+        return loss, released_losses.triplet_stats(distances.detach(), labels)
+
+    def of_agents(self, x: Tensor, weight: Tensor, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        options = replace(self.options, eps=eps)
+        return agent_loss_and_stats("c_triplet_loss", x, weight, labels, options)
 
 
 def accuracy(

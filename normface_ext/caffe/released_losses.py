@@ -1,4 +1,5 @@
-"""The released backward of NormFace's metric losses, as it was: ``mode="caffe"``.
+"""The released backward of NormFace's metric losses, as it was: mode "caffe" of a net, and
+``caffe.general_contrastive_loss`` and ``general_triplet_loss``.
 
 Happynear's Caffe layers GeneralContrastiveLoss and GeneralTripletLoss work on an N x C matrix of
 distances and are not everywhere the gradient of what they print. Old models were trained so; to repeat
@@ -27,6 +28,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..agents.options import ContrastiveTerms, TripletTerms
+
 
 def _own(distances: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(the label's distance [N, 1], where the label's column is [N, C])."""
@@ -35,34 +38,21 @@ def _own(distances: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def contrastive(
-    distances: Tensor,
-    labels: Tensor,
-    *,
-    pos_margin: float,
-    neg_margin: float | Tensor,
-    pos_weight: float,
-    neg_weight: float,
-    hardest_only: bool,
-    max_positive_only: bool,
-    positive_outlier_thresh: float,
-    positive_first: bool,
-    positive_upper_bound: float,
-    exp_negative_weight: bool,
-    normalize_negative: float | None,
+    distances: Tensor, labels: Tensor, options: ContrastiveTerms
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, gradient [N, C], [mean positive hinge, mean negative hinge])."""
-    batch, classes = distances.shape
+    o, (batch, classes) = options, distances.shape
     target, own = _own(distances, labels)
-    far = (target > positive_upper_bound) if positive_first else torch.zeros_like(target, dtype=torch.bool)
-    positive = (target - pos_margin).clamp(0, positive_outlier_thresh)
-    hinge = torch.where(own, 0, (neg_margin - distances).clamp_min(0))
-    active = ~own & (distances < neg_margin)
-    size = torch.where(active, (-distances).exp() if exp_negative_weight else hinge, 0) * neg_weight
-    printed = torch.where(own, positive * pos_weight, torch.where(far, 0, size))
+    far = (target > o.positive_upper_bound) & o.positive_first
+    positive = (target - o.pos_margin).clamp(0, o.positive_outlier_thresh)
+    hinge = torch.where(own, 0, (o.neg_margin - distances).clamp_min(0))
+    active = ~own & (distances < o.neg_margin)
+    size = torch.where(active, (-distances).exp() if o.exp_negative_weight else hinge, 0) * o.neg_weight
+    printed = torch.where(own, positive * o.pos_weight, torch.where(far, 0, size))
     chosen = ~own
-    if hardest_only:
+    if o.hardest_only:
         # The largest active term wins over entry 0, even where that is the label's.
-        entries = torch.where(own, positive * pos_weight, size)
+        entries = torch.where(own, positive * o.pos_weight, size)
         candidates = torch.where(active, entries, -torch.inf)
         best, index = candidates.max(1, keepdim=True)
         first = (candidates == best).to(torch.uint8).argmax(1, keepdim=True)
@@ -70,57 +60,60 @@ def contrastive(
         chosen = ~own & (torch.arange(classes, device=index.device) == index)
         printed = torch.where(own | chosen, printed, 0)
     counted = torch.ones_like(target, dtype=torch.bool)
-    if max_positive_only:
-        weighted = (positive * pos_weight).squeeze(1)
+    if o.max_positive_only:
+        weighted = (positive * o.pos_weight).squeeze(1)
         smallest = (weighted == weighted.min()).to(torch.uint8).argmax()
         counted = (torch.arange(batch, device=target.device) == smallest)[:, None]
         printed = torch.where(own & ~counted, 0, printed)
-    pulled = (target > pos_margin) & (target < positive_outlier_thresh) & counted
-    pull = (far | pulled).to(distances.dtype) * pos_weight
-    pushed = (active & chosen & ~far).to(distances.dtype) * neg_weight
-    push = pushed * (-distances).exp() if exp_negative_weight else pushed
-    if normalize_negative is not None:
-        total = push.sum().abs() / normalize_negative / batch
-        push = push / torch.where((total > pos_weight) & (total > 0), total, 1)
+    pulled = (target > o.pos_margin) & (target < o.positive_outlier_thresh) & counted
+    pull = (far | pulled).to(distances.dtype) * o.pos_weight
+    pushed = (active & chosen & ~far).to(distances.dtype) * o.neg_weight
+    push = pushed * (-distances).exp() if o.exp_negative_weight else pushed
+    if o.normalize_negative is not None:
+        total = push.sum().abs() / o.normalize_negative / batch
+        push = push / torch.where((total > o.pos_weight) & (total > 0), total, 1)
     gradient = torch.where(own, pull, -push) / batch
-    stats = torch.stack([positive.sum() / batch, hinge.sum() / batch / (classes - 1)])
-    return printed.abs().sum() / batch, gradient, stats
+    return printed.abs().sum() / batch, gradient, contrastive_stats(distances, labels, o)
 
 
-def triplet(
-    distances: Tensor,
-    labels: Tensor,
-    *,
-    margin: float,
-    pos_weight: float,
-    neg_weight: float,
-    hardest_only: bool,
-    add_center_loss: bool,
-    positive_first: bool,
-    positive_upper_bound: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, gradient [N, C], [mean positive distance, mean negative distance])."""
+def contrastive_stats(distances: Tensor, labels: Tensor, options: ContrastiveTerms) -> Tensor:
+    """[mean positive hinge, mean negative hinge]"""
     batch, classes = distances.shape
     target, own = _own(distances, labels)
-    far = (target > positive_upper_bound) if positive_first else torch.zeros_like(target, dtype=torch.bool)
-    printed = torch.where(own, 0, (target + margin - distances).clamp_min(0) * neg_weight)
-    if hardest_only:
+    positive = (target - options.pos_margin).clamp(0, options.positive_outlier_thresh)
+    hinge = torch.where(own, 0, (options.neg_margin - distances).clamp_min(0))
+    return torch.stack([positive.sum() / batch, hinge.sum() / batch / (classes - 1)])
+
+
+def triplet(distances: Tensor, labels: Tensor, options: TripletTerms) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, gradient [N, C], [mean positive distance, mean negative distance])."""
+    o, (batch, classes) = options, distances.shape
+    target, own = _own(distances, labels)
+    far = (target > o.positive_upper_bound) & o.positive_first
+    printed = torch.where(own, 0, (target + o.margin - distances).clamp_min(0) * o.neg_weight)
+    if o.hardest_only:
         best, _ = printed.max(1, keepdim=True)
         first = (printed == best).to(torch.uint8).argmax(1, keepdim=True)
         hardest = (torch.arange(classes, device=first.device) == first) & (best > 0) & ~own
         printed = torch.where((best > 0) & ~hardest, 0, printed)
         pushed = hardest & (distances != 0)
-        push = torch.where(pushed, -neg_weight, torch.where(own, 0, printed))
+        push = torch.where(pushed, -o.neg_weight, torch.where(own, 0, printed))
     else:
-        pushed = ~own & (target + margin > distances)
-        push = pushed.to(distances.dtype) * -neg_weight
-    pulled = pushed.any(1, keepdim=True) | add_center_loss
-    pull = (far | pulled).to(distances.dtype) * pos_weight
+        pushed = ~own & (target + o.margin > distances)
+        push = pushed.to(distances.dtype) * -o.neg_weight
+    pulled = pushed.any(1, keepdim=True) | o.add_center_loss
+    pull = (far | pulled).to(distances.dtype) * o.pos_weight
     gradient = torch.where(own, pull, torch.where(far, 0, push)) / batch
     printed = torch.where(far, 0, printed)
+    return printed.abs().sum() / batch, gradient, triplet_stats(distances, labels)
+
+
+def triplet_stats(distances: Tensor, labels: Tensor) -> Tensor:
+    """[mean positive distance, mean negative distance]"""
+    batch, classes = distances.shape
+    target, _ = _own(distances, labels)
     others = distances.sum() - target.sum()
-    stats = torch.stack([target.sum() / batch, others / batch / (classes - 1)])
-    return printed.abs().sum() / batch, gradient, stats
+    return torch.stack([target.sum() / batch, others / batch / (classes - 1)])
 
 
 def pair_contrastive(squared: Tensor, same: Tensor, margin: float) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -10,16 +10,21 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 
-from .. import reference
-from ..agents import ops
+from ..agents import losses, ops
+from ..agents.functions import product_operands, sweep_options
+from ..agents.losses import AgentRows, Losses
 from ..agents.ops import HINGE_BEST, HINGE_SLOPE, INVERSE_NORM, LOSS_VALUE, HingeOptions
-from ..agents.options import AgentOptions, AgentRows, ContrastiveOptions, TripletOptions
+from ..agents.options import ContrastiveKeywords, ContrastiveOptions, TripletKeywords, TripletOptions
 from ..engine import checks
 from ..engine.arguments import flag
 from ..engine.autograd import detach_without_grad, no_second_derivative
+from ..engine.options import takes
 from .collectives import Batch, ScatteredRows, add_over_shards, gather_rows, largest_over_shards
 from .shard import IGNORED, ClassShard
 from .softmax import check_backbone_gradients, store_as
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def _holds_hardest(best: Tensor, shard: ClassShard) -> Tensor:
@@ -51,10 +56,9 @@ class _ClassParallelHinge(Function):
         shard: ClassShard,
     ) -> tuple[Tensor, Tensor, Tensor]:
         agents = weight.contiguous()
-        capacity = options.capacity if any(ctx.needs_input_grad[:2]) else 0
-        part = ops.target_cosine(batch.x, agents, places, options, True)
+        part = ops.target_cosine(batch.x, agents, places, options)
         (cosine,) = add_over_shards([part], shard.group)
-        target, _, *state = ops.sweep(batch.x, agents, places, cosine, margin, options, capacity, True)
+        target, _, *state = ops.sweep(batch.x, agents, places, cosine, margin, options)
         value, slope = state[0][LOSS_VALUE], state[0][HINGE_SLOPE]
         mine = torch.ones_like(places, dtype=torch.bool)
         if options.hardest:
@@ -63,7 +67,7 @@ class _ClassParallelHinge(Function):
             value, slope = torch.where(mine | value.isnan(), value, 0), torch.where(mine, slope, 0)
         value, slope = (s.to(target.dtype) for s in add_over_shards([value, slope], shard.group))
         ctx.save_for_backward(x, weight, batch.x, agents, places, mine, slope, *state)
-        ctx.batch, ctx.options, ctx.capacity, ctx.shard = batch, options, capacity, shard
+        ctx.batch, ctx.options, ctx.shard = batch, options, shard
         ctx.separate, ctx.replicas = separate, replicas
         ctx.mark_non_differentiable(slope)
         return target, value, slope
@@ -84,7 +88,7 @@ class _ClassParallelHinge(Function):
             )
             hinge_factor = torch.where(mine, hinge_factor, 0)
             dx, dw = ops.sweep_gradients(
-                target_factor, hinge_factor, x, agents, places, state, options, ctx.capacity, needed, True
+                target_factor, hinge_factor, x, agents, places, state, options, needed
             )
             if dx is not None:
                 moved = ScatteredRows(dx, batch, shard.group).wait() * ctx.replicas
@@ -99,71 +103,51 @@ def _loss(
     weight: Tensor,
     labels: Tensor,
     shard: ClassShard,
-    options: AgentOptions,
-    ignore_index: int,
-    reduction: str,
-    eps: float,
-    workspace: int | None,
-    active_limit: int | None,
-    check_finite: bool,
+    sample_weight: Tensor | None,
     backbone_gradients: str,
     equal_batches: bool,
+    options: Losses,
 ) -> Tensor:
-    op = f"distributed.{op}"
+    check_backbone_gradients(op, backbone_gradients)
+    flag(op, "equal_batches", equal_batches)
     if isinstance(weight, DTensor):
         weight = weight.to_local()  # differentiable
     checks.features_and_shard(op, x, weight, shard.count)
-    ignore_index = checks.ignored(checks.ignore_index(op, "ignore_index", ignore_index))
-    checks.labels(op, labels, x, shard.num_classes, ignore_index)
-    options = options.checked(op, "math")
-    options.check_device(op, x)
-    checks.reduction(op, "reduction", reduction)
-    eps = checks.eps(op, "eps", eps)
-    workspace = checks.workspace(op, "workspace", workspace)
-    active_limit = checks.active_limit(op, "active_limit", active_limit)
-    check_backbone_gradients(op, backbone_gradients)
-    flag(op, "equal_batches", equal_batches)
-    check_finite = flag(op, "check_finite", check_finite)
-    batch = gather_rows(x, labels, shard.group, ignore_index=ignore_index, equal_batches=equal_batches)
-    if check_finite:
-        batch.check_finite(op, weight, shard, ignore_index)
-    places = shard.places(batch.labels, ignore_index)
-    margin, given = options.sweep_options(batch.x, shard.count, IGNORED, eps, workspace, active_limit)
+    ignored = checks.ignored(options.ignore_index)
+    labels = checks.labels(op, labels, x, shard.num_classes, options.ignore_index)
+    factor = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
+    needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    given_weight = weight
+    x, weight = product_operands(x, weight)
+    batch = gather_rows(
+        x, labels, shard.group, ignore_index=ignored, sample_weight=factor, equal_batches=equal_batches
+    )
+    if options.check_finite:
+        batch.check_finite(op, given_weight, shard, ignored)
+    places = shard.places(batch.labels, ignored)
+    if batch.sample_weight is not None:
+        places = torch.where(batch.sample_weight == 0, IGNORED, places)
+    margin, given = sweep_options(op, batch.x, shard.count, IGNORED, options, needed, is_shard=True)
     replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
     x, weight = detach_without_grad(x, weight)
-    found = _ClassParallelHinge.apply(
-        x, weight, batch, places, margin, given, reduction == "none", replicas, shard
-    )
-    rows = AgentRows(places != IGNORED, *found)
-    loss = reference._reduce(options.losses(rows), rows.kept, reduction)
-    return batch.own(loss) if reduction == "none" else loss
+    separate = options.reduction == "none"
+    found = _ClassParallelHinge.apply(x, weight, batch, places, margin, given, separate, replicas, shard)
+    rows = AgentRows(places != IGNORED, batch.sample_weight, *found)
+    loss = losses.loss(options, rows)
+    return batch.own(loss) if separate else loss
 
 
+@takes(ContrastiveOptions)
 def c_contrastive_loss(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
     shard: ClassShard,
     *,
-    pos_margin: float = 0.0,
-    neg_margin: float | Tensor = 1.0,
-    pos_weight: float = 1.0,
-    neg_weight: float = 1.0,
-    hardest_only: bool = False,
-    max_positive_only: bool = False,
-    positive_outlier_thresh: float = 4.0,
-    positive_first: bool = False,
-    positive_upper_bound: float = 1.0,
-    exp_negative_weight: bool = False,
-    normalize_negative: float | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    eps: float = 1e-12,
-    workspace: int | None = None,
-    active_limit: int | None = None,
-    check_finite: bool = False,
+    sample_weight: Tensor | None = None,
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
+    **options: Unpack[ContrastiveKeywords],
 ) -> Tensor:
     """``functional.c_contrastive_loss`` of the rows of all ranks over the classes of all ranks.
 
@@ -176,6 +160,7 @@ def c_contrastive_loss(
         x: [N, D] this rank's features, N as it likes.
         weight: [shard.count, D] its agents, or a DTensor ``Shard(0)`` of [num_classes, D].
         labels: [N] int64, global, in [0, num_classes) or ``ignore_index``.
+        sample_weight: [N] of this rank's rows; on all ranks or on none.
         hardest_only: of equally hard negatives the first rank's counts.
         check_finite: see ``distributed.normface_loss``.
         backbone_gradients: see ``distributed.normface_loss``.
@@ -193,85 +178,27 @@ def c_contrastive_loss(
         TypeError, ValueError, IndexError: as ``functional.c_contrastive_loss``.
         RuntimeError: a rank died or came too late.
     """
-    options = ContrastiveOptions(
-        pos_margin,
-        neg_margin,
-        pos_weight,
-        neg_weight,
-        hardest_only,
-        max_positive_only,
-        positive_outlier_thresh,
-        positive_first,
-        positive_upper_bound,
-        exp_negative_weight,
-        normalize_negative,
-    )
-    return _loss(
-        "c_contrastive_loss",
-        x,
-        weight,
-        labels,
-        shard,
-        options,
-        ignore_index,
-        reduction,
-        eps,
-        workspace,
-        active_limit,
-        check_finite,
-        backbone_gradients,
-        equal_batches,
-    )
+    op = "distributed.c_contrastive_loss"
+    chosen = ContrastiveOptions.of(op, options)
+    return _loss(op, x, weight, labels, shard, sample_weight, backbone_gradients, equal_batches, chosen)
 
 
+@takes(TripletOptions)
 def c_triplet_loss(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
     shard: ClassShard,
     *,
-    margin: float = 0.8,
-    pos_weight: float = 1.0,
-    neg_weight: float = 1.0,
-    hardest_only: bool = False,
-    add_center_loss: bool = False,
-    positive_first: bool = False,
-    positive_upper_bound: float = 1.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    eps: float = 1e-12,
-    workspace: int | None = None,
-    active_limit: int | None = None,
-    check_finite: bool = False,
+    sample_weight: Tensor | None = None,
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
+    **options: Unpack[TripletKeywords],
 ) -> Tensor:
     """``functional.c_triplet_loss`` of the rows of all ranks over the classes of all ranks.
 
     As :func:`c_contrastive_loss` here, with the options of ``functional.c_triplet_loss``.
     """
-    options = TripletOptions(
-        margin,
-        pos_weight,
-        neg_weight,
-        hardest_only,
-        add_center_loss,
-        positive_first,
-        positive_upper_bound,
-    )
-    return _loss(
-        "c_triplet_loss",
-        x,
-        weight,
-        labels,
-        shard,
-        options,
-        ignore_index,
-        reduction,
-        eps,
-        workspace,
-        active_limit,
-        check_finite,
-        backbone_gradients,
-        equal_batches,
-    )
+    op = "distributed.c_triplet_loss"
+    chosen = TripletOptions.of(op, options)
+    return _loss(op, x, weight, labels, shard, sample_weight, backbone_gradients, equal_batches, chosen)

@@ -78,10 +78,8 @@ def softmax(x: Tensor, weight: Tensor, scale: Tensor, y: Tensor) -> Results:
 def hinges(options: HingeOptions, x: Tensor, weight: Tensor, y: Tensor) -> Results:
     """Distance to the label's agent and sum of the hinges of every row, and the gradients of x and weight."""
     shards = parts(weight, y)
-    cosine = torch.stack([agent_ops.target_cosine(x, w, place, options, True) for w, place in shards]).sum(0)
-    swept = [
-        agent_ops.sweep(x, w, place, cosine, None, options, options.capacity, True) for w, place in shards
-    ]
+    cosine = torch.stack([agent_ops.target_cosine(x, w, place, options) for w, place in shards]).sum(0)
+    swept = [agent_ops.sweep(x, w, place, cosine, None, options) for w, place in shards]
     target = swept[0][0]
     value, slope = (
         torch.stack([part[2][field] for part in swept]).sum(0).to(target.dtype)
@@ -90,7 +88,7 @@ def hinges(options: HingeOptions, x: Tensor, weight: Tensor, y: Tensor) -> Resul
     upstream = randn(len(x), dtype=torch.float64, seed=5).to(target)
     factors = agent_ops.cosine_factors(swept[0][2], slope, upstream, upstream, options.triplet)
     gradients = [
-        agent_ops.sweep_gradients(*factors, x, w, place, state, options, options.capacity, (True, True), True)
+        agent_ops.sweep_gradients(*factors, x, w, place, state, options, (True, True))
         for (w, place), (_, _, *state) in zip(shards, swept, strict=True)
     ]
     dx, dw = zip(*gradients, strict=True)
@@ -134,6 +132,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
                 eps=1e-12,
                 class_chunk=19,
                 capacity=capacity,
+                is_shard=True,
             )
 
             def ours(*given, options=options):

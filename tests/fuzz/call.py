@@ -43,7 +43,6 @@ class Op:
     run: Callable[[Tensors, dict[str, Any]], Outputs]
     formula: Callable[[Tensors, dict[str, Any], Rounding], Outputs]
     draw: Callable[..., Call]
-    detached: int = 0  # how many outputs, the last ones, have no gradient
 
 
 GRAD = st.booleans() | st.just(True)

@@ -31,7 +31,7 @@ def operand_of(call: Call, tensors: Tensors, lane: Lane) -> torch.dtype:
 
 
 def with_gradients(
-    function: Any, tensors: Tensors, dtype: torch.dtype | None, upstream: list[Tensor] | None, detached: int
+    function: Any, tensors: Tensors, dtype: torch.dtype | None, upstream: list[Tensor] | None
 ) -> tuple[Outputs, dict[str, Tensor | None]]:
     """(outputs, gradients by name) on fresh leaves: of `dtype` if one is given, else as the tensors lie."""
     leaves: Tensors = {}
@@ -43,7 +43,7 @@ def with_gradients(
     if upstream is not None and [out.shape for out in outputs] != [g.shape for g in upstream]:
         raise Wrong(f"shapes {[list(g.shape) for g in upstream]}, not {[list(out.shape) for out in outputs]}")
     asked = [name for name, t in leaves.items() if t.requires_grad]
-    led = [out for out in outputs[: len(outputs) - detached] if out.requires_grad]
+    led = [out for out in outputs if out.requires_grad]
     gradients: dict[str, Tensor | None] = {}
     if asked and led and upstream is not None:
         given = [g.to(out) for out, g in zip(outputs, upstream, strict=False) if out.requires_grad]
@@ -74,10 +74,10 @@ def _check(call: Call, lane: Lane) -> float:
     def run(leaves: Tensors) -> Outputs:
         return op.run(leaves, options)
 
-    probe, _ = with_gradients(run, {n: t.detach() for n, t in tensors.items()}, None, None, op.detached)
+    probe, _ = with_gradients(run, {n: t.detach() for n, t in tensors.items()}, None, None)
     upstream = upstream_of(probe, call.upstream)
-    outputs, gradients = with_gradients(run, tensors, None, upstream, op.detached)
-    again, gradients_again = with_gradients(run, tensors, None, upstream, op.detached)
+    outputs, gradients = with_gradients(run, tensors, None, upstream)
+    again, gradients_again = with_gradients(run, tensors, None, upstream)
     for name, t in tensors.items():
         if (judge.bits(t), t._version) != before[name]:
             raise Wrong(f"{call.op}: `{name}` was changed by the call")
@@ -116,9 +116,7 @@ def _judge(
         def formula(leaves: Tensors) -> Outputs:
             return op.formula(leaves, call.options, r)
 
-        return with_gradients(
-            formula, tensors, dtype, [r.upstream(g.double()) for g in upstream], op.detached
-        )
+        return with_gradients(formula, tensors, dtype, [r.upstream(g.double()) for g in upstream])
 
     truth, slopes = by_formula(EXACT)
     noises = [Disturbed(size, cell, sign, seed) for sign, seed in ((1, 0), (-1, 0), (0, 1), (0, 2))]

@@ -123,6 +123,7 @@ def contrastive_over_agents(
     x: Tensor,
     w: Tensor | None,
     labels: Tensor,
+    sample_weight: Tensor | None,
     *,
     pos_margin: float,
     neg_margin: float,
@@ -144,6 +145,7 @@ def contrastive_over_agents(
     classes = x.shape[1] if w is None else w.shape[0]
     kept = labels != ignore_index
     x, y = x[kept], labels[kept]
+    v = x.new_ones(len(x)) if sample_weight is None else sample_weight[kept]
     own = own_columns(y, classes)
     d = agent_distances(x, w, own, eps, r)
     d_y = d.gather(1, y[:, None]).squeeze(1)
@@ -164,17 +166,18 @@ def contrastive_over_agents(
     pushed = ~((d_y > positive_upper_bound) & positive_first)
     negative, slope = torch.where(pushed, push.sum(1), 0), torch.where(pushed, slopes.sum(1), 0)
     if normalize_negative is not None:
-        mean = abs(neg_weight) * slope.sum() / max(1, len(x)) / normalize_negative
+        mean = abs(neg_weight) * reduce(v * slope, kept, "mean", v) / normalize_negative
         negative = negative / torch.where(mean > pos_weight, mean, 1)
     gaps = torch.where(own, 0, gap.clamp_min(0)).sum(1) / max(1, classes - 1)
-    stats = torch.stack([reduce(part, kept, "mean") for part in (hinge, gaps)]).detach()
-    return reduce(pos_weight * pull + neg_weight * negative, kept, reduction), stats
+    stats = torch.stack([reduce(v * part, kept, "mean", v) for part in (hinge, gaps)]).detach()
+    return reduce(v * (pos_weight * pull + neg_weight * negative), kept, reduction, v), stats
 
 
 def triplet_over_agents(
     x: Tensor,
     w: Tensor | None,
     labels: Tensor,
+    sample_weight: Tensor | None,
     *,
     margin: float,
     pos_weight: float,
@@ -192,6 +195,7 @@ def triplet_over_agents(
     classes = x.shape[1] if w is None else w.shape[0]
     kept = labels != ignore_index
     x, y = x[kept], labels[kept]
+    v = x.new_ones(len(x)) if sample_weight is None else sample_weight[kept]
     own = own_columns(y, classes)
     d = agent_distances(x, w, own, eps, r)
     d_y = d.gather(1, y[:, None]).squeeze(1)
@@ -203,8 +207,8 @@ def triplet_over_agents(
     if add_center_loss:
         losses = losses + pos_weight * d_y
     others = torch.where(own, 0, d).sum(1) / max(1, classes - 1)
-    stats = torch.stack([reduce(part, kept, "mean") for part in (d_y, others)]).detach()
-    return reduce(losses, kept, reduction), stats
+    stats = torch.stack([reduce(v * part, kept, "mean", v) for part in (d_y, others)]).detach()
+    return reduce(v * losses, kept, reduction, v), stats
 
 
 def distances_to_agents(

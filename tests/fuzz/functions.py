@@ -30,7 +30,6 @@ OPS: dict[str, Op] = {
             lambda t, o, op=op: metric.run_agents(t, o, op),
             lambda t, o, r, op=op: metric.formula_agents(t, o, r, op),
             lambda draw, budget, op=op: metric.draw_agents(draw, budget, op),
-            detached=1,
         )
         for op in ("c_contrastive_loss", "c_triplet_loss")
     },

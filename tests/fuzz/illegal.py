@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,7 +22,7 @@ NAMES: tuple[Any, ...] = (None, "", "Mean", 1, [], b"mean", math.nan)
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "dim": (*INTEGERS[:-3], None, 1j),
     "p": (0, 3, 1.5, "2", None, True, math.nan, [2]),
-    "ignore_index": (*INTEGERS, None),
+    "ignore_index": INTEGERS,
     "workspace": INTEGERS,
     "active_limit": (*INTEGERS, -1),
     "reduction": NAMES,
@@ -63,7 +64,7 @@ def broken_tensors(name: str, t: Tensor, recipe: Any) -> list[Any]:
     elif isinstance(recipe, Labels):
         broken += [
             t.float(),
-            t.int(),
+            t.short(),
             t[:, None],
             torch.cat([t, t, t[:1] if len(t) else torch.zeros(1).long()]),
         ]
@@ -80,6 +81,8 @@ def broken_tensors(name: str, t: Tensor, recipe: Any) -> list[Any]:
 def broken_calls(draw: Any, op: str) -> tuple[Call, str, int]:
     """(a call, the argument to break, which of its broken values)."""
     call = OPS[op].draw(draw, 600)
+    # The reference, which takes a matrix of distances, leaves bad input to the functions.
+    assume(not op.startswith("c_") or "weight" in call.tensors)
     names = [name for name in (*call.tensors, *call.options) if f"{name} of {op}" not in LEFT_OUT]
     return call, draw(st.sampled_from(names)), draw(st.integers(0, 30))
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from normface_ext import reference
+
 from . import formulas, inputs
 from .call import (
     EPS,
@@ -20,7 +22,7 @@ from .call import (
     draw_pair,
     workspace_of,
 )
-from .inputs import Recipe, Rows, Same
+from .inputs import Factors, Recipe, Rows, Same
 from .rounding import Rounding
 
 # the losses over agents -----------------------------------------------------------------------------
@@ -59,18 +61,31 @@ def draw_agents(draw: Any, budget: int, op: str) -> Call:
             "exp_negative_weight": draw(st.integers(0, 3)) == 3,
             "normalize_negative": draw(st.sampled_from((None, None, None, 0.1, 1.0, 30.0))),
         }
+    if draw(st.integers(0, 3)) == 3:
+        dtypes = ("f64",) if x.dtype == "f64" else ("f32", "f16")
+        tensors["sample_weight"] = Factors(
+            x.rows, draw(st.sampled_from(dtypes)), "random", draw(inputs.SEEDS)
+        )
     return Call(op, tensors, options, draw(inputs.SEEDS))
 
 
 def run_agents(t: Tensors, o: dict[str, Any], op: str) -> Outputs:
+    """(the loss, the statistics); of a matrix of distances there is the loss alone."""
     given = {**o, "workspace": workspace_of(op, t, o)}
-    return tuple(getattr(F, op)(t["x"], t.get("weight"), t["labels"], return_stats=True, **given))
+    x, labels, factors = t["x"], t["labels"], {"sample_weight": t.get("sample_weight")}
+    if "weight" not in t:
+        return (getattr(reference, f"{op[2:-5]}_of_distances")(x, labels, **factors, **given),)
+    return tuple(
+        getattr(F, name)(x, t["weight"], labels, **factors, **given)
+        for name in (op, op.replace("_loss", "_stats"))
+    )
 
 
 def formula_agents(t: Tensors, o: dict[str, Any], r: Rounding, op: str) -> Outputs:
     given = {name: value for name, value in o.items() if name not in ("workspace", "active_limit")}
     formula = formulas.triplet_over_agents if op == "c_triplet_loss" else formulas.contrastive_over_agents
-    return formula(t["x"], t.get("weight"), t["labels"], r=r, **given)
+    found = formula(t["x"], t.get("weight"), t["labels"], t.get("sample_weight"), r=r, **given)
+    return found if "weight" in t else found[:1]
 
 
 # distances ------------------------------------------------------------------------------------------

@@ -1,0 +1,62 @@
+"""Forward passes that a backward pass may run again, as ``torch.utils.checkpoint`` does."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: How many are remembered.
+MOST = 16
+
+
+def within_backward() -> bool:
+    """Whether this thread is in a backward pass, so that a forward pass now is one that is run again."""
+    current = getattr(torch._C, "_current_graph_task_id", None)
+    return current is not None and current() != -1
+
+
+@dataclass
+class _Pass:
+    labels: weakref.ref[Tensor]  # while they live, no other tensor is where they are
+    version: int
+    state: Tensor
+    again: bool = False  # has been run again
+
+    def had(self, labels: Tensor) -> bool:
+        own = self.labels()
+        if own is None or own.shape != labels.shape:
+            return False
+        return own.data_ptr() == labels.data_ptr() and self.version == labels._version
+
+
+class Passes:
+    """A state before each of the last forward passes of a module, found again by the pass's labels: a
+    recomputation gets the very memory, whatever becomes of the features. A copy has none."""
+
+    def __init__(self) -> None:
+        self._passes: deque[_Pass] = deque(maxlen=MOST)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+    def add(self, labels: Tensor, state: Tensor) -> None:
+        kept = [p for p in self._passes if p.labels() is not None and not (p.again and p.had(labels))]
+        self._passes = deque([*kept, _Pass(weakref.ref(labels), labels._version, state)], MOST)
+
+    def state(self, owner: str, labels: Tensor) -> Tensor:
+        """That of the pass that is run again; RuntimeError where it could be more than one or is none."""
+        known = [p for p in self._passes if p.had(labels)]
+        candidates = [p for p in known if not p.again] or known
+        if len(candidates) != 1:
+            raise RuntimeError(
+                f"{owner}: expected `labels` to be those of one forward pass when a backward pass runs it"
+                f" again, got those of {len(candidates)}; give the module labels from outside of what"
+                " torch.utils.checkpoint runs again, a tensor per pass, or leave it out of that"
+            )
+        candidates[0].again = True
+        return candidates[0].state
