@@ -22,19 +22,27 @@ from .engine.plan import Plan, plan
 from .engine.sharded_plan import ShardedPlan
 from .mirror import MirrorFace
 from .optim import parameter_groups
+from .softmax.adaface import AdaFace
+from .softmax.class_margins import class_margins, ldam_margins
+from .softmax.elasticface import ElasticArcFace, ElasticCosFace
 from .softmax.layers import NormFaceLoss
+from .softmax.magface import MagFace
 from .softmax.margins import ArcFace, CombinedMargin, CosFace
 
 if TYPE_CHECKING:
     from . import caffe, distributed, evaluation
 
 __all__ = [
+    "AdaFace",
     "ArcFace",
     "CContrastiveLoss",
     "CTripletLoss",
     "CombinedMargin",
     "CosFace",
+    "ElasticArcFace",
+    "ElasticCosFace",
     "InnerDistance",
+    "MagFace",
     "MirrorFace",
     "NormFaceLoss",
     "NormLinear",
@@ -45,10 +53,12 @@ __all__ = [
     "TripletLoss",
     "build_info",
     "caffe",
+    "class_margins",
     "distributed",
     "evaluation",
     "functional",
     "gaussian_unitball_",
+    "ldam_margins",
     "parameter_groups",
     "plan",
     "reference",

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..cosine.functions import normalize
 from ..engine import checks
 from ..engine.calls import plan_device
 from ..engine.options import takes
 from ..engine.plan import plan
 from . import ops
-from .margins import NO_MARGIN
+from .batch_margins import BatchMargin, Rows
+from .margins import NO_MARGIN, Margin
 from .options import HeadKeywords, HeadOptions
+from .row_margin import RowMargin, fused, loss_of_psi  # stand-in
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -86,6 +90,8 @@ def head_loss(
 ) -> Tensor:
     """``normface_loss`` with options that have been checked."""
     checks.features_and_weight(op, x, weight)
+    if isinstance(options.margin, BatchMargin):
+        return batch_loss(op, x, weight, labels, scale, sample_weight, class_weight, options, options.margin)
     classes, dim = weight.shape
     ignored = checks.ignored(options.ignore_index)
     labels = checks.labels(op, labels, x, classes, options.ignore_index)
@@ -114,6 +120,62 @@ def head_loss(
         checks.weights(op, "class_weight", class_weight, x, classes),
         given,
     )
+
+
+def batch_loss(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    options: HeadOptions,
+    margin: BatchMargin,
+) -> Tensor:
+    """``head_loss`` with a margin that looks at the batch first."""
+    labels = checks.labels(op, labels, x, weight.shape[0], options.ignore_index)
+    row_weight = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
+    counts = labels != checks.ignored(options.ignore_index)
+    counts = counts if row_weight is None else counts & (row_weight != 0)
+    norms = row_norms(x, counts, options.eps) if margin.uses_norms else None
+    rows = Rows(labels, counts, norms)
+    found = margin.of(rows)
+    if isinstance(found, Margin):
+        given = replace(options, margin=found)
+        if isinstance(found, RowMargin):
+            m = found
+            loss = loss_of_psi(
+                x, weight, labels, scale, lambda c: fused(c, m), sample_weight, class_weight, options
+            )
+        else:
+            loss = head_loss(op, x, weight, labels, scale, sample_weight, class_weight, given)
+    else:
+        loss = loss_of_psi(x, weight, labels, scale, found, sample_weight, class_weight, options)
+    more = margin.regularizer(rows)
+    if more is None:
+        return loss
+    return loss + reduced(more, counts, row_weight, options.reduction).to(loss.dtype)
+
+
+def row_norms(x: Tensor, counts: Tensor, eps: float) -> Tensor:
+    """|x| [N] float64, with gradient; 1 for rows that do not count, whatever they hold."""
+    counted = torch.where(counts[:, None], x, 1)
+    norms = normalize(counted, eps=eps, return_norm=True)[1].squeeze(1).double()
+    return torch.where(counts, norms, 1)
+
+
+def reduced(values: Tensor, counts: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:
+    """Values [N] of rows as a loss has them, weighted by sample_weight alone."""
+    weights = counts.to(values.dtype) if row_weight is None else torch.where(counts, row_weight, 0)
+    weighted = torch.where(counts, values * weights, 0)
+    if reduction == "none":
+        return weighted
+    if reduction == "sum":
+        return weighted.sum()
+    total = weights.sum()
+    empty = total == 0
+    return torch.where(empty, 0, weighted.sum() / torch.where(empty, 1, total))
 
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
