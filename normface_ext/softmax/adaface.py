@@ -45,7 +45,7 @@ class AdaFace(BatchMargin):
             (DistributedDataParallel hands out the first rank's buffers before each forward). "global": those
             of the rows of all ranks of the default process group, by two small all-reduces. A class-parallel
             head gathers the rows of all ranks anyway: there they are always global.
-        device: of the buffers ``mean`` and ``std`` (0-d, float64; ``float()`` makes them float32, and
+        device: of the buffers ``mean`` and ``std`` ([1] float64; ``float()`` makes them float32, and
             narrower they do not become).
 
     Raises:
@@ -70,8 +70,9 @@ class AdaFace(BatchMargin):
         self.h = number("AdaFace", "h", h, NOT_NEGATIVE)
         self.t_alpha = number("AdaFace", "t_alpha", t_alpha, Range("in [0, 1]", 0.0, 1.0))
         self.sync = choice("AdaFace", "sync", sync, ("local", "global"))
-        self.register_buffer("mean", torch.empty((), dtype=torch.float64, device=device))
-        self.register_buffer("std", torch.empty((), dtype=torch.float64, device=device))
+        # Not 0-d: of a float64 number on the CPU torch.compile takes the value, and loses what is written to it.
+        self.register_buffer("mean", torch.empty(1, dtype=torch.float64, device=device))
+        self.register_buffer("std", torch.empty(1, dtype=torch.float64, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -29,7 +29,8 @@ def by_difficulty(margins: Tensor, cosine: Tensor, counts: Tensor, plus: Plus) -
     from_easy = torch.where(counts, cosine.detach(), -torch.inf).argsort(descending=True)
     from_small = torch.where(counts, margins, torch.inf).sort().values
     if plus == "released":  # the inverse of the order that is meant
-        return torch.where(counts, from_small[from_easy], margins)
+        place = counts.cumsum(0) - 1  # among the rows that count
+        return torch.where(counts, from_small[place[from_easy[place]]], margins)
     return torch.where(counts, torch.empty_like(margins).scatter(0, from_easy, from_small), margins)
 
 

@@ -139,7 +139,7 @@ def batch_loss(
     counts = labels != checks.ignored(options.ignore_index)
     counts = counts if row_weight is None else counts & (row_weight != 0)
     norms = row_norms(x, counts, options.eps) if margin.uses_norms else None
-    rows = Rows(labels, counts, norms)
+    rows = Rows(labels, counts, norms, options.margin_gradient == "straight")
     found = margin.of(rows)
     if isinstance(found, Margin):
         given = replace(options, margin=found)

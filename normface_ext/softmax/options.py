@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from ..engine import checks
-from ..engine.arguments import flag
+from ..engine.arguments import choice, flag
 from ..engine.options import Options, declared, option
 from .margins import Margin, margin_argument
 
@@ -15,6 +15,7 @@ from .margins import Margin, margin_argument
 @dataclass(frozen=True)
 class HeadOptions(Options):
     margin: Margin | None = option(None, margin_argument)
+    margin_gradient: str = option("exact", lambda op, name, value: choice(op, name, value, ("exact", "straight")))
     reduction: str = option("mean", checks.reduction)
     ignore_index: int | None = option(-100, checks.ignore_index)
     eps: float = option(1e-12, checks.eps)
@@ -27,6 +28,7 @@ class HeadKeywords(TypedDict, total=False):
     """The same for static type checkers."""
 
     margin: Margin | None
+    margin_gradient: str
     reduction: str
     ignore_index: int | None
     eps: float

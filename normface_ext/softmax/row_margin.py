@@ -23,7 +23,9 @@ def loss_of_psi(x, weight, labels, scale, psi, sample_weight, class_weight, opti
         kept = kept & (sample_weight != 0)
     cos = R.cosine(R._counting(x, kept), weight, options.eps).double()
     safe = labels.clamp(0, weight.shape[0] - 1)[:, None]
-    target = psi(cos.gather(1, safe).squeeze(1))[:, None]
+    target = psi(c := cos.gather(1, safe).squeeze(1))[:, None]
+    if options.margin_gradient == "straight":
+        target = psi(c.detach())[:, None] + (c - c.detach())[:, None]
     logits = scale * cos.scatter(1, safe, target)
     every = torch.logsumexp(logits, 1, keepdim=True) - logits
     of_class = cos.new_ones(weight.shape[0]) if class_weight is None else class_weight.to(cos.dtype)
