@@ -215,6 +215,6 @@ def test_bad_arguments(given, error, sentence):
 
 def test_a_state_on_another_device():
     with pytest.raises(
-        ValueError, match="AdaFace: expected its `mean` and `std` on the device of `x` .*meta"
+        ValueError, match=r"AdaFace: expected its `mean` and `std` on the device of `x` .*meta"
     ):
         step(nf.AdaFace(device="meta"), [10.0, 14.0])

@@ -1,4 +1,4 @@
-"""Margins that look at the batch, as parts of a layer: state, copies, files, compiled and recomputed steps."""
+"""Margins that look at the batch, in a layer: state, copies, files, compiled and recomputed steps."""
 
 import copy
 import io

@@ -16,7 +16,7 @@ STD = 0.2
 
 
 def handed_out(margins, cosine, plus):
-    """Of the rows that count. The k-th smallest margin for the k-th largest cosine; released: as the code does."""
+    """The k-th smallest margin for the k-th largest cosine; released: what the code does instead."""
     order = cosine.detach().argsort(descending=True)
     small_first = margins.sort().values
     if plus == "released":

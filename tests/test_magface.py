@@ -49,7 +49,7 @@ def test_it_is_the_released_code(lane, options, lengths):
 
 
 def test_the_norm_has_the_gradient_of_the_paper():
-    """dL/dn = s q sin(theta + m) m'(a) [c > 0] + lambda_g (1 / u_a^2 - 1 / a^2), and none outside [l_a, u_a]."""
+    """dL/dn = s q sin(theta + m) m'(a) [c > 0] + lambda_g (1 / u_a^2 - 1 / a^2) in [l_a, u_a], else 0."""
     weight = torch.eye(3, dtype=torch.float64)
     direction = torch.tensor([0.8, 0.6, 0.0], dtype=torch.float64)
     slope = (U_M - L_M) / (U_A - L_A)

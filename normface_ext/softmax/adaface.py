@@ -70,7 +70,7 @@ class AdaFace(BatchMargin):
         self.h = number("AdaFace", "h", h, NOT_NEGATIVE)
         self.t_alpha = number("AdaFace", "t_alpha", t_alpha, Range("in [0, 1]", 0.0, 1.0))
         self.sync = choice("AdaFace", "sync", sync, ("local", "global"))
-        # Not 0-d: of a float64 number on the CPU torch.compile takes the value, and loses what is written to it.
+        # Not 0-d: torch.compile takes a 0-d float64 of the CPU for a number, and loses what is written to it.
         self.register_buffer("mean", torch.empty(1, dtype=torch.float64, device=device))
         self.register_buffer("std", torch.empty(1, dtype=torch.float64, device=device))
         self.reset_parameters()
