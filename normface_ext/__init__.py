@@ -23,6 +23,7 @@ from .engine.sharded_plan import ShardedPlan
 from .mirror import MirrorFace
 from .optim import parameter_groups
 from .softmax.adaface import AdaFace
+from .softmax.batch_margins import BatchMargin, Rows
 from .softmax.class_margins import class_margins, ldam_margins
 from .softmax.elasticface import ElasticArcFace, ElasticCosFace
 from .softmax.layers import NormFaceLoss
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdaFace",
     "ArcFace",
+    "BatchMargin",
     "CContrastiveLoss",
     "CTripletLoss",
     "CombinedMargin",
@@ -49,6 +51,7 @@ __all__ = [
     "NormalizeLayer",
     "PairContrastiveLoss",
     "Plan",
+    "Rows",
     "ShardedPlan",
     "TripletLoss",
     "build_info",

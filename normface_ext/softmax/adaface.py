@@ -43,8 +43,9 @@ class AdaFace(BatchMargin):
         t_alpha: share of the new batch in mean and std, in [0, 1].
         sync: "local": every process has the mean and std of its own rows, as the authors' code
             (DistributedDataParallel hands out the first rank's buffers before each forward). "global": those
-            of the rows of all ranks of the default process group, by two small all-reduces. A class-parallel
-            head gathers the rows of all ranks anyway: there they are always global.
+            of the rows of all ranks of the default process group, by two small all-reduces. In a
+            class-parallel head they are those of all its ranks in either case, as one margin has to serve
+            them all.
         device: of the buffers ``mean`` and ``std`` ([1] float64; ``float()`` makes them float32, and
             narrower they do not become).
 
@@ -105,9 +106,12 @@ class AdaFace(BatchMargin):
     def _follow(self, norms: Tensor, rows: Rows) -> None:
         def total(*values: Tensor) -> Tensor:
             sums = torch.stack([torch.where(rows.counts, value, 0).sum() for value in values])
-            if self.sync == "global" and not rows.everyone and dist.is_available() and dist.is_initialized():
-                dist.all_reduce(sums)
+            if together:
+                dist.all_reduce(sums, group=rows.group)
             return sums
+
+        asked = self.sync == "global" and dist.is_available() and dist.is_initialized()
+        together = rows.group is not None or asked
 
         count, sum_of_norms = total(torch.ones_like(norms), norms)
         mean = sum_of_norms / count

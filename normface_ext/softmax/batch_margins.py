@@ -29,15 +29,16 @@ class Rows(NamedTuple):
         counts: [N] bool: rows that are not ignored and whose sample_weight is not 0.
         norms: |x| of the features [N] float64, with gradient, and 1 where a row does not count; None unless
             the margin ``uses_norms``.
-        straight: ``margin_gradient="straight"`` is asked for: psi's slope in the cosine is to be 1.
-        everyone: these are the rows of all ranks, not of this one.
+        straight: ``margin_gradient="straight"``: psi is a constant shift of the cosine, whatever ``of``
+            returns. Told because published code may have another formula then.
+        group: the ranks of a class-parallel head, of whose rows these are a part; None elsewhere.
     """
 
     labels: Tensor
     counts: Tensor
     norms: Tensor | None
     straight: bool = False
-    everyone: bool = False
+    group: Any = None
 
 
 class BatchMargin(nn.Module, Margin):
