@@ -28,7 +28,7 @@ from .softmax.class_margins import class_margins, ldam_margins
 from .softmax.elasticface import ElasticArcFace, ElasticCosFace
 from .softmax.layers import NormFaceLoss
 from .softmax.magface import MagFace
-from .softmax.margins import ArcFace, CombinedMargin, CosFace
+from .softmax.margins import ArcFace, CombinedMargin, CosFace, RowMargin
 
 if TYPE_CHECKING:
     from . import caffe, distributed, evaluation
@@ -51,6 +51,7 @@ __all__ = [
     "NormalizeLayer",
     "PairContrastiveLoss",
     "Plan",
+    "RowMargin",
     "Rows",
     "ShardedPlan",
     "TripletLoss",

@@ -30,9 +30,13 @@ def sharded(
     x, weight, labels, scale, upstream, *, shift=False, sample_weight=None, class_weight=None, **option
 ):
     """(loss, dx, dweight, dscale) the way a class-parallel head comes to them."""
+    margin = option.get("margin", NO_MARGIN)
+    m1, m2, m3 = margin.parameters()
     options = ops.LossOptions(
         scale_value=0.0,
-        margin=option.get("margin", NO_MARGIN),
+        m1_value=m1,
+        m2_value=m2,
+        m3_value=m3,
         reduction=option.get("reduction", 1),
         ignore_index=-100,
         eps=1e-12,
@@ -62,10 +66,10 @@ def sharded(
     sums = 3 if class_weight is None else 4
     rows[:sums] = torch.stack([part.rows[:sums] for part in swept]).sum(0)
     class_sum = torch.stack([part.class_sum for part in swept]).sum(0)
-    loss, rows = ops.normface_finish(rows, x, class_sum, scale, options)
+    loss, slopes, _ = ops.normface_finish(rows, x, class_sum, scale, ops.NUMBERS, options)
     gradients = [
         ops.normface_backward(
-            upstream, x, w, local, scale, factors, part._replace(rows=rows), options, (True, True, True)
+            upstream, slopes, x, w, local, scale, factors, part._replace(rows=rows), options, (True,) * 3
         )
         for (w, local, factors), part in zip(shards, swept, strict=True)
     ]
@@ -141,7 +145,7 @@ def test_beyond_the_fixed_shift_the_largest_logit_is_shared(lane, dtype):
 def test_inside_the_window_every_shard_has_the_same_shift(lane):
     x, weight, labels = make(lane, torch.float32)
     options = ops.LossOptions(
-        16.0, NO_MARGIN, 1, -100, 1e-12, 0.0, plan(BATCH, DIM, CLASSES), torch.float32, CLASSES, is_shard=True
+        16.0, 1e-12, CLASSES, plan(BATCH, DIM, CLASSES), torch.float32, -100, is_shard=True
     )
     shifts = [
         ops.normface_shift(x, part.contiguous(), torch.full_like(labels, ops.ELSEWHERE), None, options)
@@ -155,9 +159,7 @@ def test_a_whole_head_refuses_a_target_elsewhere(lane):
     if not lane.widens:
         pytest.skip("CUDA kernels print the row and abort the process, see test_contract")
     x, weight, labels = make(lane, torch.float32)
-    options = ops.LossOptions(
-        16.0, NO_MARGIN, 1, -100, 1e-12, 0.0, plan(BATCH, DIM, CLASSES), torch.float32, CLASSES
-    )
+    options = ops.LossOptions(16.0, 1e-12, CLASSES, plan(BATCH, DIM, CLASSES), torch.float32, -100)
     labels[2] = ops.ELSEWHERE
     with pytest.raises(
         RuntimeError, match=r"normface_sweep: expected `labels` in \[0, 23\).*got -1 at row 2"

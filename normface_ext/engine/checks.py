@@ -144,16 +144,19 @@ def _head(op: str, x: object, weight: object, classes: str) -> tuple[Tensor, Ten
     return features, agents
 
 
-def scale(op: str, value: object, x: Tensor) -> tuple[Tensor | None, float]:
-    """(0-d tensor, 0.0) or (None, float)."""
+def scale(op: str, value: object, x: Tensor, *, per_row: bool = False) -> tuple[Tensor | None, float]:
+    """(0-d tensor, 0.0) or (None, float); `per_row`: or a tensor [N]. One of shape [1] counts as 0-d."""
     if isinstance(value, Tensor):
-        if value.dim() != 0 or value.dtype not in FLOATING:
+        rows = per_row and value.dim() == 1 and value.shape[0] == x.shape[0]
+        single = value.dim() == 1 and value.shape[0] == 1
+        if not (value.dim() == 0 or single or rows) or value.dtype not in FLOATING:
+            wanted = f" or one of shape [{x.shape[0]}]" if per_row else ""
             raise ValueError(
-                f"{op}: expected `scale` to be a float or a 0-d floating tensor,"
+                f"{op}: expected `scale` to be a float or a 0-d floating tensor{wanted},"
                 f" got {value.dtype} of shape {list(value.shape)}"
             )
         same_device(op, "scale", value, "x", x)
-        return value, 0.0
+        return value.reshape(()) if single else value.contiguous(), 0.0
     return None, number(op, "scale", value, kind="a float or a 0-d tensor")
 
 
