@@ -9,13 +9,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..engine.arguments import NOT_NEGATIVE, Range, below, choice, number
-from .batch_margins import BatchMargin, Psi, Rows, recomputing
-from .margins import Margin
-from .row_margin import RowMargin
+from .batch_margins import BatchMargin, Rows, recomputing
+from .margins import RowMargin
 
-#: Norms are held in this range, and by this distance cosines off +-1 and angles off 0 and pi.
-SMALLEST_NORM, LARGEST_NORM, EDGE = 1e-3, 100.0, 1e-3
+SMALLEST_NORM, LARGEST_NORM = 1e-3, 100.0
 FIRST_MEAN, FIRST_STD = 20.0, 100.0
+
+
+class HeldMargin(RowMargin):
+    """``psi = cos(theta + m2) - m3``, the cosine held in +-0.999 and the angle in [0.001, pi - 0.001]."""
+
+    formula = 1
 
 
 class AdaFace(BatchMargin):
@@ -81,7 +85,7 @@ class AdaFace(BatchMargin):
         self.mean.fill_(FIRST_MEAN)
         self.std.fill_(FIRST_STD)
 
-    def of(self, rows: Rows) -> Margin | Psi:
+    def of(self, rows: Rows) -> RowMargin:
         assert rows.norms is not None
         norms = rows.norms.detach().clamp(SMALLEST_NORM, LARGEST_NORM)
         if self.mean.device != norms.device:
@@ -91,16 +95,11 @@ class AdaFace(BatchMargin):
             )
         if self.training and not recomputing():
             self._follow(norms, rows)
-        k = (self.h * (norms - self.mean) / (self.std + EDGE)).clamp(-1, 1)
+        k = (self.h * (norms - self.mean) / (self.std + 1e-3)).clamp(-1, 1)
         angle, offset = self.m * k, self.m + self.m * k
         if rows.straight:
             return RowMargin(m2=-angle, m3=offset, guard="none")
-
-        def psi(cosine: Tensor) -> Tensor:
-            theta = cosine.clamp(-1 + EDGE, 1 - EDGE).acos()
-            return (theta - angle).clamp(EDGE, math.pi - EDGE).cos() - offset
-
-        return psi
+        return HeldMargin(m2=-angle, m3=offset)
 
     @torch.no_grad()
     def _follow(self, norms: Tensor, rows: Rows) -> None:

@@ -76,6 +76,33 @@ class BatchMargin(nn.Module, Margin):
         return super()._apply(wide, recurse)
 
 
+def straightened(psi: Psi) -> Psi:
+    """The values of psi, and slope 1 in the cosine."""
+
+    def straight(cosine: Tensor) -> Tensor:
+        return cosine + (psi(cosine.detach()) - cosine).detach()
+
+    return straight
+
+
+def rows_weight(rows: Rows, sample_weight: Tensor | None) -> Tensor:
+    """The weights [N] of what rows add to their losses, float64."""
+    if sample_weight is None:
+        return rows.counts.double()
+    return torch.where(rows.counts, sample_weight.double(), 0)
+
+
+def reduced(values: Tensor, weights: Tensor, total: Tensor, reduction: str) -> Tensor:
+    """Values [N] as a loss is reduced; `total` is the sum of the weights of all rows there are."""
+    weighted = torch.where(weights != 0, values * weights, 0)
+    if reduction == "none":
+        return weighted
+    if reduction == "sum":
+        return weighted.sum()
+    empty = total == 0
+    return torch.where(empty, 0, weighted.sum() / torch.where(empty, 1, total))
+
+
 def recomputing() -> bool:
     """Whether this forward runs inside a backward: activation checkpointing does it again there. A state
     must not move twice. Not seen in a compiled step, whose compiler recomputes no mutation."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..engine.arguments import NOT_NEGATIVE, number, shown
 from .batch_margins import BatchMargin, Psi, Rows
-from .margins import LIMITS, Margin
-from .row_margin import RowMargin, fused
+from .margins import LIMITS, Margin, RowMargin
 
 Plus = bool | str
 
@@ -67,7 +67,7 @@ class ElasticArcFace(BatchMargin):
 
         def psi(cosine: Tensor) -> Tensor:
             own = by_difficulty(margins, cosine, rows.counts, self.plus)
-            return fused(cosine, RowMargin(m2=own, guard="none"))
+            return reference.margin(cosine, RowMargin(m2=own, guard="none"))
 
         return psi
 

@@ -7,9 +7,8 @@ import math
 from torch import Tensor
 
 from ..engine.arguments import NOT_NEGATIVE, POSITIVE, below, number
-from .batch_margins import BatchMargin, Psi, Rows
-from .margins import Margin
-from .row_margin import RowMargin
+from .batch_margins import BatchMargin, Rows
+from .margins import RowMargin
 
 
 class MagFace(BatchMargin):
@@ -17,7 +16,8 @@ class MagFace(BatchMargin):
 
     ``m(a) = l_margin + (u_margin - l_margin) (a - l_a) / (u_a - l_a)``, a held in [l_a, u_a], and every row
     adds ``lambda_g (a / u_a^2 + 1 / a)`` to its loss, which pulls norms up. Nothing is detached: the norm has
-    a gradient through the margin and through that term, and none outside [l_a, u_a].
+    a gradient through the margin and through that term, and none outside [l_a, u_a]. With
+    ``margin_gradient="straight"`` it has the one through that term.
 
     Args:
         l_margin, u_margin: the margins of norms l_a and u_a, 0 <= l_margin <= u_margin < pi.
@@ -53,7 +53,7 @@ class MagFace(BatchMargin):
         assert rows.norms is not None
         return rows.norms.clamp(self.l_a, self.u_a)
 
-    def of(self, rows: Rows) -> Margin | Psi:
+    def of(self, rows: Rows) -> RowMargin:
         growth = (self.u_margin - self.l_margin) / (self.u_a - self.l_a)
         return RowMargin(m2=self.l_margin + growth * (self._held(rows) - self.l_a), guard="easy")
 
