@@ -21,19 +21,29 @@ from .engine.library import build_info
 from .engine.plan import Plan, plan
 from .mirror import MirrorFace
 from .optim import parameter_groups
+from .softmax.adaface import AdaFace
+from .softmax.batch_margins import BatchMargin, Rows
+from .softmax.class_margins import class_margins, ldam_margins
+from .softmax.elasticface import ElasticArcFace, ElasticCosFace
 from .softmax.layers import NormFaceLoss
+from .softmax.magface import MagFace
 from .softmax.margins import ArcFace, CombinedMargin, CosFace, RowMargin
 
 if TYPE_CHECKING:
     from . import caffe, distributed, evaluation
 
 __all__ = [
+    "AdaFace",
     "ArcFace",
+    "BatchMargin",
     "CContrastiveLoss",
     "CTripletLoss",
     "CombinedMargin",
     "CosFace",
+    "ElasticArcFace",
+    "ElasticCosFace",
     "InnerDistance",
+    "MagFace",
     "MirrorFace",
     "NormFaceLoss",
     "NormLinear",
@@ -41,13 +51,16 @@ __all__ = [
     "PairContrastiveLoss",
     "Plan",
     "RowMargin",
+    "Rows",
     "TripletLoss",
     "build_info",
     "caffe",
+    "class_margins",
     "distributed",
     "evaluation",
     "functional",
     "gaussian_unitball_",
+    "ldam_margins",
     "parameter_groups",
     "plan",
     "reference",

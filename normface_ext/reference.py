@@ -9,6 +9,7 @@ check_finite) is taken where the options are declared, and changes nothing here.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -125,8 +126,43 @@ def norm_linear_backward(
     return dx.to(x.dtype), dw.to(weight.dtype), dscale.to(scale.dtype)
 
 
+def _angle(cos: Tensor) -> Tensor:
+    """theta = arccos c; sin theta is held at its floor."""
+    return torch.atan2(((1 - cos) * (1 + cos)).clamp_min(SIN_FLOOR**2).sqrt(), cos)
+
+
+def _combined(cos: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, guard: str | None) -> Tensor:
+    """cos(m1 theta + m2) - m3, past m1 theta + m2 = pi as the guard says."""
+    theta = _angle(cos)
+    angle = m1 * theta + m2
+    # Without an angular margin psi is the cosine, to the last digit; it still has slopes along m1 and m2.
+    along = (m1 * theta.detach() + m2).cos()
+    psi = torch.where((m1 == 1) & (m2 == 0), cos + along - along.detach(), angle.cos())
+    if guard == "easy":
+        psi = torch.where(cos <= 0, cos, psi)
+    elif guard != "none":
+        join = 1 + torch.where(m2 < math.pi, (math.pi - m2) / m1, 0).cos()
+        shift = m2 * m2.sin()
+        k = {"shift": shift, "join": join}.get(guard or "", torch.where(m1 == 1, shift, join))
+        psi = torch.where(angle > math.pi, cos - k, psi)
+    return psi - m3
+
+
+def _held(cos: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, guard: str | None) -> Tensor:
+    """cos(theta + m2) - m3 with the cosine held in +-0.999 and the angle in [0.001, pi - 0.001] (AdaFace)."""
+    edge = 1e-3
+    return (_angle(cos.clamp(edge - 1, 1 - edge)) + m2).clamp(edge, math.pi - edge).cos() - m3
+
+
+#: The formulas of margins, by their numbers in csrc/math/margin.h.
+FORMULAS: dict[int, Callable[[Tensor, Tensor, Tensor, Tensor, str | None], Tensor]] = {
+    0: _combined,
+    1: _held,
+}
+
+
 def margin(cos: Tensor, m: Margin, labels: Tensor | None = None, gradient: str = "exact") -> Tensor:
-    """psi = cos(m1 theta + m2) - m3 of the target cosines [N], past m1 theta + m2 = pi as the guard says.
+    """psi of the target cosines [N].
 
     ``labels`` [N] choose among numbers per class. With the gradient "straight" d psi / d cos is 1, and the
     margin's numbers have none.
@@ -135,20 +171,7 @@ def margin(cos: Tensor, m: Margin, labels: Tensor | None = None, gradient: str =
     if not m.per_row:
         numbers = [v if v.dim() == 0 else v[labels.clamp(0, len(v) - 1)] for v in numbers]  # type: ignore[union-attr]
     m1, m2, m3 = numbers
-    sine = ((1 - cos) * (1 + cos)).clamp_min(SIN_FLOOR**2).sqrt()
-    theta = torch.atan2(sine, cos)
-    angle = m1 * theta + m2
-    # Without an angular margin psi is the cosine, to the last digit; it still has slopes along m1 and m2.
-    along = (m1 * theta.detach() + m2).cos()
-    psi = torch.where((m1 == 1) & (m2 == 0), cos + along - along.detach(), angle.cos())
-    if m.guard == "easy":
-        psi = torch.where(cos <= 0, cos, psi)
-    elif m.guard != "none":
-        join = 1 + torch.where(m2 < math.pi, (math.pi - m2) / m1, 0).cos()
-        shift = m2 * m2.sin()
-        k = {"shift": shift, "join": join}.get(m.guard or "", torch.where(m1 == 1, shift, join))
-        psi = torch.where(angle > math.pi, cos - k, psi)
-    psi = psi - m3
+    psi = FORMULAS[m.formula](cos, m1, m2, m3, m.guard)
     return psi if gradient == "exact" else cos + (psi - cos).detach()
 
 

@@ -86,10 +86,11 @@ def auto_scale(num_classes: int, margin: object = None) -> float:
     plain = scale_for_bound(num_classes, AUTO_SCALE_BOUND)
     if margin is None:
         return max(1.0, plain)
-    factor, angle, cosine = (getattr(margin, name, None) for name in ("m1", "m2", "m3"))
-    if not all(isinstance(value, (int, float)) for value in (factor, angle, cosine)):
+    numbers = [getattr(margin, name, None) for name in ("m1", "m2", "m3")]
+    if not all(isinstance(value, (int, float)) for value in numbers):
         return MARGIN_SCALE
+    factor, angle, cosine = map(float, numbers)  # type: ignore[arg-type]
     if (factor, angle, cosine) == (1, 0, 0):
         return max(1.0, plain)
-    most = math.cos(angle) - cosine  # type: ignore[arg-type]
+    most = math.cos(angle) - cosine
     return max(MARGIN_SCALE, plain / most) if most > 0 else MARGIN_SCALE

@@ -189,7 +189,7 @@ def normface_backward_samples(lane):
 DEFAULTS = {
     "dim": 1, "p": 2, "eps": 1e-12, "normalize_input": True, "scale": None,
     "scale_value": 30.0, "m1": None, "m2": None, "m3": None, "m1_value": 1.0, "m2_value": 0.0,
-    "m3_value": 0.0, "need_margin": False, "guard": 0, "straight": False, "reduction": 1,
+    "m3_value": 0.0, "need_margin": False, "formula": 0, "guard": 0, "straight": False, "reduction": 1,
     "ignore_index": -100, "class_chunk": 8,
     "store": False, "need_class_sum": False, "total_classes": 8, "is_shard": False, "shift": None,
     "need_x": True, "need_weight": True, "need_scale": True, "kernels": 0,
@@ -370,7 +370,7 @@ LOSS_ERRORS = [
     (
         {"margin": 0.5},
         TypeError,
-        "expected `margin` to be CosFace, ArcFace, CombinedMargin, RowMargin or None, got float",
+        "expected `margin` to be a margin, such as CosFace, ArcFace or AdaFace, or None, got float",
     ),
 ]
 

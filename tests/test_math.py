@@ -67,11 +67,11 @@ int main() {
     const auto number = [] { std::string text; std::cin >> text; return std::stod(text); };
     if (what == "margin") {
       const double m1 = number(), m2 = number(), m3 = number();
-      const auto psi = Margin{m1, m2, m3}(number());
+      const auto psi = Margin{0, m1, m2, m3}(number());
       std::printf("%.17g %.17g", psi.value, psi.slope);
     } else if (what == "guarded_margin") {
       const double guard = number(), m1 = number(), m2 = number(), m3 = number(), c = number();
-      const Margin margin{m1, m2, m3, int(guard)};
+      const Margin margin{0, m1, m2, m3, int(guard)};
       const auto psi = margin(c);
       const auto slopes = margin.slopes(c);
       std::printf("%.17g %.17g %.17g %.17g %.17g", psi.value, psi.slope, slopes.m1, slopes.m2, slopes.m3);

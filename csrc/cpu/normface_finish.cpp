@@ -37,7 +37,7 @@ void finish(const NormfaceFinishArguments& in, T* loss, const RowSlopes& slopes,
     math::MarginSlopes of_margin{};
     if (weight != 0.0) {
       const double c = rows[kCosine][i];
-      const math::Margin margin{m1[i], m2[i], m3[i], int(in.guard)};
+      const math::Margin margin{int(in.formula), m1[i], m2[i], m3[i], int(in.guard)};
       math::ValueAndSlope<double> psi = margin(c);
       if (in.straight) psi.slope = 1.0;
       const math::SmoothingTerms weights =

@@ -25,6 +25,7 @@ dot_class_sum_kernel(StoredArray x,                    // [N, D]
 }
 
 struct Margins {
+  int formula;
   RowNumbers m1, m2, m3;
   int guard;
   bool straight;
@@ -65,8 +66,8 @@ finish_loss_kernel(FinishRows<T> task) {
     math::MarginSlopes of_margin{};
     if (weight != 0.0) {
       const double c = rows.at(kCosine, i);
-      const math::Margin margin{task.margin.m1.at(i), task.margin.m2.at(i), task.margin.m3.at(i),
-                                task.margin.guard};
+      const math::Margin margin{task.margin.formula, task.margin.m1.at(i), task.margin.m2.at(i),
+                                task.margin.m3.at(i), task.margin.guard};
       math::ValueAndSlope<double> psi = margin(c);
       if (task.margin.straight) psi.slope = 1.0;
       const math::SmoothingTerms weights = math::smoothing_terms(
@@ -110,18 +111,22 @@ std::tuple<Tensor, Tensor, Tensor> normface_finish(const NormfaceFinishArguments
              sums, D, in.eps, rows, data_or_null<double>(with_sum));
     launch("finish_loss", queue, finish_loss_kernel<T>, Grid{1}, kThreads,
            shared_bytes<double>(kThreads / kWarp),
-           FinishRows<T>{
-               rows,
-               {in.scale, in.scale_value},
-               {{in.m1, in.m1_value}, {in.m2, in.m2_value}, {in.m3, in.m3_value}, int(in.guard), in.straight},
-               in.reduction,
-               in.smoothing,
-               double(in.total_classes),
-               sums != nullptr ? sums + D : nullptr,
-               data_or_null<double>(with_sum),
-               RowSlopes(slopes),
-               data_or_null<double>(margin_slopes),
-               data_or_null<T>(loss)});
+           FinishRows<T>{rows,
+                         {in.scale, in.scale_value},
+                         {int(in.formula),
+                          {in.m1, in.m1_value},
+                          {in.m2, in.m2_value},
+                          {in.m3, in.m3_value},
+                          int(in.guard),
+                          in.straight},
+                         in.reduction,
+                         in.smoothing,
+                         double(in.total_classes),
+                         sums != nullptr ? sums + D : nullptr,
+                         data_or_null<double>(with_sum),
+                         RowSlopes(slopes),
+                         data_or_null<double>(margin_slopes),
+                         data_or_null<T>(loss)});
   });
   return {loss, slopes, margin_slopes};
 }

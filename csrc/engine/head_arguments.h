@@ -105,8 +105,9 @@ struct NormfaceFinishArguments : HeadOptions {
   std::optional<Tensor> scale, m1, m2, m3;
   bool need_margin;
   double m1_value, m2_value, m3_value;
-  int64_t guard;  // math::Guard
-  bool straight;  // d psi / d cos is taken as 1
+  int64_t formula;  // math::Margin
+  int64_t guard;    // math::Guard
+  bool straight;    // d psi / d cos is taken as 1
   int64_t reduction;
   double smoothing;
 
@@ -123,6 +124,7 @@ struct NormfaceFinishArguments : HeadOptions {
     f("m1_value", m1_value);
     f("m2_value", m2_value);
     f("m3_value", m3_value);
+    f("formula", formula);
     f("guard", guard);
     f("straight", straight);
     f("reduction", reduction);

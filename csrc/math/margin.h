@@ -1,20 +1,14 @@
 // psi(c): what a margin makes of the target cosine. Only the target column meets it.
-//   combined (m1, m2, m3):  psi = cos(m1 theta + m2) - m3,  theta = arccos c,  m1 > 0
-//   NormFace (1, 0, 0), CosFace (1, 0, m), ArcFace (1, m, 0).
-// Past m1 theta + m2 = pi the cosine would rise again. What is done there is the guard:
-//   shift   psi = c - m2 sin m2 - m3, the form ArcFace implementations share
-//   join    psi = c - 1 - cos((pi - m2) / m1) - m3: slope 1 as well, and no jump where the guard begins
-//   easy    nothing there, but psi = c - m3 wherever c <= 0 (MagFace, MV-Softmax)
-//   none    nothing
-// By default: shift where m1 = 1, join elsewhere.
-// sin(theta) is floored at kSinFloor, so value and slope stay finite at c = +-1.
+//
+// A margin is a struct of up to three numbers with operator()(c), psi and its slope in c, and slopes(c), those
+// in its numbers. The table at the end gives it the number by which ops ask for it.
 #pragma once
 
 #include "math/host_device.h"
 
 namespace nf::math {
 
-enum Guard { kDefaultGuard = 0, kShiftGuard = 1, kJoinGuard = 2, kEasyGuard = 3, kNoGuard = 4 };
+constexpr double kPi = 3.14159265358979323846;
 
 // d psi / d m1, m2, m3
 struct MarginSlopes {
@@ -23,31 +17,52 @@ struct MarginSlopes {
   double m3;
 };
 
-struct Margin {
+// theta = arccos c with its slope in c; sin theta is floored at kSinFloor, so both are finite at c = +-1.
+struct Angle {
+  double theta;
+  double slope;
+
+  static constexpr double kSinFloor = 1e-4;
+
+  NF_HD explicit Angle(double c) {
+    const double sin_squared = (1.0 - c) * (1.0 + c);
+    const bool floored = !(sin_squared > kSinFloor * kSinFloor);
+    const double sine = floored ? kSinFloor : std::sqrt(sin_squared);
+    theta = std::atan2(sine, c);
+    // -1/sin on the circle; with the sine held at its floor it is -sin/(sin^2 + c^2).
+    slope = floored ? -sine / (sine * sine + c * c) : -1.0 / sine;
+  }
+};
+
+enum Guard { kDefaultGuard = 0, kShiftGuard = 1, kJoinGuard = 2, kEasyGuard = 3, kNoGuard = 4 };
+
+// psi = cos(m1 theta + m2) - m3,  m1 > 0: NormFace (1, 0, 0), CosFace (1, 0, m), ArcFace (1, m, 0).
+// Past m1 theta + m2 = pi the cosine would rise again. What is done there is the guard:
+//   shift   psi = c - m2 sin m2 - m3, the form ArcFace implementations share
+//   join    psi = c - 1 - cos((pi - m2) / m1) - m3: slope 1 as well, and no jump where the guard begins
+//   easy    nothing there, but psi = c - m3 wherever c <= 0 (MagFace, MV-Softmax)
+//   none    nothing
+// By default: shift where m1 = 1, join elsewhere.
+struct CombinedMargin {
   double m1;
   double m2;
   double m3;
-  int guard = kDefaultGuard;
-
-  static constexpr double kSinFloor = 1e-4;
-  static constexpr double kPi = 3.14159265358979323846;
+  int guard;
 
   NF_HD ValueAndSlope<double> operator()(double c) const {
     if ((m1 == 1.0 && m2 == 0.0) || eased(c)) return {c - m3, 1.0};
-    const Angle angle = angle_of(c);
+    const Angle at(c);
+    const double angle = m1 * at.theta + m2;
     if (guarded(angle)) return {c - (shifted() ? m2 * std::sin(m2) : 1.0 + std::cos(join())) - m3, 1.0};
-    // d theta / dc = -1/sin on the circle; with the sine held at its floor it is -sin/(sin^2 + c^2).
-    const double theta_slope =
-        angle.floored ? -angle.sine / (angle.sine * angle.sine + c * c) : -1.0 / angle.sine;
-    return {std::cos(angle.value) - m3, -m1 * std::sin(angle.value) * theta_slope};
+    return {std::cos(angle) - m3, -m1 * std::sin(angle) * at.slope};
   }
 
   NF_HD MarginSlopes slopes(double c) const {
     if (eased(c)) return {0.0, 0.0, -1.0};
-    const Angle angle = angle_of(c);
+    const double theta = Angle(c).theta, angle = m1 * theta + m2;
     if (!guarded(angle)) {
-      const double sine = std::sin(angle.value);
-      return {-sine * angle.theta, -sine, -1.0};
+      const double sine = std::sin(angle);
+      return {-sine * theta, -sine, -1.0};
     }
     if (shifted()) return {0.0, -(std::sin(m2) + m2 * std::cos(m2)), -1.0};
     const double place = join(), sine = std::sin(place);
@@ -55,24 +70,80 @@ struct Margin {
   }
 
  private:
-  struct Angle {
-    double theta, sine;
-    bool floored;
-    double value;  // m1 theta + m2
-  };
-
-  NF_HD Angle angle_of(double c) const {
-    const double sin_squared = (1.0 - c) * (1.0 + c);
-    const bool floored = !(sin_squared > kSinFloor * kSinFloor);
-    const double sine = floored ? kSinFloor : std::sqrt(sin_squared);
-    const double theta = std::atan2(sine, c);
-    return {theta, sine, floored, m1 * theta + m2};
-  }
   NF_HD bool eased(double c) const { return guard == kEasyGuard && c <= 0.0; }
-  NF_HD bool guarded(const Angle& angle) const { return guard < kEasyGuard && angle.value > kPi; }
+  NF_HD bool guarded(double angle) const { return guard < kEasyGuard && angle > kPi; }
   NF_HD bool shifted() const { return guard == kShiftGuard || (guard == kDefaultGuard && m1 == 1.0); }
   // theta where the guard begins; 0 where it does from the start.
   NF_HD double join() const { return m2 < kPi ? (kPi - m2) / m1 : 0.0; }
+};
+
+// AdaFace as its authors' code has it: psi = cos(theta + m2) - m3 with c held in +-(1 - kEdge) and the angle in
+// [kEdge, pi - kEdge], and slope 0 outside. m1 is not used.
+struct HeldMargin {
+  double m2;
+  double m3;
+
+  static constexpr double kEdge = 1e-3;
+
+  NF_HD ValueAndSlope<double> operator()(double c) const {
+    const double cosine = held(c, -1.0 + kEdge, 1.0 - kEdge);
+    const Angle at(cosine);
+    const double asked = at.theta + m2, angle = held(asked, kEdge, kPi - kEdge);
+    const bool free = cosine == c && angle == asked;
+    return {std::cos(angle) - m3, free ? -std::sin(angle) * at.slope : 0.0};
+  }
+
+  NF_HD MarginSlopes slopes(double c) const {
+    const double angle = Angle(held(c, -1.0 + kEdge, 1.0 - kEdge)).theta + m2;
+    return {0.0, angle == held(angle, kEdge, kPi - kEdge) ? -std::sin(angle) : 0.0, -1.0};
+  }
+
+ private:
+  NF_HD static double held(double value, double low, double high) {
+    return value < low ? low : value > high ? high : value;
+  }
+};
+
+struct MarginValue {
+  using Result = ValueAndSlope<double>;
+  double c;
+  template <class M>
+  NF_HD Result operator()(const M& margin) const {
+    return margin(c);
+  }
+};
+
+struct MarginSlopesAt {
+  using Result = MarginSlopes;
+  double c;
+  template <class M>
+  NF_HD Result operator()(const M& margin) const {
+    return margin.slopes(c);
+  }
+};
+
+// A margin by its number.
+struct Margin {
+  int formula;
+  double m1;
+  double m2;
+  double m3;
+  int guard = kDefaultGuard;
+
+  NF_HD ValueAndSlope<double> operator()(double c) const { return as_formula(MarginValue{c}); }
+  NF_HD MarginSlopes slopes(double c) const { return as_formula(MarginSlopesAt{c}); }
+
+ private:
+  // The table of margins: `formula` of the Python value, and its row in reference.FORMULAS.
+  template <class F>
+  NF_HD typename F::Result as_formula(const F& take) const {
+    switch (formula) {
+      case 1:
+        return take(HeldMargin{m2, m3});
+      default:
+        return take(CombinedMargin{m1, m2, m3, guard});
+    }
+  }
 };
 
 }  // namespace nf::math

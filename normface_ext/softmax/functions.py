@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..cosine.functions import normalize
 from ..engine import checks
 from ..engine.calls import plan_device
 from ..engine.options import takes
 from ..engine.plan import plan
 from ..reference import HeadParts, loss_of_parts
 from . import ops
+from .batch_margins import BatchMargin, Rows, reduced, rows_weight, straightened
 from .margins import GUARDS, Margin, of_rows
 from .options import HeadKeywords, HeadOptions, PartsKeywords, PartsOptions
 from .parts import head_parts as parts_op
@@ -45,8 +47,9 @@ def normface_loss(
         weight: [C, D], on x's device; float64 only together with float64.
         labels: [N] int64 or int32 in [0, C) or ``ignore_index``.
         scale: s, a float, or a tensor with or without gradient: 0-d or [1], or [N], a scale per row.
-        margin: psi on the target cosine: ``CosFace``, ``ArcFace``, ``CombinedMargin``, ``RowMargin`` or
-            ``None``. Its numbers may be tensors with gradient.
+        margin: psi on the target cosine: ``CosFace``, ``ArcFace``, ``CombinedMargin``, ``RowMargin``, whose
+            numbers may be tensors with gradient; one that looks at the batch first, ``AdaFace``, ``MagFace``,
+            ``ElasticArcFace``, ``ElasticCosFace`` or a ``BatchMargin`` of yours; or ``None``.
         margin_gradient: "exact" differentiates psi. "straight" takes d psi / d cos as 1, as arcface_torch and
             CVLface do: psi is a constant shift of the cosine, and the margin's tensors get no gradient.
         reduction: "mean" over the rows that are not ignored (0 when there is none, or their weights sum to
@@ -92,8 +95,16 @@ def head_loss(
 ) -> Tensor:
     """``normface_loss`` with options that have been checked."""
     inputs = _inputs(op, x, weight, labels, scale, sample_weight, class_weight, options)
+    if isinstance(options.margin, BatchMargin):
+        return _of_batch(op, x, weight, scale, inputs, options, options.margin)
+    return _fused(op, x, weight, inputs, options, options.margin)
+
+
+def _fused(
+    op: str, x: Tensor, weight: Tensor, inputs: _Inputs, options: HeadOptions, given_margin: Margin | None
+) -> Tensor:
     straight = options.margin_gradient == "straight"
-    margin, numbers = margin_arguments(op, options.margin, inputs.labels, weight.shape[0], straight)
+    margin, numbers = margin_arguments(op, given_margin, inputs.labels, weight.shape[0], straight)
     given = loss_options(
         inputs.scale_value,
         options,
@@ -106,6 +117,50 @@ def head_loss(
     return ops.normface_loss(
         x, weight, inputs.scale, margin, inputs.labels, inputs.sample_weight, inputs.class_weight, given
     )
+
+
+def _of_batch(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: float | Tensor,
+    inputs: _Inputs,
+    options: HeadOptions,
+    margin: BatchMargin,
+) -> Tensor:
+    """With a margin that looks at the batch first."""
+    rows = rows_of(x, inputs.labels, inputs.sample_weight, options, margin)
+    found = margin.of(rows)
+    if isinstance(found, Margin):
+        loss = _fused(op, x, weight, inputs, options, found)
+    else:
+        psi = straightened(found) if rows.straight else found
+        given = inputs.labels, scale, psi, inputs.sample_weight, inputs.class_weight
+        loss = loss_of_psi(x, weight, *given, options, op=op)
+    more = margin.regularizer(rows)
+    if more is None:
+        return loss
+    weights = rows_weight(rows, inputs.sample_weight)
+    return loss + reduced(more, weights, weights.sum(), options.reduction).to(loss.dtype)
+
+
+def rows_of(
+    x: Tensor,
+    labels: Tensor,
+    row_weight: Tensor | None,
+    options: HeadOptions,
+    margin: BatchMargin,
+    group: Any = None,
+) -> Rows:
+    """What the margin is told of these rows."""
+    counts = labels != checks.ignored(options.ignore_index)
+    counts = counts if row_weight is None else counts & (row_weight != 0)
+    norms = None
+    if margin.uses_norms:
+        counted = torch.where(counts[:, None], x, 1)
+        norms = normalize(counted, eps=options.eps, return_norm=True)[1].squeeze(1).double()
+        norms = torch.where(counts, norms, 1)
+    return Rows(labels, counts, norms, options.margin_gradient == "straight", group)
 
 
 class _Inputs(NamedTuple):
@@ -140,16 +195,16 @@ def _inputs(
     return _Inputs(scale_tensor, scale_value, labels, row_weight, of_class)
 
 
-#: m1, m2, m3 and the guard's code, where the margin is none.
-_PLAIN = (1.0, 0.0, 0.0, 0, False)
-Numbers = tuple[float, float, float, int, bool]
+#: m1, m2, m3, the formula's and the guard's codes and straightness, where the margin is none.
+_PLAIN = (1.0, 0.0, 0.0, 0, 0, False)
+Numbers = tuple[float, float, float, int, int, bool]
 
 
 def margin_arguments(
     op: str, margin: Margin | None, labels: Tensor, classes: int, straight: bool
 ) -> tuple[ops.MarginTensors, Numbers]:
     """A margin for the rows whose labels these are: its tensors, [] or [N], and its numbers (0 where there is
-    a tensor), guard and straightness."""
+    a tensor), formula, guard and straightness."""
     if margin is None:
         return ops.NUMBERS, _PLAIN
     tensors: list[Tensor | None] = []
@@ -163,7 +218,7 @@ def margin_arguments(
             tensors.append(None)
             numbers.append(value)
     m1, m2, m3 = numbers
-    return (tensors[0], tensors[1], tensors[2]), (m1, m2, m3, GUARDS[margin.guard], straight)
+    return (tensors[0], tensors[1], tensors[2]), (m1, m2, m3, margin.formula, GUARDS[margin.guard], straight)
 
 
 def loss_options(
@@ -177,7 +232,7 @@ def loss_options(
 ) -> ops.LossOptions:
     """What the kernels are told of a head of `classes` classes."""
     precision = product_dtype(x, weight)
-    m1, m2, m3, guard, straight = margin
+    m1, m2, m3, formula, guard, straight = margin
     made = plan(batch, x.shape[1], classes, precision, plan_device(x), workspace=options.workspace)
     return ops.LossOptions(
         scale_value=scale_value,
@@ -193,6 +248,7 @@ def loss_options(
         m1_value=m1,
         m2_value=m2,
         m3_value=m3,
+        formula=formula,
         guard=guard,
         straight=straight,
     )

@@ -1,8 +1,9 @@
 """Margins: what a loss asks of the target cosine before the softmax.
 
-A margin is three numbers, ``psi(cos theta) = cos(m1 * theta + m2) - m3`` (ArcFace, section 2.2), and
-only the target column meets it. The formula itself is ``csrc/math/margin.h`` and, as the
-specification, ``normface_ext.reference.margin``.
+A margin is three numbers and a formula, by default ``psi(cos theta) = cos(m1 * theta + m2) - m3`` (ArcFace,
+section 2.2), and only the target column meets it. The formulas are in ``csrc/math/margin.h`` and, as the
+specification, in ``normface_ext.reference.FORMULAS``; docs/architecture.md says how to add one. Margins that
+look at the batch first are in ``batch_margins``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..engine import checks
-from ..engine.arguments import POSITIVE, below, choice, number
+from ..engine.arguments import POSITIVE, Range, below, choice, number
 
 #: What a number may be; a tensor's values are not looked at.
 LIMITS = {"m1": POSITIVE, "m2": below(0.0, math.pi), "m3": below(0.0, math.inf)}
@@ -45,13 +46,15 @@ class Margin:
     guard: str | None = None
     #: What a 1-D tensor counts: the rows of the batch, or the classes.
     per_row: ClassVar[bool] = False
+    #: The number of what psi is in the tables of csrc/math/margin.h and ``reference.FORMULAS``.
+    formula: ClassVar[int] = 0
 
     def parameters(self) -> list[float | Tensor]:
         return [m if isinstance(m, Tensor) else float(m) for m in (self.m1, self.m2, self.m3)]
 
     def _key(self) -> tuple[object, ...]:
         numbers = [(id(m),) if isinstance(m, Tensor) else m for m in self.parameters()]
-        return (*numbers, self.guard, self.per_row)
+        return (*numbers, self.guard, self.per_row, self.formula)
 
     def __eq__(self, other: object) -> bool:
         return self._key() == other._key() if isinstance(other, Margin) else NotImplemented
@@ -68,7 +71,7 @@ class Margin:
         )
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    def _keep(self, name: str, limits: str) -> None:
+    def _keep(self, name: str, limits: Range) -> None:
         """Checks a field, and stores what is no Python number (NumPy's) as one."""
         owner, value = type(self).__name__, getattr(self, name)
         if isinstance(value, Tensor):
@@ -80,7 +83,7 @@ class Margin:
                     f" {each}, got shape {list(value.shape)}"
                 )
             return
-        plain = number(owner, name, value, LIMITS[limits])
+        plain = number(owner, name, value, limits)
         if not isinstance(value, (int, float)):
             object.__setattr__(self, name, plain)
 
@@ -120,7 +123,7 @@ class CombinedMargin(Margin):
 
     def __post_init__(self) -> None:
         for name in LIMITS:
-            self._keep(name, name)
+            self._keep(name, LIMITS[name])
         self._check_guard()
 
 
@@ -137,7 +140,7 @@ class RowMargin(Margin):
 
     def __post_init__(self) -> None:
         for name in LIMITS:
-            self._keep(name, name)
+            self._keep(name, LIMITS[name])
         self._check_guard()
 
 
@@ -149,7 +152,7 @@ class CosFace(Margin):
     m: float | Tensor = 0.35
 
     def __post_init__(self) -> None:
-        self._keep("m", "m3")
+        self._keep("m", LIMITS["m3"])
 
     m1 = 1.0
     m2 = 0.0
@@ -172,7 +175,7 @@ class ArcFace(Margin):
     guard: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        self._keep("m", "m2")
+        self._keep("m", LIMITS["m2"])
         self._check_guard()
 
     m1 = 1.0
@@ -192,7 +195,7 @@ torch.serialization.add_safe_globals([CombinedMargin, RowMargin, CosFace, ArcFac
 def margin_argument(op: str, name: str, value: object) -> Margin | None:
     if value is not None and (not isinstance(value, Margin) or type(value) is Margin):
         raise TypeError(
-            f"{op}: expected `{name}` to be CosFace, ArcFace, CombinedMargin, RowMargin or None,"
+            f"{op}: expected `{name}` to be a margin, such as CosFace, ArcFace or AdaFace, or None,"
             f" got {type(value).__name__}"
         )
     return value

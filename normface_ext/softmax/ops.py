@@ -112,6 +112,7 @@ class LossOptions:
     m1_value: float = 1.0
     m2_value: float = 0.0
     m3_value: float = 0.0
+    formula: int = 0
     guard: int = 0
     straight: bool = False
     is_shard: bool = False  # one shard of the classes of several
