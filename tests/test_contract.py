@@ -330,13 +330,6 @@ HEAD_ERRORS = [
     ({"eps": False}, TypeError, "expected `eps` to be a number, got bool"),
 ]
 
-SCALE_ERRORS = [
-    (torch.ones(2), "torch.float32 of shape [2]"),
-    (torch.ones(3, 1), "torch.float32 of shape [3, 1]"),
-    (torch.tensor(8), "torch.int64 of shape []"),
-    (torch.tensor([8]), "torch.int64 of shape [1]"),
-]
-
 LABEL = "expected `labels` in [0, 5) or ignore_index (-100), got"
 LOSS_ERRORS = [
     ({"labels": [0, 1, 2]}, TypeError, "expected `labels` to be a Tensor, got list"),
@@ -402,15 +395,6 @@ def test_errors_of_the_heads(op, changed, error, text):
     op()  # fine before the change
     with pytest.raises(error, match=sentence(f"{name}: {text}")):
         op(**changed)
-
-
-@pytest.mark.parametrize("op", [loss, linear])
-@pytest.mark.parametrize(("scale", "got"), SCALE_ERRORS)
-def test_errors_of_scales(op, scale, got):
-    name, rows = {linear: ("norm_linear", ""), loss: ("normface_loss", " or one of shape [3]")}[op]
-    wanted = f"{name}: expected `scale` to be a float or a 0-d floating tensor{rows}, got {got}"
-    with pytest.raises(ValueError, match=sentence(wanted)):
-        op(scale=scale)
 
 
 @pytest.mark.parametrize(("changed", "error", "text"), LOSS_ERRORS)
