@@ -86,10 +86,9 @@ def auto_scale(num_classes: int, margin: object = None) -> float:
     plain = scale_for_bound(num_classes, AUTO_SCALE_BOUND)
     if margin is None:
         return max(1.0, plain)
-    factor, angle, cosine = (getattr(margin, name, None) for name in ("m1", "m2", "m3"))
-    if not all(isinstance(value, (int, float)) for value in (factor, angle, cosine)):
-        return MARGIN_SCALE
+    numbers = [getattr(margin, name, None) for name in ("m1", "m2", "m3")]
+    factor, angle, cosine = (float(m) if isinstance(m, (int, float)) else math.nan for m in numbers)
     if (factor, angle, cosine) == (1, 0, 0):
         return max(1.0, plain)
-    most = math.cos(angle) - cosine  # type: ignore[arg-type]
+    most = math.cos(angle) - cosine  # NaN, where there are no numbers, is not above 0
     return max(MARGIN_SCALE, plain / most) if most > 0 else MARGIN_SCALE
