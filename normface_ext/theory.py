@@ -87,10 +87,8 @@ def auto_scale(num_classes: int, margin: object = None) -> float:
     if margin is None:
         return max(1.0, plain)
     numbers = [getattr(margin, name, None) for name in ("m1", "m2", "m3")]
-    if not all(isinstance(value, (int, float)) for value in numbers):
-        return MARGIN_SCALE
-    factor, angle, cosine = map(float, numbers)  # type: ignore[arg-type]
+    factor, angle, cosine = (float(m) if isinstance(m, (int, float)) else math.nan for m in numbers)
     if (factor, angle, cosine) == (1, 0, 0):
         return max(1.0, plain)
-    most = math.cos(angle) - cosine
+    most = math.cos(angle) - cosine  # NaN, where there are no numbers, is not above 0
     return max(MARGIN_SCALE, plain / most) if most > 0 else MARGIN_SCALE

@@ -352,20 +352,3 @@ def test_parameter_groups_find_it():
     decayed, scales = nf.parameter_groups(model, 0.1)
     assert [id(p) for p in scales["params"]] == [id(model[1].scale)] and scales["weight_decay"] == 0
     assert len(decayed["params"]) == 4
-
-
-@pytest.mark.parametrize("start", [-1.0, 3.0, 20.0])
-def test_caffe_s_scale_is_clamped_on_request(start):
-    """By `renormalize_`, and so after each step of an optimizer that it was asked for."""
-    net = nf.caffe.load_head(
-        'layer { name: "it" type: "Scale" bottom: "x" top: "y" scale_param { num_axes: 0'
-        f" filler {{ value: {start} }} min_value: 0.5 max_value: 10 }} }}"
-    )
-    scale, held = net.layers["it"].scale, min(max(start, 0.5), 10.0)
-    assert torch.equal(net(x=torch.ones(2, 3)).tops["y"], torch.full((2, 3), held)) and scale.item() == start
-    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
-    nf.caffe.renormalize_after_step(optimizer, net)
-    assert scale.item() == held
-    scale.grad = torch.tensor(100.0)
-    optimizer.step()
-    assert scale.item() == 0.5
