@@ -1,4 +1,4 @@
-"""Autocast on CUDA and the losses over agents. A machine without CUDA proves the decision on emulated kernels."""
+"""Autocast on CUDA and the losses over agents: a machine without CUDA proves it on emulated kernels."""
 
 import pytest
 import torch
