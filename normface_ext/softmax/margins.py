@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..engine import checks
-from ..engine.arguments import POSITIVE, Range, below, choice, number
+from ..engine.arguments import FINITE, POSITIVE, Range, below, choice, number
 
 #: What a number may be; a tensor's values are not looked at.
 LIMITS = {"m1": POSITIVE, "m2": below(0.0, math.pi), "m3": below(0.0, math.inf)}
@@ -71,7 +71,7 @@ class Margin:
         )
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    def _keep(self, name: str, limits: Range) -> None:
+    def _keep(self, name: str, limits: Range = FINITE) -> None:
         """Checks a field, and stores what is no Python number (NumPy's) as one."""
         owner, value = type(self).__name__, getattr(self, name)
         if isinstance(value, Tensor):
