@@ -268,7 +268,9 @@ def test_the_ops_refuse_what_is_no_number(lane):
         ops.agent_hinge(x, weight, labels, cosine, row, 0.0, False, False, False, -100, 1e-12, 3, 0, False)
     with pytest.raises(RuntimeError, match="norm_linear: expected `scale` to be a 0-d floating tensor"):
         ops.norm_linear(x, weight, row, 0.0, True, 1e-12)
-    with pytest.raises(RuntimeError, match="normface_shift: expected `scale` to be a floating tensor, 0-d or"):
+    with pytest.raises(
+        RuntimeError, match="normface_shift: expected `scale` to be a floating tensor, 0-d or"
+    ):
         ops.normface_shift(x, weight, labels, labels[0], -100, 0.0, 1e-12, 3, 3, 0, x.dtype, False)
 
 

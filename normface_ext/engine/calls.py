@@ -2,16 +2,12 @@
 
 The kernels are looked up in ``library.namespace()``: the real library, or, in tests, the emulated
 build of the CUDA kernels for CPU tensors.
-
-An op's schema is the list of its arguments (csrc/engine/op.h). What of them are options is picked by name
-(:func:`options_of`), and a fake lists what it reads.
 """
 
 from __future__ import annotations
 
-import inspect
-import operator
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -37,23 +33,41 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def argument_names(namespace: str, op: str) -> list[str]:
-    schema = getattr(getattr(torch.ops, namespace), op).default._schema
-    return [argument.name for argument in schema.arguments]
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast on CUDA makes of the operands of a product with x, where it does; float64 stays."""
+    if plan_device(x).type == "cuda" and x.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return None
+
+
+def argument_names(op: str) -> tuple[str, ...]:
+    """Of an op, in the order of its schema."""
+    return tuple(argument.name for argument in getattr(torch.ops.normface_ext, op).default._schema.arguments)
 
 
 def options_of(op: str, options: type) -> Callable[[Any], tuple[Any, ...]]:
-    """From a value of the class ``options``, the last arguments of an op, in the schema's order: all those
-    that the class has by name. They are passed by position: keywords cost microseconds."""
-    names = argument_names("normface_ext", op)
-    first = next(i for i, name in enumerate(names) if _has(options, name))
-    assert all(_has(options, name) for name in names[first:]), f"{op}: options come last"
-    getter: Callable[[Any], tuple[Any, ...]] = operator.attrgetter(*names[first:])
-    return getter
+    """A dataclass of options -> the values that end the op's list of arguments: those the schema names as the
+    dataclass does."""
+    known = {field.name for field in fields(options)}
+    named = argument_names(op)
+    picked = [name for name in named if name in known]
+    if not picked or picked != list(named[-len(picked) :]):
+        raise TypeError(f"{op}: expected its arguments to end in those of {options.__name__}, got {named}")
+    # Made as text, since torch.compile follows a lambda and no operator.attrgetter, and both are as fast.
+    pick: Callable[[Any], tuple[Any, ...]] = eval(
+        f"lambda options: ({''.join(f'options.{name}, ' for name in picked)})"
+    )
+    return pick
 
 
-def _has(options: type, name: str) -> bool:
-    return name in getattr(options, "__dataclass_fields__", {}) or hasattr(options, name)
+def by_name(fakes: dict[str, Any]) -> dict[str, Any]:
+    """Fake kernels that take an op's arguments by their names, as the dispatcher calls them."""
+
+    def positional(op: str, fake: Any) -> Any:
+        names = argument_names(op)
+        return lambda *values, **named: fake(**dict(zip(names, values, strict=False)), **named)
+
+    return {op: positional(op, fake) for op, fake in fakes.items()}
 
 
 FAKES: dict[str, Any] = {}
@@ -62,18 +76,7 @@ FAKES: dict[str, Any] = {}
 def register_fakes(namespace: str, fakes: dict[str, Any] | None = None) -> None:
     """Attach the fake (meta) kernels to the ops of ``namespace``: ``fakes``, all by default."""
     for name, fake in (FAKES if fakes is None else fakes).items():
-        torch.library.register_fake(f"{namespace}::{name}")(_by_name(argument_names(namespace, name), fake))
-
-
-def _by_name(names: list[str], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """``fake`` gets the arguments that it has parameters for."""
-    wanted = list(inspect.signature(fake).parameters)
-
-    def call(*given: Any, **named: Any) -> Any:
-        values = {**dict(zip(names, given, strict=False)), **named}
-        return fake(**{name: values[name] for name in wanted})
-
-    return call
+        torch.library.register_fake(f"{namespace}::{name}")(fake)
 
 
 def add_fakes(fakes: dict[str, Any]) -> None:

@@ -233,11 +233,14 @@ def loss_options(
     """What the kernels are told of a head of `classes` classes."""
     precision = product_dtype(x, weight)
     m1, m2, m3, formula, guard, straight = margin
+    made = plan(batch, x.shape[1], classes, precision, plan_device(x), workspace=options.workspace)
     return ops.LossOptions(
         scale_value=scale_value,
         eps=options.eps,
         total_classes=classes,
-        plan=plan(batch, x.shape[1], classes, precision, plan_device(x), workspace=options.workspace),
+        plan=made,
+        class_chunk=made.class_chunk,
+        kernels=made.kernels,
         product_precision=precision,
         ignore_index=checks.ignored(options.ignore_index),
         reduction=checks.REDUCTIONS[options.reduction],

@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from ..engine import memory
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative
-from ..engine.calls import accumulator, add_fakes, kernels, options_of, plan_device
+from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of, plan_device
 from ..engine.plan import Plan
 
 # csrc/row_state.h
@@ -25,12 +25,14 @@ NUMBERS: MarginTensors = (None, None, None)
 
 
 def _normface_sweep_fake(
+    *,
     x: Tensor,
     weight: Tensor,
     store: bool,
     need_x: bool,
     need_class_sum: bool,
     product_precision: torch.dtype,
+    **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = accumulator(x.dtype)
     (batch, dim), classes = x.shape, weight.shape[0]
@@ -46,11 +48,13 @@ def _normface_sweep_fake(
     )
 
 
-def _normface_shift_fake(x: Tensor) -> Tensor:
+def _normface_shift_fake(*, x: Tensor, **_: Any) -> Tensor:
     return x.new_empty([x.shape[0]], dtype=torch.float64)
 
 
-def _normface_finish_fake(x: Tensor, need_margin: bool, reduction: int) -> tuple[Tensor, Tensor, Tensor]:
+def _normface_finish_fake(
+    *, x: Tensor, need_margin: bool, reduction: int, **_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     batch = x.shape[0]
     return (
         x.new_empty([batch] if reduction == 0 else [], dtype=accumulator(x.dtype)),
@@ -60,6 +64,7 @@ def _normface_finish_fake(x: Tensor, need_margin: bool, reduction: int) -> tuple
 
 
 def _normface_backward_fake(
+    *,
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
@@ -67,6 +72,7 @@ def _normface_backward_fake(
     need_weight: bool,
     need_scale: bool,
     is_shard: bool,
+    **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     of_scale = [] if scale is None else list(scale.shape)
     return (
@@ -77,12 +83,14 @@ def _normface_backward_fake(
 
 
 add_fakes(
-    {
-        "normface_sweep": _normface_sweep_fake,
-        "normface_shift": _normface_shift_fake,
-        "normface_finish": _normface_finish_fake,
-        "normface_backward": _normface_backward_fake,
-    }
+    by_name(
+        {
+            "normface_sweep": _normface_sweep_fake,
+            "normface_shift": _normface_shift_fake,
+            "normface_finish": _normface_finish_fake,
+            "normface_backward": _normface_backward_fake,
+        }
+    )
 )
 
 
@@ -95,6 +103,8 @@ class LossOptions:
     eps: float
     total_classes: int
     plan: Plan
+    class_chunk: int  # the plan's, as are the kernels
+    kernels: int
     product_precision: torch.dtype
     ignore_index: int
     reduction: int = 1
@@ -107,18 +117,14 @@ class LossOptions:
     straight: bool = False
     is_shard: bool = False  # one shard of the classes of several
 
-    @property
-    def class_chunk(self) -> int:
-        return self.plan.class_chunk
-
-    @property
-    def kernels(self) -> int:
-        return self.plan.kernels
+    def planned(self, plan: Plan) -> LossOptions:
+        return replace(self, plan=plan, class_chunk=plan.class_chunk, kernels=plan.kernels)
 
 
-SWEEP, SHIFT_OF, FINISH, BACKWARD = (
-    options_of(f"normface_{step}", LossOptions) for step in ("sweep", "shift", "finish", "backward")
-)
+_sweep_options = options_of("normface_sweep", LossOptions)
+_shift_options = options_of("normface_shift", LossOptions)
+_finish_options = options_of("normface_finish", LossOptions)
+_backward_options = options_of("normface_backward", LossOptions)
 
 
 class Swept(NamedTuple):
@@ -156,7 +162,7 @@ def normface_sweep(
         options.plan.store and need_weight,
         need_x,
         options.smoothing > 0,
-        *SWEEP(options),
+        *_sweep_options(options),
     )
     return Swept(*swept)
 
@@ -193,14 +199,14 @@ def normface_sweep_in_memory(
         memory.refuse(options.plan, device)
     (batch, dim), classes = x.shape, max(1, weight.shape[0])
     smaller = memory.smaller_plan(options.plan, batch, dim, classes, options.product_precision, device)
-    return sweep(options if smaller is None else replace(options, plan=smaller))
+    return sweep(options if smaller is None else options.planned(smaller))
 
 
 def normface_shift(
     x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor | None, options: LossOptions
 ) -> Tensor:
     """kappa as the classes at hand alone would have it, [N] float64; -inf where there is none."""
-    shift: Tensor = kernels(x, weight).normface_shift(x, weight, labels, scale, *SHIFT_OF(options))
+    shift: Tensor = kernels(x, weight).normface_shift(x, weight, labels, scale, *_shift_options(options))
     return shift
 
 
@@ -216,7 +222,7 @@ def normface_finish(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Second stage, once the sums are over all classes: (loss, its slopes, those along m1, m2 and m3)."""
     result: tuple[Tensor, Tensor, Tensor] = kernels(rows, x).normface_finish(
-        rows, x, class_sum, scale, *margin, need_margin, *FINISH(options)
+        rows, x, class_sum, scale, *margin, need_margin, *_finish_options(options)
     )
     return result
 
@@ -244,7 +250,7 @@ def normface_backward(
         class_weight,
         *swept,
         *needed,
-        *BACKWARD(options),
+        *_backward_options(options),
     )
     return dx, dw, ds if scale is None else ds.to(scale.dtype)
 

@@ -38,6 +38,7 @@ def parts(weight: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
 def softmax(x: Tensor, weight: Tensor, scale: Tensor, y: Tensor) -> Results:
     """Loss and gradients of x, weight and scale; kappa is shared as distributed heads share it."""
     device = plan_device(x)
+    made = plan(x.shape[0], x.shape[1], CLASSES, x.dtype, device)
     options = ops.LossOptions(
         scale_value=0.0,
         m2_value=MARGIN.m,
@@ -45,7 +46,9 @@ def softmax(x: Tensor, weight: Tensor, scale: Tensor, y: Tensor) -> Results:
         ignore_index=-100,
         eps=1e-12,
         smoothing=0.0,
-        plan=plan(x.shape[0], x.shape[1], CLASSES, x.dtype, device),
+        plan=made,
+        class_chunk=made.class_chunk,
+        kernels=made.kernels,
         product_precision=x.dtype,
         total_classes=CLASSES,
         is_shard=True,
