@@ -23,6 +23,7 @@ from .agents.options import (
     TripletOptions,
 )
 from .engine.options import takes
+from .softmax.batch_margins import BatchMargin, Psi, Rows, straightened
 from .softmax.margins import NO_MARGIN, ArcFace, CombinedMargin, CosFace, Margin
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def margin(cos: Tensor, m: Margin, labels: Tensor | None = None, gradient: str =
     ``labels`` [N] choose among numbers per class. With the gradient "straight" d psi / d cos is 1, and the
     margin's numbers have none.
     """
-    numbers = [torch.as_tensor(value, dtype=cos.dtype, device=cos.device) for value in m.parameters()]
+    numbers = [torch.as_tensor(value, dtype=cos.dtype, device=cos.device) for value in m.numbers()]
     if not m.per_row:
         numbers = [v if v.dim() == 0 else v[labels.clamp(0, len(v) - 1)] for v in numbers]  # type: ignore[union-attr]
     m1, m2, m3 = numbers
@@ -274,14 +275,25 @@ def normface_loss(
     """loss_i = -log softmax_j(s psi(c_ij))[y_i], psi on the target column only (paper section 3.2).
 
     With class weights u and smoothing a: (1 - a) u_y loss_iy + a/C sum_j u_j loss_ij. The mean divides by the
-    sum of the weights, and is 0 where that is 0.
+    sum of the weights, and is 0 where that is 0. A margin with a state moves it here as it does elsewhere.
     """
     kept = labels != ignore_index
     if sample_weight is not None:
         kept = kept & (sample_weight != 0)
-    cos = cosine(_counting(x, kept), weight, eps)
+    counting = _counting(x, kept)
+    cos = cosine(counting, weight, eps)
     safe = labels.clamp(0, weight.shape[0] - 1)[:, None]
-    target = _margin(cos.gather(1, safe).squeeze(1), margin or NO_MARGIN, labels, margin_gradient)
+    own = cos.gather(1, safe).squeeze(1)
+    chosen: Margin | Psi = margin or NO_MARGIN
+    more = None
+    if isinstance(margin, BatchMargin):
+        norms = _wide(counting).double().square().sum(1).add(eps).sqrt() if margin.uses_norms else None
+        rows = Rows(labels, kept, norms, margin_gradient == "straight")
+        chosen, more = margin.of(rows), margin.regularizer(rows)
+    if isinstance(chosen, Margin):
+        target = _margin(own, chosen, labels, margin_gradient)
+    else:
+        target = (straightened(chosen) if margin_gradient == "straight" else chosen)(own).to(cos.dtype)
     logits = _column(scale) * cos.scatter(1, safe, target[:, None])
     every = torch.logsumexp(logits, 1, keepdim=True) - logits  # -log p_j
     of_class = cos.new_ones(weight.shape[0]) if class_weight is None else class_weight.to(cos.dtype)
@@ -291,7 +303,11 @@ def normface_loss(
     if label_smoothing > 0:
         losses = losses + label_smoothing / weight.shape[0] * (every * of_class).sum(1)
     losses = torch.where(kept, of_row * losses, 0)
-    return _weighted(losses, torch.where(kept, of_row * of_target, 0).sum(), reduction)
+    loss = _weighted(losses, torch.where(kept, of_row * of_target, 0).sum(), reduction)
+    if more is None:
+        return loss
+    weights = torch.where(kept, of_row.double(), 0)
+    return loss + _weighted(weights * more, weights.sum(), reduction).to(loss.dtype)
 
 
 def inner_distance(

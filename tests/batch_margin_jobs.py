@@ -1,8 +1,11 @@
 """What ranks do in the tests of margins that look at the batch (tests/ranks.py)."""
 
 import torch
+from dense_head import problem
+from torch.distributed.device_mesh import init_device_mesh
 
 import normface_ext as nf
+from normface_ext import distributed as nfd
 
 NORMS = [[10.0, 14.0, 31.0], [55.0], []]
 
@@ -14,3 +17,43 @@ def adaface_state(rank, world, sync):
     labels = torch.zeros(len(x)).long()
     nf.functional.normface_loss(x, torch.eye(3, dtype=torch.float64), labels, 16.0, margin=margin)
     return float(margin.mean), float(margin.std)
+
+
+def step(rank, world, make, options, straight, backbone, weights):
+    """The class-parallel head over rows of which rank 0 has none: (loss, dx, dweight, state)."""
+    x, weight, labels = problem()
+    mine = slice(len(x) * (rank * (rank - 1) // 2) // (world * (world - 1) // 2), None)
+    mine = slice(mine.start, len(x) * (rank * (rank + 1) // 2) // (world * (world - 1) // 2))
+    head = nf.NormFaceLoss(
+        16, 7, scale=16.0, margin=make(), margin_gradient=straight, dtype=torch.float64, **options
+    )
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    head = nfd.shard_head(head, init_device_mesh("cpu", (world,)), backbone_gradients=backbone)
+    features = x[mine].clone().requires_grad_()
+    loss = head(features, labels[mine], None if weights is None else weights[mine])
+    upstream = torch.linspace(0.5, 1.5, len(x), dtype=torch.float64)
+    loss.backward(upstream[mine] if loss.dim() else upstream[0])
+    state = [float(b) for b in head.margin.buffers()]
+    return loss.detach(), features.grad, head.weight.grad.full_tensor(), state
+
+
+def draws(rank, world):
+    """Ranks whose generators differ, ElasticFace: the loss of each."""
+    torch.manual_seed(rank)
+    x, weight, labels = problem()
+    head = nf.NormFaceLoss(16, 7, scale=16.0, margin=nf.ElasticArcFace(std=0.3), dtype=torch.float64)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    head = nfd.shard_head(head, init_device_mesh("cpu", (world,)))
+    return head(x[rank::world], labels[rank::world]).detach()
+
+
+def sentence(rank, world):
+    x, _, labels = problem()
+    head = nf.NormFaceLoss(16, 7, margin=nf.ElasticArcFace(plus=True), dtype=torch.float64)
+    head = nfd.shard_head(head, init_device_mesh("cpu", (world,)))
+    try:
+        head(x, labels)
+    except ValueError as error:
+        return str(error)

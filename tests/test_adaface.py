@@ -48,6 +48,7 @@ def of_the_released(released, labels, scale, options):
     return lambda x, w: dense_head.loss(x, w, labels, scale, released.psi(x[kept].norm(dim=1)), **options)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("gradient", ["exact", "straight"])
 @every_option
 def test_it_is_the_released_code(lane, options, gradient):

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from dense_head import assert_equal_to_1e10, problem
+from dense_head import OPTIONS, assert_equal_to_1e10, gradients, on, problem
 from torch.utils.checkpoint import checkpoint
 
 import normface_ext as nf
@@ -78,6 +78,34 @@ def test_resumed_as_if_never_stopped(kind):
     again.load_state_dict(torch.load(file, weights_only=True))
     assert_equal_to_1e10(next_loss(again), next_loss(head))
     assert_equal_to_1e10(next_loss(again), next_loss(head))  # the state moved alike
+
+
+@pytest.mark.covering(2)
+@every_kind
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("gradient", ["exact", "straight"])
+def test_it_is_the_specification(lane, kind, gradient, options):
+    x, weight, labels = problem()
+    ours, plain = KINDS[kind]().to(lane.device), KINDS[kind]()
+    if "elastic" in kind:
+        ours.std = plain.std = 0.0  # a GPU draws others
+    torch.manual_seed(1)
+    found = gradients(
+        lambda x, w: nf.functional.normface_loss(
+            x, w, lane.tensor(labels), 16.0, margin=ours, margin_gradient=gradient, **on(lane, options)
+        ),
+        lane.tensor(x),
+        lane.tensor(weight),
+    )
+    torch.manual_seed(1)
+    expected = gradients(
+        lambda x, w: nf.reference.normface_loss(
+            x, w, labels, 16.0, margin=plain, margin_gradient=gradient, **options
+        ),
+        x,
+        weight,
+    )
+    assert_equal_to_1e10(found, expected)
 
 
 def test_the_state_is_in_the_state_dict():

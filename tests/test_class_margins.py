@@ -34,6 +34,7 @@ def test_classes_alike():
     assert nf.ldam_margins([4, 4, 4]).tolist() == [0.5] * 3
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("kind", ["arc", "cos"])
 def test_the_loss(lane, options, kind):

@@ -27,6 +27,7 @@ def handed_out(margins, cosine, plus):
     return own if plus else margins
 
 
+@pytest.mark.covering(2)
 @every_head
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("plus", [False, True, "released"])

@@ -33,6 +33,7 @@ def released(x, weight, labels, scale, options, lambda_g=LAMBDA):
     return loss + (g * weights).sum() / (1 if reduction == "sum" else weights.sum())
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("lengths", [(5.0, 130.0), (20.0, 90.0)], ids=["past both ends", "within"])
 def test_it_is_the_released_code(lane, options, lengths):

@@ -17,9 +17,11 @@ from ..engine.arguments import choice, flag, number
 from ..engine.autograd import detach_without_grad, no_second_derivative
 from ..engine.options import takes
 from ..softmax import ops
-from ..softmax.functions import Numbers, loss_options, margin_arguments
+from ..softmax.batch_margins import BatchMargin
+from ..softmax.functions import Numbers, loss_options, margin_arguments, rows_of
 from ..softmax.margins import Margin
 from ..softmax.options import HeadKeywords, HeadOptions
+from .batch_margins import margin_of_rows, with_regularizer
 from .collectives import (
     Batch,
     ScatteredRows,
@@ -339,7 +341,10 @@ def sharded_loss(
         weight = weight.to_local()  # differentiable; a sparse gradient goes past it
     classes = shard.count if rows is None else rows.shape[0]
     replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
-    margin, numbers = _margin_of_all(options.margin, labels, batch, options, replicas, shard)
+    of_batch = options.margin if isinstance(options.margin, BatchMargin) else None
+    told = None if of_batch is None else rows_of(x, labels, row_weight, options, of_batch, shard.group)
+    found = options.margin if of_batch is None or told is None else margin_of_rows(OP, of_batch, told)
+    margin, numbers = _margin_of_all(found, labels, batch, options, replicas, shard)
     given = loss_options(scale_value, options, x, local, batch.x.shape[0], max(1, classes), numbers)
     given = replace(given, ignore_index=IGNORED, total_classes=shard.num_classes, is_shard=True)
     x, weight = detach_without_grad(x, weight)
@@ -357,4 +362,6 @@ def sharded_loss(
         replicas,
         shard,
     )
-    return loss
+    if of_batch is None or told is None:
+        return loss
+    return with_regularizer(loss, of_batch, told, row_weight, options.reduction, replicas, shard.group)

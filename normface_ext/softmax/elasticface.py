@@ -15,7 +15,7 @@ Plus = bool | str
 
 def _plus(owner: str, value: object) -> Plus:
     if value is True or value is False or value == "released":
-        return value  # type: ignore[return-value]
+        return value
     raise ValueError(f"{owner}: expected `plus` to be True, False or 'released', got {shown(value)}")
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..engine import checks
-from ..engine.arguments import POSITIVE, Range, below, choice, number
+from ..engine.arguments import FINITE, POSITIVE, Range, below, choice, number
 
 #: What a number may be; a tensor's values are not looked at.
 LIMITS = {"m1": POSITIVE, "m2": below(0.0, math.pi), "m3": below(0.0, math.inf)}
@@ -49,11 +49,11 @@ class Margin:
     #: The number of what psi is in the tables of csrc/math/margin.h and ``reference.FORMULAS``.
     formula: ClassVar[int] = 0
 
-    def parameters(self) -> list[float | Tensor]:
+    def numbers(self) -> list[float | Tensor]:
         return [m if isinstance(m, Tensor) else float(m) for m in (self.m1, self.m2, self.m3)]
 
     def _key(self) -> tuple[object, ...]:
-        numbers = [(id(m),) if isinstance(m, Tensor) else m for m in self.parameters()]
+        numbers = [(id(m),) if isinstance(m, Tensor) else m for m in self.numbers()]
         return (*numbers, self.guard, self.per_row, self.formula)
 
     def __eq__(self, other: object) -> bool:
@@ -71,7 +71,7 @@ class Margin:
         )
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    def _keep(self, name: str, limits: Range) -> None:
+    def _keep(self, name: str, limits: Range = FINITE) -> None:
         """Checks a field, and stores what is no Python number (NumPy's) as one."""
         owner, value = type(self).__name__, getattr(self, name)
         if isinstance(value, Tensor):
