@@ -312,12 +312,14 @@ HEAD_ERRORS = [
     (
         {"scale": torch.ones(2)},
         ValueError,
-        "expected `scale` to be a float or a floating tensor of one element, got torch.float32 of shape [2]",
+        "expected `scale` to be a float or a floating tensor of one element{rows}, got torch.float32 of"
+        " shape [2]",
     ),
     (
         {"scale": torch.tensor(8)},
         ValueError,
-        "expected `scale` to be a float or a floating tensor of one element, got torch.int64 of shape []",
+        "expected `scale` to be a float or a floating tensor of one element{rows}, got torch.int64 of"
+        " shape []",
     ),
     (
         {"scale": torch.tensor(8.0, device="meta")},
@@ -391,9 +393,9 @@ def test_errors_of_normalize(arguments, error, text):
 @pytest.mark.parametrize("op", [linear, loss])
 @pytest.mark.parametrize(("changed", "error", "text"), HEAD_ERRORS)
 def test_errors_of_the_heads(op, changed, error, text):
-    name = {linear: "norm_linear", loss: "normface_loss"}[op]
+    name, rows = {linear: ("norm_linear", ""), loss: ("normface_loss", " or of shape [3]")}[op]
     op()  # fine before the change
-    with pytest.raises(error, match=sentence(f"{name}: {text}")):
+    with pytest.raises(error, match=sentence(f"{name}: {text.replace('{rows}', rows)}")):
         op(**changed)
 
 

@@ -158,7 +158,7 @@ def test_bad_input_is_answered_by_a_sentence(lane):
         F.head_parts(x, weight, labels, 8.0, margin=None)
     with pytest.raises(ValueError, match=r"head_parts: expected `weight` to be \[C, 16\]"):
         F.head_parts(x, weight[:, :3], labels, 8.0)
-    with pytest.raises(TypeError, match="head_parts: expected `scale` to be float64"):
+    with pytest.raises(ValueError, match="head_parts: expected `scale` to be a float or a floating"):
         F.head_parts(x, weight, labels, labels)
 
 

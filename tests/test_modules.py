@@ -371,7 +371,7 @@ def test_bad_margins_are_named(make, error, sentence):
 
 
 def test_the_bare_base_is_no_margin():
-    with pytest.raises(TypeError, match=r"^NormFaceLoss: expected `margin` to be CosFace, .*, got Margin$"):
+    with pytest.raises(TypeError, match=r"^NormFaceLoss: expected `margin` to be a margin, .*, got Margin$"):
         nf.NormFaceLoss(3, 4, margin=Margin())
 
 
@@ -387,4 +387,4 @@ def test_margins_are_values():
     assert hash(nf.ArcFace(0.5)) == hash(nf.ArcFace(0.5))
     with pytest.raises(AttributeError):
         nf.ArcFace(0.5).m2 = 0.1
-    assert nf.CombinedMargin(1, 0.25, 0).parameters() == [1.0, 0.25, 0.0]
+    assert nf.CombinedMargin(1, 0.25, 0).numbers() == [1.0, 0.25, 0.0]

@@ -20,14 +20,14 @@ OPS = sorted(touched.ops())
     [
         ("normface_ext/theory.py", "test_theory", "test_normalize"),
         ("normface_ext/mirror.py", "test_mirror", "test_norm_linear"),
-        ("normface_ext/engine/plan.py", "test_plan", "test_theory"),
+        ("normface_ext/engine/plan.py", "test_plan", "test_image_files"),
         ("normface_ext/evaluation/ytf.py", "test_evaluation_labels", "test_normface_loss"),
         ("normface_ext/caffe/proto.py", "test_caffemodel_files", "test_normface_loss"),
         ("normface_ext/distributed/rows.py", "test_row_optimizers", "test_metric_losses"),
         ("examples/train_digits.py", "test_examples", "test_modules"),
         ("scripts/ptxas_report.py", "test_cuda_compiles", "test_normalize"),
         ("tests/test_theory.py", "test_theory", "test_modules"),
-        ("tests/distributed_jobs.py", "test_distributed_loss", "test_theory"),
+        ("tests/distributed_jobs.py", "test_head_shards", "test_theory"),
         ("docs/index.md", "test_docs", "test_theory"),
     ],
 )
