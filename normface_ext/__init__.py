@@ -23,7 +23,7 @@ from .engine.sharded_plan import ShardedPlan
 from .mirror import MirrorFace
 from .optim import parameter_groups
 from .softmax.layers import NormFaceLoss
-from .softmax.margins import ArcFace, CombinedMargin, CosFace
+from .softmax.margins import ArcFace, CombinedMargin, CosFace, RowMargin
 
 if TYPE_CHECKING:
     from . import caffe, distributed, evaluation
@@ -41,6 +41,7 @@ __all__ = [
     "NormalizeLayer",
     "PairContrastiveLoss",
     "Plan",
+    "RowMargin",
     "ShardedPlan",
     "TripletLoss",
     "build_info",

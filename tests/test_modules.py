@@ -355,7 +355,11 @@ def test_bad_sizes_and_names():
     [
         (lambda: nf.CosFace(-0.1), ValueError, r"CosFace: expected `m` in \[0, inf\), got -0.1"),
         (lambda: nf.ArcFace(math.pi), ValueError, r"ArcFace: expected `m` in \[0, 3.14159\), got 3.14159"),
-        (lambda: nf.CombinedMargin(0.5), ValueError, r"CombinedMargin: expected `m1` in \[1, inf\), got 0.5"),
+        (
+            lambda: nf.CombinedMargin(0.0),
+            ValueError,
+            r"CombinedMargin: expected `m1` to be finite and > 0, got 0.0",
+        ),
         (lambda: nf.CombinedMargin(m3=math.nan), ValueError, r"expected `m3` in \[0, inf\), got nan"),
         (lambda: nf.ArcFace("0.5"), TypeError, r"ArcFace: expected `m` to be a number, got str"),
         (lambda: nf.CosFace(True), TypeError, r"CosFace: expected `m` to be a number, got bool"),
