@@ -61,7 +61,7 @@ class _AgentLoss(Agents):
 
 
 class CContrastiveLoss(_AgentLoss):
-    """C-contrastive loss with agents of its own: (features [N, D], labels [N]) -> loss, of d = 2 - 2 cos.
+    """C-contrastive loss with agents of its own: (features [N, D], labels [N]) -> loss.
 
     Args:
         in_features: D.
@@ -165,7 +165,7 @@ class CContrastiveLoss(_AgentLoss):
 
 
 class CTripletLoss(_AgentLoss):
-    """C-triplet loss with agents of its own: (features [N, D], labels [N]) -> loss, of d = 2 - 2 cos.
+    """C-triplet loss with agents of its own: (features [N, D], labels [N]) -> loss.
 
     Args:
         in_features: D.
