@@ -39,9 +39,9 @@ struct TargetCosineArguments : AgentOperands {
 
 // The sweep over the classes here, given the target cosines [N] of all. target [N] is the distance to the
 // label's agent, value [N] what the loss takes of the hinges, rows the state [kHingeFields, N]
-// (hinge_state.h), inverse_norm [C] that of the weight. classes [N, 1 + capacity] lists the label and the first
-// `capacity` active classes of every row, C where there is none; slopes, when exponential, has their slopes.
-// margin is a 0-d tensor, or margin_value.
+// (hinge_state.h), inverse_norm [C] that of the weight. classes [N, 1 + capacity] lists the label and the
+// first `capacity` active classes of every row, C where there is none; slopes, when exponential, has their
+// slopes. margin is a 0-d tensor, or margin_value.
 struct AgentHingeArguments : AgentOperands {
   static constexpr const char* kName = "agent_hinge";
   static constexpr const char* kReturns =
