@@ -1,8 +1,8 @@
 // The arguments of the losses over agents, for both devices (op.h): on all classes, or on a shard of them.
 // The formulas are in csrc/math/hinge.h.
 //
-// x [N, D], weight [C, D], labels [N] int64 in [0, C); a row with ignore_index counts nowhere. `is_shard`: C may
-// be 0, and a label of -1 (kElsewhere) has its agent in another shard: every class here is a negative.
+// x [N, D], weight [C, D], labels [N] int64 in [0, C); a row with ignore_index counts nowhere. `is_shard`: C
+// may be 0, and a label of -1 (kElsewhere) has its agent in another shard: every class here is a negative.
 #pragma once
 
 #include "engine/op.h"
@@ -38,10 +38,10 @@ struct TargetCosineArguments : AgentOperands {
 };
 
 // The sweep over the classes here, given the target cosines [N] of all. target [N] is the distance to the
-// label's agent, value [N] what the loss takes of the hinges, rows the state [kHingeFields, N] (hinge_state.h),
-// inverse_norm [C] that of the weight. classes [N, 1 + capacity] lists the label and the first `capacity` active
-// classes of every row, C where there is none; slopes, when exponential, has their slopes. margin is a 0-d
-// tensor, or margin_value.
+// label's agent, value [N] what the loss takes of the hinges, rows the state [kHingeFields, N]
+// (hinge_state.h), inverse_norm [C] that of the weight. classes [N, 1 + capacity] lists the label and the
+// first `capacity` active classes of every row, C where there is none; slopes, when exponential, has their
+// slopes. margin is a 0-d tensor, or margin_value.
 struct AgentHingeArguments : AgentOperands {
   static constexpr const char* kName = "agent_hinge";
   static constexpr const char* kReturns =
@@ -72,9 +72,9 @@ struct AgentHingeArguments : AgentOperands {
   }
 };
 
-// Gradients from d loss / d cosine: target_factor [N] of the label's, hinge_factor [N] times the slope of every
-// active class's. The scores are computed again. Of a shard grad_x is in the accumulator type, and the shards'
-// add up to that of all classes.
+// Gradients from d loss / d cosine: target_factor [N] of the label's, hinge_factor [N] times the slope of
+// every active class's. The scores are computed again. Of a shard grad_x is in the accumulator type, and the
+// shards' add up to that of all classes.
 struct AgentHingeBackwardArguments : AgentOperands {
   static constexpr const char* kName = "agent_hinge_backward";
   static constexpr const char* kReturns = "(Tensor grad_x, Tensor grad_weight)";

@@ -203,8 +203,7 @@ def swept_rows(
     x, weight = product_operands(x, weight)
     tensor, given = sweep_options(op, x, classes, ignored, options, needed, margin)
     target, hinges, state = ops.agent_hinge(x, weight, labels, tensor, given)
-    slope = state[HINGE_SLOPE].to(target.dtype)
-    return AgentRows(labels != ignored, factor, target, hinges, slope), state
+    return AgentRows(labels != ignored, factor, target, hinges, state[HINGE_SLOPE]), state
 
 
 def product_operands(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -57,10 +56,7 @@ class AgentLoss(HoldsOptions, Agents):
         return functions.agent_stats(self.STATS, features, self.weight, labels, sample_weight, self.options)
 
     def extra_repr(self) -> str:
-        options = self.options
-        values = [(field.name, getattr(options, field.name), field.default) for field in fields(options)]
-        changed = [f"{n}={v!r}" for n, v, default in values if isinstance(v, Tensor) or v != default]
-        return ", ".join([f"{self.in_features}, {self.num_classes}", *changed])
+        return ", ".join([f"{self.in_features}, {self.num_classes}", *self.options.shown()])
 
 
 @holds(ContrastiveLayerOptions)

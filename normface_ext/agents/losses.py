@@ -20,12 +20,12 @@ class AgentRows(NamedTuple):
     factor: Tensor | None  # sample_weight
     target: Tensor  # distance to the label's agent
     hinges: Tensor  # what the loss takes of the hinges of the other agents
-    slope: Tensor  # sum of the slopes of those
+    slope: Tensor  # sum of the slopes of those, perhaps in float64
 
     def reduced(self, values: Tensor, reduction: str) -> Tensor:
         if self.factor is not None:
             values = self.factor * values
-        values = torch.where(self.kept, values, 0)
+        values = torch.where(self.kept, values, torch.zeros_like(values))  # quicker than a 0
         if reduction == "none":
             return values
         total = values.sum()

@@ -43,9 +43,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast on CUDA makes of the operands of a product with x, where it does; float64 stays."""
-    if plan_device(x).type == "cuda" and x.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
-        return torch.get_autocast_dtype("cuda")
-    return None
+    if not torch.is_autocast_enabled("cuda") or plan_device(x).type != "cuda" or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype("cuda")
 
 
 def argument_names(op: str) -> tuple[str, ...]:
