@@ -1,7 +1,8 @@
 // The state of one row between forward and backward: rows[field][i], float64, [kRowFields, N].
 // normface_sweep fills what one shard of the classes knows. The first kShardSums fields add over shards
 // (zero where the target is elsewhere); with them summed, every shard has the same rows. normface_finish makes
-// of them the loss and its slopes: slopes[field][i], float64, [kSlopeFields, N].
+// of them the loss and its slopes: slopes[field][i], float64, [kSlopeFields, N], or [kAllSlopes, N] with those
+// along the margin.
 #pragma once
 
 #include "math/host_device.h"
@@ -27,7 +28,11 @@ enum SlopeField {
   kTargetSlope,   // along c_y
   kUniformSlope,  // along <x_hat, class_sum>
   kScaleSlope,    // along s
-  kSlopeFields
+  kSlopeFields,
+  kM1Slope = kSlopeFields,  // along the margin's numbers
+  kM2Slope,
+  kM3Slope,
+  kAllSlopes
 };
 
 // Instead of a label: the row counts, and its target is a class of another shard.

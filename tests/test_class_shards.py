@@ -70,7 +70,7 @@ def sharded(
     sums = 3 if class_weight is None else 4
     rows[:sums] = torch.stack([part.rows[:sums] for part in swept]).sum(0)
     class_sum = torch.stack([part.class_sum for part in swept]).sum(0)
-    loss, slopes, _ = ops.normface_finish(rows, x, class_sum, scale, ops.NUMBERS, options)
+    loss, slopes = ops.normface_finish(rows, x, class_sum, scale, ops.NUMBERS, options)
     gradients = [
         ops.normface_backward(
             upstream, slopes, x, w, local, scale, factors, part._replace(rows=rows), options, (True,) * 3

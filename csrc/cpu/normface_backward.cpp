@@ -136,9 +136,9 @@ void backward(const NormfaceBackwardArguments& in, const Tensor& dx, const Tenso
     grad_features(xs, ws, labels, inverse, gradients, rows, x_hat.data, data_of<T>(in.x_sum),
                   data_of<T>(in.class_sum), T(in.eps), Rows<T>(dx, D));
   if (!in.need_weight) return;
-  Buffer<double> shift(N);  // the scores of a zero row are 0
-  for (int64_t i = 0; i < N; ++i) shift.data[i] = gradients[size_t(i)].any ? rows[kShift][i] : 0.0;
-  grad_weight(shape, ws, labels, RowNumbers(in.scale, in.scale_value), inverse, gradients, shift.data,
+  std::vector<double> shift(static_cast<size_t>(N));  // the scores of a zero row are 0
+  for (int64_t i = 0; i < N; ++i) shift[size_t(i)] = gradients[size_t(i)].any ? rows[kShift][i] : 0.0;
+  grad_weight(shape, ws, labels, RowNumbers(in.scale, in.scale_value), inverse, gradients, shift.data(),
               ClassWeights<T>(in.class_weight), in.class_sum.numel() > 0, T(in.eps), x_hat.data,
               data_of<T>(in.stored), dw);
 }

@@ -21,7 +21,7 @@ double dot_class_sum(const NormfaceFinishArguments& in, const RowState& rows, in
 }
 
 template <class T>
-void finish(const NormfaceFinishArguments& in, T* loss, const RowSlopes& slopes, double* margin_slopes) {
+void finish(const NormfaceFinishArguments& in, T* loss, const RowSlopes& slopes) {
   const RowState rows(in.rows);
   const RowNumbers scale(in.scale, in.scale_value), m1(in.m1, in.m1_value), m2(in.m2, in.m2_value),
       m3(in.m3, in.m3_value);
@@ -30,7 +30,7 @@ void finish(const NormfaceFinishArguments& in, T* loss, const RowSlopes& slopes,
   double kept = 0;
   for (int64_t i = 0; i < N; ++i) kept += rows[kRowWeight][i] * rows[kTargetWeight][i];
   const double each = in.reduction != kMean ? 1.0 : kept != 0.0 ? 1.0 / kept : 0.0;
-  Buffer<double> losses(N);
+  std::vector<double> losses(static_cast<size_t>(N));
   for_rows(N, class_sum != nullptr ? in.x.size(1) : 16, [&](int64_t i) {
     const double weight = rows[kRowWeight][i] * each;
     math::RowTerms terms{};
@@ -46,39 +46,37 @@ void finish(const NormfaceFinishArguments& in, T* loss, const RowSlopes& slopes,
                                 class_sum != nullptr ? dot_class_sum(in, rows, i, class_sum) : 0.0);
       terms = math::row_terms({rows[kSum][i], rows[kSumCosine][i], rows[kShift][i]}, scale[i], psi, weights,
                               in.smoothing / double(in.total_classes));
-      if (margin_slopes != nullptr) of_margin = margin.slopes(c);
+      if (in.need_margin) of_margin = margin.slopes(c);
     }
-    losses.data[i] = weight != 0.0 ? weight * terms.loss : 0.0;
+    losses[size_t(i)] = weight != 0.0 ? weight * terms.loss : 0.0;
     slopes[kOthersSlope][i] = weight * terms.others;
     slopes[kTargetSlope][i] = weight * terms.target;
     slopes[kUniformSlope][i] = weight * terms.uniform;
     slopes[kScaleSlope][i] = weight * terms.scale;
-    if (margin_slopes == nullptr) return;
-    margin_slopes[i] = weight * terms.psi * of_margin.m1;
-    margin_slopes[N + i] = weight * terms.psi * of_margin.m2;
-    margin_slopes[2 * N + i] = weight * terms.psi * of_margin.m3;
+    if (!in.need_margin) return;
+    slopes[kM1Slope][i] = weight * terms.psi * of_margin.m1;
+    slopes[kM2Slope][i] = weight * terms.psi * of_margin.m2;
+    slopes[kM3Slope][i] = weight * terms.psi * of_margin.m3;
   });
   double total = 0;
   for (int64_t i = 0; i < N; ++i) {
-    if (in.reduction == kNone) loss[i] = T(losses.data[i]);
-    total += losses.data[i];
+    if (in.reduction == kNone) loss[i] = T(losses[size_t(i)]);
+    total += losses[size_t(i)];
   }
   if (in.reduction != kNone) *loss = T(total);
 }
 
-std::tuple<Tensor, Tensor, Tensor> normface_finish(const NormfaceFinishArguments& in) {
+std::tuple<Tensor, Tensor> normface_finish(const NormfaceFinishArguments& in) {
   check_finish(in);
   const int64_t N = in.x.size(0);
   const ScalarType wide = accumulator(in.x.scalar_type());
-  Tensor slopes = fresh({kSlopeFields, N}, ScalarType::Double);
-  Tensor margin_slopes = fresh({in.need_margin ? 3 : 0, N}, ScalarType::Double);
+  Tensor slopes = fresh({in.need_margin ? kAllSlopes : kSlopeFields, N}, ScalarType::Double);
   Tensor loss = in.reduction == kNone ? fresh({N}, wide) : fresh({}, wide);
   const auto run = [&]<class T>(T) {
-    finish(in, static_cast<T*>(loss.mutable_data_ptr()), RowSlopes(slopes),
-           in.need_margin ? static_cast<double*>(margin_slopes.mutable_data_ptr()) : nullptr);
+    finish(in, static_cast<T*>(loss.mutable_data_ptr()), RowSlopes(slopes));
   };
   wide == ScalarType::Double ? run(double()) : run(float());
-  return {loss, slopes, margin_slopes};
+  return {loss, slopes};
 }
 
 }  // namespace

@@ -42,8 +42,8 @@ struct FinishRows {
   const T* weight_sum;     // [] or null: no smoothing
   const double* with_sum;  // [N], with weight_sum
   RowSlopes slopes;
-  double* margin_slopes;  // [3, N] or null
-  T* loss;                // [N] or []
+  bool need_margin;
+  T* loss;  // [N] or []
 };
 
 // The losses of the rows, which hold sums over all classes, their slopes, and the losses' reduction. One
@@ -75,17 +75,17 @@ finish_loss_kernel(FinishRows<T> task) {
           smooth ? double(*task.weight_sum) : 0.0, psi.value, c, smooth ? task.with_sum[i] : 0.0);
       terms = math::row_terms({rows.at(kSum, i), rows.at(kSumCosine, i), rows.at(kShift, i)},
                               task.scale.at(i), psi, weights, task.smoothing / task.total_classes);
-      if (task.margin_slopes != nullptr) of_margin = margin.slopes(c);
+      if (task.need_margin) of_margin = margin.slopes(c);
     }
     const double weighted = weight != 0.0 ? weight * terms.loss : 0.0;
     task.slopes.at(kOthersSlope, i) = weight * terms.others;
     task.slopes.at(kTargetSlope, i) = weight * terms.target;
     task.slopes.at(kUniformSlope, i) = weight * terms.uniform;
     task.slopes.at(kScaleSlope, i) = weight * terms.scale;
-    if (task.margin_slopes != nullptr) {
-      task.margin_slopes[i] = weight * terms.psi * of_margin.m1;
-      task.margin_slopes[rows.batch + i] = weight * terms.psi * of_margin.m2;
-      task.margin_slopes[2 * rows.batch + i] = weight * terms.psi * of_margin.m3;
+    if (task.need_margin) {
+      task.slopes.at(kM1Slope, i) = weight * terms.psi * of_margin.m1;
+      task.slopes.at(kM2Slope, i) = weight * terms.psi * of_margin.m2;
+      task.slopes.at(kM3Slope, i) = weight * terms.psi * of_margin.m3;
     }
     if (task.reduction == kNone) task.loss[i] = T(weighted);
     total += weighted;
@@ -94,13 +94,13 @@ finish_loss_kernel(FinishRows<T> task) {
   if (task.reduction != kNone && thread_id() == 0) *task.loss = T(total);
 }
 
-std::tuple<Tensor, Tensor, Tensor> normface_finish(const NormfaceFinishArguments& in) {
+std::tuple<Tensor, Tensor> normface_finish(const NormfaceFinishArguments& in) {
   check_finish(in);
   Queue queue(in.x);
   const int64_t N = in.x.size(0), D = in.x.size(1);
   const ScalarType wide = accumulator(in.x.scalar_type());
-  const Tensor slopes = device_empty(in.x, {kSlopeFields, N}, ScalarType::Double);
-  const Tensor margin_slopes = device_empty(in.x, {in.need_margin ? 3 : 0, N}, ScalarType::Double);
+  const Tensor slopes =
+      device_empty(in.x, {in.need_margin ? kAllSlopes : kSlopeFields, N}, ScalarType::Double);
   const Tensor loss = in.reduction == kNone ? device_empty(in.x, {N}, wide) : device_empty(in.x, {}, wide);
   const Tensor with_sum = device_empty(in.x, {in.class_sum.numel() > 0 ? N : 0}, ScalarType::Double);
   const RowState rows(in.rows);
@@ -125,10 +125,10 @@ std::tuple<Tensor, Tensor, Tensor> normface_finish(const NormfaceFinishArguments
                          sums != nullptr ? sums + D : nullptr,
                          data_or_null<double>(with_sum),
                          RowSlopes(slopes),
-                         data_or_null<double>(margin_slopes),
+                         in.need_margin,
                          data_or_null<T>(loss)});
   });
-  return {loss, slopes, margin_slopes};
+  return {loss, slopes};
 }
 
 }  // namespace

@@ -96,11 +96,11 @@ struct NormfaceShiftArguments : HeadInputs {
   }
 };
 
-// Margin, weights and losses of the rows, from sums over all classes: loss [N] or [], its slopes
-// [kSlopeFields, N] float64, and with `need_margin` those along m1, m2 and m3, [3, N].
+// Margin, weights and losses of the rows, from sums over all classes: loss [N] or [], and its slopes
+// [kSlopeFields, N] float64, with `need_margin` [kAllSlopes, N].
 struct NormfaceFinishArguments : HeadOptions {
   static constexpr const char* kName = "normface_finish";
-  static constexpr const char* kReturns = "(Tensor loss, Tensor slopes, Tensor margin_slopes)";
+  static constexpr const char* kReturns = "(Tensor loss, Tensor slopes)";
   Tensor rows, x, class_sum;
   std::optional<Tensor> scale, m1, m2, m3;
   bool need_margin;
@@ -191,7 +191,8 @@ inline void check_finish(const NormfaceFinishArguments& in) {
 inline void check_backward(const NormfaceBackwardArguments& in) {
   check_inputs(in.kName, in);
   check_shape(in.kName, "rows", in.rows, kRowFields, in.x.size(0));
-  check_shape(in.kName, "slopes", in.slopes, kSlopeFields, in.x.size(0));
+  check_shape(in.kName, "slopes", in.slopes, in.slopes.size(0) == kAllSlopes ? kAllSlopes : kSlopeFields,
+              in.x.size(0));
   if (in.need_x) check_shape(in.kName, "x_sum", in.x_sum, in.x.size(0), in.x.size(1));
 }
 

@@ -138,7 +138,7 @@ class _ClassParallelLoss(Function):
         sums, class_sum = add_over_shards([swept.rows[:fields], swept.class_sum], shard.group)
         swept.rows[:fields] = sums
         margin = m1, m2, m3
-        loss, slopes, margin_slopes = ops.normface_finish(
+        loss, slopes = ops.normface_finish(
             swept.rows,
             batch.x,
             class_sum.to(swept.class_sum.dtype),
@@ -158,7 +158,6 @@ class _ClassParallelLoss(Function):
             class_weight,
             rows,
             slopes,
-            margin_slopes,
             *swept,
         )
         ctx.batch, ctx.options, ctx.replicas, ctx.shard = batch, options, replicas, shard
@@ -168,7 +167,7 @@ class _ClassParallelLoss(Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         mine, weight, scale, m1, m2, m3, *saved = ctx.saved_tensors
-        x, classes, places, class_weight, rows, slopes, margin_slopes, *swept = saved
+        x, classes, places, class_weight, rows, slopes, *swept = saved
         own_x, need_weight, need_scale = ctx.needs_input_grad[:3]
         batch, options, shard = ctx.batch, ctx.options, ctx.shard
         origins = grad_loss, mine, weight, scale, m1, m2, m3
@@ -199,9 +198,7 @@ class _ClassParallelLoss(Function):
             norms = batch.own(swept[0][ops.INVERSE_NORM])
             dx = store_as(moving.wait() * ctx.replicas, x.dtype, norms, options.eps)
         with torch.no_grad():
-            of_margin = ops.margin_gradients(
-                grad_loss, margin_slopes, (m1, m2, m3), ctx.needs_input_grad[3:6]
-            )
+            of_margin = ops.margin_gradients(grad_loss, slopes, (m1, m2, m3), ctx.needs_input_grad[3:6])
         given = (dx if own_x else None, dw, ds if need_scale else None, *of_margin)
         dx, dw, *others = no_second_derivative("normface_loss", given, *origins)
         if dw is not None and rows is not None:

@@ -144,19 +144,16 @@ def _head(op: str, x: object, weight: object, classes: str) -> tuple[Tensor, Ten
     return features, agents
 
 
-def scale(op: str, value: object, x: Tensor, *, per_row: bool = False) -> tuple[Tensor | None, float]:
-    """(0-d tensor, 0.0) or (None, float); `per_row`: or a tensor [N]. One of shape [1] counts as 0-d."""
+def scale(op: str, value: object, x: Tensor) -> tuple[Tensor | None, float]:
+    """(0-d tensor, 0.0) or (None, float)."""
     if isinstance(value, Tensor):
-        rows = per_row and value.dim() == 1 and value.shape[0] == x.shape[0]
-        single = value.dim() == 1 and value.shape[0] == 1
-        if not (value.dim() == 0 or single or rows) or value.dtype not in FLOATING:
-            wanted = f" or one of shape [{x.shape[0]}]" if per_row else ""
+        if value.dim() != 0 or value.dtype not in FLOATING:
             raise ValueError(
-                f"{op}: expected `scale` to be a float or a 0-d floating tensor{wanted},"
+                f"{op}: expected `scale` to be a float or a 0-d floating tensor,"
                 f" got {value.dtype} of shape {list(value.shape)}"
             )
         same_device(op, "scale", value, "x", x)
-        return value.reshape(()) if single else value.contiguous(), 0.0
+        return value, 0.0
     return None, number(op, "scale", value, kind="a float or a 0-d tensor")
 
 
@@ -200,6 +197,11 @@ def labels(op: str, value: object, x: Tensor, classes: int, ignore_index: int | 
 
 
 def label_range(op: str, value: Tensor, classes: int, ignore_index: int | None) -> None:
+    if value.numel() == 0:
+        return
+    lowest, highest = value.aminmax()
+    if lowest.item() >= 0 and highest.item() < classes:  # one look at most labels
+        return
     bad = (value < 0) | (value >= classes)
     if ignore_index is not None:
         bad &= value != ignore_index

@@ -46,7 +46,7 @@ def normface_loss(
         x: [N, D] features.
         weight: [C, D], on x's device; float64 only together with float64.
         labels: [N] int64 or int32 in [0, C) or ``ignore_index``.
-        scale: s, a float, or a tensor with or without gradient: 0-d or [1], or [N], a scale per row.
+        scale: s, a float, or a tensor with or without gradient: 0-d, or [N], a scale per row.
         margin: psi on the target cosine: ``CosFace``, ``ArcFace``, ``CombinedMargin``, ``RowMargin``, whose
             numbers may be tensors with gradient; one that looks at the batch first, ``AdaFace``, ``MagFace``,
             ``ElasticArcFace``, ``ElasticCosFace`` or a ``BatchMargin`` of yours; or ``None``.
@@ -186,13 +186,22 @@ def _inputs(
     checks.features_and_weight(op, x, weight)
     classes = weight.shape[0]
     labels = checks.labels(op, labels, x, classes, options.ignore_index)
-    scale_tensor, scale_value = checks.scale(op, scale, x, per_row=True)
+    scale_tensor, scale_value = _scale(op, scale, x)
     row_weight = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
     if options.check_finite:
         kept = labels != checks.ignored(options.ignore_index)
         checks.finite_operands(op, x, weight, kept, scale_tensor, row_weight)
     of_class = checks.weights(op, "class_weight", class_weight, x, classes)
     return _Inputs(scale_tensor, scale_value, labels, row_weight, of_class)
+
+
+def _scale(op: str, value: object, x: Tensor) -> tuple[Tensor | None, float]:
+    """``checks.scale``; or a tensor [N], a scale per row."""
+    if isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] == x.shape[0] != 1:
+        checks.floating(op, "scale", value)
+        checks.same_device(op, "scale", value, "x", x)
+        return value.contiguous(), 0.0
+    return checks.scale(op, value, x)
 
 
 #: m1, m2, m3, the formula's and the guard's codes and straightness, where the margin is none.
@@ -235,16 +244,16 @@ def loss_options(
     m1, m2, m3, formula, guard, straight = margin
     made = plan(batch, x.shape[1], classes, precision, plan_device(x), workspace=options.workspace)
     return ops.LossOptions(
-        scale_value=scale_value,
-        eps=options.eps,
-        total_classes=classes,
-        plan=made,
-        class_chunk=made.class_chunk,
-        kernels=made.kernels,
-        product_precision=precision,
-        ignore_index=checks.ignored(options.ignore_index),
-        reduction=checks.REDUCTIONS[options.reduction],
-        smoothing=options.label_smoothing,
+        scale_value,
+        options.eps,
+        classes,
+        made,
+        made.class_chunk,
+        made.kernels,
+        precision,
+        checks.ignored(options.ignore_index),
+        checks.REDUCTIONS[options.reduction],
+        options.label_smoothing,
         m1_value=m1,
         m2_value=m2,
         m3_value=m3,

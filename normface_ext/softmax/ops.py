@@ -15,7 +15,7 @@ from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of,
 from ..engine.plan import Plan
 
 # csrc/row_state.h
-ROW_FIELDS, SLOPE_FIELDS = 7, 4
+ROW_FIELDS, SLOPE_FIELDS, ALL_SLOPES = 7, 4, 7
 SUM, SUM_COSINE, COSINE, TARGET_WEIGHT, SHIFT, INVERSE_NORM, ROW_WEIGHT = range(ROW_FIELDS)
 ELSEWHERE = -1  # instead of a label: the target is a class of another shard
 
@@ -52,14 +52,11 @@ def _normface_shift_fake(*, x: Tensor, **_: Any) -> Tensor:
     return x.new_empty([x.shape[0]], dtype=torch.float64)
 
 
-def _normface_finish_fake(
-    *, x: Tensor, need_margin: bool, reduction: int, **_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _normface_finish_fake(*, x: Tensor, need_margin: bool, reduction: int, **_: Any) -> tuple[Tensor, Tensor]:
     batch = x.shape[0]
     return (
         x.new_empty([batch] if reduction == 0 else [], dtype=accumulator(x.dtype)),
-        x.new_empty([SLOPE_FIELDS, batch], dtype=torch.float64),
-        x.new_empty([3 if need_margin else 0, batch], dtype=torch.float64),
+        x.new_empty([ALL_SLOPES if need_margin else SLOPE_FIELDS, batch], dtype=torch.float64),
     )
 
 
@@ -94,7 +91,7 @@ add_fakes(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LossOptions:
     """The arguments of the fused head that are neither tensors nor differentiable, by their names in
     csrc/engine/head_arguments.h. A ``..._value`` counts where no tensor stands for it."""
@@ -219,9 +216,9 @@ def normface_finish(
     options: LossOptions,
     *,
     need_margin: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Second stage, once the sums are over all classes: (loss, its slopes, those along m1, m2 and m3)."""
-    result: tuple[Tensor, Tensor, Tensor] = kernels(rows, x).normface_finish(
+) -> tuple[Tensor, Tensor]:
+    """Second stage, once the sums are over all classes: loss and slopes [SLOPE_FIELDS or ALL_SLOPES, N]."""
+    result: tuple[Tensor, Tensor] = kernels(rows, x).normface_finish(
         rows, x, class_sum, scale, *margin, need_margin, *_finish_options(options)
     )
     return result
@@ -258,11 +255,13 @@ def normface_backward(
 def margin_gradients(
     grad_loss: Tensor, slopes: Tensor, margin: MarginTensors, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Those of m1, m2 and m3 from their slopes [3, N]: float64 sums, rounded once."""
+    """Those of m1, m2 and m3 from all slopes [ALL_SLOPES, N]: float64 sums, rounded once."""
+    if not any(needed):
+        return NUMBERS
     given: list[Tensor | None] = []
-    for slope, m, need in zip(slopes if any(needed) else margin, margin, needed, strict=True):
+    for slope, m, need in zip(slopes[SLOPE_FIELDS:], margin, needed, strict=True):
         gradient = None
-        if need and m is not None and slope is not None:
+        if need and m is not None:
             gradient = grad_loss.double() * slope
             gradient = (gradient.sum() if m.dim() == 0 else gradient).to(m.dtype)
         given.append(gradient)
@@ -297,7 +296,7 @@ class _NormFaceLoss(Function):
             need_x=need_x,
             need_weight=need_weight,
         )
-        loss, slopes, margin_slopes = normface_finish(
+        loss, slopes = normface_finish(
             swept.rows,
             x.contiguous(),
             swept.class_sum,
@@ -306,13 +305,13 @@ class _NormFaceLoss(Function):
             options,
             need_margin=any(ctx.needs_input_grad[3:6]),
         )
-        ctx.save_for_backward(x, weight, scale, *margin, labels, class_weight, slopes, margin_slopes, *swept)
+        ctx.save_for_backward(x, weight, scale, *margin, labels, class_weight, slopes, *swept)
         ctx.options = options
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        x, weight, scale, m1, m2, m3, labels, class_weight, slopes, margin_slopes, *swept = ctx.saved_tensors
+        x, weight, scale, m1, m2, m3, labels, class_weight, slopes, *swept = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
         with torch.no_grad():
             gradients = normface_backward(
@@ -327,7 +326,7 @@ class _NormFaceLoss(Function):
                 ctx.options,
                 needed,
             )
-            of_margin = margin_gradients(grad_loss, margin_slopes, (m1, m2, m3), ctx.needs_input_grad[3:6])
+            of_margin = margin_gradients(grad_loss, slopes, (m1, m2, m3), ctx.needs_input_grad[3:6])
         given = (*asked(needed, gradients), *of_margin)
         raising = no_second_derivative("normface_loss", given, grad_loss, x, weight, scale, m1, m2, m3)
         return *raising, None, None, None, None

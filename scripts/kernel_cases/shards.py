@@ -63,7 +63,7 @@ def softmax(x: Tensor, weight: Tensor, scale: Tensor, y: Tensor) -> Results:
     ]
     rows = swept[0].rows.clone()
     rows[:3] = torch.stack([part.rows[:3] for part in swept]).sum(0)
-    loss, slopes, _ = ops.normface_finish(rows, x, swept[0].class_sum, scale, ops.NUMBERS, options)
+    loss, slopes = ops.normface_finish(rows, x, swept[0].class_sum, scale, ops.NUMBERS, options)
     upstream = randn(dtype=torch.float64, seed=5).to(loss)  # what the truth gets
     gradients = [
         ops.normface_backward(
