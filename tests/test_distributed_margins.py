@@ -1,65 +1,86 @@
-"""Margins that look at the batch in a class-parallel head: it equals the head of one process."""
+"""Margins of tensors in the class-parallel head: values and gradients are those of one process."""
 
 from __future__ import annotations
 
-import functools
-
-import batch_margin_jobs as jobs
+import margin_jobs as jobs
 import pytest
 import torch
-from dense_head import OPTIONS, assert_equal_to_1e10, problem
+from distributed_jobs import problem
 from ranks import ranks
 
 import normface_ext as nf
 
-#: Margins that do not depend on which rank draws.
-MARGINS = {
-    "adaface": functools.partial(nf.AdaFace, t_alpha=0.25),
-    "magface": nf.MagFace,
-    "elastic": functools.partial(nf.ElasticArcFace, std=0.0),
-}
 
-
-def alone(make, options, straight, weights):
-    x, weight, labels = problem()
-    margin = make()
-    x.requires_grad_()
-    weight.requires_grad_()
+def alone(kind, reduction, gradient="exact"):
+    x, weight, labels = problem(jobs.CLASSES, jobs.BATCH, torch.float64)
+    labels[3] = -100
+    x.requires_grad_(), weight.requires_grad_()
+    numbers = jobs.tensors(kind)
     loss = nf.functional.normface_loss(
-        x, weight, labels, 16.0, margin=margin, margin_gradient=straight, sample_weight=weights, **options
+        x,
+        weight,
+        labels,
+        9.0,
+        margin=jobs.margin_of(kind, numbers),
+        margin_gradient=gradient,
+        reduction=reduction,
     )
-    upstream = torch.linspace(0.5, 1.5, len(x), dtype=torch.float64)
-    loss.backward(upstream if loss.dim() else upstream[0])
-    return loss.detach(), x.grad, weight.grad, [float(b) for b in margin.buffers()]
+    loss.backward(torch.arange(jobs.BATCH, dtype=torch.float64) if reduction == "none" else None)
+    return loss.detach(), x.grad, weight.grad, [m.grad for m in numbers if isinstance(m, torch.Tensor)]
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("straight", ["exact", "straight"])
-@pytest.mark.parametrize("backbone", ["sum", "mean"])
-@pytest.mark.parametrize("margin", MARGINS)
-def test_it_is_the_head_of_one_process(margin, backbone, straight, options):
-    options = dict(options)
-    weights = options.pop("sample_weight", None)
-    make = MARGINS[margin]
-    loss, dx, dweight, state = alone(make, options, straight, weights)
-    results = ranks(3).run(jobs.step, make, options, straight, backbone, weights)
-    found_loss = torch.cat([r[0] for r in results]) if loss.dim() else results[0][0]
-    found_dx = torch.cat([r[1] for r in results]) / (3 if backbone == "mean" else 1)
-    assert_equal_to_1e10([found_loss, found_dx, results[0][2]], [loss, dx, dweight])
-    for other in results:
-        assert other[3] == pytest.approx(state, rel=1e-13)
-        assert loss.dim() or torch.equal(other[0], results[0][0])
-        assert torch.equal(other[2], results[0][2])
+def compare(results, expected, kind, factor=1):
+    loss, dx, dweight, of_margin = expected
+    close = {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(torch.cat([r[1] for r in results]), factor * dx, **close)
+    for got, _, got_weight, got_margin in results:
+        if loss.dim() == 0:
+            torch.testing.assert_close(got, loss, **close)
+        torch.testing.assert_close(got_weight, dweight, **close)
+        if kind != "per row":  # every rank has the whole gradient
+            for a, b in zip(got_margin, of_margin, strict=True):
+                torch.testing.assert_close(a, b, **close)
+    if kind == "per row":
+        for place, b in enumerate(of_margin):
+            got = torch.cat([r[3][place] for r in results])
+            torch.testing.assert_close(got, factor * b, **close)
 
 
-def test_all_ranks_know_all_draws():
-    losses = ranks(3).run(jobs.draws)
-    assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
+@pytest.mark.parametrize("kind", jobs.KINDS)
+def test_gradients_are_those_of_one_process(kind):
+    results = ranks(2).run(jobs.loss_and_gradients, kind, False, "sum", "mean")
+    compare(results, alone(kind, "mean"), kind)
 
 
-def test_a_function_of_the_cosines_is_one_sentence():
-    for said in ranks(3).run(jobs.sentence):
-        assert said.startswith(
-            "distributed.normface_loss: expected a `margin` that the kernels apply, got Elastic"
-        )
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("kind", jobs.KINDS)
+def test_ranks_of_different_batches(kind, reduction):
+    results = ranks(3).run(jobs.loss_and_gradients, kind, True, "sum", reduction)
+    compare(results, alone(kind, reduction), kind)
+
+
+def test_numbers_of_rows_are_averaged_as_their_features_are():
+    """Both come from the backbone, whose gradients are divided by the number of ranks afterwards."""
+    results = ranks(2).run(jobs.loss_and_gradients, "per row", True, "mean", "mean")
+    compare(results, alone("per row", "mean"), "per row", factor=2)
+
+
+def test_the_straight_gradient():
+    results = ranks(2).run(jobs.loss_and_gradients, "number", True, "sum", "mean", "straight")
+    compare(results, alone("number", "mean", "straight"), "number")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("rows", "expected `margin.m2` to have shape [14], a number per row, got [15]"),
+        ("classes", "expected `margin.m3` to have shape [10], a number per class, got [6]"),
+        (
+            "scales",
+            "expected `scale` to be a float or a 0-d floating tensor, got torch.float32 of shape [14]",
+        ),
+    ],
+)
+def test_what_is_refused(kind, sentence):
+    assert ranks(2).run(jobs.refused, kind) == [f"distributed.normface_loss: {sentence}"] * 2

@@ -5,6 +5,20 @@
 namespace nf::cpu {
 namespace {
 
+// A sum that adds up what its roundings lose, too (Neumaier): those of many like terms all go one way.
+class CompensatedSum {
+ public:
+  void add(double term) {
+    const double next = sum_ + term;
+    lost_ += std::fabs(sum_) >= std::fabs(term) ? (sum_ - next) + term : (term - next) + sum_;
+    sum_ = next;
+  }
+  double value() const { return std::isfinite(sum_) ? sum_ + lost_ : sum_; }
+
+ private:
+  double sum_ = 0, lost_ = 0;
+};
+
 // <x_hat, U> of row i.
 template <class T>
 double dot_class_sum(const NormfaceFinishArguments& in, const RowState& rows, int64_t i, const T* class_sum) {
@@ -58,12 +72,12 @@ void finish(const NormfaceFinishArguments& in, T* loss, const RowSlopes& slopes)
     slopes[kM2Slope][i] = weight * terms.psi * of_margin.m2;
     slopes[kM3Slope][i] = weight * terms.psi * of_margin.m3;
   });
-  double total = 0;
+  CompensatedSum total;
   for (int64_t i = 0; i < N; ++i) {
     if (in.reduction == kNone) loss[i] = T(losses[size_t(i)]);
-    total += losses[size_t(i)];
+    total.add(losses[size_t(i)]);
   }
-  if (in.reduction != kNone) *loss = T(total);
+  if (in.reduction != kNone) *loss = T(total.value());
 }
 
 std::tuple<Tensor, Tensor> normface_finish(const NormfaceFinishArguments& in) {

@@ -9,6 +9,7 @@ magnitude.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,13 +45,16 @@ def scaled_cosines(x: Tensor, w: Tensor, s: Tensor, eps: float, normalize_input:
     return s * c if normalize_input else s * (c * n)
 
 
-def psi(c: Tensor, m1: float, m2: float, m3: float) -> Tensor:
-    """cos(m1 theta + m2) - m3; past pi a line of slope one in the cosine."""
+def psi(c: Tensor, m1: float, m2: float, m3: float, guard: str | None = None) -> Tensor:
+    """cos(m1 theta + m2) - m3; past pi a line of slope one in the cosine, unless the guard is "none"."""
     if m1 == 1 and m2 == 0:
         return c - m3
     sine = ((1 - c) * (1 + c)).clamp_min(SIN_FLOOR**2).sqrt()
     angle = m1 * torch.atan2(sine, c) + m2
-    drop = m2 * math.sin(m2) if m1 == 1 else 1 + math.cos((math.pi - m2) / m1)
+    if guard == "none":
+        return angle.cos() - m3
+    shift = guard == "shift" or (guard is None and m1 == 1)
+    drop = m2 * math.sin(m2) if shift else 1 + math.cos((math.pi - m2) / m1)
     return torch.where(angle > math.pi, c - drop, angle.cos()) - m3
 
 
@@ -75,7 +79,7 @@ def softmax_loss(
     labels: Tensor,
     s: Tensor,
     *,
-    margin: tuple[float, float, float],
+    margin: tuple[Any, ...],
     reduction: str,
     ignore_index: int,
     eps: float,

@@ -69,6 +69,11 @@ MARGINS = ((1.0, 0.0, 0.0),) * 3 + (
     (1.0, 3.0, 0.0),
     (1.2, 0.3, 0.1),
     (4.0, 0.0, 0.0),
+    (0.9, 0.4, 0.15),
+    (0.5, 0.0, 0.0, "none"),
+    (1.0, 0.5, 0.1, "join"),
+    (1.5, 0.2, 0.0, "none"),
+    (2.0, 0.3, 0.0, "shift"),
 )
 SCALES = (30.0, 30.0, 64.0, 1.0, 1e-3, 200.0, 1000.0, -7.0, 0.0)
 
@@ -115,7 +120,7 @@ def run_normface_loss(t: Tensors, o: dict[str, Any]) -> Outputs:
             t["weight"],
             t["labels"],
             scale_of(t, o),
-            margin=nf.CombinedMargin(*o["margin"]),
+            margin=nf.CombinedMargin(*o["margin"][:3], guard=(*o["margin"], None)[3]),
             sample_weight=t.get("sample_weight"),
             class_weight=t.get("class_weight"),
             workspace=workspace_of("normface_loss", t, o),
