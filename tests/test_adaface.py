@@ -214,8 +214,16 @@ def test_bad_arguments(given, error, sentence):
         nf.AdaFace(**given)
 
 
-def test_a_state_on_another_device():
-    with pytest.raises(
-        ValueError, match=r"AdaFace: expected its `mean` and `std` on the device of `x` .*meta"
-    ):
+def test_a_state_on_the_meta_device():
+    sentence = (
+        r"normface_loss: expected `margin` to have a state, got AdaFace\(.*\) on the meta device; to_empty"
+    )
+    with pytest.raises(ValueError, match=sentence):
         step(nf.AdaFace(device="meta"), [10.0, 14.0])
+
+
+def test_the_state_follows_the_features(lane):
+    margin = nf.AdaFace()  # on the CPU
+    x, weight, labels = (lane.tensor(t) for t in problem())
+    nf.functional.normface_loss(x, weight, labels, 16.0, margin=margin)
+    assert margin.mean.device.type == x.device.type and float(margin.mean) != 20.0

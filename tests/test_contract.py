@@ -365,7 +365,8 @@ LOSS_ERRORS = [
     (
         {"margin": 0.5},
         TypeError,
-        "expected `margin` to be a margin, such as CosFace, ArcFace or AdaFace, or None, got float",
+        "expected `margin` to be CosFace, ArcFace, CombinedMargin, RowMargin, a BatchMargin or None,"
+        " got float",
     ),
 ]
 

@@ -112,7 +112,6 @@ def test_a_margin_by_the_recipe(tmp_path):
     # The project's own tests, which go over reference.MARGINS.
     tests = [
         "tests/test_normface_loss.py::test_gradcheck",
-        "tests/test_loss_weights.py",
         "tests/test_reference.py",
     ]
     said = run(

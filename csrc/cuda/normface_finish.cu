@@ -29,6 +29,8 @@ struct Margins {
   RowNumbers m1, m2, m3;
   int guard;
   bool straight;
+
+  NF_DEVICE math::Margin at(int64_t i) const { return {formula, m1.at(i), m2.at(i), m3.at(i), guard}; }
 };
 
 template <class T>
@@ -63,32 +65,32 @@ finish_loss_kernel(FinishRows<T> task) {
   for (int64_t i = thread_id(); i < rows.batch; i += kThreads) {
     const double weight = rows.at(kRowWeight, i) * each;
     math::RowTerms terms{};
-    math::MarginSlopes of_margin{};
     if (weight != 0.0) {
       const double c = rows.at(kCosine, i);
-      const math::Margin margin{task.margin.formula, task.margin.m1.at(i), task.margin.m2.at(i),
-                                task.margin.m3.at(i), task.margin.guard};
-      math::ValueAndSlope<double> psi = margin(c);
+      math::ValueAndSlope<double> psi = task.margin.at(i)(c);
       if (task.margin.straight) psi.slope = 1.0;
       const math::SmoothingTerms weights = math::smoothing_terms(
           task.smoothing, task.total_classes, rows.at(kTargetWeight, i),
           smooth ? double(*task.weight_sum) : 0.0, psi.value, c, smooth ? task.with_sum[i] : 0.0);
       terms = math::row_terms({rows.at(kSum, i), rows.at(kSumCosine, i), rows.at(kShift, i)},
                               task.scale.at(i), psi, weights, task.smoothing / task.total_classes);
-      if (task.need_margin) of_margin = margin.slopes(c);
     }
     const double weighted = weight != 0.0 ? weight * terms.loss : 0.0;
     task.slopes.at(kOthersSlope, i) = weight * terms.others;
     task.slopes.at(kTargetSlope, i) = weight * terms.target;
     task.slopes.at(kUniformSlope, i) = weight * terms.uniform;
     task.slopes.at(kScaleSlope, i) = weight * terms.scale;
-    if (task.need_margin) {
-      task.slopes.at(kM1Slope, i) = weight * terms.psi * of_margin.m1;
-      task.slopes.at(kM2Slope, i) = weight * terms.psi * of_margin.m2;
-      task.slopes.at(kM3Slope, i) = weight * terms.psi * of_margin.m3;
-    }
     if (task.reduction == kNone) task.loss[i] = T(weighted);
     total += weighted;
+    if (task.need_margin) {
+      // Last: few registers are left while the margin's sines are computed.
+      const double of_psi = weight * terms.psi;
+      math::MarginSlopes of_margin{};
+      if (weight != 0.0) of_margin = task.margin.at(i).slopes(rows.at(kCosine, i));
+      task.slopes.at(kM1Slope, i) = of_psi * of_margin.m1;
+      task.slopes.at(kM2Slope, i) = of_psi * of_margin.m2;
+      task.slopes.at(kM3Slope, i) = of_psi * of_margin.m3;
+    }
   }
   total = block_sum(total, scratch);
   if (task.reduction != kNone && thread_id() == 0) *task.loss = T(total);

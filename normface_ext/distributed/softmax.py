@@ -342,7 +342,7 @@ def sharded_loss(
     classes = shard.count if rows is None else rows.shape[0]
     replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
     of_batch = options.margin if isinstance(options.margin, BatchMargin) else None
-    told = None if of_batch is None else rows_of(x, labels, row_weight, options, of_batch, shard.group)
+    told = None if of_batch is None else rows_of(OP, x, labels, row_weight, options, of_batch, shard.group)
     found = options.margin if of_batch is None or told is None else margin_of_rows(OP, of_batch, told)
     margin, numbers = _margin_of_all(found, labels, batch, options, replicas, shard)
     given = loss_options(scale_value, options, x, local, batch.x.shape[0], max(1, classes), numbers)

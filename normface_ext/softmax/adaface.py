@@ -88,11 +88,6 @@ class AdaFace(BatchMargin):
     def of(self, rows: Rows) -> RowMargin:
         assert rows.norms is not None
         norms = rows.norms.detach().clamp(SMALLEST_NORM, LARGEST_NORM)
-        if self.mean.device != norms.device:
-            raise ValueError(
-                f"AdaFace: expected its `mean` and `std` on the device of `x` ({norms.device}),"
-                f" got {self.mean.device}"
-            )
         if self.training and not recomputing():
             self._follow(norms, rows)
         k = (self.h * (norms - self.mean) / (self.std + 1e-3)).clamp(-1, 1)

@@ -61,6 +61,20 @@ class BatchMargin(nn.Module, Margin):
         by class_weight, and "mean" divides it by the sum of sample_weight over the rows that count."""
         return None
 
+    def follow(self, op: str, device: torch.device) -> None:
+        """A state goes where the features are: a margin is often made before its head is moved. Not while
+        compiling, when it has to be there."""
+        if torch.compiler.is_compiling():
+            return
+        for state in self.buffers():
+            if state.is_meta and device.type != "meta":
+                raise ValueError(
+                    f"{op}: expected `margin` to have a state, got {self!r} on the meta device;"
+                    " to_empty(device=...) and its reset_parameters() give it one"
+                )
+            if state.device != device and device.type != "meta":
+                self.to(device)
+
     # Two modules are never the same margin: their states go their own ways.
     __eq__ = object.__eq__
     __hash__ = object.__hash__

@@ -129,7 +129,7 @@ def _of_batch(
     margin: BatchMargin,
 ) -> Tensor:
     """With a margin that looks at the batch first."""
-    rows = rows_of(x, inputs.labels, inputs.sample_weight, options, margin)
+    rows = rows_of(op, x, inputs.labels, inputs.sample_weight, options, margin)
     found = margin.of(rows)
     if isinstance(found, Margin):
         loss = _fused(op, x, weight, inputs, options, found)
@@ -145,6 +145,7 @@ def _of_batch(
 
 
 def rows_of(
+    op: str,
     x: Tensor,
     labels: Tensor,
     row_weight: Tensor | None,
@@ -153,6 +154,7 @@ def rows_of(
     group: Any = None,
 ) -> Rows:
     """What the margin is told of these rows."""
+    margin.follow(op, x.device)
     counts = labels != checks.ignored(options.ignore_index)
     counts = counts if row_weight is None else counts & (row_weight != 0)
     norms = None

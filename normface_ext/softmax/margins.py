@@ -195,8 +195,8 @@ torch.serialization.add_safe_globals([CombinedMargin, RowMargin, CosFace, ArcFac
 def margin_argument(op: str, name: str, value: object) -> Margin | None:
     if value is not None and (not isinstance(value, Margin) or type(value) is Margin):
         raise TypeError(
-            f"{op}: expected `{name}` to be a margin, such as CosFace, ArcFace or AdaFace, or None,"
-            f" got {type(value).__name__}"
+            f"{op}: expected `{name}` to be CosFace, ArcFace, CombinedMargin, RowMargin, a BatchMargin or"
+            f" None, got {type(value).__name__}"
         )
     return value
 
