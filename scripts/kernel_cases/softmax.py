@@ -88,6 +88,8 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             for s in (10.0, 100.0):  # one shift for all rows, and the largest logit of each
                 options = {"margin": nf.ArcFace(0.3)}
                 yield head(f"{shape} s={s:g}", choice, [x, w, number(s, dtype)], y, **options)
+            each = torch.linspace(5.0, 100.0, batch, dtype=accumulator(dtype))
+            yield head(f"{shape} a scale per row", choice, [x, w, each], y, reduction="sum")
             # The host knows that the shift is fixed; features alone are narrow, as under autocast.
             wide = w.to(accumulator(dtype))
             yield head(f"{shape} float32 weight", choice, [x, wide], y, scale=10.0, reduction="none")
