@@ -168,7 +168,7 @@ def margin(cos: Tensor, m: Margin, labels: Tensor | None = None, gradient: str =
     ``labels`` [N] choose among numbers per class. With the gradient "straight" d psi / d cos is 1, and the
     margin's numbers have none.
     """
-    numbers = [torch.as_tensor(value, dtype=cos.dtype, device=cos.device) for value in m.parameters()]
+    numbers = [torch.as_tensor(value, dtype=cos.dtype, device=cos.device) for value in m.numbers()]
     if not m.per_row:
         numbers = [v if v.dim() == 0 else v[labels.clamp(0, len(v) - 1)] for v in numbers]  # type: ignore[union-attr]
     m1, m2, m3 = numbers

@@ -32,7 +32,7 @@ def sharded(
 ):
     """(loss, dx, dweight, dscale) the way a class-parallel head comes to them."""
     margin = option.get("margin", NO_MARGIN)
-    m1, m2, m3 = margin.parameters()
+    m1, m2, m3 = margin.numbers()
     made = plan(BATCH, DIM, CLASSES, x.dtype, plan_device(x), workspace=option.get("workspace"))
     options = ops.LossOptions(
         scale_value=0.0,

@@ -41,7 +41,7 @@ class Rows(NamedTuple):
     group: Any = None
 
 
-class BatchMargin(nn.Module, Margin):  # type: ignore[misc]  # parameters() is the module's
+class BatchMargin(nn.Module, Margin):
     """A margin of its own for every row of a batch.
 
     It is a module: one with a state has it as buffers, and a layer makes it its submodule ``margin``, so that

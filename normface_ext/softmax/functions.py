@@ -211,7 +211,7 @@ def margin_arguments(
         return ops.NUMBERS, _PLAIN
     tensors: list[Tensor | None] = []
     numbers: list[float] = []
-    for name, value in zip(("m1", "m2", "m3"), margin.parameters(), strict=True):
+    for name, value in zip(("m1", "m2", "m3"), margin.numbers(), strict=True):
         if isinstance(value, Tensor):
             value = value.detach() if straight else value
             tensors.append(of_rows(op, name, value, margin.per_row, labels, classes))

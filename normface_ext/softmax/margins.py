@@ -49,11 +49,11 @@ class Margin:
     #: The number of what psi is in the tables of csrc/math/margin.h and ``reference.FORMULAS``.
     formula: ClassVar[int] = 0
 
-    def parameters(self) -> list[float | Tensor]:
+    def numbers(self) -> list[float | Tensor]:
         return [m if isinstance(m, Tensor) else float(m) for m in (self.m1, self.m2, self.m3)]
 
     def _key(self) -> tuple[object, ...]:
-        numbers = [(id(m),) if isinstance(m, Tensor) else m for m in self.parameters()]
+        numbers = [(id(m),) if isinstance(m, Tensor) else m for m in self.numbers()]
         return (*numbers, self.guard, self.per_row, self.formula)
 
     def __eq__(self, other: object) -> bool:
