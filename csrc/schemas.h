@@ -8,24 +8,15 @@
 #include <torch/csrc/stable/library.h>
 
 #include "engine/cosine_arguments.h"
+#include "engine/distance_arguments.h"
 
 namespace nf {
 
 inline void define_metric_ops(torch::stable::detail::StableLibrary& m) {
-  // x [N, D], weight [C, D] -> [N, C] in x's dtype: sum (x - w)^2 for p = 2, sum |x - w| for p = 1. near,
-  // when asked for, has for p = 2 a bit per cell, int32 [N, ceil(C / 32)]: those whose products cancel
-  // (csrc/math/distance.h), which backward computes from the differences too.
-  // With labels [N] the gradient of the weight counts the cells (i, labels[i]) only.
-  m.def("inner_distance(Tensor x, Tensor weight, int p, bool need_near) -> (Tensor distances, Tensor near)");
-  m.def(
-      "inner_distance_backward(Tensor grad, Tensor near, Tensor x, Tensor weight, Tensor? labels, int p,"
-      " bool need_x, bool need_weight) -> (Tensor grad_x, Tensor grad_weight)");
-
-  // a, b [N, D] -> [N], the same distances row by row, in the accumulator type.
-  m.def("pair_distance(Tensor a, Tensor b, int p) -> Tensor");
-  m.def(
-      "pair_distance_backward(Tensor grad, Tensor a, Tensor b, int p, bool need_a, bool need_b)"
-      " -> (Tensor grad_a, Tensor grad_b)");
+  define<InnerDistanceArguments>(m);
+  define<InnerDistanceBackwardArguments>(m);
+  define<PairDistanceArguments>(m);
+  define<PairDistanceBackwardArguments>(m);
 
   // The metric losses over agents, on all classes or on a shard of them (csrc/math/hinge.h). Labels lie in
   // [0, C); a row with ignore_index counts nowhere. `is_shard`: C may be 0, and a label of -1 (kElsewhere) has its agent
@@ -66,15 +57,8 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
 
   define<NormalizeArguments>(m);
   define<NormalizeBackwardArguments>(m);
-
-  // x [N, D], weight [C, D] -> scale * cosine [N, C]
-  m.def(
-      "norm_linear(Tensor x, Tensor weight, Tensor? scale, float scale_value, bool normalize_input,"
-      " float eps) -> Tensor");
-  m.def(
-      "norm_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? scale, float scale_value,"
-      " bool normalize_input, float eps, bool need_x, bool need_weight, bool need_scale)"
-      " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale)");
+  define<NormLinearArguments>(m);
+  define<NormLinearBackwardArguments>(m);
 
   // The fused softmax head over all classes, or over one shard of `total_classes` (`is_shard`): then a
   // label is the place in this shard, or -1 where the target is elsewhere, and weight may be empty.

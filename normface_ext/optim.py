@@ -11,8 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 
 def is_scale(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a named parameter is the learned scale s of a head: 0-d and called ``scale``."""
-    return name.rpartition(".")[2] == "scale" and parameter.dim() == 0
+    """Whether a named parameter is the learned scale s of a head: one element, and called ``scale``."""
+    return name.rpartition(".")[2] == "scale" and parameter.numel() == 1
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, **options: Any) -> list[dict[str, Any]]:

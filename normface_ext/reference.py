@@ -88,9 +88,9 @@ def norm_linear(
     x: Tensor,
     weight: Tensor,
     scale: float | Tensor = 1.0,
-    eps: float = 1e-12,
     *,
     normalize_input: bool = True,
+    eps: float = 1e-12,
 ) -> Tensor:
     """s * cos, [N, C], in x's dtype."""
     return (scale * cosine(x, weight, eps, normalize_input)).to(x.dtype)

@@ -1,4 +1,4 @@
-"""What the NormFace paper (section 3.2) proves about scale and loss, as three functions.
+"""What the NormFace paper (section 3.2) proves about scale and loss, as functions.
 
 Pure arithmetic, no tensors. ``num_classes`` is n, ``scale`` is s = l**2, the squared length both sides
 are normalised to.
@@ -13,6 +13,9 @@ from .engine.arguments import NOT_NEGATIVE, POSITIVE, number, size
 #: ``scale="auto"`` takes the smallest scale whose bound is this low: 12 for 10 classes, 21 for the
 #: 10,575 of CASIA-WebFace (the paper: "say 20 or 30"), 25 for a million.
 AUTO_SCALE_BOUND = 1e-5
+
+#: What the papers of ArcFace and CosFace, and those after them, take for every number of classes.
+MARGIN_SCALE = 64.0
 
 
 def loss_lower_bound(num_classes: int, scale: float = 1.0) -> float:
@@ -64,6 +67,28 @@ def max_probability(num_classes: int, scale: float = 1.0) -> float:
     return 1.0 / (1.0 + (n - 1) * math.exp(-2.0 * scale))
 
 
-def auto_scale(num_classes: int) -> float:
-    """What ``scale="auto"`` means: the scale whose loss bound is ``AUTO_SCALE_BOUND``, at least 1."""
-    return max(1.0, scale_for_bound(num_classes, AUTO_SCALE_BOUND))
+def auto_scale(num_classes: int, margin: object = None) -> float:
+    """What ``scale="auto"`` means.
+
+    Without a margin the scale whose loss bound is ``AUTO_SCALE_BOUND``, at least 1. A margin takes psi(1) =
+    cos(m2) - m3 as the largest target cosine, so that the loss needs the larger scale s / psi(1) to come as
+    low; and no recipe with a margin trains below ``MARGIN_SCALE``, which is the least that it gives. Where
+    psi(1) <= 0, or the margin is not three numbers (it is adaptive, or one per class), it gives just that.
+
+    Args:
+        num_classes: n.
+        margin: what ``margin=`` of ``NormFaceLoss`` takes.
+
+    Raises:
+        TypeError: ``num_classes`` that is no int.
+        ValueError: ``num_classes`` below 1.
+    """
+    plain = scale_for_bound(num_classes, AUTO_SCALE_BOUND)
+    numbers = [getattr(margin, name, None) for name in ("m1", "m2", "m3")]
+    if margin is None or numbers == [1, 0, 0]:
+        return max(1.0, plain)
+    if not all(isinstance(value, (int, float)) for value in numbers):
+        return MARGIN_SCALE
+    _, angle, cosine = numbers
+    most = math.cos(angle) - cosine  # type: ignore[operator, arg-type]
+    return max(MARGIN_SCALE, plain / most) if most > 0 else MARGIN_SCALE

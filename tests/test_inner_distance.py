@@ -102,17 +102,17 @@ def test_opcheck(lane, p):
     namespace = nf.engine.library.namespace()
     tests = ("test_schema", "test_faketensor")
     for need_near in (False, True):
-        torch.library.opcheck(namespace.inner_distance.default, (x, weight, p, need_near), test_utils=tests)
-    _, near = namespace.inner_distance(x, weight, p, True)
+        torch.library.opcheck(namespace.inner_distance.default, (x, weight, need_near, p), test_utils=tests)
+    _, near = namespace.inner_distance(x, weight, True, p)
     for own in (None, labels):
         torch.library.opcheck(
             namespace.inner_distance_backward.default,
-            (lane.randn(6, 41), near, x, weight, own, p, True, True),
+            (lane.randn(6, 41), near, x, weight, own, True, True, p),
             test_utils=tests,
         )
     torch.library.opcheck(namespace.pair_distance.default, (x, x + 1, p), test_utils=tests)
     torch.library.opcheck(
-        namespace.pair_distance_backward.default, (lane.randn(6), x, x + 1, p, True, False), test_utils=tests
+        namespace.pair_distance_backward.default, (lane.randn(6), x, x + 1, True, False, p), test_utils=tests
     )
 
 

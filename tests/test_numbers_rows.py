@@ -76,8 +76,8 @@ def test_normalize(lane, shape, dim, p, dtype, power, upstream):
 def test_norm_linear(lane, dtype, power, upstream):
     x, weight = integers(lane, 5, 33, dtype), integers(lane, 7, 33, dtype, seed=1)
     rtol = tolerance(dtype)
-    obeys_the_law(lambda x, w: F.norm_linear(x, w, 2.0, 0.0), x, power, upstream, (weight,), rtol, "x")
-    obeys_the_law(lambda w, x: F.norm_linear(x, w, 2.0, 0.0), weight, power, upstream, (x,), rtol, "weight")
+    obeys_the_law(lambda x, w: F.norm_linear(x, w, 2.0, eps=0.0), x, power, upstream, (weight,), rtol, "x")
+    obeys_the_law(lambda w, x: F.norm_linear(x, w, 2.0, eps=0.0), weight, power, upstream, (x,), rtol, "weight")
 
 
 @every_power

@@ -65,7 +65,7 @@ def test_cosines_by_hand():
     half = math.sqrt(0.5)
     close(reference.cosine(x, weight, 0.0), [[1, 0, -1, half], [0, -1, 0, -half]])
     close(reference.cosine(x, weight, 0.0, False), [[1, 0, -1, half], [0, -2, 0, -2 * half]])
-    close(reference.norm_linear(x, weight, 3.0, 0.0), [[3, 0, -3, 3 * half], [0, -3, 0, -3 * half]])
+    close(reference.norm_linear(x, weight, 3.0, eps=0.0), [[3, 0, -3, 3 * half], [0, -3, 0, -3 * half]])
 
 
 @pytest.mark.parametrize("normalize_input", [True, False])

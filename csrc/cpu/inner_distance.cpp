@@ -5,6 +5,7 @@
 
 #include "cpu/head.h"
 #include "distance_checks.h"
+#include "engine/distance_arguments.h"
 #include "math/distance.h"
 
 namespace nf::cpu {
@@ -190,27 +191,27 @@ void backward(const Tensor& grad, const uint32_t* near, const Tensor& x, const T
   });
 }
 
-std::tuple<Tensor, Tensor> inner_distance(Tensor x, Tensor weight, int64_t p, bool need_near) {
-  check_distance("inner_distance", x, weight, p);
+std::tuple<Tensor, Tensor> inner_distance(const InnerDistanceArguments& in) {
+  const Tensor &x = in.x, &weight = in.weight;
+  check_distance(in.kName, x, weight, in.p);
   const int64_t N = x.size(0), C = weight.size(0);
   Tensor out = fresh({N, C}, x.scalar_type());
-  const bool marks = need_near && p == 2;
+  const bool marks = in.need_near && in.p == 2;
   Tensor near = marks ? fresh({N, near_words(C)}, ScalarType::Int) : fresh({0}, ScalarType::Int);
   dispatch_accumulator(x.scalar_type(), [&]<class T>() {
-    forward<T>(x, weight, int(p), out, marks ? data_of<uint32_t>(near) : nullptr);
+    forward<T>(x, weight, int(in.p), out, marks ? data_of<uint32_t>(near) : nullptr);
   });
   return {out, near};
 }
 
-std::tuple<Tensor, Tensor> inner_distance_backward(Tensor grad, Tensor near, Tensor x, Tensor weight,
-                                                   std::optional<Tensor> labels, int64_t p, bool need_x,
-                                                   bool need_weight) {
-  check_distance_backward("inner_distance_backward", grad, near, x, weight, labels, p);
-  Tensor dx = gradient_like(x, need_x), dw = gradient_like(weight, need_weight);
+std::tuple<Tensor, Tensor> inner_distance_backward(const InnerDistanceBackwardArguments& in) {
+  const Tensor &grad = in.grad, &near = in.near, &x = in.x, &weight = in.weight;
+  check_distance_backward(in.kName, grad, near, x, weight, in.labels, in.p);
+  Tensor dx = gradient_like(x, in.need_x), dw = gradient_like(weight, in.need_weight);
   dispatch_accumulator(x.scalar_type(), [&]<class T>() {
     backward<T>(grad, data_of<const uint32_t>(near), x, weight,
-                labels ? data_of<const int64_t>(*labels) : nullptr, int(p), need_x ? &dx : nullptr,
-                need_weight ? &dw : nullptr);
+                in.labels ? data_of<const int64_t>(*in.labels) : nullptr, int(in.p),
+                in.need_x ? &dx : nullptr, in.need_weight ? &dw : nullptr);
   });
   return {dx, dw};
 }
@@ -219,6 +220,6 @@ std::tuple<Tensor, Tensor> inner_distance_backward(Tensor grad, Tensor near, Ten
 }  // namespace nf::cpu
 
 NF_CPU_LIBRARY(m) {
-  m.impl("inner_distance", TORCH_BOX(&nf::cpu::inner_distance));
-  m.impl("inner_distance_backward", TORCH_BOX(&nf::cpu::inner_distance_backward));
+  nf::implement<&nf::cpu::inner_distance>(m);
+  nf::implement<&nf::cpu::inner_distance_backward>(m);
 }

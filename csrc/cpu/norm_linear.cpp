@@ -1,6 +1,7 @@
 // norm_linear, s * cos(x_i, w_j), and its backward on the CPU. Unit rows of the weight exist only as
 // one tile per thread.
 #include "cpu/head.h"
+#include "engine/cosine_arguments.h"
 #include "math/normalize.h"
 
 namespace nf::cpu {
@@ -113,35 +114,32 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, double 
   });
 }
 
-Tensor norm_linear(Tensor x, Tensor weight, std::optional<Tensor> scale, double scale_value,
-                   bool normalize_input, double eps) {
-  check_head("norm_linear", x, weight);
-  check_number("norm_linear", "scale", scale, x);
+Tensor norm_linear(const NormLinearArguments& in) {
+  const Tensor &x = in.x, &weight = in.weight;
+  check_head(in.kName, x, weight);
+  check_number(in.kName, "scale", in.scale, x);
   Tensor out = fresh({x.size(0), weight.size(0)}, x.scalar_type());
-  const double s = number_argument(scale, scale_value);
+  const double s = number_argument(in.scale, in.scale_value);
   if (accumulator(x.scalar_type()) == ScalarType::Double)
-    forward<double>(x, weight, s, normalize_input, eps, out);
+    forward<double>(x, weight, s, in.normalize_input, in.eps, out);
   else
-    forward<float>(x, weight, s, normalize_input, eps, out);
+    forward<float>(x, weight, s, in.normalize_input, in.eps, out);
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_linear_backward(Tensor grad, Tensor x, Tensor weight,
-                                                        std::optional<Tensor> scale, double scale_value,
-                                                        bool normalize_input, double eps, bool need_x,
-                                                        bool need_weight, bool need_scale) {
-  const char* op = "norm_linear_backward";
-  check_head(op, x, weight);
-  check_number(op, "scale", scale, x);
-  check_matrix(op, "grad", grad);
-  check_shape(op, "grad", grad, x.size(0), weight.size(0));
-  Tensor dx = need_x ? fresh_like(x) : fresh({0}, x.scalar_type());
-  Tensor dw = need_weight ? fresh_like(weight) : fresh({0}, weight.scalar_type());
-  Tensor ds = need_scale ? fresh({}, ScalarType::Double) : fresh({0}, ScalarType::Double);
-  const double s = number_argument(scale, scale_value);
+std::tuple<Tensor, Tensor, Tensor> norm_linear_backward(const NormLinearBackwardArguments& in) {
+  const Tensor &grad = in.grad, &x = in.x, &weight = in.weight;
+  check_head(in.kName, x, weight);
+  check_number(in.kName, "scale", in.scale, x);
+  check_matrix(in.kName, "grad", grad);
+  check_shape(in.kName, "grad", grad, x.size(0), weight.size(0));
+  Tensor dx = in.need_x ? fresh_like(x) : fresh({0}, x.scalar_type());
+  Tensor dw = in.need_weight ? fresh_like(weight) : fresh({0}, weight.scalar_type());
+  Tensor ds = in.need_scale ? fresh({}, ScalarType::Double) : fresh({0}, ScalarType::Double);
+  const double s = number_argument(in.scale, in.scale_value);
   const auto run = accumulator(x.scalar_type()) == ScalarType::Double ? backward<double> : backward<float>;
-  run(grad, x, weight, s, normalize_input, eps, need_x ? &dx : nullptr, need_weight ? &dw : nullptr,
-      need_scale ? &ds : nullptr);
+  run(grad, x, weight, s, in.normalize_input, in.eps, in.need_x ? &dx : nullptr,
+      in.need_weight ? &dw : nullptr, in.need_scale ? &ds : nullptr);
   return {dx, dw, ds};
 }
 
@@ -149,6 +147,6 @@ std::tuple<Tensor, Tensor, Tensor> norm_linear_backward(Tensor grad, Tensor x, T
 }  // namespace nf::cpu
 
 NF_CPU_LIBRARY(m) {
-  m.impl("norm_linear", TORCH_BOX(&nf::cpu::norm_linear));
-  m.impl("norm_linear_backward", TORCH_BOX(&nf::cpu::norm_linear_backward));
+  nf::implement<&nf::cpu::norm_linear>(m);
+  nf::implement<&nf::cpu::norm_linear_backward>(m);
 }

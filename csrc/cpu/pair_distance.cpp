@@ -3,6 +3,7 @@
 
 #include "cpu/library.h"
 #include "distance_checks.h"
+#include "engine/distance_arguments.h"
 
 namespace nf::cpu {
 namespace {
@@ -32,22 +33,23 @@ void pair_backward(const T* grad, const Rows<T>& a, const Rows<T>& b, int64_t ba
   });
 }
 
-Tensor pair_distance(Tensor a, Tensor b, int64_t p) {
-  check_pair("pair_distance", a, b, p);
+Tensor pair_distance(const PairDistanceArguments& in) {
+  const Tensor &a = in.a, &b = in.b;
+  check_pair(in.kName, a, b, in.p);
   Tensor out = fresh({a.size(0)}, accumulator(a.scalar_type()));
   dispatch_accumulator(a.scalar_type(), [&]<class T>() {
-    pair_forward<T>(Rows<T>(a, a.size(1)), Rows<T>(b, a.size(1)), a.size(0), int(p), data_of<T>(out));
+    pair_forward<T>(Rows<T>(a, a.size(1)), Rows<T>(b, a.size(1)), a.size(0), int(in.p), data_of<T>(out));
   });
   return out;
 }
 
-std::tuple<Tensor, Tensor> pair_distance_backward(Tensor grad, Tensor a, Tensor b, int64_t p, bool need_a,
-                                                  bool need_b) {
-  check_pair("pair_distance_backward", a, b, p);
-  Tensor da = gradient_like(a, need_a), db = gradient_like(b, need_b);
+std::tuple<Tensor, Tensor> pair_distance_backward(const PairDistanceBackwardArguments& in) {
+  const Tensor &a = in.a, &b = in.b;
+  check_pair(in.kName, a, b, in.p);
+  Tensor da = gradient_like(a, in.need_a), db = gradient_like(b, in.need_b);
   dispatch_accumulator(a.scalar_type(), [&]<class T>() {
-    pair_backward<T>(data_of<const T>(grad), Rows<T>(a, a.size(1)), Rows<T>(b, a.size(1)), a.size(0), int(p),
-                     need_a ? &da : nullptr, need_b ? &db : nullptr);
+    pair_backward<T>(data_of<const T>(in.grad), Rows<T>(a, a.size(1)), Rows<T>(b, a.size(1)), a.size(0),
+                     int(in.p), in.need_a ? &da : nullptr, in.need_b ? &db : nullptr);
   });
   return {da, db};
 }
@@ -56,6 +58,6 @@ std::tuple<Tensor, Tensor> pair_distance_backward(Tensor grad, Tensor a, Tensor 
 }  // namespace nf::cpu
 
 NF_CPU_LIBRARY(m) {
-  m.impl("pair_distance", TORCH_BOX(&nf::cpu::pair_distance));
-  m.impl("pair_distance_backward", TORCH_BOX(&nf::cpu::pair_distance_backward));
+  nf::implement<&nf::cpu::pair_distance>(m);
+  nf::implement<&nf::cpu::pair_distance_backward>(m);
 }

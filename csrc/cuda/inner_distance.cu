@@ -5,6 +5,7 @@
 
 #include "distance_checks.h"
 #include "distance_kernels.cuh"
+#include "engine/distance_arguments.h"
 
 namespace nf {
 namespace {
@@ -45,17 +46,18 @@ void squared_forward(Queue& queue, const Tensor& x, const Tensor& weight, const 
   }
 }
 
-std::tuple<Tensor, Tensor> inner_distance(Tensor x, Tensor weight, int64_t p, bool need_near) {
-  check_distance("inner_distance", x, weight, p);
+std::tuple<Tensor, Tensor> inner_distance(const InnerDistanceArguments& in) {
+  const Tensor &x = in.x, &weight = in.weight;
+  check_distance(in.kName, x, weight, in.p);
   Queue queue(x);
   const int64_t N = x.size(0), D = x.size(1), C = weight.size(0);
-  const bool marks = need_near && p == 2;
+  const bool marks = in.need_near && in.p == 2;
   const Tensor near_cells = marks ? torch::stable::new_zeros(x, {N, near_words(C)}, ScalarType::Int)
                                   : device_empty(x, {0}, ScalarType::Int);
   if (D == 0) return {torch::stable::new_zeros(x, {N, C}), near_cells};
   Tensor out = device_empty(x, {N, C}, x.scalar_type());
   dispatch_accumulator(x.scalar_type(), [&]<class T>() {
-    if (p == 2)
+    if (in.p == 2)
       squared_forward<T>(queue, x, weight, out, marks ? data_of<unsigned>(near_cells) : nullptr);
     else
       launch("manhattan", queue, manhattan_kernel<T>,
@@ -114,27 +116,27 @@ void squared_backward(Queue& queue, const Side& side, const Tensor& out) {
   launch_slopes<T, 2>(queue, side, &marks, &total, &product, out);
 }
 
-std::tuple<Tensor, Tensor> inner_distance_backward(Tensor grad, Tensor near, Tensor x, Tensor weight,
-                                                   std::optional<Tensor> labels, int64_t p, bool need_x,
-                                                   bool need_weight) {
-  check_distance_backward("inner_distance_backward", grad, near, x, weight, labels, p);
+std::tuple<Tensor, Tensor> inner_distance_backward(const InnerDistanceBackwardArguments& in) {
+  const Tensor &grad = in.grad, &near = in.near, &x = in.x, &weight = in.weight;
+  check_distance_backward(in.kName, grad, near, x, weight, in.labels, in.p);
   Queue queue(x);
   const int64_t N = x.size(0), D = x.size(1), C = weight.size(0);
-  Tensor dx = gradient_like(x, need_x, false), dw = gradient_like(weight, need_weight, labels || N == 0);
+  Tensor dx = gradient_like(x, in.need_x, false),
+         dw = gradient_like(weight, in.need_weight, in.labels || N == 0);
   if (N == 0 || D == 0) return {dx, dw};
   dispatch_accumulator(x.scalar_type(), [&]<class T>() {
     const auto run = [&](const Side& side, const Tensor& out) {
-      if (p == 2)
+      if (in.p == 2)
         squared_backward<T>(queue, side, out);
       else
         launch_slopes<T, 1>(queue, side, nullptr, nullptr, nullptr, out);
     };
-    if (need_x) run({x, weight, grad, near, false}, dx);
-    if (need_weight && !labels) run({weight, x, grad, near, true}, dw);
-    if (need_weight && labels)
+    if (in.need_x) run({x, weight, grad, near, false}, dx);
+    if (in.need_weight && !in.labels) run({weight, x, grad, near, true}, dw);
+    if (in.need_weight && in.labels)
       launch("own_rows_gradient", queue, own_rows_gradient_kernel<T>, warp_per_row(N), kThreads, 0,
-             StoredArray(grad), StoredArray(x), StoredArray(weight), data_of<const int64_t>(*labels), N, D, C,
-             int(p), StoredArray(dw));
+             StoredArray(grad), StoredArray(x), StoredArray(weight), data_of<const int64_t>(*in.labels), N, D,
+             C, int(in.p), StoredArray(dw));
   });
   return {dx, dw};
 }
@@ -143,6 +145,6 @@ std::tuple<Tensor, Tensor> inner_distance_backward(Tensor grad, Tensor near, Ten
 }  // namespace nf
 
 NF_CUDA_LIBRARY(m) {
-  m.impl("inner_distance", TORCH_BOX(&nf::inner_distance));
-  m.impl("inner_distance_backward", TORCH_BOX(&nf::inner_distance_backward));
+  nf::implement<&nf::inner_distance>(m);
+  nf::implement<&nf::inner_distance_backward>(m);
 }

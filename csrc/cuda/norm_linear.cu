@@ -7,6 +7,7 @@
 // their size is nobody's to know, and the float32 product is scaled on its way to the result.
 #include <optional>
 
+#include "engine/cosine_arguments.h"
 #include "gemm.h"
 #include "reduce.cuh"
 #include "rows.h"
@@ -95,70 +96,69 @@ void scale_into(Queue& queue, const Tensor& from, const Tensor& to, const Scale&
   });
 }
 
-Tensor norm_linear(Tensor x, Tensor weight, std::optional<Tensor> scale, double scale_value,
-                   bool normalize_input, double eps) {
-  check_head("norm_linear", x, weight);
-  check_number("norm_linear", "scale", scale, x);
+Tensor norm_linear(const NormLinearArguments& in) {
+  const Tensor &x = in.x, &weight = in.weight;
+  check_head(in.kName, x, weight);
+  check_number(in.kName, "scale", in.scale, x);
   Queue queue(x);
   if (x.size(1) == 0) return torch::stable::new_zeros(x, {x.size(0), weight.size(0)});
   const ScalarType type = x.scalar_type();
   const bool half = type == ScalarType::Half;
-  const Scale s(scale, scale_value);
+  const Scale s(in.scale, in.scale_value);
   const Tensor out = device_empty(x, {x.size(0), weight.size(0)}, type);
-  if (half && !normalize_input) {
-    scale_products(queue, x, unit_rows_of(queue, weight, eps, type, nullptr), s, out);
+  if (half && !in.normalize_input) {
+    scale_products(queue, x, unit_rows_of(queue, weight, in.eps, type, nullptr), s, out);
     return out;
   }
   const auto part = [&](FactorPart of_half) { return half ? of_half : FactorPart::kWhole; };
-  const Tensor left =
-      normalize_input ? unit_rows_of(queue, x, eps, type, nullptr, s, part(FactorPart::kSignedRoot)) : x;
-  const Tensor right = unit_rows_of(queue, weight, eps, type, nullptr, half || !normalize_input ? s : kOne,
-                                    part(FactorPart::kRoot));
+  const Tensor left = in.normalize_input
+                          ? unit_rows_of(queue, x, in.eps, type, nullptr, s, part(FactorPart::kSignedRoot))
+                          : x;
+  const Tensor right = unit_rows_of(queue, weight, in.eps, type, nullptr,
+                                    half || !in.normalize_input ? s : kOne, part(FactorPart::kRoot));
   multiply(x, whole(left), whole(right).transposed(), whole(out));
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_linear_backward(Tensor grad, Tensor x, Tensor weight,
-                                                        std::optional<Tensor> scale, double scale_value,
-                                                        bool normalize_input, double eps, bool need_x,
-                                                        bool need_weight, bool need_scale) {
-  const char* op = "norm_linear_backward";
-  check_head(op, x, weight);
-  check_number(op, "scale", scale, x);
-  check_matrix(op, "grad", grad);
-  check_shape(op, "grad", grad, x.size(0), weight.size(0));
+std::tuple<Tensor, Tensor, Tensor> norm_linear_backward(const NormLinearBackwardArguments& in) {
+  const Tensor &grad = in.grad, &x = in.x, &weight = in.weight;
+  check_head(in.kName, x, weight);
+  check_number(in.kName, "scale", in.scale, x);
+  check_matrix(in.kName, "grad", grad);
+  check_shape(in.kName, "grad", grad, x.size(0), weight.size(0));
   Queue queue(x);
   const ScalarType type = x.scalar_type(), wide = accumulator(type);
-  const Scale s(scale, scale_value);
+  const Scale s(in.scale, in.scale_value);
   const Tensor x_inverse = device_empty(x, {x.size(0)}, wide);
-  const Tensor x_hat = normalize_input ? unit_rows_of(queue, x, eps, type, &x_inverse) : x;
-  Tensor dx = device_empty(x, need_x ? x.sizes() : torch::headeronly::IntHeaderOnlyArrayRef({0}), type);
-  Tensor dw = need_weight ? torch::stable::empty_like(weight) : device_empty(x, {0}, weight.scalar_type());
-  Tensor ds = need_scale ? device_empty(x, {}, ScalarType::Double) : device_empty(x, {0}, ScalarType::Double);
+  const Tensor x_hat = in.normalize_input ? unit_rows_of(queue, x, in.eps, type, &x_inverse) : x;
+  Tensor dx = device_empty(x, in.need_x ? x.sizes() : torch::headeronly::IntHeaderOnlyArrayRef({0}), type);
+  Tensor dw = in.need_weight ? torch::stable::empty_like(weight) : device_empty(x, {0}, weight.scalar_type());
+  Tensor ds =
+      in.need_scale ? device_empty(x, {}, ScalarType::Double) : device_empty(x, {0}, ScalarType::Double);
 
-  if (need_x || need_scale) {
-    const Tensor w_hat = unit_rows_of(queue, weight, eps, type, nullptr);
+  if (in.need_x || in.need_scale) {
+    const Tensor w_hat = unit_rows_of(queue, weight, in.eps, type, nullptr);
     const Tensor sum = device_empty(x, x.sizes(), wide);  // sum over j of G_ij w_hat_j
     multiply(x, whole(grad), whole(w_hat), whole(sum));
-    if (need_scale)
+    if (in.need_scale)
       dispatch_accumulator(wide, [&]<class T>() {
         launch("dot", queue, dot_kernel<T>, Grid{1}, kThreads, shared_bytes<double>(kThreads / kWarp),
                StoredArray(x_hat), StoredArray(sum), sum.numel(),
                static_cast<double*>(ds.mutable_data_ptr()));
       });
-    if (need_x && normalize_input) {
-      project_rows(queue, {x.const_data_ptr(), type, x.size(0), x.size(1), eps, x_inverse.const_data_ptr(),
+    if (in.need_x && in.normalize_input) {
+      project_rows(queue, {x.const_data_ptr(), type, x.size(0), x.size(1), in.eps, x_inverse.const_data_ptr(),
                            sum.const_data_ptr(), dx.mutable_data_ptr(), s});
-    } else if (need_x) {
+    } else if (in.need_x) {
       scale_into(queue, sum, dx, s);
     }
   }
-  if (need_weight) {
+  if (in.need_weight) {
     const bool direct = weight.scalar_type() == wide;
     const Tensor product = direct ? dw : device_empty(x, weight.sizes(), wide);
     multiply(x, whole(grad).transposed(), whole(x_hat), whole(product));
-    project_rows(queue, {weight.const_data_ptr(), weight.scalar_type(), weight.size(0), weight.size(1), eps,
-                         nullptr, product.const_data_ptr(), dw.mutable_data_ptr(), s});
+    project_rows(queue, {weight.const_data_ptr(), weight.scalar_type(), weight.size(0), weight.size(1),
+                         in.eps, nullptr, product.const_data_ptr(), dw.mutable_data_ptr(), s});
   }
   return {dx, dw, ds};
 }
@@ -167,6 +167,6 @@ std::tuple<Tensor, Tensor, Tensor> norm_linear_backward(Tensor grad, Tensor x, T
 }  // namespace nf
 
 NF_CUDA_LIBRARY(m) {
-  m.impl("norm_linear", TORCH_BOX(&nf::norm_linear));
-  m.impl("norm_linear_backward", TORCH_BOX(&nf::norm_linear_backward));
+  nf::implement<&nf::norm_linear>(m);
+  nf::implement<&nf::norm_linear_backward>(m);
 }

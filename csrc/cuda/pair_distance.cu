@@ -1,6 +1,7 @@
 // pair_distance, d(a_i, b_i), and its backward on CUDA: one warp per pair.
 #include "agent_rows.cuh"
 #include "distance_checks.h"
+#include "engine/distance_arguments.h"
 #include "math/distance.h"
 
 namespace nf {
@@ -36,26 +37,27 @@ pair_gradient_kernel(const T* __restrict__ grad, StoredArray a, StoredArray b, i
   }
 }
 
-Tensor pair_distance(Tensor a, Tensor b, int64_t p) {
-  check_pair("pair_distance", a, b, p);
+Tensor pair_distance(const PairDistanceArguments& in) {
+  const Tensor &a = in.a, &b = in.b;
+  check_pair(in.kName, a, b, in.p);
   Queue queue(a);
   const Tensor out = device_empty(a, {a.size(0)}, accumulator(a.scalar_type()));
   dispatch_accumulator(out.scalar_type(), [&]<class T>() {
     launch("pair_distance", queue, pair_distance_kernel<T>, warp_per_row(a.size(0)), kThreads, 0,
-           StoredArray(a), StoredArray(b), a.size(0), a.size(1), int(p), data_of<T>(out));
+           StoredArray(a), StoredArray(b), a.size(0), a.size(1), int(in.p), data_of<T>(out));
   });
   return out;
 }
 
-std::tuple<Tensor, Tensor> pair_distance_backward(Tensor grad, Tensor a, Tensor b, int64_t p, bool need_a,
-                                                  bool need_b) {
-  check_pair("pair_distance_backward", a, b, p);
+std::tuple<Tensor, Tensor> pair_distance_backward(const PairDistanceBackwardArguments& in) {
+  const Tensor &a = in.a, &b = in.b;
+  check_pair(in.kName, a, b, in.p);
   Queue queue(a);
-  Tensor da = gradient_like(a, need_a, false), db = gradient_like(b, need_b, false);
+  Tensor da = gradient_like(a, in.need_a, false), db = gradient_like(b, in.need_b, false);
   dispatch_accumulator(a.scalar_type(), [&]<class T>() {
     launch("pair_gradient", queue, pair_gradient_kernel<T>, warp_per_row(a.size(0)), kThreads, 0,
-           data_of<const T>(grad), StoredArray(a), StoredArray(b), a.size(0), a.size(1), int(p),
-           need_a ? StoredArray(da) : StoredArray(), need_b ? StoredArray(db) : StoredArray());
+           data_of<const T>(in.grad), StoredArray(a), StoredArray(b), a.size(0), a.size(1), int(in.p),
+           in.need_a ? StoredArray(da) : StoredArray(), in.need_b ? StoredArray(db) : StoredArray());
   });
   return {da, db};
 }
@@ -64,6 +66,6 @@ std::tuple<Tensor, Tensor> pair_distance_backward(Tensor grad, Tensor a, Tensor 
 }  // namespace nf
 
 NF_CUDA_LIBRARY(m) {
-  m.impl("pair_distance", TORCH_BOX(&nf::pair_distance));
-  m.impl("pair_distance_backward", TORCH_BOX(&nf::pair_distance_backward));
+  nf::implement<&nf::pair_distance>(m);
+  nf::implement<&nf::pair_distance_backward>(m);
 }

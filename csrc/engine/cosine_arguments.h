@@ -49,4 +49,55 @@ struct NormalizeBackwardArguments : NormalizeOptions {
   }
 };
 
+// The scale is a float, or a 0-d tensor on the device of x when `scale` is given: then scale_value is not read.
+struct NormLinearOptions {
+  double scale_value;
+  bool normalize_input;
+  double eps;
+
+  template <class F>
+  void each(F&& f) {
+    f("scale_value", scale_value);
+    f("normalize_input", normalize_input);
+    f("eps", eps);
+  }
+};
+
+// x [N, D], weight [C, D] -> s * cosine [N, C] in x's dtype
+struct NormLinearArguments : NormLinearOptions {
+  static constexpr const char* kName = "norm_linear";
+  static constexpr const char* kReturns = "Tensor";
+  Tensor x, weight;
+  std::optional<Tensor> scale;
+
+  template <class F>
+  void each(F&& f) {
+    f("x", x);
+    f("weight", weight);
+    f("scale", scale);
+    NormLinearOptions::each(f);
+  }
+};
+
+// grad [N, C]. Gradients that were not asked for are empty; that of the scale is float64.
+struct NormLinearBackwardArguments : NormLinearOptions {
+  static constexpr const char* kName = "norm_linear_backward";
+  static constexpr const char* kReturns = "(Tensor grad_x, Tensor grad_weight, Tensor grad_scale)";
+  Tensor grad, x, weight;
+  std::optional<Tensor> scale;
+  bool need_x, need_weight, need_scale;
+
+  template <class F>
+  void each(F&& f) {
+    f("grad", grad);
+    f("x", x);
+    f("weight", weight);
+    f("scale", scale);
+    f("need_x", need_x);
+    f("need_weight", need_weight);
+    f("need_scale", need_scale);
+    NormLinearOptions::each(f);
+  }
+};
+
 }  // namespace nf

@@ -187,7 +187,7 @@ class InnerProduct(Agents):
     def forward(self, *bottoms: Tensor) -> tuple[Tensor]:
         x, weight = self.operands(bottoms)
         if self.normalize and not self.hard:
-            out = functional.norm_linear(x, weight, 1.0, self.eps, normalize_input=False)
+            out = functional.norm_linear(x, weight, normalize_input=False, eps=self.eps)
             return (out if self.bias is None else out + self.bias.to(out.dtype),)
         if self.normalize:
             weight = _UnitRows.apply(weight, self.eps)
@@ -259,7 +259,8 @@ class _L1OfCaffe(torch.autograd.Function):
 
 
 class Scale(Layer):
-    """s times the bottom. Forward moves s into [min_value, max_value] in place; no gradient is masked."""
+    """s times the bottom, where s is the blob within [min_value, max_value]; no gradient is masked. Caffe
+    moves the blob itself in forward; here a forward changes no parameter."""
 
     BLOCKS = ("scale_param",)
     BLOBS = ("scale",)
@@ -286,14 +287,13 @@ class Scale(Layer):
         self.declare("scale", filler, [])
 
     def bounded_scale(self) -> Tensor:
-        self.scale.data.clamp_(self.min_value, self.max_value)
-        return self.scale
+        return checks.bounded(self.scale, self.min_value, self.max_value)
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         return (checks.floating("forward", "bottom 0", x) * self.bounded_scale().to(x.dtype),)
 
     def extra_repr(self) -> str:
-        return f"{self.wiring}, scale={float(self.scale.detach()):g}"
+        return f"{self.wiring}, scale={float(self.bounded_scale().detach()):g}"
 
 
 class Parameter(Layer):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
 from ..engine import checks
 from ..engine.arguments import flag, integer
+from ..engine.calls import autocast
+from ..engine.options import takes
 from . import ops
+from .options import LinearKeywords, LinearOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @overload
@@ -63,13 +69,9 @@ def normalize(
     return (y, norm) if both else y
 
 
+@takes(LinearOptions)
 def norm_linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: float | Tensor = 1.0,
-    eps: float = 1e-12,
-    *,
-    normalize_input: bool = True,
+    x: Tensor, weight: Tensor, scale: float | Tensor = 1.0, **options: Unpack[LinearKeywords]
 ) -> Tensor:
     """out_ij = s * <x_i, w_j> / (||x_i|| ||w_j||), the scaled cosine (paper section 3.2).
 
@@ -79,20 +81,27 @@ def norm_linear(
     Args:
         x: [N, D].
         weight: [C, D], on x's device; float64 only together with float64.
-        scale: s, a float or a 0-d tensor (with or without gradient).
-        eps: inside both norms, see ``normalize``.
+        scale: s, a float or a tensor of one element (with or without gradient). The learned scale of a layer,
+            ``head.scale``, is used within its bounds.
         normalize_input: ``False`` leaves x as it is: out = s <x_i, w_j> / ||w_j||.
+        eps: inside both norms, see ``normalize``.
 
     Returns:
-        [N, C] in x's dtype.
+        [N, C] in x's dtype; under autocast in the autocast dtype, as ``F.linear`` (float64 stays).
 
     Raises:
         TypeError: dtypes, types.
         ValueError: shapes, devices, scale or eps that is not finite.
     """
-    op = "norm_linear"
+    return scaled_cosine("norm_linear", x, weight, scale, LinearOptions.of("norm_linear", options))
+
+
+def scaled_cosine(
+    op: str, x: Tensor, weight: Tensor, scale: float | Tensor, options: LinearOptions
+) -> Tensor:
+    """``norm_linear`` with options that have been checked."""
     checks.features_and_weight(op, x, weight)
     scale_tensor, scale_value = checks.scale(op, scale, x)
-    eps = checks.eps(op, "eps", eps)
-    normalize_input = flag(op, "normalize_input", normalize_input)
-    return ops.norm_linear(x, weight, scale_tensor, scale_value, normalize_input, eps)
+    return ops.norm_linear(
+        autocast(x), weight, scale_tensor, scale_value, options.normalize_input, options.eps
+    )

@@ -99,12 +99,12 @@ def _norm_linear_backward_fake(
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
-    scale_value: float,
-    normalize_input: bool,
-    eps: float,
     need_x: bool,
     need_weight: bool,
     need_scale: bool,
+    scale_value: float,
+    normalize_input: bool,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return gradients_fake(x, weight, need_x, need_weight, need_scale)
 
@@ -150,10 +150,8 @@ class _NormLinear(Function):
                 x.contiguous(),
                 weight.contiguous(),
                 scale,
-                scale_value,
-                normalize_input,
-                eps,
                 *needed,
+                *ctx.arguments,
             )
             return asked_of_head(needed, gradients, scale)
 

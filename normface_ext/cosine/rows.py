@@ -14,9 +14,11 @@ def gaussian_unitball_(weight: Tensor, eps: float = 1e-12) -> Tensor:
 
     In place. Caffe's ``gaussian_unitball`` filler.
     """
-    with torch.no_grad():
+    with torch.no_grad():  # by torch's own ops, which know what a DTensor's rows are
         weight.normal_()
-        return weight.copy_(normalize(weight, dim=1, eps=eps))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        squares = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=wide).square()
+        return weight.div_((squares + eps).sqrt())
 
 
 def unit_rows_(weight: Tensor, eps: float, owner: str) -> Tensor:

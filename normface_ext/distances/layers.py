@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from ..cosine.rows import gaussian_unitball_, unit_rows_
 from ..engine import checks
-from ..engine.arguments import flag, number, size
+from ..engine.arguments import size
+from ..engine.options import HoldsOptions, holds, takes
 from . import functions
+from .options import DistanceKeywords, DistanceOptions, PairOptions, RowLossKeywords, RowTripletOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Agents(nn.Module):
@@ -21,6 +28,9 @@ class Agents(nn.Module):
         self, features: int, classes: int, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
         super().__init__()
+        owner = type(self).__name__
+        device = None if device is None else checks.device(owner, device)
+        dtype = None if dtype is None else checks.floating_dtype(owner, dtype)
         self.weight = nn.Parameter(torch.empty(classes, features, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -32,8 +42,11 @@ class Agents(nn.Module):
         unit_rows_(self.weight, self.eps, type(self).__name__)
 
 
-class InnerDistance(Agents):
+@holds(DistanceOptions)
+class InnerDistance(HoldsOptions, Agents):
     """Distances to every agent: [N, in_features] -> [N, out_features] (Caffe ``InnerDistance``).
+
+    For p = 2 they are squared and without a factor 1/2, as in the papers: 2 - 2 cos for unit rows.
 
     Args:
         in_features: D.
@@ -43,71 +56,70 @@ class InnerDistance(Agents):
     ``forward(x, labels)`` needs the labels with ``update_center_only`` and refuses them without.
     """
 
+    options: DistanceOptions
+
+    @takes(DistanceOptions)
     def __init__(
         self,
         in_features: int,
         out_features: int,
         *,
-        p: int = 2,
-        normalize: bool = False,
-        update_center_only: bool = False,
-        eps: float = 1e-12,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Unpack[DistanceKeywords],
     ) -> None:
         owner = type(self).__name__
         in_features = size(owner, "in_features", in_features)
         out_features = size(owner, "out_features", out_features)
+        chosen = DistanceOptions.of(owner, options)
         super().__init__(in_features, out_features, device, dtype)
         self.in_features, self.out_features = in_features, out_features
-        self.p, self.eps = checks.exponent(owner, "p", p), checks.eps(owner, "eps", eps)
-        self.normalize = flag(owner, "normalize", normalize)
-        self.update_center_only = flag(owner, "update_center_only", update_center_only)
+        self.keep_options(chosen)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        return functions.inner_distance(
-            x,
-            self.weight,
-            p=self.p,
-            normalize=self.normalize,
-            labels=labels,
-            update_center_only=self.update_center_only,
-            eps=self.eps,
-        )
+        return functions.distances("inner_distance", x, self.weight, labels, self.options)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, p={self.p}, normalize={self.normalize}"
+        return ", ".join([str(self.in_features), str(self.out_features), *self.options.shown()])
 
 
-class PairContrastiveLoss(nn.Module):
-    """(a [N, D], b [N, D], same [N]) -> loss; see ``functional.pair_contrastive_loss``."""
+@holds(PairOptions)
+class PairContrastiveLoss(HoldsOptions):
+    """(a [N, D], b [N, D], same [N]) -> loss; see ``functional.pair_contrastive_loss``.
 
-    def __init__(self, *, margin: float = 1.0, reduction: str = "mean") -> None:
+    The margin is one of the distance itself, and the factor 1/2 is the paper's.
+    """
+
+    options: PairOptions
+
+    @takes(PairOptions)
+    def __init__(self, **options: Unpack[RowLossKeywords]) -> None:
         super().__init__()
-        owner = type(self).__name__
-        checks.reduction(owner, "reduction", reduction)
-        self.margin, self.reduction = number(owner, "margin", margin), reduction
+        self.keep_options(PairOptions.of(type(self).__name__, options))
 
     def forward(self, a: Tensor, b: Tensor, same: Tensor) -> Tensor:
-        return functions.pair_contrastive_loss(a, b, same, margin=self.margin, reduction=self.reduction)
+        return functions.contrastive("pair_contrastive_loss", a, b, same, self.options)
 
     def extra_repr(self) -> str:
-        return f"margin={self.margin:g}, reduction={self.reduction!r}"
+        return ", ".join(self.options.shown())
 
 
-class TripletLoss(nn.Module):
-    """(anchor, positive, negative), each [N, D] -> loss; see ``functional.triplet_loss``."""
+@holds(RowTripletOptions)
+class TripletLoss(HoldsOptions):
+    """(anchor, positive, negative), each [N, D] -> loss; see ``functional.triplet_loss``.
 
-    def __init__(self, *, margin: float = 0.2, reduction: str = "mean") -> None:
+    Distances are squared and without a factor 1/2, as in the paper.
+    """
+
+    options: RowTripletOptions
+
+    @takes(RowTripletOptions)
+    def __init__(self, **options: Unpack[RowLossKeywords]) -> None:
         super().__init__()
-        owner = type(self).__name__
-        checks.reduction(owner, "reduction", reduction)
-        self.margin, self.reduction = number(owner, "margin", margin), reduction
+        self.keep_options(RowTripletOptions.of(type(self).__name__, options))
 
     def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-        return functions.triplet_loss(
-            anchor, positive, negative, margin=self.margin, reduction=self.reduction
-        )
+        return functions.triplet("triplet_loss", anchor, positive, negative, self.options)
 
     def extra_repr(self) -> str:
-        return f"margin={self.margin:g}, reduction={self.reduction!r}"
+        return ", ".join(self.options.shown())

@@ -13,15 +13,15 @@ from ..engine.calls import accumulator, add_fakes, kernels
 
 
 def gradients_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Of a backward op of two operands: (grad, a, b, ..., need_a, need_b)."""
-    _, a, b, *_, need_a, need_b = arguments
+    """Of a backward op of two operands: (grad, a, b, ..., need_a, need_b, p)."""
+    _, a, b, *_, need_a, need_b, _ = arguments
     return a.new_empty(a.shape if need_a else [0]), b.new_empty(b.shape if need_b else [0])
 
 
 # inner_distance -------------------------------------------------------------------------------------
 
 
-def _inner_distance_fake(x: Tensor, weight: Tensor, p: int, need_near: bool) -> tuple[Tensor, Tensor]:
+def _inner_distance_fake(x: Tensor, weight: Tensor, need_near: bool, p: int) -> tuple[Tensor, Tensor]:
     batch, classes = x.shape[0], weight.shape[0]
     words = [batch, (classes + 31) // 32] if need_near and p == 2 else [0]
     return x.new_empty([batch, classes]), x.new_empty(words, dtype=torch.int32)
@@ -36,7 +36,7 @@ class _InnerDistance(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor | None, p: int) -> Tensor:
         need_near = any(ctx.needs_input_grad[:2])
         out: Tensor
-        out, near = kernels(x, weight).inner_distance(x.contiguous(), weight.contiguous(), p, need_near)
+        out, near = kernels(x, weight).inner_distance(x.contiguous(), weight.contiguous(), need_near, p)
         ctx.save_for_backward(near, x, weight, None if labels is None else labels.contiguous())
         ctx.p = p
         return out
@@ -47,7 +47,7 @@ class _InnerDistance(Function):
         needed = ctx.needs_input_grad[:2]
         with torch.no_grad():
             gradients = kernels(x, weight).inner_distance_backward(
-                grad.contiguous(), near, x.contiguous(), weight.contiguous(), labels, ctx.p, *needed
+                grad.contiguous(), near, x.contiguous(), weight.contiguous(), labels, *needed, ctx.p
             )
         given = asked(needed, gradients)
         return *no_second_derivative("inner_distance", given, grad, x, weight), None, None
@@ -81,7 +81,7 @@ class _PairDistance(Function):
         needed = ctx.needs_input_grad[:2]
         with torch.no_grad():
             gradients = kernels(a, b).pair_distance_backward(
-                grad.contiguous(), a.contiguous(), b.contiguous(), ctx.p, *needed
+                grad.contiguous(), a.contiguous(), b.contiguous(), *needed, ctx.p
             )
         given = asked(needed, gradients)
         return *no_second_derivative("pair_distance", given, grad, a, b), None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
+from ..cosine.functions import scaled_cosine
+from ..cosine.options import LinearOptions
 from ..cosine.rows import unit_rows_
 from ..engine.arguments import RATE, flag, integer, number
 from ..softmax.layers import NormFaceLoss
@@ -40,10 +42,9 @@ class ShardedNormFaceLoss(NormFaceLoss):
         super().__init__(
             head.in_features,
             head.num_classes,
-            scale=head.scale_value(),
+            scale=head.first_scale,
             min_scale=head.min_scale,
             max_scale=None if head.max_scale == float("inf") else head.max_scale,
-            class_weight=head.class_weight,
             **vars(head.options),
             device="meta",
             dtype=head.weight.dtype,
@@ -51,9 +52,8 @@ class ShardedNormFaceLoss(NormFaceLoss):
         device = _device_of(mesh)
         self.scale = head.scale  # the parameter itself, if it is learned
         if isinstance(head.scale, nn.Parameter) and head.scale.is_meta:
-            first = torch.tensor(self._initial_scale, dtype=head.scale.dtype, device=device)
+            first = torch.full((1,), head.first_scale, dtype=head.scale.dtype, device=device)
             self.scale = nn.Parameter(first, requires_grad=head.scale.requires_grad)
-        self.learn_scale = head.learn_scale
         self.shard = ClassShard.of(self.num_classes, mesh.get_group())
         self.backbone_gradients, self.equal_batches = backbone_gradients, equal_batches
         self.sampler = None if sample_rate == 1 else ClassSampler(sample_rate, seed)
@@ -68,6 +68,7 @@ class ShardedNormFaceLoss(NormFaceLoss):
         else:
             weight = distribute_tensor(head.weight.detach(), mesh, [Shard(0)])
         self.weight = nn.Parameter(weight, requires_grad=head.weight.requires_grad)
+        self.class_weight = head.given_class_weight()
 
     def _draw_(self, local: Tensor) -> None:
         """Uniform on the unit sphere, the same for any number of ranks; nobody holds other ranks' classes."""
@@ -84,7 +85,11 @@ class ShardedNormFaceLoss(NormFaceLoss):
             with torch.no_grad():
                 self._draw_(self.weight.to_local())
 
-    def forward(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self, features: Tensor, labels: Tensor | None = None, sample_weight: Tensor | None = None
+    ) -> Tensor:
+        if labels is None:
+            return self._without_labels(features, sample_weight)
         return softmax.sharded_loss(
             features,
             self.weight,
@@ -99,6 +104,15 @@ class ShardedNormFaceLoss(NormFaceLoss):
             backbone_gradients=self.backbone_gradients,
             equal_batches=self.equal_batches,
         )
+
+    def logits(self, x: Tensor) -> Tensor:
+        """s cos(x_i, w_j) [N, num_classes] of this rank's rows, called by all ranks together: each of them
+        holds the whole weight for it. The gradient of the weight is that of the sum over the ranks."""
+        weight = self.weight
+        assert isinstance(weight, DTensor)
+        whole = weight.full_tensor(grad_placements=[Partial()])
+        options = LinearOptions(eps=self.options.eps)
+        return scaled_cosine("norm_linear", x, whole, self.bounded_scale(), options)
 
     def renormalize_(self) -> None:
         """Overwrites this rank's rows by unit rows; see ``NormFaceLoss.renormalize_``."""

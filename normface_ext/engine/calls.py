@@ -27,6 +27,14 @@ def plan_device(x: Tensor) -> torch.device:
     return torch.device("cuda") if library.emulating() else x.device
 
 
+def autocast(x: Tensor) -> Tensor:
+    """x as autocast hands it to a matrix product: float64 stays."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

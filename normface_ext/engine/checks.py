@@ -18,10 +18,15 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
+def is_dtensor(value: Tensor) -> bool:
+    """By name: to import the class takes long, and who has one has done so."""
+    return type(value).__name__ == "DTensor"
+
+
 def tensor(op: str, name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: expected `{name}` to be a Tensor, got {type(value).__name__}")
-    if type(value).__name__ == "DTensor":
+    if is_dtensor(value):
         raise TypeError(f"{op}: expected `{name}` to be a plain Tensor, got a DTensor")
     return value
 
@@ -145,16 +150,31 @@ def _head(op: str, x: object, weight: object, classes: str) -> tuple[Tensor, Ten
 
 
 def scale(op: str, value: object, x: Tensor) -> tuple[Tensor | None, float]:
-    """(0-d tensor, 0.0) or (None, float)."""
+    """(0-d tensor, 0.0) or (None, float). A learned scale comes within its bounds (engine/scale.py)."""
     if isinstance(value, Tensor):
-        if value.dim() != 0 or value.dtype not in FLOATING:
+        tensor(op, "scale", value)
+        if value.dim() > 1 or value.numel() != 1 or value.dtype not in FLOATING:
             raise ValueError(
-                f"{op}: expected `scale` to be a float or a 0-d floating tensor,"
+                f"{op}: expected `scale` to be a float or a floating tensor of one element,"
                 f" got {value.dtype} of shape {list(value.shape)}"
             )
         same_device(op, "scale", value, "x", x)
-        return value, 0.0
-    return None, number(op, "scale", value, kind="a float or a 0-d tensor")
+        bounds = getattr(value, "scale_bounds", None)
+        if bounds is not None:
+            return bounded(value, *bounds), 0.0
+        return (value if value.dim() == 0 else value.reshape(())), 0.0
+    return None, number(op, "scale", value, kind="a float or a tensor of one element")
+
+
+def bounded(scale: Tensor, low: float, high: float) -> Tensor:
+    """The one element as a 0-d tensor in [low, high].
+
+    The gradient is not masked, as in Caffe's Scale layer: a scale at a bound can come back.
+    """
+    if readable(scale) and low <= scale.item() <= high:
+        return scale if scale.dim() == 0 else scale.reshape(())
+    # scale - scale is 0: the value is the bound itself, and the slope is 1.
+    return (scale.detach().clamp(low, high) + (scale - scale.detach())).reshape(())
 
 
 def label_rows(op: str, value: object, x: Tensor) -> Tensor:

@@ -55,6 +55,16 @@ class Options:
     def check_together(self, op: str) -> None:
         """What no option alone can say."""
 
+    def shown(self) -> list[str]:
+        """For repr: every option that is not its default. A module is shown by the layer that holds it."""
+        given = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]
+        return [
+            f"{name}={value!r}"
+            for name, value, default in given
+            if not isinstance(value, nn.Module)
+            and not (value is default or (type(value) is type(default) and value == default))
+        ]
+
 
 def declared(cls: type[Self]) -> type[Self]:
     """Decorates a dataclass of options once its fields are known."""

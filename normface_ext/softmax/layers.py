@@ -2,45 +2,62 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import theory
-from ..cosine.layers import ScaledHead
+from ..cosine.functions import scaled_cosine
+from ..cosine.head import ScaledHead
+from ..cosine.options import LinearOptions
 from ..engine import checks
-from ..engine.arguments import size
+from ..engine.arguments import choice, size
 from ..engine.options import HoldsOptions, holds, takes
 from . import functions
 from .options import HeadKeywords, HeadOptions
+from .presets import PRESETS
+from .state import margin_of, margin_state
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+Head = TypeVar("Head", bound="NormFaceLoss")
 
 
 @holds(HeadOptions)
 class NormFaceLoss(HoldsOptions, ScaledHead):
     """The normalised softmax head and its loss in one: (features [N, D], labels [N]) -> loss.
 
-    ``forward`` also takes ``sample_weight`` [N].
+    ``forward`` also takes ``sample_weight`` [N]. Without labels it gives the logits s cos [N, C], without the
+    margin: ``head(x)`` is ``head.logits(x)``; ``head.predict(x)`` the classes [N].
 
     Args:
         in_features: D.
         num_classes: C; ``weight`` is [C, D], rows uniform on the unit sphere.
-        scale: s, or "auto": the smallest scale whose loss bound is ``theory.AUTO_SCALE_BOUND``.
-        learn_scale: make s a parameter, kept within [min_scale, max_scale]. It needs no weight decay:
+        scale: s, a number or a tensor of one; or "auto": the smallest scale whose loss bound is
+            ``theory.AUTO_SCALE_BOUND``, and with a margin at least 64 (``theory.auto_scale``).
+        learn_scale: make s a parameter [1], used within [min_scale, max_scale]. It needs no weight decay:
             ``parameter_groups`` gives it a group without.
+        class_weight: [C], becomes a buffer on the weight's device. It is an option of the loss, not what is
+            learned, so the ``state_dict`` has none.
+        device, dtype: of the parameters.
 
     ``margin``, ``reduction``, ``ignore_index``, ``eps``, ``class_weight``, ``label_smoothing``, ``workspace``
-    and ``check_finite`` are those of ``functional.normface_loss``; ``class_weight`` becomes a buffer.
+    and ``check_finite`` are those of ``functional.normface_loss``. These and ``scale``, ``min_scale`` and
+    ``max_scale`` are attributes, checked when they are set as here.
 
-    Constructor and forward call raise what ``functional.normface_loss`` raises. To classify use
-    ``functional.norm_linear(x, head.weight, head.scale)``; to verify, compare normalised features.
+    A fixed scale and a margin of numbers are saved in the ``state_dict`` and restored from it; where one
+    replaces what the head was made with, a UserWarning says so.
+
+    Constructor and forward call raise what ``functional.normface_loss`` raises. To verify, compare
+    normalised features.
     """
 
     options: HeadOptions
     class_weight: Tensor | None
+    #: What a class_weight on the meta device was made from.
+    _given_class_weight: Tensor | None = None
 
     @takes(HeadOptions)
     def __init__(
@@ -48,7 +65,7 @@ class NormFaceLoss(HoldsOptions, ScaledHead):
         in_features: int,
         num_classes: int,
         *,
-        scale: float | str = "auto",
+        scale: float | Tensor | str = "auto",
         learn_scale: bool = False,
         min_scale: float = 0.01,
         max_scale: float | None = None,
@@ -61,18 +78,59 @@ class NormFaceLoss(HoldsOptions, ScaledHead):
         in_features = size(owner, "in_features", in_features)
         num_classes = size(owner, "num_classes", num_classes)
         chosen = HeadOptions.of(owner, options)
+        if class_weight is not None:
+            checks.factors(owner, "class_weight", class_weight, num_classes)
         if isinstance(scale, str):
             if scale != "auto":
                 raise ValueError(f"{owner}: expected `scale` to be a number or 'auto', got {scale!r}")
-            scale = theory.auto_scale(num_classes)
+            scale = theory.auto_scale(num_classes, chosen.margin)
         super().__init__(num_classes, in_features, scale, learn_scale, min_scale, max_scale, device, dtype)
         self.in_features, self.num_classes = in_features, num_classes
         self.keep_options(chosen)
-        if class_weight is not None:
-            checks.factors(owner, "class_weight", class_weight, num_classes)
-        self.register_buffer("class_weight", class_weight)
+        self.register_buffer("class_weight", None, persistent=False)
+        self.class_weight = class_weight
 
-    def forward(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+    @classmethod
+    def preset(cls: type[Head], name: str, in_features: int, num_classes: int, **changes: Any) -> Head:
+        """The head of a published recipe.
+
+        Args:
+            name: a key of ``softmax.presets.PRESETS``: "arcface" (s = 64, ``ArcFace(0.5)``), "cosface"
+                (s = 64, ``CosFace(0.35)``), "normface" (no margin, s learned, from "auto" on).
+            in_features: D.
+            num_classes: C.
+            changes: arguments of the constructor, in the place of the recipe's or beside them.
+
+        Raises:
+            ValueError: an unknown name; and what the constructor raises.
+        """
+        recipe = PRESETS[choice(f"{cls.__name__}.preset", "name", name, PRESETS)]
+        return cls(in_features, num_classes, **{**recipe(), **changes})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "class_weight" and value is not None:
+            checks.factors(type(self).__name__, name, value, self.num_classes)
+            device = self.weight.device
+            self._given_class_weight = value if device.type == "meta" else None
+            value = value.to(device)
+        super().__setattr__(name, value)
+
+    def given_class_weight(self) -> Tensor | None:
+        """The class_weight with its values, also where the buffer has none yet."""
+        return self.class_weight if self._given_class_weight is None else self._given_class_weight
+
+    def reset_parameters(self) -> None:
+        """Weight rows uniform on the unit sphere; a learned scale back to its first value; after ``to_empty``
+        of a head that was made on the meta device the class_weight that it was made with."""
+        super().reset_parameters()
+        if self._given_class_weight is not None and not self.weight.is_meta:
+            self.class_weight = self._given_class_weight
+
+    def forward(
+        self, features: Tensor, labels: Tensor | None = None, sample_weight: Tensor | None = None
+    ) -> Tensor:
+        if labels is None:
+            return self._without_labels(features, sample_weight)
         return functions.head_loss(
             "normface_loss",
             features,
@@ -84,10 +142,44 @@ class NormFaceLoss(HoldsOptions, ScaledHead):
             self.options,
         )
 
+    def _without_labels(self, features: Tensor, sample_weight: Tensor | None) -> Tensor:
+        if sample_weight is not None:
+            raise ValueError(
+                f"{type(self).__name__}: expected `labels` together with `sample_weight`, got None"
+            )
+        return self.logits(features)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """s cos(x_i, w_j) [N, C], differentiable, without the margin: ``functional.norm_linear`` of this
+        head, and its dtypes."""
+        return scaled_cosine(
+            "norm_linear", x, self.weight, self.bounded_scale(), LinearOptions(eps=self.options.eps)
+        )
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """The class of the largest logit, int64 [N]; of several the first."""
+        return self.logits(x).argmax(1)
+
+    def _plain_state(self) -> dict[str, Any]:
+        return {**super()._plain_state(), **margin_state(self.options.margin)}
+
+    def _take_plain_state(self, values: dict[str, Any]) -> list[str]:
+        replaced = super()._take_plain_state(values)
+        if "margin" in values:
+            before, margin = self.options.margin, margin_of(type(self).__name__, values["margin"])
+            if margin_state(before) != margin_state(margin):
+                self.margin = margin
+                if not margin_state(before) or before != margin:
+                    replaced.append(f"margin {margin} replaces {before}")
+        return replaced
+
     def loss_lower_bound(self) -> float:
         """The paper's bound at the present scale: print it beside the loss (host sync on CUDA)."""
         return theory.loss_lower_bound(self.num_classes, self.scale_value())
 
     def extra_repr(self) -> str:
-        margin = "" if self.options.margin is None else f", margin={self.options.margin}"
-        return f"{self.in_features}, {self.num_classes}, {self.scale_repr()}{margin}"
+        parts = [str(self.in_features), str(self.num_classes), *self.scale_repr(), *self.options.shown()]
+        if self.class_weight is not None:
+            parts.append(f"class_weight=[{self.class_weight.numel()}]")
+        return ", ".join(parts)

@@ -1,0 +1,49 @@
+"""The options of the distances, once: ``functional`` says what they mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+from ..engine import checks
+from ..engine.arguments import flag, number
+from ..engine.options import Options, declared, option
+
+
+@declared
+@dataclass(frozen=True)
+class DistanceOptions(Options):
+    p: int = option(2, checks.exponent)
+    normalize: bool = option(False, flag)
+    update_center_only: bool = option(False, flag)
+    eps: float = option(1e-12, checks.eps)
+
+
+class DistanceKeywords(TypedDict, total=False):
+    """The same for static type checkers."""
+
+    p: int
+    normalize: bool
+    update_center_only: bool
+    eps: float
+
+
+@declared
+@dataclass(frozen=True)
+class PairOptions(Options):
+    margin: float = option(1.0, number)
+    reduction: str = option("mean", checks.reduction)
+
+
+@declared
+@dataclass(frozen=True)
+class RowTripletOptions(Options):
+    margin: float = option(0.2, number)
+    reduction: str = option("mean", checks.reduction)
+
+
+class RowLossKeywords(TypedDict, total=False):
+    """Of both, for static type checkers."""
+
+    margin: float
+    reduction: str

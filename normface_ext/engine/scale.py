@@ -1,0 +1,71 @@
+"""The scale s: a number, or a parameter of one element that is used within bounds and never changed by it.
+
+A learned scale carries its bounds as an attribute, so that a function which is given the parameter alone
+uses the number that its layer does. An attribute and not a subclass: torch makes a plain Parameter of a new
+kind in ``to_empty``, ``fully_shard`` and elsewhere, and Dynamo, DTensor and pickle know what that is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import checks
+from .arguments import POSITIVE, number
+
+
+def one_number(op: str, name: str, value: object) -> float:
+    """A scale that is to be kept as a number: one, or a tensor of one element that holds one."""
+    if isinstance(value, Tensor):
+        if value.requires_grad and not isinstance(value, nn.Parameter):
+            raise ValueError(f"{op}: expected `{name}` not to require a gradient, got one that would be lost")
+        if value.numel() != 1 or value.dim() > 1 or not checks.has_values(value):
+            raise TypeError(
+                f"{op}: expected `{name}` to be a number or a tensor of one, got {value.device.type} tensor"
+                f" of shape {list(value.shape)}"
+            )
+        value = value.item()
+    return number(op, name, value, POSITIVE)
+
+
+class HoldsScale(nn.Module):
+    """A layer whose parameter ``scale``, where it has one, carries the layer's bounds wherever it goes."""
+
+    def scale_bounds(self) -> tuple[float, float]:
+        raise NotImplementedError
+
+    def mark_scale(self) -> None:
+        scale = self._parameters.get("scale")
+        if scale is not None:
+            scale.scale_bounds = self.scale_bounds()  # type: ignore[attr-defined]
+
+    def bounded_scale(self) -> float | Tensor:
+        """The scale as forward uses it."""
+        scale: float | Tensor = self.scale  # type: ignore[assignment]
+        return checks.bounded(scale, *self.scale_bounds()) if isinstance(scale, Tensor) else scale
+
+    def scale_value(self) -> float:
+        """The same as a number (host sync on CUDA)."""
+        scale: float | Tensor = self.scale  # type: ignore[assignment]
+        if not isinstance(scale, Tensor):
+            return scale
+        whole: Tensor = scale.full_tensor() if checks.is_dtensor(scale) else scale  # type: ignore[attr-defined]
+        low, high = self.scale_bounds()
+        return min(max(float(whole.detach()), low), high)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if name == "scale":
+            self.mark_scale()
+
+    # Where torch puts parameters of its own making in the place of those that were here.
+
+    def _apply(self, fn: Any, recurse: bool = True) -> HoldsScale:
+        super()._apply(fn, recurse)
+        self.mark_scale()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.mark_scale()
