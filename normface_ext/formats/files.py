@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import warnings
 import zipfile
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 
@@ -26,6 +27,9 @@ _MEANT = {
     ".prototxt": "normface_ext.caffe.load_head reads it",
     ".onnx": "an ONNX graph has no training head",
 }
+
+
+_Replaced: TypeAlias = Callable[..., Any] | tuple[Callable[..., Any], str]
 
 
 class _Absent:
@@ -74,7 +78,9 @@ def _of_zip(path: str, where: str) -> Any:
     for tensor in _tensors(found):
         held = tensor.untyped_storage().nbytes()
         if held and held not in sizes:
-            raise ValueError(f"{where}: expected {EXPECTED}, got a tensor of {held} bytes that it does not hold")
+            raise ValueError(
+                f"{where}: expected {EXPECTED}, got a tensor of {held} bytes that it does not hold"
+            )
     return found
 
 
@@ -83,12 +89,14 @@ def _checked_zip(path: str, where: str) -> set[int]:
     with reading(where, EXPECTED), zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         names = {entry.filename.rpartition("/")[2] for entry in entries}
-        packed = next((entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
+        packed = next(
+            (entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None
+        )
         longest = max((e.file_size for e in entries if e.filename.endswith("data.pkl")), default=0)
         bad = None if packed else archive.testzip()
     if "constants.pkl" in names:
         raise ValueError(
-            f"{where}: expected {EXPECTED}, got a TorchScript program: save the state_dict of what it was made of"
+            f"{where}: expected {EXPECTED}, got a TorchScript program; save the state_dict of its module"
         )
     if "data.pkl" not in names:
         raise ValueError(f"{where}: expected {EXPECTED}, got a zip file without data.pkl")
@@ -104,14 +112,14 @@ def _checked_zip(path: str, where: str) -> set[int]:
     return {entry.file_size for entry in entries}
 
 
-def _replaced(named: list[str], where: str) -> list[tuple[type, str]]:
+def _replaced(named: list[str], where: str) -> list[_Replaced]:
     """For each name that torch.load would refuse a class that is empty."""
     others = sorted(name for name in named if not name.startswith(_TRAINERS))
     if others:
         raise ValueError(
             clip(
-                f"{where}: expected {EXPECTED}, got one that asks for {quoted(others[0])}, which may run code: if"
-                " you trust it, load it yourself and pass the state_dict"
+                f"{where}: expected {EXPECTED}, got one that asks for {quoted(others[0])}, which may run"
+                " code: if you trust it, load it yourself and pass the state_dict"
             )
         )
     return [(type("Absent", (_Absent,), {}), name) for name in named]
@@ -122,7 +130,7 @@ def _of_pickle(path: str | os.PathLike[str], where: str) -> Any:
     return _load(path, where, [], mmap=False)
 
 
-def _load(path: Any, where: str, replaced: list[tuple[type, str]], mmap: bool) -> Any:
+def _load(path: Any, where: str, replaced: list[_Replaced], mmap: bool) -> Any:
     with reading(where, EXPECTED), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch: about storages and protocols of old files
         with torch.serialization.safe_globals(replaced):
@@ -134,7 +142,8 @@ def _of_safetensors(path: str, where: str) -> Any:
         from safetensors import safe_open
     except ImportError as error:
         raise ImportError(
-            f"{where}: a safetensors file needs safetensors, which is not installed: `pip install safetensors`"
+            f"{where}: needs safetensors, which is not installed or does not load ({error});"
+            " `pip install safetensors` brings it"
         ) from error
     with reading(where, EXPECTED), safe_open(path, framework="pt", device="cpu") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)

@@ -1,7 +1,8 @@
 """How other libraries store a head: the name of its weight, and which way round it is. One row for each.
 
-A name alone says less than it seems: ``head.weight`` is [C, D] in timm and [D, C] in FaceX-Zoo, ``W`` [D, C] in
-pytorch-metric-learning and [C, D] in FaceX-Zoo's AdaCos. So a row also says what else stands in its files.
+A name alone says less than it seems: ``head.weight`` is [C, D] in timm and [D, C] in FaceX-Zoo, ``W`` is
+[D, C] in pytorch-metric-learning and [C, D] in FaceX-Zoo's AdaCos. So a row also says what else stands in its
+files.
 """
 
 from __future__ import annotations
@@ -108,12 +109,11 @@ LAYOUT_TABLE = (
     ),
     Layout(
         "facex-zoo", _names(r"(?P<owner>head\.)(?:weight|kernel)"), FEATURES_FIRST,
-        possible=lambda place, owner: place.begins("backbone.") and _no_bias(place, owner),
+        possible=_no_bias,
         certain=lambda place, owner: "batch_id" in place.top,
     ),
     Layout(
         "facex-zoo", _names(r"(?P<owner>head\.)W"), CLASSES_FIRST,
-        possible=lambda place, owner: place.begins("backbone."),
         certain=lambda place, owner: "batch_id" in place.top,
     ),
     Layout("pytorch-metric-learning", _names(r"(?P<owner>(?:.+\.)?)W"), FEATURES_FIRST),
@@ -121,7 +121,7 @@ LAYOUT_TABLE = (
     Layout(
         "magface", _names(r"(?P<owner>fc\.)weight"), FEATURES_FIRST,
         possible=lambda place, owner: (
-            place.begins("features.") and _no_bias(place, owner) and not _is_backbone(place)
+            _no_bias(place, owner) and (place.begins("features.") or len(place.names) == 1)
         ),
     ),
     # CurricularFace, ElasticFace, InsightFace_Pytorch: a Parameter of that name, [D, C] in all of them.
