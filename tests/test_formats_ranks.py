@@ -14,10 +14,10 @@ ROWS = torch.randn(C, D, generator=torch.Generator().manual_seed(0))
 
 #: name of a rank's file, what it holds, whether each rank has as many classes
 RUNS = {
-    "v2": ("checkpoint_gpu_{}.pt", lambda rows: {"epoch": 1, "state_dict_softmax_fc": OrderedDict(weight=rows)}, False),
-    "2022": ("softmax_fc_gpu_{}.pt", lambda rows: OrderedDict(weight=rows), False),
-    "2021": ("rank_{}_softmax_weight.pt", lambda rows: rows, False),
-    "cvlface": ("model_rank{}.pt", lambda rows: {"partial_fc.weight": rows, "partial_fc.batch_mean": rows[0]}, True),
+    "v2": ("checkpoint_gpu_{}.pt", lambda rows: {"epoch": 1, "state_dict_softmax_fc": {"weight": rows}}, 0),
+    "2022": ("softmax_fc_gpu_{}.pt", lambda rows: OrderedDict(weight=rows), 0),
+    "2021": ("rank_{}_softmax_weight.pt", lambda rows: rows, 0),
+    "cvlface": ("model_rank{}.pt", lambda rows: {"partial_fc.weight": rows}, 1),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""save_head: what each library loads, by its published names and shapes; with the library where it is there."""
+"""save_head: what each library loads, by its published names and shapes, and by itself where it is there."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from ..engine.files import clip, file_name, quoted, reading
 from ..softmax.layers import NormFaceLoss
 from ..softmax.margins import Margin
 from ..softmax.state import margin_of
+from ..theory import auto_scale
 from .detect import Found, Group, choose
 from .files import read_tensors
 from .layouts import FORMATS, LAYOUTS
@@ -159,20 +160,21 @@ def _built(
         own = _own_state(found, where)
         stored.pop("scale", None)
     used = {found.name, *(found.owner + name for name in (*own.entries, *stored))}
-    given = own.scale if scale is None else scale
-    head = NormFaceLoss(
-        weight.shape[1],
-        weight.shape[0],
-        scale="auto" if given is None else given,
-        learn_scale=own.learned,
-        min_scale=0.01 if own.scale is None else min(0.01, own.scale),
-        margin=own.margin if margin is None else margin,
-        device="meta",
-        dtype=weight.dtype,
-    )
-    head.weight = nn.Parameter(weight.to(device))
-    if own.learned:
-        head.scale = nn.Parameter(torch.full((1,), head.first_scale, dtype=weight.dtype, device=device))
+    given, margin = own.scale if scale is None else scale, own.margin if margin is None else margin
+    classes, features = weight.shape
+    with torch.random.fork_rng(devices=[]):  # of the head's own weight, which one class is enough for
+        head = NormFaceLoss(
+            features,
+            1,
+            scale=auto_scale(classes, margin) if given is None or given == "auto" else given,
+            learn_scale=own.learned,
+            min_scale=0.01 if own.scale is None else min(0.01, own.scale),
+            margin=margin,
+            device="cpu",
+            dtype=weight.dtype,
+        )
+    head.weight, head.num_classes = nn.Parameter(weight), classes
+    head.to(device)
     report = HeadReport(
         found.format,
         files,
