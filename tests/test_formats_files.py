@@ -66,7 +66,9 @@ def test_nothing_in_a_file_runs(tmp_path, monkeypatch, call, legacy, where):
     function, *arguments = call
     evil = Call(function, *arguments)
     content = {
-        "beside": {"W": ROWS, "x": evil}, "in the place of the weight": {"W": evil}, "as a key": {"W": ROWS, evil: 1},
+        "beside": {"W": ROWS, "x": evil},
+        "in the place of the weight": {"W": evil},
+        "as a key": {"W": ROWS, evil: 1},
     }[where]  # fmt: skip
     path = tmp_path / "head.pt"
     path.write_bytes(saved(content, legacy))
@@ -105,8 +107,8 @@ def test_foreign_files(tmp_path, data, text, name):
 
 
 def test_torchscript_and_other_archives(tmp_path):
-    torch.jit.save(torch.jit.trace(torch.nn.Linear(3, 5), torch.ones(1, 3)), tmp_path / "script.pt")
-    refused(tmp_path, (tmp_path / "script.pt").read_bytes(), "a TorchScript program; save the state_dict")
+    program = repacked(saved({"W": ROWS}), lambda entries: {**entries, "archive/constants.pkl": b""})
+    refused(tmp_path, program, "a TorchScript program; save the state_dict")
     np.savez(tmp_path / "arrays.npz", W=np.ones((3, 5)))
     refused(tmp_path, (tmp_path / "arrays.npz").read_bytes(), "a zip file without data.pkl")
 

@@ -16,6 +16,10 @@ from ..softmax.layers import NormFaceLoss
 from .detect import Found, Group
 
 
+#: Where Lightning keeps the arguments of the module: a head's numbers of them are reported by name.
+_HYPER = "hyper_parameters"
+
+
 @dataclass(frozen=True)
 class HeadReport:
     """What ``load_head`` found; ``print(report)`` shows it.
@@ -80,7 +84,7 @@ def left_out(content: Any, groups: list[Group], found: Found, used: set[str]) ->
     for group in groups:
         if group is not found.group:
             said.append(f"{group.place.container or 'the top'} ({len(group.tensors)} tensors)")
-    shown = {group.place.container.partition("/")[0] for group in groups}
+    shown = {group.place.container.partition("/")[0] for group in groups} | {_HYPER}
     if isinstance(content, Mapping):
         others = (key for key, value in content.items() if not isinstance(value, Tensor))
         said += [str(key) for key in others if key not in shown]
@@ -100,7 +104,7 @@ def stored_numbers(content: Any, found: Found) -> dict[str, float]:
 
 
 def _hyper_parameters(content: Any) -> Iterator[tuple[str, float]]:
-    given = content.get("hyper_parameters") if isinstance(content, Mapping) else None
+    given = content.get(_HYPER) if isinstance(content, Mapping) else None
     if isinstance(given, Mapping):
         for name in ("s", "m", "h", "t_alpha"):
             value = given.get(name)
