@@ -96,6 +96,18 @@ inline void check_number(const char* op, const char* name, const std::optional<T
     fail(op, ": expected `", name, "` on the device of `x`, got it on another");
 }
 
+// A number per row of x, or one for all.
+inline void check_row_numbers(const char* op, const char* name, const std::optional<Tensor>& t,
+                              const Tensor& x) {
+  if (!t) return;
+  const bool per_row = t->dim() == 1 && t->size(0) == x.size(0) && t->is_contiguous();
+  if (!is_floating(t->scalar_type()) || !(t->dim() == 0 || per_row))
+    fail(op, ": expected `", name, "` to be a floating tensor, 0-d or contiguous of shape [", x.size(0),
+         "], got ", name_of(t->scalar_type()), " of shape ", shape_of(*t));
+  if (t->device().type() != x.device().type() || t->get_device_index() != x.get_device_index())
+    fail(op, ": expected `", name, "` on the device of `x`, got it on another");
+}
+
 inline void check_shape(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t columns) {
   if (t.dim() != 2 || t.size(0) != rows || t.size(1) != columns)
     fail(op, ": expected `", name, "` to have shape [", rows, ", ", columns, "], got ", shape_of(t));
@@ -133,15 +145,6 @@ inline void check_shift(const char* op, const std::optional<Tensor>& shift, int6
                 !shift->is_contiguous()))
     fail(op, ": expected `shift` to be contiguous float64 of shape [", batch, "], got ",
          name_of(shift->scalar_type()), " of shape ", shape_of(*shift));
-}
-
-inline void check_finish(const char* op, const Tensor& rows, const Tensor& x, const Tensor& class_sum,
-                         double smoothing) {
-  check_matrix(op, "x", x);
-  check_shape(op, "rows", rows, kRowFields, x.size(0));
-  if (class_sum.numel() != (smoothing > 0 ? x.size(1) + 1 : 0))
-    fail(op, ": expected `class_sum` of [D + 1] with smoothing and of [0] without, got ",
-         shape_of(class_sum));
 }
 
 }  // namespace nf

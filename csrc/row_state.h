@@ -1,7 +1,8 @@
 // The state of one row between forward and backward: rows[field][i], float64, [kRowFields, N].
 // normface_sweep fills what one shard of the classes knows. The first kShardSums fields add over shards
-// (zero where the target is elsewhere); with them summed, normface_finish fills the rest, and every shard
-// has the same rows.
+// (zero where the target is elsewhere); with them summed, every shard has the same rows. normface_finish makes
+// of them the loss and its slopes: slopes[field][i], float64, [kSlopeFields, N], or [kAllSlopes, N] with those
+// along the margin.
 #pragma once
 
 #include "math/host_device.h"
@@ -15,15 +16,23 @@ enum RowField {
   kTargetWeight,  // class weight of y; 1 on every shard where there are none, and then not to be summed
   kShift,         // kappa; 0 where the row does not count, as its scores are
   kInverseNorm,   // 1 / ||x||
-  kRowWeight,     // weight of this row's loss in the result: 0 when it does not count, 1/count for the mean
-  kPsi,           // psi(c_y), the target cosine after its margin
-  kPsiSlope,      // psi'(c_y)
-  kTotal,         // math::SmoothingTerms
-  kSmooth,
-  kPull,
-  kPush,
+  kRowWeight,     // weight of this row's loss among the rows': 0 when it does not count
   kRowFields,
   kShardSums = kShift
+};
+
+// d loss / d what a row's loss is made of, loss being the result (weights and the mean's divisor included), or
+// with kNone the row's own. All 0 where the row does not count. What backward does is linear in them.
+enum SlopeField {
+  kOthersSlope,   // along <x_hat, x_sum>, E in x_sum held: d loss / d c_j is this times E_j, j != y
+  kTargetSlope,   // along c_y
+  kUniformSlope,  // along <x_hat, class_sum>
+  kScaleSlope,    // along s
+  kSlopeFields,
+  kM1Slope = kSlopeFields,  // along the margin's numbers
+  kM2Slope,
+  kM3Slope,
+  kAllSlopes
 };
 
 // Instead of a label: the row counts, and its target is a class of another shard.

@@ -90,6 +90,11 @@ class Combined(nn.Module):
         return self.softmax(features, labels) + self.contrastive_weight * self.contrastive(features, labels)
 
 
+def with_margin(classes: int, margin: nf.CosFace | nf.ArcFace) -> nf.NormFaceLoss:
+    """At NormFace's own scale: what differs is the margin."""
+    return nf.NormFaceLoss(FEATURES, classes, scale=nf.theory.auto_scale(classes), margin=margin)
+
+
 def heads() -> dict[str, Callable[[int], nn.Module]]:
     """Name -> (number of classes -> head)."""
     return {
@@ -97,8 +102,8 @@ def heads() -> dict[str, Callable[[int], nn.Module]]:
         "feature-only": lambda c: FeatureOnly(FEATURES, c),
         "weight-only": lambda c: WeightOnly(FEATURES, c),
         "NormFace": lambda c: nf.NormFaceLoss(FEATURES, c),
-        "CosFace 0.35": lambda c: nf.NormFaceLoss(FEATURES, c, margin=nf.CosFace(0.35)),
-        "ArcFace 0.5": lambda c: nf.NormFaceLoss(FEATURES, c, margin=nf.ArcFace(0.5)),
+        "CosFace 0.35": lambda c: with_margin(c, nf.CosFace(0.35)),
+        "ArcFace 0.5": lambda c: with_margin(c, nf.ArcFace(0.5)),
         "C-contrastive": lambda c: nf.CContrastiveLoss(FEATURES, c),
         "C-triplet": lambda c: nf.CTripletLoss(FEATURES, c),
         "C-triplet + centre": lambda c: nf.CTripletLoss(FEATURES, c, add_center_loss=True),

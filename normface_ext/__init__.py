@@ -23,7 +23,7 @@ from .engine.plan import Plan, plan
 from .mirror import MirrorFace
 from .optim import parameter_groups
 from .softmax.layers import NormFaceLoss
-from .softmax.margins import ArcFace, CombinedMargin, CosFace
+from .softmax.margins import ArcFace, CombinedMargin, CosFace, RowMargin
 
 if TYPE_CHECKING:
     from . import caffe, distributed, evaluation, formats
@@ -42,6 +42,8 @@ __all__ = [
     "NormalizeLayer",
     "PairContrastiveLoss",
     "Plan",
+    "RowMargin",
+    "ShardedPlan",
     "TripletLoss",
     "build_info",
     "caffe",

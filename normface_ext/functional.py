@@ -8,11 +8,12 @@ IndexError (labels) with a sentence "op: expected `argument` to ..., got ...".
 from .agents.functions import c_contrastive_loss, c_triplet_loss
 from .cosine.functions import norm_linear, normalize
 from .distances.functions import inner_distance, pair_contrastive_loss, triplet_loss
-from .softmax.functions import normface_loss
+from .softmax.functions import head_parts, normface_loss
 
 __all__ = [
     "c_contrastive_loss",
     "c_triplet_loss",
+    "head_parts",
     "inner_distance",
     "norm_linear",
     "normalize",

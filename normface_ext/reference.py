@@ -8,6 +8,7 @@ bad input is that module's business.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,14 +113,112 @@ def norm_linear_backward(
     return dx.to(x.dtype), dw.to(weight.dtype), dscale.to(scale.dtype)
 
 
-def margin(cos: Tensor, m: Margin) -> Tensor:
-    """psi = cos(m1 theta + m2) - m3, continued past m1 theta + m2 = pi with slope one."""
-    if m.m1 == 1.0 and m.m2 == 0.0:
-        return cos - m.m3
+def margin(cos: Tensor, m: Margin, labels: Tensor | None = None, gradient: str = "exact") -> Tensor:
+    """psi = cos(m1 theta + m2) - m3 of the target cosines [N], past m1 theta + m2 = pi as the guard says.
+
+    ``labels`` [N] choose among numbers per class. With the gradient "straight" d psi / d cos is 1, and the
+    margin's numbers have none.
+    """
+    numbers = [torch.as_tensor(value, dtype=cos.dtype, device=cos.device) for value in m.parameters()]
+    if not m.per_row:
+        numbers = [v if v.dim() == 0 else v[labels.clamp(0, len(v) - 1)] for v in numbers]  # type: ignore[union-attr]
+    m1, m2, m3 = numbers
     sine = ((1 - cos) * (1 + cos)).clamp_min(SIN_FLOOR**2).sqrt()
-    angle = m.m1 * torch.atan2(sine, cos) + m.m2
-    k = m.m2 * math.sin(m.m2) if m.m1 == 1.0 else 1.0 + math.cos((math.pi - m.m2) / m.m1)
-    return torch.where(angle > math.pi, cos - k, angle.cos()) - m.m3
+    theta = torch.atan2(sine, cos)
+    angle = m1 * theta + m2
+    # Without an angular margin psi is the cosine, to the last digit; it still has slopes along m1 and m2.
+    along = (m1 * theta.detach() + m2).cos()
+    psi = torch.where((m1 == 1) & (m2 == 0), cos + along - along.detach(), angle.cos())
+    if m.guard == "easy":
+        psi = torch.where(cos <= 0, cos, psi)
+    elif m.guard != "none":
+        join = 1 + torch.where(m2 < math.pi, (math.pi - m2) / m1, 0).cos()
+        shift = m2 * m2.sin()
+        k = {"shift": shift, "join": join}.get(m.guard or "", torch.where(m1 == 1, shift, join))
+        psi = torch.where(angle > math.pi, cos - k, psi)
+    psi = psi - m3
+    return psi if gradient == "exact" else cos + (psi - cos).detach()
+
+
+class HeadParts(NamedTuple):
+    """What ``head_parts`` returns; [N] each."""
+
+    target_cosine: Tensor
+    log_sum_others: Tensor
+    counts: Tensor
+
+
+def head_parts(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    *,
+    ignore_index: int | None = -100,
+    eps: float = 1e-12,
+) -> HeadParts:
+    """(c_y, ln sum_{j != y} exp(s c_j), which rows count), in float64; 0 where a row does not count."""
+    kept = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    cos = cosine(_counting(x.double(), kept), weight.double(), eps)
+    own = labels.clamp(0, weight.shape[0] - 1)[:, None]
+    others = torch.arange(weight.shape[0], device=labels.device) != own  # [N, C]
+    rest = cos[others].view(cos.shape[0], -1)
+    logits = _column(scale) * rest
+    return HeadParts(
+        torch.where(kept, cos.gather(1, own).squeeze(1), 0),
+        torch.where(kept, torch.logsumexp(logits, 1), 0)
+        if rest.shape[1]
+        else torch.where(kept, -torch.inf, 0.0).double(),
+        kept,
+    )
+
+
+def loss_of_parts(
+    target_cosine: Tensor,
+    log_sum_others: Tensor,
+    psi: Tensor,
+    scale: float | Tensor,
+    row_weight: Tensor,
+    target_weight: Tensor,
+    *,
+    classes: int,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    weight_sum: float | Tensor = 0.0,
+    cosine_with_sum: Tensor | None = None,
+) -> Tensor:
+    """``normface_loss`` from [N] numbers of the rows (csrc/math/softmax.h), psi among them. A row of weight 0
+    does not count. With class weights u target_weight is u_y, weight_sum is sum u, and cosine_with_sum, which
+    smoothing needs, is <x_hat, sum_j u_j w_hat_j>."""
+    counts = row_weight != 0
+    psi = torch.where(counts, psi, 0)
+    from_target = torch.logaddexp(log_sum_others - scale * psi, torch.zeros_like(psi))  # -log p_y
+    losses: Tensor
+    if label_smoothing > 0:
+        assert cosine_with_sum is not None
+        each = label_smoothing / classes
+        total = (1 - label_smoothing) * target_weight + each * weight_sum
+        spread = psi * weight_sum - cosine_with_sum - target_weight * (psi - target_cosine)
+        losses = total * from_target + scale * each * spread
+    else:
+        losses = target_weight * from_target
+    losses = torch.where(counts, row_weight * losses, 0)
+    return _weighted(losses, (row_weight * target_weight).sum(), reduction)
+
+
+def _weighted(losses: Tensor, total_weight: Tensor, reduction: str) -> Tensor:
+    """The mean divides by the sum of the weights, and is 0 where that is 0."""
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    empty = total_weight == 0
+    return torch.where(empty, 0, losses.sum() / torch.where(empty, 1, total_weight))
+
+
+def _column(scale: float | Tensor) -> float | Tensor:
+    """A scale of every row, as a column."""
+    return scale[:, None] if isinstance(scale, Tensor) and scale.dim() == 1 else scale
 
 
 def normface_loss(
@@ -129,6 +228,7 @@ def normface_loss(
     scale: float | Tensor,
     *,
     margin: Margin | None = None,
+    margin_gradient: str = "exact",
     reduction: str = "mean",
     ignore_index: int = -100,
     eps: float = 1e-12,
@@ -146,8 +246,8 @@ def normface_loss(
         kept = kept & (sample_weight != 0)
     cos = cosine(_counting(x, kept), weight, eps)
     safe = labels.clamp(0, weight.shape[0] - 1)[:, None]
-    target = _margin(cos.gather(1, safe), margin or NO_MARGIN)
-    logits = scale * cos.scatter(1, safe, target)
+    target = _margin(cos.gather(1, safe).squeeze(1), margin or NO_MARGIN, labels, margin_gradient)
+    logits = _column(scale) * cos.scatter(1, safe, target[:, None])
     every = torch.logsumexp(logits, 1, keepdim=True) - logits  # -log p_j
     of_class = cos.new_ones(weight.shape[0]) if class_weight is None else class_weight.to(cos.dtype)
     of_row = cos.new_ones(x.shape[0]) if sample_weight is None else sample_weight.to(cos.dtype)
@@ -156,13 +256,7 @@ def normface_loss(
     if label_smoothing > 0:
         losses = losses + label_smoothing / weight.shape[0] * (every * of_class).sum(1)
     losses = torch.where(kept, of_row * losses, 0)
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    total_weight = torch.where(kept, of_row * of_target, 0).sum()
-    empty = total_weight == 0
-    return torch.where(empty, 0, losses.sum() / torch.where(empty, 1, total_weight))
+    return _weighted(losses, torch.where(kept, of_row * of_target, 0).sum(), reduction)
 
 
 def inner_distance(

@@ -84,11 +84,11 @@ def auto_scale(num_classes: int, margin: object = None) -> float:
         ValueError: ``num_classes`` below 1.
     """
     plain = scale_for_bound(num_classes, AUTO_SCALE_BOUND)
-    numbers = [getattr(margin, name, None) for name in ("m1", "m2", "m3")]
-    if margin is None or numbers == [1, 0, 0]:
+    if margin is None:
         return max(1.0, plain)
-    if not all(isinstance(value, (int, float)) for value in numbers):
-        return MARGIN_SCALE
-    _, angle, cosine = numbers
-    most = math.cos(angle) - cosine  # type: ignore[operator, arg-type]
+    numbers = [getattr(margin, name, None) for name in ("m1", "m2", "m3")]
+    factor, angle, cosine = (float(m) if isinstance(m, (int, float)) else math.nan for m in numbers)
+    if (factor, angle, cosine) == (1, 0, 0):
+        return max(1.0, plain)
+    most = math.cos(angle) - cosine  # NaN, where there are no numbers, is not above 0
     return max(MARGIN_SCALE, plain / most) if most > 0 else MARGIN_SCALE

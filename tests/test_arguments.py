@@ -231,7 +231,7 @@ def test_layers_keep_python_s_own_numbers():
     """What a layer shows, saves and passes on is an int, a float or a bool, whoever made it."""
     head = nf.NormFaceLoss(np.int64(5), torch.tensor(6), scale=np.float32(8), ignore_index=np.int32(-1))
     assert (type(head.in_features), type(head.num_classes), type(head.scale)) == (int, int, float)
-    assert type(head.ignore_index) is int and repr(head) == "NormFaceLoss(5, 6, scale=8)"
+    assert type(head.ignore_index) is int and repr(head) == "NormFaceLoss(5, 6, scale=8, ignore_index=-1)"
     layer = nf.CContrastiveLoss(
         5, 6, neg_margin=np.array(1.5), pos_weight=np.float16(0.5), active_limit=np.int8(3)
     )

@@ -218,7 +218,7 @@ def test_inner_distance_normalize_in_mode_caffe(device):
 
 
 @pytest.mark.parametrize("start, low, high", [(3, 0.5, 10), (-1, 0.5, 10), (20, 0.5, 10)])
-def test_scale_clamps_in_place_and_masks_no_gradient(start, low, high):
+def test_scale_is_used_within_its_bounds_and_no_gradient_is_masked(start, low, high):
     bounds = f"min_value: {low} max_value: {high}"
     net = head(layer("Scale", f"scale_param: num_axes: 0 filler {{ value: {start} }} {bounds}"))
     x, g = tensor(rng().normal(size=(4, 6))), rng(1).normal(size=(4, 6))
@@ -227,9 +227,26 @@ def test_scale_clamps_in_place_and_masks_no_gradient(start, low, high):
     agree(y, top)
     y.backward(torch.tensor(g))
     scale = net.layers["it"].scale
-    agree(scale, stored)
+    assert scale.item() == start  # Caffe has written `stored` there
     agree(scale.grad, (g * x.detach().numpy()).sum())
     agree(x.grad, stored * g)
+
+
+@pytest.mark.parametrize("start", [-1.0, 3.0, 20.0])
+def test_caffe_s_scale_is_clamped_on_request(start):
+    """By `renormalize_`, and so after each step of an optimizer that it was asked for."""
+    net = nf.caffe.load_head(
+        'layer { name: "it" type: "Scale" bottom: "x" top: "y" scale_param { num_axes: 0'
+        f" filler {{ value: {start} }} min_value: 0.5 max_value: 10 }} }}"
+    )
+    scale, held = net.layers["it"].scale, min(max(start, 0.5), 10.0)
+    assert torch.equal(net(x=torch.ones(2, 3)).tops["y"], torch.full((2, 3), held)) and scale.item() == start
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    nf.caffe.renormalize_after_step(optimizer, net)
+    assert scale.item() == held
+    scale.grad = torch.tensor(100.0)
+    optimizer.step()
+    assert scale.item() == 0.5
 
 
 # SoftmaxWithLoss

@@ -711,7 +711,7 @@ def test_parameter_groups_leave_the_scale_undecayed():
     assert len(nf.parameter_groups(nn.Linear(2, 2), 0.1)) == 1
     optimizer = torch.optim.SGD(nf.parameter_groups(heads()[1], 0.5), lr=1.0)
     scale = optimizer.param_groups[1]["params"][0]
-    scale.grad = torch.zeros(())
+    scale.grad = torch.zeros(1)
     before = float(scale.detach())
     optimizer.step()
     assert float(scale.detach()) == before

@@ -4,6 +4,7 @@ Here one process plays all shards; tests/test_distributed_*.py start real ones.
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,14 +31,21 @@ def sharded(
     x, weight, labels, scale, upstream, *, shift=False, sample_weight=None, class_weight=None, **option
 ):
     """(loss, dx, dweight, dscale) the way a class-parallel head comes to them."""
+    margin = option.get("margin", NO_MARGIN)
+    m1, m2, m3 = margin.parameters()
+    made = plan(BATCH, DIM, CLASSES, x.dtype, plan_device(x), workspace=option.get("workspace"))
     options = ops.LossOptions(
         scale_value=0.0,
-        margin=option.get("margin", NO_MARGIN),
+        m1_value=m1,
+        m2_value=m2,
+        m3_value=m3,
         reduction=option.get("reduction", 1),
         ignore_index=-100,
         eps=1e-12,
         smoothing=option.get("smoothing", 0.0),
-        plan=plan(BATCH, DIM, CLASSES, x.dtype, plan_device(x), workspace=option.get("workspace")),
+        plan=made,
+        class_chunk=made.class_chunk,
+        kernels=made.kernels,
         product_precision=x.dtype,
         total_classes=CLASSES,
         is_shard=True,
@@ -62,10 +70,10 @@ def sharded(
     sums = 3 if class_weight is None else 4
     rows[:sums] = torch.stack([part.rows[:sums] for part in swept]).sum(0)
     class_sum = torch.stack([part.class_sum for part in swept]).sum(0)
-    loss, rows = ops.normface_finish(rows, x, class_sum, scale, options)
+    loss, slopes = ops.normface_finish(rows, x, class_sum, scale, ops.NUMBERS, options)
     gradients = [
         ops.normface_backward(
-            upstream, x, w, local, scale, factors, part._replace(rows=rows), options, (True, True, True)
+            upstream, slopes, x, w, local, scale, factors, part._replace(rows=rows), options, (True,) * 3
         )
         for (w, local, factors), part in zip(shards, swept, strict=True)
     ]
@@ -138,11 +146,16 @@ def test_beyond_the_fixed_shift_the_largest_logit_is_shared(lane, dtype):
         torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
 
 
+def plain_options():
+    made = plan(BATCH, DIM, CLASSES)
+    return ops.LossOptions(
+        16.0, 1e-12, CLASSES, made, made.class_chunk, made.kernels, torch.float32, ignore_index=-100
+    )
+
+
 def test_inside_the_window_every_shard_has_the_same_shift(lane):
     x, weight, labels = make(lane, torch.float32)
-    options = ops.LossOptions(
-        16.0, NO_MARGIN, 1, -100, 1e-12, 0.0, plan(BATCH, DIM, CLASSES), torch.float32, CLASSES, is_shard=True
-    )
+    options = replace(plain_options(), is_shard=True)
     shifts = [
         ops.normface_shift(x, part.contiguous(), torch.full_like(labels, ops.ELSEWHERE), None, options)
         for part in weight.split(8)
@@ -155,9 +168,7 @@ def test_a_whole_head_refuses_a_target_elsewhere(lane):
     if not lane.widens:
         pytest.skip("CUDA kernels print the row and abort the process, see test_contract")
     x, weight, labels = make(lane, torch.float32)
-    options = ops.LossOptions(
-        16.0, NO_MARGIN, 1, -100, 1e-12, 0.0, plan(BATCH, DIM, CLASSES), torch.float32, CLASSES
-    )
+    options = plain_options()
     labels[2] = ops.ELSEWHERE
     with pytest.raises(
         RuntimeError, match=r"normface_sweep: expected `labels` in \[0, 23\).*got -1 at row 2"

@@ -142,7 +142,7 @@ def norm_linear_backward_samples(lane):
 def normface_sweep_samples(lane):
     # 8 classes: CUDA kernels pad the stored E to a multiple of that, with whatever lay there.
     x, weight, labels = lane.randn(3, 5), lane.randn(8, 5), lane.tensor([0, 7, -100])
-    given = {"x": x, "weight": weight, "labels": labels, "m3": 0.1}
+    given = {"x": x, "weight": weight, "labels": labels, "m3_value": 0.1}
     for reduction in (0, 1, 2):
         for store in (False, True):
             yield {**given, "reduction": reduction, "store": store, "class_chunk": 4 if lane.widens else 8}
@@ -156,6 +156,8 @@ def normface_sweep_samples(lane):
     shard = {"is_shard": True, "total_classes": 20, "labels": lane.tensor([0, -1, -100])}
     yield {**given, **shard, "x": x.bfloat16(), "shift": lane.tensor([3.0, 2.0, 0.0], torch.float64)}
     yield {**given, **shard, **smooth, "weight": weight[:0], "labels": lane.tensor([-1, -1, -100])}
+    yield {**given, "scale": lane.tensor([200.0, 8.0, 30.0]), "m2": lane.tensor([0.1, 0.5, 3.0]), "guard": 2}
+    yield {**given, "m1": lane.tensor(0.9, torch.float64), "need_margin": True, "straight": True}
 
 
 def normface_shift_samples(lane):
@@ -185,8 +187,10 @@ def normface_backward_samples(lane):
 
 #: What a sample does not say.
 DEFAULTS = {
-    "dim": 1, "p": 2, "eps": 1e-12, "normalize_input": True, "scale": None, "scale_value": 30.0,
-    "m1": 1.0, "m2": 0.0, "m3": 0.0, "reduction": 1, "ignore_index": -100, "class_chunk": 8,
+    "dim": 1, "p": 2, "eps": 1e-12, "normalize_input": True, "scale": None,
+    "scale_value": 30.0, "m1": None, "m2": None, "m3": None, "m1_value": 1.0, "m2_value": 0.0,
+    "m3_value": 0.0, "need_margin": False, "guard": 0, "straight": False, "reduction": 1,
+    "ignore_index": -100, "class_chunk": 8,
     "store": False, "need_class_sum": False, "total_classes": 8, "is_shard": False, "shift": None,
     "need_x": True, "need_weight": True, "need_scale": True, "kernels": 0,
     "product_precision": torch.float32,
@@ -300,20 +304,20 @@ HEAD_ERRORS = [
         "expected `weight` and `x` to be both float64 or both not, got torch.float64 and torch.float32",
     ),
     ({"weight": W.to("meta")}, ValueError, "expected `weight` on the device of `x` (cpu), got meta"),
-    ({"scale": "8"}, TypeError, "expected `scale` to be a float or a 0-d tensor, got str"),
-    ({"scale": None}, TypeError, "expected `scale` to be a float or a 0-d tensor, got NoneType"),
-    ({"scale": True}, TypeError, "expected `scale` to be a float or a 0-d tensor, got bool"),
+    ({"scale": "8"}, TypeError, "expected `scale` to be a float or a tensor of one element, got str"),
+    ({"scale": None}, TypeError, "expected `scale` to be a float or a tensor of one element, got NoneType"),
+    ({"scale": True}, TypeError, "expected `scale` to be a float or a tensor of one element, got bool"),
     ({"scale": float("nan")}, ValueError, "expected `scale` to be finite, got nan"),
     ({"scale": float("inf")}, ValueError, "expected `scale` to be finite, got inf"),
     (
-        {"scale": torch.ones(1)},
+        {"scale": torch.ones(2)},
         ValueError,
-        "expected `scale` to be a float or a 0-d floating tensor, got torch.float32 of shape [1]",
+        "expected `scale` to be a float or a floating tensor of one element, got torch.float32 of shape [2]",
     ),
     (
         {"scale": torch.tensor(8)},
         ValueError,
-        "expected `scale` to be a float or a 0-d floating tensor, got torch.int64 of shape []",
+        "expected `scale` to be a float or a floating tensor of one element, got torch.int64 of shape []",
     ),
     (
         {"scale": torch.tensor(8.0, device="meta")},
@@ -359,7 +363,7 @@ LOSS_ERRORS = [
     (
         {"margin": 0.5},
         TypeError,
-        "expected `margin` to be CosFace, ArcFace, CombinedMargin or None, got float",
+        "expected `margin` to be CosFace, ArcFace, CombinedMargin, RowMargin or None, got float",
     ),
 ]
 

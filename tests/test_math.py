@@ -69,6 +69,12 @@ int main() {
       const double m1 = number(), m2 = number(), m3 = number();
       const auto psi = Margin{m1, m2, m3}(number());
       std::printf("%.17g %.17g", psi.value, psi.slope);
+    } else if (what == "guarded_margin") {
+      const double guard = number(), m1 = number(), m2 = number(), m3 = number(), c = number();
+      const Margin margin{m1, m2, m3, int(guard)};
+      const auto psi = margin(c);
+      const auto slopes = margin.slopes(c);
+      std::printf("%.17g %.17g %.17g %.17g %.17g", psi.value, psi.slope, slopes.m1, slopes.m2, slopes.m3);
     } else if (what == "exp_float") {
       std::printf("%.17g", double(exp_float<float, int32_t>(float(number()))));
     } else if (what == "exp_double") {
@@ -98,14 +104,13 @@ int main() {
         sum += e, sum_cosine += e * c[j], weight_sum += u[j], with_sum += u[j] * c[j];
       }
       const double psi = c[0] - m3;
-      const RowSoftmax row = softmax_row(sum, kappa, s * psi);
       const SmoothingTerms weights =
           smoothing_terms(smoothing, double(c.size()), u[0], weight_sum, psi, c[0], with_sum);
-      std::printf("%.17g %.17g %.17g", row_loss(row, weights, s), scale_slope(row, weights, sum_cosine, psi),
-                  s * (target_slope(row, weights, 1.0) - smoothing / double(c.size()) * u[0]));
+      const RowTerms row =
+          row_terms({sum, sum_cosine, kappa}, s, {psi, 1.0}, weights, smoothing / double(c.size()));
+      std::printf("%.17g %.17g %.17g", row.loss, row.scale, row.target + row.uniform * u[0]);
       for (size_t j = 1; j < c.size(); ++j)
-        std::printf(" %.17g", s * (others_slope(row, weights) * std::exp(s * c[j] - kappa) -
-                                   smoothing / double(c.size()) * u[j]));
+        std::printf(" %.17g", row.others * std::exp(s * c[j] - kappa) + row.uniform * u[j]);
     } else if (what == "rescue_float" || what == "rescue_double") {
       const int p = int(number());
       const double sum = number(), eps = number();

@@ -35,9 +35,9 @@ class Hook:
         return getattr(self.kernels, name)
 
     def normface_sweep(self, *arguments):
-        if arguments[8]:  # store
+        if arguments[7]:  # store
             self.asked += 1
-        if arguments[8] or self.everything:
+        if arguments[7] or self.everything:
             raise self.error
         return self.kernels.normface_sweep(*arguments)
 

@@ -199,7 +199,7 @@ def test_gradcheck(lane, normalize_input, learned):
     scale = lane.tensor(2.5, torch.float64, grad=learned)
 
     def function(x, weight, scale):
-        return nf.functional.norm_linear(x, weight, scale, 0.1, normalize_input=normalize_input)
+        return nf.functional.norm_linear(x, weight, scale, normalize_input=normalize_input, eps=0.1)
 
     assert torch.autograd.gradcheck(function, (x, weight, scale), fast_mode=lane.slow)
     assert torch.autograd.gradgradcheck(function, (x, weight, scale), fast_mode=True)

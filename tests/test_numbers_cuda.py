@@ -268,8 +268,10 @@ def test_the_ops_refuse_what_is_no_number(lane):
         ops.agent_hinge(x, weight, labels, cosine, row, 0.0, False, False, False, -100, 1e-12, 3, 0, False)
     with pytest.raises(RuntimeError, match="norm_linear: expected `scale` to be a 0-d floating tensor"):
         ops.norm_linear(x, weight, row, 0.0, True, 1e-12)
-    with pytest.raises(RuntimeError, match="normface_shift: expected `scale` to be a 0-d floating tensor"):
-        ops.normface_shift(x, weight, labels, labels[0], 0.0, -100, 1e-12, 3, 0, x.dtype, 3, False)
+    with pytest.raises(
+        RuntimeError, match="normface_shift: expected `scale` to be a floating tensor, 0-d or"
+    ):
+        ops.normface_shift(x, weight, labels, labels[0], -100, 0.0, 1e-12, 3, 3, 0, x.dtype, False)
 
 
 # One decision about the shift --------------------------------------------------------------------------
@@ -342,19 +344,19 @@ def test_a_row_of_many_classes(cuda_lane):  # noqa: F811
         weight,
         lane.labels(4, classes),
         None,
-        0.0,  # the scale: E is exp(-shift), whatever the cosines are
-        -100,
-        1e-12,
-        classes,
-        False,
-        True,
-        False,
-        3,  # the single sweep
-        torch.bfloat16,
         None,
         None,
-        classes,
-        False,
         shift,
+        store=False,
+        need_x=True,
+        need_class_sum=False,
+        ignore_index=-100,
+        scale_value=0.0,  # E is exp(-shift), whatever the cosines are
+        eps=1e-12,
+        total_classes=classes,
+        class_chunk=classes,
+        kernels=3,  # the single sweep
+        product_precision=torch.bfloat16,
+        is_shard=False,
     )[0]
     close(rows[0] / (classes - 1), (-shift).exp(), 1e-6)

@@ -77,7 +77,9 @@ def test_norm_linear(lane, dtype, power, upstream):
     x, weight = integers(lane, 5, 33, dtype), integers(lane, 7, 33, dtype, seed=1)
     rtol = tolerance(dtype)
     obeys_the_law(lambda x, w: F.norm_linear(x, w, 2.0, eps=0.0), x, power, upstream, (weight,), rtol, "x")
-    obeys_the_law(lambda w, x: F.norm_linear(x, w, 2.0, eps=0.0), weight, power, upstream, (x,), rtol, "weight")
+    obeys_the_law(
+        lambda w, x: F.norm_linear(x, w, 2.0, eps=0.0), weight, power, upstream, (x,), rtol, "weight"
+    )
 
 
 @every_power
@@ -170,7 +172,7 @@ def test_a_zero_row_of_norm_linear(lane, dtype, as_tensor, scale):
     def results(eps):
         leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
         factor = lane.tensor(torch.tensor(scale, dtype=torch.float64)) if as_tensor else scale
-        out = F.norm_linear(*leaves, factor, eps)
+        out = F.norm_linear(*leaves, factor, eps=eps)
         return out.detach(), *torch.autograd.grad(out, leaves, upstream)
 
     got = results(0.0)

@@ -76,7 +76,7 @@ def test_written_backward_of_norm_linear_is_its_derivative(normalize_input):
     )
     scale = torch.tensor(7.0, dtype=torch.float64)
     inputs = [t.requires_grad_() for t in (x, weight, scale)]
-    out = reference.norm_linear(*inputs, 0.1, normalize_input=normalize_input)
+    out = reference.norm_linear(*inputs, normalize_input=normalize_input, eps=0.1)
     expected = torch.autograd.grad(out, inputs, g)
     written = reference.norm_linear_backward(g, *inputs, 0.1, normalize_input)
     for got, truth in zip(written, expected, strict=True):

@@ -97,6 +97,39 @@ def test_auto_scale_is_the_scale_of_its_bound():
     assert theory.auto_scale(1) == 1
 
 
+def largest_target(margin):
+    """psi at the angle 0."""
+    return math.cos(margin.m1 * 0.0 + margin.m2) - margin.m3
+
+
+@pytest.mark.parametrize("classes", [1, 10, 10_575, 85_742, 10**6, 10**12])
+@pytest.mark.parametrize(
+    "margin",
+    [nf.CosFace(0.35), nf.ArcFace(0.5), nf.CosFace(0.9), nf.ArcFace(1.5), nf.CombinedMargin(1.0, 0.3, 0.2)],
+    ids=str,
+)
+def test_auto_scale_with_a_margin(classes, margin):
+    """64 for every count of classes, as the recipes have it; more where the margin leaves so little of the
+    largest cosine that the bound asks for more."""
+    scale, most = theory.auto_scale(classes, margin), largest_target(margin)
+    needed = theory.scale_for_bound(classes, theory.AUTO_SCALE_BOUND) / most
+    assert scale == pytest.approx(max(64.0, needed))
+    # What the bound says with psi(1) in the place of 1.
+    assert theory.loss_lower_bound(classes, scale * most) <= theory.AUTO_SCALE_BOUND * 1.000001
+    assert nf.NormFaceLoss(2, min(classes, 10_575), margin=margin).scale == theory.auto_scale(
+        min(classes, 10_575), margin
+    )
+
+
+def test_auto_scale_of_margins_that_leave_nothing_or_have_no_numbers():
+    for margin in (nf.CosFace(1.0), nf.CosFace(2.5), nf.ArcFace(1.6), object()):
+        assert theory.auto_scale(10**9, margin) == 64
+    for margin in (nf.CosFace(0.0), nf.ArcFace(0.0), nf.CombinedMargin()):  # none at all
+        assert theory.auto_scale(10_575, margin) == theory.auto_scale(10_575) < 64
+    with pytest.raises(TypeError, match="expected `num_classes` to be an int"):
+        theory.auto_scale(3.0, nf.ArcFace(0.5))
+
+
 @pytest.mark.parametrize(
     ("function", "argument"),
     [

@@ -7,31 +7,61 @@
 #pragma once
 
 #include "cpu/head.h"
+#include "engine/head_arguments.h"
 #include "math/softmax.h"
 #include "row_state.h"
 
 namespace nf::cpu {
 
-// rows[field][i]
-struct RowState {
+// table[field][i] of row_state.h, Field being RowField or SlopeField.
+template <class Field>
+struct RowTableOf {
   double* data;
   int64_t batch;
-  double* operator[](RowField field) const { return data + field * batch; }
-};
 
-inline RowState row_state(const Tensor& rows) {
-  return {static_cast<double*>(const_cast<void*>(rows.const_data_ptr())), rows.size(1)};
-}
+  explicit RowTableOf(const Tensor& t)
+      : data(static_cast<double*>(const_cast<void*>(t.const_data_ptr()))), batch(t.size(1)) {}
+  double* operator[](Field field) const { return data + field * batch; }
+};
+using RowState = RowTableOf<RowField>;
+using RowSlopes = RowTableOf<SlopeField>;
+
+// A number of every row: a float argument, or the tensor [] or [N] given in its place.
+class RowNumbers {
+ public:
+  RowNumbers(const std::optional<Tensor>& t, double value) : value_(value) {
+    if (!t) return;
+    const bool per_row = t->dim() == 1;
+    rows_.resize(per_row ? size_t(t->size(0)) : 1);
+    if (t->scalar_type() == ScalarType::Double) {
+      std::copy_n(static_cast<const double*>(t->const_data_ptr()), rows_.size(), rows_.data());
+    } else {
+      std::vector<float> wide(rows_.size());
+      stored_rows<float>(t->scalar_type())
+          .widen(t->const_data_ptr(), int64_t(rows_.size()), 1.0f, wide.data());
+      std::copy(wide.begin(), wide.end(), rows_.begin());
+    }
+    if (per_row) return;
+    value_ = rows_[0];
+    rows_.clear();
+  }
+  double operator[](int64_t i) const { return rows_.empty() ? value_ : rows_[size_t(i)]; }
+  bool per_row() const { return !rows_.empty(); }
+
+ private:
+  double value_;
+  std::vector<double> rows_;
+};
 
 // scores -> E in place; sums, when given, receive S and A of this tile. The target's E is 0: its term
 // is added apart, in the accumulator's precision and with its margin.
 template <class T>
-void exponentiate(const HeadShape& shape, const Labels& labels, const double* shift, double scale,
+void exponentiate(const HeadShape& shape, const Labels& labels, const double* shift, const RowNumbers& scale,
                   const Tile& tile, T* scores, double* sum, double* sum_cosine) {
   for (int64_t i = 0; i < shape.batch; ++i) {
     T* row = scores + i * tile.width;
     around_target(labels.data[i], tile, [&](int64_t begin, int64_t end) {
-      const auto part = accum_rows<T>().exp_fold(row + begin, end - begin, T(scale), T(shift[i]));
+      const auto part = accum_rows<T>().exp_fold(row + begin, end - begin, T(scale[i]), T(shift[i]));
       if (sum == nullptr) return;
       sum[i] += part.exp;
       sum_cosine[i] += part.exp_cosine;
@@ -51,13 +81,5 @@ struct ClassWeights {
       : given(t.has_value()), data(given ? static_cast<const T*>(t->const_data_ptr()) : nullptr) {}
   double operator[](int64_t j) const { return given ? double(data[j]) : 1.0; }
 };
-
-inline math::RowSoftmax softmax_of(const RowState& rows, double scale, int64_t i) {
-  return math::softmax_row(rows[kSum][i], rows[kShift][i], scale * rows[kPsi][i]);
-}
-
-inline math::SmoothingTerms smoothing_of(const RowState& rows, int64_t i) {
-  return {rows[kTotal][i], rows[kSmooth][i], rows[kPull][i], rows[kPush][i]};
-}
 
 }  // namespace nf::cpu

@@ -1,97 +1,85 @@
-// Second stage of the fused head on the CPU: from sums over all classes to losses.
+// Second stage of the fused head on the CPU: from sums over all classes to losses and their slopes.
 #include "cpu/normface.h"
 #include "math/margin.h"
 
 namespace nf::cpu {
 namespace {
 
-struct FinishArguments {
-  Tensor rows, x, class_sum;
-  double scale;
-  math::Margin margin;
-  int64_t reduction;
-  double smoothing;
-  int64_t total_classes;
-  double eps;
-};
-
-// Margin and weights of every row; the rows' weights in the result.
+// <x_hat, U> of row i.
 template <class T>
-void weigh_rows(const FinishArguments& in, const RowState& rows) {
+double dot_class_sum(const NormfaceFinishArguments& in, const RowState& rows, int64_t i, const T* class_sum) {
   const int64_t D = in.x.size(1);
   const Rows<T> x(in.x, D);
-  const T* class_sum = data_of<T>(in.class_sum);
-  double kept = 0;
-  for (int64_t i = 0; i < rows.batch; ++i) kept += rows[kRowWeight][i] * rows[kTargetWeight][i];
-  const double each = in.reduction != kMean ? 1.0 : kept != 0.0 ? 1.0 / kept : 0.0;
-  for_rows(rows.batch, class_sum != nullptr ? D : 16, [&](int64_t i) {
-    rows[kRowWeight][i] *= each;
-    if (rows[kRowWeight][i] == 0.0) {  // psi and the weights stay 0
-      rows[kShift][i] = 0;             // backward takes the row as zero, so its scores are 0
-      return;
-    }
-    const auto psi = in.margin(rows[kCosine][i]);
-    rows[kPsi][i] = psi.value;
-    rows[kPsiSlope][i] = psi.slope;
-    double with_sum = 0;
-    if (class_sum != nullptr) {
-      std::vector<T> row(static_cast<size_t>(D));
-      const double inverse = rows[kInverseNorm][i];
-      const bool serves = math::inverse_serves(inverse);
-      if (serves)
-        x.kernel.widen(x.row(i), D, T(1), row.data());
-      else
-        x.kernel.normalize_wide(x.row(i), D, 2, T(in.eps), row.data());
-      with_sum = dot_in_double(row.data(), class_sum, D) * (serves ? inverse : 1.0);
-    }
-    const math::SmoothingTerms weights = math::smoothing_terms(
-        in.smoothing, double(in.total_classes), rows[kTargetWeight][i],
-        class_sum != nullptr ? double(class_sum[D]) : 0.0, psi.value, rows[kCosine][i], with_sum);
-    rows[kTotal][i] = weights.total;
-    rows[kSmooth][i] = weights.smooth;
-    rows[kPull][i] = weights.pull;
-    rows[kPush][i] = weights.push;
-  });
+  std::vector<T> row(static_cast<size_t>(D));
+  const double inverse = rows[kInverseNorm][i];
+  const bool serves = math::inverse_serves(inverse);
+  if (serves)
+    x.kernel.widen(x.row(i), D, T(1), row.data());
+  else
+    x.kernel.normalize_wide(x.row(i), D, 2, T(in.eps), row.data());
+  return dot_in_double(row.data(), class_sum, D) * (serves ? inverse : 1.0);
 }
 
 template <class T>
-void reduce_loss(const RowState& rows, double scale, int64_t reduction, T* loss) {
+void finish(const NormfaceFinishArguments& in, T* loss, const RowSlopes& slopes) {
+  const RowState rows(in.rows);
+  const RowNumbers scale(in.scale, in.scale_value), m1(in.m1, in.m1_value), m2(in.m2, in.m2_value),
+      m3(in.m3, in.m3_value);
+  const T* class_sum = data_of<T>(in.class_sum);
+  const int64_t N = rows.batch;
+  double kept = 0;
+  for (int64_t i = 0; i < N; ++i) kept += rows[kRowWeight][i] * rows[kTargetWeight][i];
+  const double each = in.reduction != kMean ? 1.0 : kept != 0.0 ? 1.0 / kept : 0.0;
+  std::vector<double> losses(static_cast<size_t>(N));
+  for_rows(N, class_sum != nullptr ? in.x.size(1) : 16, [&](int64_t i) {
+    const double weight = rows[kRowWeight][i] * each;
+    math::RowTerms terms{};
+    math::MarginSlopes of_margin{};
+    if (weight != 0.0) {
+      const double c = rows[kCosine][i];
+      const math::Margin margin{m1[i], m2[i], m3[i], int(in.guard)};
+      math::ValueAndSlope<double> psi = margin(c);
+      if (in.straight) psi.slope = 1.0;
+      const math::SmoothingTerms weights =
+          math::smoothing_terms(in.smoothing, double(in.total_classes), rows[kTargetWeight][i],
+                                class_sum != nullptr ? double(class_sum[in.x.size(1)]) : 0.0, psi.value, c,
+                                class_sum != nullptr ? dot_class_sum(in, rows, i, class_sum) : 0.0);
+      terms = math::row_terms({rows[kSum][i], rows[kSumCosine][i], rows[kShift][i]}, scale[i], psi, weights,
+                              in.smoothing / double(in.total_classes));
+      if (in.need_margin) of_margin = margin.slopes(c);
+    }
+    losses[size_t(i)] = weight != 0.0 ? weight * terms.loss : 0.0;
+    slopes[kOthersSlope][i] = weight * terms.others;
+    slopes[kTargetSlope][i] = weight * terms.target;
+    slopes[kUniformSlope][i] = weight * terms.uniform;
+    slopes[kScaleSlope][i] = weight * terms.scale;
+    if (!in.need_margin) return;
+    slopes[kM1Slope][i] = weight * terms.psi * of_margin.m1;
+    slopes[kM2Slope][i] = weight * terms.psi * of_margin.m2;
+    slopes[kM3Slope][i] = weight * terms.psi * of_margin.m3;
+  });
   double total = 0;
-  for (int64_t i = 0; i < rows.batch; ++i) {
-    const double weight = rows[kRowWeight][i];
-    const double weighted =
-        weight == 0.0 ? 0.0
-                      : weight * math::row_loss(softmax_of(rows, scale, i), smoothing_of(rows, i), scale);
-    if (reduction == kNone) loss[i] = T(weighted);
-    total += weighted;
+  for (int64_t i = 0; i < N; ++i) {
+    if (in.reduction == kNone) loss[i] = T(losses[size_t(i)]);
+    total += losses[size_t(i)];
   }
-  if (reduction != kNone) *loss = T(total);
+  if (in.reduction != kNone) *loss = T(total);
 }
 
-std::tuple<Tensor, Tensor> normface_finish(Tensor rows, Tensor x, Tensor class_sum,
-                                           std::optional<Tensor> scale, double scale_value, double m1,
-                                           double m2, double m3, int64_t reduction, double smoothing,
-                                           int64_t total_classes, double eps) {
-  check_finish("normface_finish", rows, x, class_sum, smoothing);
-  check_number("normface_finish", "scale", scale, x);
-  const int64_t N = x.size(0);
-  const ScalarType wide = accumulator(x.scalar_type());
-  Tensor finished = fresh({kRowFields, N}, ScalarType::Double);
-  const RowState state = row_state(finished);
-  std::copy_n(static_cast<const double*>(rows.const_data_ptr()), kRowFields * N, state.data);
-  Tensor loss = reduction == kNone ? fresh({N}, wide) : fresh({}, wide);
-  const FinishArguments in{rows,         x,         class_sum, number_argument(scale, scale_value),
-                           {m1, m2, m3}, reduction, smoothing, total_classes,
-                           eps};
+std::tuple<Tensor, Tensor> normface_finish(const NormfaceFinishArguments& in) {
+  check_finish(in);
+  const int64_t N = in.x.size(0);
+  const ScalarType wide = accumulator(in.x.scalar_type());
+  Tensor slopes = fresh({in.need_margin ? kAllSlopes : kSlopeFields, N}, ScalarType::Double);
+  Tensor loss = in.reduction == kNone ? fresh({N}, wide) : fresh({}, wide);
   const auto run = [&]<class T>(T) {
-    weigh_rows<T>(in, state);
-    reduce_loss(state, in.scale, reduction, static_cast<T*>(loss.mutable_data_ptr()));
+    finish(in, static_cast<T*>(loss.mutable_data_ptr()), RowSlopes(slopes));
   };
   wide == ScalarType::Double ? run(double()) : run(float());
-  return {loss, finished};
+  return {loss, slopes};
 }
 
 }  // namespace
 }  // namespace nf::cpu
 
-NF_CPU_LIBRARY(m) { m.impl("normface_finish", TORCH_BOX(&nf::cpu::normface_finish)); }
+NF_CPU_LIBRARY(m) { nf::implement<&nf::cpu::normface_finish>(m); }

@@ -5,16 +5,6 @@
 namespace nf::cpu {
 namespace {
 
-struct SweepArguments {
-  Tensor x, weight, labels;
-  double scale;
-  int64_t ignore_index;
-  double eps;
-  int64_t class_chunk;
-  int64_t total_classes;
-  bool is_shard;
-};
-
 // Which rows count: those that are not ignored and have a weight. The others become zero, so that nothing
 // they hold, NaN included, reaches another row or a class.
 template <class T>
@@ -31,7 +21,7 @@ struct Counting {
 
 // Unit features and their inverse norms, which have room in double.
 template <class T>
-void unit_features(const SweepArguments& in, const Counting<T>& counting, T* x_hat, double* inverse) {
+void unit_features(const HeadInputs& in, const Counting<T>& counting, T* x_hat, double* inverse) {
   const Rows<T> x(in.x, in.x.size(1));
   for_rows(in.labels.size(0), x.length, [&](int64_t i) {
     inverse[i] = 0;
@@ -47,7 +37,7 @@ void unit_features(const SweepArguments& in, const Counting<T>& counting, T* x_h
 
 // What a row knows before the sweep: its norm, its weight, and its target's cosine, a dot product in double.
 template <class T>
-void prepare_rows(const SweepArguments& in, const Counting<T>& counting, const ClassWeights<T>& class_weight,
+void prepare_rows(const HeadInputs& in, const Counting<T>& counting, const ClassWeights<T>& class_weight,
                   T* x_hat, const RowState& rows) {
   const Rows<T> w(in.weight, in.weight.size(1));
   const Labels labels(in.labels);
@@ -68,7 +58,8 @@ void prepare_rows(const SweepArguments& in, const Counting<T>& counting, const C
 
 // The row's largest logit among the classes other than its label, -inf where there is none.
 template <class T>
-void largest_logits(const HeadShape& shape, const SweepArguments& in, T* x_hat, double* result) {
+void largest_logits(const HeadShape& shape, const HeadInputs& in, const RowNumbers& scale, T* x_hat,
+                    double* result) {
   const int64_t N = shape.batch, D = shape.dim;
   const Rows<T> w(in.weight, D);
   const Labels labels(in.labels);
@@ -84,7 +75,7 @@ void largest_logits(const HeadShape& shape, const SweepArguments& in, T* x_hat, 
       T& best = largest.data[slot * N + i];
       around_target(labels.data[i], tile, [&](int64_t begin, int64_t end) {
         const T* row = tile_scores + i * tile.width;
-        best = std::max(best, accum_rows<T>().largest_scaled(row + begin, end - begin, T(in.scale)));
+        best = std::max(best, accum_rows<T>().largest_scaled(row + begin, end - begin, T(scale[i])));
       });
     }
   });
@@ -98,11 +89,14 @@ void largest_logits(const HeadShape& shape, const SweepArguments& in, T* x_hat, 
 // kappa of every row as these classes alone would have it: one constant inside the window of softmax.h,
 // else the row's largest logit, which costs a sweep of its own.
 template <class T>
-void choose_shift(const HeadShape& shape, const SweepArguments& in, T* x_hat, double* shift) {
-  if (math::has_fixed_shift<T>(in.scale, double(in.total_classes)))
-    std::fill_n(shift, shape.batch, math::fixed_shift<T>(double(in.total_classes)));
-  else
-    largest_logits(shape, in, x_hat, shift);
+void choose_shift(const HeadShape& shape, const HeadInputs& in, const RowNumbers& scale, T* x_hat,
+                  double* shift) {
+  const math::FixedShift window = math::fixed_shift_of<T>(double(in.total_classes));
+  bool all = true;
+  for (int64_t i = 0; i < shape.batch; ++i) all = all && window.serves(scale[i]);
+  if (!all) largest_logits(shape, in, scale, x_hat, shift);
+  for (int64_t i = 0; i < shape.batch; ++i)
+    if (window.serves(scale[i])) shift[i] = window.kappa;
 }
 
 struct SweepResult {
@@ -111,8 +105,8 @@ struct SweepResult {
 
 // S, A, x_sum, class_sum (U) and the stored E.
 template <class T>
-void sweep(const HeadShape& shape, const SweepArguments& in, const ClassWeights<T>& class_weight, T* x_hat,
-           const RowState& rows, const SweepResult& out) {
+void sweep(const HeadShape& shape, const NormfaceSweepArguments& in, const RowNumbers& scale,
+           const ClassWeights<T>& class_weight, T* x_hat, const RowState& rows, const SweepResult& out) {
   const int64_t N = shape.batch, D = shape.dim;
   const Rows<T> w(in.weight, D);
   const Labels labels(in.labels);
@@ -146,7 +140,7 @@ void sweep(const HeadShape& shape, const SweepArguments& in, const ClassWeights<
     }
     score_tile(shape, x_hat, unit, tile, e);
     double* sum = sums.data + slot * 2 * N;
-    exponentiate(shape, labels, rows[kShift], in.scale, tile, e, sum, sum + N);
+    exponentiate(shape, labels, rows[kShift], scale, tile, e, sum, sum + N);
     T* into = slot == 0 ? x_sum : partners.data + (slot - 1) * N * D;
     if (x_sum != nullptr)
       multiply<T>({e, N, tile.width, tile.width}, {unit, tile.width, D, D}, {into, N, D, D}, true);
@@ -165,77 +159,53 @@ void sweep(const HeadShape& shape, const SweepArguments& in, const ClassWeights<
 }
 
 template <class T>
-SweepResult run_sweep(const SweepArguments& in, bool store, bool need_x, bool need_class_sum,
-                      const std::optional<Tensor>& sample_weight, const ClassWeights<T>& class_weight,
-                      const std::optional<Tensor>& shift) {
+SweepResult run_sweep(const NormfaceSweepArguments& in) {
   const HeadShape shape(in.x, in.weight, in.class_chunk);
   const int64_t N = shape.batch, D = shape.dim, C = shape.classes;
   const ScalarType wide = accumulator(in.x.scalar_type());
   SweepResult out{fresh({kRowFields, N}, ScalarType::Double), fresh({C}, wide),
-                  need_x ? fresh({N, D}, wide) : fresh({0}, wide), fresh({need_class_sum ? D + 1 : 0}, wide),
-                  fresh({store ? N * C : 0}, wide)};
-  const RowState rows = row_state(out.rows);
+                  in.need_x ? fresh({N, D}, wide) : fresh({0}, wide),
+                  fresh({in.need_class_sum ? D + 1 : 0}, wide), fresh({in.store ? N * C : 0}, wide)};
+  const RowState rows(out.rows);
+  const RowNumbers scale(in.scale, in.scale_value);
+  const ClassWeights<T> class_weight(in.class_weight);
   Buffer<T> x_hat(N * D);
   const Counting<T> counting{
       Labels(in.labels).data, in.ignore_index,
-      sample_weight ? static_cast<const T*>(sample_weight->const_data_ptr()) : nullptr};
+      in.sample_weight ? static_cast<const T*>(in.sample_weight->const_data_ptr()) : nullptr};
   prepare_rows(in, counting, class_weight, x_hat.data, rows);
-  if (shift)
-    std::copy_n(static_cast<const double*>(shift->const_data_ptr()), N, rows[kShift]);
+  if (in.shift)
+    std::copy_n(static_cast<const double*>(in.shift->const_data_ptr()), N, rows[kShift]);
   else
-    choose_shift(shape, in, x_hat.data, rows[kShift]);
+    choose_shift(shape, in, scale, x_hat.data, rows[kShift]);
   for (int64_t i = 0; i < N; ++i)  // a row that became zero has scores of 0
     if (rows[kRowWeight][i] == 0) rows[kShift][i] = 0;
-  sweep(shape, in, class_weight, x_hat.data, rows, out);
+  sweep(shape, in, scale, class_weight, x_hat.data, rows, out);
   return out;
 }
 
-void check_arguments(const char* op, const SweepArguments& in) {
-  check_head(op, in.x, in.weight, in.is_shard ? 0 : 1);
-  check_labels(op, in.labels, in.x.size(0));
-  Labels(in.labels).check(op, in.weight.size(0), in.ignore_index, in.is_shard);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normface_sweep(
-    Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
-    int64_t ignore_index, double eps, int64_t class_chunk, bool store, bool need_x, bool need_class_sum,
-    int64_t /*kernels: a CUDA choice*/, ScalarType /*product_precision: CPU products are at least float32*/,
-    std::optional<Tensor> sample_weight, std::optional<Tensor> class_weight, int64_t total_classes,
-    bool is_shard, std::optional<Tensor> shift) {
-  const char* op = "normface_sweep";
-  check_number(op, "scale", scale, x);
-  const SweepArguments in{
-      x,           weight,        labels,  number_argument(scale, scale_value), ignore_index, eps,
-      class_chunk, total_classes, is_shard};
-  check_arguments(op, in);
-  check_weights(op, "sample_weight", sample_weight, x, x.size(0));
-  check_weights(op, "class_weight", class_weight, x, weight.size(0));
-  check_shift(op, shift, x.size(0));
-  const auto run = [&]<class T>(T) {
-    return run_sweep<T>(in, store, need_x, need_class_sum, sample_weight, ClassWeights<T>(class_weight),
-                        shift);
-  };
-  SweepResult out = accumulator(x.scalar_type()) == ScalarType::Double ? run(double()) : run(float());
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normface_sweep(const NormfaceSweepArguments& in) {
+  check_sweep(in);
+  Labels(in.labels).check(in.kName, in.weight.size(0), in.ignore_index, in.is_shard);
+  SweepResult out =
+      accumulator(in.x.scalar_type()) == ScalarType::Double ? run_sweep<double>(in) : run_sweep<float>(in);
   return {out.rows, out.inverse_norm, out.x_sum, out.class_sum, out.stored};
 }
 
-Tensor normface_shift(Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
-                      int64_t ignore_index, double eps, int64_t class_chunk, int64_t /*kernels*/,
-                      ScalarType /*product_precision*/, int64_t total_classes, bool is_shard) {
-  check_number("normface_shift", "scale", scale, x);
-  const SweepArguments in{
-      x,           weight,        labels,  number_argument(scale, scale_value), ignore_index, eps,
-      class_chunk, total_classes, is_shard};
-  check_arguments("normface_shift", in);
-  Tensor shift = fresh({x.size(0)}, ScalarType::Double);
+Tensor normface_shift(const NormfaceShiftArguments& in) {
+  check_inputs(in.kName, in);
+  Labels(in.labels).check(in.kName, in.weight.size(0), in.ignore_index, in.is_shard);
+  Tensor shift = fresh({in.x.size(0)}, ScalarType::Double);
   const auto run = [&]<class T>(T) {
-    const HeadShape shape(x, weight, class_chunk);
+    const HeadShape shape(in.x, in.weight, in.class_chunk);
     Buffer<T> x_hat(shape.batch * shape.dim);
     Buffer<double> inverse(shape.batch);
-    unit_features(in, {Labels(labels).data, ignore_index, nullptr}, x_hat.data, inverse.data);
-    choose_shift(shape, in, x_hat.data, static_cast<double*>(shift.mutable_data_ptr()));
+    unit_features(in, Counting<T>{Labels(in.labels).data, in.ignore_index, nullptr}, x_hat.data,
+                  inverse.data);
+    choose_shift(shape, in, RowNumbers(in.scale, in.scale_value), x_hat.data,
+                 static_cast<double*>(shift.mutable_data_ptr()));
   };
-  accumulator(x.scalar_type()) == ScalarType::Double ? run(double()) : run(float());
+  accumulator(in.x.scalar_type()) == ScalarType::Double ? run(double()) : run(float());
   return shift;
 }
 
@@ -243,6 +213,6 @@ Tensor normface_shift(Tensor x, Tensor weight, Tensor labels, std::optional<Tens
 }  // namespace nf::cpu
 
 NF_CPU_LIBRARY(m) {
-  m.impl("normface_sweep", TORCH_BOX(&nf::cpu::normface_sweep));
-  m.impl("normface_shift", TORCH_BOX(&nf::cpu::normface_shift));
+  nf::implement<&nf::cpu::normface_sweep>(m);
+  nf::implement<&nf::cpu::normface_shift>(m);
 }

@@ -8,10 +8,10 @@
 namespace nf {
 namespace {
 
-// What row i contributes to the gradients, upstream gradient and scale included: the factors of x_sum (and
-// of E x_hat in dW), of the target, and of class_sum (and of class_weight_j x_hat in dW); and to the
-// gradient of the scale. And how the row was scaled: x_hat = x * outer * inner.
-enum GradientField { kOthers, kTarget, kUniform, kScale, kOuter, kInner, kGradientFields };
+// What row i contributes to the gradients, upstream gradient included: the factors of x_sum (and of E x_hat in
+// dW), of the target, and of class_sum (and of class_weight_j x_hat in dW); and to the gradient of the scale.
+// How the row was scaled, x_hat = x * outer * inner, and its kappa. All 0 where the row has no slope.
+enum GradientField { kOthers, kTarget, kUniform, kScale, kOuter, kInner, kKappa, kGradientFields };
 
 template <class T>
 struct RowGradients {
@@ -20,11 +20,12 @@ struct RowGradients {
   const int64_t* labels;  // [N]
   int64_t dim;
   RowState rows;
-  Scale scale;
+  RowSlopes slopes;
+  RowNumbers scale;
   const T* grad_loss;  // [N] or []
   bool per_row;
-  double uniform;      // smoothing / C
   double* gradients;   // [kGradientFields, N]
+  double* grad_scale;  // [N], perhaps kScale of gradients
   const T* x_sum;      // [N, D]
   const T* class_sum;  // [D] or null
   double eps;
@@ -64,40 +65,36 @@ NF_DEVICE void write_grad_features(const RowGradients<T>& task, int64_t i, bool 
   }
 }
 
-// Everything that is made of one row. One warp per row.
+// Everything that is made of one row. A row without a slope is taken as zero: nothing it holds, NaN included,
+// reaches a class. One warp per row.
 template <class T>
 NF_KERNEL(kThreads)
 row_gradients_kernel(RowGradients<T> task) {
   const int64_t i = block_id() * kRowsPerBlock + warp_id();
   const RowState& rows = task.rows;
   if (i >= rows.batch) return;  // the whole warp leaves
-  const double s = task.scale.value();
-  const bool ignored = rows.at(kRowWeight, i) == 0.0;
-  double g = 0, others = 0, target = 0, scale = 0;
+  double others = task.slopes.at(kOthersSlope, i), target = task.slopes.at(kTargetSlope, i),
+         uniform = task.slopes.at(kUniformSlope, i), scale = task.slopes.at(kScaleSlope, i), kappa = 0;
+  const bool ignored = others == 0.0 && target == 0.0 && uniform == 0.0 && scale == 0.0;
   math::RowScale<double> of_row{};
   if (!ignored) {
     of_row = feature_scale_again<T>(task.x, i, task.dim, task.eps, rows.at(kInverseNorm, i));
-    g = double(task.grad_loss[task.per_row ? i : 0]) * rows.at(kRowWeight, i);
-    const math::RowSoftmax row = softmax_of(rows, s, i);
-    const math::SmoothingTerms weights = smoothing_of(rows, i);
-    others = g * s * math::others_slope(row, weights);
-    target = g * s * math::target_slope(row, weights, rows.at(kPsiSlope, i));
-    scale = g * math::scale_slope(row, weights, rows.at(kSumCosine, i), rows.at(kPsi, i));
+    const double g = double(task.grad_loss[task.per_row ? i : 0]);
+    others *= g, target *= g, uniform *= g, scale *= g;
+    kappa = rows.at(kShift, i);
   }
-  const double uniform = -g * s * task.uniform;
   if (lane_id() == 0) {
     task.gradients[kOthers * rows.batch + i] = others;
     task.gradients[kTarget * rows.batch + i] = target;
     task.gradients[kUniform * rows.batch + i] = uniform;
-    task.gradients[kScale * rows.batch + i] = scale;
+    task.grad_scale[i] = scale;
     task.gradients[kOuter * rows.batch + i] = of_row.outer;
     task.gradients[kInner * rows.batch + i] = of_row.inner;
+    task.gradients[kKappa * rows.batch + i] = kappa;
     if (task.sweep_rows != nullptr) {
       // An ignored row's label may be any int64; only a class fits into 32 bits.
-      task.sweep_rows[i] = {math::power_of_two(s, rows.at(kShift, i)).offset,
-                            int(ignored ? kElsewhere : task.labels[i])};
-      // Two rows are copied at a time: the last may come with one that is none, whose E must be finite.
-      if (i == rows.batch - 1 && i % 2 == 0) task.sweep_rows[i + 1] = {0.0f, int(kElsewhere)};
+      const auto power = math::power_of_two(task.scale.at(i), kappa);
+      task.sweep_rows[i] = {power.slope, power.offset, int(ignored ? kElsewhere : task.labels[i])};
     }
   }
   if (task.dx.data != nullptr) write_grad_features(task, i, ignored, of_row, others, target, uniform);
@@ -125,15 +122,15 @@ scale_gradient_kernel(const double* __restrict__ gradients,  // [kGradientFields
 // sum[d] = sum over rows of kUniform x_hat_d: what every class gets, times its weight.
 template <class T>
 NF_KERNEL(kThreads)
-uniform_gradient_kernel(StoredArray x, int64_t dim, RowState rows, const double* __restrict__ gradients,
+uniform_gradient_kernel(StoredArray x, int64_t batch, int64_t dim, const double* __restrict__ gradients,
                         T* __restrict__ sum)  // [D]
 {
   const int64_t d = block_id() * kThreads + thread_id();
   if (d >= dim) return;
-  const auto of = [&](GradientField field, int64_t i) { return gradients[field * rows.batch + i]; };
+  const auto of = [&](GradientField field, int64_t i) { return gradients[field * batch + i]; };
   double total = 0;
-  for (int64_t i = 0; i < rows.batch; ++i)
-    if (rows.at(kRowWeight, i) != 0.0)
+  for (int64_t i = 0; i < batch; ++i)
+    if (of(kUniform, i) != 0.0)
       total += of(kUniform, i) * (x.load<double>(i * dim + d) * of(kOuter, i) * of(kInner, i));
   sum[d] = T(total);
 }

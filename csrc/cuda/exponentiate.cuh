@@ -18,7 +18,9 @@ exponentiate_kernel(const T* scores,  // [N, stride], `width` of them valid
                     O* e,             // [N, e_stride], perhaps the same memory
                     int64_t width, int64_t stride, int64_t e_stride, int64_t first,
                     const int64_t* __restrict__ labels,  // [N]
-                    Scale scale, RowState rows,
+                    RowNumbers scale,
+                    const double* __restrict__ shifts,  // [N]
+                    RowState rows,
                     double* partial,     // [2, splits, N] or null
                     unsigned* arrivals)  // [N], all 0
 {
@@ -28,7 +30,7 @@ exponentiate_kernel(const T* scores,  // [N, stride], `width` of them valid
   const int64_t begin = split * kColumnsPerBlock;
   const int64_t end = begin + kColumnsPerBlock < width ? begin + kColumnsPerBlock : width;
   const int64_t target = target_place(labels[i], first, width);
-  const T s = T(scale.value()), shift = T(rows.at(kShift, i));
+  const T s = T(scale.at(i)), shift = T(shifts[i]);
   T sum = 0, sum_cosine = 0;
   for (int64_t j = begin + thread_id(); j < end; j += kThreads) {
     const T cosine = scores[i * stride + j];
@@ -54,14 +56,15 @@ inline int64_t exponentiate_splits(int64_t width) {
 // With `partials` null, E alone.
 template <class T>
 void exponentiate(Queue& queue, const Head<T>& head, int64_t first, int64_t width, const Tensor& scores,
-                  const Tensor& e, const RowState& rows, double* partials, unsigned* arrivals) {
+                  const Tensor& e, const double* shift, const RowState& rows, double* partials,
+                  unsigned* arrivals) {
   const Grid grid{head.batch, exponentiate_splits(width)};
   const size_t shared = shared_bytes<double>(kThreads / kWarp);
   const int64_t stride = head.padded(width);
   T* from = static_cast<T*>(scores.mutable_data_ptr());
   const auto run = [&]<class O>(O* to) {
     launch("exponentiate", queue, exponentiate_kernel<T, O>, grid, kThreads, shared, from, to, width, stride,
-           stride, first, head.label_data(), head.scale, rows, partials, arrivals);
+           stride, first, head.label_data(), head.scale, shift, rows, partials, arrivals);
   };
   if (head.is_16_bit)
     run(static_cast<BFloat16*>(e.mutable_data_ptr()));

@@ -21,7 +21,7 @@ struct PrepareRows {
   bool is_shard;
   int64_t ignore_index;
   double eps;
-  Scale scale;
+  RowNumbers scale;
   math::FixedShift window;
   const double* given_shift;  // [N] or null
   Factors<T> sample_weight, class_weight;
@@ -50,10 +50,10 @@ NF_DEVICE void prepare_row(const PrepareRows<T>& task, int64_t i) {
   if (lane_id() != 0) return;
   task.arrivals[i] = 0;
   for (int field = 0; field < kRowFields; ++field) rows.at(RowField(field), i) = 0;
-  rows.at(kShift, i) = ignored                                  ? 0.0
-                       : task.given_shift != nullptr            ? task.given_shift[i]
-                       : task.window.serves(task.scale.value()) ? task.window.kappa
-                                                                : -INFINITY;
+  rows.at(kShift, i) = ignored                                ? 0.0
+                       : task.given_shift != nullptr          ? task.given_shift[i]
+                       : task.window.serves(task.scale.at(i)) ? task.window.kappa
+                                                              : -INFINITY;
   if (ignored) return;
   rows.at(kInverseNorm, i) = row.x.inverse();
   rows.at(kCosine, i) = row.cosine;
@@ -87,19 +87,19 @@ struct RowLogits {
 };
 
 // Outside the window of math/softmax.h: kappa becomes the largest logit seen so far, and what was
-// added up under the old one is rescaled. Inside it every block returns at once. One block per row.
+// added up under the old one is rescaled. Inside it a block returns at once. One block per row.
 template <class T>
 NF_KERNEL(kThreads)
 update_shift_kernel(RowLogits<T> logits,
                     const int64_t* __restrict__ labels,  // [N]
-                    math::FixedShift window, Scale scale, RowState rows,
+                    math::FixedShift window, RowNumbers scale, RowState rows,
                     T* __restrict__ x_sum,  // [N, D] or null
                     int64_t dim) {
-  const double s = scale.value();
+  const int64_t i = block_id();
+  const double s = scale.at(i);
   if (window.serves(s)) return;
   SharedMemory shared;
   T* scratch = shared.take<T>(kThreads / kWarp);
-  const int64_t i = block_id();
   const int64_t target = logits.of_classes ? target_place(labels[i], logits.first, logits.count) : -1;
   T best = -T(INFINITY);
   for (int64_t k = thread_id(); k < logits.count; k += kThreads) {

@@ -1,4 +1,4 @@
-// What the stages of the fused head share on CUDA: the arguments, and the types its operands have.
+// What the stages of the fused head share on CUDA: shapes, and the types its operands have.
 //
 // Operands. float32 and float64 stay what they are. With a 16-bit input the scores come from float16
 // unit rows (their entries are bounded, so its 11 bits beat bfloat16's 8) and float32 sums; E, which
@@ -9,6 +9,7 @@
 
 #include <optional>
 
+#include "engine/head_arguments.h"
 #include "gemm.h"
 #include "math/softmax.h"
 #include "plain_products.h"
@@ -38,19 +39,6 @@ struct Factors {
   NF_DEVICE double operator[](int64_t i) const { return given ? double(data[i]) : 1.0; }
 };
 
-// The arguments that the sweeps of forward and backward share.
-struct HeadArguments {
-  Tensor x, weight, labels;
-  std::optional<Tensor> scale;
-  double scale_value;
-  int64_t class_chunk;
-  int64_t kernels;
-  ScalarType product_precision;
-  std::optional<Tensor> class_weight;
-  int64_t total_classes;
-  bool is_shard;
-};
-
 template <class T>
 T* data_or_null(const Tensor& t) {
   return t.numel() > 0 ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
@@ -67,7 +55,7 @@ struct Head {
   const Tensor& x;
   const Tensor& weight;
   const Tensor& labels;
-  Scale scale;
+  RowNumbers scale;
   Factors<T> class_weight;
   int64_t batch, dim, classes, total_classes, chunk;
   bool is_shard;            // one shard of the classes
@@ -79,7 +67,7 @@ struct Head {
   ScalarType score;         // operands of the scores
   ScalarType other;         // E and the operands it meets
 
-  explicit Head(const HeadArguments& in)
+  explicit Head(const HeadInputs& in)
       : x(in.x),
         weight(in.weight),
         labels(in.labels),
@@ -135,7 +123,7 @@ struct Head {
   }
 
   PlainScores<T> plain_scores_task(int64_t first, int64_t width, const Tensor& x_hat, const Tensor& w_hat,
-                                   const RowState& rows, const Tensor& e) const {
+                                   const double* shift, const RowState& rows, const Tensor& e) const {
     return {static_cast<const T*>(x_hat.const_data_ptr()),
             static_cast<const T*>(w_hat.const_data_ptr()),
             batch,
@@ -144,6 +132,7 @@ struct Head {
             first,
             label_data(),
             scale,
+            shift,
             rows,
             static_cast<T*>(e.mutable_data_ptr()),
             padded(width),
@@ -152,7 +141,7 @@ struct Head {
   }
 
   ScoreExp score_exp_task(int64_t first, int64_t width, const Tensor& x_hat, const Tensor& w_hat,
-                          const RowState& rows, const Tensor* e) const {
+                          const double* shift, const RowState& rows, const Tensor* e) const {
     return {static_cast<const Half*>(x_hat.const_data_ptr()),
             static_cast<const Half*>(w_hat.const_data_ptr()),
             batch,
@@ -162,6 +151,7 @@ struct Head {
             window.largest_scale,
             label_data(),
             scale,
+            shift,
             rows,
             e != nullptr && e->numel() > 0 ? static_cast<BFloat16*>(e->mutable_data_ptr()) : nullptr,
             padded(width),
@@ -170,21 +160,6 @@ struct Head {
             nullptr};
   }
 };
-
-inline void check_arguments(const char* op, const HeadArguments& in) {
-  check_head(op, in.x, in.weight, in.is_shard ? 0 : 1);
-  check_labels(op, in.labels, in.x.size(0));
-  check_number(op, "scale", in.scale, in.x);
-  check_weights(op, "class_weight", in.class_weight, in.x, in.weight.size(0));
-}
-
-NF_DEVICE math::RowSoftmax softmax_of(const RowState& rows, double scale, int64_t i) {
-  return math::softmax_row(rows.at(kSum, i), rows.at(kShift, i), scale * rows.at(kPsi, i));
-}
-
-NF_DEVICE math::SmoothingTerms smoothing_of(const RowState& rows, int64_t i) {
-  return {rows.at(kTotal, i), rows.at(kSmooth, i), rows.at(kPull, i), rows.at(kPush, i)};
-}
 
 }  // namespace
 }  // namespace nf

@@ -11,7 +11,11 @@ struct RowFactors {
   Tensor gradients;   // [kGradientFields, N]
   Tensor x_hat;       // [N, D], operand type, where scores are made again
   Tensor weighted;    // [N, D], type of what meets E
-  Tensor sweep_rows;  // [N, rounded up to even] of SweepRow, as int64, for the single sweep
+  Tensor sweep_rows;  // [N] of SweepRow, as int64, for the single sweep
+
+  const double* of(GradientField field) const {
+    return static_cast<const double*>(gradients.const_data_ptr()) + field * gradients.size(1);
+  }
 };
 
 template <class T>
@@ -26,14 +30,13 @@ struct WeightGradients {
 
   ClassGradient classes(int64_t first, int64_t width) const {
     const auto of_weight = [](const Tensor& t) { return static_cast<const void*>(t.const_data_ptr()); };
-    const auto* of_rows = static_cast<const double*>(factors.gradients.const_data_ptr());
     return {StoredArray(head.x),
             head.label_data(),
             head.batch,
             head.dim,
-            of_rows + kTarget * head.batch,
-            of_rows + kOuter * head.batch,
-            of_rows + kInner * head.batch,
+            factors.of(kTarget),
+            factors.of(kOuter),
+            factors.of(kInner),
             StoredArray(head.weight),
             inverse_norm.const_data_ptr(),
             first,
@@ -69,26 +72,28 @@ struct WeightGradients {
 
   // From unit rows of the classes, without E.
   void at_once(Queue& queue, int64_t first, int64_t width, const Tensor& w_hat) const {
-    sweep_gradient(queue, {static_cast<const Half*>(w_hat.const_data_ptr()),
-                           static_cast<const Half*>(factors.x_hat.const_data_ptr()),
-                           static_cast<const BFloat16*>(factors.weighted.const_data_ptr()),
-                           static_cast<const SweepRow*>(factors.sweep_rows.const_data_ptr()), head.scale,
-                           classes(first, width)});
+    sweep_gradient(
+        queue, {static_cast<const Half*>(w_hat.const_data_ptr()),
+                static_cast<const Half*>(factors.x_hat.const_data_ptr()),
+                static_cast<const BFloat16*>(factors.weighted.const_data_ptr()),
+                static_cast<const SweepRow*>(factors.sweep_rows.const_data_ptr()), classes(first, width)});
   }
 };
 
 // E of the classes [first, first + width), once more.
 template <class T>
-void repeat_e(Queue& queue, const Head<T>& head, int64_t first, int64_t width, const Tensor& x_hat,
+void repeat_e(Queue& queue, const Head<T>& head, int64_t first, int64_t width, const RowFactors& factors,
               const Tensor& w_hat, const RowState& rows, const Tensor& scores, const Tensor& e) {
+  const Tensor& x_hat = factors.x_hat;
+  const double* kappa = factors.of(kKappa);
   if constexpr (std::is_same_v<T, float>) {
     if (head.tensor_cores())
-      return score_exp(queue, head.score_exp_task(first, width, x_hat, w_hat, rows, &e));
+      return score_exp(queue, head.score_exp_task(first, width, x_hat, w_hat, kappa, rows, &e));
   }
   if (head.plain_products())
-    return plain_scores(queue, head.plain_scores_task(first, width, x_hat, w_hat, rows, e));
+    return plain_scores(queue, head.plain_scores_task(first, width, x_hat, w_hat, kappa, rows, e));
   head.make_scores(width, x_hat, w_hat, scores);
-  exponentiate(queue, head, first, width, scores, e, rows, nullptr, nullptr);
+  exponentiate(queue, head, first, width, scores, e, kappa, rows, nullptr, nullptr);
 }
 
 template <class T>
@@ -100,8 +105,7 @@ void grad_weight(Queue& queue, const Head<T>& head, const RowState& rows, const 
   const Tensor uniform = device_empty(head.x, {smooth ? D : 0}, head.wide);
   if (smooth)
     launch("uniform_gradient", queue, uniform_gradient_kernel<T>, Grid{(D + kThreads - 1) / kThreads},
-           kThreads, 0, StoredArray(head.x), D, rows,
-           static_cast<const double*>(factors.gradients.const_data_ptr()), data_or_null<T>(uniform));
+           kThreads, 0, StoredArray(head.x), N, D, factors.of(kOthers), data_or_null<T>(uniform));
 
   const Tensor w_hat = head.buffer(recompute ? chunk : 0, D, head.score);
   const Tensor scores = head.buffer(recompute && !head.tensor_cores() ? N : 0, head.padded(chunk), head.wide);
@@ -121,73 +125,58 @@ void grad_weight(Queue& queue, const Head<T>& head, const RowState& rows, const 
       if constexpr (std::is_same_v<T, float>) task.at_once(queue, first, width, w_hat);
       continue;
     }
-    if (recompute) repeat_e(queue, head, first, width, factors.x_hat, w_hat, rows, scores, e);
+    if (recompute) repeat_e(queue, head, first, width, factors, w_hat, rows, scores, e);
     task.from_e(queue, first, width, e, buffer);
   }
 }
 
 template <class T>
-void backward(Queue& queue, const Head<T>& head, const Tensor& grad_loss, const Tensor& rows_tensor,
-              const Tensor& inverse_norm, const Tensor& x_sum, const Tensor& class_sum, const Tensor& stored,
-              double eps, double smoothing, Tensor* dx, Tensor* dw, Tensor* dscale) {
+void backward(Queue& queue, const NormfaceBackwardArguments& in, const Tensor& dx, Tensor& dw,
+              const Tensor& dscale) {
+  const Head<T> head(in);
   const int64_t N = head.batch, D = head.dim;
-  const RowState rows(rows_tensor);
-  const bool recompute = dw != nullptr && stored.numel() == 0;
-  const RowFactors factors{
-      head.buffer(kGradientFields, N, ScalarType::Double), head.buffer(recompute ? N : 0, D, head.score),
-      head.buffer(dw != nullptr ? N : 0, D, head.other),
-      device_empty(head.x, {head.single_sweep() ? (N + 1) / 2 * 2 : 0}, ScalarType::Long)};
+  const RowState rows(in.rows);
+  const bool recompute = in.need_weight && in.stored.numel() == 0;
+  const RowFactors factors{head.buffer(kGradientFields, N, ScalarType::Double),
+                           head.buffer(recompute ? N : 0, D, head.score),
+                           head.buffer(in.need_weight ? N : 0, D, head.other),
+                           device_empty(head.x, {head.single_sweep() ? 2 * N : 0}, ScalarType::Long)};
   const auto or_null = [](const Tensor& t, bool wanted) { return wanted ? StoredArray(t) : StoredArray(); };
   double* gradients = data_or_null<double>(factors.gradients);
+  const bool of_rows = in.need_scale && head.scale.per_row;  // the scale's gradient, as it is
   launch("row_gradients", queue, row_gradients_kernel<T>, warp_per_row(N), kThreads, 0,
-         RowGradients<T>{StoredArray(head.x), StoredArray(head.weight),
-                         static_cast<const T*>(inverse_norm.const_data_ptr()), head.label_data(), D, rows,
-                         head.scale, static_cast<const T*>(grad_loss.const_data_ptr()), grad_loss.dim() == 1,
-                         smoothing / double(head.total_classes), gradients, data_or_null<T>(x_sum),
-                         data_or_null<T>(class_sum), eps, dx != nullptr ? StoredArray(*dx) : StoredArray(),
-                         or_null(factors.x_hat, recompute), or_null(factors.weighted, dw != nullptr),
-                         data_or_null<SweepRow>(factors.sweep_rows)});
-  if (dscale != nullptr)
+         RowGradients<T>{
+             StoredArray(head.x), StoredArray(head.weight),
+             static_cast<const T*>(in.inverse_norm.const_data_ptr()), head.label_data(), D, rows,
+             RowSlopes(in.slopes), head.scale, static_cast<const T*>(in.grad_loss.const_data_ptr()),
+             in.grad_loss.dim() == 1, gradients,
+             of_rows ? data_or_null<double>(dscale) : gradients + kScale * N, data_or_null<T>(in.x_sum),
+             data_or_null<T>(in.class_sum), in.eps, or_null(dx, in.need_x), or_null(factors.x_hat, recompute),
+             or_null(factors.weighted, in.need_weight), data_or_null<SweepRow>(factors.sweep_rows)});
+  if (in.need_scale && !of_rows)
     launch("scale_gradient", queue, scale_gradient_kernel, Grid{1}, kThreads,
            shared_bytes<double>(kThreads / kWarp), gradients, N,
-           static_cast<double*>(dscale->mutable_data_ptr()));
-  if (dw != nullptr) grad_weight(queue, head, rows, factors, inverse_norm, stored, eps, smoothing > 0, *dw);
+           static_cast<double*>(dscale.mutable_data_ptr()));
+  if (in.need_weight)
+    grad_weight(queue, head, rows, factors, in.inverse_norm, in.stored, in.eps, in.class_sum.numel() > 0, dw);
 }
 
-std::tuple<Tensor, Tensor, Tensor> normface_backward(
-    Tensor grad_loss, Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
-    double eps, int64_t class_chunk, Tensor rows, Tensor inverse_norm, Tensor x_sum, Tensor class_sum,
-    Tensor stored, bool need_x, bool need_weight, bool need_scale, int64_t kernels,
-    ScalarType product_precision, std::optional<Tensor> class_weight, double smoothing, int64_t total_classes,
-    bool is_shard) {
-  const char* op = "normface_backward";
-  const HeadArguments in{x,
-                         weight,
-                         labels,
-                         scale,
-                         scale_value,
-                         class_chunk,
-                         kernels,
-                         product_precision,
-                         class_weight,
-                         total_classes,
-                         is_shard};
-  check_arguments(op, in);
-  check_shape(op, "rows", rows, kRowFields, x.size(0));
-  if (need_x) check_shape(op, "x_sum", x_sum, x.size(0), x.size(1));
+std::tuple<Tensor, Tensor, Tensor> normface_backward(const NormfaceBackwardArguments& in) {
+  check_backward(in);
+  const Tensor& x = in.x;
   Queue queue(x);
-  const ScalarType x_type = is_shard ? accumulator(x.scalar_type()) : x.scalar_type();
-  Tensor dx = need_x ? device_empty(x, {x.size(0), x.size(1)}, x_type) : device_empty(x, {0}, x_type);
-  Tensor dw = need_weight ? torch::stable::empty_like(weight) : device_empty(x, {0}, weight.scalar_type());
-  Tensor ds = need_scale ? device_empty(x, {}, ScalarType::Double) : device_empty(x, {0}, ScalarType::Double);
-  dispatch_accumulator(x.scalar_type(), [&]<class T>() {
-    backward(queue, Head<T>(in), grad_loss, rows, inverse_norm, x_sum, class_sum, stored, eps, smoothing,
-             need_x ? &dx : nullptr, need_weight ? &dw : nullptr, need_scale ? &ds : nullptr);
-  });
+  const ScalarType x_type = in.is_shard ? accumulator(x.scalar_type()) : x.scalar_type();
+  const auto empty = [&](ScalarType type) { return device_empty(x, {0}, type); };
+  Tensor dx = in.need_x ? device_empty(x, {x.size(0), x.size(1)}, x_type) : empty(x_type);
+  Tensor dw = in.need_weight ? torch::stable::empty_like(in.weight) : empty(in.weight.scalar_type());
+  Tensor ds = !in.need_scale                     ? empty(ScalarType::Double)
+              : in.scale && in.scale->dim() == 1 ? device_empty(x, {x.size(0)}, ScalarType::Double)
+                                                 : device_empty(x, {}, ScalarType::Double);
+  dispatch_accumulator(x.scalar_type(), [&]<class T>() { backward<T>(queue, in, dx, dw, ds); });
   return {dx, dw, ds};
 }
 
 }  // namespace
 }  // namespace nf
 
-NF_CUDA_LIBRARY(m) { m.impl("normface_backward", TORCH_BOX(&nf::normface_backward)); }
+NF_CUDA_LIBRARY(m) { nf::implement<&nf::normface_backward>(m); }

@@ -69,7 +69,7 @@ struct Sweep {
       if (head.fixed_shift) return;
       const int64_t splits = score_splits(queue, head.batch, head.dim, count);
       const Tensor largest = head.buffer(splits, head.batch, ScalarType::Float);
-      ScoreExp task = head.score_exp_task(first, count, x_hat, w_hat, rows, nullptr);
+      ScoreExp task = head.score_exp_task(first, count, x_hat, w_hat, rows.of(kShift), rows, nullptr);
       task.largest = static_cast<float*>(largest.mutable_data_ptr());
       score_largest(queue, task);
       update_shift(queue, {task.largest, splits, 1, head.batch, false, 0}, x_sum);
@@ -87,19 +87,19 @@ struct Sweep {
     unsigned* counters = static_cast<unsigned*>(arrivals.mutable_data_ptr());
     if constexpr (std::is_same_v<T, float>) {
       if (head.tensor_cores()) {
-        ScoreExp task = head.score_exp_task(first, count, x_hat, w_hat, rows, &e);
+        ScoreExp task = head.score_exp_task(first, count, x_hat, w_hat, rows.of(kShift), rows, &e);
         task.partial = partials;
         task.arrivals = counters;
         return score_exp(queue, task);
       }
     }
     if (head.plain_products()) {
-      PlainScores<T> task = head.plain_scores_task(first, count, x_hat, w_hat, rows, e);
+      PlainScores<T> task = head.plain_scores_task(first, count, x_hat, w_hat, rows.of(kShift), rows, e);
       task.partial = partials;
       task.arrivals = counters;
       return plain_scores(queue, task);
     }
-    exponentiate(queue, head, first, count, scores, e, rows, partials, counters);
+    exponentiate(queue, head, first, count, scores, e, rows.of(kShift), rows, partials, counters);
   }
 
   // S, A and x_sum in one kernel, without E.
@@ -146,14 +146,15 @@ void sum_classes(Queue& queue, const Head<T>& head, const T* inverse_norm, doubl
 }
 
 template <class T>
-SweepResult sweep(Queue& queue, Head<T> head, int64_t ignore_index, double eps, bool store, bool need_x,
-                  bool need_class_sum, const Factors<T>& sample_weight, const double* shift) {
+SweepResult sweep(Queue& queue, const NormfaceSweepArguments& in) {
+  Head<T> head(in);
+  const bool store = in.store, need_x = in.need_x;
   if (store) head.chunk = std::max<int64_t>(1, head.classes);
   const int64_t N = head.batch, D = head.dim, chunk = head.chunk;
   const Tensor& x = head.x;
   SweepResult out{head.buffer(kRowFields, N, ScalarType::Double), device_empty(x, {head.classes}, head.wide),
                   need_x ? head.buffer(N, D, head.wide) : device_empty(x, {0}, head.wide),
-                  device_empty(x, {need_class_sum ? D + 1 : 0}, head.wide),
+                  device_empty(x, {in.need_class_sum ? D + 1 : 0}, head.wide),
                   device_empty(x, {store ? N * head.padded(head.classes) : 0}, head.other)};
   const bool at_once = head.single_sweep() && need_x;
   // In the wide types E replaces the scores, so stored E is where they are written.
@@ -166,14 +167,15 @@ SweepResult sweep(Queue& queue, Head<T> head, int64_t ignore_index, double eps, 
                    : in_place ? scores
                               : head.buffer(need_e ? N : 0, head.padded(chunk), head.other);
   const Sweep<T> sweep{head,
-                       eps,
+                       in.eps,
                        RowState(out.rows),
                        head.buffer(N, D, head.score),
                        device_empty(x, {N}, ScalarType::Int),
                        head.buffer(chunk, D, head.score),
                        head.buffer(head.is_16_bit && need_x ? chunk : 0, D, head.other),
                        scores};
-  sweep.prepare(queue, ignore_index, shift, sample_weight, &out.inverse_norm);
+  sweep.prepare(queue, in.ignore_index, data_or_null<double>(in.shift), Factors<T>(in.sample_weight),
+                &out.inverse_norm);
 
   T* sum = data_or_null<T>(out.x_sum);
   const Tensor part = head.buffer(need_x && !at_once && chunk < head.classes ? N : 0, D, head.wide);
@@ -195,25 +197,26 @@ SweepResult sweep(Queue& queue, Head<T> head, int64_t ignore_index, double eps, 
              static_cast<const T*>(part.const_data_ptr()), N * D, sum);
   }
   if (head.classes == 0 && need_x) torch::stable::zero_(out.x_sum);  // no chunk wrote it
-  if (need_class_sum)
-    sum_classes(queue, head, data_or_null<T>(out.inverse_norm), eps, data_or_null<T>(out.class_sum));
+  if (in.need_class_sum)
+    sum_classes(queue, head, data_or_null<T>(out.inverse_norm), in.eps, data_or_null<T>(out.class_sum));
   return out;
 }
 
 // kappa of every row as these classes alone would have it.
 template <class T>
-Tensor choose_shift(Queue& queue, const Head<T>& head, int64_t ignore_index, double eps) {
+Tensor choose_shift(Queue& queue, const NormfaceShiftArguments& in) {
+  const Head<T> head(in);
   const int64_t N = head.batch, D = head.dim;
   const Tensor state = head.buffer(kRowFields, N, ScalarType::Double);
   const Sweep<T> sweep{head,
-                       eps,
+                       in.eps,
                        RowState(state),
                        head.buffer(N, D, head.score),
                        device_empty(head.x, {N}, ScalarType::Int),
                        head.buffer(head.chunk, D, head.score),
                        head.buffer(0, D, head.other),
                        head.buffer(head.tensor_cores() ? 0 : N, head.padded(head.chunk), head.wide)};
-  sweep.prepare(queue, ignore_index, nullptr, Factors<T>(std::nullopt), nullptr);
+  sweep.prepare(queue, in.ignore_index, nullptr, Factors<T>(std::nullopt), nullptr);
   for (int64_t first = 0; first < head.classes && !head.fixed_shift; first += head.chunk) {
     if (first > 0) unit_rows(queue, sweep.unit_weights(first, nullptr));
     sweep.raise_shift(queue, first, nullptr);
@@ -221,58 +224,24 @@ Tensor choose_shift(Queue& queue, const Head<T>& head, int64_t ignore_index, dou
   return torch::stable::clone(torch::stable::select(state, 0, kShift));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normface_sweep(
-    Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
-    int64_t ignore_index, double eps, int64_t class_chunk, bool store, bool need_x, bool need_class_sum,
-    int64_t kernels, ScalarType product_precision, std::optional<Tensor> sample_weight,
-    std::optional<Tensor> class_weight, int64_t total_classes, bool is_shard, std::optional<Tensor> shift) {
-  const char* op = "normface_sweep";
-  const HeadArguments in{x,
-                         weight,
-                         labels,
-                         scale,
-                         scale_value,
-                         class_chunk,
-                         kernels,
-                         product_precision,
-                         class_weight,
-                         total_classes,
-                         is_shard};
-  check_arguments(op, in);
-  check_weights(op, "sample_weight", sample_weight, x, x.size(0));
-  check_shift(op, shift, x.size(0));
-  Queue queue(x);
-  const SweepResult out = dispatch_accumulator(x.scalar_type(), [&]<class T>() {
-    return sweep(queue, Head<T>(in), ignore_index, eps, store, need_x, need_class_sum,
-                 Factors<T>(sample_weight), data_or_null<double>(shift));
-  });
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> normface_sweep(const NormfaceSweepArguments& in) {
+  check_sweep(in);
+  Queue queue(in.x);
+  const SweepResult out =
+      dispatch_accumulator(in.x.scalar_type(), [&]<class T>() { return sweep<T>(queue, in); });
   return {out.rows, out.inverse_norm, out.x_sum, out.class_sum, out.stored};
 }
 
-Tensor normface_shift(Tensor x, Tensor weight, Tensor labels, std::optional<Tensor> scale, double scale_value,
-                      int64_t ignore_index, double eps, int64_t class_chunk, int64_t kernels,
-                      ScalarType product_precision, int64_t total_classes, bool is_shard) {
-  const HeadArguments in{x,
-                         weight,
-                         labels,
-                         scale,
-                         scale_value,
-                         class_chunk,
-                         kernels,
-                         product_precision,
-                         std::nullopt,
-                         total_classes,
-                         is_shard};
-  check_arguments("normface_shift", in);
-  Queue queue(x);
-  return dispatch_accumulator(x.scalar_type(),
-                              [&]<class T>() { return choose_shift(queue, Head<T>(in), ignore_index, eps); });
+Tensor normface_shift(const NormfaceShiftArguments& in) {
+  check_inputs(in.kName, in);
+  Queue queue(in.x);
+  return dispatch_accumulator(in.x.scalar_type(), [&]<class T>() { return choose_shift<T>(queue, in); });
 }
 
 }  // namespace
 }  // namespace nf
 
 NF_CUDA_LIBRARY(m) {
-  m.impl("normface_sweep", TORCH_BOX(&nf::normface_sweep));
-  m.impl("normface_shift", TORCH_BOX(&nf::normface_shift));
+  nf::implement<&nf::normface_sweep>(m);
+  nf::implement<&nf::normface_shift>(m);
 }

@@ -95,14 +95,13 @@ plain_scores_kernel(PlainScores<T> task) {
   }
   sync_block();  // the last stage's reads, before its place becomes scratch
 
-  const T s = T(task.scale.value());
   T* scratch = stages;  // [2 sums, 2 warps across, kRows]
 #pragma unroll
   for (int r = 0; r < kRounds<T>; ++r) {
     const int row = warp_row + 8 * r;
     const int64_t i = first_row + row;
     const bool exists = i < task.batch;
-    const T shift = exists ? T(task.rows.at(kShift, i)) : T(0);
+    const T s = exists ? T(task.scale.at(i)) : T(0), shift = exists ? T(task.shift[i]) : T(0);
     const int64_t target = exists ? target_place(task.labels[i], task.first, task.width) : -1;
     T sum = 0, sum_cosine = 0;
 #pragma unroll

@@ -19,12 +19,13 @@ struct PlainScores {
   int64_t width;
   int64_t first;  // class of w_hat's row 0
   const int64_t* labels;
-  Scale scale;
-  RowState rows;       // the shift is theirs
-  T* e;                // [batch, stride]
-  int64_t stride;      // a multiple of 8
-  double* partial;     // [2, splits, batch] or null: then S and A are not wanted
-  unsigned* arrivals;  // [one per row block], all 0; with partial
+  RowNumbers scale;
+  const double* shift;  // [batch]
+  RowState rows;        // with partial
+  T* e;                 // [batch, stride]
+  int64_t stride;       // a multiple of 8
+  double* partial;      // [2, splits, batch] or null: then S and A are not wanted
+  unsigned* arrivals;   // [one per row block], all 0; with partial
 };
 
 template <class T>

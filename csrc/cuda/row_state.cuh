@@ -1,4 +1,4 @@
-// rows[field][i] of row_state.h, in device memory.
+// The tables [field][i] of row_state.h, in device memory.
 #pragma once
 
 #include <device/launch.cuh>
@@ -8,14 +8,18 @@
 
 namespace nf {
 
-struct RowState {
+template <class Field>
+struct TableOfRows {
   double* data;
   int64_t batch;
 
-  explicit RowState(const Tensor& rows)
+  explicit TableOfRows(const Tensor& rows)
       : data(static_cast<double*>(const_cast<void*>(rows.const_data_ptr()))), batch(rows.size(1)) {}
-  NF_DEVICE double& at(RowField field, int64_t i) const { return data[field * batch + i]; }
+  NF_DEVICE double& at(Field field, int64_t i) const { return data[field * batch + i]; }
+  const double* of(Field field) const { return data + field * batch; }
 };
+using RowState = TableOfRows<RowField>;
+using RowSlopes = TableOfRows<SlopeField>;
 
 // Row i's S and A += partial sums [2, splits, batch] of theirs, in the order of the splits.
 NF_DEVICE void add_partials(const RowState& rows, const double* partial, int64_t splits, int64_t i) {

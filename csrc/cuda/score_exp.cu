@@ -36,9 +36,9 @@ struct Shape {
   static constexpr int kAcross = kAcross_;
   static constexpr int kThreads = 4 * kAcross * kWarp;
   static constexpr int kClasses = kAcross * kWarpColumns;
-  static size_t shared(int64_t dim) {
+  static size_t shared(int64_t dim, bool per_row) {
     return shared_bytes<Half>(kTile * padded_columns(dim)) + shared_bytes<Half>(kStages * kClasses * kBlock) +
-           shared_bytes<float>(kTile) + shared_bytes<int>(kTile);
+           shared_bytes<float>(kTile) + shared_bytes<int>(kTile) + (per_row ? shared_bytes<float>(kTile) : 0);
   }
 };
 
@@ -104,12 +104,13 @@ NF_DEVICE void over_row(float (&mine)[kHeldRows], float* scratch, const Combine&
   }
 }
 
-// kLargestOnly: the first of two passes, for scales outside the fixed shift's window.
-template <class S, bool kLargestOnly>
+// kLargestOnly: the first of two passes, for scales outside the fixed shift's window. kPerRow: the scale is a
+// row's own; apart, since at 256 columns the shared memory of two blocks has no room for it.
+template <class S, bool kLargestOnly, bool kPerRow>
 NF_KERNEL_RESIDENT(S::kThreads, S::kAcross == 2 ? 2 : 1)
 score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
-  const double s = task.scale.value();
-  if (kLargestOnly && math::FixedShift{task.largest_fixed_scale, 0.0}.serves(s)) return;
+  const double s = kPerRow ? 0.0 : task.scale.at(0);
+  if (kLargestOnly && !kPerRow && math::FixedShift{task.largest_fixed_scale, 0.0}.serves(s)) return;
 
   SharedMemory shared;
   const int x_stride = padded_columns(task.dim), steps = x_stride / kBlock;
@@ -117,6 +118,7 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
   Half* w = shared.take<Half>(kStages * S::kClasses * kBlock);
   float* offset = shared.take<float>(kTile);  // of each row, see math::PowerOfTwo; and its target's place
   int* target = shared.take<int>(kTile);      // among the classes. Registers are dearer than these reads.
+  float* slopes = kPerRow ? shared.take<float>(kTile) : nullptr;
 
   const int64_t row_blocks = (task.batch + kTile - 1) / kTile, splits = block_count() / row_blocks;
   // Neighbouring blocks share their classes, which then come from the L2 cache.
@@ -148,10 +150,14 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
   }
   if (thread_id() < kTile) {  // visible after the first step's barrier
     const int64_t i = first_row + thread_id();
-    offset[thread_id()] = math::power_of_two(s, i < task.batch ? task.rows.at(kShift, i) : 0.0).offset;
+    offset[thread_id()] = math::power_of_two(s, i < task.batch ? task.shift[i] : 0.0).offset;
     target[thread_id()] = i < task.batch ? int(target_place(task.labels[i], task.first, task.width)) : -1;
+    if constexpr (kPerRow) {
+      const double own = i < task.batch ? task.scale.at(i) : 0.0;
+      slopes[thread_id()] = kLargestOnly ? float(own) : math::power_of_two(own, 0.0).slope;
+    }
   }
-  const float slope = kLargestOnly ? float(s) : math::power_of_two(s, 0.0).slope;
+  const float common_slope = kLargestOnly ? float(s) : math::power_of_two(s, 0.0).slope;
 
   for (int depth = 0; depth < x_stride; depth += kBlock)  // lands with the first stage
     fetch_block<kTile, kBlock, S::kThreads>(task.x_hat, first_row, task.batch, depth, task.dim, task.dim,
@@ -174,7 +180,7 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
 #pragma unroll
     for (int r = 0; r < kHeldRows; ++r) {
       const int row = held_row<S>(r);
-      const float row_offset = offset[row];
+      const float row_offset = offset[row], slope = kPerRow ? slopes[row] : common_slope;
       float part = 0, part_cosine = 0;  // of this tile
 #pragma unroll
       for (int n = 0; n < kGroups; ++n) {
@@ -242,7 +248,7 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
 // f.template operator()<S>() with the shape for these columns on this device.
 template <class F>
 auto dispatch_shape(const Queue& queue, int64_t dim, const F& f) {
-  const bool wide = padded_columns(dim) > 256 && Shape<4>::shared(dim) <= size_t(queue.shared_limit());
+  const bool wide = padded_columns(dim) > 256 && Shape<4>::shared(dim, true) <= size_t(queue.shared_limit());
   return wide ? f.template operator()<Shape<4>>() : f.template operator()<Shape<2>>();
 }
 
@@ -263,8 +269,10 @@ void run(const char* name, Queue& queue, const ScoreExp& task) {
   const int64_t per_block = tiles_per_block(queue, task.batch, task.dim, task.width);
   const Grid grid{row_blocks_of(task.batch) * score_splits(queue, task.batch, task.dim, task.width)};
   dispatch_shape(queue, task.dim, [&]<class S>() {
-    launch(name, queue, score_exp_kernel<S, kLargestOnly>, grid, S::kThreads, S::shared(task.dim), task,
-           per_block);
+    const bool per_row = task.scale.per_row;
+    launch(name, queue,
+           per_row ? score_exp_kernel<S, kLargestOnly, true> : score_exp_kernel<S, kLargestOnly, false>, grid,
+           S::kThreads, S::shared(task.dim, per_row), task, per_block);
   });
 }
 

@@ -18,20 +18,21 @@ struct ScoreExp {
   int64_t first;               // class of w_hat's row 0
   double largest_fixed_scale;  // math::FixedShift of all classes
   const int64_t* labels;
-  Scale scale;
-  RowState rows;
-  BFloat16* e;         // [batch, stride] or null: only the sums
-  int64_t stride;      // a multiple of 8
-  double* partial;     // [2, splits, batch] or null
-  unsigned* arrivals;  // [one per 128 rows], all 0; with partial
-  float* largest;      // [splits, batch]
+  RowNumbers scale;
+  const double* shift;  // [batch]
+  RowState rows;        // with partial
+  BFloat16* e;          // [batch, stride] or null: only the sums
+  int64_t stride;       // a multiple of 8
+  double* partial;      // [2, splits, batch] or null
+  unsigned* arrivals;   // [one per 128 rows], all 0; with partial
+  float* largest;       // [splits, batch]
 };
 
 // Blocks along the classes, each with its own partial sums.
 int64_t score_splits(const Queue& queue, int64_t batch, int64_t dim, int64_t width);
 
-// `largest[split][i]` = the row's largest s c_j of the split, j != y_i; returns at once, and writes
-// nothing, where the fixed shift of math/softmax.h serves.
+// `largest[split][i]` = the row's largest s c_j of the split, j != y_i. Where the fixed shift of math/softmax.h
+// serves the one scale of all rows, it returns at once and writes nothing.
 void score_largest(Queue& queue, const ScoreExp& task);
 
 // E; with `partial`, S and A added to rows.

@@ -127,7 +127,6 @@ single_sweep_kernel(SingleSweep task, int64_t keys_per_block) {
   using S = Shape<kColumns>;
   SharedMemory shared;
   const Buffers<S, kColumns> buffers(shared);
-  const double s = task.scale.value();
   const int64_t row_blocks = (task.batch + kTile - 1) / kTile, splits = block_count() / row_blocks;
   // Neighbouring blocks share their classes, which then come from the L2 cache.
   const int64_t first_row = block_id() % row_blocks * kTile, split = block_id() / row_blocks;
@@ -138,14 +137,13 @@ single_sweep_kernel(SingleSweep task, int64_t keys_per_block) {
     const int64_t i = first_row + row;
     const double shift = i < task.batch ? task.rows.at(kShift, i) : 0.0;
     // -inf: no class but the target so far. Its E is 0 only under a finite offset; any will do.
-    buffers.rows[row] = {math::power_of_two(s, shift == -INFINITY ? 0.0 : shift).offset,
+    const auto power =
+        math::power_of_two(i < task.batch ? task.scale.at(i) : 0.0, shift == -INFINITY ? 0.0 : shift);
+    // The slope is kept from 0, where it makes no difference, so that there is a cosine whose E is 0 and which
+    // adds 0 to A: what classes get that do not count.
+    buffers.rows[row] = {fabsf(power.slope) < 1e-30f ? 1e-30f : power.slope, power.offset,
                          i < task.batch ? int(target_place(task.labels[i], task.first, task.width)) : -1};
   }
-  // The slope is kept from 0, where it makes no difference, so that there is a cosine whose E is 0 and which
-  // adds 0 to A: what classes get that do not count.
-  const float exact_slope = math::power_of_two(s, 0.0).slope;
-  const float slope = fabsf(exact_slope) < 1e-30f ? 1e-30f : exact_slope;
-  const float out_of_it = slope > 0 ? -3e38f : 3e38f;
   fetch_block<kTile, kColumns, S::kThreads>(task.x_hat, first_row, task.batch, 0, task.dim, task.dim,
                                             buffers.q, kColumns, KeyInOrder());  // lands with the first stage
   const auto fetch = [&](int key, int stage) {
@@ -183,6 +181,7 @@ single_sweep_kernel(SingleSweep task, int64_t keys_per_block) {
     for (int r = 0; r < kHeldRows; ++r) {
       const SweepRow row = buffers.rows[first_held + 8 * r];
       if (end - key < S::kKeys || unsigned(row.label - key) < S::kKeys) {
+        const float out_of_it = row.slope > 0 ? -3e38f : 3e38f;
 #pragma unroll
         for (int n = 0; n < S::kKeys / 8; ++n)
 #pragma unroll
@@ -197,7 +196,7 @@ single_sweep_kernel(SingleSweep task, int64_t keys_per_block) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           float& value = scores[r / 2][n][r % 2 * 2 + k];
-          const float e = exp2_or_zero(slope * value + row.offset);
+          const float e = exp2_or_zero(row.slope * value + row.offset);
           part += e;
           part_cosine += e * value;
           value = e;
@@ -247,7 +246,6 @@ sweep_gradient_kernel(SweepGradient task) {
   const Buffers<S, kColumns> buffers(shared);
   const int64_t batch = task.classes.batch, dim = task.classes.dim, tile = block_id() * kTile;
   const int first_class = int(task.classes.first + tile);
-  const float slope = math::power_of_two(task.scale.value(), 0.0).slope;
   fetch_block<kTile, kColumns, S::kThreads>(task.w_hat, tile, task.classes.width, 0, dim, dim, buffers.q,
                                             kColumns, KeyInOrder());  // lands with the first stage
   const auto fetch = [&](int key, int stage) {
@@ -255,7 +253,7 @@ sweep_gradient_kernel(SweepGradient task) {
                                                  buffers.keys + stage * S::kPart, kColumns, KeyInOrder());
     fetch_block<S::kKeys, kColumns, S::kThreads>(task.weighted, key, batch, 0, dim, dim,
                                                  buffers.values + stage * S::kPart, kColumns, KeyInOrder());
-    const int row = 2 * thread_id();  // two of them are 16 bytes
+    const int row = thread_id();
     if (row < S::kKeys)
       copy_async_16(buffers.rows + stage * S::kKeys + row, task.rows + (key + row < batch ? key + row : 0),
                     key + row < batch);
@@ -275,7 +273,7 @@ sweep_gradient_kernel(SweepGradient task) {
 #pragma unroll
         for (int r = 0; r < kHeldRows; ++r) {
           float& value = scores[r / 2][n][r % 2 * 2 + k];
-          value = own == first_held + 8 * r ? 0.0f : exp2_or_zero(slope * value + row.offset);
+          value = own == first_held + 8 * r ? 0.0f : exp2_or_zero(row.slope * value + row.offset);
         }
       }
     }

@@ -19,7 +19,7 @@ struct SingleSweep {
   int64_t width;
   int64_t first;  // class of w_hat's row 0
   const int64_t* labels;
-  Scale scale;
+  RowNumbers scale;
   RowState rows;
   float* x_partial;    // [splits, batch, dim]
   double* partial;     // [2, splits, batch]
@@ -28,9 +28,10 @@ struct SingleSweep {
   bool add;            // to x_sum, rather than overwrite it
 };
 
-// What a class needs to know of a row of the batch.
-struct alignas(8) SweepRow {
-  float offset;  // math::PowerOfTwo
+// What a class needs to know of a row of the batch: math::PowerOfTwo, and its label.
+struct alignas(16) SweepRow {
+  float slope;
+  float offset;
   int label;
 };
 
@@ -38,8 +39,7 @@ struct SweepGradient {
   const Half* w_hat;         // [width, dim]
   const Half* x_hat;         // [batch, dim]
   const BFloat16* weighted;  // [batch, dim]
-  const SweepRow* rows;      // [batch, rounded up to even]
-  Scale scale;
+  const SweepRow* rows;      // [batch]
   ClassGradient classes;
 };
 

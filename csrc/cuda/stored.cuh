@@ -88,6 +88,20 @@ struct Scale {
   NF_DEVICE double value() const { return tensor.data != nullptr ? tensor.load<double>(0) : number; }
 };
 
+// A number of every row: a float argument, or a tensor [] or [N] that is read where it lies.
+struct RowNumbers {
+  StoredArray tensor;
+  double number;
+  bool per_row;
+
+  RowNumbers(const std::optional<Tensor>& t, double value) : number(value), per_row(t && t->dim() == 1) {
+    if (t) tensor = StoredArray(*t);
+  }
+  NF_DEVICE double at(int64_t i) const {
+    return tensor.data != nullptr ? tensor.load<double>(per_row ? i : 0) : number;
+  }
+};
+
 // Elements a thread moves at once: 16 bytes where rows allow it, else one.
 template <class S>
 constexpr int kVectorOf = 16 / sizeof(S);

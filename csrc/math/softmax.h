@@ -78,7 +78,7 @@ NF_HD RowSoftmax softmax_row(double sum, double kappa, double target_logit) {
 //   loss = (1 - a) u_y (lse - z) + a/C sum_j u_j (lse - z_j) = total * softplus + s * smooth
 //   total  = (1 - a) u_y + a/C sum u
 //   smooth = a/C [psi sum u - <x_hat, U> - u_y (psi - c_y)],  U = sum_j u_j w_hat_j
-// d loss / d z_j is total p_j - a/C u_j for the others, -total q + pull for the target, with
+// d loss / d z_j is total p_j - a/C u_j for the others, d loss / d (s psi) is -total q + pull, with
 //   pull = a/C (sum u - u_y),  push = a/C u_y.
 // Without either: total = 1 and the rest is 0.
 struct SmoothingTerms {
@@ -96,24 +96,33 @@ NF_HD SmoothingTerms smoothing_terms(double smoothing, double classes, double ta
           each * (weight_sum - target_weight), each * target_weight};
 }
 
-NF_HD double row_loss(const RowSoftmax& row, const SmoothingTerms& weights, double scale) {
-  return weights.total * row.softplus + scale * weights.smooth;
-}
+// The sums of a row over the other classes.
+struct RowSums {
+  double sum;         // S
+  double sum_cosine;  // A
+  double kappa;
+};
 
-// d loss / d (s c_j), j != y, is others * E_j - push_j, push_j = a/C u_j.
-NF_HD double others_slope(const RowSoftmax& row, const SmoothingTerms& weights) {
-  return weights.total * row.weight;
-}
+// The loss of one row and its slopes: d loss / d c_j, j != y, is others * E_j + uniform * u_j.
+struct RowTerms {
+  double loss;
+  double others;
+  double target;   // d loss / d c_y: through psi, and what the target's part of U takes back
+  double uniform;  // -s a/C
+  double scale;    // d loss / d s
+  double psi;      // d loss / d psi
+};
 
-// d loss / d (s c_y): through psi, and what the target's part of U takes back.
-NF_HD double target_slope(const RowSoftmax& row, const SmoothingTerms& weights, double psi_slope) {
-  return (weights.pull - weights.total * row.q) * psi_slope + weights.push;
-}
-
-// d loss / ds
-NF_HD double scale_slope(const RowSoftmax& row, const SmoothingTerms& weights, double sum_cosine,
-                         double psi) {
-  return weights.total * (row.weight * sum_cosine - row.q * psi) + weights.smooth;
+NF_HD RowTerms row_terms(const RowSums& sums, double scale, const ValueAndSlope<double>& psi,
+                         const SmoothingTerms& weights, double each) {
+  const RowSoftmax row = softmax_row(sums.sum, sums.kappa, scale * psi.value);
+  const double of_psi = scale * (weights.pull - weights.total * row.q);
+  return {weights.total * row.softplus + scale * weights.smooth,
+          scale * weights.total * row.weight,
+          of_psi * psi.slope + scale * weights.push,
+          -scale * each,
+          weights.total * (row.weight * sums.sum_cosine - row.q * psi.value) + weights.smooth,
+          of_psi};
 }
 
 }  // namespace nf::math

@@ -167,11 +167,18 @@ class Head(nn.Module):
         return loss.tops(x, weight, labels, agents.eps)
 
     def renormalize_(self) -> list[str]:
-        """Overwrites the weights of the layers with ``normalize: true`` by their unit rows; their names.
+        """What Caffe overwrites in its forward pass: the weights of the layers with ``normalize: true`` by
+        their unit rows, and the blob of a Scale layer by what its bounds leave of it.
+
+        Returns:
+            The names of the layers with ``normalize: true``.
 
         Raises:
             ValueError: NaN or infinity in a weight; that weight is not changed.
         """
+        for layer in self.layers.values():
+            if isinstance(layer, Scale):
+                layer.clamp_()
         chosen = [name for name, layer in self.layers.items() if getattr(layer, "normalize", False)]
         for name in chosen:
             self.layers[name].renormalize_()

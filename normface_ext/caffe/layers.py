@@ -260,7 +260,7 @@ class _L1OfCaffe(torch.autograd.Function):
 
 class Scale(Layer):
     """s times the bottom, where s is the blob within [min_value, max_value]; no gradient is masked. Caffe
-    moves the blob itself in forward; here a forward changes no parameter."""
+    moves the blob itself in forward; here that is ``clamp_``, since a forward changes no parameter."""
 
     BLOCKS = ("scale_param",)
     BLOBS = ("scale",)
@@ -288,6 +288,10 @@ class Scale(Layer):
 
     def bounded_scale(self) -> Tensor:
         return checks.bounded(self.scale, self.min_value, self.max_value)
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        self.scale.clamp_(self.min_value, self.max_value)
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         return (checks.floating("forward", "bottom 0", x) * self.bounded_scale().to(x.dtype),)

@@ -181,8 +181,10 @@ class ScaledHead(HoldsScale):
     def scale_repr(self) -> list[str]:
         """Without a word to other ranks, who may not be printing."""
         scale = self.scale
-        if isinstance(scale, Tensor) and (scale.is_meta or checks.is_dtensor(scale)):
-            shown = [f"scale={type(scale).__name__} on {scale.device}"]
+        if isinstance(scale, Tensor) and scale.is_meta:
+            shown = [f"scale={self.first_scale:g}"]
+        elif isinstance(scale, Tensor) and checks.is_dtensor(scale):
+            shown = ["scale=DTensor"]
         else:
             shown = [f"scale={self.scale_value():g}"]
         shown += ["learn_scale=True"] * self.learn_scale

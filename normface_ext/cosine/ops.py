@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from .. import reference
 from ..engine.autograd import asked, first_by_kernel
-from ..engine.calls import accumulator, add_fakes, kernels
+from ..engine.calls import accumulator, add_fakes, by_name, kernels
 
 
 def as_rows(x: Tensor, dim: int) -> Tensor:
@@ -24,14 +24,12 @@ def as_rows(x: Tensor, dim: int) -> Tensor:
 # normalize ------------------------------------------------------------------------------------------
 
 
-def _normalize_fake(x: Tensor, dim: int, p: int, eps: float) -> tuple[Tensor, Tensor]:
+def _normalize_fake(*, x: Tensor, dim: int, **_: Any) -> tuple[Tensor, Tensor]:
     shape = [1 if axis == dim else size for axis, size in enumerate(x.shape)]
     return torch.empty_like(x), x.new_empty(shape, dtype=accumulator(x.dtype))
 
 
-def _normalize_backward_fake(
-    grad_y: Tensor | None, grad_norm: Tensor | None, x: Tensor, norm: Tensor, dim: int, p: int, eps: float
-) -> Tensor:
+def _normalize_backward_fake(*, x: Tensor, **_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -73,19 +71,12 @@ def normalize(x: Tensor, dim: int, p: int, eps: float) -> tuple[Tensor, Tensor]:
 # norm_linear ----------------------------------------------------------------------------------------
 
 
-def _norm_linear_fake(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    scale_value: float,
-    normalize_input: bool,
-    eps: float,
-) -> Tensor:
+def _norm_linear_fake(*, x: Tensor, weight: Tensor, **_: Any) -> Tensor:
     return x.new_empty([x.shape[0], weight.shape[0]])
 
 
-def gradients_fake(
-    x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_scale: bool
+def _norm_linear_backward_fake(
+    *, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_scale: bool, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if need_x else [0]),
@@ -94,22 +85,7 @@ def gradients_fake(
     )
 
 
-def _norm_linear_backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    need_x: bool,
-    need_weight: bool,
-    need_scale: bool,
-    scale_value: float,
-    normalize_input: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return gradients_fake(x, weight, need_x, need_weight, need_scale)
-
-
-def asked_of_head(
+def _asked_of_head(
     needed: tuple[bool, ...], gradients: tuple[Tensor, ...], scale: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The gradients of (x, weight, scale) that were asked for, that of the scale in the scale's dtype."""
@@ -153,7 +129,7 @@ class _NormLinear(Function):
                 *needed,
                 *ctx.arguments,
             )
-            return asked_of_head(needed, gradients, scale)
+            return _asked_of_head(needed, gradients, scale)
 
         def formula(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, ...]:
             s = torch.tensor(scale_value, dtype=accumulator(x.dtype)) if scale is None else scale
@@ -175,10 +151,12 @@ def norm_linear(
 
 
 add_fakes(
-    {
-        "normalize": _normalize_fake,
-        "normalize_backward": _normalize_backward_fake,
-        "norm_linear": _norm_linear_fake,
-        "norm_linear_backward": _norm_linear_backward_fake,
-    }
+    by_name(
+        {
+            "normalize": _normalize_fake,
+            "normalize_backward": _normalize_backward_fake,
+            "norm_linear": _norm_linear_fake,
+            "norm_linear_backward": _norm_linear_backward_fake,
+        }
+    )
 )

@@ -9,26 +9,26 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative
-from ..engine.calls import accumulator, add_fakes, kernels
+from ..engine.calls import accumulator, add_fakes, by_name, kernels
 
 
-def gradients_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Of a backward op of two operands: (grad, a, b, ..., need_a, need_b, p)."""
-    _, a, b, *_, need_a, need_b, _ = arguments
+def _gradients_fake(a: Tensor, b: Tensor, need_a: bool, need_b: bool) -> tuple[Tensor, Tensor]:
     return a.new_empty(a.shape if need_a else [0]), b.new_empty(b.shape if need_b else [0])
 
 
 # inner_distance -------------------------------------------------------------------------------------
 
 
-def _inner_distance_fake(x: Tensor, weight: Tensor, need_near: bool, p: int) -> tuple[Tensor, Tensor]:
+def _inner_distance_fake(*, x: Tensor, weight: Tensor, need_near: bool, p: int) -> tuple[Tensor, Tensor]:
     batch, classes = x.shape[0], weight.shape[0]
     words = [batch, (classes + 31) // 32] if need_near and p == 2 else [0]
     return x.new_empty([batch, classes]), x.new_empty(words, dtype=torch.int32)
 
 
-def _inner_distance_backward_fake(grad: Tensor, near: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return gradients_fake(grad, *arguments)
+def _inner_distance_backward_fake(
+    *, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, **_: Any
+) -> tuple[Tensor, Tensor]:
+    return _gradients_fake(x, weight, need_x, need_weight)
 
 
 class _InnerDistance(Function):
@@ -63,8 +63,14 @@ def inner_distance(x: Tensor, weight: Tensor, labels: Tensor | None, p: int) -> 
 # pair_distance --------------------------------------------------------------------------------------
 
 
-def _pair_distance_fake(a: Tensor, b: Tensor, p: int) -> Tensor:
+def _pair_distance_fake(*, a: Tensor, **_: Any) -> Tensor:
     return a.new_empty([a.shape[0]], dtype=accumulator(a.dtype))
+
+
+def _pair_distance_backward_fake(
+    *, a: Tensor, b: Tensor, need_a: bool, need_b: bool, **_: Any
+) -> tuple[Tensor, Tensor]:
+    return _gradients_fake(a, b, need_a, need_b)
 
 
 class _PairDistance(Function):
@@ -117,10 +123,12 @@ def with_gradient(op: str, distances: Tensor, value: Tensor, gradient: Tensor) -
 
 
 add_fakes(
-    {
-        "inner_distance": _inner_distance_fake,
-        "inner_distance_backward": _inner_distance_backward_fake,
-        "pair_distance": _pair_distance_fake,
-        "pair_distance_backward": gradients_fake,
-    }
+    by_name(
+        {
+            "inner_distance": _inner_distance_fake,
+            "inner_distance_backward": _inner_distance_backward_fake,
+            "pair_distance": _pair_distance_fake,
+            "pair_distance_backward": _pair_distance_backward_fake,
+        }
+    )
 )

@@ -241,6 +241,8 @@ def load_checkpoint(
 
     def look() -> Manifest:
         listed = Manifest.read(path, loaded)
+        for name in [n for n in weights if n.endswith("_extra_state") and f"model.{n}" not in listed.entries]:
+            del weights[name]  # then there is nothing to restore, as for load_state_dict
         check_fits(op, path, listed, state)
         return listed
 

@@ -156,12 +156,14 @@ def _bytes(column: Tensor, rows: int, filler: int) -> Tensor:
     return padded.view(torch.uint8) if padded.numel() else padded.new_empty(rows, 0, dtype=torch.uint8)
 
 
-def gather_row_gradients(gradient: Tensor, batch: Batch, group: ProcessGroup) -> Tensor:
-    """The upstream gradients [N] of all ranks' rows: [W * each]."""
+def gather_row_gradients(
+    gradient: Tensor, batch: Batch, group: ProcessGroup, what: str = "the loss's gradients"
+) -> Tensor:
+    """The upstream gradients [N], or other numbers, of all ranks' rows: [W * each]."""
     padded = gradient.new_zeros(batch.each)
     padded[: batch.mine] = gradient
     everyone = gradient.new_empty(batch.x.shape[0])
-    with explained("the all-gather of the loss's gradients", group):
+    with explained(f"the all-gather of {what}", group):
         _all_gather(everyone, padded, group=group)
     return everyone
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +15,10 @@ from .. import _C
 from ..engine import checks
 from ..engine.arguments import choice, flag, number
 from ..engine.autograd import detach_without_grad, no_second_derivative
-from ..engine.calls import plan_device
 from ..engine.options import takes
-from ..engine.plan import plan
 from ..softmax import ops
-from ..softmax.functions import product_dtype
-from ..softmax.margins import NO_MARGIN
+from ..softmax.functions import Numbers, loss_options, margin_arguments
+from ..softmax.margins import Margin
 from ..softmax.options import HeadKeywords, HeadOptions
 from .collectives import (
     Batch,
@@ -58,6 +57,39 @@ def _shared_shift(
     return largest_over_shards(ops.normface_shift(x, weight, labels, scale, options), shard.group)
 
 
+class _RowsOfAll(Function):
+    """Numbers of this rank's rows [N] -> those of all ranks' rows. Every rank has the whole gradient of its
+    own rows' numbers; like the features' it is multiplied by the ranks that average it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, batch: Batch, replicas: int, shard: ClassShard) -> Tensor:
+        ctx.batch, ctx.replicas = batch, replicas
+        return gather_row_gradients(value, batch, shard.group, "the rows' margins")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return ctx.batch.own(gradient) * ctx.replicas, None, None, None
+
+
+def _margin_of_all(
+    margin: Margin | None,
+    labels: Tensor,
+    batch: Batch,
+    options: HeadOptions,
+    replicas: int,
+    shard: ClassShard,
+) -> tuple[ops.MarginTensors, Numbers]:
+    """``margin_arguments`` of the rows of all ranks; numbers per row come from their ranks."""
+    straight = options.margin_gradient == "straight"
+    if margin is None or not margin.per_row:
+        return margin_arguments(OP, margin, batch.labels, shard.num_classes, straight)
+    mine, numbers = margin_arguments(OP, margin, labels, shard.num_classes, straight)
+    m1, m2, m3 = (
+        m if m is None or m.dim() == 0 else _RowsOfAll.apply(m, batch, replicas, shard) for m in mine
+    )
+    return (m1, m2, m3), numbers
+
+
 class _ClassParallelLoss(Function):
     """As ``ops._NormFaceLoss``, with the row sums added over shards between the stages.
 
@@ -71,6 +103,9 @@ class _ClassParallelLoss(Function):
         x: Tensor,
         weight: Tensor,
         scale: Tensor | None,
+        m1: Tensor | None,
+        m2: Tensor | None,
+        m3: Tensor | None,
         batch: Batch,
         places: Tensor,
         class_weight: Tensor | None,
@@ -100,11 +135,28 @@ class _ClassParallelLoss(Function):
         fields = 3 if class_weight is None else 4
         sums, class_sum = add_over_shards([swept.rows[:fields], swept.class_sum], shard.group)
         swept.rows[:fields] = sums
-        loss, state = ops.normface_finish(
-            swept.rows, batch.x, class_sum.to(swept.class_sum.dtype), scale, options
+        margin = m1, m2, m3
+        loss, slopes = ops.normface_finish(
+            swept.rows,
+            batch.x,
+            class_sum.to(swept.class_sum.dtype),
+            scale,
+            margin,
+            options,
+            need_margin=any(ctx.needs_input_grad[3:6]),
         )
         ctx.save_for_backward(
-            x, weight, batch.x, classes, scale, places, class_weight, rows, *swept._replace(rows=state)
+            x,
+            weight,
+            scale,
+            *margin,
+            batch.x,
+            classes,
+            places,
+            class_weight,
+            rows,
+            slopes,
+            *swept,
         )
         ctx.batch, ctx.options, ctx.replicas, ctx.shard = batch, options, replicas, shard
         ctx.weight_shape, ctx.first = weight.shape, shard.first if isinstance(weight, DTensor) else 0
@@ -112,17 +164,27 @@ class _ClassParallelLoss(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        mine, weight, x, classes, scale, places, class_weight, rows, *swept = ctx.saved_tensors
+        mine, weight, scale, m1, m2, m3, *saved = ctx.saved_tensors
+        x, classes, places, class_weight, rows, slopes, *swept = saved
         own_x, need_weight, need_scale = ctx.needs_input_grad[:3]
         batch, options, shard = ctx.batch, ctx.options, ctx.shard
-        origins = grad_loss, mine, weight, scale
+        origins = grad_loss, mine, weight, scale, m1, m2, m3
         if options.reduction == 0:
             grad_loss = gather_row_gradients(grad_loss, batch, shard.group)
 
         def gradients(*needed: bool) -> tuple[Tensor, Tensor, Tensor]:
             with torch.no_grad():
                 return ops.normface_backward(
-                    grad_loss, x, classes, places, scale, class_weight, ops.Swept(*swept), options, needed
+                    grad_loss,
+                    slopes,
+                    x,
+                    classes,
+                    places,
+                    scale,
+                    class_weight,
+                    ops.Swept(*swept),
+                    options,
+                    needed,
                 )
 
         # The features' gradient travels while the weight's is computed.
@@ -133,13 +195,15 @@ class _ClassParallelLoss(Function):
         if moving is not None:
             norms = batch.own(swept[0][ops.INVERSE_NORM])
             dx = store_as(moving.wait() * ctx.replicas, x.dtype, norms, options.eps)
-        given = (dx if own_x else None, dw, ds.to(scale.dtype) if need_scale else None)
-        dx, dw, dscale = no_second_derivative("normface_loss", given, *origins)
+        with torch.no_grad():
+            of_margin = ops.margin_gradients(grad_loss, slopes, (m1, m2, m3), ctx.needs_input_grad[3:6])
+        given = (dx if own_x else None, dw, ds if need_scale else None, *of_margin)
+        dx, dw, *others = no_second_derivative("normface_loss", given, *origins)
         if dw is not None and rows is not None:
             dw = torch.sparse_coo_tensor(
                 (rows + ctx.first)[None], dw, ctx.weight_shape, is_coalesced=True, check_invariants=False
             )
-        return dx, dw, dscale, *[None] * 8
+        return dx, dw, *others, *[None] * 8
 
 
 def store_as(gradient: Tensor, dtype: torch.dtype, inverse_norm: Tensor, eps: float) -> Tensor:
@@ -274,32 +338,16 @@ def sharded_loss(
     elif isinstance(weight, DTensor):
         weight = weight.to_local()  # differentiable; a sparse gradient goes past it
     classes = shard.count if rows is None else rows.shape[0]
-    product_precision = product_dtype(x, local)
-    given = ops.LossOptions(
-        scale_value=scale_value,
-        margin=options.margin or NO_MARGIN,
-        reduction=checks.REDUCTIONS[options.reduction],
-        ignore_index=IGNORED,
-        eps=options.eps,
-        smoothing=options.label_smoothing,
-        plan=plan(
-            batch.x.shape[0],
-            x.shape[1],
-            max(1, classes),
-            product_precision,
-            plan_device(x),
-            workspace=options.workspace,
-        ),
-        product_precision=product_precision,
-        total_classes=shard.num_classes,
-        is_shard=True,
-    )
     replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
+    margin, numbers = _margin_of_all(options.margin, labels, batch, options, replicas, shard)
+    given = loss_options(scale_value, options, x, local, batch.x.shape[0], max(1, classes), numbers)
+    given = replace(given, ignore_index=IGNORED, total_classes=shard.num_classes, is_shard=True)
     x, weight = detach_without_grad(x, weight)
     loss: Tensor = _ClassParallelLoss.apply(
         x,
         weight,
         scale_tensor,
+        *margin,
         batch,
         places,
         None if factors is None else factors.contiguous(),

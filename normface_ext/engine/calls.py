@@ -6,6 +6,8 @@ build of the CUDA kernels for CPU tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -29,14 +31,51 @@ def plan_device(x: Tensor) -> torch.device:
 
 def autocast(x: Tensor) -> Tensor:
     """x as autocast hands it to a matrix product: float64 stays."""
-    kind = x.device.type
-    if x.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
+    kind = "cuda" if x.is_cuda else "cpu"
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64 or x.is_meta:
         return x
     return x.to(torch.get_autocast_dtype(kind))
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast on CUDA makes of the operands of a product with x, where it does; float64 stays."""
+    if plan_device(x).type == "cuda" and x.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return None
+
+
+def argument_names(op: str) -> tuple[str, ...]:
+    """Of an op, in the order of its schema."""
+    return tuple(argument.name for argument in getattr(torch.ops.normface_ext, op).default._schema.arguments)
+
+
+def options_of(op: str, options: type) -> Callable[[Any], tuple[Any, ...]]:
+    """A dataclass of options -> the values that end the op's list of arguments: those the schema names as the
+    dataclass does."""
+    known = {field.name for field in fields(options)}
+    named = argument_names(op)
+    picked = [name for name in named if name in known]
+    if not picked or picked != list(named[-len(picked) :]):
+        raise TypeError(f"{op}: expected its arguments to end in those of {options.__name__}, got {named}")
+    # Made as text, since torch.compile follows a lambda and no operator.attrgetter, and both are as fast.
+    pick: Callable[[Any], tuple[Any, ...]] = eval(
+        f"lambda options: ({''.join(f'options.{name}, ' for name in picked)})"
+    )
+    return pick
+
+
+def by_name(fakes: dict[str, Any]) -> dict[str, Any]:
+    """Fake kernels that take an op's arguments by their names, as the dispatcher calls them."""
+
+    def positional(op: str, fake: Any) -> Any:
+        names = argument_names(op)
+        return lambda *values, **named: fake(**dict(zip(names, values, strict=False)), **named)
+
+    return {op: positional(op, fake) for op, fake in fakes.items()}
 
 
 FAKES: dict[str, Any] = {}

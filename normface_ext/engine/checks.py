@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from . import arguments
@@ -171,8 +171,10 @@ def bounded(scale: Tensor, low: float, high: float) -> Tensor:
 
     The gradient is not masked, as in Caffe's Scale layer: a scale at a bound can come back.
     """
-    if readable(scale) and low <= scale.item() <= high:
-        return scale if scale.dim() == 0 else scale.reshape(())
+    # A Parameter as it is: no trace is looking, and no transform has wrapped it.
+    plain = type(scale) is nn.Parameter and scale.is_cpu and not torch.compiler.is_compiling()
+    if plain and low <= scale.item() <= high:
+        return scale.squeeze()
     # scale - scale is 0: the value is the bound itself, and the slope is 1.
     return (scale.detach().clamp(low, high) + (scale - scale.detach())).reshape(())
 

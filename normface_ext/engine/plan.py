@@ -156,9 +156,9 @@ class _Device:
 
 
 def score_shared_bytes(dim: int) -> int:
-    """Shared memory of a block of score_exp.cu: a tile of features, three stages of the weight, and two
-    numbers per row (``score_shared_bytes`` there)."""
-    return 128 * (-(-dim // 64) * 64) * 2 + 3 * 128 * 64 * 2 + 128 * 8
+    """Most shared memory of a block of score_exp.cu: a tile of features, three stages of the weight, and
+    three numbers per row."""
+    return 128 * (-(-dim // 64) * 64) * 2 + 3 * 128 * 64 * 2 + 128 * 12
 
 
 def plain_shared_bytes(dim: int) -> int:
@@ -211,8 +211,9 @@ def _choose(
     return Plan("recompute", scores, gradient, chunk, -(-classes // chunk), used, 4 * products, moved)
 
 
-#: Bytes of a row's state (csrc/row_state.h, twice), its gradients, counters and offsets.
-ROW_STATE = 2 * 13 * 8 + 4 * 8 + 16
+#: Bytes of a row's state, its slopes (csrc/row_state.h) and its gradients (csrc/cuda/backward_kernels.cuh),
+#: and of its counter and what the single sweep's backward knows of it.
+ROW_STATE = (7 + 4 + 7) * 8 + 4 + 16
 
 
 def _cpu_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: int) -> Plan:

@@ -42,8 +42,10 @@ class HoldsScale(nn.Module):
 
     def bounded_scale(self) -> float | Tensor:
         """The scale as forward uses it."""
-        scale: float | Tensor = self.scale  # type: ignore[assignment]
-        return checks.bounded(scale, *self.scale_bounds()) if isinstance(scale, Tensor) else scale
+        scale = self._parameters.get("scale")
+        if scale is None:
+            return self.scale  # type: ignore[return-value]
+        return checks.bounded(scale, *self.scale_bounds())
 
     def scale_value(self) -> float:
         """The same as a number (host sync on CUDA)."""

@@ -15,7 +15,6 @@ from ..engine.files import clip
 from ..softmax.layers import NormFaceLoss
 from .detect import Found, Group
 
-
 #: Where Lightning keeps the arguments of the module: a head's numbers of them are reported by name.
 _HYPER = "hyper_parameters"
 

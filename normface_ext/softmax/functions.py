@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +12,11 @@ from ..engine import checks
 from ..engine.calls import plan_device
 from ..engine.options import takes
 from ..engine.plan import plan
+from ..reference import HeadParts, loss_of_parts
 from . import ops
-from .margins import NO_MARGIN
-from .options import HeadKeywords, HeadOptions
+from .margins import GUARDS, Margin, of_rows
+from .options import HeadKeywords, HeadOptions, PartsKeywords, PartsOptions
+from .parts import head_parts as parts_op
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,8 +44,11 @@ def normface_loss(
         x: [N, D] features.
         weight: [C, D], on x's device; float64 only together with float64.
         labels: [N] int64 or int32 in [0, C) or ``ignore_index``.
-        scale: s, a float or a 0-d tensor with or without gradient.
-        margin: psi on the target cosine: ``CosFace``, ``ArcFace``, ``CombinedMargin`` or ``None``.
+        scale: s, a float, or a tensor with or without gradient: 0-d, or [N], a scale per row.
+        margin: psi on the target cosine: ``CosFace``, ``ArcFace``, ``CombinedMargin``, ``RowMargin`` or
+            ``None``. Its numbers may be tensors with gradient.
+        margin_gradient: "exact" differentiates psi. "straight" takes d psi / d cos as 1, as arcface_torch and
+            CVLface do: psi is a constant shift of the cosine, and the margin's tensors get no gradient.
         reduction: "mean" over the rows that are not ignored (0 when there is none, or their weights sum to
             0), "sum" or "none".
         ignore_index: rows with this label count neither in the loss nor in the mean, and get no
@@ -85,35 +91,243 @@ def head_loss(
     options: HeadOptions,
 ) -> Tensor:
     """``normface_loss`` with options that have been checked."""
-    checks.features_and_weight(op, x, weight)
-    classes, dim = weight.shape
-    ignored = checks.ignored(options.ignore_index)
-    labels = checks.labels(op, labels, x, classes, options.ignore_index)
-    scale_tensor, scale_value = checks.scale(op, scale, x)
-    row_weight = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
-    if options.check_finite:
-        checks.finite_operands(op, x, weight, labels != ignored, scale_tensor, row_weight)
-    precision = product_dtype(x, weight)
-    given = ops.LossOptions(
-        scale_value=scale_value,
-        margin=options.margin or NO_MARGIN,
-        reduction=checks.REDUCTIONS[options.reduction],
-        ignore_index=ignored,
-        eps=options.eps,
-        smoothing=options.label_smoothing,
-        plan=plan(x.shape[0], dim, classes, precision, plan_device(x), workspace=options.workspace),
-        product_precision=precision,
-        total_classes=classes,
-    )
-    return ops.normface_loss(
+    inputs = _inputs(op, x, weight, labels, scale, sample_weight, class_weight, options)
+    straight = options.margin_gradient == "straight"
+    margin, numbers = margin_arguments(op, options.margin, inputs.labels, weight.shape[0], straight)
+    given = loss_options(
+        inputs.scale_value,
+        options,
         x,
         weight,
-        scale_tensor,
-        labels,
-        row_weight,
-        checks.weights(op, "class_weight", class_weight, x, classes),
-        given,
+        x.shape[0],
+        weight.shape[0],
+        numbers,
     )
+    return ops.normface_loss(
+        x, weight, inputs.scale, margin, inputs.labels, inputs.sample_weight, inputs.class_weight, given
+    )
+
+
+class _Inputs(NamedTuple):
+    """A head's arguments, checked."""
+
+    scale: Tensor | None
+    scale_value: float
+    labels: Tensor
+    sample_weight: Tensor | None
+    class_weight: Tensor | None
+
+
+def _inputs(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    options: HeadOptions,
+) -> _Inputs:
+    checks.features_and_weight(op, x, weight)
+    classes = weight.shape[0]
+    labels = checks.labels(op, labels, x, classes, options.ignore_index)
+    scale_tensor, scale_value = _scale(op, scale, x)
+    row_weight = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
+    if options.check_finite:
+        kept = labels != checks.ignored(options.ignore_index)
+        checks.finite_operands(op, x, weight, kept, scale_tensor, row_weight)
+    of_class = checks.weights(op, "class_weight", class_weight, x, classes)
+    return _Inputs(scale_tensor, scale_value, labels, row_weight, of_class)
+
+
+def _scale(op: str, value: object, x: Tensor) -> tuple[Tensor | None, float]:
+    """``checks.scale``; or a tensor [N], a scale per row."""
+    if isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] == x.shape[0] != 1:
+        checks.floating(op, "scale", value)
+        checks.same_device(op, "scale", value, "x", x)
+        return value.contiguous(), 0.0
+    return checks.scale(op, value, x)
+
+
+#: m1, m2, m3 and the guard's code, where the margin is none.
+_PLAIN = (1.0, 0.0, 0.0, 0, False)
+Numbers = tuple[float, float, float, int, bool]
+
+
+def margin_arguments(
+    op: str, margin: Margin | None, labels: Tensor, classes: int, straight: bool
+) -> tuple[ops.MarginTensors, Numbers]:
+    """A margin for the rows whose labels these are: its tensors, [] or [N], and its numbers (0 where there is
+    a tensor), guard and straightness."""
+    if margin is None:
+        return ops.NUMBERS, _PLAIN
+    tensors: list[Tensor | None] = []
+    numbers: list[float] = []
+    for name, value in zip(("m1", "m2", "m3"), margin.parameters(), strict=True):
+        if isinstance(value, Tensor):
+            value = value.detach() if straight else value
+            tensors.append(of_rows(op, name, value, margin.per_row, labels, classes))
+            numbers.append(0.0)
+        else:
+            tensors.append(None)
+            numbers.append(value)
+    m1, m2, m3 = numbers
+    return (tensors[0], tensors[1], tensors[2]), (m1, m2, m3, GUARDS[margin.guard], straight)
+
+
+def loss_options(
+    scale_value: float,
+    options: HeadOptions,
+    x: Tensor,
+    weight: Tensor,
+    batch: int,
+    classes: int,
+    margin: Numbers = _PLAIN,
+) -> ops.LossOptions:
+    """What the kernels are told of a head of `classes` classes."""
+    precision = product_dtype(x, weight)
+    m1, m2, m3, guard, straight = margin
+    made = plan(batch, x.shape[1], classes, precision, plan_device(x), workspace=options.workspace)
+    return ops.LossOptions(
+        scale_value,
+        options.eps,
+        classes,
+        made,
+        made.class_chunk,
+        made.kernels,
+        precision,
+        checks.ignored(options.ignore_index),
+        checks.REDUCTIONS[options.reduction],
+        options.label_smoothing,
+        m1_value=m1,
+        m2_value=m2,
+        m3_value=m3,
+        guard=guard,
+        straight=straight,
+    )
+
+
+@takes(PartsOptions)
+def head_parts(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    **options: Unpack[PartsKeywords],
+) -> HeadParts:
+    """The two numbers of a row that a softmax loss on cosines is made of, by the kernels of
+    ``normface_loss``: c_y and ln sum_{j != y} exp(s c_j).
+
+    ``softplus(log_sum_others - s psi(target_cosine))`` is the loss of any head that changes the target only,
+    with psi a few lines of torch on [N]. Both are float64 and differentiable in x, weight and scale, so that
+    1 - p = sigmoid(log_sum_others - s psi) keeps its digits; ``torch.logaddexp(t, 0)`` is the softplus that
+    does.
+
+    Args:
+        x: [N, D] features.
+        weight: [C, D], on x's device; float64 only together with float64.
+        labels: [N] int64 or int32 in [0, C) or ``ignore_index``.
+        scale: s, as in ``normface_loss``.
+        ignore_index: rows with this label do not count: both numbers are 0 and have no gradient, whatever
+            the row holds. None: there are none.
+        eps: inside both norms, see ``normalize``.
+        workspace: as in ``normface_loss``.
+
+    Returns:
+        ``HeadParts(target_cosine [N], log_sum_others [N], counts [N])``, float64, float64 and bool: which
+        rows count. log_sum_others is -inf, without gradient, where there is one class. Second derivatives
+        raise.
+
+    Raises:
+        TypeError, ValueError, IndexError: as ``normface_loss``.
+    """
+    op = "head_parts"
+    given = PartsOptions.of(op, options)
+    made = parts(
+        op,
+        x,
+        weight,
+        labels,
+        scale,
+        None,
+        None,
+        HeadOptions(ignore_index=given.ignore_index, eps=given.eps, workspace=given.workspace),
+    )
+    return HeadParts(made.target_cosine, made.log_sum_others, made.counts)
+
+
+class Parts(NamedTuple):
+    """``HeadParts``, and what weights and label smoothing need besides: [N] and [], float64."""
+
+    target_cosine: Tensor
+    log_sum_others: Tensor
+    counts: Tensor
+    scale: float | Tensor
+    row_weight: Tensor  # of the loss: the sample weight, 0 where the row does not count
+    target_weight: Tensor  # the class weight of the label, without smoothing and class weights 1
+    cosine_with_sum: Tensor | None  # <x_hat, sum_j u_j w_hat_j>, with smoothing
+    weight_sum: Tensor | float  # sum u
+
+
+def parts(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    options: HeadOptions,
+) -> Parts:
+    """The parts of ``normface_loss`` with these options, whatever the margin; checks what it is given."""
+    inputs = _inputs(op, x, weight, labels, scale, sample_weight, class_weight, options)
+    classes = weight.shape[0]
+    given = loss_options(inputs.scale_value, options, x, weight, x.shape[0], classes)
+    cosine, log_sum, with_sum, state = parts_op(
+        x, weight, inputs.scale, inputs.labels, inputs.sample_weight, inputs.class_weight, given
+    )
+    row_weight = state[ops.ROW_WEIGHT]
+    return Parts(
+        cosine,
+        log_sum,
+        row_weight != 0,
+        inputs.scale_value if inputs.scale is None else inputs.scale,
+        row_weight,
+        state[ops.TARGET_WEIGHT],
+        with_sum if options.label_smoothing > 0 else None,
+        float(classes) if inputs.class_weight is None else inputs.class_weight.double().sum(),
+    )
+
+
+def loss_of_psi(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    psi: Callable[[Tensor], Tensor],
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    options: HeadOptions,
+    *,
+    op: str = "normface_loss",
+) -> Tensor:
+    """``normface_loss`` with options that have been checked, and with a psi made in torch instead of a
+    margin: of the target cosines [N] (float64, with gradient; 0 where the row does not count)."""
+    made = parts(op, x, weight, labels, scale, sample_weight, class_weight, options)
+    loss = loss_of_parts(
+        made.target_cosine,
+        made.log_sum_others,
+        psi(made.target_cosine),
+        made.scale,
+        made.row_weight,
+        made.target_weight,
+        classes=weight.shape[0],
+        reduction=options.reduction,
+        label_smoothing=options.label_smoothing,
+        weight_sum=made.weight_sum,
+        cosine_with_sum=made.cosine_with_sum,
+    )
+    return loss if x.dtype == torch.float64 else loss.float()
 
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

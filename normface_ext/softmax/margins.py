@@ -8,114 +8,208 @@ specification, ``normface_ext.reference.margin``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
-from ..engine.arguments import below, number
+import torch
+from torch import Tensor
 
-LIMITS = {"m1": below(1.0, math.inf), "m2": below(0.0, math.pi), "m3": below(0.0, math.inf)}
+from ..engine import checks
+from ..engine.arguments import POSITIVE, below, choice, number
+
+#: What a number may be; a tensor's values are not looked at.
+LIMITS = {"m1": POSITIVE, "m2": below(0.0, math.pi), "m3": below(0.0, math.inf)}
+#: ``guard`` -> the code of ``math::Guard`` in csrc/math/margin.h
+GUARDS = {None: 0, "shift": 1, "join": 2, "easy": 3, "none": 4}
 
 
 class Margin:
-    """What ``margin=`` takes: a value with the three numbers ``m1``, ``m2``, ``m3``.
+    """What ``margin=`` takes: a value with the three numbers ``m1``, ``m2``, ``m3``, and a guard.
 
-    Two margins are equal if their numbers are: ``CosFace(0.3) == CombinedMargin(m3=0.3)``. They are frozen
-    dataclasses, so ``dataclasses.replace`` makes a changed copy.
+    Each is a number, a 0-d tensor, or a 1-D tensor with one number per class, of which a row takes its
+    label's; the tensors may have gradients. Two margins are equal if their numbers, their guards and, by
+    identity, their tensors are: ``CosFace(0.3) == CombinedMargin(m3=0.3)``. They are frozen dataclasses, so
+    ``dataclasses.replace`` makes a changed copy, and ``torch.load(weights_only=True)`` knows them.
+
+    ``guard`` says what is done past ``m1 * theta + m2 = pi``, where the cosine would rise again:
+
+    - ``"shift"``: ``cos theta - m2 sin m2 - m3``, as most ArcFace implementations do. The default for m1 = 1.
+    - ``"join"``: ``cos theta - k - m3`` with the k that leaves no jump. The default for other m1.
+    - ``"easy"``: nothing there, but ``cos theta - m3`` wherever ``cos theta <= 0`` (MagFace, MV-Softmax).
+    - ``"none"``: nothing.
     """
 
-    m1: float
-    m2: float
-    m3: float
+    m1: float | Tensor
+    m2: float | Tensor
+    m3: float | Tensor
+    guard: str | None = None
+    #: What a 1-D tensor counts: the rows of the batch, or the classes.
+    per_row: ClassVar[bool] = False
 
-    def parameters(self) -> list[float]:
-        return [float(self.m1), float(self.m2), float(self.m3)]
+    def parameters(self) -> list[float | Tensor]:
+        return [m if isinstance(m, Tensor) else float(m) for m in (self.m1, self.m2, self.m3)]
+
+    def _key(self) -> tuple[object, ...]:
+        numbers = [(id(m),) if isinstance(m, Tensor) else m for m in self.parameters()]
+        return (*numbers, self.guard, self.per_row)
 
     def __eq__(self, other: object) -> bool:
-        return self.parameters() == other.parameters() if isinstance(other, Margin) else NotImplemented
+        return self._key() == other._key() if isinstance(other, Margin) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(tuple(self.parameters()))
+        return hash(self._key())
 
-    def _keep_number(self, name: str, limits: str) -> None:
+    def __repr__(self) -> str:
+        given = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        shown = (
+            f"{name}={f'<tensor {list(value.shape)}>' if isinstance(value, Tensor) else repr(value)}"
+            for name, value in given.items()
+            if name != "guard" or value is not None
+        )
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _keep(self, name: str, limits: str) -> None:
         """Checks a field, and stores what is no Python number (NumPy's) as one."""
-        value = getattr(self, name)
-        plain = number(type(self).__name__, name, value, LIMITS[limits])
+        owner, value = type(self).__name__, getattr(self, name)
+        if isinstance(value, Tensor):
+            checks.floating(owner, name, value)
+            if value.dim() > 1:
+                each = "row" if self.per_row else "class"
+                raise ValueError(
+                    f"{owner}: expected `{name}` to be a number, a 0-d tensor or a 1-D tensor of a number per"
+                    f" {each}, got shape {list(value.shape)}"
+                )
+            return
+        plain = number(owner, name, value, LIMITS[limits])
         if not isinstance(value, (int, float)):
             object.__setattr__(self, name, plain)
 
+    def _check_guard(self) -> None:
+        if self.guard is not None:
+            choice(type(self).__name__, "guard", self.guard, [name for name in GUARDS if name is not None])
 
-@dataclass(frozen=True, eq=False)
+
+# Every class has fields of its own and inherits none: torch.compile builds a dataclass from its fields, and
+# the Dynamo of torch 2.11 cannot follow an __init__ that takes others.
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class CombinedMargin(Margin):
     """``psi = cos(m1 * theta + m2) - m3``, angles in radians.
 
     Past ``m1 * theta + m2 = pi`` the cosine would rise again; there ``psi`` goes on as a line of slope
-    one in the cosine (monotone guard), so a harder sample never pays less.
+    one in the cosine (monotone guard), so a harder sample never pays less. ``guard`` chooses another way.
 
     Args:
-        m1: angular factor (SphereFace), at least 1.
+        m1: angular factor (SphereFace), above 0.
         m2: additive angle in radians (ArcFace), in [0, pi).
         m3: additive cosine (CosFace), at least 0.
+        guard: None, "shift", "join", "easy" or "none".
+
+    Each may be a tensor, 0-d or [C], whose values are not checked.
 
     Raises:
-        ValueError: a number that is not finite or out of range.
+        TypeError: a tensor that is not floating.
+        ValueError: a number that is not finite or out of range, another shape, another guard.
     """
 
-    m1: float = 1.0
-    m2: float = 0.0
-    m3: float = 0.0
+    m1: float | Tensor = 1.0
+    m2: float | Tensor = 0.0
+    m3: float | Tensor = 0.0
+    guard: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in LIMITS:
-            self._keep_number(name, name)
+            self._keep(name, name)
+        self._check_guard()
 
 
-# CosFace and ArcFace have one field of their own and inherit none: torch.compile builds a dataclass from its
-# fields, and the Dynamo of torch 2.11 cannot follow an __init__ that takes others.
+@dataclass(frozen=True, eq=False, repr=False)
+class RowMargin(Margin):
+    """``psi = cos(m1 * theta + m2) - m3`` with numbers of each row's own: as ``CombinedMargin``, and 1-D
+    tensors are [N], one number per row of the batch."""
 
-
-@dataclass(frozen=True, eq=False)
-class CosFace(Margin):
-    """``psi = cos theta - m`` (Wang et al. 2018; AM-Softmax). ``m`` is a cosine, 0.35 by custom."""
-
-    m: float = 0.35
+    m1: float | Tensor = 1.0
+    m2: float | Tensor = 0.0
+    m3: float | Tensor = 0.0
+    guard: str | None = field(default=None, kw_only=True)
+    per_row: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self._keep_number("m", "m3")
+        for name in LIMITS:
+            self._keep(name, name)
+        self._check_guard()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CosFace(Margin):
+    """``psi = cos theta - m`` (Wang et al. 2018; AM-Softmax). ``m`` is a cosine, 0.35 by custom; it may be a
+    tensor, 0-d or [C]."""
+
+    m: float | Tensor = 0.35
+
+    def __post_init__(self) -> None:
+        self._keep("m", "m3")
 
     m1 = 1.0
     m2 = 0.0
 
     @property
-    def m3(self) -> float:  # type: ignore[override]
+    def m3(self) -> float | Tensor:  # type: ignore[override]
         return self.m
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ArcFace(Margin):
-    """``psi = cos(theta + m)`` (Deng et al. 2019). ``m`` is an angle in radians, 0.5 by custom.
+    """``psi = cos(theta + m)`` (Deng et al. 2019). ``m`` is an angle in radians, 0.5 by custom; it may be a
+    tensor, 0-d or [C].
 
-    The gradient goes through theta exactly; past ``theta + m = pi``, ``psi = cos theta - m sin m``.
+    The gradient goes through theta exactly; past ``theta + m = pi``, ``psi = cos theta - m sin m``, or what
+    ``guard`` says.
     """
 
-    m: float = 0.5
+    m: float | Tensor = 0.5
+    guard: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        self._keep_number("m", "m2")
+        self._keep("m", "m2")
+        self._check_guard()
 
     m1 = 1.0
     m3 = 0.0
 
     @property
-    def m2(self) -> float:  # type: ignore[override]
+    def m2(self) -> float | Tensor:  # type: ignore[override]
         return self.m
 
 
 NO_MARGIN = CombinedMargin()
 
+# A checkpoint that holds a margin loads with weights_only=True.
+torch.serialization.add_safe_globals([CombinedMargin, RowMargin, CosFace, ArcFace])
+
 
 def margin_argument(op: str, name: str, value: object) -> Margin | None:
     if value is not None and (not isinstance(value, Margin) or type(value) is Margin):
         raise TypeError(
-            f"{op}: expected `{name}` to be CosFace, ArcFace, CombinedMargin or None,"
+            f"{op}: expected `{name}` to be CosFace, ArcFace, CombinedMargin, RowMargin or None,"
             f" got {type(value).__name__}"
         )
     return value
+
+
+def of_rows(op: str, name: str, value: Tensor, per_row: bool, labels: Tensor, classes: int) -> Tensor:
+    """A margin's tensor for the rows whose labels these are, [] or [N]; a row that is ignored gets anyone's.
+
+    The gradient of numbers per class adds up in a fixed order: in float64, by index_put, whose addition is
+    sorted on CUDA and serial on the CPU."""
+    checks.same_device(op, f"margin.{name}", value, "labels", labels)
+    if value.dim() == 0:
+        return value
+    count, meaning = (labels.shape[0], "row") if per_row else (classes, "class")
+    if value.shape[0] != count:
+        raise ValueError(
+            f"{op}: expected `margin.{name}` to have shape [{count}], a number per {meaning},"
+            f" got {list(value.shape)}"
+        )
+    return value.contiguous() if per_row else value.double()[labels.clamp(0, classes - 1)]

@@ -1,4 +1,4 @@
-"""The ops of the softmax head: fake kernel, autograd Function, typed wrapper. No checks, no defaults."""
+"""The ops of the softmax head: fake kernels, autograd Functions, typed wrappers. No checks, no defaults."""
 
 from __future__ import annotations
 
@@ -9,38 +9,30 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..cosine.ops import asked_of_head, gradients_fake
 from ..engine import memory
-from ..engine.autograd import detach_without_grad, no_second_derivative
-from ..engine.calls import accumulator, add_fakes, kernels, plan_device
+from ..engine.autograd import asked, detach_without_grad, no_second_derivative
+from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of, plan_device
 from ..engine.plan import Plan
-from .margins import Margin
 
 # csrc/row_state.h
-ROW_FIELDS = 13
-INVERSE_NORM = 5
+ROW_FIELDS, SLOPE_FIELDS, ALL_SLOPES = 7, 4, 7
+SUM, SUM_COSINE, COSINE, TARGET_WEIGHT, SHIFT, INVERSE_NORM, ROW_WEIGHT = range(ROW_FIELDS)
 ELSEWHERE = -1  # instead of a label: the target is a class of another shard
+
+#: m1, m2 and m3, where they are tensors: [] or [N].
+MarginTensors = tuple[Tensor | None, Tensor | None, Tensor | None]
+NUMBERS: MarginTensors = (None, None, None)
 
 
 def _normface_sweep_fake(
+    *,
     x: Tensor,
     weight: Tensor,
-    labels: Tensor,
-    scale: Tensor | None,
-    scale_value: float,
-    ignore_index: int,
-    eps: float,
-    class_chunk: int,
     store: bool,
     need_x: bool,
     need_class_sum: bool,
-    kernels: int,
     product_precision: torch.dtype,
-    sample_weight: Tensor | None,
-    class_weight: Tensor | None,
-    total_classes: int,
-    is_shard: bool,
-    shift: Tensor | None,
+    **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = accumulator(x.dtype)
     (batch, dim), classes = x.shape, weight.shape[0]
@@ -56,83 +48,79 @@ def _normface_sweep_fake(
     )
 
 
-def _normface_shift_fake(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    scale: Tensor | None,
-    scale_value: float,
-    ignore_index: int,
-    eps: float,
-    class_chunk: int,
-    kernels: int,
-    product_precision: torch.dtype,
-    total_classes: int,
-    is_shard: bool,
-) -> Tensor:
+def _normface_shift_fake(*, x: Tensor, **_: Any) -> Tensor:
     return x.new_empty([x.shape[0]], dtype=torch.float64)
 
 
-def _normface_finish_fake(
-    rows: Tensor,
-    x: Tensor,
-    class_sum: Tensor,
-    scale: Tensor | None,
-    scale_value: float,
-    m1: float,
-    m2: float,
-    m3: float,
-    reduction: int,
-    smoothing: float,
-    total_classes: int,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    shape = [x.shape[0]] if reduction == 0 else []
-    return x.new_empty(shape, dtype=accumulator(x.dtype)), torch.empty_like(rows)
+def _normface_finish_fake(*, x: Tensor, need_margin: bool, reduction: int, **_: Any) -> tuple[Tensor, Tensor]:
+    batch = x.shape[0]
+    return (
+        x.new_empty([batch] if reduction == 0 else [], dtype=accumulator(x.dtype)),
+        x.new_empty([ALL_SLOPES if need_margin else SLOPE_FIELDS, batch], dtype=torch.float64),
+    )
 
 
 def _normface_backward_fake(
-    grad_loss: Tensor,
+    *,
     x: Tensor,
     weight: Tensor,
-    labels: Tensor,
     scale: Tensor | None,
-    scale_value: float,
-    eps: float,
-    class_chunk: int,
-    rows: Tensor,
-    inverse_norm: Tensor,
-    x_sum: Tensor,
-    class_sum: Tensor,
-    stored: Tensor,
     need_x: bool,
     need_weight: bool,
     need_scale: bool,
-    kernels: int,
-    product_precision: torch.dtype,
-    class_weight: Tensor | None,
-    smoothing: float,
-    total_classes: int,
     is_shard: bool,
+    **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dw, ds = gradients_fake(x, weight, need_x, need_weight, need_scale)
-    return dx.to(accumulator(x.dtype)) if is_shard else dx, dw, ds
+    of_scale = [] if scale is None else list(scale.shape)
+    return (
+        x.new_empty(x.shape if need_x else [0], dtype=accumulator(x.dtype) if is_shard else x.dtype),
+        weight.new_empty(weight.shape if need_weight else [0]),
+        x.new_empty(of_scale if need_scale else [0], dtype=torch.float64),
+    )
 
 
-@dataclass(frozen=True)
+add_fakes(
+    by_name(
+        {
+            "normface_sweep": _normface_sweep_fake,
+            "normface_shift": _normface_shift_fake,
+            "normface_finish": _normface_finish_fake,
+            "normface_backward": _normface_backward_fake,
+        }
+    )
+)
+
+
+@dataclass(eq=False)
 class LossOptions:
-    """The arguments of the fused head that are neither tensors nor differentiable."""
+    """The arguments of the fused head that are neither tensors nor differentiable, by their names in
+    csrc/engine/head_arguments.h. A ``..._value`` counts where no tensor stands for it."""
 
-    scale_value: float  # where the scale is no tensor
-    margin: Margin
-    reduction: int
-    ignore_index: int
+    scale_value: float
     eps: float
-    smoothing: float
-    plan: Plan
-    product_precision: torch.dtype
     total_classes: int
+    plan: Plan
+    class_chunk: int  # the plan's, as are the kernels
+    kernels: int
+    product_precision: torch.dtype
+    ignore_index: int
+    reduction: int = 1
+    smoothing: float = 0.0
+    m1_value: float = 1.0
+    m2_value: float = 0.0
+    m3_value: float = 0.0
+    guard: int = 0
+    straight: bool = False
     is_shard: bool = False  # one shard of the classes of several
+
+    def planned(self, plan: Plan) -> LossOptions:
+        return replace(self, plan=plan, class_chunk=plan.class_chunk, kernels=plan.kernels)
+
+
+_sweep_options = options_of("normface_sweep", LossOptions)
+_shift_options = options_of("normface_shift", LossOptions)
+_finish_options = options_of("normface_finish", LossOptions)
+_backward_options = options_of("normface_backward", LossOptions)
 
 
 class Swept(NamedTuple):
@@ -164,20 +152,13 @@ def normface_sweep(
         weight,
         labels,
         scale,
-        options.scale_value,
-        options.ignore_index,
-        options.eps,
-        options.plan.class_chunk,
+        sample_weight,
+        class_weight,
+        shift,
         options.plan.store and need_weight,
         need_x,
         options.smoothing > 0,
-        options.plan.kernels,
-        options.product_precision,
-        sample_weight,
-        class_weight,
-        options.total_classes,
-        options.is_shard,
-        shift,
+        *_sweep_options(options),
     )
     return Swept(*swept)
 
@@ -214,51 +195,37 @@ def normface_sweep_in_memory(
         memory.refuse(options.plan, device)
     (batch, dim), classes = x.shape, max(1, weight.shape[0])
     smaller = memory.smaller_plan(options.plan, batch, dim, classes, options.product_precision, device)
-    return sweep(options if smaller is None else replace(options, plan=smaller))
+    return sweep(options if smaller is None else options.planned(smaller))
 
 
 def normface_shift(
     x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor | None, options: LossOptions
 ) -> Tensor:
     """kappa as the classes at hand alone would have it, [N] float64; -inf where there is none."""
-    shift: Tensor = kernels(x, weight).normface_shift(
-        x,
-        weight,
-        labels,
-        scale,
-        options.scale_value,
-        options.ignore_index,
-        options.eps,
-        options.plan.class_chunk,
-        options.plan.kernels,
-        options.product_precision,
-        options.total_classes,
-        options.is_shard,
-    )
+    shift: Tensor = kernels(x, weight).normface_shift(x, weight, labels, scale, *_shift_options(options))
     return shift
 
 
 def normface_finish(
-    rows: Tensor, x: Tensor, class_sum: Tensor, scale: Tensor | None, options: LossOptions
+    rows: Tensor,
+    x: Tensor,
+    class_sum: Tensor,
+    scale: Tensor | None,
+    margin: MarginTensors,
+    options: LossOptions,
+    *,
+    need_margin: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Second stage, once the sums are over all classes: (loss, the rows' full state)."""
+    """Second stage, once the sums are over all classes: loss and slopes [SLOPE_FIELDS or ALL_SLOPES, N]."""
     result: tuple[Tensor, Tensor] = kernels(rows, x).normface_finish(
-        rows,
-        x,
-        class_sum,
-        scale,
-        options.scale_value,
-        *options.margin.parameters(),
-        options.reduction,
-        options.smoothing,
-        options.total_classes,
-        options.eps,
+        rows, x, class_sum, scale, *margin, need_margin, *_finish_options(options)
     )
     return result
 
 
 def normface_backward(
     grad_loss: Tensor,
+    slopes: Tensor,
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -268,26 +235,36 @@ def normface_backward(
     options: LossOptions,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and scale; ``swept`` with the rows' full state."""
-    gradients: tuple[Tensor, Tensor, Tensor] = kernels(x, weight).normface_backward(
+    """Gradients of x, weight and scale, in the scale's dtype, from the slopes of the rows' losses."""
+    dx, dw, ds = kernels(x, weight).normface_backward(
         grad_loss.contiguous(),
+        slopes,
         x,
         weight,
         labels,
         scale,
-        options.scale_value,
-        options.eps,
-        options.plan.class_chunk,
+        class_weight,
         *swept,
         *needed,
-        options.plan.kernels,
-        options.product_precision,
-        class_weight,
-        options.smoothing,
-        options.total_classes,
-        options.is_shard,
+        *_backward_options(options),
     )
-    return gradients
+    return dx, dw, ds if scale is None else ds.to(scale.dtype)
+
+
+def margin_gradients(
+    grad_loss: Tensor, slopes: Tensor, margin: MarginTensors, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Those of m1, m2 and m3 from all slopes [ALL_SLOPES, N]: float64 sums, rounded once."""
+    if not any(needed):
+        return NUMBERS
+    given: list[Tensor | None] = []
+    for slope, m, need in zip(slopes[SLOPE_FIELDS:], margin, needed, strict=True):
+        gradient = None
+        if need and m is not None:
+            gradient = grad_loss.double() * slope
+            gradient = (gradient.sum() if m.dim() == 0 else gradient).to(m.dtype)
+        given.append(gradient)
+    return tuple(given)
 
 
 class _NormFaceLoss(Function):
@@ -297,12 +274,15 @@ class _NormFaceLoss(Function):
         x: Tensor,
         weight: Tensor,
         scale: Tensor | None,
+        m1: Tensor | None,
+        m2: Tensor | None,
+        m3: Tensor | None,
         labels: Tensor,
         sample_weight: Tensor | None,
         class_weight: Tensor | None,
         options: LossOptions,
     ) -> Tensor:
-        labels = labels.contiguous()
+        labels, margin = labels.contiguous(), (m1, m2, m3)
         need_x, need_weight = ctx.needs_input_grad[:2]
         swept, options = normface_sweep_in_memory(
             x.contiguous(),
@@ -315,18 +295,27 @@ class _NormFaceLoss(Function):
             need_x=need_x,
             need_weight=need_weight,
         )
-        loss, rows = normface_finish(swept.rows, x.contiguous(), swept.class_sum, scale, options)
-        ctx.save_for_backward(x, weight, scale, labels, class_weight, *swept._replace(rows=rows))
+        loss, slopes = normface_finish(
+            swept.rows,
+            x.contiguous(),
+            swept.class_sum,
+            scale,
+            margin,
+            options,
+            need_margin=any(ctx.needs_input_grad[3:6]),
+        )
+        ctx.save_for_backward(x, weight, scale, *margin, labels, class_weight, slopes, *swept)
         ctx.options = options
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        x, weight, scale, labels, class_weight, *swept = ctx.saved_tensors
+        x, weight, scale, m1, m2, m3, labels, class_weight, slopes, *swept = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
         with torch.no_grad():
             gradients = normface_backward(
                 grad_loss,
+                slopes,
                 x.contiguous(),
                 weight.contiguous(),
                 labels,
@@ -336,30 +325,24 @@ class _NormFaceLoss(Function):
                 ctx.options,
                 needed,
             )
-        given = asked_of_head(needed, gradients, scale)
-        asked = no_second_derivative("normface_loss", given, grad_loss, x, weight, scale)
-        return *asked, None, None, None, None
+            of_margin = margin_gradients(grad_loss, slopes, (m1, m2, m3), ctx.needs_input_grad[3:6])
+        given = (*asked(needed, gradients), *of_margin)
+        raising = no_second_derivative("normface_loss", given, grad_loss, x, weight, scale, m1, m2, m3)
+        return *raising, None, None, None, None
 
 
 def normface_loss(
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
+    margin: MarginTensors,
     labels: Tensor,
     sample_weight: Tensor | None,
     class_weight: Tensor | None,
     options: LossOptions,
 ) -> Tensor:
     x, weight = detach_without_grad(x, weight)
-    result: Tensor = _NormFaceLoss.apply(x, weight, scale, labels, sample_weight, class_weight, options)
+    result: Tensor = _NormFaceLoss.apply(
+        x, weight, scale, *margin, labels, sample_weight, class_weight, options
+    )
     return result
-
-
-add_fakes(
-    {
-        "normface_sweep": _normface_sweep_fake,
-        "normface_shift": _normface_shift_fake,
-        "normface_finish": _normface_finish_fake,
-        "normface_backward": _normface_backward_fake,
-    }
-)

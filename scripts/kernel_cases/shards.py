@@ -38,14 +38,17 @@ def parts(weight: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
 def softmax(x: Tensor, weight: Tensor, scale: Tensor, y: Tensor) -> Results:
     """Loss and gradients of x, weight and scale; kappa is shared as distributed heads share it."""
     device = plan_device(x)
+    made = plan(x.shape[0], x.shape[1], CLASSES, x.dtype, device)
     options = ops.LossOptions(
         scale_value=0.0,
-        margin=MARGIN,
+        m2_value=MARGIN.m,
         reduction=1,
         ignore_index=-100,
         eps=1e-12,
         smoothing=0.0,
-        plan=plan(x.shape[0], x.shape[1], CLASSES, x.dtype, device),
+        plan=made,
+        class_chunk=made.class_chunk,
+        kernels=made.kernels,
         product_precision=x.dtype,
         total_classes=CLASSES,
         is_shard=True,
@@ -60,11 +63,11 @@ def softmax(x: Tensor, weight: Tensor, scale: Tensor, y: Tensor) -> Results:
     ]
     rows = swept[0].rows.clone()
     rows[:3] = torch.stack([part.rows[:3] for part in swept]).sum(0)
-    loss, rows = ops.normface_finish(rows, x, swept[0].class_sum, scale, options)
+    loss, slopes = ops.normface_finish(rows, x, swept[0].class_sum, scale, ops.NUMBERS, options)
     upstream = randn(dtype=torch.float64, seed=5).to(loss)  # what the truth gets
     gradients = [
         ops.normface_backward(
-            upstream, x, w, place, scale, None, part._replace(rows=rows), options, (True, True, True)
+            upstream, slopes, x, w, place, scale, None, part._replace(rows=rows), options, (True,) * 3
         )
         for (w, place), part in zip(shards, swept, strict=True)
     ]

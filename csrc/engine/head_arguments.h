@@ -1,0 +1,197 @@
+// The arguments of the fused softmax head's ops, for both devices (op.h). The formulas are in math/softmax.h
+// and math/margin.h, the fields of `rows` and `slopes` in row_state.h.
+//
+// The head is over all classes, or over one shard of `total_classes` (`is_shard`): then a label is the place
+// in this shard, or -1 where the target is elsewhere, and weight may be empty. x [N, D], weight [C, D],
+// labels [N] int64; sample_weight [N] and class_weight [C] in the accumulator dtype. The scale, m1, m2 and m3
+// are floats, or floating tensors [] or [N] on the device of x, which stand for the `..._value` then.
+// Empty outputs (numel 0) are results that were not asked for.
+#pragma once
+
+#include "engine/op.h"
+
+namespace nf {
+
+struct HeadOptions {
+  double scale_value;
+  double eps;
+  int64_t total_classes;
+
+  template <class F>
+  void each(F&& f) {
+    f("scale_value", scale_value);
+    f("eps", eps);
+    f("total_classes", total_classes);
+  }
+};
+
+// How the products over the classes are made.
+struct ProductOptions : HeadOptions {
+  int64_t class_chunk;
+  int64_t kernels;  // HeadKernels
+  ScalarType product_precision;
+  bool is_shard;
+
+  template <class F>
+  void each(F&& f) {
+    HeadOptions::each(f);
+    f("class_chunk", class_chunk);
+    f("kernels", kernels);
+    f("product_precision", product_precision);
+    f("is_shard", is_shard);
+  }
+};
+
+// What the ops that go over the classes share.
+struct HeadInputs : ProductOptions {
+  Tensor x, weight, labels;
+  std::optional<Tensor> scale, class_weight;
+};
+
+// rows [kRowFields, N] float64, inverse_norm [C] that of the weight, x_sum [N, D] = sum over the other classes
+// of E_j w_hat_j, class_sum [D + 1] = sum of class_weight_j w_hat_j and of class_weight_j, which label
+// smoothing needs, stored the E of every tile when `store`. shift [N] float64 is the kappa to use instead of
+// the one that normface_shift would find.
+struct NormfaceSweepArguments : HeadInputs {
+  static constexpr const char* kName = "normface_sweep";
+  static constexpr const char* kReturns =
+      "(Tensor rows, Tensor inverse_norm, Tensor x_sum, Tensor class_sum, Tensor stored)";
+  std::optional<Tensor> sample_weight, shift;
+  bool store, need_x, need_class_sum;
+  int64_t ignore_index;
+
+  template <class F>
+  void each(F&& f) {
+    f("x", x);
+    f("weight", weight);
+    f("labels", labels);
+    f("scale", scale);
+    f("sample_weight", sample_weight);
+    f("class_weight", class_weight);
+    f("shift", shift);
+    f("store", store);
+    f("need_x", need_x);
+    f("need_class_sum", need_class_sum);
+    f("ignore_index", ignore_index);
+    ProductOptions::each(f);
+  }
+};
+
+// kappa [N] as these classes alone would have it: one constant where that serves, else the row's largest logit
+// among the classes other than its label, -inf where there is none. The largest over shards is the `shift` of
+// all.
+struct NormfaceShiftArguments : HeadInputs {
+  static constexpr const char* kName = "normface_shift";
+  static constexpr const char* kReturns = "Tensor";
+  int64_t ignore_index;
+
+  template <class F>
+  void each(F&& f) {
+    f("x", x);
+    f("weight", weight);
+    f("labels", labels);
+    f("scale", scale);
+    f("ignore_index", ignore_index);
+    ProductOptions::each(f);
+  }
+};
+
+// Margin, weights and losses of the rows, from sums over all classes: loss [N] or [], and its slopes
+// [kSlopeFields, N] float64, with `need_margin` [kAllSlopes, N].
+struct NormfaceFinishArguments : HeadOptions {
+  static constexpr const char* kName = "normface_finish";
+  static constexpr const char* kReturns = "(Tensor loss, Tensor slopes)";
+  Tensor rows, x, class_sum;
+  std::optional<Tensor> scale, m1, m2, m3;
+  bool need_margin;
+  double m1_value, m2_value, m3_value;
+  int64_t guard;  // math::Guard
+  bool straight;  // d psi / d cos is taken as 1
+  int64_t reduction;
+  double smoothing;
+
+  template <class F>
+  void each(F&& f) {
+    f("rows", rows);
+    f("x", x);
+    f("class_sum", class_sum);
+    f("scale", scale);
+    f("m1", m1);
+    f("m2", m2);
+    f("m3", m3);
+    f("need_margin", need_margin);
+    f("m1_value", m1_value);
+    f("m2_value", m2_value);
+    f("m3_value", m3_value);
+    f("guard", guard);
+    f("straight", straight);
+    f("reduction", reduction);
+    f("smoothing", smoothing);
+    HeadOptions::each(f);
+  }
+};
+
+// Gradients of sum over i of grad_loss_i loss_i (grad_loss [] or [N]), which is linear in `slopes`. x_sum and
+// class_sum are this shard's. Of a shard grad_x is in the accumulator type: the gradients of the shards are to
+// be added. grad_scale is float64, of the scale's shape.
+struct NormfaceBackwardArguments : HeadInputs {
+  static constexpr const char* kName = "normface_backward";
+  static constexpr const char* kReturns = "(Tensor grad_x, Tensor grad_weight, Tensor grad_scale)";
+  Tensor grad_loss, slopes, rows, inverse_norm, x_sum, class_sum, stored;
+  bool need_x, need_weight, need_scale;
+
+  template <class F>
+  void each(F&& f) {
+    f("grad_loss", grad_loss);
+    f("slopes", slopes);
+    f("x", x);
+    f("weight", weight);
+    f("labels", labels);
+    f("scale", scale);
+    f("class_weight", class_weight);
+    f("rows", rows);
+    f("inverse_norm", inverse_norm);
+    f("x_sum", x_sum);
+    f("class_sum", class_sum);
+    f("stored", stored);
+    f("need_x", need_x);
+    f("need_weight", need_weight);
+    f("need_scale", need_scale);
+    ProductOptions::each(f);
+  }
+};
+
+inline void check_inputs(const char* op, const HeadInputs& in) {
+  check_head(op, in.x, in.weight, in.is_shard ? 0 : 1);
+  check_labels(op, in.labels, in.x.size(0));
+  check_row_numbers(op, "scale", in.scale, in.x);
+  check_weights(op, "class_weight", in.class_weight, in.x, in.weight.size(0));
+}
+
+inline void check_sweep(const NormfaceSweepArguments& in) {
+  check_inputs(in.kName, in);
+  check_weights(in.kName, "sample_weight", in.sample_weight, in.x, in.x.size(0));
+  check_shift(in.kName, in.shift, in.x.size(0));
+}
+
+inline void check_finish(const NormfaceFinishArguments& in) {
+  check_matrix(in.kName, "x", in.x);
+  check_shape(in.kName, "rows", in.rows, kRowFields, in.x.size(0));
+  check_row_numbers(in.kName, "scale", in.scale, in.x);
+  check_row_numbers(in.kName, "m1", in.m1, in.x);
+  check_row_numbers(in.kName, "m2", in.m2, in.x);
+  check_row_numbers(in.kName, "m3", in.m3, in.x);
+  if (in.class_sum.numel() != (in.smoothing > 0 ? in.x.size(1) + 1 : 0))
+    fail(in.kName, ": expected `class_sum` of [D + 1] with smoothing and of [0] without, got ",
+         shape_of(in.class_sum));
+}
+
+inline void check_backward(const NormfaceBackwardArguments& in) {
+  check_inputs(in.kName, in);
+  check_shape(in.kName, "rows", in.rows, kRowFields, in.x.size(0));
+  check_shape(in.kName, "slopes", in.slopes, in.slopes.size(0) == kAllSlopes ? kAllSlopes : kSlopeFields,
+              in.x.size(0));
+  if (in.need_x) check_shape(in.kName, "x_sum", in.x_sum, in.x.size(0), in.x.size(1));
+}
+
+}  // namespace nf

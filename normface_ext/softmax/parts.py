@@ -1,0 +1,107 @@
+"""The head opened at the target: what a loss is made of in torch, with the gradients by the same kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from ..engine.autograd import asked, detach_without_grad, no_second_derivative
+from ..engine.calls import accumulator, kernels
+from . import ops
+
+
+class _HeadParts(Function):
+    """(c_y, ln S_o, with smoothing <x_hat, sum_j u_j w_hat_j>; and, without gradient, the rows' state)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        labels: Tensor,
+        sample_weight: Tensor | None,
+        class_weight: Tensor | None,
+        options: ops.LossOptions,
+    ) -> tuple[Tensor, ...]:
+        labels = labels.contiguous()
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        swept, options = ops.normface_sweep_in_memory(
+            x.contiguous(),
+            weight.contiguous(),
+            labels,
+            scale,
+            sample_weight,
+            class_weight,
+            options,
+            need_x=need_x,
+            need_weight=need_weight,
+        )
+        rows = swept.rows
+        counts = rows[ops.ROW_WEIGHT] != 0
+        log_sum = torch.where(counts, rows[ops.SUM].log() + rows[ops.SHIFT], 0.0)
+        cosine = torch.where(counts, rows[ops.COSINE], 0.0)
+        with_sum = _with_class_sum(x, swept.class_sum, counts, options)
+        ctx.save_for_backward(x, weight, scale, labels, class_weight, *swept)
+        ctx.options = options
+        state = rows.clone()
+        ctx.mark_non_differentiable(state)
+        return cosine, log_sum, with_sum, state
+
+    @staticmethod
+    def backward(ctx: Any, g_cosine: Tensor, g_log_sum: Tensor, g_with_sum: Tensor, _: Tensor) -> Any:
+        x, weight, scale, labels, class_weight, *swept = ctx.saved_tensors
+        options, needed = ctx.options, ctx.needs_input_grad[:3]
+        rows = swept[0]
+        with torch.no_grad():
+            s = options.scale_value if scale is None else scale.double()
+            none = torch.zeros_like(rows[0])
+            # 0 where the row has no other class, whose logarithm is -inf whatever x and weight are.
+            each = torch.where(rows[ops.SUM] == 0, none, g_log_sum / rows[ops.SUM])
+            uniform = g_with_sum if options.smoothing > 0 else none
+            slopes = torch.stack([each * s, g_cosine, uniform, each * rows[ops.SUM_COSINE]])
+            gradients = ops.normface_backward(
+                x.new_ones((), dtype=accumulator(x.dtype)),
+                torch.where(rows[ops.ROW_WEIGHT] != 0, slopes, 0.0),
+                x.contiguous(),
+                weight.contiguous(),
+                labels,
+                scale,
+                class_weight,
+                ops.Swept(*swept),
+                options,
+                needed,
+            )
+        given = asked(needed, gradients)
+        origins = g_cosine, g_log_sum, g_with_sum, x, weight, scale
+        return *no_second_derivative("head_parts", given, *origins), None, None, None, None
+
+
+def _with_class_sum(x: Tensor, class_sum: Tensor, counts: Tensor, options: ops.LossOptions) -> Tensor:
+    """<x_hat, U> [N], which only label smoothing needs: [0] without."""
+    if options.smoothing == 0:
+        return x.new_empty([0], dtype=torch.float64)
+    wide = torch.where(counts[:, None], x.to(class_sum.dtype), 0)
+    x_hat, _ = kernels(x).normalize(wide.contiguous(), 1, 2, options.eps)
+    with_sum: Tensor = (x_hat.double() * class_sum[:-1].double()).sum(1)
+    return with_sum
+
+
+def head_parts(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    labels: Tensor,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    options: ops.LossOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(c_y [N], ln S_o [N], with smoothing <x_hat, U> [N], the rows' state [ROW_FIELDS, N]), float64."""
+    x, weight = detach_without_grad(x, weight)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _HeadParts.apply(
+        x, weight, scale, labels, sample_weight, class_weight, options
+    )
+    return result
