@@ -43,7 +43,6 @@ __all__ = [
     "PairContrastiveLoss",
     "Plan",
     "RowMargin",
-    "ShardedPlan",
     "TripletLoss",
     "build_info",
     "caffe",

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import pytest
 import torch
 
 import normface_ext as nf
 from normface_ext.distributed import RowAdamW, RowSGD
-from normface_ext.softmax.margins import Margin
 
 N, D, C = 24, 8, 7
 
@@ -183,21 +181,50 @@ def test_a_waiting_gradient_and_marks_follow():
     assert not frozen.weight.requires_grad
 
 
-def test_class_weight_and_margins_per_class_follow():
-    @dataclass(frozen=True, eq=False)
-    class PerClass(Margin):
-        m: torch.Tensor
-        name: str = "x"
-        m1 = 1.0
-
+def test_class_weight_follows():
     head = made(class_weight=torch.arange(1.0, C + 1, dtype=torch.float64), margin=nf.CosFace(0.2))
     head.resize_classes(5, [6, None, 0, 2, -1])
     assert head.class_weight.tolist() == [7, 1, 1, 3, 1] and head.class_weight.dtype == torch.float64
     assert head.margin == nf.CosFace(0.2) and "class_weight" not in head.state_dict()
     head(*batch(0, 5)).backward()
-    head.margin = PerClass(torch.tensor([1.0, 2.0, 3.0, 4.0, 10.0]))
+
+
+def test_margins_per_class_follow():
+    given = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])
+    head = made(5, margin=nf.CombinedMargin(1.0, torch.tensor(0.3), given, guard="easy"))
     head.resize_classes(3, [4, -1, 0])
-    assert head.margin.m.tolist() == [10.0, 4.0, 1.0] and head.margin.name == "x"
+    torch.testing.assert_close(head.margin.m3, torch.tensor([0.5, 0.3, 0.1]))
+    assert head.margin.m2 == 0.3 and head.margin.guard == "easy" and len(given) == 5
+    head(*batch(0, 3)).backward()
+    head.resize_classes(3, [2, 1, 0])
+    torch.testing.assert_close(head.margin.m3, torch.tensor([0.1, 0.3, 0.5]))
+    rows = nf.RowMargin(m3=torch.full((3,), 0.2))  # of a batch of as many rows as classes
+    head.margin = rows
+    head.resize_classes(7)
+    assert head.margin is rows
+
+
+def test_learned_margins_follow_with_their_optimizer():
+    learned = torch.nn.Parameter(torch.full((C,), 0.3))
+    head = made(margin=nf.CosFace(learned))
+    optimizer = torch.optim.Adam([head.weight, learned], lr=0.01)
+    head(*batch(0, C)).backward()
+    optimizer.step()
+    average = optimizer.state[learned]["exp_avg"].clone()
+    head.resize_classes(9, [1, 0, None, 2, 3, 4, 5, 6, -1], optimizer)
+    assert optimizer.param_groups[0]["params"][0] is head.weight
+    assert optimizer.param_groups[0]["params"][1] is head.margin.m and len(optimizer.state) == 2
+    kept = [0, 1, 3, 4, 5, 6, 7]
+    assert torch.equal(head.margin.m[kept], learned[[1, 0, 2, 3, 4, 5, 6]])
+    assert torch.equal(optimizer.state[head.margin.m]["exp_avg"][kept], average[[1, 0, 2, 3, 4, 5, 6]])
+    head(*batch(1, 9)).backward()
+    optimizer.step()
+    parameter = head.margin.m
+    head.resize_classes(9, list(range(9))[::-1], optimizer)
+    assert head.margin.m is parameter
+    head.margin = nf.CosFace(parameter * 2)
+    with pytest.raises(ValueError, match="expected a margin of leaf tensors"):
+        head.resize_classes(10, optimizer=optimizer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

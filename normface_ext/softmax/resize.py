@@ -5,9 +5,9 @@ Everything is worked out before anything is changed: an error leaves head and op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,20 +58,20 @@ def resize_classes(
         first = _drawn(len(new), weight, generator)
     if torch.equal(source, torch.arange(head.num_classes)):
         return
-    rows = _Rows(source.to(weight.device), new.to(weight.device), head.num_classes)
+    rows = _Rows(op, source, new, head.num_classes, optimizers)
     with torch.no_grad():
-        values = rows.of(weight, first.to(weight.dtype))
-        states = [rows.of_state(op, each, weight, values) for each in optimizers]
-        grad = rows.of_gradient(op, weight)
+        change = rows.change(weight, first.to(weight.dtype))
         class_weight = None if head.class_weight is None else rows.of(head.class_weight, 1.0)
-        margin = rows.of_margin(head.options.margin)
-        parameter = _put(weight, values, grad)
-        for each, state in zip(optimizers, states, strict=True):
-            _follow(each, weight, parameter, state)
-        head.weight, head.num_classes = parameter, len(source)
+        margin = head.options.margin
+        margins = {
+            name: rows.change(value, value.detach().mean().item())
+            for name, value in _per_class(margin, head.num_classes)
+        }
+        head.weight, head.num_classes = change.make(), len(source)  # type: ignore[assignment]
         head.class_weight = class_weight
-        if margin is not head.options.margin:
-            head.margin = margin
+        if margins:
+            new_values = {name: each.make() for name, each in margins.items()}
+            head.margin = replace(margin, **new_values)  # type: ignore[type-var]
 
 
 def weight_for(head: NormFaceLoss, labels: Tensor) -> Tensor:
@@ -187,89 +187,110 @@ def _imprinted(
 # What has a row per class -----------------------------------------------------------------------------------
 
 
+def _per_class(margin: Margin | None, classes: int) -> Iterator[tuple[str, Tensor]]:
+    """The fields of a margin with a number for each class."""
+    if margin is None or margin.per_row or isinstance(margin, nn.Module) or not is_dataclass(margin):
+        return
+    for each in fields(margin):
+        value = getattr(margin, each.name)
+        if isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] == classes:
+            yield each.name, value
+
+
 class _Rows:
     """From old rows to new ones: ``source`` [n] is the old class of each, ``new`` those that have none."""
 
-    def __init__(self, source: Tensor, new: Tensor, classes: int) -> None:
-        self.source, self.new, self.classes = source, new, classes
+    def __init__(
+        self, op: str, source: Tensor, new: Tensor, classes: int, optimizers: Sequence[Optimizer]
+    ) -> None:
+        self.op, self.source, self.new, self.classes = op, source, new, classes
+        self.optimizers = optimizers
 
     def of(self, old: Tensor, first: Tensor | float) -> Tensor:
         """[n, ...] out of [C, ...]; new rows are `first`, one each or one for all."""
-        index = self.source.to(old.device)
-        rows = old.detach().index_select(0, index.clamp(min=0))
-        rows[self.new.to(old.device)] = first.to(rows) if isinstance(first, Tensor) else first
+        source, new = self.source.to(old.device), self.new.to(old.device)
+        rows = old.detach().index_select(0, source.clamp(min=0))
+        rows[new] = first.to(rows) if isinstance(first, Tensor) else first
         return rows
 
-    def of_state(
-        self, op: str, optimizer: Optimizer, weight: nn.Parameter, values: Tensor
-    ) -> dict[str, Any] | None:
-        """An optimizer's state of the weight; None where there is none yet."""
-        if weight not in optimizer.state:
+    def change(self, old: Tensor, first: Tensor | float) -> _Change:
+        """What becomes of a tensor with a row per class, in the optimizers too; nothing is changed yet."""
+        if old.requires_grad and not old.is_leaf:
+            raise ValueError(f"{self.op}: expected a margin of leaf tensors, got one that was computed")
+        values, grad = self.of(old, first), None
+        if old.grad is not None:
+            if old.grad.layout != torch.strided:
+                raise ValueError(
+                    f"{self.op}: expected no sparse gradient, got one: call optimizer.zero_grad() first"
+                )
+            grad = self.of(old.grad, 0.0)
+        return _Change(
+            old, values, grad, [(each, self._state(each, old, values)) for each in self.optimizers]
+        )
+
+    def _state(self, optimizer: Optimizer, old: Tensor, values: Tensor) -> dict[str, Any] | None:
+        """An optimizer's state of a tensor; None where there is none yet."""
+        if old not in optimizer.state:
             return None
-        (group,) = (g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
+        (group,) = (g for g in optimizer.param_groups if any(p is old for p in g["params"]))
         state: dict[str, Any] = {}
-        for name, value in optimizer.state[weight].items():
+        for name, value in optimizer.state[old].items():
             state[name] = value
             if isinstance(value, (list, tuple, dict)):
                 raise TypeError(
-                    f"{op}: expected `optimizer` to keep tensors and numbers, got {type(value).__name__} in"
-                    f" {type(optimizer).__name__}'s `{name}`"
+                    f"{self.op}: expected `optimizer` to keep tensors and numbers, got"
+                    f" {type(value).__name__} in {type(optimizer).__name__}'s `{name}`"
                 )
-            if isinstance(value, Tensor) and self._per_class(name, value, weight):
-                first = _FIRST_STATE.get(name, lambda group, rows: 0.0)(group, values[self.new])
-                state[name] = self.of(value, first)
+            if isinstance(value, Tensor) and self._has_rows(name, value, old):
+                first = _FIRST_STATE.get(name, lambda group, rows: 0.0)
+                state[name] = self.of(value, first(group, values[self.new.to(values.device)]))
         return state
 
-    def _per_class(self, name: str, value: Tensor, weight: Tensor) -> bool:
+    def _has_rows(self, name: str, value: Tensor, old: Tensor) -> bool:
         if name in _PER_FEATURE:
             return False
         one_each = value.dim() in (1, 2) and value.shape[0] == self.classes == value.numel()
-        return value.shape == weight.shape or one_each
-
-    def of_gradient(self, op: str, weight: nn.Parameter) -> Tensor | None:
-        if weight.grad is None:
-            return None
-        if weight.grad.layout != torch.strided:
-            raise ValueError(f"{op}: expected no sparse gradient, got one: call optimizer.zero_grad() first")
-        return self.of(weight.grad, 0.0)
-
-    def of_margin(self, margin: Margin | None) -> Margin | None:
-        """With the values of each class, and the mean of all for new ones, where it has them."""
-        if margin is None or isinstance(margin, nn.Module) or not is_dataclass(margin):
-            return margin
-        values = {field.name: getattr(margin, field.name) for field in fields(margin)}
-        per_class = {
-            name: self.of(value, value.detach().mean().item())
-            for name, value in values.items()
-            if isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] == self.classes
-        }
-        return replace(margin, **per_class) if per_class else margin
+        return value.shape == old.shape or one_each
 
 
-def _put(weight: nn.Parameter, values: Tensor, grad: Tensor | None) -> nn.Parameter:
-    """The parameter with its new values: itself, where it has their shape."""
-    if values.shape == weight.shape:
-        weight.copy_(values)
-        if grad is not None:
-            weight.grad.copy_(grad)  # type: ignore[union-attr]
-        return weight
-    parameter = nn.Parameter(values, requires_grad=weight.requires_grad)
-    parameter.__dict__.update(weight.__dict__)
-    parameter.grad = grad
-    return parameter
+class _Change(NamedTuple):
+    """A tensor with a row per class, and what becomes of it, its gradient, and its state by optimizer."""
+
+    old: Tensor
+    values: Tensor
+    grad: Tensor | None
+    states: Sequence[tuple[Optimizer, dict[str, Any] | None]]
+
+    def make(self) -> Tensor:
+        """The new tensor, put in the place of the old one everywhere: itself, where it is a parameter and its
+        shape stays."""
+        old, values = self.old, self.values
+        if isinstance(old, nn.Parameter) and values.shape == old.shape:
+            old.copy_(values)
+            if self.grad is not None:
+                old.grad.copy_(self.grad)  # type: ignore[union-attr]
+            new: Tensor = old
+        elif isinstance(old, nn.Parameter):
+            new = nn.Parameter(values, requires_grad=old.requires_grad)
+            new.__dict__.update(old.__dict__)
+            new.grad = self.grad
+        else:
+            new = values.requires_grad_(old.requires_grad)
+            new.grad = self.grad
+        for optimizer, state in self.states:
+            _follow(optimizer, old, new, state)
+        return new
 
 
-def _follow(
-    optimizer: Optimizer, old: nn.Parameter, parameter: nn.Parameter, state: dict[str, Any] | None
-) -> None:
+def _follow(optimizer: Optimizer, old: Tensor, new: Tensor, state: dict[str, Any] | None) -> None:
     for group in optimizer.param_groups:
-        group["params"][:] = [parameter if each is old else each for each in group["params"]]
+        group["params"][:] = [new if each is old else each for each in group["params"]]
     if state is None:
         return
     before = optimizer.state.pop(old)
-    if parameter is old:  # tensors too stay the same objects
+    if new is old:  # tensors too stay the same objects
         for name, value in before.items():
             if isinstance(value, Tensor):
                 value.copy_(state[name])
         state = before
-    optimizer.state[parameter] = state
+    optimizer.state[new] = state
