@@ -211,6 +211,12 @@ def test_the_dtype_is_kept(tmp_path, dtype):
     assert torch.equal(head.weight, ROWS.to(dtype)) and head.weight.dtype == dtype
 
 
+def test_reading_draws_no_random_numbers(tmp_path):
+    state = torch.get_rng_state()
+    nf.load_head({"W": COLUMNS})
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # One that is open is asked for ----------------------------------------------------------------------------
 
 SQUARE = torch.randn(D, D)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import normface_ext as nf
 from normface_ext.distributed import RowAdamW, RowSGD
@@ -328,3 +329,22 @@ def test_what_has_no_rows_is_refused():
     head.weight.grad = torch.zeros(C, D).to_sparse(1)
     with pytest.raises(ValueError, match="sparse gradient"):
         head.resize_classes(9)
+
+
+def test_a_sharded_head_is_refused(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        head = nf.distributed.shard_head(made(), dist.device_mesh.init_device_mesh("cpu", (1,)))
+        for call in (
+            lambda: head.resize_classes(9),
+            lambda: head.weight_for(torch.zeros(1, dtype=torch.int64)),
+        ):
+            with pytest.raises(TypeError, match="expected a head of one process"):
+                call()
+        with pytest.raises(TypeError, match="save_head: expected `head` of one process"):
+            nf.save_head(head, tmp_path / "head.pt")
+        with pytest.raises(ValueError, match=r"expected a dense matrix in 'weight', got TypeError"):
+            nf.load_head(head.state_dict())
+    finally:
+        dist.destroy_process_group()
