@@ -16,6 +16,7 @@ from torch import nn
 
 import normface_ext as nf
 from normface_ext.formats import FORMATS, HeadReport
+from normface_ext.softmax.margins import Margin
 
 C, D = 11, 6
 ROWS = torch.randn(C, D, generator=torch.Generator().manual_seed(0)) * 3
@@ -195,12 +196,40 @@ def test_our_own_state_comes_back_whole(tmp_path, options, prefix):
     assert nf.load_head(tmp_path / "own.pt", scale=7.0, margin=nf.ArcFace(0.1)).head.margin == nf.ArcFace(0.1)
 
 
+class Running(nn.Module, Margin):
+    """A margin with a state."""
+
+    m1, m2, m3 = 1.0, 0.0, 0.1
+    __hash__, __eq__ = object.__hash__, object.__eq__
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1))
+
+
+@pytest.mark.parametrize("prefix", ["", "head."])
+def test_the_state_of_a_margin_comes_back(prefix):
+    mine = nf.NormFaceLoss(D, C, margin=Running())
+    mine.margin.mean.fill_(3)
+    state = under(prefix, mine.state_dict())
+    head, report = nf.load_head(state, margin=Running())
+    assert head.margin.mean == 3 and report.left_out == ()
+    _, report = nf.load_head(state)
+    assert report.left_out == (f"{prefix}margin.mean [1]",)
+    with pytest.raises(
+        ValueError, match=rf"state_dict: expected the state of Running in '{prefix}margin', got"
+    ):
+        nf.load_head({**state, f"{prefix}margin.other": ONE}, margin=Running())
+
+
 def test_our_own_state_of_before_extra_state():
     """The weight alone, or with a learned scale of 0 dimensions."""
     _, report = right(nf.load_head({"weight": ROWS}))
     assert report.format == "linear"
     head, report = right(nf.load_head({"weight": ROWS, "scale": torch.tensor(17.0)}))
     assert report.format == "normface" and head.learn_scale and head.scale_value() == 17
+    _, report = nf.load_head({"weight": ROWS, "scale": torch.ones(C)})  # not a head's
+    assert report.format == "linear" and report.left_out == ("scale [11]",)
     right(nf.load_head({"weight": ROWS}, "normface"))
 
 

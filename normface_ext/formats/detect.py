@@ -21,11 +21,14 @@ _WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.)+")
 
 @dataclass(frozen=True)
 class Group:
-    """A dict of tensors in a file: ``place`` has the names without wrappers' prefixes, ``tensors`` too."""
+    """A dict of tensors in a file, and its names with the wrappers' prefixes."""
 
     place: Place
-    tensors: Mapping[str, Tensor]
     full_names: Mapping[str, str]
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self.place.tensors
 
     def path(self, name: str) -> str:
         return "/".join(part for part in (self.place.container, self.full_names[name]) if part)
@@ -84,7 +87,7 @@ def _groups(
             name = key if name in tensors else name
             tensors[name], full[name] = value, key
     if tensors:
-        yield Group(Place("/".join(path), tensors.keys(), top, file), tensors, full)
+        yield Group(Place("/".join(path), tensors, top, file), full)
     for key, value in named.items():
         if isinstance(value, Mapping):
             yield from _groups(value, (*path, key), top, file, seen)

@@ -8,8 +8,10 @@ files.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 CLASSES_FIRST, FEATURES_FIRST = "classes_first", "features_first"
 #: layout -> how it is written in sentences
@@ -22,18 +24,21 @@ class Place:
 
     Attributes:
         container: the keys on the way to the dict of tensors, such as "state_dict"; empty at the top.
-        names: of all entries of that dict, without wrappers' prefixes.
+        tensors: that dict's, by names without wrappers' prefixes.
         top: the keys of the file's outermost dict.
         file: the file's name, or empty.
     """
 
     container: str
-    names: Collection[str]
+    tensors: Mapping[str, Tensor]
     top: Collection[str]
     file: str
 
     def begins(self, prefix: str) -> bool:
-        return any(name.startswith(prefix) for name in self.names)
+        return any(name.startswith(prefix) for name in self.tensors)
+
+    def has_number(self, name: str) -> bool:
+        return name in self.tensors and self.tensors[name].numel() == 1
 
 
 def _any_place(place: Place, owner: str) -> bool:
@@ -76,19 +81,21 @@ def _names(pattern: str) -> re.Pattern[str]:
 
 
 def _no_bias(place: Place, owner: str) -> bool:
-    return f"{owner}bias" not in place.names
+    return f"{owner}bias" not in place.tensors
 
 
 def _is_backbone(place: Place) -> bool:
     """InsightFace's backbones: their fc makes the embedding, and a BatchNorm1d ``features`` follows it."""
-    return "features.running_mean" in place.names and "fc.weight" in place.names
+    return "features.running_mean" in place.tensors and "fc.weight" in place.tensors
 
 
 LAYOUT_TABLE = (
     Layout(
         "normface", _names(r"(?P<owner>(?:.+\.)?)weight"), CLASSES_FIRST,
-        possible=lambda place, owner: f"{owner}_extra_state" in place.names or f"{owner}scale" in place.names,
-        certain=lambda place, owner: f"{owner}_extra_state" in place.names,
+        possible=lambda place, owner: (
+            f"{owner}_extra_state" in place.tensors or place.has_number(f"{owner}scale")
+        ),
+        certain=lambda place, owner: f"{owner}_extra_state" in place.tensors,
     ),
     Layout(
         "insightface", _names(r"(?P<owner>)(?:weight)?"), CLASSES_FIRST,
@@ -99,12 +106,12 @@ LAYOUT_TABLE = (
     ),
     Layout(
         "adaface", _names(r"(?P<owner>(?:head\.)?)kernel"), FEATURES_FIRST,
-        possible=lambda place, owner: f"{owner}batch_mean" in place.names,
+        possible=lambda place, owner: f"{owner}batch_mean" in place.tensors,
         certain=_any_place,
     ),
     Layout(
         "cvlface", _names(r"(?P<owner>(?:partial_fc|classifier)\.)weight"), CLASSES_FIRST,
-        possible=lambda place, owner: owner == "partial_fc." or f"{owner}batch_mean" in place.names,
+        possible=lambda place, owner: owner == "partial_fc." or f"{owner}batch_mean" in place.tensors,
         certain=_any_place,
     ),
     Layout(
@@ -121,7 +128,7 @@ LAYOUT_TABLE = (
     Layout(
         "magface", _names(r"(?P<owner>fc\.)weight"), FEATURES_FIRST,
         possible=lambda place, owner: (
-            _no_bias(place, owner) and (place.begins("features.") or len(place.names) == 1)
+            _no_bias(place, owner) and (place.begins("features.") or len(place.tensors) == 1)
         ),
     ),
     # CurricularFace, ElasticFace, InsightFace_Pytorch: a Parameter of that name, [D, C] in all of them.

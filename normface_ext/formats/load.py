@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,8 @@ def load_head(
         entry: the weight's name, where several could be it.
         layout: "classes_first" ([C, D], as of ``nn.Linear``) or "features_first" ([D, C]), where it is open.
         scale: s of the head, in the place of a stored one. Without either it is that of ``NormFaceLoss``.
-        margin: of the head, in the place of a stored one.
+        margin: of the head, in the place of a stored one. One with a state, of which only that state is in a
+            ``state_dict`` of this library, gets it.
         device: of the head.
 
     The weight keeps its dtype, and its rows their lengths. A bias is left out, as a normalised head has none.
@@ -159,7 +161,7 @@ def _built(
     if found.format == "normface":
         own = _own_state(found, where)
         stored.pop("scale", None)
-    used = {found.name, *(found.owner + name for name in (*own.entries, *stored))}
+    used = {found.name, *(found.owner + name for name in (*stored, *own.entries))}
     given, margin = own.scale if scale is None else scale, own.margin if margin is None else margin
     classes, features = weight.shape
     with torch.random.fork_rng(devices=[]):  # of the head's own weight, which one class is enough for
@@ -174,7 +176,11 @@ def _built(
             dtype=weight.dtype,
         )
     head.weight, head.num_classes = nn.Parameter(weight), classes
-    head.to(device)
+    head.to(weight.device if device is None else device)
+    if own.margin_state and isinstance(margin, nn.Module):
+        with reading(where, f"the state of {type(margin).__name__} in {quoted(found.owner + 'margin', 80)}"):
+            margin.load_state_dict(own.margin_state)
+        used |= {f"{found.owner}margin.{name}" for name in own.margin_state}
     report = HeadReport(
         found.format,
         files,
@@ -197,11 +203,12 @@ class _Own(NamedTuple):
     scale: float | None = None
     learned: bool = False
     margin: Margin | None = None
+    margin_state: Mapping[str, Tensor] = MappingProxyType({})
     entries: tuple[str, ...] = ()
 
 
 def _own_state(found: Found, where: str) -> _Own:
-    """Of a state_dict of ``NormFaceLoss``: the scale, learned or not, and a margin of numbers."""
+    """Of a state_dict of ``NormFaceLoss``: the scale, learned or not; a margin, or the state of one."""
     tensors, owner = found.group.tensors, found.owner
     scale, extra = tensors.get(f"{owner}scale"), tensors.get(f"{owner}_extra_state")
     with reading(where, f"the state of a NormFaceLoss in {quoted(found.path, 80)}"):
@@ -212,7 +219,9 @@ def _own_state(found: Found, where: str) -> _Own:
         value = values.get("scale") if scale is None else scale.item()
         if value is not None:
             value = number("load_head", "scale", value, POSITIVE)
-    return _Own(value, scale is not None, margin, ("_extra_state", "scale"))
+    inside = f"{owner}margin."
+    state = {name.removeprefix(inside): each for name, each in tensors.items() if name.startswith(inside)}
+    return _Own(value, scale is not None, margin, state, ("scale", "_extra_state"))
 
 
 def _notes(found: Found, ranks: int, head: NormFaceLoss, own: _Own, scale: object) -> tuple[str, ...]:

@@ -102,7 +102,7 @@ def joined(parts: Sequence[tuple[str, Tensor]], evenly: bool) -> Tensor:
                     f"{where}: expected {share + (rank < more)} of {sum(counts)} classes on rank {rank} of"
                     f" {len(counts)}, got {counts[rank]}: a rank is missing, or this file is of another run"
                 )
-    whole = torch.empty(sum(counts), head.shape[1], dtype=head.dtype)
+    whole = torch.empty(sum(counts), head.shape[1], dtype=head.dtype, device=head.device)
     torch.cat([part for _, part in parts], out=whole)
     return whole
 

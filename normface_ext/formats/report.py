@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
@@ -70,16 +69,12 @@ class LoadedHead(NamedTuple):
 def left_out(content: Any, groups: list[Group], found: Found, used: set[str]) -> tuple[str, ...]:
     """What beside the entries `used` of the weight's dict a file holds: its head's entries one by one, other
     tensors by the module they belong to, the rest by name."""
-    said = []
-    modules: Counter[str] = Counter()
-    for name, value in found.group.tensors.items():
-        if name in used:
-            continue
-        if found.owner and name.startswith(found.owner):
-            said.append(f"{name} {list(value.shape)}")
-        else:
-            modules[name.partition(".")[0]] += 1
-    said += [f"{module} ({count} tensors)" for module, count in modules.items()]
+    tensors, modules = found.group.tensors, dict[str, list[str]]()
+    mine = {name for name in tensors if found.owner and name.startswith(found.owner)}
+    for name in sorted(tensors.keys() - used, key=lambda name: (name not in mine, name)):
+        module = name if name in mine else name.partition(".")[0]
+        modules.setdefault(module, []).append(f"{name} {list(tensors[name].shape)}")
+    said = [names[0] if len(names) == 1 else f"{m} ({len(names)} tensors)" for m, names in modules.items()]
     for group in groups:
         if group is not found.group:
             said.append(f"{group.place.container or 'the top'} ({len(group.tensors)} tensors)")
