@@ -103,6 +103,13 @@ WRITTEN = {
          "state_dict": under("features.module.", BACKBONE) | {"module.fc.weight": COLUMNS}},
         "magface", "state_dict/module.fc.weight", "[D, C]",
     ),
+    "magface in parallel": (
+        {"state_dict": under("features.module.", BACKBONE) | {"fc.weight": ROWS}},
+        "linear", "state_dict/fc.weight", "[C, D]",
+    ),
+    "adaface weights alone": (
+        under("model.", EMBEDDING) | {"head.kernel": COLUMNS}, "adaface", "head.kernel", "[D, C]",
+    ),
     "curricularface": ({"kernel": COLUMNS, "t": ONE}, "kernel", "kernel", "[D, C]"),
     "elasticface": ({"module.kernel": COLUMNS}, "kernel", "module.kernel", "[D, C]"),
     "timm": (
@@ -112,6 +119,10 @@ WRITTEN = {
     "timm conv": (
         {"stem.0.weight": torch.randn(4, 3, 3, 3), "head.fc.weight": ROWS, "head.fc.bias": torch.zeros(C)},
         "linear", "head.fc.weight", "[C, D]",
+    ),
+    "torchvision mobilenet": (
+        {"features.0.0.weight": torch.randn(4, 3, 3, 3), "classifier.1.weight": ROWS, "classifier.1.bias": ONE},
+        "linear", "classifier.1.weight", "[C, D]",
     ),
     "torchvision": (
         {"conv1.weight": torch.randn(4, 3, 3, 3), "fc.weight": ROWS, "fc.bias": torch.zeros(C)},
@@ -253,7 +264,9 @@ OPEN = {
     "head.weight": ({"head.weight": ROWS}, r"as \[D, C\] of facex-zoo and .* of linear; `format` or"),
     "square": ({"head.weight": SQUARE}, "`format` or `layout` chooses"),
     "head.W": ({"head.W": ROWS}, r"as \[C, D\] of facex-zoo and .*metric-learning; `format` or `layout`"),
-    "fc.weight": ({"fc.weight": ROWS}, "of magface and .* of linear; `format` or `layout` chooses"),
+    "fc.weight": (
+        {"fc.weight": ROWS, "features.a": torch.ones(3)}, "of magface and .* of linear; `format` or `layout`",
+    ),
     "two": ({"a.kernel": COLUMNS, "b.kernel": COLUMNS}, "'a.kernel' .*'b.kernel' .*; `entry` chooses"),
     "many": ({f"{i}.W": COLUMNS for i in range(9)}, "and 7 more; `entry` chooses"),
     "ema": ({"state_dict": {"W": COLUMNS}, "ema": {"W": COLUMNS}}, "'state_dict/W' .*'ema/W' .*; `entry`"),
@@ -327,9 +340,23 @@ def test_arguments(arguments, error, text):
         nf.load_head(*given, **options)
 
 
+def spoiled(row, value):
+    columns = COLUMNS.clone()
+    columns[3, row] = value
+    return columns
+
+
 def test_weights_that_no_head_can_have(tmp_path):
     for value, text in (
         (ROWS / 0, "finite numbers in 'W', got NaN or infinity for class 0"),
+        (
+            spoiled(2, torch.nan),
+            "finite numbers in 'W', got NaN or infinity for class 2",
+        ),
+        (
+            spoiled(9, -torch.inf),
+            "finite numbers in 'W', got NaN or infinity for class 9",
+        ),
         (torch.empty(0, 4), "a dense matrix in 'W'"),
         (ROWS.to_sparse(), "a dense matrix in 'W'"),
     ):

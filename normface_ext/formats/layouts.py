@@ -68,12 +68,19 @@ class Layout:
     certain: Callable[[Place, str], bool] = _no_place
 
 
-#: Rank files of InsightFace: since 2022, in between, and of the first Partial FC (a bare tensor).
-INSIGHTFACE_FILES = re.compile(r"(checkpoint_gpu_|softmax_fc_gpu_|rank_)(\d+)(\.pt|_softmax_weight\.pt)")
-#: Rank files of CVLface.
-CVLFACE_FILES = re.compile(r"(.*_rank)(\d+)(\.(?:pt|pth|bin|safetensors))")
+#: Names of the ranks' files: what they share, the rank, and the end. InsightFace's since 2022 and before, and
+#: those of the first Partial FC, which are bare tensors; CVLface's.
+RANK_FILES = {
+    "insightface": (
+        re.compile(r"(checkpoint_gpu_|softmax_fc_gpu_)(\d+)(\.pt)"),
+        re.compile(r"(rank_)(\d+)(_softmax_weight\.pt)"),
+    ),
+    "cvlface": (re.compile(r"(.*_rank)(\d+)(\.(?:pt|pth|bin|safetensors))"),),
+}
 
-_HEADS = r"fc|head|classifier|head\.fc|heads\.head|classifier\.fc|last_linear|linear|output|logits"
+_HEADS = (
+    r"fc|head|classifier|classifier\.\d+|head\.fc|heads\.head|classifier\.fc|last_linear|linear|output|logits"
+)
 
 
 def _names(pattern: str) -> re.Pattern[str]:
@@ -100,14 +107,19 @@ LAYOUT_TABLE = (
     Layout(
         "insightface", _names(r"(?P<owner>)(?:weight)?"), CLASSES_FIRST,
         possible=lambda place, owner: (
-            place.container.endswith("state_dict_softmax_fc") or bool(INSIGHTFACE_FILES.fullmatch(place.file))
+            place.container.endswith("state_dict_softmax_fc")
+            or any(pattern.fullmatch(place.file) for pattern in RANK_FILES["insightface"])
         ),
         certain=_any_place,
     ),
     Layout(
-        "adaface", _names(r"(?P<owner>(?:head\.)?)kernel"), FEATURES_FIRST,
-        possible=lambda place, owner: f"{owner}batch_mean" in place.tensors,
-        certain=_any_place,
+        "adaface",
+        _names(r"(?P<owner>(?:head\.)?)kernel"),
+        FEATURES_FIRST,
+        possible=lambda place, owner: (
+            f"{owner}batch_mean" in place.tensors or (owner == "head." and place.begins("model."))
+        ),
+        certain=lambda place, owner: f"{owner}batch_mean" in place.tensors,
     ),
     Layout(
         "cvlface", _names(r"(?P<owner>(?:partial_fc|classifier)\.)weight"), CLASSES_FIRST,
@@ -125,11 +137,10 @@ LAYOUT_TABLE = (
     ),
     Layout("pytorch-metric-learning", _names(r"(?P<owner>(?:.+\.)?)W"), FEATURES_FIRST),
     Layout("pytorch-metric-learning", _names(r"(?P<owner>(?:.+\.)?)proxies"), CLASSES_FIRST),
+    # Of one process: its class-parallel trainer has [C, D] there, a part on each rank.
     Layout(
         "magface", _names(r"(?P<owner>fc\.)weight"), FEATURES_FIRST,
-        possible=lambda place, owner: (
-            _no_bias(place, owner) and (place.begins("features.") or len(place.tensors) == 1)
-        ),
+        possible=lambda place, owner: place.begins("features.") and _no_bias(place, owner),
     ),
     # CurricularFace, ElasticFace, InsightFace_Pytorch: a Parameter of that name, [D, C] in all of them.
     Layout("kernel", _names(r"(?P<owner>(?:.+\.)?)kernel"), FEATURES_FIRST),

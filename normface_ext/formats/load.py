@@ -137,7 +137,8 @@ def _weight(sources: Sequence[_Source]) -> Tensor:
             )
         parts.append((where, rows))
     weight = joined(parts, evenly=sources[0].found.format == "insightface" and len(parts) > 1)
-    finite = weight.isfinite().all(1)
+    least, most = weight.aminmax(dim=1)  # of a row; isfinite would take the weight's memory twice
+    finite = least.isfinite() & most.isfinite()
     if not finite.all():
         row, (where, _, found, _) = int((~finite).nonzero()[0]), sources[0]
         raise ValueError(

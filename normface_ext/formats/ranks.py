@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ..engine.files import clip, file_name
-from .layouts import CVLFACE_FILES, INSIGHTFACE_FILES
+from .layouts import RANK_FILES
 
-_KINDS = {"insightface": (INSIGHTFACE_FILES,), "cvlface": (CVLFACE_FILES,)}
+_ALL = tuple(pattern for patterns in RANK_FILES.values() for pattern in patterns)
 
 
 def kind_and_rank(name: str, format: str) -> tuple[str, int] | None:
     """What the files of one run share, and the rank, by a file's name."""
-    for pattern in _KINDS.get(format, (INSIGHTFACE_FILES, CVLFACE_FILES)):
+    for pattern in RANK_FILES.get(format, _ALL):
         match: re.Match[str] | None = pattern.fullmatch(name)
         if match:
             return f"{match[1]}*{match[3]}", int(match[2])

@@ -47,7 +47,6 @@ WRITTEN: Mapping[str, _Shape] = {
         lambda rows: {"state_dict": {"head.weight": _columns(rows)}, "epoch": 0, "batch_id": 0}
     ),
     "pytorch-metric-learning": _Shape(lambda rows: {"W": _columns(rows)}, flat=True),
-    "magface": _Shape(lambda rows: {"state_dict": {"fc.weight": _columns(rows)}}),
     "kernel": _Shape(lambda rows: {"kernel": _columns(rows)}, flat=True),
     "linear": _Shape(lambda rows: {"weight": rows}, flat=True),
 }
@@ -64,7 +63,7 @@ def save_head(
         head: of one process.
         path: of the file; with ``ranks`` > 1 of a folder, which is made if need be.
         format: "normface" (its ``state_dict``, with scale and margin), "insightface", "adaface", "cvlface",
-            "facex-zoo", "magface", "pytorch-metric-learning", "kernel" (CurricularFace, ElasticFace) or
+            "facex-zoo", "pytorch-metric-learning", "kernel" (CurricularFace, ElasticFace) or
             "linear" (``nn.Linear`` without bias). A path that ends in .safetensors makes such a file, where
             the format is a plain dict of tensors.
         ranks: into how many files of ranks the classes go: "insightface" and "cvlface" only.
