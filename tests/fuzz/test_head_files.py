@@ -45,7 +45,9 @@ def sound(loaded: nf.formats.LoadedHead, data: bytes) -> bool:
     head, report = loaded
     assert head.weight.shape == (report.classes, report.features) and torch.isfinite(head.weight).all()
     assert len(str(report)) < 5000
-    return bool(torch.isfinite(head.logits(torch.ones(2, head.in_features, dtype=head.weight.dtype))).all())
+    x = torch.ones(2, head.in_features, dtype=head.weight.dtype)
+    # Cosines: a scale may be any number that a head may be made with.
+    return bool(torch.isfinite(nf.functional.norm_linear(x, head.weight, 1.0)).all())
 
 
 def as_torch_reads(loaded: nf.formats.LoadedHead, data: bytes) -> bool:
