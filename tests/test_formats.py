@@ -121,7 +121,7 @@ WRITTEN = {
         "linear", "head.fc.weight", "[C, D]",
     ),
     "torchvision mobilenet": (
-        {"features.0.0.weight": torch.ones(4, 3, 3, 3), "classifier.1.weight": ROWS, "classifier.1.bias": ONE},
+        {"features.0.weight": torch.ones(4, 3, 3, 3), "classifier.1.weight": ROWS, "classifier.1.bias": ONE},
         "linear", "classifier.1.weight", "[C, D]",
     ),
     "torchvision": (
