@@ -318,6 +318,7 @@ def test_a_number_of_no_dimension_can_be_loaded(make):
     assert head.scale.item() == 7.0 and head.scale.shape == (1,)
 
 
+@pytest.mark.covering(1)
 @every_head
 @pytest.mark.parametrize("start", [5.0, 900.0])
 def test_compiled(make, start, batch, compile_fully):
@@ -331,6 +332,7 @@ def test_compiled(make, start, batch, compile_fully):
             torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.covering(1)
 @every_head
 @pytest.mark.parametrize("start", [5.0, 900.0])
 @pytest.mark.parametrize("strict", [False, True])

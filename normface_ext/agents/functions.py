@@ -153,7 +153,8 @@ def c_contrastive_loss(
     """loss_i = w+ min(T, (d_iy - m+)_+) + w- sum_{j != y} (m- - d_ij)_+, d_ij = |x_i/|x_i| - w_j/|w_j||^2.
 
     The contrastive loss against class agents (paper section 4; Caffe GeneralContrastiveLoss on top of
-    Normalize and InnerDistance). d = 2 - 2 cos is never stored as a matrix: one sweep over the classes,
+    Normalize and InnerDistance). Distances are squared and without a factor 1/2, as in the paper:
+    d = 2 - 2 cos, in [0, 4]. It is never stored as a matrix: one sweep over the classes,
     in chunks within the workspace, finds every row's hinges and lists what is active. The gradient of
     the rest is exactly zero, so backward follows the lists; where a row has more active classes than its
     list holds, it sweeps again, with the same result. Runs are bit-identical from one to the next.
@@ -268,7 +269,8 @@ def c_triplet_loss(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """loss_i = w- sum_{j != y} (m + d_iy - d_ij)_+, d_ij = |x_i/|x_i| - w_j/|w_j||^2.
 
-    The triplet loss against class agents (paper section 4; Caffe GeneralTripletLoss), fused as
+    The triplet loss against class agents (paper section 4; Caffe GeneralTripletLoss), with distances that are
+    squared and without a factor 1/2, as in the paper: d = 2 - 2 cos, in [0, 4]. Fused as
     :func:`c_contrastive_loss` is, whose arguments these are, but for:
 
     Args:

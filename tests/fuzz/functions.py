@@ -16,7 +16,7 @@ OPS: dict[str, Op] = {
     "norm_linear": Op(
         lambda t, o: (
             F.norm_linear(
-                t["x"], t["weight"], scale_of(t, o), o["eps"], normalize_input=o["normalize_input"]
+                t["x"], t["weight"], scale_of(t, o), eps=o["eps"], normalize_input=o["normalize_input"]
             ),
         ),
         lambda t, o, r: (

@@ -48,9 +48,9 @@ def layer_of(call: Call, tensors: Tensors) -> nn.Module:
 
 
 def usable(call: Call) -> bool:
-    """Layers have a scale above 0 and agents of their own; theirs to learn is float32."""
-    scale = call.tensors.get("scale")
-    if isinstance(scale, Scalar) and (scale.dtype != "f32" or not scale.grad):
+    """Layers have a scale above 0 and agents of their own; a scale to learn has the weight's dtype."""
+    scale, weight = call.tensors.get("scale"), call.tensors.get("weight")
+    if isinstance(scale, Scalar) and (scale.dtype != getattr(weight, "dtype", None) or not scale.grad):
         return False
     value = scale.value if isinstance(scale, Scalar) else call.options.get("scale", 1.0)
     lonely = call.op.startswith("c_") and "weight" not in call.tensors
