@@ -233,6 +233,36 @@ def test_the_state_of_a_margin_comes_back(prefix):
         nf.load_head({**state, f"{prefix}margin.other": ONE}, margin=Running())
 
 
+def test_the_statistics_of_adaface_reach_a_margin_that_has_them(tmp_path):
+    class Norms(Running):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("std", torch.zeros(1, dtype=torch.float64))
+
+    torch.save(adaface(), tmp_path / "a.ckpt")
+    head, report = nf.load_head(tmp_path / "a.ckpt", margin=Norms())
+    assert (head.margin.mean.item(), head.margin.std.item()) == (21, 90) and report.stored["batch_std"] == 90
+    assert nf.load_head(tmp_path / "a.ckpt", margin=Running()).head.margin.mean == 0
+    bad = {**adaface(), "hyper_parameters": {"s": -1.0}}
+    with pytest.raises(ValueError, match="state_dict: expected a scale in the hyper-parameters, got"):
+        nf.load_head(bad)
+
+
+@pytest.mark.parametrize("stands", [-0.5, 0.0, 0.005, 1e6])
+def test_a_learned_scale_stands_where_it_stood(stands):
+    mine = nf.NormFaceLoss(D, C, scale=9.0, learn_scale=True)
+    with torch.no_grad():
+        mine.scale.fill_(stands)
+    head, report = nf.load_head(mine.state_dict())
+    assert torch.equal(head.scale, mine.scale) and head.learn_scale and report.scale == pytest.approx(stands)
+    assert nf.load_head(mine.state_dict(), scale=12.0).head.scale.item() == 12
+    for wrong in (torch.tensor([torch.nan]), torch.ones(2)):
+        with pytest.raises(
+            ValueError, match="state_dict: expected the state of a NormFaceLoss in 'weight', got"
+        ):
+            nf.load_head({**mine.state_dict(), "scale": wrong})
+
+
 def test_our_own_state_of_before_extra_state():
     """The weight alone, or with a learned scale of 0 dimensions."""
     _, report = right(nf.load_head({"weight": ROWS}))

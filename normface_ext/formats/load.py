@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import checks
-from ..engine.arguments import POSITIVE, choice, number
+from ..engine.arguments import FINITE, POSITIVE, choice, number
 from ..engine.extra_state import unpack
 from ..engine.files import clip, file_name, quoted, reading
 from ..softmax.layers import NormFaceLoss
@@ -25,6 +25,8 @@ from .layouts import FORMATS, LAYOUTS
 from .ranks import joined, paths_of, siblings
 from .report import HeadReport, LoadedHead, left_out, stored_numbers
 
+#: ``min_scale`` of a head, where nothing says otherwise.
+MIN_SCALE = 0.01
 #: The scale that a library trains with where nobody chooses another: for a sentence only.
 USUAL_SCALES = {"insightface": 64, "adaface": 64, "cvlface": 64, "magface": 64, "facex-zoo": 32}
 
@@ -63,8 +65,8 @@ def load_head(
         entry: the weight's name, where several could be it.
         layout: "classes_first" ([C, D], as of ``nn.Linear``) or "features_first" ([D, C]), where it is open.
         scale: s of the head, in the place of a stored one. Without either it is that of ``NormFaceLoss``.
-        margin: of the head, in the place of a stored one. One with a state, of which only that state is in a
-            ``state_dict`` of this library, gets it.
+        margin: of the head, in the place of a stored one. A margin with a state, such as AdaFace's mean and
+            deviation of the norms, gets what of it is in the file.
         device: of the head.
 
     The weight keeps its dtype, and its rows their lengths. A bias is left out, as a normalised head has none.
@@ -158,12 +160,11 @@ def _built(
 ) -> LoadedHead:
     where, content, found, groups = sources[0]
     stored = stored_numbers(content, found)
-    own = _Own(stored.pop("s", None))
-    if found.format == "normface":
-        own = _own_state(found, where)
-        stored.pop("scale", None)
+    own = _own_state(found, where) if found.format == "normface" else _others_state(found, where, stored)
+    for name in ("scale", "s"):
+        stored.pop(name, None)
     used = {found.name, *(found.owner + name for name in (*stored, *own.entries))}
-    given, margin = own.scale if scale is None else scale, own.margin if margin is None else margin
+    given, margin = own.first_scale if scale is None else scale, own.margin if margin is None else margin
     classes, features = weight.shape
     with torch.random.fork_rng(devices=[]):  # of the head's own weight, which one class is enough for
         head = NormFaceLoss(
@@ -171,17 +172,23 @@ def _built(
             1,
             scale=auto_scale(classes, margin) if given is None or given == "auto" else given,
             learn_scale=own.learned,
-            min_scale=0.01 if own.scale is None else min(0.01, own.scale),
+            min_scale=MIN_SCALE if own.first_scale is None else min(MIN_SCALE, own.first_scale),
             margin=margin,
             device="cpu",
             dtype=weight.dtype,
         )
     head.weight, head.num_classes = nn.Parameter(weight), classes
     head.to(weight.device if device is None else device)
+    if own.learned and scale is None:
+        with torch.no_grad():
+            head.scale.fill_(own.scale)  # type: ignore[union-attr,arg-type]
     if own.margin_state and isinstance(margin, nn.Module):
-        with reading(where, f"the state of {type(margin).__name__} in {quoted(found.owner + 'margin', 80)}"):
-            margin.load_state_dict(own.margin_state)
-        used |= {f"{found.owner}margin.{name}" for name in own.margin_state}
+        if found.format == "normface":
+            used |= {f"{found.owner}margin.{name}" for name in own.margin_state}
+        if found.format == "normface" or margin.state_dict().keys() == own.margin_state.keys():
+            what = f"the state of {type(margin).__name__} in {quoted(found.owner + 'margin', 80)}"
+            with reading(where, what):
+                margin.load_state_dict(own.margin_state)
     report = HeadReport(
         found.format,
         files,
@@ -199,13 +206,33 @@ def _built(
 
 
 class _Own(NamedTuple):
-    """What a file says of a head besides its weight."""
+    """What a file says of a head besides its weight: the scale as it stands there, whether it was learned, a
+    margin of numbers, and the state of one that is a module."""
 
     scale: float | None = None
     learned: bool = False
     margin: Margin | None = None
     margin_state: Mapping[str, Tensor] = MappingProxyType({})
     entries: tuple[str, ...] = ()
+
+    @property
+    def first_scale(self) -> float | None:
+        """A head can be made with it: a learned scale may stand outside its bounds, which no file has."""
+        return MIN_SCALE if self.scale is not None and self.scale <= 0 else self.scale
+
+
+def _others_state(found: Found, where: str, stored: Mapping[str, float]) -> _Own:
+    """Lightning's hyper-parameter s, and AdaFace's running mean and deviation of the norms."""
+    scale = stored.get("s")
+    if scale is not None:
+        with reading(where, "a scale in the hyper-parameters"):
+            scale = number("load_head", "s", scale, POSITIVE)
+    tensors, owner = found.group.tensors, found.owner
+    if not {"batch_mean", "batch_std"} <= stored.keys():
+        return _Own(scale)
+    return _Own(
+        scale, margin_state={"mean": tensors[f"{owner}batch_mean"], "std": tensors[f"{owner}batch_std"]}
+    )
 
 
 def _own_state(found: Found, where: str) -> _Own:
@@ -219,7 +246,7 @@ def _own_state(found: Found, where: str) -> _Own:
             raise ValueError(f"a scale of shape {list(scale.shape)}")
         value = values.get("scale") if scale is None else scale.item()
         if value is not None:
-            value = number("load_head", "scale", value, POSITIVE)
+            value = number("load_head", "scale", value, POSITIVE if scale is None else FINITE)
     inside = f"{owner}margin."
     state = {name.removeprefix(inside): each for name, each in tensors.items() if name.startswith(inside)}
     return _Own(value, scale is not None, margin, state, ("scale", "_extra_state"))
