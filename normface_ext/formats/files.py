@@ -27,8 +27,7 @@ _MEANT = {
     ".prototxt": "normface_ext.caffe.load_head reads it",
     ".onnx": "an ONNX graph has no training head",
 }
-
-
+#: What ``torch.serialization.safe_globals`` takes: here a class and the name that it stands for.
 _Replaced: TypeAlias = Callable[..., Any] | tuple[Callable[..., Any], str]
 
 
