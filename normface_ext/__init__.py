@@ -3,8 +3,9 @@
 ``NormalizeLayer``, ``NormLinear`` and ``NormFaceLoss`` are the layers, ``InnerDistance`` and the metric
 losses stand beside them, ``functional`` what they call,
 ``reference`` the same in plain PyTorch, ``theory`` the paper's bounds, ``plan`` what a fused head will
-cost, ``build_info`` what was built. ``caffe`` (what was NormFace's in Caffe), ``distributed`` (heads over
-several processes) and ``evaluation`` (face verification) are loaded at first use.
+cost, ``build_info`` what was built. ``load_head`` and ``save_head`` read and write other libraries' heads.
+``caffe`` (what was NormFace's in Caffe), ``distributed`` (heads over several processes), ``evaluation`` (face
+verification) and ``formats`` (``load_head`` and ``save_head``) are loaded at first use.
 """
 
 from . import _checkout  # noqa: F401  # isort: skip  (first: it may hand over to the installed package)
@@ -30,7 +31,8 @@ from .softmax.magface import MagFace
 from .softmax.margins import ArcFace, CombinedMargin, CosFace, RowMargin
 
 if TYPE_CHECKING:
-    from . import caffe, distributed, evaluation
+    from . import caffe, distributed, evaluation, formats
+    from .formats import load_head, save_head
 
 __all__ = [
     "AdaFace",
@@ -58,25 +60,32 @@ __all__ = [
     "class_margins",
     "distributed",
     "evaluation",
+    "formats",
     "functional",
     "gaussian_unitball_",
     "ldam_margins",
+    "load_head",
     "parameter_groups",
     "plan",
     "reference",
+    "save_head",
     "theory",
 ]
 
 
 #: Loaded at first use: they bring what most programs do without (DTensor, protobuf, scikit-learn).
-_LAZY = frozenset({"caffe", "distributed", "evaluation"})
+_LAZY = frozenset({"caffe", "distributed", "evaluation", "formats"})
+#: Functions of those.
+_LAZY_FUNCTIONS = {"load_head": "formats", "save_head": "formats"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f".{name}", __name__)
+    if name in _LAZY_FUNCTIONS:
+        return getattr(importlib.import_module(f".{_LAZY_FUNCTIONS[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_LAZY_FUNCTIONS})

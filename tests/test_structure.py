@@ -9,7 +9,9 @@ from functools import cache
 import pytest
 import touched
 
-FAMILIES = ("cosine", "softmax", "agents", "distances", "distributed", "caffe", "evaluation", "engine")
+FAMILIES = (
+    "cosine", "softmax", "agents", "distances", "distributed", "caffe", "evaluation", "engine", "formats",
+)  # fmt: skip
 PACKAGE = touched.PACKAGE
 
 

@@ -9,13 +9,15 @@ from ..engine import checks
 from .functions import normalize
 
 
-def gaussian_unitball_(weight: Tensor, eps: float = 1e-12) -> Tensor:
+def gaussian_unitball_(
+    weight: Tensor, eps: float = 1e-12, generator: torch.Generator | None = None
+) -> Tensor:
     """Rows drawn from N(0, 1) and divided by sqrt(sum w^2 + eps): uniform on the unit sphere.
 
     In place. Caffe's ``gaussian_unitball`` filler.
     """
     with torch.no_grad():  # by torch's own ops, which know what a DTensor's rows are
-        weight.normal_()
+        weight.normal_(generator=generator)
         wide = torch.promote_types(weight.dtype, torch.float32)
         squares = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=wide).square()
         return weight.div_((squares + eps).sqrt())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .. import theory
 from ..cosine.functions import scaled_cosine
@@ -14,7 +16,7 @@ from ..cosine.options import LinearOptions
 from ..engine import checks
 from ..engine.arguments import choice, size
 from ..engine.options import HoldsOptions, holds, takes
-from . import functions
+from . import functions, resize
 from .options import HeadKeywords, HeadOptions
 from .presets import PRESETS
 from .state import margin_of, margin_state
@@ -173,6 +175,49 @@ class NormFaceLoss(HoldsOptions, ScaledHead):
                 if not margin_state(before) or before != margin:
                     replaced.append(f"margin {margin} replaces {before}")
         return replaced
+
+    def weight_for(self, labels: Tensor) -> Tensor:
+        """The unit rows w_y / |w_y| [N, D] of labels [N], differentiable. IndexError for a label out of range
+        (on CUDA the device's own)."""
+        return resize.weight_for(self, labels)
+
+    def resize_classes(
+        self,
+        n: int,
+        keep: Sequence[int | None] | Tensor | None = None,
+        optimizer: Optimizer | Iterable[Optimizer] | None = None,
+        init: str = "random",
+        features: Tensor | None = None,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Classes come, go or change places; what is kept trains on as if nothing had happened.
+
+        Where the shape changes ``weight`` becomes another Parameter: hooks on the old one, and wrappers such
+        as DistributedDataParallel, have to be made again. With n classes as before it stays the same object.
+
+        Args:
+            n: C from now on.
+            keep: for each new class the old one that it was, or None or -1: [n]. By default the first n.
+            optimizer: those that train the weight. Without them they would go on with the old one: give every
+                one there is. Momentum, Adam's averages and other state by row follow; a new row begins
+                with none. Adam counts its steps for all rows together, so a new row's first ones
+                are up to (1 - beta1) / sqrt(1 - beta2) times as long as at the start of a training.
+            init: of new rows. "random" as the constructor; "imprint": the normalised mean of the class's
+                normalised features (Qi et al. 2018).
+            features: [N, D] for "imprint", some of each new class; rows of other classes do not matter.
+            labels: [N] of them, in the new numbering.
+            generator: of the random rows, of any device.
+
+        A gradient that waits for its step follows. ``class_weight`` is 1 for a new class, and a margin with
+        a number per class has its mean there. A fixed scale stays, also one that was "auto".
+
+        Raises:
+            TypeError: arguments; a head whose classes are spread over ranks; an optimizer without rows.
+            ValueError: arguments; an optimizer without the weight; a new class without features.
+            IndexError: a label out of range.
+        """
+        resize.resize_classes(self, n, keep, optimizer, init, features, labels, generator)
 
     def loss_lower_bound(self) -> float:
         """The paper's bound at the present scale: print it beside the loss (host sync on CUDA)."""
