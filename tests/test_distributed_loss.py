@@ -209,7 +209,7 @@ def test_the_module_says_what_it_is():
             "ValueError: shard_head: expected `backbone_gradients` to be one of mean, sum, got 'both'",
         ),
         ("seed", "ValueError: shard_head: expected `seed` in [0, 4294967295], got -1"),
-        ("margin", "TypeError: distributed.normface_loss: expected `margin` to be a margin, such as"),
+        ("margin", "TypeError: distributed.normface_loss: expected `margin` to be CosFace, ArcFace"),
         ("labels", "IndexError: distributed.normface_loss: expected `labels` in [0, 5)"),
         ("features", "ValueError: distributed.normface_loss: expected `weight` to be [3, 7] to match `x`"),
         ("dtype", "TypeError: distributed.normface_loss: expected `weight` and `x` to be both float64"),

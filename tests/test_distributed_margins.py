@@ -78,7 +78,8 @@ def test_the_straight_gradient():
         ("classes", "expected `margin.m3` to have shape [10], a number per class, got [6]"),
         (
             "scales",
-            "expected `scale` to be a float or a 0-d floating tensor, got torch.float32 of shape [14]",
+            "expected `scale` to be a float or a floating tensor of one element, got torch.float32 of"
+            " shape [14]",
         ),
     ],
 )

@@ -371,7 +371,7 @@ def test_bad_margins_are_named(make, error, sentence):
 
 
 def test_the_bare_base_is_no_margin():
-    with pytest.raises(TypeError, match=r"^NormFaceLoss: expected `margin` to be a margin, .*, got Margin$"):
+    with pytest.raises(TypeError, match=r"^NormFaceLoss: expected `margin` to be CosFace, .*, got Margin$"):
         nf.NormFaceLoss(3, 4, margin=Margin())
 
 

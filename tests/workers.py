@@ -21,6 +21,9 @@ WITH_PROCESSES = (
     "test_check_finite",
     "test_checkpoint_files",
     "test_second_derivatives",
+    "test_adaface",
+    "test_agent_weights",
+    "test_head_shards",
 )
 
 

@@ -14,6 +14,7 @@ from .. import functional, reference
 from ..agents.functions import agent_loss_and_stats
 from ..agents.options import ContrastiveOptions, TripletOptions
 from ..engine import checks
+from ..engine.options import Options
 from . import released_losses
 from .general_losses import distances_and_labels, released_contrastive, released_triplet
 from .layer import Layer
@@ -103,13 +104,21 @@ class DistanceLoss(Layer):
         super().__init__(spec, context)
         self.released, self.return_statistics = context.caffe, len(spec.tops) == 2
 
-    def given(self, spec: Spec) -> dict[str, Any]:
-        """The file's options under the names of normface_ext."""
+    def given(self, spec: Spec, kind: type[Options]) -> dict[str, Any]:
+        """The file's options under the names of normface_ext; what `kind` does not take is refused, at its
+        line, and left out."""
         (block,) = self.BLOCKS
-        fields = spec.get(block).DESCRIPTOR.fields
-        return {
-            self.RENAMED.get(field.name, field.name): spec.get(f"{block}.{field.name}") for field in fields
-        }
+        found = {}
+        for field in spec.get(block).DESCRIPTOR.fields:
+            name, path = self.RENAMED.get(field.name, field.name), f"{block}.{field.name}"
+            found[name] = spec.get(path)
+            if name in kind.CHECKS and spec.has(path):
+                try:
+                    kind.CHECKS[name]("", field.name, found[name])
+                except ValueError as error:
+                    spec.refuse(str(error).removeprefix(": "), path)
+                    del found[name]
+        return found
 
     def of_distances(self, distances: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(loss, statistics)"""
@@ -145,14 +154,9 @@ class GeneralContrastiveLoss(DistanceLoss):
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
         (block,) = self.BLOCKS
-        options = self.given(spec)
+        options = self.given(spec, ContrastiveOptions)
         if not spec.has(f"{block}.normalize_negative"):
             options["normalize_negative"] = None
-        elif options["normalize_negative"] <= 0:
-            spec.refuse(
-                "expected `normalize_negative` > 0, since Caffe divides by it", f"{block}.normalize_negative"
-            )
-            return
         if spec.has(f"{block}.square"):
             spec.note("`square` is declared in caffe.proto but no Caffe code reads it", f"{block}.square")
         del options["square"]
@@ -193,7 +197,8 @@ class GeneralTripletLoss(DistanceLoss):
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
-        self.options = TripletOptions.of(str(spec), {**self.given(spec), "ignore_index": None})
+        given = self.given(spec, TripletOptions)
+        self.options = TripletOptions.of(str(spec), {**given, "ignore_index": None})
 
     def of_distances(self, distances: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.released:

@@ -73,7 +73,8 @@ def broken_tensors(name: str, t: Tensor, recipe: Any) -> list[Any]:
             high[-1], low[0] = recipe.classes, -1 if recipe.ignore != -1 else -2
             broken += [low] + ([high] if recipe.ignore != recipe.classes else [])
     else:
-        broken += [t.int() if t.dim() == 0 or t.is_floating_point() else t.float(), t[None]]
+        broken += [t.int() if t.dim() == 0 or t.is_floating_point() else t.float()]
+        broken += [t[None, None] if t.dim() == 0 else t[None]]  # one of shape [1] is a number
     return broken
 
 
