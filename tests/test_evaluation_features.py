@@ -139,7 +139,7 @@ ONE_EACH = [f"{line} {i}" for i, line in enumerate(INDEX)]
         ("pairs.txt", INDEX[:2], False, r"pairs\.txt: expected same and different pairs in every fold"),
         ("pairs.txt", ONE_EACH, False, r"pairs\.txt: .*1 same of 1 in fold 0"),
         ("pairs.txt", ONE_FOLD, False, r"pairs\.txt: expected pairs in at least 2 folds"),
-        ("pairs.txt", [], True, r"pairs\.txt: expected a header"),
+        ("pairs.txt", [], True, r"pairs\.txt: expected at least one pair"),
         ("pairs.txt", [NAMED[0], "no.jpg P_0_0001.jpg 1"], True, r"pairs\.txt:2: expected a name"),
         ("names.txt", NAMES[:-1], True, r"names\.txt: expected 8 names, got 7"),
         ("names.txt", [*NAMES[:-1], NAMES[0]], True, r"names\.txt: expected each image once"),

@@ -8,7 +8,9 @@ for scores, thresholds and rates; PCA, SVM, ROC and AUC need scikit-learn, the `
 from .blufr import BlufrResult, Trial, blufr, identification_rate, random_trials, verification_rate
 from .features import read_features
 from .lfw import LfwResult, lfw_protocol
-from .pairs import Pairs, read_index_pairs, read_lfw_pairs, read_name_pairs, read_names
+from .lists import read_index_pairs, read_lfw_pairs, read_name_pairs, read_names
+from .pair_list import PairList, read_pairs
+from .pairs import Pairs
 from .plots import plot_roc
 from .roc import Roc, best_threshold, roc, tar_at_far
 from .scores import merge_mirror, pair_scores, unit_rows
@@ -25,6 +27,7 @@ from .ytf_splits import VideoPairs, read_ytf_splits
 __all__ = [
     "BlufrResult",
     "LfwResult",
+    "PairList",
     "Pairs",
     "Roc",
     "Trial",
@@ -46,6 +49,7 @@ __all__ = [
     "read_lfw_pairs",
     "read_name_pairs",
     "read_names",
+    "read_pairs",
     "read_ytf_splits",
     "roc",
     "score_histogram",

@@ -11,7 +11,8 @@ from ..engine.files import clip, file_name
 from ._checks import folds_of_both_kinds
 from .features import read_features
 from .lfw import lfw_protocol
-from .pairs import read_index_pairs, read_names, read_pairs_of_names
+from .lists import read_names
+from .pair_list import read_pairs
 from .plots import plot_roc
 from .roc import roc, tar_at_far
 from .scores import merge_mirror
@@ -64,9 +65,9 @@ def evaluate(options: argparse.Namespace) -> list[tuple[str, float]]:
         names = read_names(options.names)
         if len(names) != len(features):
             raise ValueError(f"{file_name(options.names)}: expected {len(features)} names, got {len(names)}")
-        pairs = read_pairs_of_names(options.pairs, names, options.folds, options.names)
+        pairs = read_pairs(options.pairs, options.names, folds=options.folds).pairs
     else:
-        pairs = read_index_pairs(options.pairs, options.folds, rows=len(features))
+        pairs = read_pairs(options.pairs, rows=len(features), folds=options.folds).pairs
     folds_of_both_kinds(file_name(options.pairs), pairs.same, pairs.fold)
     pca = None if options.pca is None else (options.pca or True)
     result = lfw_protocol(features, pairs, pca=pca)
