@@ -52,10 +52,9 @@ def test_features_are_read_as_they_were_saved(tmp_path: Path, dtype: str, order:
 DEEP = "(" * 5000 + "8" + ",)" * 5000
 BROKEN = {
     "empty": (b"", "a file that starts with b''"),
-    "png": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(500), "an array as numpy.save writes it"),
-    "pickle": (pickle.dumps({"F": [1.0]}), "an array as numpy.save writes it"),
-    "npz": (saved(FEATURES, np.savez), r"starts with b'PK"),
-    "cut npz": (saved(FEATURES, np.savez)[:60], r"starts with b'PK"),
+    "png": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(500), "an array as numpy.save"),
+    "pickle": (pickle.dumps({"F": [1.0]}), "an array as numpy.save"),
+    "cut npz": (saved(FEATURES, np.savez)[:60], "an archive as numpy.savez writes it"),
     "cut": (saved(FEATURES)[:300], "8 x 6 numbers, 384 bytes, behind the header, got 172 bytes"),
     "cut in the header": (saved(FEATURES)[:50], "the header of a .npy file"),
     "cut in the magic": (saved(FEATURES)[:7], "the header of a .npy file"),
