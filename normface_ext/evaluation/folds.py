@@ -11,7 +11,6 @@ from ..engine.arguments import number
 from ._checks import RATE, Array, Features, as_features, as_rows, folds_of_both_kinds
 from .pairs import Pairs
 from .roc import allowed, false_accept_threshold
-from .scores import unit_rows
 
 #: Squared distances of unit features that are tried as thresholds: 0, 0.01, ..., 3.99.
 THRESHOLDS = np.arange(0, 4, 0.01)
@@ -42,17 +41,23 @@ class FoldResult:
 
 
 def squared_distances(features: Features, pairs: Pairs, block: int = 1 << 14) -> Array:
-    """|x / |x| - y / |y||^2 of each pair, [P] float64, in blocks."""
+    """|x / |x| - y / |y||^2 of each pair, [P] float64, in blocks.
+
+    To the last bit as scikit-learn's normalize and numpy.sum have it: a distance may lie on a threshold, and
+    ``unit_rows`` has the paper's epsilon in the norm.
+    """
     op = "fold_protocol"
-    matrix = as_features(op, "features", features).astype(np.float64)
-    first = as_rows(op, "first", pairs.first, len(matrix))
-    second = as_rows(op, "second", pairs.second, len(matrix))
-    unit = unit_rows(matrix)
-    distances = np.empty(len(first), dtype=unit.dtype)
+    unit = as_features(op, "features", features).astype(np.float64)
+    first = as_rows(op, "first", pairs.first, len(unit))
+    second = as_rows(op, "second", pairs.second, len(unit))
+    norms = np.sqrt(np.einsum("md,md->m", unit, unit))
+    norms[norms == 0] = 1
+    unit /= norms[:, None]
+    distances = np.empty(len(first))
     for start in range(0, len(first), block):
         part = slice(start, start + block)
         difference = unit[first[part]] - unit[second[part]]
-        np.einsum("pd,pd->p", difference, difference, out=distances[part])
+        distances[part] = np.square(difference, out=difference).sum(axis=1)
     return distances
 
 

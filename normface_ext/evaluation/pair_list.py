@@ -52,13 +52,13 @@ class _Reading:
 
     def __init__(self, layout: Layout, separator: str) -> None:
         self.layout, self.separator = layout, separator
-        self.likely, self.error = False, ""
+        self.likely, self.cells, self.error = False, 0, ""
         self.at = array("q")  # the line of each pair
 
     def take(self, where: str, line: str) -> bool:
         try:
             cells = SEPARATORS[self.separator](where, line)
-            self.likely = len(cells) in self.layout.widths
+            self.likely, self.cells = len(cells) in self.layout.widths, len(cells)
             self.layout.take(where, cells)
         except ValueError as error:
             self.error = str(error)
@@ -151,12 +151,12 @@ def _labels(labels: object, encoding: str | None) -> Same | None:
 
 def _why(dead: list[_Reading]) -> str:
     """The sentence of the readings that came farthest, which are those that end here."""
-    likely = [reading for reading in dead if reading.likely] or dead
+    likely = [reading for reading in dead if reading.likely] or [max(dead, key=lambda one: one.cells)]
     sentences = {reading.layout.name: reading.error for reading in reversed(likely)}
     sentence = sentences[likely[0].layout.name]
     if len(sentences) == 1:
         return sentence
-    return f"{sentence}; no other layout fits: `layout` names one, `columns` those of a header"
+    return f"{sentence}; no other layout fits: `layout` names one, `columns` what a header has"
 
 
 def _same_pairs(path: str | os.PathLike[str], one: _Reading, other: _Reading) -> None:
