@@ -105,7 +105,7 @@ def test_nearest_is_the_published_choice_of_insightface(kind: str):
 def test_folds_of_one_kind_are_named():
     features, same = features_of("apart", 0, 40)
     pairs = VerificationSet((b"",) * 80, np.sort(same)).pairs(4)
-    with pytest.raises(ValueError, match=r"fold_protocol: expected same and diff .*0 same of 10 in fold 0"):
+    with pytest.raises(ValueError, match=r"fold_protocol: expected same and diff.*0 same of 10 in fold 0"):
         ev.fold_protocol(features, pairs)
     # Each kind cut for itself.
     again = ev.Pairs.in_folds(pairs.first, pairs.second, pairs.same, 4)

@@ -19,13 +19,13 @@ from ..engine.arguments import shown
 from ..engine.files import quoted
 from ._text import refused
 
-#: What lists of bytes and answers are made of. Not here: BYTEARRAY8, PERSID, INST, OBJ, NEWOBJ, EXT, DUP,
+#: What lists of bytes and answers are made of. Not here: PERSID, INST, OBJ, NEWOBJ, EXT, DUP,
 #: dictionaries and sets, out-of-band buffers.
 _ALLOWED = {
     *("PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD"),
     *("EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
     *("NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG1"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
     *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
     *("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),
 }
@@ -59,6 +59,13 @@ class _Array:
         if not isinstance(kind, _Type) or not isinstance(data, bytes) or shape != (len(data),):
             raise ValueError("an array that is no row of bytes")
         self.value = np.frombuffer(data, kind.kind)
+
+
+def _from_buffer(data: object, kind: object, shape: object, order: object) -> _Array:
+    """How NumPy writes arrays for protocol 5."""
+    held = _Array()
+    held.__setstate__((1, shape, kind, False, bytes(data) if isinstance(data, bytearray) else data))
+    return held
 
 
 def _rebuilt(*arguments: object) -> _Array:
@@ -95,6 +102,7 @@ _NAMES: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "dtype"): _Type,
     ("numpy", "ndarray"): _never,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _rebuilt for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
 }
 
@@ -124,9 +132,9 @@ def unpickle(where: str, data: bytes, expected: str) -> Any:
             if opcode.name == "GLOBAL" and tuple(str(argument).split(" ", 1)) not in _NAMES:
                 got = quoted(str(argument).replace(" ", "."), 80)
                 raise ValueError(f"the name {got} at byte {at}, {_NEEDLESS}")
-            if opcode.name in _PUTS and not 0 <= int(argument or 0) <= count:
+            if opcode.name in _PUTS and not 0 <= int(argument or 0) <= most:
                 # A table of so many places would be made.
-                raise ValueError(f"place {shown(argument)} of a table at byte {at}, after {count} opcodes")
+                raise ValueError(f"place {shown(argument)} of a table at byte {at}, in {len(data)} bytes")
         return _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except MemoryError:
         raise

@@ -156,7 +156,7 @@ def _backbone(options: argparse.Namespace) -> torch.nn.Module:
         raise ValueError(f"--backbone: expected FILE.py:FUNCTION, got {options.backbone[:100]!r}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not hasattr(module, function):
+    if not callable(getattr(module, function, None)):
         raise ValueError(f"--backbone: expected a function {function} in {file_name(file)}, got none")
     model = getattr(module, function)()
     if not isinstance(model, torch.nn.Module):

@@ -26,7 +26,7 @@ def progress(steps: Iterable[_Step], total: int, what: str, shown: bool) -> Iter
     return bar
 
 
-def _batches(images: object, size: int, batch: int) -> tuple[int, Callable[[int, int], Tensor]]:
+def _batches(images: object, size: int | tuple[int, int]) -> tuple[int, Callable[[int, int], Tensor]]:
     """How many images there are, and a function that gives some of them."""
     op = "embed"
     if isinstance(images, VerificationSet):
@@ -51,7 +51,7 @@ def embed(
     *,
     flip: str = "sum",
     batch_size: int = 64,
-    size: int = 112,
+    size: int | tuple[int, int] = 112,
     mean: float = 127.5,
     std: float = 127.5,
     channels: str = "rgb",
@@ -68,10 +68,10 @@ def embed(
 
     Args:
         images: a VerificationSet, encoded images, or pixels [N, C, H, W] of any real type, 0 to 255.
-        model: [B, C, size, size] float32 -> [B, D]. Its parameters stay where they are.
+        model: [B, C, H, W] float32 -> [B, D]. Its parameters stay where they are.
         flip: how the mirror is merged: "sum", "max", "concat" (``MirrorFace``), or "none".
         batch_size: images at a time; the model sees twice as many with a mirror.
-        size: of encoded images after decoding.
+        size: of encoded images after decoding, H and W where they differ.
         channels: "rgb", or "bgr" for models that were trained on OpenCV's order.
         device: of the batches; by default that of the model's parameters.
         progress_bar: through tqdm, on stderr.
@@ -82,11 +82,11 @@ def embed(
         ImportError: without Pillow, or without tqdm if a bar is asked for.
     """
     op = "embed"
-    batch, side = integer(op, "batch_size", batch_size, 1), integer(op, "size", size, 1, 1 << 12)
+    batch = integer(op, "batch_size", batch_size, 1)
     shift, scale = number(op, "mean", mean, FINITE), number(op, "std", std, POSITIVE)
     merge = choice(op, "flip", flip, ("sum", "max", "concat", "none"))
     backwards = choice(op, "channels", channels, ("rgb", "bgr")) == "bgr"
-    count, some = _batches(images, side, batch)
+    count, some = _batches(images, size)
     if not callable(model):
         raise TypeError(f"{op}: expected `model` to be a module or a function, got {type(model).__name__}")
     module = model if isinstance(model, nn.Module) else None

@@ -26,9 +26,9 @@ _CLASSES = {"double": 8, "single": 4, **{f"{u}int{8 * n}": n for u in ("", "u") 
 
 def _header(where: str, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
     """Shape, order and type of an array of real numbers; the file stands behind its header."""
-    start = file.read(8)
     versions = {b"\x01\x00": npy.read_array_header_1_0, b"\x02\x00": npy.read_array_header_2_0}
     with reading(where, "the header of a .npy file"):
+        start = file.read(8)
         if start[:6] != npy.MAGIC_PREFIX or start[6:] not in versions:  # 3.0: names of columns, no features
             raise ValueError(f"a file that starts with {quoted(start)}")
         shape, fortran, dtype = versions[start[6:]](file)
