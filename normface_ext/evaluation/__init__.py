@@ -1,8 +1,8 @@
 """Face verification and identification: lists, features, protocols, rates and figures.
 
 Scores are cosines of features; a pair is accepted when its score is above the threshold. NumPy is enough
-for lists, scores, thresholds and rates; PCA, SVM, ROC and AUC need scikit-learn, .mat files SciPy, images
-Pillow, bars tqdm, figures matplotlib: the ``evaluation`` extra.
+for lists, scores, thresholds and rates; PCA, SVM, ROC and AUC need scikit-learn, images Pillow, bars tqdm,
+figures matplotlib: the ``evaluation`` extra.
 ``python -m normface_ext.evaluation --help`` is the command.
 """
 

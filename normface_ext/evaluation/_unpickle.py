@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,9 @@ class _Type:
         self.kind = np.dtype(word)
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and alignment, which one byte has not."""
+        """Byte order and alignment as NumPy writes them of one byte: none."""
+        if state not in [(3, sign, None, None, None, -1, -1, 0) for sign in ("|", b"|")]:
+            raise ValueError("a type in an unknown form")
 
 
 class _Array:
@@ -55,7 +58,9 @@ class _Array:
     def __setstate__(self, state: object) -> None:
         if not isinstance(state, tuple) or len(state) != 5:
             raise ValueError("an array in an unknown form")
-        _, shape, kind, _, data = state
+        version, shape, kind, fortran, data = state
+        if version != 1 or fortran is not False:
+            raise ValueError("an array in an unknown form")
         if not isinstance(kind, _Type) or not isinstance(data, bytes) or shape != (len(data),):
             raise ValueError("an array that is no row of bytes")
         self.value = np.frombuffer(data, kind.kind)
@@ -64,11 +69,16 @@ class _Array:
 def _from_buffer(data: object, kind: object, shape: object, order: object) -> _Array:
     """How NumPy writes arrays for protocol 5."""
     held = _Array()
+    if order not in ("C", "F", b"C", b"F"):
+        raise ValueError("an array in an unknown order")
     held.__setstate__((1, shape, kind, False, bytes(data) if isinstance(data, bytearray) else data))
     return held
 
 
-def _rebuilt(*arguments: object) -> _Array:
+def _rebuilt(kind: object, shape: object, code: object) -> _Array:
+    """The empty array that NumPy has a pickle begin with."""
+    if kind is not _never or shape != (0,) or code not in ("b", b"b"):
+        raise ValueError("an array in an unknown form")
     return _Array()
 
 
@@ -115,6 +125,12 @@ class _Unpickler(pickle.Unpickler):
         return known
 
 
+def _opcodes(data: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of strings of Python 2 with a backslash
+        yield from pickletools.genops(io.BytesIO(data))
+
+
 def unpickle(where: str, data: bytes, expected: str) -> Any:
     """What the pickle holds; arrays as ``_Array``. Text of Python 2 becomes bytes.
 
@@ -123,7 +139,7 @@ def unpickle(where: str, data: bytes, expected: str) -> Any:
     """
     count, most = 0, 1000 + len(data) // 4  # no more lists and numbers than that file would have
     try:
-        for opcode, argument, at in pickletools.genops(io.BytesIO(data)):
+        for opcode, argument, at in _opcodes(data):
             count += 1
             if count > most:
                 raise ValueError(f"more than {most} opcodes in {len(data)} bytes")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import warnings
 import zipfile
 from typing import IO
 
@@ -13,15 +12,11 @@ from numpy.lib import format as npy
 
 from ..engine.arguments import flag
 from ..engine.files import file_name, quoted, reading
+from . import mat
 from ._checks import Array, as_features
-from ._optional import require
 from ._text import refused
 
-#: Bytes in which one byte of a compressed file may end (deflate): a larger claim is no file of this size.
-_RATIO = 1100
 _REAL = "real numbers of at most 64 bits [M, D], M and D at least 1"
-#: MATLAB's classes of real numbers, as scipy names them.
-_CLASSES = {"double": 8, "single": 4, **{f"{u}int{8 * n}": n for u in ("", "u") for n in (1, 2, 4, 8)}}
 
 
 def _header(where: str, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
@@ -74,8 +69,8 @@ def _npz(where: str, file: IO[bytes], size: int, name: str | None) -> Array:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
     info = members[_one_of(where, name, list(members), "array")]
     at = f"{where}, array {quoted(info.filename.removesuffix('.npy'))}"
-    if info.file_size > _RATIO * size:
-        raise refused(at, f"at most {_RATIO * size} bytes in an archive of {size}", str(info.file_size))
+    if info.file_size > mat.RATIO * size:
+        raise refused(at, f"at most {mat.RATIO * size} bytes in an archive of {size}", str(info.file_size))
     with reading(at, "an array as numpy.savez writes it"):
         member = archive.open(info)
     with member:
@@ -83,30 +78,20 @@ def _npz(where: str, file: IO[bytes], size: int, name: str | None) -> Array:
 
 
 def _mat(where: str, file: IO[bytes], size: int, name: str | None) -> Array:
-    io = require("scipy.io", "read_features of a .mat file")
-    expected = "variables of a MATLAB file, version 7 or older (save -v7)"
-    with reading(where, expected), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        variables = {v: (shape, kind) for v, shape, kind in io.whosmat(file)}
-    real = [v for v, (shape, kind) in variables.items() if kind in _CLASSES and len(shape) == 2]
-    chosen = _one_of(where, name, list(variables) if name is not None else real, "variable")
-    shape, kind = variables[chosen]
+    held = mat.variables(where, file, size)
+    names = list(held) if name is not None else [v for v, variable in held.items() if variable.is_real]
+    chosen = _one_of(where, name, names, "variable")
+    variable = held[chosen]
     at = f"{where}, variable {quoted(chosen)}"
-    if kind not in _CLASSES or len(shape) != 2 or min(shape) < 1:
-        raise refused(at, _REAL, f"{kind} {list(shape[:4])}")
-    claimed = int(shape[0]) * int(shape[1]) * _CLASSES[kind]
-    if claimed > _RATIO * size * 8:  # a double may be stored in one byte
-        raise refused(at, f"an array that a file of {size} bytes can hold", f"{list(shape)}")
-    file.seek(0)
-    with reading(at, "an array"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return np.asarray(io.loadmat(file, variable_names=[chosen])[chosen])
+    if not variable.is_real:
+        raise refused(at, _REAL, f"{variable.kind} {list(variable.shape[:4])}")
+    return mat.read_variable(at, file, variable)
 
 
 def read_features(path: str | os.PathLike[str], name: str | None = None, *, transpose: bool = False) -> Array:
     """The features of a file, [M, D] float32 or float64, every value finite.
 
-    The file is a .npy, a .npz or a .mat (up to version 7; SciPy reads it), which its first bytes tell. Sizes
+    The file is a .npy, a .npz or a .mat (version 5 to 7), which its first bytes tell. Sizes
     that it states are believed only where the size of the file agrees, and nothing is unpickled. float16 and
     integers are read as the float that holds them.
 
@@ -118,7 +103,6 @@ def read_features(path: str | os.PathLike[str], name: str | None = None, *, tran
         OSError: as ``open`` has it.
         ValueError: another file, a cut one, one with bytes behind the array; several arrays and no ``name``;
             complex numbers, objects; no row or no column; NaN or infinity, by its row; naming the file.
-        ImportError: a .mat file without SciPy.
     """
     where = file_name(path)
     try:

@@ -25,6 +25,7 @@ def _axis(op: str, title: str, x: str, y: str) -> tuple[Any, Any]:
     axis.set_ylabel(y)
     axis.set_title(title, fontsize=11)
     axis.grid(alpha=0.3)
+    axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     return figure, axis
 
