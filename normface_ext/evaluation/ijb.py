@@ -26,8 +26,8 @@ from .embedding import progress
 from .roc import Roc, roc, tar_at_far
 from .scores import unit_rows
 
-#: The false accept rates that papers print.
 IJB_RATES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+"""The false accept rates that papers print."""
 
 
 @dataclass(frozen=True)

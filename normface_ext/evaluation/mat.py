@@ -163,9 +163,7 @@ def read_variable(where: str, file: IO[bytes], held: Variable) -> Array:
         stored = np.frombuffer(data, held.stored)
         with np.errstate(all="ignore"):  # said below
             matrix: Array = stored.astype(held.kind)
-        exact = held.stored.newbyteorder("=") == matrix.dtype or np.array_equal(
-            matrix, stored, equal_nan=True
-        )
+        exact = np.array_equal(matrix, stored, equal_nan=True)
         if not exact:
             raise ValueError(f"numbers that {held.kind} does not hold")
         return matrix.reshape(held.shape, order="F")

@@ -32,6 +32,7 @@ _HEADER = {
 _PARTS = tuple(_HEADER)
 _SIGNS = ("tab", "comma", "semicolon", "blank")
 LAYOUTS = ("image image same", "same image image", "lfw", "two lines")
+"""What ``read_pairs`` may be told that a list is."""
 
 
 @dataclass(frozen=True)
