@@ -264,6 +264,22 @@ def test_row_numbers_are_read_as_i_j_same(tmp_path: Path):
         ev.read_pairs(path)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_lists_of_row_numbers_have_one_meaning_whatever_the_numbers(tmp_path: Path, seed: int):
+    random = np.random.default_rng(seed)
+    count, top = int(random.integers(1, 60)), int(random.choice([2, 3, 40, 1 << 40]))
+    table = np.c_[random.integers(0, top, (count, 2)), random.integers(0, 2, count)]
+    if seed % 2:
+        table = np.c_[table, random.integers(0, 10, count)]
+    path = tmp_path / "pairs.txt"
+    path.write_text("".join(" \t,"[seed % 3].join(map(str, row)) + "\n" for row in table.tolist()))
+    found = ev.read_pairs(path, folds=3)
+    assert plain(found.pairs) == plain(ev.read_index_pairs(path, 3)) and found.names == ()
+    np.testing.assert_array_equal(
+        np.c_[found.pairs.first, found.pairs.second, found.pairs.same], table[:, :3]
+    )
+
+
 def test_arguments_that_contradict_are_refused(tmp_path: Path):
     path = tmp_path / "pairs.txt"
     path.write_text("0 1 1\n")

@@ -86,7 +86,8 @@ def lines(path: str | os.PathLike[str], encoding: str | None = None) -> Iterator
                 line = line.removesuffix("\n")
                 control = _CONTROL.search(line)
                 if control:
-                    raise refused(at, "text", f"the control character {control[0]!r}")
+                    wide = settles if control[0] == "\0" else ""  # UTF-16 without its mark is full of them
+                    raise refused(at, "text", f"the control character {control[0]!r}{wide}")
                 line = line.strip(" \t")
                 if line:
                     yield at, line

@@ -112,6 +112,8 @@ class CollectedRows:
 
     def numbered(self, where: str, name: str, number: str) -> int:
         count = whole(where, number, "an image number")
+        if name.isdecimal():  # a list of row numbers has such lines
+            raise refused(where, "the name of a person", quoted(name))
         return self.image(where, f"{name}/{name}_{count:04d}.jpg")
 
 
