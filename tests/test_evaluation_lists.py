@@ -280,6 +280,38 @@ def test_lists_of_row_numbers_have_one_meaning_whatever_the_numbers(tmp_path: Pa
     )
 
 
+def test_two_lines_per_pair_with_numbers_for_one_person(tmp_path: Path):
+    """CALFW's way: same pairs first, any number above 0 on both of their lines."""
+    path = tmp_path / "pairs_CALFW.txt"
+    rows = [(PLAIN[2 * p + i], p + 1) for p in range(4) for i in (0, 1)]
+    rows += [(PLAIN[2 * p + 2 * i], 0) for p in range(3) for i in (0, 1)] + [(PLAIN[0], 0), (PLAIN[7], 0)]
+    path.write_text("".join(f"{name} {label}\n" for name, label in rows))
+    pairs = ev.read_pairs(path, PLAIN, folds=2).pairs
+    assert pairs.same.tolist() == [True] * 4 + [False] * 4 and pairs.fold.tolist() == [0, 0, 1, 1] * 2
+    assert pairs.first.tolist() == [0, 2, 4, 6, 0, 2, 4, 0] and pairs.second.tolist() == [
+        1,
+        3,
+        5,
+        7,
+        2,
+        4,
+        6,
+        7,
+    ]
+    # Images and their people, two of each, are no pairs.
+    for start in (0, 1):
+        path.write_text("".join(f"{name} {row // 2 + start}\n" for row, name in enumerate(PLAIN)))
+        with pytest.raises(
+            ValueError, match=r"pairs_CALFW\.txt: expected as many pairs with 0 as with another"
+        ):
+            ev.read_pairs(path, PLAIN)
+    path.write_text("a.jpg 3\nb.jpg 4\n")
+    with pytest.raises(
+        ValueError, match=r"pairs_CALFW\.txt:2: expected the same label as on the line before"
+    ):
+        ev.read_pairs(path)
+
+
 def test_arguments_that_contradict_are_refused(tmp_path: Path):
     path = tmp_path / "pairs.txt"
     path.write_text("0 1 1\n")

@@ -152,8 +152,6 @@ def unpickle(where: str, data: bytes, expected: str) -> Any:
                 # A table of so many places would be made.
                 raise ValueError(f"place {shown(argument)} of a table at byte {at}, in {len(data)} bytes")
         return _Unpickler(io.BytesIO(data), encoding="bytes").load()
-    except MemoryError:
-        raise
     except Exception as error:
         # What find_class and the functions above raise; and what the parsers raise on bytes that are none.
         raise refused(where, expected, str(error) or type(error).__name__) from error

@@ -24,8 +24,10 @@ def _header(where: str, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtyp
     versions = {b"\x01\x00": npy.read_array_header_1_0, b"\x02\x00": npy.read_array_header_2_0}
     with reading(where, "the header of a .npy file"):
         start = file.read(8)
-        if start[:6] != npy.MAGIC_PREFIX or start[6:] not in versions:  # 3.0: names of columns, no features
+        if start[:6] != npy.MAGIC_PREFIX or len(start) < 8:
             raise ValueError(f"a file that starts with {quoted(start)}")
+        if start[6:] not in versions:  # 3.0 is for names of columns, which features have not
+            raise ValueError(f"version {tuple(start[6:])}")
         shape, fortran, dtype = versions[start[6:]](file)
     if len(shape) != 2 or min(shape) < 1 or dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise refused(where, _REAL, f"{dtype} {list(shape[:4])}")

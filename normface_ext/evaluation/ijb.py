@@ -114,7 +114,7 @@ def read_ijb_scores(path: str | os.PathLike[str]) -> npt.NDArray[np.float64]:
 _ROWS = re.compile(rb"(?:[ \t]*[0-9]{1,18}[ \t]+[0-9]{1,18}[ \t]+[01][ \t]*\r?\n)+")
 
 
-def _blocks_of_lines(file: IO[bytes], size: int = 1 << 20) -> Iterator[bytes]:
+def _blocks_of_lines(file: IO[bytes], size: int = 1 << 18) -> Iterator[bytes]:
     rest = b""
     while data := file.read(size):
         head, end, rest = (rest + data).rpartition(b"\n")

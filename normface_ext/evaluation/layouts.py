@@ -232,30 +232,37 @@ class Columns(Layout):
 
 
 class TwoLines(Layout):
-    """Lines "image same": the first and second, the third and fourth, ... are a pair (CALFW, CPLFW)."""
+    """Lines "image label": the first and second, the third and fourth, ... are a pair (CALFW, CPLFW).
+
+    Both lines of a pair have its label: 0 for different people, 1 or any other number for one person.
+    """
 
     name = "two lines per pair, image same"
     widths = (2,)
 
     def __init__(self, rows: Rows) -> None:
         super().__init__(rows)
-        self._same, self._half = Answers(strict=True), ""
-        self._first: tuple[int, bool] = (0, False)
+        self._half, self._image, self._label, self._most = "", 0, 0, 0
 
     def take(self, where: str, cells: list[str]) -> None:
         if len(cells) != 2:
             raise refused(where, "'image same' in two lines per pair", f"{len(cells)} words")
-        image, same = self.rows.image(where, cells[0]), self._same(where, cells[1])
+        image = self.rows.image(where, cells[0])
+        label = whole(where, cells[1], "0, or a number above it for one person")
         if not self._half:
-            self._half, self._first = where, (image, same)
+            self._half, self._image, self._label = where, image, label
             return
-        if same != self._first[1]:
+        if label != self._label:
             expected = "the same label as on the line before, the pair's other image"
             raise refused(where, expected, quoted(cells[1]))
-        self.table.add(self._first[0], image, same)
-        self._half = ""
+        self.table.add(self._image, image, label > 0)
+        self._half, self._most = "", max(self._most, label)
 
     def end(self, path: str | os.PathLike[str], folds: int) -> Pairs:
         if self._half:
             raise refused(self._half, "a second image of this pair on the next line", "the end of the file")
+        same, pairs = sum(self.table.same), len(self.table)
+        if self._most > 1 and 2 * same != pairs:  # lines "image person" look like this too
+            expected = "as many pairs with 0 as with another label in two lines per pair"
+            raise refused(file_name(path), expected, f"{same} of {pairs} with another")
         return super().end(path, folds)
