@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_evaluation_bins import PIXELS, encoded
+from test_evaluation_embedding import PIXELS, encoded
 from test_protocols_cfp import cfp_folder
 
 from normface_ext import evaluation as ev

@@ -55,6 +55,8 @@ def test_cfp(tmp_path: Path, kind: str):
         ("Pair_list_F.txt", "1 a\n3 b\n", "Pair_list_F.txt:2: expected '2 path of the image', got '3 b'"),
         ("Pair_list_F.txt", "1\n", "Pair_list_F.txt:1: expected '1 path of the image'"),
         ("Pair_list_P.txt", "", "Pair_list_P.txt: expected at least one image"),
+        ("Pair_list_F.txt", "1 a/b/c\n2 ../x/a/b/c\n", "Pair_list_F.txt:2: expected each image once"),
+        ("Pair_list_P.txt", "1 001/frontal/01.jpg\n", "Pair_list_P.txt:1: expected each image once"),
         ("Split/FP/02/diff.txt", "1,2\n1,7\n", r"diff.txt:2: expected .* image in \[1, 6\], got 7"),
         ("Split/FP/02/diff.txt", "0,2\n", r"diff.txt:1: expected the number of an image in \[1, 6\], got 0"),
         ("Split/FP/01/same.txt", "1 2\n", "same.txt:1: expected 'number,number'"),

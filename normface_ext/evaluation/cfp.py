@@ -15,14 +15,17 @@ from .pair_list import PairList
 from .pairs import Table
 
 
-def _images(path: Path) -> list[str]:
-    """Lines "number path", the numbers 1, 2, ... in order."""
+def _images(path: Path, seen: set[str]) -> list[str]:
+    """Lines "number path", the numbers 1, 2, ... in order, and no image that was ``seen``."""
     images: list[str] = []
     for where, line in lines(path):
         words = re.split(r"[ \t]+", line, maxsplit=1)
         if len(words) != 2 or whole(where, words[0], "a number from 1 on") != len(images) + 1:
             raise refused(where, f"'{len(images) + 1} path of the image'", quoted(line))
         images.append(re.sub(r"\A(?:\.\./)+", "", same_path(words[1])))
+        if _end(images[-1]) in seen:
+            raise refused(where, "each image once in the lists", f"{quoted(images[-1])} again")
+        seen.add(_end(images[-1]))
     if not images:
         raise refused(file_name(path), "at least one image", "none")
     return images
@@ -57,8 +60,9 @@ def read_cfp(
     kind = choice(op, "protocol", protocol, ("FF", "FP"))
     root = Path(folder)
     root = root / "Protocol" if (root / "Protocol").is_dir() else root
-    frontal = _images(root / "Pair_list_F.txt")
-    profile = _images(root / "Pair_list_P.txt") if kind == "FP" else frontal
+    seen: set[str] = set()
+    frontal = _images(root / "Pair_list_F.txt", seen)
+    profile = _images(root / "Pair_list_P.txt", seen) if kind == "FP" else frontal
     listed = frontal + profile if kind == "FP" else frontal
     held = tuple(listed) if names is None else tuple(names)
     rows = {_end(name): row for row, name in enumerate(held)}
