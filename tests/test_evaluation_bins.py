@@ -32,6 +32,7 @@ def python2(images: list[bytes], same: list[bool]) -> bytes:
 FORMS = {
     **{f"protocol {p}": pickle.dumps((IMAGES, SAME), p) for p in range(6)},
     "lists": pickle.dumps([tuple(IMAGES), tuple(SAME)], 4),
+    "bytearrays": pickle.dumps((list(map(bytearray, IMAGES)), SAME), 5),
     "0 and 1": pickle.dumps((IMAGES, list(map(int, SAME))), 4),
     "NumPy's bools": pickle.dumps((IMAGES, list(map(np.bool_, SAME))), 4),
     "an array of bools": pickle.dumps((IMAGES, np.array(SAME)), 4),

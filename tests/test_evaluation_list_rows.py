@@ -10,10 +10,17 @@ from test_evaluation_lists import PLAIN, plain
 
 from normface_ext import evaluation as ev
 
+QUOTED = '"0","1","1"\n"1","0","1"\n"0","1","0"\n'
+
 
 def test_row_numbers_are_read_as_i_j_same(tmp_path: Path):
     path = tmp_path / "pairs.txt"
-    for text in ("0 1 1\n1 0 1\n0, 1, 0\n", "i,j,same\n0,1,1\n1,0,1\n0,1,0\n", "0;1;1\n1;0;1\n0;1;0\n"):
+    for text in (
+        "0 1 1\n1 0 1\n0, 1, 0\n",
+        "i,j,same\n0,1,1\n1,0,1\n0,1,0\n",
+        "0;1;1\n1;0;1\n0;1;0\n",
+        QUOTED,
+    ):
         path.write_text(text)
         found = ev.read_pairs(path, rows=2)
         assert plain(found.pairs)[:3] == [[0, 1, 0], [1, 0, 1], [True, True, False]] and found.names == ()
@@ -83,6 +90,7 @@ def test_arguments_that_contradict_are_refused(tmp_path: Path):
         ({"separator": "|"}, "`separator` to be one of"),
         ({"rows": 2, "layout": "lfw"}, "`names` for layout 'lfw'"),
         ({"folds": 0}, "`folds`"),
+        ({"rows": -1}, "`rows`"),
         ({"labels": [2]}, "`same`"),
     ):
         with pytest.raises(ValueError, match=sentence):

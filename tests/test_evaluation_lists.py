@@ -43,6 +43,8 @@ def lines_of(layout: str, separator: str, names: list[str]) -> list[str]:
             rows.append([names[i], names[j], same])
         elif layout == "image image true":
             rows.append([names[i], names[j], bool(same)])
+        elif layout == "image image 1.0":
+            rows.append([names[i], names[j], float(same)])
         elif layout == "image image -1":
             rows.append([names[i], names[j], 2 * same - 1])
         elif layout == "same image image":
@@ -63,8 +65,8 @@ def lines_of(layout: str, separator: str, names: list[str]) -> list[str]:
 
 
 LAYOUTS = (
-    "image image same", "image image true", "image image -1", "same image image", "two lines", "header",
-    "lfw", "lfw without header", "lfw of kaggle",
+    "image image same", "image image true", "image image -1", "image image 1.0", "same image image",
+    "two lines", "header", "lfw", "lfw without header", "lfw of kaggle",
 )  # fmt: skip
 
 

@@ -55,9 +55,9 @@ def runs(pairs: int, folds: int) -> npt.NDArray[np.int64]:
 def _image(where: str, at: int, value: object) -> bytes:
     if isinstance(value, _Array) and value.value is not None and value.value.dtype == np.uint8:
         value = value.value.tobytes()
-    if not isinstance(value, bytes):
+    if not isinstance(value, (bytes, bytearray)):
         raise refused(where, _EXPECTED, f"{type(value).__name__.strip('_')} as image {at}")
-    return value
+    return bytes(value)
 
 
 def read_bin(path: str | os.PathLike[str]) -> VerificationSet:

@@ -120,7 +120,7 @@ class CollectedRows:
 Rows = NumberedRows | NamedRows | CollectedRows
 
 _ZERO_ONE = {"0": False, "1": True}
-_ANSWERS = (_ZERO_ONE, {"-1": False, "1": True}, {"false": False, "true": True})
+_ANSWERS = (_ZERO_ONE, {"-1": False, "1": True}, {"false": False, "true": True}, {"0.0": False, "1.0": True})
 
 
 class Answers:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..engine.arguments import choice, shown
+from ..engine.arguments import choice, integer, shown
 from ..engine.files import clip, file_name, quoted
 from ._checks import as_same
 from ._text import SEPARATORS, encoding_of, lines, refused, text_encoding
@@ -220,7 +220,7 @@ def _kinds(names: object, rows: int | None, encoding: str | None) -> list[Callab
 
 def _signs_for(rows: Rows, signs: tuple[str, ...]) -> tuple[str, ...]:
     """Lines of numbers may be separated each in its own way; nothing in them can be taken for a sign."""
-    return ("mixed", "semicolon") if isinstance(rows, NumberedRows) and signs == _SIGNS else signs
+    return ("mixed", *signs) if isinstance(rows, NumberedRows) and signs == _SIGNS else signs
 
 
 def read_pairs(
@@ -241,7 +241,7 @@ def read_pairs(
     lines per pair (CALFW, CPLFW), or "image image" with ``labels``; the first may be followed by a fold.
     Tabs, commas, semicolons or blanks separate; a name with blanks stands between tabs, commas, or double
     quotes. A header such as "image1,image2,label" is known by its words; ``columns`` names other ones. same
-    is 1 and 0, or 1 and -1, or true and false. A line that starts with # is a comment.
+    is 1 and 0, 1 and -1, 1.0 and 0.0, or true and false. A line that starts with # is a comment.
 
     Images are names of feature rows. Without ``names``, whole numbers are row numbers, in lines "i j same",
     and other words are names that get rows in the order in which they occur (``PairList.names``).
@@ -267,6 +267,7 @@ def read_pairs(
     count, encoding = folds_of(op, folds), text_encoding(op, encoding)
     if names is not None and rows is not None:
         raise ValueError(f"{op}: expected `names` or `rows`, got both")
+    rows = None if rows is None else integer(op, "rows", rows, 0)
     answers = _labels(labels, encoding)
     kinds = _kinds(names, rows, encoding)
     wanted = LAYOUTS if layout is None else (choice(op, "layout", layout, LAYOUTS),)

@@ -22,7 +22,7 @@ from normface_ext import evaluation as ev
 NAMES = [f"Ann {i}/{j}.jpg" for i in range(4) for j in (1, 2)]
 ROWS = {name: row for row, name in enumerate(NAMES)}
 TRIPLES = [(0, 1, 1), (2, 3, 1), (0, 3, 0), (2, 5, 0), (4, 5, 1), (6, 7, 1), (4, 7, 0), (6, 1, 0)]
-YES, NO = ("1", "true"), ("0", "-1", "false")
+YES, NO = ("1", "1.0", "true"), ("0", "0.0", "-1", "false")
 
 
 def splits_of(line: str) -> Iterator[list[str]]:
