@@ -81,6 +81,34 @@ def test_two_lines_per_pair_with_numbers_for_one_person(tmp_path: Path):
         ev.read_pairs(path)
 
 
+def test_a_fold_without_names_is_asked_for(tmp_path: Path):
+    """ "Al Gore 1 2" are two images, the same person, fold 2; or LFW's images 1 and 2 of Al Gore."""
+    path = tmp_path / "pairs.txt"
+    path.write_text("Al Gore 1 2\nAl Bo 0 3\n")
+    with pytest.raises(ValueError, match=r"pairs\.txt:1: expected .*`columns`"):
+        ev.read_pairs(path)
+    columns = {"first": 0, "second": 1, "same": 2, "fold": 3}
+    assert ev.read_pairs(path, columns=columns).pairs.fold.tolist() == [2, 3]
+    assert ev.read_pairs(path, ["Al", "Gore", "Bo"]).pairs.fold.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("Ann Lee/1.jpg Ann Lee/2.jpg 1\n", "expected 'image image same', got 5 words"),
+        ("a.jpg b.jpg\n", "`labels` same of two columns"),
+        ("0 1\n", "expected 'i j same' or 'i j same fold', got 2 words.*`labels` same of two columns"),
+        ("left_image,right_image,y\na,b,1\n", "expected same to be 0 or 1, got 'y'.*`columns` what a header"),
+        ('a"b.jpg c.jpg 1\n', 'expected a name with blanks in one pair of "'),
+    ],
+)
+def test_the_sentence_says_what_would_settle_it(tmp_path: Path, text: str, sentence: str):
+    path = tmp_path / "pairs.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"pairs\.txt:1: .*{sentence}"):
+        ev.read_pairs(path)
+
+
 def test_arguments_that_contradict_are_refused(tmp_path: Path):
     path = tmp_path / "pairs.txt"
     path.write_text("0 1 1\n")

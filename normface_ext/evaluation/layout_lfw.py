@@ -18,11 +18,11 @@ class Lfw(Layout):
     """
 
     name = "LFW, with its header"
-    widths: tuple[int, ...] = (1, 2, 3, 4)
 
     def __init__(self, rows: Rows) -> None:
         super().__init__(rows)
         self._folds = self._per_kind = self._same_in_fold = 0
+        self.widths = ()  # of the header
 
     def _read_header(self, where: str, cells: list[str]) -> None:
         if len(cells) not in (1, 2):
@@ -33,6 +33,7 @@ class Lfw(Layout):
             raise refused(
                 where, "counts above 0 in the header", f"{self._folds} folds of {self._per_kind} pairs"
             )
+        self.widths = (3, 4)
 
     @property
     def _pairs(self) -> int:
@@ -82,11 +83,10 @@ class LfwTable(Lfw):
     """LFW's lines without its header, or below names of columns; a cell at the end may be empty."""
 
     name = "LFW, without its header"
-    widths = (3, 4)
 
     def __init__(self, rows: Rows) -> None:
         super().__init__(rows)
-        self._begun = False
+        self._begun, self.widths = False, (3, 4)
 
     def take(self, where: str, cells: list[str]) -> None:
         if not cells[-1]:

@@ -183,8 +183,9 @@ class Columns(Layout):
         self.name, self._places, self._header, self._labels = name, places, header, labels
         self._same, self._width = Answers(strict), 0
         least = 1 + max(places.values(), default=0)
-        most = 1000 if fixed else least if labels is not None else least + 1
-        self._fold_last, self.widths = not fixed, tuple(range(least, most + 1))
+        # A fold may follow; not where names are whatever stands there: "Al Gore 1 2" is LFW's, with a blank.
+        self._fold_last = not fixed and labels is None and not isinstance(rows, CollectedRows)
+        self.widths = tuple(range(least, 1000 if fixed else least + 1 + self._fold_last))
         if header is not None:  # any; what the header says decides
             self.widths = ()
 
@@ -198,7 +199,7 @@ class Columns(Layout):
         order = sorted(self._places, key=lambda part: self._places[part])
         words = " ".join("image" if part in ("first", "second") else part for part in order)
         words = words.replace("image image", self.rows.what)
-        fold = "" if "fold" in self._places or self._labels is not None else f" or '{words} fold'"
+        fold = f" or '{words} fold'" if self._fold_last and "fold" not in self._places else ""
         return f"'{words}'{fold}"
 
     def take(self, where: str, cells: list[str]) -> None:

@@ -53,13 +53,16 @@ class _Reading:
 
     def __init__(self, layout: Layout, separator: str) -> None:
         self.layout, self.separator = layout, separator
-        self.likely, self.cells, self.error = False, 0, ""
+        self.of_kind, self.likely, self.cells, self.error = True, False, 0, ""
         self.at = array("q")  # the line of each pair
 
     def take(self, where: str, line: str) -> bool:
+        self.likely = self.separator == "blank"  # of a line whose quotes are none
         try:
             cells = SEPARATORS[self.separator](where, line)
             self.likely, self.cells = len(cells) in self.layout.widths, len(cells)
+            numbers = [cell.isdecimal() for cell in cells[:2]]
+            self.of_kind = any(numbers) if isinstance(self.layout.rows, NumberedRows) else not all(numbers)
             self.layout.take(where, cells)
         except ValueError as error:
             self.error = str(error)
@@ -152,12 +155,12 @@ def _labels(labels: object, encoding: str | None) -> Same | None:
 
 def _why(dead: list[_Reading]) -> str:
     """The sentence of the readings that came farthest, which are those that end here."""
-    likely = [reading for reading in dead if reading.likely] or [max(dead, key=lambda one: one.cells)]
-    sentences = {reading.layout.name: reading.error for reading in reversed(likely)}
-    sentence = sentences[likely[0].layout.name]
-    if len(sentences) == 1:
-        return sentence
-    return f"{sentence}; no other layout fits: `layout` names one, `columns` what a header has"
+    kind = [reading for reading in dead if reading.of_kind] or dead
+    likely = [reading for reading in kind if reading.likely] or [max(kind, key=lambda one: one.cells)]
+    if any(len(reading.layout.table) for reading in dead):
+        return likely[0].error
+    ways = "`layout` names one, `columns` what a header has, `labels` same of two columns"
+    return f"{likely[0].error}; no other layout fits: {ways}"
 
 
 def _same_pairs(path: str | os.PathLike[str], one: _Reading, other: _Reading) -> None:
@@ -238,7 +241,8 @@ def read_pairs(
     """A list of pairs in whichever of the usual layouts it is, and what it was found to be.
 
     Lines are "image image same", "same image image", LFW's with or without the header, "image same" in two
-    lines per pair (CALFW, CPLFW), or "image image" with ``labels``; the first may be followed by a fold.
+    lines per pair (CALFW, CPLFW), or "image image" with ``labels``. The first two may end with a fold, where
+    images are row numbers or of ``names``.
     Tabs, commas, semicolons or blanks separate; a name with blanks stands between tabs, commas, or double
     quotes. A header such as "image1,image2,label" is known by its words; ``columns`` names other ones. same
     is 1 and 0, 1 and -1, 1.0 and 0.0, or true and false. A line that starts with # is a comment.
