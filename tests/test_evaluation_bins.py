@@ -162,6 +162,16 @@ def test_lists_that_share_lists_are_not_written_out(tmp_path: Path):
         assert isinstance(assert_contract(ev.read_bin, path), ValueError)
 
 
+def test_a_set_has_two_images_for_each_answer():
+    with pytest.raises(
+        ValueError, match="VerificationSet: expected two images .*, got 3 images and 1 answers"
+    ):
+        ev.VerificationSet((b"a",) * 3, [True])
+    with pytest.raises(ValueError, match="VerificationSet: expected `same` to be bool or 0 and 1"):
+        ev.VerificationSet((b"a",) * 2, [2])
+    assert ev.VerificationSet((b"a",) * 4, [1, 0]).same.dtype == np.bool_
+
+
 def test_every_opcode_is_either_needed_or_refused():
     from normface_ext.evaluation._unpickle import _ALLOWED
 

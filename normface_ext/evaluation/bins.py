@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,14 @@ class VerificationSet:
 
     images: tuple[bytes, ...]
     same: npt.NDArray[np.bool_]
+
+    def __post_init__(self) -> None:
+        op = "VerificationSet"
+        same = as_same(op, self.same)
+        if len(self.images) != 2 * len(same):
+            got = f"{len(self.images)} images and {len(same)} answers"
+            raise ValueError(f"{op}: expected two images for each answer, got {got}")
+        object.__setattr__(self, "same", same)  # what was checked is what is used
 
     def __len__(self) -> int:
         return len(self.same)
@@ -135,8 +143,3 @@ def decode_images(
     if not arrays:
         raise ValueError(f"{op}: expected at least one image, got none")
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-
-
-def blocks(count: int, size: int) -> Iterator[slice]:
-    """Slices of at most ``size`` that cover ``count``."""
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
