@@ -71,8 +71,9 @@ def _image(where: str, at: int, value: object) -> bytes:
 def read_bin(path: str | os.PathLike[str]) -> VerificationSet:
     """A verification set as InsightFace packs it, without running what a pickle may ask to be run.
 
-    The pickle may be of Python 2 (protocols 1 and 2) or 3 and have arrays of bytes for images, and NumPy's bools for answers;
-    any other opcode or name in it is refused by name. Images stay encoded: ``decode_images`` decodes some.
+    The pickle may be of Python 2 (protocols 1 and 2) or 3, and have arrays of bytes for images and NumPy's
+    bools for answers; any other opcode or name in it is refused by name. Images stay encoded:
+    ``decode_images`` decodes some.
     Memory: about twice the file.
 
     Raises:
