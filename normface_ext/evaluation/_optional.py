@@ -11,7 +11,9 @@ def require(module: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = {"sklearn": "scikit-learn"}.get(module.partition(".")[0], module.partition(".")[0])
+        package = {"sklearn": "scikit-learn", "PIL": "pillow"}.get(
+            module.partition(".")[0], module.partition(".")[0]
+        )
         raise ImportError(
             f"{what}: needs {package}, which is not installed or does not load ({error}); "
             '`pip install "normface_ext[evaluation]"` brings it'

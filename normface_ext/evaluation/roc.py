@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ..engine.arguments import choice
 from ._checks import Array, false_accept_rates, judged_pairs
 from ._optional import require
 
@@ -56,24 +57,36 @@ def allowed(far: float, impostors: int) -> int:
     return int(np.floor(far * impostors * (1 + 1e-12)))
 
 
-def tar_at_far(scores: Array, same: Array, far: float | Sequence[float]) -> npt.NDArray[np.float64]:
+def tar_at_far(
+    scores: Array, same: Array, far: float | Sequence[float], *, how: str = "below"
+) -> npt.NDArray[np.float64]:
     """The true accept rate at each false accept rate: never above the FAR asked for, no interpolation.
 
     The threshold is the lowest one that accepts at most floor(far * impostors) different pairs, so a FAR
-    below 1 / impostors means no false accept at all. Returns one value for each ``far``.
+    below 1 / impostors means no false accept at all: TAR is then the share of same pairs above every
+    different one. Returns one value for each ``far``.
 
     Args:
         scores: [P], finite.
         same: [P], bools, or numbers that are 0 and 1; some of each.
         far: in [0, 1].
+        how: "below" as above, or "nearest": TAR at the corner of scikit-learn's ROC curve whose FAR is
+            nearest, be it above or below, of equally near ones that with the larger TAR. InsightFace's
+            tables of IJB-B and IJB-C are made so.
 
     Raises:
         ValueError: other shapes or rates; a score that is NaN or infinite, a label that is no answer, by the
             first; labels of one kind.
+        ImportError: "nearest" without scikit-learn.
     """
-    scores, is_same = judged_pairs("tar_at_far", scores, same)
+    op = "tar_at_far"
+    scores, is_same = judged_pairs(op, scores, same)
+    rates = false_accept_rates(op, far)
+    if choice(op, "how", how, ("below", "nearest")) == "nearest":
+        fars, tars, _ = require("sklearn.metrics", op).roc_curve(is_same, scores)
+        return np.array([tars[::-1][np.abs(fars[::-1] - rate).argmin()] for rate in rates])
     impostors, genuine = np.sort(scores[~is_same])[::-1], scores[is_same]
-    counts = [allowed(value, len(impostors)) for value in false_accept_rates("tar_at_far", far)]
+    counts = [allowed(rate, len(impostors)) for rate in rates]
     return np.array([(genuine > false_accept_threshold(impostors, count)).mean() for count in counts])
 
 
