@@ -15,7 +15,7 @@ from test_normface_loss import IGNORE, check, sample
 
 import normface_ext as nf
 from normface_ext import testing
-from normface_ext.softmax import functions
+from normface_ext.softmax import arguments
 
 SWEEP_COLUMNS = 256
 planning = importlib.import_module("normface_ext.engine.plan")  # the package has a function of that name
@@ -28,7 +28,7 @@ def cuda_lane(request):
         yield lane
 
 
-def choose(monkeypatch, choice, chunk, *, again=False, module=functions):
+def choose(monkeypatch, choice, chunk, *, again=False, module=arguments):
     """From now on the module's plan() says so, `chunk` classes at a time; `again`: without storing E."""
     monkeypatch.setattr(module, "plan", plan_of(choice, chunk, again=again))
 
@@ -198,7 +198,7 @@ def test_the_single_sweep_keeps_its_word(cuda_lane, monkeypatch):
     device = planning._Device(dim, torch.bfloat16, "cuda")
     device.multiprocessors = 3  # the emulation's
     plan = planning._sweep_plan(batch, dim, classes, 1 << 30, device)
-    monkeypatch.setattr(functions, "plan", lambda *_, **__: plan)
+    monkeypatch.setattr(arguments, "plan", lambda *_, **__: plan)
     x, weight, labels = sample(cuda_lane, batch, dim, classes, torch.bfloat16)
 
     def step():

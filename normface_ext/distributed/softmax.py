@@ -17,8 +17,9 @@ from ..engine.arguments import choice, flag, number
 from ..engine.autograd import detach_without_grad, no_second_derivative
 from ..engine.options import takes
 from ..softmax import ops
+from ..softmax.arguments import Numbers, loss_options, margin_arguments
 from ..softmax.batch_margins import BatchMargin
-from ..softmax.functions import Numbers, loss_options, margin_arguments, rows_of
+from ..softmax.functions import rows_of
 from ..softmax.margins import Margin
 from ..softmax.options import HeadKeywords, HeadOptions
 from .batch_margins import margin_of_rows, with_regularizer

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from ..cosine.functions import normalize
 from ..engine import checks
-from ..engine.calls import plan_device
 from ..engine.options import takes
-from ..engine.plan import plan
 from ..reference import HeadParts, loss_of_parts
 from . import ops
+from .arguments import HeadInputs, checked_inputs, loss_options, margin_arguments
 from .batch_margins import BatchMargin, Rows, reduced, rows_weight, straightened
-from .margins import GUARDS, Margin, of_rows
+from .margins import Margin
 from .options import HeadKeywords, HeadOptions, PartsKeywords, PartsOptions
 from .parts import head_parts as parts_op
 
@@ -94,14 +93,14 @@ def head_loss(
     options: HeadOptions,
 ) -> Tensor:
     """``normface_loss`` with options that have been checked."""
-    inputs = _inputs(op, x, weight, labels, scale, sample_weight, class_weight, options)
+    inputs = checked_inputs(op, x, weight, labels, scale, sample_weight, class_weight, options)
     if isinstance(options.margin, BatchMargin):
         return _of_batch(op, x, weight, scale, inputs, options, options.margin)
     return _fused(op, x, weight, inputs, options, options.margin)
 
 
 def _fused(
-    op: str, x: Tensor, weight: Tensor, inputs: _Inputs, options: HeadOptions, given_margin: Margin | None
+    op: str, x: Tensor, weight: Tensor, inputs: HeadInputs, options: HeadOptions, given_margin: Margin | None
 ) -> Tensor:
     straight = options.margin_gradient == "straight"
     margin, numbers = margin_arguments(op, given_margin, inputs.labels, weight.shape[0], straight)
@@ -124,7 +123,7 @@ def _of_batch(
     x: Tensor,
     weight: Tensor,
     scale: float | Tensor,
-    inputs: _Inputs,
+    inputs: HeadInputs,
     options: HeadOptions,
     margin: BatchMargin,
 ) -> Tensor:
@@ -163,97 +162,6 @@ def rows_of(
         norms = normalize(counted, eps=options.eps, return_norm=True)[1].squeeze(1).double()
         norms = torch.where(counts, norms, 1)
     return Rows(labels, counts, norms, options.margin_gradient == "straight", group)
-
-
-class _Inputs(NamedTuple):
-    """A head's arguments, checked."""
-
-    scale: Tensor | None
-    scale_value: float
-    labels: Tensor
-    sample_weight: Tensor | None
-    class_weight: Tensor | None
-
-
-def _inputs(
-    op: str,
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    scale: float | Tensor,
-    sample_weight: Tensor | None,
-    class_weight: Tensor | None,
-    options: HeadOptions,
-) -> _Inputs:
-    checks.features_and_weight(op, x, weight)
-    classes = weight.shape[0]
-    labels = checks.labels(op, labels, x, classes, options.ignore_index)
-    scale_tensor, scale_value = checks.scale(op, scale, x, per_row=True)
-    row_weight = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
-    if options.check_finite:
-        kept = labels != checks.ignored(options.ignore_index)
-        checks.finite_operands(op, x, weight, kept, scale_tensor, row_weight)
-    of_class = checks.weights(op, "class_weight", class_weight, x, classes)
-    return _Inputs(scale_tensor, scale_value, labels, row_weight, of_class)
-
-
-#: m1, m2, m3, the formula's and the guard's codes and straightness, where the margin is none.
-_PLAIN = (1.0, 0.0, 0.0, 0, 0, False)
-Numbers = tuple[float, float, float, int, int, bool]
-
-
-def margin_arguments(
-    op: str, margin: Margin | None, labels: Tensor, classes: int, straight: bool
-) -> tuple[ops.MarginTensors, Numbers]:
-    """A margin for the rows whose labels these are: its tensors, [] or [N], and its numbers (0 where there is
-    a tensor), formula, guard and straightness."""
-    if margin is None:
-        return ops.NUMBERS, _PLAIN
-    tensors: list[Tensor | None] = []
-    numbers: list[float] = []
-    for name, value in zip(("m1", "m2", "m3"), margin.numbers(), strict=True):
-        if isinstance(value, Tensor):
-            value = value.detach() if straight else value
-            tensors.append(of_rows(op, name, value, margin.per_row, labels, classes))
-            numbers.append(0.0)
-        else:
-            tensors.append(None)
-            numbers.append(value)
-    m1, m2, m3 = numbers
-    return (tensors[0], tensors[1], tensors[2]), (m1, m2, m3, margin.formula, GUARDS[margin.guard], straight)
-
-
-def loss_options(
-    scale_value: float,
-    options: HeadOptions,
-    x: Tensor,
-    weight: Tensor,
-    batch: int,
-    classes: int,
-    margin: Numbers = _PLAIN,
-) -> ops.LossOptions:
-    """What the kernels are told of a head of `classes` classes."""
-    precision = product_dtype(x, weight)
-    m1, m2, m3, formula, guard, straight = margin
-    made = plan(batch, x.shape[1], classes, precision, plan_device(x), workspace=options.workspace)
-    return ops.LossOptions(
-        scale_value,
-        options.eps,
-        classes,
-        made,
-        made.class_chunk,
-        made.kernels,
-        precision,
-        checks.ignored(options.ignore_index),
-        checks.REDUCTIONS[options.reduction],
-        options.label_smoothing,
-        m1_value=m1,
-        m2_value=m2,
-        m3_value=m3,
-        formula=formula,
-        guard=guard,
-        straight=straight,
-    )
 
 
 @takes(PartsOptions)
@@ -329,7 +237,7 @@ def parts(
     options: HeadOptions,
 ) -> Parts:
     """The parts of ``normface_loss`` with these options, whatever the margin; checks what it is given."""
-    inputs = _inputs(op, x, weight, labels, scale, sample_weight, class_weight, options)
+    inputs = checked_inputs(op, x, weight, labels, scale, sample_weight, class_weight, options)
     classes = weight.shape[0]
     given = loss_options(inputs.scale_value, options, x, weight, x.shape[0], classes)
     cosine, log_sum, with_sum, state = parts_op(
@@ -377,11 +285,3 @@ def loss_of_psi(
         cosine_with_sum=made.cosine_with_sum,
     )
     return loss if x.dtype == torch.float64 else loss.float()
-
-
-def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """dtype of the matrix products' operands: the autocast dtype on CUDA inside autocast, else the
-    narrower of the two inputs'. CPU kernels widen 16-bit operands to float32 whatever this says."""
-    if x.is_cuda and x.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
-        return torch.get_autocast_dtype("cuda")
-    return x.dtype if x.dtype.itemsize <= weight.dtype.itemsize else weight.dtype

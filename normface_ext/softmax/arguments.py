@@ -1,0 +1,114 @@
+"""A head's arguments: checked, and as the kernels are told them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..engine import checks
+from ..engine.calls import plan_device
+from ..engine.plan import plan
+from . import ops
+from .margins import GUARDS, Margin, of_rows
+from .options import HeadOptions
+
+
+class HeadInputs(NamedTuple):
+    """A head's arguments, checked."""
+
+    scale: Tensor | None
+    scale_value: float
+    labels: Tensor
+    sample_weight: Tensor | None
+    class_weight: Tensor | None
+
+
+def checked_inputs(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    options: HeadOptions,
+) -> HeadInputs:
+    checks.features_and_weight(op, x, weight)
+    classes = weight.shape[0]
+    labels = checks.labels(op, labels, x, classes, options.ignore_index)
+    scale_tensor, scale_value = checks.scale(op, scale, x, per_row=True)
+    row_weight = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
+    if options.check_finite:
+        kept = labels != checks.ignored(options.ignore_index)
+        checks.finite_operands(op, x, weight, kept, scale_tensor, row_weight)
+    of_class = checks.weights(op, "class_weight", class_weight, x, classes)
+    return HeadInputs(scale_tensor, scale_value, labels, row_weight, of_class)
+
+
+#: m1, m2, m3, the formula's and the guard's codes and straightness, where the margin is none.
+NO_NUMBERS = (1.0, 0.0, 0.0, 0, 0, False)
+Numbers = tuple[float, float, float, int, int, bool]
+
+
+def margin_arguments(
+    op: str, margin: Margin | None, labels: Tensor, classes: int, straight: bool
+) -> tuple[ops.MarginTensors, Numbers]:
+    """A margin for the rows whose labels these are: its tensors, [] or [N], and its numbers (0 where there is
+    a tensor), formula, guard and straightness."""
+    if margin is None:
+        return ops.NUMBERS, NO_NUMBERS
+    tensors: list[Tensor | None] = []
+    numbers: list[float] = []
+    for name, value in zip(("m1", "m2", "m3"), margin.numbers(), strict=True):
+        if isinstance(value, Tensor):
+            value = value.detach() if straight else value
+            tensors.append(of_rows(op, name, value, margin.per_row, labels, classes))
+            numbers.append(0.0)
+        else:
+            tensors.append(None)
+            numbers.append(value)
+    m1, m2, m3 = numbers
+    return (tensors[0], tensors[1], tensors[2]), (m1, m2, m3, margin.formula, GUARDS[margin.guard], straight)
+
+
+def loss_options(
+    scale_value: float,
+    options: HeadOptions,
+    x: Tensor,
+    weight: Tensor,
+    batch: int,
+    classes: int,
+    margin: Numbers = NO_NUMBERS,
+) -> ops.LossOptions:
+    """What the kernels are told of a head of `classes` classes."""
+    precision = product_dtype(x, weight)
+    m1, m2, m3, formula, guard, straight = margin
+    made = plan(batch, x.shape[1], classes, precision, plan_device(x), workspace=options.workspace)
+    return ops.LossOptions(
+        scale_value,
+        options.eps,
+        classes,
+        made,
+        made.class_chunk,
+        made.kernels,
+        precision,
+        checks.ignored(options.ignore_index),
+        checks.REDUCTIONS[options.reduction],
+        options.label_smoothing,
+        m1_value=m1,
+        m2_value=m2,
+        m3_value=m3,
+        formula=formula,
+        guard=guard,
+        straight=straight,
+    )
+
+
+def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """dtype of the matrix products' operands: the autocast dtype on CUDA inside autocast, else the
+    narrower of the two inputs'. CPU kernels widen 16-bit operands to float32 whatever this says."""
+    if x.is_cuda and x.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return x.dtype if x.dtype.itemsize <= weight.dtype.itemsize else weight.dtype
