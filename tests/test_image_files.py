@@ -8,6 +8,7 @@ import os
 import struct
 import warnings
 import zlib
+from functools import partial
 
 import common
 import idx
@@ -94,7 +95,7 @@ GOOD = gzip.compress(raw(4, 5, 6), mtime=0)
     [
         b"", GOOD[:30], GOOD[:-9], GOOD[:-4], raw(4, 5, 6), GOOD[:20] + bytes([GOOD[20] ^ 255]) + GOOD[21:],
         GOOD[:-6] + b"\0\0" + GOOD[-4:], GOOD + b"x",
-        *map(gzip.compress, [
+        *map(partial(gzip.compress, mtime=0), [
             b"", b"\0\0\x08", raw(4, 5, 7), raw(4, 5, 5), raw(-1, 5, 6), raw(-4, -5, 6), raw(0, 5, 6, data=0),
             raw(2**31 - 1, 5, 6), raw(2**31 - 1, 2**31 - 1, 2**31 - 1), raw(120, rank=0), raw(120, rank=255),
             raw(1, 120, rank=3, data=0), b"\0\0\x09" + raw(4, 5, 6)[3:],
@@ -116,7 +117,9 @@ def test_idx_files_that_do_not_belong_together(tmp_path, monkeypatch):
         for part in ("train", "t10k"):
             for kind, array in (("images-idx3", np.zeros(images, np.uint8)), ("labels-idx1", labels)):
                 head = raw(*array.shape, rank=array.ndim, data=0)
-                (tmp_path / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes(), mtime=0))
+                (tmp_path / f"{part}-{kind}-ubyte.gz").write_bytes(
+                    gzip.compress(head + array.tobytes(), mtime=0)
+                )
 
     for shape, labels in (((4, 5, 5), np.zeros(3, np.uint8)), ((4, 5, 5), np.zeros((4, 1), np.uint8))):
         write(shape, labels)
