@@ -21,7 +21,8 @@ from ..engine.autograd import detach_without_grad, no_second_derivative
 from ..engine.options import takes
 from .collectives import Batch, ScatteredRows, add_over_shards, gather_rows, largest_over_shards
 from .shard import IGNORED, ClassShard
-from .softmax import check_backbone_gradients, store_as
+from .softmax import check_backbone_gradients
+from .softmax_op import store_as
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

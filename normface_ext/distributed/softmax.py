@@ -3,220 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 
-from .. import _C
 from ..engine import checks
 from ..engine.arguments import choice, flag, number
-from ..engine.autograd import detach_without_grad, no_second_derivative
+from ..engine.autograd import detach_without_grad
 from ..engine.options import takes
-from ..softmax import ops
-from ..softmax.arguments import Numbers, loss_options, margin_arguments
+from ..softmax.arguments import loss_options
 from ..softmax.batch_margins import BatchMargin
 from ..softmax.functions import rows_of
-from ..softmax.margins import Margin
 from ..softmax.options import HeadKeywords, HeadOptions
 from .batch_margins import margin_of_rows, with_regularizer
 from .collectives import (
-    Batch,
-    ScatteredRows,
-    add_over_shards,
-    gather_row_gradients,
     gather_rows,
-    largest_over_shards,
 )
 from .sampling import ClassSampler
 from .shard import IGNORED, ClassShard
+from .softmax_op import OP, ClassParallelLoss, margin_of_all
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-OP = "distributed.normface_loss"
-
-
-def _shared_shift(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    scale: Tensor | None,
-    options: ops.LossOptions,
-    largest_scale: float | None,
-    shard: ClassShard,
-) -> Tensor | None:
-    """kappa for all shards where no constant serves, else None. On CUDA a scale tensor without a bound is
-    read, and the host waits for it."""
-    bound = options.scale_value if scale is None else largest_scale
-    if bound is None:
-        assert scale is not None
-        bound = float(scale.detach())
-    if _C.has_fixed_shift(bound, shard.num_classes, x.dtype == torch.float64):
-        return None
-    return largest_over_shards(ops.normface_shift(x, weight, labels, scale, options), shard.group)
-
-
-class _RowsOfAll(Function):
-    """Numbers of this rank's rows [N] -> those of all ranks' rows. Every rank has the whole gradient of its
-    own rows' numbers; like the features' it is multiplied by the ranks that average it."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, batch: Batch, replicas: int, shard: ClassShard) -> Tensor:
-        ctx.batch, ctx.replicas = batch, replicas
-        return gather_row_gradients(value, batch, shard.group, "the rows' margins")
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return ctx.batch.own(gradient) * ctx.replicas, None, None, None
-
-
-def _margin_of_all(
-    margin: Margin | None,
-    labels: Tensor,
-    batch: Batch,
-    options: HeadOptions,
-    replicas: int,
-    shard: ClassShard,
-) -> tuple[ops.MarginTensors, Numbers]:
-    """``margin_arguments`` of the rows of all ranks; numbers per row come from their ranks."""
-    straight = options.margin_gradient == "straight"
-    if margin is None or not margin.per_row:
-        return margin_arguments(OP, margin, batch.labels, shard.num_classes, straight)
-    mine, numbers = margin_arguments(OP, margin, labels, shard.num_classes, straight)
-    m1, m2, m3 = (
-        m if m is None or m.dim() == 0 else _RowsOfAll.apply(m, batch, replicas, shard) for m in mine
-    )
-    return (m1, m2, m3), numbers
-
-
-class _ClassParallelLoss(Function):
-    """As ``ops._NormFaceLoss``, with the row sums added over shards between the stages.
-
-    ``weight`` is the shard [C_local, D]; with ``rows`` [K] only those of its classes take part, and its
-    gradient is a sparse tensor of them (``first`` says what its row 0 is called there).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor | None,
-        m1: Tensor | None,
-        m2: Tensor | None,
-        m3: Tensor | None,
-        batch: Batch,
-        places: Tensor,
-        class_weight: Tensor | None,
-        rows: Tensor | None,
-        options: ops.LossOptions,
-        largest_scale: float | None,
-        replicas: int,
-        shard: ClassShard,
-    ) -> Tensor:
-        need_weight = ctx.needs_input_grad[1]
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
-        classes = local.contiguous() if rows is None else local.index_select(0, rows)
-        shift = _shared_shift(batch.x, classes, places, scale, options, largest_scale, shard)
-        swept, options = ops.normface_sweep_in_memory(
-            batch.x,
-            classes,
-            places,
-            scale,
-            batch.sample_weight,
-            class_weight,
-            options,
-            need_x=batch.need_x,
-            need_weight=need_weight,
-            shift=shift,
-        )
-        # S, A and the target's cosine; its class weight too, if there are any.
-        fields = 3 if class_weight is None else 4
-        sums, class_sum = add_over_shards([swept.rows[:fields], swept.class_sum], shard.group)
-        swept.rows[:fields] = sums
-        margin = m1, m2, m3
-        loss, slopes = ops.normface_finish(
-            swept.rows,
-            batch.x,
-            class_sum.to(swept.class_sum.dtype),
-            scale,
-            margin,
-            options,
-            need_margin=any(ctx.needs_input_grad[3:6]),
-        )
-        ctx.save_for_backward(
-            x,
-            weight,
-            scale,
-            *margin,
-            batch.x,
-            classes,
-            places,
-            class_weight,
-            rows,
-            slopes,
-            *swept,
-        )
-        ctx.batch, ctx.options, ctx.replicas, ctx.shard = batch, options, replicas, shard
-        ctx.weight_shape, ctx.first = weight.shape, shard.first if isinstance(weight, DTensor) else 0
-        return batch.own(loss).clone() if options.reduction == 0 else loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        mine, weight, scale, m1, m2, m3, *saved = ctx.saved_tensors
-        x, classes, places, class_weight, rows, slopes, *swept = saved
-        own_x, need_weight, need_scale = ctx.needs_input_grad[:3]
-        batch, options, shard = ctx.batch, ctx.options, ctx.shard
-        origins = grad_loss, mine, weight, scale, m1, m2, m3
-        if options.reduction == 0:
-            grad_loss = gather_row_gradients(grad_loss, batch, shard.group)
-
-        def gradients(*needed: bool) -> tuple[Tensor, Tensor, Tensor]:
-            with torch.no_grad():
-                return ops.normface_backward(
-                    grad_loss,
-                    slopes,
-                    x,
-                    classes,
-                    places,
-                    scale,
-                    class_weight,
-                    ops.Swept(*swept),
-                    options,
-                    needed,
-                )
-
-        # The features' gradient travels while the weight's is computed.
-        dx_all, _, ds = gradients(batch.need_x, False, need_scale)
-        moving = ScatteredRows(dx_all, batch, shard.group) if batch.need_x else None
-        dw: Tensor | None = gradients(False, True, False)[1] if need_weight else None
-        dx = None
-        if moving is not None:
-            norms = batch.own(swept[0][ops.INVERSE_NORM])
-            dx = store_as(moving.wait() * ctx.replicas, x.dtype, norms, options.eps)
-        with torch.no_grad():
-            of_margin = ops.margin_gradients(grad_loss, slopes, (m1, m2, m3), ctx.needs_input_grad[3:6])
-        given = (dx if own_x else None, dw, ds if need_scale else None, *of_margin)
-        dx, dw, *others = no_second_derivative("normface_loss", given, *origins)
-        if dw is not None and rows is not None:
-            dw = torch.sparse_coo_tensor(
-                (rows + ctx.first)[None], dw, ctx.weight_shape, is_coalesced=True, check_invariants=False
-            )
-        return dx, dw, *others, *[None] * 8
-
-
-def store_as(gradient: Tensor, dtype: torch.dtype, inverse_norm: Tensor, eps: float) -> Tensor:
-    """To the features' dtype. In float16 the rows whose norm is mostly eps, zero rows above all, are held at
-    the largest half (math::ruled_by_eps); an overflow elsewhere stays one, for a GradScaler to see."""
-    if dtype == torch.float16:
-        largest = torch.finfo(dtype).max
-        ruled = inverse_norm.pow(-2) <= 2 * eps
-        gradient = torch.where(ruled[:, None], gradient.clamp(-largest, largest), gradient)
-    return gradient.to(dtype)
 
 
 def check_backbone_gradients(op: str, value: str) -> None:
@@ -345,11 +155,11 @@ def sharded_loss(
     of_batch = options.margin if isinstance(options.margin, BatchMargin) else None
     told = None if of_batch is None else rows_of(OP, x, labels, row_weight, options, of_batch, shard.group)
     found = options.margin if of_batch is None or told is None else margin_of_rows(OP, of_batch, told)
-    margin, numbers = _margin_of_all(found, labels, batch, options, replicas, shard)
+    margin, numbers = margin_of_all(found, labels, batch, options, replicas, shard)
     given = loss_options(scale_value, options, x, local, batch.x.shape[0], max(1, classes), numbers)
     given = replace(given, ignore_index=IGNORED, total_classes=shard.num_classes, is_shard=True)
     x, weight = detach_without_grad(x, weight)
-    loss: Tensor = _ClassParallelLoss.apply(
+    loss: Tensor = ClassParallelLoss.apply(
         x,
         weight,
         scale_tensor,
