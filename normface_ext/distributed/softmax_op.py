@@ -1,4 +1,4 @@
-"""The class-parallel softmax head as an autograd Function; the row sums are added over shards in the middle."""
+"""The class-parallel softmax head as an autograd Function; row sums are added over shards in the middle."""
 
 from __future__ import annotations
 
