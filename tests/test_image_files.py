@@ -117,9 +117,7 @@ def test_idx_files_that_do_not_belong_together(tmp_path, monkeypatch):
         for part in ("train", "t10k"):
             for kind, array in (("images-idx3", np.zeros(images, np.uint8)), ("labels-idx1", labels)):
                 head = raw(*array.shape, rank=array.ndim, data=0)
-                (tmp_path / f"{part}-{kind}-ubyte.gz").write_bytes(
-                    gzip.compress(head + array.tobytes())
-                )
+                (tmp_path / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
 
     for shape, labels in (((4, 5, 5), np.zeros(3, np.uint8)), ((4, 5, 5), np.zeros((4, 1), np.uint8))):
         write(shape, labels)

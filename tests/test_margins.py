@@ -12,6 +12,7 @@ from lanes import DTYPES
 import normface_ext as nf
 from normface_ext import reference
 from normface_ext.engine.calls import accumulator
+from normface_ext.softmax.margins import Margin
 
 F = nf.functional
 GUARDS = [None, "shift", "join", "easy", "none"]
@@ -412,3 +413,37 @@ def test_compiled(lane, compile_fully, kind, dynamic):
         leaves = [t for t in given if t.requires_grad]
         for a, b in zip(torch.autograd.grad(traced, leaves), torch.autograd.grad(eager, leaves), strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", [name for name, margin in reference.MARGINS.items() if margin is not None])
+@pytest.mark.parametrize("per_class", [False, True])
+def test_the_slopes_in_every_number_of_every_margin(lane, name, per_class):
+    """Of each field of each margin of the specification's table, given as a tensor with gradient."""
+    margin = reference.MARGINS[name]
+    fields = [f.name for f in dataclasses.fields(margin) if f.name != "guard"]
+    x, weight, labels = problem(lane)
+    results = []
+    for module in (F, reference):
+        given = {
+            field: torch.full((CLASSES,) if per_class else (), float(getattr(margin, field)))
+            .to(lane.device, torch.float64)
+            .requires_grad_()
+            for field in fields
+        }
+        loss = module.normface_loss(x, weight, labels, 9.0, margin=dataclasses.replace(margin, **given))
+        results.append([loss, *torch.autograd.grad(loss, [x, weight, *given.values()])])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_margin_without_a_formula_is_refused():
+    with pytest.raises(TypeError, match="Nameless: expected `formula` to be the number of its formula"):
+        type("Nameless", (Margin,), {})
+
+
+def test_a_number_that_is_no_formula_shows(lane):
+    class Unknown(nf.CombinedMargin):
+        formula = 98
+
+    x, weight, labels = problem(lane)
+    assert F.normface_loss(x, weight, labels, 9.0, margin=Unknown(m2=0.1)).isnan()

@@ -104,6 +104,12 @@ struct HeldMargin {
   }
 };
 
+// A number that the table does not have: NaN, so that it shows.
+struct UnknownMargin {
+  NF_HD ValueAndSlope<double> operator()(double) const { return {NAN, NAN}; }
+  NF_HD MarginSlopes slopes(double) const { return {NAN, NAN, NAN}; }
+};
+
 struct MarginValue {
   using Result = ValueAndSlope<double>;
   double c;
@@ -138,10 +144,12 @@ struct Margin {
   template <class F>
   NF_HD typename F::Result as_formula(const F& take) const {
     switch (formula) {
+      case 0:
+        return take(CombinedMargin{m1, m2, m3, guard});
       case 1:
         return take(HeldMargin{m2, m3});
       default:
-        return take(CombinedMargin{m1, m2, m3, guard});
+        return take(UnknownMargin{});
     }
   }
 };

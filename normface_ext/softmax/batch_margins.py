@@ -51,6 +51,7 @@ class BatchMargin(nn.Module, Margin):
 
     #: Whether ``of`` wants the norms of the features.
     uses_norms = False
+    formula = -1  # it has none: what ``of`` returns has
 
     def of(self, rows: Rows) -> Margin | Psi:
         """The margins of these rows. Called once per forward; here a state moves, if there is one."""

@@ -47,7 +47,12 @@ class Margin:
     #: What a 1-D tensor counts: the rows of the batch, or the classes.
     per_row: ClassVar[bool] = False
     #: The number of what psi is in the tables of csrc/math/margin.h and ``reference.FORMULAS``.
-    formula: ClassVar[int] = 0
+    formula: ClassVar[int]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not hasattr(cls, "formula"):  # else it would be ArcFace's, without a word
+            raise TypeError(f"{cls.__name__}: expected `formula` to be the number of its formula, got none")
 
     def numbers(self) -> list[float | Tensor]:
         return [m if isinstance(m, Tensor) else float(m) for m in (self.m1, self.m2, self.m3)]
@@ -120,6 +125,7 @@ class CombinedMargin(Margin):
     m2: float | Tensor = 0.0
     m3: float | Tensor = 0.0
     guard: str | None = field(default=None, kw_only=True)
+    formula: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         for name in LIMITS:
@@ -137,6 +143,7 @@ class RowMargin(Margin):
     m3: float | Tensor = 0.0
     guard: str | None = field(default=None, kw_only=True)
     per_row: ClassVar[bool] = True
+    formula: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         for name in LIMITS:
@@ -150,6 +157,7 @@ class CosFace(Margin):
     tensor, 0-d or [C]."""
 
     m: float | Tensor = 0.35
+    formula: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         self._keep("m", LIMITS["m3"])
@@ -173,6 +181,7 @@ class ArcFace(Margin):
 
     m: float | Tensor = 0.5
     guard: str | None = field(default=None, kw_only=True)
+    formula: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         self._keep("m", LIMITS["m2"])
