@@ -1,4 +1,4 @@
-// The second line of argument checks: the Python door (normface_ext/_checks.py) has said it better
+// The second line of argument checks: the Python door (normface_ext/engine/checks.py) has said it better
 // before, but an op can be called without passing the door. Sentences read
 // "op: expected `argument` to ..., got ...".
 #pragma once
@@ -50,7 +50,7 @@ inline const char* name_of(ScalarType type) {
 }
 
 // What `make` allocates. Why an allocation failed does not pass the stable ABI; Python knows the case by this
-// sentence (normface_ext/_memory.py).
+// sentence (normface_ext/engine/memory.py).
 template <class Sizes, class Make>
 Tensor allocated(const Sizes& sizes, ScalarType type, const Make& make) {
   try {
@@ -111,6 +111,19 @@ inline void check_row_numbers(const char* op, const char* name, const std::optio
 inline void check_shape(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t columns) {
   if (t.dim() != 2 || t.size(0) != rows || t.size(1) != columns)
     fail(op, ": expected `", name, "` to have shape [", rows, ", ", columns, "], got ", shape_of(t));
+}
+
+// What a kernel reads as it lies.
+inline void check_exact(const char* op, const char* name, const Tensor& t, ScalarType type,
+                        std::initializer_list<int64_t> sizes) {
+  bool same = t.scalar_type() == type && t.is_contiguous() && t.dim() == int64_t(sizes.size());
+  int64_t d = 0;
+  for (int64_t size : sizes) same = same && t.size(d++) == size;
+  if (same) return;
+  std::ostringstream shape;
+  for (d = 0; int64_t size : sizes) shape << (d++ ? ", " : "") << size;
+  fail(op, ": expected `", name, "` to be contiguous ", name_of(type), " of shape [", shape.str(), "], got ",
+       name_of(t.scalar_type()), " of shape ", shape_of(t));
 }
 
 // `least`: 0 for a shard of the classes, which may have none.

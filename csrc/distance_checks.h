@@ -23,8 +23,7 @@ inline void check_distance(const char* op, const Tensor& x, const Tensor& weight
 inline void check_distance_backward(const char* op, const Tensor& grad, const Tensor& near, const Tensor& x,
                                     const Tensor& weight, const std::optional<Tensor>& labels, int64_t p) {
   check_distance(op, x, weight, p);
-  check_matrix(op, "grad", grad);
-  check_shape(op, "grad", grad, x.size(0), weight.size(0));
+  check_exact(op, "grad", grad, x.scalar_type(), {x.size(0), weight.size(0)});
   if (p == 2) {
     check_shape(op, "near", near, x.size(0), near_words(weight.size(0)));
     if (near.scalar_type() != ScalarType::Int || !near.is_contiguous())
@@ -41,6 +40,12 @@ inline void check_pair(const char* op, const Tensor& a, const Tensor& b, int64_t
     fail(op, ": expected `a` and `b` to be both float64 or both not, got ", name_of(a.scalar_type()), " and ",
          name_of(b.scalar_type()));
   check_distance_order(op, p);
+}
+
+inline void check_pair_backward(const char* op, const Tensor& grad, const Tensor& a, const Tensor& b,
+                                int64_t p) {
+  check_pair(op, a, b, p);
+  check_exact(op, "grad", grad, accumulator(a.scalar_type()), {a.size(0)});
 }
 
 }  // namespace nf

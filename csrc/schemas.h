@@ -1,8 +1,8 @@
 // Every op of the library, once. Kernels attach to these names from cpu/ and cuda/, fake kernels from
-// normface_ext/ops.py; the test build of the CUDA kernels defines the same list in its own namespace.
+// ops.py of every family; the test build of the CUDA kernels defines the same list in its own namespace.
 //
-// scale is a float, or a 0-d tensor on the device of x when `scale` is given (then scale_value is not
-// read). Empty outputs (numel 0) stand for results that were not asked for.
+// scale is a float, or a tensor on the device of x when `scale` is given (then scale_value is not read): 0-d,
+// or for the head [N] too. Empty outputs (numel 0) stand for results that were not asked for.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

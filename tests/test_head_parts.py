@@ -248,3 +248,22 @@ def test_a_mean_over_nothing_is_zero(lane):
     assert loss == 0
     dx, dw = torch.autograd.grad(loss, (x, weight))
     assert (dx == 0).all() and (dw == 0).all()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("how", ["ignored", "weightless"])
+def test_the_scale_of_a_row_that_does_not_count_reaches_nothing(lane, poison, how):
+    x, weight, labels = problem(lane, torch.float32)
+    scale = lane.tensor(torch.full((len(labels),), 9.0))
+    labels, weights = labels.clone(), lane.tensor(torch.ones(len(labels)))
+    if how == "ignored":
+        labels[2] = -100
+    else:
+        weights[2] = 0
+    results = []
+    for value in (9.0, poison):
+        scale[2] = value
+        loss = F.normface_loss(x, weight, labels, scale, sample_weight=weights, margin=nf.CosFace(0.2))
+        results.append([loss, *torch.autograd.grad(loss, [x, weight])])
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)

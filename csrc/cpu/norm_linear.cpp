@@ -131,8 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_linear_backward(const NormLinearBackward
   const Tensor &grad = in.grad, &x = in.x, &weight = in.weight;
   check_head(in.kName, x, weight);
   check_number(in.kName, "scale", in.scale, x);
-  check_matrix(in.kName, "grad", grad);
-  check_shape(in.kName, "grad", grad, x.size(0), weight.size(0));
+  check_exact(in.kName, "grad", grad, x.scalar_type(), {x.size(0), weight.size(0)});
   Tensor dx = in.need_x ? fresh_like(x) : fresh({0}, x.scalar_type());
   Tensor dw = in.need_weight ? fresh_like(weight) : fresh({0}, weight.scalar_type());
   Tensor ds = in.need_scale ? fresh({}, ScalarType::Double) : fresh({0}, ScalarType::Double);

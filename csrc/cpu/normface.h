@@ -46,7 +46,6 @@ class RowNumbers {
     rows_.clear();
   }
   double operator[](int64_t i) const { return rows_.empty() ? value_ : rows_[size_t(i)]; }
-  bool per_row() const { return !rows_.empty(); }
 
  private:
   double value_;

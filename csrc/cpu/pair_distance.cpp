@@ -45,7 +45,7 @@ Tensor pair_distance(const PairDistanceArguments& in) {
 
 std::tuple<Tensor, Tensor> pair_distance_backward(const PairDistanceBackwardArguments& in) {
   const Tensor &a = in.a, &b = in.b;
-  check_pair(in.kName, a, b, in.p);
+  check_pair_backward(in.kName, in.grad, a, b, in.p);
   Tensor da = gradient_like(a, in.need_a), db = gradient_like(b, in.need_b);
   dispatch_accumulator(a.scalar_type(), [&]<class T>() {
     pair_backward<T>(data_of<const T>(in.grad), Rows<T>(a, a.size(1)), Rows<T>(b, a.size(1)), a.size(0),

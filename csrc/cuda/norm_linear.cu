@@ -124,8 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_linear_backward(const NormLinearBackward
   const Tensor &grad = in.grad, &x = in.x, &weight = in.weight;
   check_head(in.kName, x, weight);
   check_number(in.kName, "scale", in.scale, x);
-  check_matrix(in.kName, "grad", grad);
-  check_shape(in.kName, "grad", grad, x.size(0), weight.size(0));
+  check_exact(in.kName, "grad", grad, x.scalar_type(), {x.size(0), weight.size(0)});
   Queue queue(x);
   const ScalarType type = x.scalar_type(), wide = accumulator(type);
   const Scale s(in.scale, in.scale_value);

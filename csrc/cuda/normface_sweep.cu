@@ -12,6 +12,7 @@ template <class T>
 struct Sweep {
   const Head<T>& head;
   double eps;
+  bool final_shift;  // kappa stays as prepare() sets it: one constant, or that of all shards
   RowState rows;
   Tensor x_hat;     // [N, D], operand type
   Tensor arrivals;  // [N], counters of last_to_arrive
@@ -66,7 +67,7 @@ struct Sweep {
       return;
     }
     if constexpr (std::is_same_v<T, float>) {
-      if (head.fixed_shift) return;
+      if (final_shift) return;
       const int64_t splits = score_splits(queue, head.batch, head.dim, count);
       const Tensor largest = head.buffer(splits, head.batch, ScalarType::Float);
       ScoreExp task = head.score_exp_task(first, count, x_hat, w_hat, rows.of(kShift), rows, nullptr);
@@ -121,7 +122,7 @@ struct Sweep {
   T* score_data() const { return static_cast<T*>(scores.mutable_data_ptr()); }
 
   void update_shift(Queue& queue, const RowLogits<T>& logits, T* x_sum) const {
-    if (head.fixed_shift) return;
+    if (final_shift) return;
     launch("update_shift", queue, update_shift_kernel<T>, Grid{head.batch}, kThreads,
            shared_bytes<T>(kThreads / kWarp), logits, head.label_data(), head.window, head.scale, rows, x_sum,
            head.dim);
@@ -168,6 +169,7 @@ SweepResult sweep(Queue& queue, const NormfaceSweepArguments& in) {
                               : head.buffer(need_e ? N : 0, head.padded(chunk), head.other);
   const Sweep<T> sweep{head,
                        in.eps,
+                       head.fixed_shift || in.shift.has_value(),
                        RowState(out.rows),
                        head.buffer(N, D, head.score),
                        device_empty(x, {N}, ScalarType::Int),
@@ -210,6 +212,7 @@ Tensor choose_shift(Queue& queue, const NormfaceShiftArguments& in) {
   const Tensor state = head.buffer(kRowFields, N, ScalarType::Double);
   const Sweep<T> sweep{head,
                        in.eps,
+                       head.fixed_shift,
                        RowState(state),
                        head.buffer(N, D, head.score),
                        device_empty(head.x, {N}, ScalarType::Int),

@@ -51,7 +51,7 @@ Tensor pair_distance(const PairDistanceArguments& in) {
 
 std::tuple<Tensor, Tensor> pair_distance_backward(const PairDistanceBackwardArguments& in) {
   const Tensor &a = in.a, &b = in.b;
-  check_pair(in.kName, a, b, in.p);
+  check_pair_backward(in.kName, in.grad, a, b, in.p);
   Queue queue(a);
   Tensor da = gradient_like(a, in.need_a, false), db = gradient_like(b, in.need_b, false);
   dispatch_accumulator(a.scalar_type(), [&]<class T>() {

@@ -1,7 +1,8 @@
 // E = exp(s x_hat w_hat^T - kappa) on tensor cores (mma.sync, compute capability 8.0).
 //
-// A block owns kTile rows of x_hat, which stay in shared memory, and walks over some tiles of classes. w_hat streams through kStages buffers of kBlock columns, fetched by asynchronous copies that
-// run ahead across tile borders. A finished tile is turned into E in registers, summed there, and leaves
+// A block owns kTile rows of x_hat, which stay in shared memory, and walks over some tiles of classes. w_hat
+// streams through kStages buffers of kBlock columns, fetched by asynchronous copies that run ahead across tile
+// borders. A finished tile is turned into E in registers, summed there, and leaves
 // in accesses of 16 bytes without a detour (mma_tile.cuh: dealt_row). Registers are held down so that two
 // blocks share a multiprocessor: while one takes exponentials the other multiplies. Rows and classes beyond
 // the edge are zero, and left out of sums and stores.

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "engine/op.h"
+#include "row_state.h"
 
 namespace nf {
 
@@ -177,23 +178,34 @@ inline void check_sweep(const NormfaceSweepArguments& in) {
 }
 
 inline void check_finish(const NormfaceFinishArguments& in) {
+  const ScalarType wide = accumulator(in.x.scalar_type());
   check_matrix(in.kName, "x", in.x);
-  check_shape(in.kName, "rows", in.rows, kRowFields, in.x.size(0));
+  check_exact(in.kName, "rows", in.rows, ScalarType::Double, {kRowFields, in.x.size(0)});
   check_row_numbers(in.kName, "scale", in.scale, in.x);
   check_row_numbers(in.kName, "m1", in.m1, in.x);
   check_row_numbers(in.kName, "m2", in.m2, in.x);
   check_row_numbers(in.kName, "m3", in.m3, in.x);
-  if (in.class_sum.numel() != (in.smoothing > 0 ? in.x.size(1) + 1 : 0))
-    fail(in.kName, ": expected `class_sum` of [D + 1] with smoothing and of [0] without, got ",
-         shape_of(in.class_sum));
+  check_exact(in.kName, "class_sum", in.class_sum, wide, {in.smoothing > 0 ? in.x.size(1) + 1 : 0});
+  if (in.reduction < kNone || in.reduction > kSumAll)
+    fail(in.kName, ": expected `reduction` to be 0, 1 or 2, got ", in.reduction);
 }
 
 inline void check_backward(const NormfaceBackwardArguments& in) {
   check_inputs(in.kName, in);
-  check_shape(in.kName, "rows", in.rows, kRowFields, in.x.size(0));
-  check_shape(in.kName, "slopes", in.slopes, in.slopes.size(0) == kAllSlopes ? kAllSlopes : kSlopeFields,
-              in.x.size(0));
-  if (in.need_x) check_shape(in.kName, "x_sum", in.x_sum, in.x.size(0), in.x.size(1));
+  const int64_t N = in.x.size(0), D = in.x.size(1), C = in.weight.size(0);
+  const ScalarType wide = accumulator(in.x.scalar_type());
+  if (in.grad_loss.dim() == 0)
+    check_exact(in.kName, "grad_loss", in.grad_loss, wide, {});
+  else
+    check_exact(in.kName, "grad_loss", in.grad_loss, wide, {N});
+  const bool all = in.slopes.dim() == 2 && in.slopes.size(0) == kAllSlopes;
+  check_exact(in.kName, "slopes", in.slopes, ScalarType::Double, {all ? kAllSlopes : kSlopeFields, N});
+  check_exact(in.kName, "rows", in.rows, ScalarType::Double, {kRowFields, N});
+  check_exact(in.kName, "inverse_norm", in.inverse_norm, wide, {C});
+  if (in.need_x) check_exact(in.kName, "x_sum", in.x_sum, wide, {N, D});
+  check_exact(in.kName, "class_sum", in.class_sum, wide, {in.class_sum.numel() > 0 ? D + 1 : 0});
+  if (in.stored.numel() != 0 && in.stored.numel() < N * C)
+    fail(in.kName, ": expected `stored` of at least N * C values or none, got ", in.stored.numel());
 }
 
 }  // namespace nf

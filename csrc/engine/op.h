@@ -10,7 +10,7 @@
 //
 // From it come the schema (define<NormalizeArguments>(m)) and the reader of the stable ABI's stack, so that a
 // kernel is a function of the struct: implement<&normalize>(m), std::tuple<Tensor, Tensor> normalize(const
-// NormalizeArguments&). A struct that several ops share is a field, and its each is called in their each.
+// NormalizeArguments&). A struct that several ops share is a base, whose each is called in theirs.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

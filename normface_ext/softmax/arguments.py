@@ -43,6 +43,10 @@ def checked_inputs(
     if options.check_finite:
         kept = labels != checks.ignored(options.ignore_index)
         checks.finite_operands(op, x, weight, kept, scale_tensor, row_weight)
+    if scale_tensor is not None and scale_tensor.dim() == 1:  # a row that does not count may hold anything
+        kept = labels != checks.ignored(options.ignore_index)
+        kept = kept if row_weight is None else kept & (row_weight != 0)
+        scale_tensor = torch.where(kept, scale_tensor, 0)
     of_class = checks.weights(op, "class_weight", class_weight, x, classes)
     return HeadInputs(scale_tensor, scale_value, labels, row_weight, of_class)
 
