@@ -3,6 +3,7 @@
 import torch
 from dense_head import problem
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 import normface_ext as nf
 from normface_ext import distributed as nfd
@@ -57,3 +58,43 @@ def sentence(rank, world):
         head(x, labels)
     except ValueError as error:
         return str(error)
+
+
+def passes(rank, world, dtype, again):
+    """Two forwards before one backward, run again in it or not: losses, gradients, state."""
+    torch.manual_seed(0)
+    head = nf.NormFaceLoss(16, 7, scale=16.0, margin=nf.AdaFace(t_alpha=0.25), dtype=torch.float64)
+    head = nfd.shard_head(head, init_device_mesh("cpu", (world,)))
+    data = [
+        ((problem(seed=i)[0] * (1 + 4 * i)).requires_grad_(), problem(seed=i)[2].to(dtype)) for i in (0, 1)
+    ]
+    losses = [checkpoint(head, *given, use_reentrant=False) if again else head(*given) for given in data]
+    sum(losses).backward()
+    state = [b.detach().clone() for b in head.margin.buffers()]
+    return [*(loss.detach() for loss in losses), *(x.grad for x, _ in data), *state]
+
+
+class Says(nf.BatchMargin):
+    def __init__(self, found, more=None):
+        super().__init__()
+        self.found, self.more = found, more
+
+    def of(self, rows):
+        return self.found
+
+    def regularizer(self, rows):
+        return self.more
+
+
+def wrong_margins(rank, world):
+    """What is said of margins that return something else."""
+    x, _, labels = problem()
+    sentences = []
+    for margin in (Says(None), Says(nf.CosFace(0.3), torch.ones(1))):
+        head = nf.NormFaceLoss(16, 7, margin=margin, dtype=torch.float64)
+        head = nfd.shard_head(head, init_device_mesh("cpu", (world,)))
+        try:
+            head(x, labels)
+        except (TypeError, ValueError) as error:
+            sentences.append(str(error))
+    return sentences

@@ -374,7 +374,7 @@ def test_pair_errors():
     a, same = torch.randn(3, 4), torch.tensor([0, 1, 1])
     with pytest.raises(ValueError, match=r"^pair_contrastive_loss: expected `b` to have shape \[3, 4\]"):
         nf.functional.pair_contrastive_loss(a, torch.randn(3, 5), same)
-    with pytest.raises(TypeError, match=r"expected `same` to be bool or int64, got torch.float32"):
+    with pytest.raises(TypeError, match=r"expected `same` to be bool, int64 or int32, got torch.float32"):
         nf.functional.pair_contrastive_loss(a, a, same.float())
     with pytest.raises(ValueError, match="expected `same` to hold 0 and 1"):
         nf.functional.pair_contrastive_loss(a, a, same + 1)

@@ -16,7 +16,8 @@ def swept(lane):
     names = [a.name for a in ops.normface_sweep.default._schema.arguments]
     given = {
         "x": x, "weight": weight, "labels": labels, "scale": None, "sample_weight": None,
-        "class_weight": None, "shift": None, "store": False, "need_x": True, "need_class_sum": False, "scale_value": 8.0,
+        "class_weight": None, "shift": None, "store": False, "need_x": True,
+        "need_class_sum": False, "scale_value": 8.0,
         "ignore_index": -100, "eps": 1e-12, "class_chunk": C, "kernels": 0, "product_precision": x.dtype,
         "total_classes": C, "is_shard": False,
     }  # fmt: skip
@@ -74,7 +75,8 @@ def test_gradients_of_another_type(lane):
     ops, x, weight = library.namespace(), lane.randn(N, D), lane.randn(C, D, seed=1)
     wide = lane.tensor(torch.ones(N, C, dtype=torch.float64))
     given = {"x": x, "weight": weight, "grad": wide, "scale": None, "scale_value": 1.0,
-             "normalize_input": True, "eps": 1e-12, "need_x": True, "need_weight": True, "need_scale": False}  # fmt: skip
+             "normalize_input": True, "eps": 1e-12, "need_x": True, "need_weight": True,
+             "need_scale": False}  # fmt: skip
     with pytest.raises(RuntimeError, match="norm_linear_backward: expected `grad` to be contiguous float32"):
         call(ops.norm_linear_backward, given)
     with pytest.raises(

@@ -11,6 +11,7 @@ from ..distances.layers import Agents
 from ..engine import checks
 from ..engine.arguments import size
 from ..engine.options import HoldsOptions, holds, takes
+from ..engine.state import Passes, WideState, recomputing
 from . import functions, losses
 from .losses import Losses
 from .options import (
@@ -19,7 +20,6 @@ from .options import (
     TripletKeywords,
     TripletOptions,
 )
-from .passes import Passes, within_backward
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,7 +60,7 @@ class AgentLoss(HoldsOptions, Agents):
 
 
 @holds(ContrastiveLayerOptions)
-class CContrastiveLoss(AgentLoss):
+class CContrastiveLoss(WideState, AgentLoss):
     """C-contrastive loss with agents of its own: (features [N, D], labels [N]) -> loss.
 
     ``forward`` also takes ``sample_weight`` [N]; ``stats`` takes the same and returns
@@ -72,9 +72,10 @@ class CContrastiveLoss(AgentLoss):
         add_intra_mae: the negative margin grows with the spread of the classes: ``neg_margin`` plus the
             running mean (factor 0.99) of the batches' mean positive hinge, capped at
             ``max_negative_margin`` (the mean is, not the sum, as in Caffe). The margin of a step comes
-            from the steps before it. The mean is the buffer ``intra_mae``, saved with the module, and
-            moves in training mode only; Caffe keeps one per net, test nets too, and saves none. A forward
-            pass that ``torch.utils.checkpoint`` runs again has the margin it had and moves nothing.
+            from the steps before it. The mean is the buffer ``intra_mae``, float32 or wider, saved with the
+            module, and moves in training mode only; Caffe keeps one per net, test nets too, and saves none.
+            A batch whose mean is not finite moves nothing. A forward pass that ``torch.utils.checkpoint``
+            runs again has the margin it had and moves nothing.
 
     The others are those of ``functional.c_contrastive_loss``; each is an attribute, which can be set. What is
     wrong raises here as it does there.
@@ -128,15 +129,17 @@ class CContrastiveLoss(AgentLoss):
         if self.training and not again:
             with torch.no_grad():
                 spread = rows.reduced(losses.positives(options, rows.target), "mean")
-                self.intra_mae.mul_(0.99).add_(0.01 * spread.to(self.intra_mae.dtype))
-                self.intra_mae.clamp_(max=options.max_negative_margin)
+                spread = spread.to(self.intra_mae.dtype)
+                moved = (0.99 * self.intra_mae + 0.01 * spread).clamp(max=options.max_negative_margin)
+                # One NaN in the running mean would stay for good.
+                self.intra_mae.copy_(torch.where(spread.isfinite(), moved, self.intra_mae))
         return losses.loss(options, rows)
 
     def _mean_of(self, labels: Tensor) -> tuple[Tensor, bool]:
         """(the mean for a forward pass, whether the pass is one that a backward pass runs again)."""
         if not (self.training and isinstance(labels, Tensor) and checks.has_values(labels)):
             return self.intra_mae, False
-        if within_backward():
+        if recomputing():
             return self._passes.state(type(self).__name__, labels), True
         self._passes.add(labels, self.intra_mae.clone())
         return self.intra_mae, False

@@ -94,7 +94,7 @@ def pair_contrastive_loss(a: Tensor, b: Tensor, same: Tensor, **options: Unpack[
     Args:
         a: [N, D].
         b: [N, D], on a's device; float64 only together with float64.
-        same: [N], bool or int64 of 0 and 1 (on CUDA any other number counts as 1).
+        same: [N], bool, or int64 or int32 of 0 and 1 (on CUDA any other number counts as 1).
 
     Returns:
         A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise.
@@ -111,12 +111,12 @@ def contrastive(op: str, a: Tensor, b: Tensor, same: Tensor, options: PairOption
     a = checks.matrix(op, "a", a, "[N, D]")
     b = _rows(op, "b", b, a)
     checked = checks.tensor(op, "same", same)
-    if checked.dtype not in (torch.bool, torch.int64):
-        raise TypeError(f"{op}: expected `same` to be bool or int64, got {checked.dtype}")
+    if checked.dtype not in (torch.bool, torch.int64, torch.int32):
+        raise TypeError(f"{op}: expected `same` to be bool, int64 or int32, got {checked.dtype}")
     if checked.shape != a.shape[:1]:
         raise ValueError(f"{op}: expected `same` to have shape [{a.shape[0]}], got {list(checked.shape)}")
     checks.same_device(op, "same", checked, "a", a)
-    if checked.dtype == torch.int64 and checks.readable(checked) and ((checked != 0) & (checked != 1)).any():
+    if checked.dtype != torch.bool and checks.readable(checked) and ((checked != 0) & (checked != 1)).any():
         raise ValueError(f"{op}: expected `same` to hold 0 and 1, got {checked.unique().tolist()}")
     squared = ops.pair_distance(a, b, 2)
     apart = squared != 0  # true of NaN, which shows

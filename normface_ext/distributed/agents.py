@@ -160,7 +160,7 @@ def c_contrastive_loss(
     Args:
         x: [N, D] this rank's features, N as it likes.
         weight: [shard.count, D] its agents, or a DTensor ``Shard(0)`` of [num_classes, D].
-        labels: [N] int64, global, in [0, num_classes) or ``ignore_index``.
+        labels: [N] int64 or int32, global, in [0, num_classes) or ``ignore_index``.
         sample_weight: [N] of this rank's rows; on all ranks or on none.
         hardest_only: of equally hard negatives the first rank's counts.
         check_finite: see ``distributed.normface_loss``.

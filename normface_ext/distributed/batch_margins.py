@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
-from ..softmax.batch_margins import BatchMargin, Rows, reduced, rows_weight
+from ..softmax.batch_margins import BatchMargin, Rows, margin_of, reduced, regularizer_of, rows_weight
 from ..softmax.margins import Margin
 from .collectives import add_over_shards
 
@@ -29,7 +29,7 @@ class _SumOverRanks(Function):
 
 def margin_of_rows(op: str, margin: BatchMargin, rows: Rows) -> Margin:
     """Of this rank's rows; every rank calls it."""
-    found = margin.of(rows)
+    found = margin_of(op, margin, rows)
     if not isinstance(found, Margin):
         raise ValueError(
             f"{op}: expected a `margin` that the kernels apply, got {margin!r}, a function of the target"
@@ -39,6 +39,7 @@ def margin_of_rows(op: str, margin: BatchMargin, rows: Rows) -> Margin:
 
 
 def with_regularizer(
+    op: str,
     loss: Tensor,
     margin: BatchMargin,
     rows: Rows,
@@ -48,7 +49,7 @@ def with_regularizer(
     group: ProcessGroup,
 ) -> Tensor:
     """The loss, and what the rows of all ranks add to it; for "none" this rank's."""
-    more = margin.regularizer(rows)
+    more = regularizer_of(op, margin, rows)
     if more is None:
         return loss
     weights = rows_weight(rows, sample_weight)

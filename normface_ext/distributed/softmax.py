@@ -58,7 +58,7 @@ def normface_loss(
     Args:
         x: [N, D] this rank's features, N as it likes.
         weight: [shard.count, D] its classes, or a DTensor ``Shard(0)`` of [num_classes, D].
-        labels: [N] int64, global, in [0, num_classes) or ``ignore_index``.
+        labels: [N] int64 or int32, global, in [0, num_classes) or ``ignore_index``.
         class_weight: [num_classes], the same on all ranks.
         check_finite: look for NaN and infinity first, in the rows of all ranks that count, in sample_weight,
             in the weight and in the scale; raised on all ranks. One more collective, of 8 bytes.
@@ -73,7 +73,8 @@ def normface_loss(
         equal_batches: every rank has the same N, and x needs a gradient on all of them or on none; saves a
             collective of 16 bytes and its wait.
 
-    The others are those of ``functional.normface_loss``.
+    The others are those of ``functional.normface_loss``, but a scale per row, [N], is refused: here it is a
+    float or a tensor of one element.
 
     Returns:
         For "mean" and "sum" the loss over the rows of all ranks, the same bits on every rank; backward has
@@ -120,7 +121,7 @@ def sharded_loss(
     local = weight.to_local() if isinstance(weight, DTensor) else weight
     checks.features_and_shard(OP, x, local, shard.count)
     ignored = checks.ignored(options.ignore_index)
-    labels = checks.labels(OP, labels, x, shard.num_classes, options.ignore_index)
+    given_labels, labels = labels, checks.labels(OP, labels, x, shard.num_classes, options.ignore_index)
     scale_tensor, scale_value = checks.scale(OP, scale, x)
     if largest_scale is not None:
         largest_scale = number(OP, "largest_scale", largest_scale, kind="a number or None")
@@ -153,7 +154,9 @@ def sharded_loss(
     classes = shard.count if rows is None else rows.shape[0]
     replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
     of_batch = options.margin if isinstance(options.margin, BatchMargin) else None
-    told = None if of_batch is None else rows_of(OP, x, labels, row_weight, options, of_batch, shard.group)
+    told = None
+    if of_batch is not None:
+        told = rows_of(OP, x, labels, given_labels, row_weight, options, of_batch, shard.group)
     found = options.margin if of_batch is None or told is None else margin_of_rows(OP, of_batch, told)
     margin, numbers = margin_of_all(found, labels, batch, options, replicas, shard)
     given = loss_options(scale_value, options, x, local, batch.x.shape[0], max(1, classes), numbers)
@@ -175,4 +178,4 @@ def sharded_loss(
     )
     if of_batch is None or told is None:
         return loss
-    return with_regularizer(loss, of_batch, told, row_weight, options.reduction, replicas, shard.group)
+    return with_regularizer(OP, loss, of_batch, told, row_weight, options.reduction, replicas, shard.group)

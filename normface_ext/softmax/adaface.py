@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..engine import checks
 from ..engine.arguments import NOT_NEGATIVE, Range, below, choice, number
-from .batch_margins import BatchMargin, Rows, recomputing
+from ..engine.options import Check
+from ..engine.state import Passes
+from .batch_margins import BatchMargin, Rows
 from .margins import RowMargin
 
 SMALLEST_NORM, LARGEST_NORM = 1e-3, 100.0
@@ -36,10 +40,12 @@ class AdaFace(BatchMargin):
     they are what they are.)
 
     A call in training mode moves mean and std, and so may another in the same step (gradient accumulation):
-    ``eval()`` stops it. Rows that are ignored or have weight 0 take no part. A batch with a single row that
-    counts leaves std as it is (the authors' code gets NaN there, for good), an empty one both. Activation
-    checkpointing runs a forward again inside the backward: that run moves nothing, and has the same margins
-    unless another training forward came between.
+    ``eval()`` stops it. Rows that are ignored or have weight 0 take no part, nor do norms that are not
+    finite. A batch with a single row that counts leaves std as it is (the authors' code gets NaN there, for
+    good), an empty one both. Activation checkpointing runs a forward again inside the backward: that run
+    moves nothing and has the mean and std it had, found again by the memory of its labels, which are to come
+    from outside of what runs again, a tensor per pass; RuntimeError where they could be of several passes or
+    of none.
 
     Args:
         m: size of the margin, in [0, pi).
@@ -53,11 +59,23 @@ class AdaFace(BatchMargin):
         device: of the buffers ``mean`` and ``std`` ([1] float64; ``float()`` makes them float32, and
             narrower they do not become).
 
+    m, h, t_alpha and sync are attributes, checked when they are set as here.
+
     Raises:
         TypeError, ValueError: an argument out of range.
     """
 
     uses_norms = True
+    CHECKS: ClassVar[dict[str, Check]] = {
+        "m": lambda owner, name, value: number(owner, name, value, below(0.0, math.pi)),
+        "h": lambda owner, name, value: number(owner, name, value, NOT_NEGATIVE),
+        "t_alpha": lambda owner, name, value: number(owner, name, value, Range("in [0, 1]", 0.0, 1.0)),
+        "sync": lambda owner, name, value: choice(owner, name, value, ("local", "global")),
+    }
+    m: float
+    h: float
+    t_alpha: float
+    sync: str
     mean: Tensor
     std: Tensor
 
@@ -71,10 +89,8 @@ class AdaFace(BatchMargin):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.m = number("AdaFace", "m", m, below(0.0, math.pi))
-        self.h = number("AdaFace", "h", h, NOT_NEGATIVE)
-        self.t_alpha = number("AdaFace", "t_alpha", t_alpha, Range("in [0, 1]", 0.0, 1.0))
-        self.sync = choice("AdaFace", "sync", sync, ("local", "global"))
+        self.m, self.h, self.t_alpha, self.sync = m, h, t_alpha, sync
+        self._passes = Passes()
         # Not 0-d: torch.compile takes a 0-d float64 of the CPU for a number, and loses what is written to it.
         self.register_buffer("mean", torch.empty(1, dtype=torch.float64, device=device))
         self.register_buffer("std", torch.empty(1, dtype=torch.float64, device=device))
@@ -88,18 +104,33 @@ class AdaFace(BatchMargin):
     def of(self, rows: Rows) -> RowMargin:
         assert rows.norms is not None
         norms = rows.norms.detach().clamp(SMALLEST_NORM, LARGEST_NORM)
-        if self.training and not recomputing():
-            self._follow(norms, rows)
-        k = (self.h * (norms - self.mean) / (self.std + 1e-3)).clamp(-1, 1)
+        mean, std = self._statistics(norms, rows)
+        k = (self.h * (norms - mean) / (std + 1e-3)).clamp(-1, 1)
         angle, offset = self.m * k, self.m + self.m * k
         if rows.straight:
             return RowMargin(m2=-angle, m3=offset, guard="none")
         return HeldMargin(m2=-angle, m3=offset)
 
+    def _statistics(self, norms: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """mean and std for these rows, moved by them first; those it had, for a pass that is run again."""
+        again = self.recomputing()
+        if self.training and not again:
+            self._follow(norms, rows)
+        labels = rows.labels if rows.given is None else rows.given
+        if self.training and checks.has_values(labels):
+            if again:
+                mean, std = self._passes.state(type(self).__name__, labels).split(1)
+                return mean, std
+            self._passes.add(labels, torch.cat([self.mean, self.std]))
+        return self.mean, self.std
+
     @torch.no_grad()
     def _follow(self, norms: Tensor, rows: Rows) -> None:
+        assert rows.norms is not None
+        follows = rows.counts & rows.norms.isfinite()  # one NaN in mean or std would stay for good
+
         def total(*values: Tensor) -> Tensor:
-            sums = torch.stack([torch.where(rows.counts, value, 0).sum() for value in values])
+            sums = torch.stack([torch.where(follows, value, 0).sum() for value in values])
             if together:
                 dist.all_reduce(sums, group=rows.group)
             return sums

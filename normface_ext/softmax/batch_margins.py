@@ -9,12 +9,16 @@ returns either a margin with a number per row, which the kernels apply, or a fun
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..engine import checks
+from ..engine.arguments import shown
+from ..engine.options import Check
+from ..engine.state import WideState, recomputing
 from .margins import Margin
 
 #: Target cosines [N] float64 -> psi [N] float64, differentiable.
@@ -32,6 +36,7 @@ class Rows(NamedTuple):
         straight: ``margin_gradient="straight"``: psi is a constant shift of the cosine, whatever ``of``
             returns. Told because published code may have another formula then.
         group: the ranks of a class-parallel head, of whose rows these are a part; None elsewhere.
+        given: the labels as the caller gave them: by their memory a pass that runs again is known.
     """
 
     labels: Tensor
@@ -39,9 +44,10 @@ class Rows(NamedTuple):
     norms: Tensor | None
     straight: bool = False
     group: Any = None
+    given: Tensor | None = None
 
 
-class BatchMargin(nn.Module, Margin):
+class BatchMargin(WideState, Margin):
     """A margin of its own for every row of a batch.
 
     It is a module: one with a state has it as buffers, and a layer makes it its submodule ``margin``, so that
@@ -52,6 +58,16 @@ class BatchMargin(nn.Module, Margin):
     #: Whether ``of`` wants the norms of the features.
     uses_norms = False
     formula = -1  # it has none: what ``of`` returns has
+    #: What attributes may be, by name: (class, name, value) -> the value as it is kept. They are checked
+    #: whenever they are set, in a constructor as later.
+    CHECKS: ClassVar[Mapping[str, Check]] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, self.checked(name, value) if name in self.CHECKS else value)
+
+    def checked(self, name: str, value: object) -> Any:
+        """The value of an attribute in ``CHECKS`` as it is kept; raises what is none."""
+        return self.CHECKS[name](type(self).__name__, name, value)
 
     def of(self, rows: Rows) -> Margin | Psi:
         """The margins of these rows. Called once per forward; here a state moves, if there is one."""
@@ -61,6 +77,11 @@ class BatchMargin(nn.Module, Margin):
         """What a row adds to its loss, [N], or None. It is weighted by sample_weight as the losses are, not
         by class_weight, and "mean" divides it by the sum of sample_weight over the rows that count."""
         return None
+
+    def recomputing(self) -> bool:
+        """Whether this forward runs inside a backward, as activation checkpointing does it again there: a
+        state must not move twice. Not seen in a compiled step, whose compiler recomputes no mutation."""
+        return recomputing()
 
     def follow(self, op: str, device: torch.device) -> None:
         """A state goes where the features are: a margin is often made before its head is moved. Not while
@@ -80,15 +101,45 @@ class BatchMargin(nn.Module, Margin):
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """A state stays float32 or wider, also in a module that is made half() or bfloat16()."""
+    def wide_state(self) -> list[Tensor]:
+        """All it has: a number that is learned, and its gradient, too."""
+        learned = list(self.parameters())
+        return [*super().wide_state(), *learned, *(p.grad for p in learned if p.grad is not None)]
 
-        def wide(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            narrowed = tensor.is_floating_point() and moved.dtype.itemsize < 4
-            return tensor.to(moved.device) if narrowed else moved
 
-        return super()._apply(wide, recurse)
+def margin_of(op: str, margin: BatchMargin, rows: Rows) -> Margin | Psi:
+    """What ``margin.of`` says of the rows, checked."""
+    found: object = margin.of(rows)
+    if isinstance(found, Margin) and type(found) is not Margin and not isinstance(found, BatchMargin):
+        return found
+    source = f"{type(margin).__name__}.of"
+    if isinstance(found, Margin) or not callable(found):
+        raise TypeError(
+            f"{op}: expected `{source}` to return a margin of numbers, such as a RowMargin, or a function of"
+            f" the target cosines, got {shown(found)}"
+        )
+    psi: Psi = found
+    return lambda cosine: _of_rows(op, f"the function of {source}", psi(cosine), rows)
+
+
+def regularizer_of(op: str, margin: BatchMargin, rows: Rows) -> Tensor | None:
+    """What ``margin.regularizer`` says of the rows, checked."""
+    more = margin.regularizer(rows)
+    return None if more is None else _of_rows(op, f"{type(margin).__name__}.regularizer", more, rows)
+
+
+def _of_rows(op: str, source: str, value: object, rows: Rows) -> Tensor:
+    """A number per row."""
+    wanted = f"{op}: expected `{source}` to return a floating tensor of shape [{len(rows.labels)}]"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{wanted}, got {shown(value)}")
+    if value.dtype not in checks.FLOATING:
+        raise TypeError(f"{wanted}, got {value.dtype}")
+    if value.shape != rows.labels.shape:
+        raise ValueError(f"{wanted}, got shape {list(value.shape)}")
+    if value.device != rows.labels.device:
+        raise ValueError(f"{wanted} on {rows.labels.device}, got {value.device}")
+    return value
 
 
 def straightened(psi: Psi) -> Psi:
@@ -116,9 +167,3 @@ def reduced(values: Tensor, weights: Tensor, total: Tensor, reduction: str) -> T
         return weighted.sum()
     empty = total == 0
     return torch.where(empty, 0, weighted.sum() / torch.where(empty, 1, total))
-
-
-def recomputing() -> bool:
-    """Whether this forward runs inside a backward: activation checkpointing does it again there. A state
-    must not move twice. Not seen in a compiled step, whose compiler recomputes no mutation."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

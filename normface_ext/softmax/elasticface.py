@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..engine.arguments import NOT_NEGATIVE, number, shown
+from ..engine.options import Check
 from .batch_margins import BatchMargin, Psi, Rows
 from .margins import LIMITS, Margin, RowMargin
 
 Plus = bool | str
 
 
-def _plus(owner: str, value: object) -> Plus:
+def _plus(owner: str, name: str, value: object) -> Plus:
     if value is True or value is False or value == "released":
         return value
-    raise ValueError(f"{owner}: expected `plus` to be True, False or 'released', got {shown(value)}")
+    raise ValueError(f"{owner}: expected `{name}` to be True, False or 'released', got {shown(value)}")
 
 
 def drawn(m: float, std: float, rows: Rows) -> Tensor:
@@ -34,7 +37,40 @@ def by_difficulty(margins: Tensor, cosine: Tensor, counts: Tensor, plus: Plus) -
     return torch.where(counts, torch.empty_like(margins).scatter(0, from_easy, from_small), margins)
 
 
-class ElasticArcFace(BatchMargin):
+class ElasticFace(BatchMargin):
+    """What both have in common; they say what a margin is, and what psi."""
+
+    CHECKS: ClassVar[dict[str, Check]] = {
+        "std": lambda owner, name, value: number(owner, name, value, NOT_NEGATIVE),
+        "plus": _plus,
+    }
+    m: float
+    std: float
+    plus: Plus
+
+    def __init__(self, m: float, std: float, plus: Plus) -> None:
+        super().__init__()
+        self.m, self.std, self.plus = m, std, plus
+
+    def _margin(self, m: float | Tensor) -> RowMargin:
+        raise NotImplementedError
+
+    def _psi(self, cosine: Tensor, m: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def of(self, rows: Rows) -> Margin | Psi:
+        if not self.training:
+            return self._margin(self.m)
+        margins, plus = drawn(self.m, self.std, rows), self.plus
+        if plus is False:
+            return self._margin(margins)
+        return lambda cosine: self._psi(cosine, by_difficulty(margins, cosine, rows.counts, plus))
+
+    def extra_repr(self) -> str:
+        return f"m={self.m:g}, std={self.std:g}, plus={self.plus!r}"
+
+
+class ElasticArcFace(ElasticFace):
     """``psi = cos(theta + m_i)``, m_i ~ N(m, std) anew in every forward (Boutros et al. 2022).
 
     As in the authors' code there is no guard past pi, and draws are not clipped. They come from torch's
@@ -48,34 +84,28 @@ class ElasticArcFace(BatchMargin):
             and so on (section 3.3, "ElasticFace+"). "released" does what the authors' code does instead: it
             applies the inverse of that order, which is all but random. Rows that do not count take no part.
 
+    All are attributes, checked when they are set as here.
+
     Raises:
         TypeError, ValueError: an argument out of range.
     """
 
+    CHECKS: ClassVar[dict[str, Check]] = {
+        **ElasticFace.CHECKS,
+        "m": lambda owner, name, value: number(owner, name, value, LIMITS["m2"]),
+    }
+
     def __init__(self, m: float = 0.5, std: float = 0.05, plus: Plus = False) -> None:
-        super().__init__()
-        self.m = number("ElasticArcFace", "m", m, LIMITS["m2"])
-        self.std = number("ElasticArcFace", "std", std, NOT_NEGATIVE)
-        self.plus = _plus("ElasticArcFace", plus)
+        super().__init__(m, std, plus)
 
-    def of(self, rows: Rows) -> Margin | Psi:
-        if not self.training:
-            return RowMargin(m2=self.m, guard="none")
-        margins = drawn(self.m, self.std, rows)
-        if self.plus is False:
-            return RowMargin(m2=margins, guard="none")
+    def _margin(self, m: float | Tensor) -> RowMargin:
+        return RowMargin(m2=m, guard="none")
 
-        def psi(cosine: Tensor) -> Tensor:
-            own = by_difficulty(margins, cosine, rows.counts, self.plus)
-            return reference.margin(cosine, RowMargin(m2=own, guard="none"))
-
-        return psi
-
-    def extra_repr(self) -> str:
-        return f"m={self.m:g}, std={self.std:g}, plus={self.plus!r}"
+    def _psi(self, cosine: Tensor, m: Tensor) -> Tensor:
+        return reference.margin(cosine, self._margin(m))
 
 
-class ElasticCosFace(BatchMargin):
+class ElasticCosFace(ElasticFace):
     """``psi = cos theta - m_i``, m_i ~ N(m, std) anew in every forward; all else as :class:`ElasticArcFace`.
 
     Args:
@@ -87,19 +117,16 @@ class ElasticCosFace(BatchMargin):
         TypeError, ValueError: an argument out of range.
     """
 
+    CHECKS: ClassVar[dict[str, Check]] = {
+        **ElasticFace.CHECKS,
+        "m": lambda owner, name, value: number(owner, name, value, LIMITS["m3"]),
+    }
+
     def __init__(self, m: float = 0.35, std: float = 0.05, plus: Plus = False) -> None:
-        super().__init__()
-        self.m = number("ElasticCosFace", "m", m, LIMITS["m3"])
-        self.std = number("ElasticCosFace", "std", std, NOT_NEGATIVE)
-        self.plus = _plus("ElasticCosFace", plus)
+        super().__init__(m, std, plus)
 
-    def of(self, rows: Rows) -> Margin | Psi:
-        if not self.training:
-            return RowMargin(m3=self.m)
-        margins = drawn(self.m, self.std, rows)
-        if self.plus is False:
-            return RowMargin(m3=margins)
-        return lambda cosine: cosine - by_difficulty(margins, cosine, rows.counts, self.plus)
+    def _margin(self, m: float | Tensor) -> RowMargin:
+        return RowMargin(m3=m)
 
-    def extra_repr(self) -> str:
-        return f"m={self.m:g}, std={self.std:g}, plus={self.plus!r}"
+    def _psi(self, cosine: Tensor, m: Tensor) -> Tensor:
+        return cosine - m

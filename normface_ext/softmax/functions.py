@@ -14,7 +14,7 @@ from ..engine.options import takes
 from ..reference import HeadParts, loss_of_parts
 from . import ops
 from .arguments import HeadInputs, checked_inputs, loss_options, margin_arguments
-from .batch_margins import BatchMargin, Rows, reduced, rows_weight, straightened
+from .batch_margins import BatchMargin, Rows, margin_of, reduced, regularizer_of, rows_weight, straightened
 from .margins import Margin
 from .options import HeadKeywords, HeadOptions, PartsKeywords, PartsOptions
 from .parts import head_parts as parts_op
@@ -95,7 +95,7 @@ def head_loss(
     """``normface_loss`` with options that have been checked."""
     inputs = checked_inputs(op, x, weight, labels, scale, sample_weight, class_weight, options)
     if isinstance(options.margin, BatchMargin):
-        return _of_batch(op, x, weight, scale, inputs, options, options.margin)
+        return _of_batch(op, x, weight, labels, scale, inputs, options, options.margin)
     return _fused(op, x, weight, inputs, options, options.margin)
 
 
@@ -122,21 +122,22 @@ def _of_batch(
     op: str,
     x: Tensor,
     weight: Tensor,
+    labels: Tensor,
     scale: float | Tensor,
     inputs: HeadInputs,
     options: HeadOptions,
     margin: BatchMargin,
 ) -> Tensor:
     """With a margin that looks at the batch first."""
-    rows = rows_of(op, x, inputs.labels, inputs.sample_weight, options, margin)
-    found = margin.of(rows)
+    rows = rows_of(op, x, inputs.labels, labels, inputs.sample_weight, options, margin)
+    found = margin_of(op, margin, rows)
     if isinstance(found, Margin):
         loss = _fused(op, x, weight, inputs, options, found)
     else:
         psi = straightened(found) if rows.straight else found
         given = inputs.labels, scale, psi, inputs.sample_weight, inputs.class_weight
         loss = loss_of_psi(x, weight, *given, options, op=op)
-    more = margin.regularizer(rows)
+    more = regularizer_of(op, margin, rows)
     if more is None:
         return loss
     weights = rows_weight(rows, inputs.sample_weight)
@@ -147,12 +148,13 @@ def rows_of(
     op: str,
     x: Tensor,
     labels: Tensor,
+    given: Tensor,
     row_weight: Tensor | None,
     options: HeadOptions,
     margin: BatchMargin,
     group: Any = None,
 ) -> Rows:
-    """What the margin is told of these rows."""
+    """What the margin is told of these rows; `given`: the labels before they were checked."""
     margin.follow(op, x.device)
     counts = labels != checks.ignored(options.ignore_index)
     counts = counts if row_weight is None else counts & (row_weight != 0)
@@ -161,7 +163,7 @@ def rows_of(
         counted = torch.where(counts[:, None], x, 1)
         norms = normalize(counted, eps=options.eps, return_norm=True)[1].squeeze(1).double()
         norms = torch.where(counts, norms, 1)
-    return Rows(labels, counts, norms, options.margin_gradient == "straight", group)
+    return Rows(labels, counts, norms, options.margin_gradient == "straight", group, given)
 
 
 @takes(PartsOptions)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..engine.arguments import NOT_NEGATIVE, POSITIVE, below, number
+from ..engine.arguments import NOT_NEGATIVE, POSITIVE, Range, below, number
+from ..engine.options import Check
 from .batch_margins import BatchMargin, Rows
 from .margins import RowMargin
 
@@ -26,11 +28,25 @@ class MagFace(BatchMargin):
         lambda_g: factor of the norms' term, at least 0. The authors' run script has 35. A norm grows with the
             margin's pull if lambda_g >= s K u_a^2 l_a^2 / (u_a^2 - l_a^2), K = m'(a) (their appendix).
 
+    All are attributes, checked when they are set as here.
+
     Raises:
         TypeError, ValueError: an argument out of range.
     """
 
     uses_norms = True
+    CHECKS: ClassVar[dict[str, Check]] = {
+        "l_margin": lambda owner, name, value: number(owner, name, value, below(0.0, math.pi)),
+        "u_margin": lambda owner, name, value: number(owner, name, value, below(0.0, math.pi)),
+        "l_a": lambda owner, name, value: number(owner, name, value, POSITIVE),
+        "u_a": lambda owner, name, value: number(owner, name, value, POSITIVE),
+        "lambda_g": lambda owner, name, value: number(owner, name, value, NOT_NEGATIVE),
+    }
+    l_margin: float
+    u_margin: float
+    l_a: float
+    u_a: float
+    lambda_g: float
 
     def __init__(
         self,
@@ -41,13 +57,23 @@ class MagFace(BatchMargin):
         lambda_g: float = 35.0,
     ) -> None:
         super().__init__()
-        self.l_margin = number("MagFace", "l_margin", l_margin, below(0.0, math.pi))
-        self.u_margin = number("MagFace", "u_margin", u_margin, below(self.l_margin, math.pi))
-        self.l_a = number("MagFace", "l_a", l_a, POSITIVE)
-        self.u_a = number("MagFace", "u_a", u_a, POSITIVE)
-        if not self.l_a < self.u_a:
-            raise ValueError(f"MagFace: expected `u_a` > l_a ({self.l_a:g}), got {self.u_a:g}")
-        self.lambda_g = number("MagFace", "lambda_g", lambda_g, NOT_NEGATIVE)
+        self.l_margin, self.u_margin, self.l_a, self.u_a = l_margin, u_margin, l_a, u_a
+        self.lambda_g = lambda_g
+
+    def checked(self, name: str, value: object) -> Any:
+        """Also against the other end of its range, once there is one."""
+        own, has = super().checked(name, value), self.__dict__
+        if name == "u_margin" and "l_margin" in has:
+            within = below(self.l_margin, math.pi)
+        elif name == "l_margin" and "u_margin" in has:
+            within = Range(f"in [0, {self.u_margin:g}]", 0.0, self.u_margin)
+        elif name == "u_a" and "l_a" in has:
+            within = Range(f"> l_a ({self.l_a:g})", math.nextafter(self.l_a, math.inf), math.inf)
+        elif name == "l_a" and "u_a" in has:
+            within = Range(f"< u_a ({self.u_a:g})", 0.0, math.nextafter(self.u_a, 0.0))
+        else:
+            return own
+        return number(type(self).__name__, name, value, within)
 
     def _held(self, rows: Rows) -> Tensor:
         assert rows.norms is not None

@@ -1,23 +1,45 @@
-"""Forward passes that a backward pass may run again, as ``torch.utils.checkpoint`` does."""
+"""State that a forward pass moves: how wide it is, and what becomes of it where a backward pass runs the
+forward pass again, as ``torch.utils.checkpoint`` does."""
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: How many are remembered.
 MOST = 16
 
 
-def within_backward() -> bool:
-    """Whether this thread is in a backward pass, so that a forward pass now is one that is run again."""
-    current = getattr(torch._C, "_current_graph_task_id", None)
-    return current is not None and current() != -1
+def recomputing() -> bool:
+    """Whether this forward pass runs inside a backward pass: activation checkpointing does it again there,
+    and no state must move twice. Not seen in a compiled step, whose compiler recomputes no mutation."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class WideState(nn.Module):
+    """A module whose state stays float32 or wider when it is made ``half()`` or ``bfloat16()``: in 16 bits a
+    running mean soon stops moving."""
+
+    def wide_state(self) -> list[Tensor]:
+        """The tensors of which that holds: its buffers."""
+        return list(self.buffers())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        state = self.wide_state()  # kept until the end, so that no other tensor gets an id of theirs
+        kept = {id(tensor) for tensor in state}
+
+        def wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrowed = tensor.is_floating_point() and moved.dtype.itemsize < 4
+            return tensor.to(moved.device) if narrowed and id(tensor) in kept else moved
+
+        return super()._apply(wide, recurse)
 
 
 @dataclass
