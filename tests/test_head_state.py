@@ -168,7 +168,7 @@ def test_a_scale_past_its_bound_is_the_bound(raw, batch):
 def test_a_parameter_that_is_no_scale_is_refused(value, error, learned):
     made = head(learn_scale=learned, max_scale=25.0)
     before = made.scale
-    with pytest.raises(error, match="^NormFaceLoss: expected `scale` "):
+    with pytest.raises(error, match=r"^NormFaceLoss: expected `scale` "):
         made.scale = nn.Parameter(value, requires_grad=value.is_floating_point())
     assert made.scale is before
 
@@ -176,10 +176,10 @@ def test_a_parameter_that_is_no_scale_is_refused(value, error, learned):
 def test_a_number_that_the_dtype_cannot_hold():
     for number in (1e6, 1e-9):
         options = {"learn_scale": True, "min_scale": 1e-10, "dtype": torch.float16}
-        with pytest.raises(ValueError, match="`scale` to be a number that torch.float16 can hold"):
+        with pytest.raises(ValueError, match=r"`scale` to be a number that torch\.float16 can hold"):
             head(scale=number, **options)
         made = head(**options)
-        with pytest.raises(ValueError, match="`scale` to be a number that torch.float16 can hold"):
+        with pytest.raises(ValueError, match=r"`scale` to be a number that torch\.float16 can hold"):
             made.scale = number
         assert made.scale.item() == 20
 
@@ -463,7 +463,7 @@ def test_margins_are_counted(kind):
 def test_small_refusals():
     with pytest.raises(ValueError, match="expected `workspace` >= 0, got -1"):
         head(workspace=-1)
-    with pytest.raises(TypeError, match="auto_scale: expected `margin` to be CosFace, .* got str"):
+    with pytest.raises(TypeError, match=r"auto_scale: expected `margin` to be CosFace, .* got str"):
         theory.auto_scale(10, "arcface")
 
 
