@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .softmax.layers import NormFaceLoss
+
 
 def is_scale(name: str, parameter: nn.Parameter) -> bool:
     """Whether a named parameter is the learned scale s of a head: one element, and called ``scale``."""
@@ -16,7 +18,7 @@ def is_scale(name: str, parameter: nn.Parameter) -> bool:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, **options: Any) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer in which the learned scales of the heads are not decayed.
+    """Parameter groups for an optimizer in which the heads' learned scales and margins are not decayed.
 
     Weight decay pulls s towards 0 and with it the loss towards its bound at s = 0, log C; Caffe's released
     nets do so, since their Scale layer has the default ``decay_mult: 1``.
@@ -27,13 +29,16 @@ def parameter_groups(module: nn.Module, weight_decay: float, **options: Any) -> 
         options: further entries of every group, such as ``lr``.
 
     Returns:
-        One group with the weight decay and, if there is a scale, one with weight decay 0.
+        One group with the weight decay and, if there is a scale or a margin, one with weight decay 0.
     """
+    heads = (each for each in module.modules() if isinstance(each, NormFaceLoss))
+    margins = {id(parameter) for head in heads for parameter in head.margin_parameters()}
     decayed: list[nn.Parameter] = []
     scales: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (scales if is_scale(name, parameter) else decayed).append(parameter)
+            own = is_scale(name, parameter) or id(parameter) in margins
+            (scales if own else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay, **options},
         {"params": scales, "weight_decay": 0.0, **options},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from .engine.arguments import NOT_NEGATIVE, POSITIVE, number, size
+from .softmax.margins import margin_argument
 
 #: ``scale="auto"`` takes the smallest scale whose bound is this low: 12 for 10 classes, 21 for the
 #: 10,575 of CASIA-WebFace (the paper: "say 20 or 30"), 25 for a million.
@@ -80,9 +81,10 @@ def auto_scale(num_classes: int, margin: object = None) -> float:
         margin: what ``margin=`` of ``NormFaceLoss`` takes.
 
     Raises:
-        TypeError: ``num_classes`` that is no int.
+        TypeError: ``num_classes`` that is no int, a margin that is none.
         ValueError: ``num_classes`` below 1.
     """
+    margin_argument("auto_scale", "margin", margin)
     plain = scale_for_bound(num_classes, AUTO_SCALE_BOUND)
     if margin is None:
         return max(1.0, plain)

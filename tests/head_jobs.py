@@ -42,6 +42,21 @@ def options_of_a_sharded_head(rank, world, device):
     return [*found, [str(w.message) for w in said], head.scale, repr(head.margin)]
 
 
+def mode_and_margin(rank, world, device, learned):
+    """(training, names of parameters, the margin's tensor, loss) of a head that was in eval mode."""
+    x, weight, labels = problem(CLASSES, 6, torch.float32)
+    numbers = torch.arange(1.0, CLASSES + 1) / 16
+    margin = nf.ArcFace(nn.Parameter(numbers) if learned else numbers)
+    single = nf.NormFaceLoss(DIM, CLASSES, margin=margin, scale=4.0, device=device).eval()
+    if device == "cpu":
+        single.weight = nn.Parameter(weight.detach().float())
+    head = nfd.shard_head(single, mesh_of(world))
+    rows = rows_of(rank, world, 6, False)
+    loss = head(x[rows].float(), labels[rows])
+    names = [name for name, _ in head.named_parameters()]
+    return head.training, names, head.margin.m.tolist(), numbers.tolist(), loss.isfinite().item()
+
+
 def kept_scale(rank, world, start):
     """Bounds of a sharded head: what forward uses, and what the parameter is afterwards."""
     x, weight, labels = problem(CLASSES, 6, torch.float32)

@@ -36,6 +36,15 @@ def test_options_and_state_of_a_sharded_head(device):
         assert (scale, margin) == (40.0, "ArcFace(m=0.2)") and len(said) == 1
 
 
+@pytest.mark.parametrize(
+    ("device", "learned"), [("cpu", False), ("cpu", True), ("meta", False), ("meta", True)]
+)
+def test_a_sharded_head_keeps_mode_and_margin(device, learned):
+    for training, names, margin, given, finite in ranks(2).run(jobs.mode_and_margin, device, learned):
+        assert not training and names == ["weight"] + ["margin_m"] * learned
+        assert margin == given and finite
+
+
 @pytest.mark.parametrize("start", [-1.0, 5.0, 900.0])
 def test_a_learned_scale_of_a_sharded_head_keeps_its_bounds(start):
     for now, slope, expected in ranks(2).run(jobs.kept_scale, start):

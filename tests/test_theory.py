@@ -122,7 +122,7 @@ def test_auto_scale_with_a_margin(classes, margin):
 
 
 def test_auto_scale_of_margins_that_leave_nothing_or_have_no_numbers():
-    for margin in (nf.CosFace(1.0), nf.CosFace(2.5), nf.ArcFace(1.6), object()):
+    for margin in (nf.CosFace(1.0), nf.CosFace(2.5), nf.ArcFace(1.6), nf.AdaFace()):
         assert theory.auto_scale(10**9, margin) == 64
     for margin in (nf.CosFace(0.0), nf.ArcFace(0.0), nf.CombinedMargin()):  # none at all
         assert theory.auto_scale(10_575, margin) == theory.auto_scale(10_575) < 64

@@ -82,7 +82,8 @@ def norm_linear(
         x: [N, D].
         weight: [C, D], on x's device; float64 only together with float64.
         scale: s, a float or a tensor of one element (with or without gradient). The learned scale of a layer,
-            ``head.scale``, is used within its bounds.
+            ``head.scale``, is used within its bounds; a tensor computed from a learned scale is not bounded:
+            use ``head.bounded_scale()``.
         normalize_input: ``False`` leaves x as it is: out = s <x_i, w_j> / ||w_j||.
         eps: inside both norms, see ``normalize``.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..engine import checks
 from ..engine.arguments import POSITIVE, flag, number
 from ..engine.extra_state import pack, unpack
-from ..engine.scale import HoldsScale, one_number
+from ..engine.scale import HoldsScale, bounds_of, in_dtype, one_number, one_parameter
 from .rows import gaussian_unitball_, unit_rows_
 
 
@@ -26,6 +26,8 @@ class ScaledHead(HoldsScale):
     weight: nn.Parameter
     scale: float | nn.Parameter
     eps: float
+    #: Whether a state_dict is being loaded.
+    _loading: bool = False
 
     def __init__(
         self,
@@ -43,12 +45,14 @@ class ScaledHead(HoldsScale):
         device = None if device is None else checks.device(owner, device)
         dtype = None if dtype is None else checks.floating_dtype(owner, dtype)
         least = number(owner, "min_scale", min_scale, POSITIVE)
-        self._bounds = least, self._most(max_scale)
+        self._bounds = self._ordered(least, self._most(max_scale))
         self.first_scale = first = self._within(one_number(owner, "scale", scale))
         self.weight = nn.Parameter(torch.empty(classes, features, device=device, dtype=dtype))
         if flag(owner, "learn_scale", learn_scale):
+            in_dtype(owner, first, self.weight.dtype)
             # [1] and not 0-d, which fully_shard refuses.
-            self.scale = nn.Parameter(torch.empty(1, device=device, dtype=self.weight.dtype))
+            learned = torch.full((1,), first, device=device, dtype=self.weight.dtype)
+            self.register_parameter("scale", nn.Parameter(learned))
         else:
             self.scale = first
         self.reset_parameters()
@@ -66,7 +70,7 @@ class ScaledHead(HoldsScale):
 
     @property
     def learn_scale(self) -> bool:
-        return "scale" in self._parameters
+        return isinstance(getattr(self, "scale", None), Tensor)
 
     @property
     def min_scale(self) -> float:
@@ -90,18 +94,27 @@ class ScaledHead(HoldsScale):
 
     def _set_bounds(self, low: float, high: float) -> None:
         """A learned scale is moved by nothing but its optimizer, so it may stand outside; a fixed one not."""
-        before, self._bounds = self._bounds, (low, high)
-        try:
-            if low > high or not isinstance(self.scale, Tensor):
-                self._within(high if isinstance(self.scale, Tensor) else self.scale)
-        except ValueError:
-            self._bounds = before
-            raise
+        before, self._bounds = self._bounds, self._ordered(low, high)
+        if not self.learn_scale:
+            try:
+                self._within(self.scale)  # type: ignore[arg-type]
+            except ValueError:
+                self._bounds = before
+                raise
+        self.first_scale = min(max(self.first_scale, low), high)
         self.mark_scale()
 
-    def _within(self, scale: float) -> float:
+    def _ordered(self, low: float, high: float) -> tuple[float, float]:
+        if low > high:
+            owner = type(self).__name__
+            raise ValueError(f"{owner}: expected `min_scale` <= `max_scale`, got {low:g} and {high:g}")
+        return low, high
+
+    def _within(self, scale: float, dtype: torch.dtype = torch.float64) -> float:
+        """The scale; ValueError for one that is out of the bounds as its dtype has them."""
         low, high = self._bounds
-        if not low <= scale <= high:
+        least, most = torch.tensor(self._bounds, dtype=dtype, device="cpu").tolist()
+        if not least <= scale <= most:
             raise ValueError(f"{type(self).__name__}: expected `scale` in [{low:g}, {high:g}], got {scale:g}")
         return scale
 
@@ -109,39 +122,68 @@ class ScaledHead(HoldsScale):
         return self._bounds
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "scale" or isinstance(value, nn.Parameter):
-            if name == "scale" and value.numel() != 1:
-                raise ValueError(
-                    f"{type(self).__name__}: expected `scale` of one element, got shape {list(value.shape)}"
-                )
+        if name != "scale" or self.__dict__.get("_is_replica"):  # of nn.DataParallel
             super().__setattr__(name, value)
             return
-        number_in_bounds = self._within(one_number(type(self).__name__, name, value))
-        if self.learn_scale:
-            with torch.no_grad():
-                self._parameters["scale"].fill_(number_in_bounds)  # type: ignore[union-attr]
-        else:
+        owner = type(self).__name__
+        if isinstance(value, nn.Parameter):
+            one_parameter(owner, name, value)
+            if self._looks_at(value):
+                self._within(one_number(owner, name, value), value.dtype)
+            super().__setattr__(name, value)
+            return
+        number_in_bounds = self._within(one_number(owner, name, value))
+        if not self.learn_scale:
             super().__setattr__(name, number_in_bounds)  # type: ignore[arg-type]
+            return
+        learned, own = self.scale, self._parameters.get("scale")
+        assert isinstance(learned, Tensor)
+        in_dtype(owner, number_in_bounds, learned.dtype)
+        with torch.no_grad():
+            if own is None:  # parametrized: torch asks its right_inverse
+                super().__setattr__(name, torch.full_like(learned, number_in_bounds))
+            else:
+                own.fill_(number_in_bounds)
+
+    def _looks_at(self, value: nn.Parameter) -> bool:
+        """Whether a parameter that becomes the scale is new. One that is a scale already, one of a state_dict
+        and one that fully_shard puts in the place of its own may stand outside the bounds, as any may
+        that is learned."""
+        own = self._parameters.get("scale")
+        sharded = checks.is_dtensor(value) or (own is not None and checks.is_dtensor(own))
+        known = sharded or self._loading or hasattr(value, "scale_bounds")
+        return not known and checks.has_values(value)
 
     # State --------------------------------------------------------------------------------------------
 
     def _plain_state(self) -> dict[str, Any]:
         """What the state_dict holds besides parameters and buffers."""
-        return {} if self.learn_scale else {"scale": self.scale}
+        if not self.learn_scale:
+            return {"scale": self.scale}
+        return {"bounds": [self.min_scale, None if self.max_scale == math.inf else self.max_scale]}
 
     def _take_plain_state(self, values: dict[str, Any]) -> list[str]:
         """Sets it. Returns what another value was replaced by, in words."""
+        if self.learn_scale and "bounds" in values:
+            return self._take_bounds(*bounds_of(type(self).__name__, values["bounds"]))
         if "scale" not in values or values["scale"] == self.scale_value():
             return []
         before, self.scale = self.scale_value(), values["scale"]
         return [f"scale {values['scale']:g} replaces {before:g}"]
 
+    def _take_bounds(self, low: float, high: float) -> list[str]:
+        if (low, high) == self._bounds:
+            return []
+        before = self._bounds
+        self._set_bounds(low, high)
+        return [f"scale bounds [{low:g}, {high:g}] replace [{before[0]:g}, {before[1]:g}]"]
+
     def get_extra_state(self) -> Tensor:
         return pack(self._plain_state())
 
     def set_extra_state(self, state: object) -> None:
-        """A fixed scale, and what the options say that is not in parameters, as saved. A UserWarning says so
-        where the layer was made with something else.
+        """A fixed scale, or a learned one's bounds, and what the options say that is not in parameters, as
+        saved. A UserWarning says so where the layer was made with something else.
 
         Raises:
             ValueError: not the extra state of such a layer.
@@ -163,7 +205,11 @@ class ScaledHead(HoldsScale):
         given = state_dict.get(f"{prefix}scale")
         if isinstance(given, Tensor) and given.dim() == 0:  # one number, however it was saved
             state_dict[f"{prefix}scale"] = given.reshape(1)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+        self._loading = True
+        try:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+        finally:
+            del self._loading
         if f"{prefix}_extra_state" in missing_keys:  # then there is nothing to restore
             missing_keys.remove(f"{prefix}_extra_state")
 

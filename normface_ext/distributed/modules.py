@@ -45,7 +45,7 @@ class ShardedNormFaceLoss(NormFaceLoss):
             scale=head.first_scale,
             min_scale=head.min_scale,
             max_scale=None if head.max_scale == float("inf") else head.max_scale,
-            **vars(head.options),
+            **{**vars(head.options), "margin": head.given_margin()},
             device="meta",
             dtype=head.weight.dtype,
         )
@@ -68,7 +68,8 @@ class ShardedNormFaceLoss(NormFaceLoss):
         else:
             weight = distribute_tensor(head.weight.detach(), mesh, [Shard(0)])
         self.weight = nn.Parameter(weight, requires_grad=head.weight.requires_grad)
-        self.class_weight = head.given_class_weight()
+        self.class_weight, self.margin = head.given_class_weight(), head.given_margin()
+        self.training = head.training
 
     def _draw_(self, local: Tensor) -> None:
         """Uniform on the unit sphere, the same for any number of ranks; nobody holds other ranks' classes."""
@@ -98,7 +99,7 @@ class ShardedNormFaceLoss(NormFaceLoss):
             self.shard,
             sample_weight,
             self.class_weight,
-            self.options,
+            self.present_options(),
             largest_scale=None if self.max_scale == float("inf") else self.max_scale,
             sample=self.sampler if self.training else None,
             backbone_gradients=self.backbone_gradients,

@@ -79,7 +79,7 @@ def ignore_index(op: str, name: str, value: object) -> int | None:
 
 def workspace(op: str, name: str, value: object) -> int | None:
     """A budget in bytes; whether it is enough is for the plan to say."""
-    return None if value is None else integer(op, name, value, INT64_MIN, INT64_MAX, kind="an int or None")
+    return None if value is None else integer(op, name, value, 0, INT64_MAX, kind="an int or None")
 
 
 def active_limit(op: str, name: str, value: object) -> int | None:
@@ -181,8 +181,9 @@ def bounded(scale: Tensor, low: float, high: float) -> Tensor:
     plain = type(scale) is nn.Parameter and scale.is_cpu and not torch.compiler.is_compiling()
     if plain and low <= scale.item() <= high:
         return scale.squeeze()
-    # scale - scale is 0: the value is the bound itself, and the slope is 1.
-    return (scale.detach().clamp(low, high) + (scale - scale.detach())).reshape(())
+    # scale - scale is 0: the value is the bound itself, and the slope is 1. Infinity has no such 0.
+    none = (scale - scale.detach()).nan_to_num(0.0)
+    return (scale.detach().clamp(low, high) + none).reshape(())
 
 
 def label_rows(op: str, value: object, x: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ kind in ``to_empty``, ``fully_shard`` and elsewhere, and Dynamo, DTensor and pic
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import checks
-from .arguments import POSITIVE, number
+from .arguments import POSITIVE, number, shown
 
 
 def one_number(op: str, name: str, value: object) -> float:
@@ -29,6 +31,37 @@ def one_number(op: str, name: str, value: object) -> float:
     return number(op, name, value, POSITIVE)
 
 
+def in_dtype(op: str, scale: float, dtype: torch.dtype) -> float:
+    """The same number, which a parameter of this dtype can hold."""
+    held = torch.tensor(scale, dtype=dtype, device="cpu").item()
+    if not 0 < held < math.inf:
+        raise ValueError(f"{op}: expected `scale` to be a number that {dtype} can hold, got {scale:g}")
+    return scale
+
+
+def one_parameter(op: str, name: str, value: nn.Parameter) -> nn.Parameter:
+    """A parameter that is to be the scale; of its values nothing is looked at."""
+    if value.dtype not in checks.FLOATING:
+        raise TypeError(
+            f"{op}: expected `{name}` to be float64, float32, float16 or bfloat16, got {value.dtype}"
+        )
+    if value.dim() > 1 or value.numel() != 1:
+        raise ValueError(f"{op}: expected `{name}` of one element, got shape {list(value.shape)}")
+    return value
+
+
+def bounds_of(op: str, state: object) -> tuple[float, float]:
+    """Of a state_dict: [low, high], or None for no upper one."""
+    if not isinstance(state, list) or len(state) != 2:
+        raise ValueError(f"{op}: expected the bounds of a scale in the state_dict, got {shown(state)}")
+    try:
+        low = number(op, "min_scale", state[0], POSITIVE)
+        high = math.inf if state[1] is None else number(op, "max_scale", state[1], POSITIVE)
+    except TypeError as error:
+        raise ValueError(f"{error} in the state_dict") from None
+    return low, high
+
+
 class HoldsScale(nn.Module):
     """A layer whose parameter ``scale``, where it has one, carries the layer's bounds wherever it goes."""
 
@@ -42,10 +75,11 @@ class HoldsScale(nn.Module):
 
     def bounded_scale(self) -> float | Tensor:
         """The scale as forward uses it."""
-        scale = self._parameters.get("scale")
+        # Not a parameter of the layer where it is parametrized, and in a replica of nn.DataParallel.
+        scale: float | Tensor = self._parameters.get("scale")  # type: ignore[assignment]
         if scale is None:
-            return self.scale  # type: ignore[return-value]
-        return checks.bounded(scale, *self.scale_bounds())
+            scale = self.scale
+        return checks.bounded(scale, *self.scale_bounds()) if isinstance(scale, Tensor) else scale
 
     def scale_value(self) -> float:
         """The same as a number (host sync on CUDA)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +16,10 @@ from ..engine import checks
 from ..engine.arguments import FINITE, POSITIVE, choice, number
 from ..engine.extra_state import unpack
 from ..engine.files import clip, file_name, quoted, reading
+from ..engine.scale import bounds_of
 from ..softmax.layers import NormFaceLoss
 from ..softmax.margins import Margin
-from ..softmax.state import margin_of
+from ..softmax.state import checked_state, margin_of, shown
 from ..theory import auto_scale
 from .detect import Found, Group, choose
 from .files import read_tensors
@@ -164,6 +166,7 @@ def _built(
     for name in ("scale", "s"):
         stored.pop(name, None)
     used = {found.name, *(found.owner + name for name in (*stored, *own.entries))}
+    used |= {found.owner + name for name in own.margin_entries}
     given, margin = own.first_scale if scale is None else scale, own.margin if margin is None else margin
     classes, features = weight.shape
     with torch.random.fork_rng(devices=[]):  # of the head's own weight, which one class is enough for
@@ -172,12 +175,13 @@ def _built(
             1,
             scale=auto_scale(classes, margin) if given is None or given == "auto" else given,
             learn_scale=own.learned,
-            min_scale=MIN_SCALE if own.first_scale is None else min(MIN_SCALE, own.first_scale),
-            margin=margin,
+            min_scale=own.bounds[0],
+            max_scale=None if own.bounds[1] == math.inf else own.bounds[1],
             device="cpu",
             dtype=weight.dtype,
         )
     head.weight, head.num_classes = nn.Parameter(weight), classes
+    head.margin = margin
     head.to(weight.device if device is None else device)
     if own.learned and scale is None:
         with torch.no_grad():
@@ -199,6 +203,7 @@ def _built(
         weight.dtype,
         own.scale,
         stored,
+        own.margin_text,
         left_out(content, groups, found, used),
         _notes(found, len(sources), head, own, scale),
     )
@@ -214,11 +219,21 @@ class _Own(NamedTuple):
     margin: Margin | None = None
     margin_state: Mapping[str, Tensor] = MappingProxyType({})
     entries: tuple[str, ...] = ()
+    margin_text: str = ""
+    margin_entries: tuple[str, ...] = ()
+    stored_bounds: tuple[float, float] | None = None
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Of the scale; where a file has none, with room for its scale below."""
+        if self.stored_bounds is not None:
+            return self.stored_bounds
+        return MIN_SCALE if self.scale is None or self.scale <= 0 else min(MIN_SCALE, self.scale), math.inf
 
     @property
     def first_scale(self) -> float | None:
-        """A head can be made with it: a learned scale may stand outside its bounds, which no file has."""
-        return MIN_SCALE if self.scale is not None and self.scale <= 0 else self.scale
+        """A head can be made with it: a learned scale may stand outside its bounds."""
+        return None if self.scale is None else min(max(self.scale, self.bounds[0]), self.bounds[1])
 
 
 def _others_state(found: Found, where: str, stored: Mapping[str, float]) -> _Own:
@@ -241,15 +256,22 @@ def _own_state(found: Found, where: str) -> _Own:
     scale, extra = tensors.get(f"{owner}scale"), tensors.get(f"{owner}_extra_state")
     with reading(where, f"the state of a NormFaceLoss in {quoted(found.path, 80)}"):
         values = {} if extra is None else unpack("load_head", extra)
-        margin = margin_of("load_head", values.get("margin"))
+        given = checked_state("load_head", values.get("margin"))
+        entries = tuple(f"margin_{name}" for name in (given or {}).get("tensors", ()))
+        inside = {name: tensors.get(f"{owner}margin_{name}") for name in (given or {}).get("tensors", ())}
+        learned = {name: nn.Parameter(value.clone()) for name, value in inside.items() if value is not None}
+        margin = margin_of("load_head", given, learned)
+        bounds = bounds_of("load_head", values["bounds"]) if "bounds" in values else None
         if scale is not None and scale.numel() != 1:
             raise ValueError(f"a scale of shape {list(scale.shape)}")
         value = values.get("scale") if scale is None else scale.item()
         if value is not None:
             value = number("load_head", "scale", value, POSITIVE if scale is None else FINITE)
-    inside = f"{owner}margin."
-    state = {name.removeprefix(inside): each for name, each in tensors.items() if name.startswith(inside)}
-    return _Own(value, scale is not None, margin, state, ("scale", "_extra_state"))
+    under = f"{owner}margin."
+    state = {name.removeprefix(under): each for name, each in tensors.items() if name.startswith(under)}
+    said = shown(given) if "margin" in values else ""
+    entries = entries if margin is not None else ()
+    return _Own(value, scale is not None, margin, state, ("scale", "_extra_state"), said, entries, bounds)
 
 
 def _notes(found: Found, ranks: int, head: NormFaceLoss, own: _Own, scale: object) -> tuple[str, ...]:
@@ -261,6 +283,10 @@ def _notes(found: Found, ranks: int, head: NormFaceLoss, own: _Own, scale: objec
         notes.append(f"the scale is not stored, `scale` sets it: {taken}{usually}")
     if own.margin is None and head.options.margin is None and found.format not in ("linear", "normface"):
         notes.append("no margin is stored as numbers, `margin` sets it: none")
+    if own.margin is None and own.margin_text not in ("", "None") and head.options.margin is None:
+        notes.append(
+            f"the margin is not made from the file, `margin` sets it: none; {own.margin_text} is stored"
+        )
     if found.format == "cvlface" and ranks > 1:
         notes.append(f"the last classes, {ranks - 1} at most, may be the padding that spreads them evenly")
     return tuple(notes)

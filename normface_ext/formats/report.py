@@ -32,6 +32,7 @@ class HeadReport:
         dtype: of the weight, which the head keeps.
         scale: as stored; None where it is not.
         stored: numbers that stand beside the weight, by name: a margin's, AdaFace's statistics.
+        margin: as stored, in words; "None" for none, empty where the file does not say.
         left_out: what was not taken, in words.
         notes: what was chosen for want of a number in the file.
     """
@@ -45,6 +46,7 @@ class HeadReport:
     dtype: torch.dtype
     scale: float | None
     stored: Mapping[str, float] = field(default_factory=dict)
+    margin: str = ""
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -53,6 +55,7 @@ class HeadReport:
         lines.append(f"  entry: {self.entry or 'the whole file'}, {self.layout}")
         lines += [f"  files: {', '.join(self.files)}"] if self.files else []
         lines.append(f"  scale: {'not stored' if self.scale is None else f'{self.scale:g}'}")
+        lines += [f"  margin: {self.margin}"] if self.margin else []
         if self.stored:
             lines.append("  stored: " + ", ".join(f"{key} {value:g}" for key, value in self.stored.items()))
         lines += [f"  left out: {what}" for what in self.left_out]

@@ -45,7 +45,9 @@ def normface_loss(
         x: [N, D] features.
         weight: [C, D], on x's device; float64 only together with float64.
         labels: [N] int64 or int32 in [0, C) or ``ignore_index``.
-        scale: s, a float, or a tensor with or without gradient: 0-d or [1], or [N], a scale per row.
+        scale: s, a float, or a tensor with or without gradient: 0-d or [1], or [N], a scale per row. The
+            learned scale of a head, ``head.scale``, is used within its bounds; a tensor computed from a
+            learned scale is not bounded: use ``head.bounded_scale()``.
         margin: psi on the target cosine: ``CosFace``, ``ArcFace``, ``CombinedMargin``, ``RowMargin``, whose
             numbers may be tensors with gradient; one that looks at the batch first, ``AdaFace``, ``MagFace``,
             ``ElasticArcFace``, ``ElasticCosFace`` or a ``BatchMargin`` of yours; or ``None``.

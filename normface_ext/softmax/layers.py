@@ -11,15 +11,14 @@ from torch.optim import Optimizer
 
 from .. import theory
 from ..cosine.functions import scaled_cosine
-from ..cosine.head import ScaledHead
 from ..cosine.options import LinearOptions
-from ..engine import checks
 from ..engine.arguments import choice, size
-from ..engine.options import HoldsOptions, holds, takes
+from ..engine.options import holds, takes
 from . import functions, resize
 from .options import HeadKeywords, HeadOptions
 from .presets import PRESETS
-from .state import margin_of, margin_state
+from .state import margin_change, margin_state
+from .tensors import HoldsTensors
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -28,7 +27,7 @@ Head = TypeVar("Head", bound="NormFaceLoss")
 
 
 @holds(HeadOptions)
-class NormFaceLoss(HoldsOptions, ScaledHead):
+class NormFaceLoss(HoldsTensors):
     """The normalised softmax head and its loss in one: (features [N, D], labels [N]) -> loss.
 
     ``forward`` also takes ``sample_weight`` [N]. Without labels it gives the logits s cos [N, C], without the
@@ -38,28 +37,29 @@ class NormFaceLoss(HoldsOptions, ScaledHead):
         in_features: D.
         num_classes: C; ``weight`` is [C, D], rows uniform on the unit sphere.
         scale: s, a number or a tensor of one; or "auto": the smallest scale whose loss bound is
-            ``theory.AUTO_SCALE_BOUND``, and with a margin at least 64 (``theory.auto_scale``).
+            ``theory.AUTO_SCALE_BOUND``, and with a margin at least 64 (``theory.auto_scale``). It goes by
+            the margin that the constructor is given: one that is set later does not change the scale.
         learn_scale: make s a parameter [1], used within [min_scale, max_scale]. It needs no weight decay:
             ``parameter_groups`` gives it a group without.
         class_weight: [C], becomes a buffer on the weight's device. It is an option of the loss, not what is
-            learned, so the ``state_dict`` has none.
+            learned, so the ``state_dict`` has none, and ``to_empty`` does not empty it.
         device, dtype: of the parameters.
 
     ``margin``, ``reduction``, ``ignore_index``, ``eps``, ``class_weight``, ``label_smoothing``, ``workspace``
     and ``check_finite`` are those of ``functional.normface_loss``. These and ``scale``, ``min_scale`` and
     ``max_scale`` are attributes, checked when they are set as here.
 
-    A fixed scale and a margin of numbers are saved in the ``state_dict`` and restored from it; where one
-    replaces what the head was made with, a UserWarning says so.
+    Tensors of a margin become the head's: a Parameter, which is learned, its parameter, another a buffer as
+    class_weight is one; ``ArcFace``'s m is ``margin_m``.
+
+    A fixed scale, a learned one's bounds and the margin's numbers are saved in the ``state_dict`` and
+    restored from it; where one replaces what the head was made with, a UserWarning says so. What
+    numbers cannot make (a ``BatchMargin``, tensors) stays as the head was made, with a UserWarning where it
+    is another.
 
     Constructor and forward call raise what ``functional.normface_loss`` raises. To verify, compare
     normalised features.
     """
-
-    options: HeadOptions
-    class_weight: Tensor | None
-    #: What a class_weight on the meta device was made from.
-    _given_class_weight: Tensor | None = None
 
     @takes(HeadOptions)
     def __init__(
@@ -81,16 +81,15 @@ class NormFaceLoss(HoldsOptions, ScaledHead):
         num_classes = size(owner, "num_classes", num_classes)
         chosen = HeadOptions.of(owner, options)
         if class_weight is not None:
-            checks.factors(owner, "class_weight", class_weight, num_classes)
+            self.check_class_weight(class_weight, num_classes)
+        self.check_margin(chosen.margin, num_classes)
         if isinstance(scale, str):
             if scale != "auto":
                 raise ValueError(f"{owner}: expected `scale` to be a number or 'auto', got {scale!r}")
             scale = theory.auto_scale(num_classes, chosen.margin)
         super().__init__(num_classes, in_features, scale, learn_scale, min_scale, max_scale, device, dtype)
         self.in_features, self.num_classes = in_features, num_classes
-        self.keep_options(chosen)
-        self.register_buffer("class_weight", None, persistent=False)
-        self.class_weight = class_weight
+        self.keep_tensors(chosen, class_weight)
 
     @classmethod
     def preset(cls: type[Head], name: str, in_features: int, num_classes: int, **changes: Any) -> Head:
@@ -109,25 +108,6 @@ class NormFaceLoss(HoldsOptions, ScaledHead):
         recipe = PRESETS[choice(f"{cls.__name__}.preset", "name", name, PRESETS)]
         return cls(in_features, num_classes, **{**recipe(), **changes})
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "class_weight" and value is not None:
-            checks.factors(type(self).__name__, name, value, self.num_classes)
-            device = self.weight.device
-            self._given_class_weight = value if device.type == "meta" else None
-            value = value.to(device)
-        super().__setattr__(name, value)
-
-    def given_class_weight(self) -> Tensor | None:
-        """The class_weight with its values, also where the buffer has none yet."""
-        return self.class_weight if self._given_class_weight is None else self._given_class_weight
-
-    def reset_parameters(self) -> None:
-        """Weight rows uniform on the unit sphere; a learned scale back to its first value; after ``to_empty``
-        of a head that was made on the meta device the class_weight that it was made with."""
-        super().reset_parameters()
-        if self._given_class_weight is not None and not self.weight.is_meta:
-            self.class_weight = self._given_class_weight
-
     def forward(
         self, features: Tensor, labels: Tensor | None = None, sample_weight: Tensor | None = None
     ) -> Tensor:
@@ -141,7 +121,7 @@ class NormFaceLoss(HoldsOptions, ScaledHead):
             self.bounded_scale(),
             sample_weight,
             self.class_weight,
-            self.options,
+            self.present_options(),
         )
 
     def _without_labels(self, features: Tensor, sample_weight: Tensor | None) -> Tensor:
@@ -164,17 +144,18 @@ class NormFaceLoss(HoldsOptions, ScaledHead):
         return self.logits(x).argmax(1)
 
     def _plain_state(self) -> dict[str, Any]:
-        return {**super()._plain_state(), **margin_state(self.options.margin)}
+        return {**super()._plain_state(), "margin": margin_state(self.options.margin)}
 
     def _take_plain_state(self, values: dict[str, Any]) -> list[str]:
-        replaced = super()._take_plain_state(values)
-        if "margin" in values:
-            before, margin = self.options.margin, margin_of(type(self).__name__, values["margin"])
-            if margin_state(before) != margin_state(margin):
-                self.margin = margin
-                if not margin_state(before) or before != margin:
-                    replaced.append(f"margin {margin} replaces {before}")
-        return replaced
+        if "margin" not in values:
+            return super()._take_plain_state(values)
+        change = margin_change(type(self).__name__, values["margin"], self.options.margin)
+        said = super()._take_plain_state(values)
+        if change.margin is not self.options.margin:
+            self.margin = change.margin
+        if change.numbers:
+            vars(change.margin).update(change.numbers)
+        return said + [change.said] * bool(change.said)
 
     def weight_for(self, labels: Tensor) -> Tensor:
         """The unit rows w_y / |w_y| [N, D] of labels [N], differentiable. IndexError for a label out of range

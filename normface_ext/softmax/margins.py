@@ -89,7 +89,7 @@ class Margin:
                 )
             return
         plain = number(owner, name, value, limits)
-        if not isinstance(value, (int, float)):
+        if type(value) not in (int, float):  # NumPy's float64 is a float, which weights_only does not know
             object.__setattr__(self, name, plain)
 
     def _check_guard(self) -> None:
