@@ -24,6 +24,8 @@ WITH_PROCESSES = (
     "test_adaface",
     "test_agent_weights",
     "test_head_shards",
+    "test_margin_contract",
+    "test_margin_state",
 )
 
 

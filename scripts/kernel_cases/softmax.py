@@ -12,6 +12,7 @@ from torch import Tensor
 
 import normface_ext as nf
 from normface_ext import functional, reference
+from normface_ext.softmax import arguments as head_arguments
 
 from .case import Case, accumulator, case, labels, number, randn
 
@@ -67,7 +68,7 @@ def head(name: str, choice: str, leaves: list[Tensor], *constants: Tensor, **opt
 
     def ours(*tensors: Tensor) -> Tensor:
         given, named = arguments(tensors)
-        with mock.patch.object(arguments, "plan", plan_of(choice, chunk=37)):
+        with mock.patch.object(head_arguments, "plan", plan_of(choice, chunk=37)):
             return functional.normface_loss(*given, **named)
 
     def truth(*tensors: Tensor) -> Tensor:

@@ -155,7 +155,9 @@ std::string who_waits_where() {
   std::string text;
   const auto alike = [](const Thread& a, const Thread& b) {
     if (a.state != b.state || a.state == Thread::kExited) return a.state == b.state;
-    return a.kind == b.kind && a.mask == b.mask && same(a.where, b.where);
+    // The mask of threads that wait for the block is that of a meeting long past.
+    const bool masks = a.state != Thread::kInWarpMeeting || a.mask == b.mask;
+    return a.kind == b.kind && masks && same(a.where, b.where);
   };
   for (int first = 0, next; first < place.threads; first = next) {
     const Thread& thread = *threads[first];

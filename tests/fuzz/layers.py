@@ -35,7 +35,7 @@ def layer_of(call: Call, tensors: Tensors) -> nn.Module:
     if "scale" in call.tensors:
         options |= {"scale": float(call.tensors["scale"].value), "learn_scale": True, "max_scale": 1e6}
     if "margin" in options and call.op == "normface_loss":
-        options["margin"] = nf.CombinedMargin(*options["margin"])
+        options["margin"] = nf.CombinedMargin(*options["margin"][:3], guard=(*options["margin"], None)[3])
         options["class_weight"] = tensors.get("class_weight")
     if "workspace" in options:
         options["workspace"] = workspace_of(call.op, tensors, options)
