@@ -111,10 +111,10 @@ class ScaledHead(HoldsScale):
         return low, high
 
     def _within(self, scale: float, dtype: torch.dtype = torch.float64) -> float:
-        """The scale; ValueError for one that is out of the bounds as its dtype has them."""
+        """The scale; ValueError for one that is out of the bounds, which its dtype may have rounded."""
         low, high = self._bounds
-        least, most = torch.tensor(self._bounds, dtype=dtype, device="cpu").tolist()
-        if not least <= scale <= most:
+        rounding = 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps
+        if not low * (1 - rounding) <= scale <= high * (1 + rounding):
             raise ValueError(f"{type(self).__name__}: expected `scale` in [{low:g}, {high:g}], got {scale:g}")
         return scale
 
