@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import sys
 
 import pytest
@@ -68,3 +69,22 @@ def test_what_is_no_option_is_named():
         nf.functional.normface_loss(None, None, None, 1.0, marginn=None)
     with pytest.raises(TypeError, match="NormFaceLoss: got an unexpected keyword argument `marginn`"):
         nf.NormFaceLoss(3, 4, marginn=None)
+
+
+def documented() -> list[tuple[str, object]]:
+    """Public functions and classes whose docstrings have a section of arguments."""
+    places = {"nf": nf, "functional": nf.functional, "distributed": nf.distributed, "theory": nf.theory}
+    found = [
+        (f"{place}.{name}", getattr(module, name)) for place, module in places.items() for name in dir(module)
+    ]
+    return [(name, call) for name, call in found if callable(call) and "Args:" in (call.__doc__ or "")]
+
+
+@pytest.mark.parametrize(
+    ("name", "call"), documented(), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_documented_arguments_are_those_of_the_signature(name, call):
+    section = re.split(r"\n\n|\n {0,8}\w+:\n", inspect.getdoc(call).split("Args:\n", 1)[1])[0]
+    names = re.findall(r"^ {4}(\w+(?:, \w+)*):", section, re.MULTILINE)
+    told = {part for entry in names for part in entry.split(", ")}
+    assert told and told <= set(inspect.signature(call).parameters), name
