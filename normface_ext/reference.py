@@ -194,7 +194,7 @@ def head_parts(
     eps: float = 1e-12,
 ) -> HeadParts:
     """(c_y, ln sum_{j != y} exp(s c_j), which rows count), in float64; 0 where a row does not count."""
-    kept = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    kept = _kept(labels, ignore_index, None)
     cos = cosine(_counting(x.double(), kept), weight.double(), eps)
     own = labels.clamp(0, weight.shape[0] - 1)[:, None]
     others = torch.arange(weight.shape[0], device=labels.device) != own  # [N, C]
@@ -266,7 +266,7 @@ def normface_loss(
     margin: Margin | None = None,
     margin_gradient: str = "exact",
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     eps: float = 1e-12,
     sample_weight: Tensor | None = None,
     class_weight: Tensor | None = None,
@@ -277,9 +277,7 @@ def normface_loss(
     With class weights u and smoothing a: (1 - a) u_y loss_iy + a/C sum_j u_j loss_ij. The mean divides by the
     sum of the weights, and is 0 where that is 0. A margin with a state moves it here as it does elsewhere.
     """
-    kept = labels != ignore_index
-    if sample_weight is not None:
-        kept = kept & (sample_weight != 0)
+    kept = _kept(labels, ignore_index, sample_weight)
     counting = _counting(x, kept)
     cos = cosine(counting, weight, eps)
     safe = labels.clamp(0, weight.shape[0] - 1)[:, None]
@@ -341,13 +339,10 @@ def _reduce(losses: Tensor, kept: Tensor, reduction: str, sample_weight: Tensor 
     if sample_weight is not None:
         losses = sample_weight.to(losses.dtype) * losses
     losses = torch.where(kept, losses, torch.zeros_like(losses))
-    if reduction != "mean":
-        return losses if reduction == "none" else losses.sum()
-    if sample_weight is None:
+    if sample_weight is None and reduction == "mean":
         return losses.sum() / kept.sum().clamp_min(1)
-    total_weight = torch.where(kept, sample_weight.to(losses.dtype), 0).sum()
-    empty = total_weight == 0
-    return torch.where(empty, 0, losses.sum() / torch.where(empty, 1, total_weight))
+    weights = kept if sample_weight is None else torch.where(kept, sample_weight.to(losses.dtype), 0)
+    return _weighted(losses, weights.sum(), reduction)
 
 
 def _kept(labels: Tensor, ignore_index: int | None, sample_weight: Tensor | None) -> Tensor:

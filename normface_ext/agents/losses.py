@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..engine.reduce import weighted
 from .options import ContrastiveOptions, TripletOptions
 
 
@@ -26,17 +27,12 @@ class AgentRows(NamedTuple):
         if self.factor is not None:
             values = self.factor * values
         values = torch.where(self.kept, values, torch.zeros_like(values))  # quicker than a 0
+        if self.factor is not None and reduction == "mean":
+            return weighted(values, torch.where(self.kept, self.factor, 0).sum(), reduction)
         if reduction == "none":
             return values
         total = values.sum()
-        if reduction == "sum":
-            return total
-        if self.factor is None:
-            return total / self.kept.sum().clamp_min(1)
-        weights = torch.where(self.kept, self.factor, 0).sum()
-        empty = weights == 0
-        # Chosen before the division too: one by 0 has no gradient but NaN.
-        return torch.where(empty, 0, total / torch.where(empty, 1, weights))
+        return total if reduction == "sum" else total / self.kept.sum().clamp_min(1)
 
 
 Losses = ContrastiveOptions | TripletOptions

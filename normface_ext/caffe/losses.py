@@ -22,8 +22,6 @@ from .spec import Context, Spec
 
 #: -log(FLT_MIN): what a row costs at most in Caffe's SoftmaxWithLoss.
 LOSS_CAP = -math.log(torch.finfo(torch.float32).tiny)
-#: Stands for "no label is ignored": every other negative label is an error.
-NO_IGNORED_LABEL = torch.iinfo(torch.int64).min
 
 
 def scores_and_labels(op: str, scores: object, labels: object, ignored: int) -> tuple[Tensor, Tensor]:
@@ -54,8 +52,8 @@ class SoftmaxWithLoss(Layer):
         self.normalization = ("FULL", "VALID", "BATCH_SIZE", "NONE")[spec.get("loss_param.normalization")]
         if spec.has("loss_param.normalize") and not spec.has("loss_param.normalization"):
             self.normalization = "VALID" if spec.get("loss_param.normalize") else "BATCH_SIZE"
-        ignored = spec.has("loss_param.ignore_label")
-        self.ignore_label = spec.get("loss_param.ignore_label") if ignored else NO_IGNORED_LABEL
+        given = spec.has("loss_param.ignore_label")
+        self.ignore_label = checks.ignored(spec.get("loss_param.ignore_label") if given else None)
 
     def averaged(self, total: Tensor, batch: int, valid: Tensor | int) -> Tensor:
         if self.normalization == "NONE":
@@ -236,7 +234,7 @@ def accuracy(
         ValueError: shapes, top_k, NaN among the scores.
         IndexError: a label out of range.
     """
-    ignored = NO_IGNORED_LABEL if ignore_label is None else ignore_label
+    ignored = checks.ignored(ignore_label)
     scores, labels = scores_and_labels("accuracy", scores, labels, ignored)
     if not 1 <= top_k <= scores.shape[1]:
         raise ValueError(f"accuracy: expected `top_k` in [1, {scores.shape[1]}], got {top_k}")

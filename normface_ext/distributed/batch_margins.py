@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
-from ..softmax.batch_margins import BatchMargin, Rows, margin_of, reduced, regularizer_of, rows_weight
+from ..engine.reduce import weighted
+from ..softmax.batch_margins import BatchMargin, Rows, margin_of, regularizer_of, rows_weight, weighed
 from ..softmax.margins import Margin
 from .collectives import add_over_shards
 
@@ -54,6 +55,6 @@ def with_regularizer(
         return loss
     weights = rows_weight(rows, sample_weight)
     (total,) = add_over_shards([weights.sum()], group)
-    mine = reduced(more, weights, total, reduction)
+    mine = weighted(weighed(more, weights), total, reduction)
     summed: Tensor = _SumOverRanks.apply(mine, None if reduction == "none" else group, replicas)
     return loss + summed.to(loss.dtype)

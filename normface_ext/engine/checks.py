@@ -268,24 +268,23 @@ def finite_rows(
         raise ValueError(f"{sentence} in {'row' if len(rows) == 1 else 'rows'} {shown}{more}")
 
 
-def weighed(kept: Tensor | None, sample_weight: Tensor | None) -> Tensor | None:
+def weighed(kept: Tensor, sample_weight: Tensor | None) -> Tensor:
     """Which rows [N] count: a row of weight 0 is an ignored one."""
-    return kept if kept is None or sample_weight is None else kept & (sample_weight != 0)
+    return kept if sample_weight is None else kept & (sample_weight != 0)
 
 
 def finite_operands(
     op: str,
     x: Tensor,
-    weight: Tensor | None,
-    kept: Tensor | None,
+    weight: Tensor,
+    kept: Tensor,
     scale: Tensor | None = None,
     sample_weight: Tensor | None = None,
 ) -> None:
     """``finite_rows`` of what a head is given. Of x and sample_weight the rows that are `kept` [N] count; in
     x, those of weight 0 do not."""
     finite_rows(op, "x", x, weighed(kept, sample_weight))
-    if weight is not None:
-        finite_rows(op, "weight", weight)
+    finite_rows(op, "weight", weight)
     if scale is not None:
         finite_rows(op, "scale", scale)
     if sample_weight is not None:

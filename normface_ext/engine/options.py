@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 from torch import nn
@@ -24,7 +24,7 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
 def option(default: Any, check: Check) -> Any:
-    """A field of an :class:`Options` dataclass. `default` is kept as it is; MISSING makes it required."""
+    """A field of an :class:`Options` dataclass. `default` is kept as it is."""
     return field(default=default, metadata={"check": check})
 
 
@@ -43,17 +43,10 @@ class Options:
             if name not in checks:
                 raise TypeError(f"{op}: got an unexpected keyword argument `{name}`")
             kept[name] = checks[name](op, name, value)
-        options = cls(**kept)
-        options.check_together(op)
-        return options
+        return cls(**kept)
 
     def changed(self: Self, op: str, name: str, value: object) -> Self:
-        options = replace(self, **{name: self.CHECKS[name](op, name, value)})
-        options.check_together(op)
-        return options
-
-    def check_together(self, op: str) -> None:
-        """What no option alone can say."""
+        return replace(self, **{name: self.CHECKS[name](op, name, value)})
 
     def shown(self) -> list[str]:
         """For repr: every option that is not its default. A module is shown by the layer that holds it."""
@@ -85,7 +78,7 @@ def takes(options: type[Options]) -> Callable[[Decorated], Decorated]:
             inspect.Parameter(
                 f.name,
                 inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if f.default is MISSING else f.default,
+                default=f.default,
                 annotation=f.type,
             )
             for f in fields(options)

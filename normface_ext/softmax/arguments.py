@@ -36,17 +36,14 @@ def checked_inputs(
     options: HeadOptions,
 ) -> HeadInputs:
     checks.features_and_weight(op, x, weight)
-    classes = weight.shape[0]
+    classes, ignored = weight.shape[0], checks.ignored(options.ignore_index)
     labels = checks.labels(op, labels, x, classes, options.ignore_index)
     scale_tensor, scale_value = checks.scale(op, scale, x, per_row=True)
     row_weight = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
     if options.check_finite:
-        kept = labels != checks.ignored(options.ignore_index)
-        checks.finite_operands(op, x, weight, kept, scale_tensor, row_weight)
+        checks.finite_operands(op, x, weight, labels != ignored, scale_tensor, row_weight)
     if scale_tensor is not None and scale_tensor.dim() == 1:  # a row that does not count may hold anything
-        kept = labels != checks.ignored(options.ignore_index)
-        kept = kept if row_weight is None else kept & (row_weight != 0)
-        scale_tensor = torch.where(kept, scale_tensor, 0)
+        scale_tensor = torch.where(checks.weighed(labels != ignored, row_weight), scale_tensor, 0)
     of_class = checks.weights(op, "class_weight", class_weight, x, classes)
     return HeadInputs(scale_tensor, scale_value, labels, row_weight, of_class)
 

@@ -158,12 +158,6 @@ def rows_weight(rows: Rows, sample_weight: Tensor | None) -> Tensor:
     return torch.where(rows.counts, sample_weight.double(), 0)
 
 
-def reduced(values: Tensor, weights: Tensor, total: Tensor, reduction: str) -> Tensor:
-    """Values [N] as a loss is reduced; `total` is the sum of the weights of all rows there are."""
-    weighted = torch.where(weights != 0, values * weights, 0)
-    if reduction == "none":
-        return weighted
-    if reduction == "sum":
-        return weighted.sum()
-    empty = total == 0
-    return torch.where(empty, 0, weighted.sum() / torch.where(empty, 1, total))
+def weighed(values: Tensor, weights: Tensor) -> Tensor:
+    """Values [N] times their weights; what stands in a row of weight 0 reaches nothing."""
+    return torch.where(weights != 0, values * weights, 0)

@@ -11,10 +11,11 @@ from torch import Tensor
 from ..cosine.functions import normalize
 from ..engine import checks
 from ..engine.options import takes
+from ..engine.reduce import weighted
 from ..reference import HeadParts, loss_of_parts
 from . import ops
 from .arguments import HeadInputs, checked_inputs, loss_options, margin_arguments
-from .batch_margins import BatchMargin, Rows, margin_of, reduced, regularizer_of, rows_weight, straightened
+from .batch_margins import BatchMargin, Rows, margin_of, regularizer_of, rows_weight, straightened, weighed
 from .margins import Margin
 from .options import HeadKeywords, HeadOptions, PartsKeywords, PartsOptions
 from .parts import head_parts as parts_op
@@ -143,7 +144,7 @@ def _of_batch(
     if more is None:
         return loss
     weights = rows_weight(rows, inputs.sample_weight)
-    return loss + reduced(more, weights, weights.sum(), options.reduction).to(loss.dtype)
+    return loss + weighted(weighed(more, weights), weights.sum(), options.reduction).to(loss.dtype)
 
 
 def rows_of(
@@ -158,8 +159,7 @@ def rows_of(
 ) -> Rows:
     """What the margin is told of these rows; `given`: the labels before they were checked."""
     margin.follow(op, x.device)
-    counts = labels != checks.ignored(options.ignore_index)
-    counts = counts if row_weight is None else counts & (row_weight != 0)
+    counts = checks.weighed(labels != checks.ignored(options.ignore_index), row_weight)
     norms = None
     if margin.uses_norms:
         counted = torch.where(counts[:, None], x, 1)
