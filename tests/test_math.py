@@ -107,7 +107,7 @@ int main() {
       const SmoothingTerms weights =
           smoothing_terms(smoothing, double(c.size()), u[0], weight_sum, psi, c[0], with_sum);
       const RowTerms row =
-          row_terms({sum, sum_cosine, kappa}, s, {psi, 1.0}, weights, smoothing / double(c.size()));
+          row_terms({sum, sum_cosine, kappa}, s, {psi, 1.0}, weights);
       std::printf("%.17g %.17g %.17g", row.loss, row.scale, row.target + row.uniform * u[0]);
       for (size_t j = 1; j < c.size(); ++j)
         std::printf(" %.17g", row.others * std::exp(s * c[j] - kappa) + row.uniform * u[j]);

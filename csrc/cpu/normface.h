@@ -29,10 +29,12 @@ using RowSlopes = RowTableOf<SlopeField>;
 // A number of every row: a float argument, or the tensor [] or [N] given in its place.
 class RowNumbers {
  public:
-  RowNumbers(const std::optional<Tensor>& t, double value) : value_(value) {
-    if (!t) return;
-    const bool per_row = t->dim() == 1;
-    rows_.resize(per_row ? size_t(t->size(0)) : 1);
+  RowNumbers(const std::optional<Tensor>& t, double value) {
+    if (!t || t->dim() == 0) {
+      value_ = number_argument(t, value);
+      return;
+    }
+    rows_.resize(size_t(t->size(0)));
     if (t->scalar_type() == ScalarType::Double) {
       std::copy_n(static_cast<const double*>(t->const_data_ptr()), rows_.size(), rows_.data());
     } else {
@@ -41,14 +43,11 @@ class RowNumbers {
           .widen(t->const_data_ptr(), int64_t(rows_.size()), 1.0f, wide.data());
       std::copy(wide.begin(), wide.end(), rows_.begin());
     }
-    if (per_row) return;
-    value_ = rows_[0];
-    rows_.clear();
   }
   double operator[](int64_t i) const { return rows_.empty() ? value_ : rows_[size_t(i)]; }
 
  private:
-  double value_;
+  double value_ = 0;
   std::vector<double> rows_;
 };
 

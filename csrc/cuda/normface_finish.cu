@@ -73,7 +73,7 @@ finish_loss_kernel(FinishRows<T> task) {
           task.smoothing, task.total_classes, rows.at(kTargetWeight, i),
           smooth ? double(*task.weight_sum) : 0.0, psi.value, c, smooth ? task.with_sum[i] : 0.0);
       terms = math::row_terms({rows.at(kSum, i), rows.at(kSumCosine, i), rows.at(kShift, i)},
-                              task.scale.at(i), psi, weights, task.smoothing / task.total_classes);
+                              task.scale.at(i), psi, weights);
     }
     const double weighted = weight != 0.0 ? weight * terms.loss : 0.0;
     task.slopes.at(kOthersSlope, i) = weight * terms.others;

@@ -89,17 +89,11 @@ struct Scale {
 };
 
 // A number of every row: a float argument, or a tensor [] or [N] that is read where it lies.
-struct RowNumbers {
-  StoredArray tensor;
-  double number;
+struct RowNumbers : Scale {
   bool per_row;
 
-  RowNumbers(const std::optional<Tensor>& t, double value) : number(value), per_row(t && t->dim() == 1) {
-    if (t) tensor = StoredArray(*t);
-  }
-  NF_DEVICE double at(int64_t i) const {
-    return tensor.data != nullptr ? tensor.load<double>(per_row ? i : 0) : number;
-  }
+  RowNumbers(const std::optional<Tensor>& t, double value) : Scale(t, value), per_row(t && t->dim() == 1) {}
+  NF_DEVICE double at(int64_t i) const { return per_row ? tensor.load<double>(i) : value(); }
 };
 
 // Elements a thread moves at once: 16 bytes where rows allow it, else one.

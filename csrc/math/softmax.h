@@ -86,6 +86,7 @@ struct SmoothingTerms {
   double smooth;
   double pull;
   double push;
+  double each;  // a/C
 };
 
 NF_HD SmoothingTerms smoothing_terms(double smoothing, double classes, double target_weight,
@@ -93,7 +94,7 @@ NF_HD SmoothingTerms smoothing_terms(double smoothing, double classes, double ta
   const double each = smoothing / classes;
   return {(1.0 - smoothing) * target_weight + each * weight_sum,
           each * (psi * weight_sum - cosine_with_sum - target_weight * (psi - cosine)),
-          each * (weight_sum - target_weight), each * target_weight};
+          each * (weight_sum - target_weight), each * target_weight, each};
 }
 
 // The sums of a row over the other classes.
@@ -114,13 +115,13 @@ struct RowTerms {
 };
 
 NF_HD RowTerms row_terms(const RowSums& sums, double scale, const ValueAndSlope<double>& psi,
-                         const SmoothingTerms& weights, double each) {
+                         const SmoothingTerms& weights) {
   const RowSoftmax row = softmax_row(sums.sum, sums.kappa, scale * psi.value);
   const double of_psi = scale * (weights.pull - weights.total * row.q);
   return {weights.total * row.softplus + scale * weights.smooth,
           scale * weights.total * row.weight,
           of_psi * psi.slope + scale * weights.push,
-          -scale * each,
+          -scale * weights.each,
           weights.total * (row.weight * sums.sum_cosine - row.q * psi.value) + weights.smooth,
           of_psi};
 }
