@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..engine import checks
 from ..engine.arguments import POSITIVE, flag, number
 from ..engine.extra_state import pack, unpack
-from ..engine.scale import HoldsScale, bounds_of, in_dtype, one_number, one_parameter
+from ..engine.scale import MIN_SCALE, HoldsScale, bounds_of, in_dtype, one_number, one_parameter
 from .rows import gaussian_unitball_, unit_rows_
 
 
@@ -234,5 +234,5 @@ class ScaledHead(HoldsScale):
         else:
             shown = [f"scale={self.scale_value():g}"]
         shown += ["learn_scale=True"] * self.learn_scale
-        shown += [f"min_scale={self.min_scale:g}"] * (self.min_scale != 0.01)
+        shown += [f"min_scale={self.min_scale:g}"] * (self.min_scale != MIN_SCALE)
         return shown + [f"max_scale={self.max_scale:g}"] * (self.max_scale != math.inf)

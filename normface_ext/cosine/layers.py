@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..engine.arguments import size
 from ..engine.options import HoldsOptions, holds, takes
+from ..engine.scale import MIN_SCALE
 from . import functions
 from .head import ScaledHead
 from .options import LinearKeywords, LinearOptions, NormalizeOptions
@@ -73,7 +74,7 @@ class NormLinear(HoldsOptions, ScaledHead):
         *,
         scale: float | Tensor = 1.0,
         learn_scale: bool = False,
-        min_scale: float = 0.01,
+        min_scale: float = MIN_SCALE,
         max_scale: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -186,11 +186,16 @@ def bounded(scale: Tensor, low: float, high: float) -> Tensor:
     return (scale.detach().clamp(low, high) + none).reshape(())
 
 
-def label_rows(op: str, value: object, x: Tensor) -> Tensor:
-    """labels [N] as int64, of any value."""
+def label_tensor(op: str, value: object) -> Tensor:
     checked = tensor(op, "labels", value)
     if checked.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: expected `labels` to be int64 or int32, got {checked.dtype}")
+    return checked
+
+
+def label_rows(op: str, value: object, x: Tensor) -> Tensor:
+    """labels [N] as int64, of any value."""
+    checked = label_tensor(op, value)
     if checked.dim() != 1 or checked.shape[0] != x.shape[0]:
         raise ValueError(f"{op}: expected `labels` to have shape [{x.shape[0]}], got {list(checked.shape)}")
     same_device(op, "labels", checked, "x", x)

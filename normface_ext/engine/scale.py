@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from . import checks
 from .arguments import POSITIVE, number, shown
 
+#: The least that a learned scale is used as, where nothing says otherwise.
+MIN_SCALE = 0.01
+
 
 def one_number(op: str, name: str, value: object) -> float:
     """A scale that is to be kept as a number: one, or a tensor of one element that holds one."""

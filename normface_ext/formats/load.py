@@ -16,7 +16,7 @@ from ..engine import checks
 from ..engine.arguments import FINITE, POSITIVE, choice, number
 from ..engine.extra_state import unpack
 from ..engine.files import clip, file_name, quoted, reading
-from ..engine.scale import bounds_of
+from ..engine.scale import MIN_SCALE, bounds_of
 from ..softmax.layers import NormFaceLoss
 from ..softmax.margins import Margin
 from ..softmax.state import checked_state, margin_of, shown
@@ -27,8 +27,6 @@ from .layouts import FORMATS, LAYOUTS
 from .ranks import joined, paths_of, siblings
 from .report import HeadReport, LoadedHead, left_out, stored_numbers
 
-#: ``min_scale`` of a head, where nothing says otherwise.
-MIN_SCALE = 0.01
 #: The scale that a library trains with where nobody chooses another: for a sentence only.
 USUAL_SCALES = {"insightface": 64, "adaface": 64, "cvlface": 64, "magface": 64, "facex-zoo": 32}
 

@@ -14,6 +14,7 @@ from ..cosine.functions import scaled_cosine
 from ..cosine.options import LinearOptions
 from ..engine.arguments import choice, size
 from ..engine.options import holds, takes
+from ..engine.scale import MIN_SCALE
 from . import functions, resize
 from .options import HeadKeywords, HeadOptions
 from .presets import PRESETS
@@ -69,7 +70,7 @@ class NormFaceLoss(HoldsTensors):
         *,
         scale: float | Tensor | str = "auto",
         learn_scale: bool = False,
-        min_scale: float = 0.01,
+        min_scale: float = MIN_SCALE,
         max_scale: float | None = None,
         class_weight: Tensor | None = None,
         device: torch.device | str | None = None,

@@ -78,9 +78,7 @@ def weight_for(head: NormFaceLoss, labels: Tensor) -> Tensor:
     """``NormFaceLoss.weight_for``."""
     op = "weight_for"
     weight = _plain_weight(op, head)
-    checked = checks.tensor(op, "labels", labels)
-    if checked.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{op}: expected `labels` to be int64 or int32, got {checked.dtype}")
+    checked = checks.label_tensor(op, labels)
     if checked.dim() != 1:
         raise ValueError(f"{op}: expected `labels` to be [N], got shape {list(checked.shape)}")
     checks.same_device(op, "labels", checked, "weight", weight)
