@@ -38,7 +38,7 @@ from normface_ext import testing
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from plan_sharded import sharded_plan
-from train_distributed import start_process_group
+from train_distributed import leave, start_process_group
 
 GIB, MIB = 2**30, 2**20
 #: N per rank, D, C, sample rate
@@ -242,3 +242,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -19,10 +19,12 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -203,5 +205,17 @@ def main(arguments: Sequence[str] | None = None, on_step: Callable[[int], None] 
         dist.destroy_process_group()
 
 
+def leave() -> NoReturn:
+    """Ends the process without ending the interpreter.
+
+    gloo's threads may outlive `destroy_process_group` and let go of a last tensor while the interpreter
+    ends, which aborts the process now and then (pytorch/pytorch#179291) and makes torchrun report a failure.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
     main()
+    leave()
