@@ -41,7 +41,7 @@ PTX_GENERATIONS = ["7.5", "8.0", "9.0"]
 #: torch's copy refuses a build for the stable ABI.
 BUILD_REQUIREMENTS = {"torch": "torch>=2.11", "pybind11": "pybind11", "ninja": "ninja"}
 #: Sources whose kernels are empty below a compute capability (mma.sync on bfloat16, cp.async).
-LEAST_CAPABILITY = {"score_exp.cu": "8.0", "single_sweep.cu": "8.0", "weight_gradient.cu": "8.0"}
+LEAST_CAPABILITY = {"sm80_scores.cu": "8.0", "sm80_single_sweep.cu": "8.0", "sm80_weight_gradient.cu": "8.0"}
 
 
 def stop(sentence: str) -> "SystemExit":
@@ -316,7 +316,7 @@ def licence() -> dict[str, str]:
 if __name__ == "__main__":  # scripts/ptxas_report.py reads the flags above
     extensions = [extension("_C", "csrc/ops.cpp", "csrc/cpu/*.cpp")]
     nvcc = find_nvcc()
-    if nvcc and any(Path("csrc/cuda").glob("*.cu")):
+    if nvcc and any(Path("csrc/cuda").glob("*/*.cu")):
         check_nvcc(nvcc)
-        extensions.append(extension("_cuda", "csrc/cuda/*.cu"))
+        extensions.append(extension("_cuda", "csrc/cuda/*/*.cu"))
     setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild}, **licence())

@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "row_state.h"
+#include "engine/row_state.h"
 
 namespace nf {
 

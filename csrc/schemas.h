@@ -34,10 +34,10 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   define<NormLinearArguments>(m);
   define<NormLinearBackwardArguments>(m);
 
-  define<NormfaceSweepArguments>(m);
-  define<NormfaceShiftArguments>(m);
-  define<NormfaceFinishArguments>(m);
-  define<NormfaceBackwardArguments>(m);
+  define<HeadSweepArguments>(m);
+  define<HeadShiftArguments>(m);
+  define<SoftmaxFinishArguments>(m);
+  define<HeadBackwardArguments>(m);
 }
 
 }  // namespace nf

@@ -155,7 +155,7 @@ def _held(cos: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, guard: str | None) ->
     return (_angle(cos.clamp(edge - 1, 1 - edge)) + m2).clamp(edge, math.pi - edge).cos() - m3
 
 
-#: The formulas of margins, by their numbers in csrc/math/margin.h.
+#: The formulas of margins, by their numbers in csrc/math/margins/margin.h.
 FORMULAS: dict[int, Callable[[Tensor, Tensor, Tensor, Tensor, str | None], Tensor]] = {
     0: _combined,
     1: _held,

@@ -181,7 +181,7 @@ def compile_against(include: Path, version: str) -> None:
         "-DNF_NAMESPACE=normface_headers",
         "-Wno-unknown-pragmas",
     ]
-    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    kernels = sorted((ROOT / "csrc" / "cuda").glob("*/*.cu"))
     commands += [[*plain, *emulated, "-x", "c++", str(path)] for path in kernels]
     if nvcc := build["find_nvcc"]():
         flags = [

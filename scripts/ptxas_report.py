@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     budget: dict[str, Any] = json.loads(BUDGET.read_text())
     archs = options.arch or budget["architectures"]
-    work = [(arch, source) for arch in archs for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    work = [(arch, source) for arch in archs for source in sorted((ROOT / "csrc" / "cuda").glob("*/*.cu"))]
     if not work:
         raise SystemExit("ptxas_report: no .cu file in csrc/cuda")
     with ThreadPoolExecutor(options.jobs) as pool:

@@ -23,7 +23,8 @@ ALWAYS = "test_every_op"
 TESTS_OF_OPS = {
     "normalize": ["test_normalize"],
     "norm_linear": ["test_norm_linear"],
-    "normface_": ["test_normface_loss", "test_head_kernels", "test_class_shards", "test_loss_weights"],
+    "head_": ["test_normface_loss", "test_head_kernels", "test_class_shards", "test_loss_weights"],
+    "softmax_finish": ["test_normface_loss", "test_head_kernels", "test_class_shards", "test_loss_weights"],
     "agent_hinge": ["test_metric_losses", "test_agent_shards", "test_agent_weights"],
     "target_cosine": ["test_metric_losses", "test_agent_shards"],
     "cosine_pairs": ["test_metric_losses", "test_agent_shards"],

@@ -58,10 +58,10 @@ def sharded(
         shards.append((weight[first:last].contiguous(), local, factors))
     kappa = None
     if shift:
-        each = [ops.normface_shift(x, w, local, scale, options) for w, local, _ in shards]
+        each = [ops.head_shift(x, w, local, scale, options) for w, local, _ in shards]
         kappa = torch.stack(each).amax(0)
     swept = [
-        ops.normface_sweep(
+        ops.head_sweep(
             x, w, local, scale, sample_weight, factors, options, need_x=True, need_weight=True, shift=kappa
         )
         for w, local, factors in shards
@@ -70,9 +70,9 @@ def sharded(
     sums = 3 if class_weight is None else 4
     rows[:sums] = torch.stack([part.rows[:sums] for part in swept]).sum(0)
     class_sum = torch.stack([part.class_sum for part in swept]).sum(0)
-    loss, slopes = ops.normface_finish(rows, x, class_sum, scale, ops.NUMBERS, options)
+    loss, slopes = ops.softmax_finish(rows, x, class_sum, scale, ops.NUMBERS, options)
     gradients = [
-        ops.normface_backward(
+        ops.head_backward(
             upstream, slopes, x, w, local, scale, factors, part._replace(rows=rows), options, (True,) * 3
         )
         for (w, local, factors), part in zip(shards, swept, strict=True)
@@ -157,7 +157,7 @@ def test_inside_the_window_every_shard_has_the_same_shift(lane):
     x, weight, labels = make(lane, torch.float32)
     options = replace(plain_options(), is_shard=True)
     shifts = [
-        ops.normface_shift(x, part.contiguous(), torch.full_like(labels, ops.ELSEWHERE), None, options)
+        ops.head_shift(x, part.contiguous(), torch.full_like(labels, ops.ELSEWHERE), None, options)
         for part in weight.split(8)
     ]
     assert all(torch.equal(shift, shifts[0]) for shift in shifts)
@@ -170,7 +170,5 @@ def test_a_whole_head_refuses_a_target_elsewhere(lane):
     x, weight, labels = make(lane, torch.float32)
     options = plain_options()
     labels[2] = ops.ELSEWHERE
-    with pytest.raises(
-        RuntimeError, match=r"normface_sweep: expected `labels` in \[0, 23\).*got -1 at row 2"
-    ):
-        ops.normface_sweep(x, weight, labels, None, None, None, options, need_x=True, need_weight=True)
+    with pytest.raises(RuntimeError, match=r"head_sweep: expected `labels` in \[0, 23\).*got -1 at row 2"):
+        ops.head_sweep(x, weight, labels, None, None, None, options, need_x=True, need_weight=True)

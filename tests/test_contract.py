@@ -41,7 +41,7 @@ STEPS = {"target_cosine": "agent_hinge"}
 FUNCTIONS = {
     "agent_hinge": "c_contrastive_loss",
     "pair_distance": "triplet_loss",
-    **dict.fromkeys(("normface_sweep", "normface_shift", "normface_finish"), "normface_loss"),
+    **dict.fromkeys(("head_sweep", "head_shift", "softmax_finish"), "normface_loss"),
 }
 
 
@@ -59,7 +59,7 @@ def has_kernel(name, key):
 
 def test_the_list_of_ops_is_read():
     assert len(NAMES) == len(set(NAMES)) >= 6
-    assert {"normalize", "norm_linear", "normface_sweep"} <= set(NAMES)
+    assert {"normalize", "norm_linear", "head_sweep"} <= set(NAMES)
     registered = [
         name.partition("::")[2]
         for name in torch._C._dispatch_get_all_op_names()
@@ -94,7 +94,7 @@ def test_every_op_has_a_function_and_a_reference(name):
     name = STEPS.get(name, name)
     public = FUNCTIONS.get(name, name)
     assert callable(getattr(nf.functional, public)) and callable(getattr(reference, public))
-    assert ("normface_backward" if public == "normface_loss" else f"{name}_backward") in NAMES
+    assert ("head_backward" if public == "normface_loss" else f"{name}_backward") in NAMES
     assert getattr(nf.functional, public).__doc__, "a public function says shapes, dtypes and formula"
 
 
@@ -173,12 +173,12 @@ def with_results(lane, name, given):
 
 def normface_finish_samples(lane):
     for given in normface_sweep_samples(lane):
-        yield with_results(lane, "normface_sweep", given)
+        yield with_results(lane, "head_sweep", given)
 
 
 def normface_backward_samples(lane):
     for given in normface_finish_samples(lane):
-        given = with_results(lane, "normface_finish", given)
+        given = with_results(lane, "softmax_finish", given)
         given["grad_loss"] = torch.ones_like(given["loss"])
         if given.get("need_x", True):
             yield given
@@ -209,10 +209,10 @@ SAMPLES = {
     "normalize_backward": normalize_backward_samples,
     "norm_linear": norm_linear_samples,
     "norm_linear_backward": norm_linear_backward_samples,
-    "normface_sweep": normface_sweep_samples,
-    "normface_shift": normface_shift_samples,
-    "normface_finish": normface_finish_samples,
-    "normface_backward": normface_backward_samples,
+    "head_sweep": normface_sweep_samples,
+    "head_shift": normface_shift_samples,
+    "softmax_finish": normface_finish_samples,
+    "head_backward": normface_backward_samples,
 }
 
 
@@ -244,8 +244,8 @@ def test_fakes_know_the_padding_of_odd_class_counts(lane):
         given["weight"], given["labels"] = given["weight"][:5].contiguous(), lane.tensor([0, 4, -100])
         if "class_weight" in given:
             given["class_weight"] = given["class_weight"][:5].contiguous()
-        op = kernels(lane).normface_sweep.default
-        given_arguments = tuple(arguments(lane, "normface_sweep", given))
+        op = kernels(lane).head_sweep.default
+        given_arguments = tuple(arguments(lane, "head_sweep", given))
         torch.library.opcheck(op, given_arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -454,7 +454,7 @@ def test_a_cuda_tensor_without_cuda_kernels_gets_the_reason(monkeypatch):
 # The second line: ops called past the door ----------------------------------------------------------
 
 
-HEADS = ("norm_linear", "normface_sweep")
+HEADS = ("norm_linear", "head_sweep")
 
 
 @pytest.mark.parametrize(
@@ -487,7 +487,7 @@ from test_contract import arguments, kernels
 lane = next(lane for lane in LANES if lane.name == sys.argv[1])
 with lane.active():
     given = {"x": lane.randn(3, 4), "weight": lane.randn(5, 4), "labels": lane.tensor([0, 7, 2])}
-    print(float(kernels(lane).normface_sweep(*arguments(lane, "normface_sweep", given))[0].sum()))
+    print(float(kernels(lane).head_sweep(*arguments(lane, "head_sweep", given))[0].sum()))
 """
 
 

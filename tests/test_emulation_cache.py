@@ -114,7 +114,7 @@ def test_another_checkout_of_the_same_sources_has_the_same_name(tmp_path: Path) 
     assert len({build.name_of(name, sanitize) for name in build.NAMESPACES for sanitize in (0, 1)}) == 6
     headers = {"csrc/math/softmax.h": {"emulation", "cpu", "faults"}, "csrc/cpu/rows.h": {"cpu"}}
     headers |= {
-        "csrc/cuda/rows.cuh": {"emulation", "faults"},
+        "csrc/cuda/device/rows.cuh": {"emulation", "faults"},
         "tests/emulation/watch.h": set(build.NAMESPACES),
     }
     for header, changes in headers.items():

@@ -144,12 +144,12 @@ def test_an_unknown_architecture_is_refused(arch):
 
 def test_kernels_are_compiled_only_for_architectures_that_run_them():
     archs = ["7.5", "8.0", "9.0a", "12.0+PTX"]
-    assert SETUP["archs_for"]("csrc/cuda/normalize.cu", archs) == archs
-    assert SETUP["archs_for"]("csrc/cuda/score_exp.cu", archs) == archs[1:]
-    assert SETUP["archs_for"]("csrc/cuda/score_exp.cu", ["7.5"]) == [
+    assert SETUP["archs_for"]("csrc/cuda/host/normalize.cu", archs) == archs
+    assert SETUP["archs_for"]("csrc/cuda/products/sm80_scores.cu", archs) == archs[1:]
+    assert SETUP["archs_for"]("csrc/cuda/products/sm80_scores.cu", ["7.5"]) == [
         "7.5"
     ]  # its host code is still asked for
-    assert all((ROOT / "csrc" / "cuda" / name).exists() for name in SETUP["LEAST_CAPABILITY"])
+    assert all((ROOT / "csrc" / "cuda" / "products" / name).exists() for name in SETUP["LEAST_CAPABILITY"])
 
 
 def toolchain(**parts):

@@ -25,7 +25,7 @@ PROGRAM = r"""
 #include <string>
 #include <vector>
 #include "math/exp.h"
-#include "math/margin.h"
+#include "math/margins/margin.h"
 #include "math/normalize.h"
 #include "math/softmax.h"
 using namespace nf::math;

@@ -34,12 +34,12 @@ class Hook:
     def __getattr__(self, name):
         return getattr(self.kernels, name)
 
-    def normface_sweep(self, *arguments):
+    def head_sweep(self, *arguments):
         if arguments[7]:  # store
             self.asked += 1
         if arguments[7] or self.everything:
             raise self.error
-        return self.kernels.normface_sweep(*arguments)
+        return self.kernels.head_sweep(*arguments)
 
 
 def hooked(monkeypatch, error, **options):

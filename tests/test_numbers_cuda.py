@@ -269,10 +269,8 @@ def test_the_ops_refuse_what_is_no_number(lane):
         ops.agent_hinge(x, weight, labels, cosine, row, 0.0, False, False, False, -100, 1e-12, 3, 0, False)
     with pytest.raises(RuntimeError, match="norm_linear: expected `scale` to be a 0-d floating tensor"):
         ops.norm_linear(x, weight, row, 0.0, True, 1e-12)
-    with pytest.raises(
-        RuntimeError, match="normface_shift: expected `scale` to be a floating tensor, 0-d or"
-    ):
-        ops.normface_shift(x, weight, labels, labels[0], -100, 0.0, 1e-12, 3, 3, 0, x.dtype, False)
+    with pytest.raises(RuntimeError, match="head_shift: expected `scale` to be a floating tensor, 0-d or"):
+        ops.head_shift(x, weight, labels, labels[0], -100, 0.0, 1e-12, 3, 3, 0, x.dtype, False)
 
 
 # One decision about the shift --------------------------------------------------------------------------
@@ -340,7 +338,7 @@ def test_a_row_of_many_classes(cuda_lane):  # noqa: F811
     lane, classes = cuda_lane, 12_480
     x, weight = lane.randn(4, 8, dtype=torch.bfloat16), lane.randn(classes, 8, seed=1)
     shift = lane.tensor(torch.tensor([0.4, 0.9, 1.3, -0.2], dtype=torch.float64))
-    rows = library.namespace().normface_sweep(
+    rows = library.namespace().head_sweep(
         x,
         weight,
         lane.labels(4, classes),

@@ -13,7 +13,7 @@ N, D, C = 4, 8, 6
 def swept(lane):
     ops, x, weight = library.namespace(), lane.randn(N, D), lane.randn(C, D, seed=1)
     labels = lane.labels(N, C)
-    names = [a.name for a in ops.normface_sweep.default._schema.arguments]
+    names = [a.name for a in ops.head_sweep.default._schema.arguments]
     given = {
         "x": x, "weight": weight, "labels": labels, "scale": None, "sample_weight": None,
         "class_weight": None, "shift": None, "store": False, "need_x": True,
@@ -22,7 +22,7 @@ def swept(lane):
         "total_classes": C, "is_shard": False,
     }  # fmt: skip
     return ops, given, dict(zip(("rows", "inverse_norm", "x_sum", "class_sum", "stored"),
-                                ops.normface_sweep(*[given[n] for n in names]), strict=True))  # fmt: skip
+                                ops.head_sweep(*[given[n] for n in names]), strict=True))  # fmt: skip
 
 
 FINISH = {
@@ -54,21 +54,21 @@ def finished(lane):
 @pytest.mark.parametrize("name", FINISH)
 def test_finish(lane, name):
     ops, given = finished(lane)
-    call(ops.normface_finish, given)
+    call(ops.softmax_finish, given)
     ((argument, change),) = FINISH[name].items()
-    with pytest.raises(RuntimeError, match=f"normface_finish: expected `{argument}` to be contiguous"):
-        call(ops.normface_finish, {**given, argument: change(given[argument])})
+    with pytest.raises(RuntimeError, match=f"softmax_finish: expected `{argument}` to be contiguous"):
+        call(ops.softmax_finish, {**given, argument: change(given[argument])})
 
 
 @pytest.mark.parametrize("name", BACKWARD)
 def test_backward(lane, name):
     ops, given = finished(lane)
-    loss, slopes = call(ops.normface_finish, given)
+    loss, slopes = call(ops.softmax_finish, given)
     given |= {"grad_loss": torch.ones_like(loss), "slopes": slopes, "need_weight": True, "need_scale": False}
-    call(ops.normface_backward, given)
+    call(ops.head_backward, given)
     ((argument, change),) = BACKWARD[name].items()
-    with pytest.raises(RuntimeError, match=f"normface_backward: expected `{argument}` "):
-        call(ops.normface_backward, {**given, argument: change(given[argument])})
+    with pytest.raises(RuntimeError, match=f"head_backward: expected `{argument}` "):
+        call(ops.head_backward, {**given, argument: change(given[argument])})
 
 
 def test_gradients_of_another_type(lane):

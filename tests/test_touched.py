@@ -49,12 +49,17 @@ def test_a_re_export_is_followed_to_where_the_name_is_defined():
 @pytest.mark.parametrize(
     ("file", "tests", "never", "lane"),
     [
-        ("csrc/cuda/normalize.cu", ["test_normalize"], "test_normface_loss", "cuda"),
+        ("csrc/cuda/host/normalize.cu", ["test_normalize"], "test_normface_loss", "cuda"),
         ("csrc/cpu/norm_linear.cpp", ["test_norm_linear"], "test_normalize", "cpu"),
         # Registers no op: its header says whose step it is.
-        ("csrc/cuda/score_exp.cu", ["test_normface_loss", "test_head_kernels"], "test_normalize", "cuda"),
         (
-            "csrc/cuda/hinge_kernels.cuh",
+            "csrc/cuda/products/sm80_scores.cu",
+            ["test_normface_loss", "test_head_kernels"],
+            "test_normalize",
+            "cuda",
+        ),
+        (
+            "csrc/cuda/device/hinge_kernels.cuh",
             ["test_metric_losses", "test_agent_shards"],
             "test_normalize",
             "cuda",
@@ -73,11 +78,11 @@ def test_kernels(file, tests, never, lane):
 
 
 def test_changes_add_up():
-    both = touched.touched(["csrc/cuda/normalize.cu", "normface_ext/theory.py"])
+    both = touched.touched(["csrc/cuda/host/normalize.cu", "normface_ext/theory.py"])
     assert {"test_normalize", "test_theory"} <= set(both.tests)
     assert both.lane is None and len(set(both.tests)) == len(both.tests)
-    assert touched.touched(["csrc/cuda/normalize.cu", "csrc/cpu/normalize.cpp"]).lane is None
-    assert touched.touched(["csrc/cuda/normalize.cu", "LICENSE"]).lane == "cuda"
+    assert touched.touched(["csrc/cuda/host/normalize.cu", "csrc/cpu/normalize.cpp"]).lane is None
+    assert touched.touched(["csrc/cuda/host/normalize.cu", "LICENSE"]).lane == "cuda"
     assert touched.touched(["LICENSE", "no/such/file.py"]).tests == []
 
 

@@ -1,12 +1,12 @@
 // The hinge losses over agents on the CPU: agent_hinge sweeps the classes once and reduces every row of
 // cosines to a few sums and a short list of what is active; its backward follows the list
 // (cosine_pairs.cpp) or, where most classes are active, sweeps again (agent_hinge_backward). See
-// csrc/math/hinge.h for the formulas.
+// csrc/math/terms/hinge.h for the formulas.
 #include <cstring>
 
 #include "cpu/head.h"
 #include "cpu/hinge_fold.h"
-#include "hinge_checks.h"
+#include "engine/hinge_checks.h"
 
 namespace nf::cpu {
 namespace {

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "cpu/head.h"
-#include "hinge_checks.h"
+#include "engine/hinge_checks.h"
 
 namespace nf::cpu {
 namespace {

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "cpu/library.h"
-#include "hinge_state.h"
-#include "math/hinge.h"
+#include "engine/hinge_state.h"
+#include "math/terms/hinge.h"
 
 namespace nf::cpu {
 

@@ -4,8 +4,8 @@
 #include <bit>
 
 #include "cpu/head.h"
-#include "distance_checks.h"
 #include "engine/distance_arguments.h"
+#include "engine/distance_checks.h"
 #include "math/distance.h"
 
 namespace nf::cpu {

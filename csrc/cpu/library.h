@@ -7,9 +7,9 @@
 
 #include <algorithm>
 
-#include "accumulator.h"
 #include "checks.h"
 #include "cpu/rows.h"
+#include "engine/accumulator.h"
 
 // The sanitizer build of these files registers them beside the real ones, in a namespace of its own.
 #ifndef NF_NAMESPACE

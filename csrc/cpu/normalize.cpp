@@ -8,7 +8,7 @@
 
 #include "cpu/library.h"
 #include "engine/cosine_arguments.h"
-#include "row_layout.h"
+#include "engine/row_layout.h"
 
 namespace nf::cpu {
 namespace {

@@ -2,8 +2,8 @@
 #include <vector>
 
 #include "cpu/library.h"
-#include "distance_checks.h"
 #include "engine/distance_arguments.h"
+#include "engine/distance_checks.h"
 
 namespace nf::cpu {
 namespace {

@@ -32,7 +32,7 @@ struct AccumRows {
     double active;  // number of them
     double cosine;  // sum of the cosines
   };
-  // The hinges of n cosines against one threshold (math/hinge.h).
+  // The hinges of n cosines against one threshold (math/terms/hinge.h).
   Hinges (*hinge_fold)(const T* c, int64_t n, T threshold);
 };
 

@@ -1,5 +1,5 @@
 // The arguments of the losses over agents, for both devices (op.h): on all classes, or on a shard of them.
-// The formulas are in csrc/math/hinge.h.
+// The formulas are in csrc/math/terms/hinge.h.
 //
 // x [N, D], weight [C, D], labels [N] int64 in [0, C); a row with ignore_index counts nowhere. `is_shard`: C
 // may be 0, and a label of -1 (kElsewhere) has its agent in another shard: every class here is a negative.

@@ -1,5 +1,5 @@
 // The arguments of the fused softmax head's ops, for both devices (op.h). The formulas are in math/softmax.h
-// and math/margin.h, the fields of `rows` and `slopes` in row_state.h.
+// and math/margins/margin.h, the fields of `rows` and `slopes` in row_state.h.
 //
 // The head is over all classes, or over one shard of `total_classes` (`is_shard`): then a label is the place
 // in this shard, or -1 where the target is elsewhere, and weight may be empty. x [N, D], weight [C, D],
@@ -9,7 +9,7 @@
 #pragma once
 
 #include "engine/op.h"
-#include "row_state.h"
+#include "engine/row_state.h"
 
 namespace nf {
 
@@ -52,9 +52,9 @@ struct HeadInputs : ProductOptions {
 // rows [kRowFields, N] float64, inverse_norm [C] that of the weight, x_sum [N, D] = sum over the other classes
 // of E_j w_hat_j, class_sum [D + 1] = sum of class_weight_j w_hat_j and of class_weight_j, which label
 // smoothing needs, stored the E of every tile when `store`. shift [N] float64 is the kappa to use instead of
-// the one that normface_shift would find.
-struct NormfaceSweepArguments : HeadInputs {
-  static constexpr const char* kName = "normface_sweep";
+// the one that head_shift would find.
+struct HeadSweepArguments : HeadInputs {
+  static constexpr const char* kName = "head_sweep";
   static constexpr const char* kReturns =
       "(Tensor rows, Tensor inverse_norm, Tensor x_sum, Tensor class_sum, Tensor stored)";
   std::optional<Tensor> sample_weight, shift;
@@ -81,8 +81,8 @@ struct NormfaceSweepArguments : HeadInputs {
 // kappa [N] as these classes alone would have it: one constant where that serves, else the row's largest logit
 // among the classes other than its label, -inf where there is none. The largest over shards is the `shift` of
 // all.
-struct NormfaceShiftArguments : HeadInputs {
-  static constexpr const char* kName = "normface_shift";
+struct HeadShiftArguments : HeadInputs {
+  static constexpr const char* kName = "head_shift";
   static constexpr const char* kReturns = "Tensor";
   int64_t ignore_index;
 
@@ -99,8 +99,8 @@ struct NormfaceShiftArguments : HeadInputs {
 
 // Margin, weights and losses of the rows, from sums over all classes: loss [N] or [], and its slopes
 // [kSlopeFields, N] float64, with `need_margin` [kAllSlopes, N].
-struct NormfaceFinishArguments : HeadOptions {
-  static constexpr const char* kName = "normface_finish";
+struct SoftmaxFinishArguments : HeadOptions {
+  static constexpr const char* kName = "softmax_finish";
   static constexpr const char* kReturns = "(Tensor loss, Tensor slopes)";
   Tensor rows, x, class_sum;
   std::optional<Tensor> scale, m1, m2, m3;
@@ -137,8 +137,8 @@ struct NormfaceFinishArguments : HeadOptions {
 // Gradients of sum over i of grad_loss_i loss_i (grad_loss [] or [N]), which is linear in `slopes`. x_sum and
 // class_sum are this shard's. Of a shard grad_x is in the accumulator type: the gradients of the shards are to
 // be added. grad_scale is float64, of the scale's shape.
-struct NormfaceBackwardArguments : HeadInputs {
-  static constexpr const char* kName = "normface_backward";
+struct HeadBackwardArguments : HeadInputs {
+  static constexpr const char* kName = "head_backward";
   static constexpr const char* kReturns = "(Tensor grad_x, Tensor grad_weight, Tensor grad_scale)";
   Tensor grad_loss, slopes, rows, inverse_norm, x_sum, class_sum, stored;
   bool need_x, need_weight, need_scale;
@@ -171,13 +171,13 @@ inline void check_inputs(const char* op, const HeadInputs& in) {
   check_weights(op, "class_weight", in.class_weight, in.x, in.weight.size(0));
 }
 
-inline void check_sweep(const NormfaceSweepArguments& in) {
+inline void check_sweep(const HeadSweepArguments& in) {
   check_inputs(in.kName, in);
   check_weights(in.kName, "sample_weight", in.sample_weight, in.x, in.x.size(0));
   check_shift(in.kName, in.shift, in.x.size(0));
 }
 
-inline void check_finish(const NormfaceFinishArguments& in) {
+inline void check_finish(const SoftmaxFinishArguments& in) {
   const ScalarType wide = accumulator(in.x.scalar_type());
   check_matrix(in.kName, "x", in.x);
   check_exact(in.kName, "rows", in.rows, ScalarType::Double, {kRowFields, in.x.size(0)});
@@ -190,7 +190,7 @@ inline void check_finish(const NormfaceFinishArguments& in) {
     fail(in.kName, ": expected `reduction` to be 0, 1 or 2, got ", in.reduction);
 }
 
-inline void check_backward(const NormfaceBackwardArguments& in) {
+inline void check_backward(const HeadBackwardArguments& in) {
   check_inputs(in.kName, in);
   const int64_t N = in.x.size(0), D = in.x.size(1), C = in.weight.size(0);
   const ScalarType wide = accumulator(in.x.scalar_type());

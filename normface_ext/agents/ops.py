@@ -12,7 +12,7 @@ from torch.autograd import Function
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative
 from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of
 
-# csrc/hinge_state.h
+# csrc/engine/hinge_state.h
 HINGE_FIELDS = 10
 INVERSE_NORM, EXCESS_SUM, LOSS_VALUE, HINGE_SLOPE, HINGE_ACTIVE, HINGE_COSINE, HINGE_BEST = range(1, 8)
 HINGE_COUNTS = 9

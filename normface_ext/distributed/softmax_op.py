@@ -44,7 +44,7 @@ def _shared_shift(
         bound = float(scale.detach())
     if _C.has_fixed_shift(bound, shard.num_classes, x.dtype == torch.float64):
         return None
-    return largest_over_shards(ops.normface_shift(x, weight, labels, scale, options), shard.group)
+    return largest_over_shards(ops.head_shift(x, weight, labels, scale, options), shard.group)
 
 
 class _RowsOfAll(Function):
@@ -109,7 +109,7 @@ class ClassParallelLoss(Function):
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         classes = local.contiguous() if rows is None else local.index_select(0, rows)
         shift = _shared_shift(batch.x, classes, places, scale, options, largest_scale, shard)
-        swept, options = ops.normface_sweep_in_memory(
+        swept, options = ops.head_sweep_in_memory(
             batch.x,
             classes,
             places,
@@ -126,7 +126,7 @@ class ClassParallelLoss(Function):
         sums, class_sum = add_over_shards([swept.rows[:fields], swept.class_sum], shard.group)
         swept.rows[:fields] = sums
         margin = m1, m2, m3
-        loss, slopes = ops.normface_finish(
+        loss, slopes = ops.softmax_finish(
             swept.rows,
             batch.x,
             class_sum.to(swept.class_sum.dtype),
@@ -164,7 +164,7 @@ class ClassParallelLoss(Function):
 
         def gradients(*needed: bool) -> tuple[Tensor, Tensor, Tensor]:
             with torch.no_grad():
-                return ops.normface_backward(
+                return ops.head_backward(
                     grad_loss,
                     slopes,
                     x,

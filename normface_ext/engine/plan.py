@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def kernels(self) -> int:
-        """The code of ``HeadKernels`` in csrc/row_state.h."""
+        """The code of ``HeadKernels`` in csrc/engine/row_state.h."""
         if self.algorithm == "single sweep":
             return 3
         if self.scores == "cuda cores":
@@ -141,7 +141,7 @@ class _Device:
             properties = torch.cuda.get_device_properties(device)
             self.multiprocessors, capable = properties.multi_processor_count, properties.major >= 8
             limit = getattr(properties, "shared_memory_per_block_optin", limit)  # not in torch's stubs
-        #: Whether plain_products.cu takes this shape.
+        #: Whether simt_products.cu takes this shape.
         self.plain = (
             dtype.itemsize >= 4
             and dim * dtype.itemsize % 16 == 0
@@ -149,20 +149,20 @@ class _Device:
             and plain_shared_bytes(dim) <= limit
         )
         capable = capable and dtype.itemsize == 2 and dim % 8 == 0
-        #: Whether score_exp.cu, weight_gradient.cu and single_sweep.cu take this shape.
+        #: Whether sm80_scores.cu, sm80_weight_gradient.cu and sm80_single_sweep.cu take this shape.
         self.scores = capable and score_shared_bytes(dim) <= limit
         self.weight_gradient = self.scores and dim <= 512
         self.sweep = self.scores and dim <= 256
 
 
 def score_shared_bytes(dim: int) -> int:
-    """Most shared memory of a block of score_exp.cu: a tile of features, three stages of the weight, and
+    """Most shared memory of a block of sm80_scores.cu: a tile of features, three stages of the weight, and
     three numbers per row."""
     return 128 * (-(-dim // 64) * 64) * 2 + 3 * 128 * 64 * 2 + 128 * 12
 
 
 def plain_shared_bytes(dim: int) -> int:
-    """Most shared memory of a block of plain_products.cu: two stages of 128 bytes of 256 rows for the scores;
+    """Most shared memory of a block of simt_products.cu: two stages of 128 bytes of 256 rows for the scores;
     for dW of more than 256 columns, two of 64 bytes of 64 classes and 512 columns, and a count per class. The
     latter is more than compute capability 7.5 has."""
     return 2 * 128 * 256 if dim <= 256 else 2 * 64 * (64 + 512) + 64 * 4
@@ -211,8 +211,8 @@ def _choose(
     return Plan("recompute", scores, gradient, chunk, -(-classes // chunk), used, 4 * products, moved)
 
 
-#: Bytes of a row's state, its slopes (csrc/row_state.h) and its gradients (csrc/cuda/backward_kernels.cuh),
-#: and of its counter and what the single sweep's backward knows of it.
+#: Bytes of a row's state, its slopes (csrc/engine/row_state.h) and its gradients
+#: (csrc/cuda/device/backward_kernels.cuh), and of its counter and what the single sweep's backward knows of it.
 ROW_STATE = (7 + 4 + 7) * 8 + 4 + 16
 
 
@@ -265,7 +265,7 @@ def _cuda_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: i
     if plain:
         kernels = ("cuda cores", "cuda cores")
     scores = 0 if device.scores or operand == wide else wide  # E replaces scores of its own size
-    # Partial sums: of every block that a row has (of at most 256 tiles: score_exp.cu), or of stretches of
+    # Partial sums: of every block that a row has (of at most 256 tiles: sm80_scores.cu), or of stretches of
     # classes.
     blocks = 0
     if device.scores:

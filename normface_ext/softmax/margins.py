@@ -1,9 +1,9 @@
 """Margins: what a loss asks of the target cosine before the softmax.
 
 A margin is three numbers and a formula, by default ``psi(cos theta) = cos(m1 * theta + m2) - m3`` (ArcFace,
-section 2.2), and only the target column meets it. The formulas are in ``csrc/math/margin.h`` and, as the
-specification, in ``normface_ext.reference.FORMULAS``; docs/architecture.md says how to add one. Margins that
-look at the batch first are in ``batch_margins``.
+section 2.2), and only the target column meets it. The formulas are in ``csrc/math/margins/margin.h`` and, as
+the specification, in ``normface_ext.reference.FORMULAS``; docs/architecture.md says how to add one. Margins
+that look at the batch first are in ``batch_margins``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..engine.arguments import FINITE, POSITIVE, Range, below, choice, number
 
 #: What a number may be; a tensor's values are not looked at.
 LIMITS = {"m1": POSITIVE, "m2": below(0.0, math.pi), "m3": below(0.0, math.inf)}
-#: ``guard`` -> the code of ``math::Guard`` in csrc/math/margin.h
+#: ``guard`` -> the code of ``math::Guard`` in csrc/math/margins/margin.h
 GUARDS = {None: 0, "shift": 1, "join": 2, "easy": 3, "none": 4}
 
 
@@ -46,7 +46,7 @@ class Margin:
     guard: str | None = None
     #: What a 1-D tensor counts: the rows of the batch, or the classes.
     per_row: ClassVar[bool] = False
-    #: The number of what psi is in the tables of csrc/math/margin.h and ``reference.FORMULAS``.
+    #: The number of what psi is in the tables of csrc/math/margins/margin.h and ``reference.FORMULAS``.
     formula: ClassVar[int]
 
     def __init_subclass__(cls) -> None:

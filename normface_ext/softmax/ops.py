@@ -14,7 +14,7 @@ from ..engine.autograd import asked, detach_without_grad, no_second_derivative
 from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of, plan_device
 from ..engine.plan import Plan
 
-# csrc/row_state.h
+# csrc/engine/row_state.h
 ROW_FIELDS, SLOPE_FIELDS, ALL_SLOPES = 7, 4, 7
 SUM, SUM_COSINE, COSINE, TARGET_WEIGHT, SHIFT, INVERSE_NORM, ROW_WEIGHT = range(ROW_FIELDS)
 ELSEWHERE = -1  # instead of a label: the target is a class of another shard
@@ -24,7 +24,7 @@ MarginTensors = tuple[Tensor | None, Tensor | None, Tensor | None]
 NUMBERS: MarginTensors = (None, None, None)
 
 
-def _normface_sweep_fake(
+def _head_sweep_fake(
     *,
     x: Tensor,
     weight: Tensor,
@@ -37,7 +37,7 @@ def _normface_sweep_fake(
     wide = accumulator(x.dtype)
     (batch, dim), classes = x.shape, weight.shape[0]
     cuda = plan_device(x).type == "cuda"
-    row = -(-classes // 8) * 8 if cuda else classes  # E in memory: csrc/cuda/head.cuh
+    row = -(-classes // 8) * 8 if cuda else classes  # E in memory: csrc/cuda/host/head.cuh
     stored = torch.bfloat16 if cuda and product_precision.itemsize == 2 else wide
     return (
         x.new_empty([ROW_FIELDS, batch], dtype=torch.float64),
@@ -48,11 +48,11 @@ def _normface_sweep_fake(
     )
 
 
-def _normface_shift_fake(*, x: Tensor, **_: Any) -> Tensor:
+def _head_shift_fake(*, x: Tensor, **_: Any) -> Tensor:
     return x.new_empty([x.shape[0]], dtype=torch.float64)
 
 
-def _normface_finish_fake(*, x: Tensor, need_margin: bool, reduction: int, **_: Any) -> tuple[Tensor, Tensor]:
+def _softmax_finish_fake(*, x: Tensor, need_margin: bool, reduction: int, **_: Any) -> tuple[Tensor, Tensor]:
     batch = x.shape[0]
     return (
         x.new_empty([batch] if reduction == 0 else [], dtype=accumulator(x.dtype)),
@@ -60,7 +60,7 @@ def _normface_finish_fake(*, x: Tensor, need_margin: bool, reduction: int, **_: 
     )
 
 
-def _normface_backward_fake(
+def _head_backward_fake(
     *,
     x: Tensor,
     weight: Tensor,
@@ -82,10 +82,10 @@ def _normface_backward_fake(
 add_fakes(
     by_name(
         {
-            "normface_sweep": _normface_sweep_fake,
-            "normface_shift": _normface_shift_fake,
-            "normface_finish": _normface_finish_fake,
-            "normface_backward": _normface_backward_fake,
+            "head_sweep": _head_sweep_fake,
+            "head_shift": _head_shift_fake,
+            "softmax_finish": _softmax_finish_fake,
+            "head_backward": _head_backward_fake,
         }
     )
 )
@@ -118,14 +118,14 @@ class LossOptions:
         return replace(self, plan=plan, class_chunk=plan.class_chunk, kernels=plan.kernels)
 
 
-_sweep_options = options_of("normface_sweep", LossOptions)
-_shift_options = options_of("normface_shift", LossOptions)
-_finish_options = options_of("normface_finish", LossOptions)
-_backward_options = options_of("normface_backward", LossOptions)
+_sweep_options = options_of("head_sweep", LossOptions)
+_shift_options = options_of("head_shift", LossOptions)
+_finish_options = options_of("softmax_finish", LossOptions)
+_backward_options = options_of("head_backward", LossOptions)
 
 
 class Swept(NamedTuple):
-    """What ``normface_sweep`` found, in the order in which ``normface_backward`` takes it."""
+    """What ``head_sweep`` found, in the order in which ``head_backward`` takes it."""
 
     rows: Tensor
     inverse_norm: Tensor
@@ -134,7 +134,7 @@ class Swept(NamedTuple):
     stored: Tensor
 
 
-def normface_sweep(
+def head_sweep(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -148,7 +148,7 @@ def normface_sweep(
     shift: Tensor | None = None,
 ) -> Swept:
     """First stage: the sums over the classes at hand."""
-    swept = kernels(x, weight).normface_sweep(
+    swept = kernels(x, weight).head_sweep(
         x,
         weight,
         labels,
@@ -164,7 +164,7 @@ def normface_sweep(
     return Swept(*swept)
 
 
-def normface_sweep_in_memory(
+def head_sweep_in_memory(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -177,12 +177,12 @@ def normface_sweep_in_memory(
     need_weight: bool,
     shift: Tensor | None = None,
 ) -> tuple[Swept, LossOptions]:
-    """``normface_sweep``, and the options that its backward has to be given: of a smaller plan where the
+    """``head_sweep``, and the options that its backward has to be given: of a smaller plan where the
     memory for E cannot be had. A traced step has one plan."""
 
     def sweep(given: LossOptions) -> tuple[Swept, LossOptions]:
         arguments = x, weight, labels, scale, sample_weight, class_weight, given
-        return normface_sweep(*arguments, need_x=need_x, need_weight=need_weight, shift=shift), given
+        return head_sweep(*arguments, need_x=need_x, need_weight=need_weight, shift=shift), given
 
     if torch.compiler.is_compiling() or not (options.plan.store and need_weight):
         return sweep(options)
@@ -199,15 +199,15 @@ def normface_sweep_in_memory(
     return sweep(options if smaller is None else options.planned(smaller))
 
 
-def normface_shift(
+def head_shift(
     x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor | None, options: LossOptions
 ) -> Tensor:
     """kappa as the classes at hand alone would have it, [N] float64; -inf where there is none."""
-    shift: Tensor = kernels(x, weight).normface_shift(x, weight, labels, scale, *_shift_options(options))
+    shift: Tensor = kernels(x, weight).head_shift(x, weight, labels, scale, *_shift_options(options))
     return shift
 
 
-def normface_finish(
+def softmax_finish(
     rows: Tensor,
     x: Tensor,
     class_sum: Tensor,
@@ -218,13 +218,13 @@ def normface_finish(
     need_margin: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Second stage, once the sums are over all classes: loss and slopes [SLOPE_FIELDS or ALL_SLOPES, N]."""
-    result: tuple[Tensor, Tensor] = kernels(rows, x).normface_finish(
+    result: tuple[Tensor, Tensor] = kernels(rows, x).softmax_finish(
         rows, x, class_sum, scale, *margin, need_margin, *_finish_options(options)
     )
     return result
 
 
-def normface_backward(
+def head_backward(
     grad_loss: Tensor,
     slopes: Tensor,
     x: Tensor,
@@ -237,7 +237,7 @@ def normface_backward(
     needed: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and scale, in the scale's dtype, from the slopes of the rows' losses."""
-    dx, dw, ds = kernels(x, weight).normface_backward(
+    dx, dw, ds = kernels(x, weight).head_backward(
         grad_loss.contiguous(),
         slopes,
         x,
@@ -285,7 +285,7 @@ class _NormFaceLoss(Function):
     ) -> Tensor:
         labels, margin = labels.contiguous(), (m1, m2, m3)
         need_x, need_weight = ctx.needs_input_grad[:2]
-        swept, options = normface_sweep_in_memory(
+        swept, options = head_sweep_in_memory(
             x.contiguous(),
             weight.contiguous(),
             labels,
@@ -296,7 +296,7 @@ class _NormFaceLoss(Function):
             need_x=need_x,
             need_weight=need_weight,
         )
-        loss, slopes = normface_finish(
+        loss, slopes = softmax_finish(
             swept.rows,
             x.contiguous(),
             swept.class_sum,
@@ -314,7 +314,7 @@ class _NormFaceLoss(Function):
         x, weight, scale, m1, m2, m3, labels, class_weight, slopes, *swept = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
         with torch.no_grad():
-            gradients = normface_backward(
+            gradients = head_backward(
                 grad_loss,
                 slopes,
                 x.contiguous(),

@@ -29,7 +29,7 @@ class _HeadParts(Function):
     ) -> tuple[Tensor, ...]:
         labels = labels.contiguous()
         need_x, need_weight = ctx.needs_input_grad[:2]
-        swept, options = ops.normface_sweep_in_memory(
+        swept, options = ops.head_sweep_in_memory(
             x.contiguous(),
             weight.contiguous(),
             labels,
@@ -63,7 +63,7 @@ class _HeadParts(Function):
             each = torch.where(rows[ops.SUM] == 0, none, g_log_sum / rows[ops.SUM])
             uniform = g_with_sum if options.smoothing > 0 else none
             slopes = torch.stack([each * s, g_cosine, uniform, each * rows[ops.SUM_COSINE]])
-            gradients = ops.normface_backward(
+            gradients = ops.head_backward(
                 x.new_ones((), dtype=accumulator(x.dtype)),
                 torch.where(rows[ops.ROW_WEIGHT] != 0, slopes, 0.0),
                 x.contiguous(),

@@ -54,19 +54,17 @@ def softmax(x: Tensor, weight: Tensor, scale: Tensor, y: Tensor) -> Results:
         is_shard=True,
     )
     shards = parts(weight, y)
-    shift = torch.stack([ops.normface_shift(x, w, place, scale, options) for w, place in shards]).amax(0)
+    shift = torch.stack([ops.head_shift(x, w, place, scale, options) for w, place in shards]).amax(0)
     swept = [
-        ops.normface_sweep(
-            x, w, place, scale, None, None, options, need_x=True, need_weight=True, shift=shift
-        )
+        ops.head_sweep(x, w, place, scale, None, None, options, need_x=True, need_weight=True, shift=shift)
         for w, place in shards
     ]
     rows = swept[0].rows.clone()
     rows[:3] = torch.stack([part.rows[:3] for part in swept]).sum(0)
-    loss, slopes = ops.normface_finish(rows, x, swept[0].class_sum, scale, ops.NUMBERS, options)
+    loss, slopes = ops.softmax_finish(rows, x, swept[0].class_sum, scale, ops.NUMBERS, options)
     upstream = randn(dtype=torch.float64, seed=5).to(loss)  # what the truth gets
     gradients = [
-        ops.normface_backward(
+        ops.head_backward(
             upstream, slopes, x, w, place, scale, None, part._replace(rows=rows), options, (True,) * 3
         )
         for (w, place), part in zip(shards, swept, strict=True)

@@ -1,6 +1,6 @@
 """Builds the CUDA kernels for the CPU, against the emulation, and loads them as operators.
 
-    emulation.build.load("emulation")   torch.ops.normface_emulation: csrc/cuda/*.cu on CPU tensors
+    emulation.build.load("emulation")   torch.ops.normface_emulation: csrc/cuda/*/*.cu on CPU tensors
     emulation.build.load("faults")      torch.ops.normface_faults: the lane's own seeded faults
     emulation.build.load("cpu")         torch.ops.normface_sanitized: csrc/cpu/*.cpp once more
 
@@ -62,7 +62,9 @@ def unavailable() -> str | None:
 def sources_of(library: str) -> list[Path]:
     if library == "faults":
         return [HERE / "faults.cu"]
-    folder = sorted((CSRC / "cuda").glob("*.cu") if library == "emulation" else (CSRC / "cpu").glob("*.cpp"))
+    folder = sorted(
+        (CSRC / "cuda").glob("*/*.cu") if library == "emulation" else (CSRC / "cpu").glob("*.cpp")
+    )
     return [HERE / "library.cpp", *folder]
 
 

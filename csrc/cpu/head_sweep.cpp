@@ -1,0 +1,218 @@
+// First stage of the fused head on the CPU: prepare the rows, then sweep over the classes at hand for
+// their sums (head_sweep), or for kappa only (head_shift).
+#include "cpu/row_terms.h"
+
+namespace nf::cpu {
+namespace {
+
+// Which rows count: those that are not ignored and have a weight. The others become zero, so that nothing
+// they hold, NaN included, reaches another row or a class.
+template <class T>
+struct Counting {
+  const int64_t* labels;
+  int64_t ignore_index;
+  const T* sample_weight;  // [N] or null
+
+  double weight(int64_t i) const {
+    if (labels[i] == ignore_index) return 0;
+    return sample_weight != nullptr ? double(sample_weight[i]) : 1.0;
+  }
+};
+
+// Unit features and their inverse norms, which have room in double.
+template <class T>
+void unit_features(const HeadInputs& in, const Counting<T>& counting, T* x_hat, double* inverse) {
+  const Rows<T> x(in.x, in.x.size(1));
+  for_rows(in.labels.size(0), x.length, [&](int64_t i) {
+    inverse[i] = 0;
+    T* y = x_hat + i * x.length;
+    if (counting.weight(i) == 0) {
+      std::fill_n(y, x.length, T(0));
+      return;
+    }
+    const math::RowScale<T> scale = x.kernel.normalize_wide(x.row(i), x.length, 2, T(in.eps), y);
+    inverse[i] = scale.wide_inverse();
+  });
+}
+
+// What a row knows before the sweep: its norm, its weight, and its target's cosine, a dot product in double.
+template <class T>
+void prepare_rows(const HeadInputs& in, const Counting<T>& counting, const ClassWeights<T>& class_weight,
+                  T* x_hat, const RowState& rows) {
+  const Rows<T> w(in.weight, in.weight.size(1));
+  const Labels labels(in.labels);
+  std::fill_n(rows.data, kRowFields * rows.batch, 0.0);
+  unit_features(in, counting, x_hat, rows[kInverseNorm]);
+  for_rows(labels.batch, w.length, [&](int64_t i) {
+    rows[kRowWeight][i] = counting.weight(i);
+    if (rows[kRowWeight][i] == 0) return;
+    const bool here = labels.data[i] != kElsewhere;
+    rows[kTargetWeight][i] = !class_weight.given ? 1.0 : here ? class_weight[labels.data[i]] : 0.0;
+    if (!here) return;
+    std::vector<T> unit(static_cast<size_t>(w.length));
+    T w_inverse;
+    unit_rows(w, labels.data[i], 1, T(in.eps), unit.data(), &w_inverse);
+    rows[kCosine][i] = dot_in_double(x_hat + i * w.length, unit.data(), w.length);
+  });
+}
+
+// The row's largest logit among the classes other than its label, -inf where there is none.
+template <class T>
+void largest_logits(const HeadShape& shape, const HeadInputs& in, const RowNumbers& scale, T* x_hat,
+                    double* result) {
+  const int64_t N = shape.batch, D = shape.dim;
+  const Rows<T> w(in.weight, D);
+  const Labels labels(in.labels);
+  Buffer<T> w_hat(shape.slots * shape.chunk * D), inverse(shape.slots * shape.chunk);
+  Buffer<T> scores(shape.slots * N * shape.chunk), largest(shape.slots * N);
+  std::fill_n(largest.data, shape.slots * N, -T(INFINITY));
+  shape.for_tiles([&](int64_t slot, const Tile& tile) {
+    T* unit = w_hat.data + slot * shape.chunk * D;
+    T* tile_scores = scores.data + slot * N * shape.chunk;
+    unit_rows(w, tile.first, tile.width, T(in.eps), unit, inverse.data + slot * shape.chunk);
+    score_tile(shape, x_hat, unit, tile, tile_scores);
+    for (int64_t i = 0; i < N; ++i) {
+      T& best = largest.data[slot * N + i];
+      around_target(labels.data[i], tile, [&](int64_t begin, int64_t end) {
+        const T* row = tile_scores + i * tile.width;
+        best = std::max(best, accum_rows<T>().largest_scaled(row + begin, end - begin, T(scale[i])));
+      });
+    }
+  });
+  for (int64_t i = 0; i < N; ++i) {
+    T best = largest.data[i];
+    for (int64_t slot = 1; slot < shape.slots; ++slot) best = std::max(best, largest.data[slot * N + i]);
+    result[i] = double(best);
+  }
+}
+
+// kappa of every row as these classes alone would have it: one constant inside the window of softmax.h,
+// else the row's largest logit, which costs a sweep of its own.
+template <class T>
+void choose_shift(const HeadShape& shape, const HeadInputs& in, const RowNumbers& scale, T* x_hat,
+                  double* shift) {
+  const math::FixedShift window = math::fixed_shift_of<T>(double(in.total_classes));
+  bool all = true;
+  for (int64_t i = 0; i < shape.batch; ++i) all = all && window.serves(scale[i]);
+  if (!all) largest_logits(shape, in, scale, x_hat, shift);
+  for (int64_t i = 0; i < shape.batch; ++i)
+    if (window.serves(scale[i])) shift[i] = window.kappa;
+}
+
+struct SweepResult {
+  Tensor rows, inverse_norm, x_sum, class_sum, stored;
+};
+
+// S, A, x_sum, class_sum (U) and the stored E.
+template <class T>
+void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowNumbers& scale,
+           const ClassWeights<T>& class_weight, T* x_hat, const RowState& rows, const SweepResult& out) {
+  const int64_t N = shape.batch, D = shape.dim;
+  const Rows<T> w(in.weight, D);
+  const Labels labels(in.labels);
+  T* x_sum = data_of<T>(out.x_sum);
+  T* class_sum = data_of<T>(out.class_sum);  // U and, last, the sum of the class weights
+  T* stored = data_of<T>(out.stored);
+  T* inverse_norm = data_of<T>(out.inverse_norm);
+  Buffer<T> w_hat(shape.slots * shape.chunk * D);
+  Buffer<T> scores(stored != nullptr ? 0 : shape.slots * N * shape.chunk);
+  Buffer<double> sums(shape.slots * 2 * N);
+  // The first slot adds straight into x_sum, the others into partners of it.
+  Buffer<T> partners(x_sum != nullptr ? (shape.slots - 1) * N * D : 0);
+  Buffer<T> class_sums(class_sum != nullptr ? shape.slots * (D + 1) : 0);
+  std::fill_n(sums.data, shape.slots * 2 * N, 0.0);
+  std::fill_n(class_sums.data, class_sums.tensor.numel(), T(0));
+  if (x_sum != nullptr) {
+    std::fill_n(x_sum, N * D, T(0));
+    std::fill_n(partners.data, (shape.slots - 1) * N * D, T(0));
+  }
+  shape.for_tiles([&](int64_t slot, const Tile& tile) {
+    T* unit = w_hat.data + slot * shape.chunk * D;
+    T* e = stored != nullptr ? stored + N * tile.first : scores.data + slot * N * shape.chunk;
+    unit_rows(w, tile.first, tile.width, T(in.eps), unit, inverse_norm + tile.first);
+    if (class_sum != nullptr) {
+      T* sum = class_sums.data + slot * (D + 1);
+      for (int64_t j = 0; j < tile.width; ++j) {
+        const T factor = T(class_weight[tile.first + j]);
+        accum_rows<T>().axpy(factor, unit + j * D, sum, D);
+        sum[D] += factor;
+      }
+    }
+    score_tile(shape, x_hat, unit, tile, e);
+    double* sum = sums.data + slot * 2 * N;
+    exponentiate(shape, labels, rows[kShift], scale, tile, e, sum, sum + N);
+    T* into = slot == 0 ? x_sum : partners.data + (slot - 1) * N * D;
+    if (x_sum != nullptr)
+      multiply<T>({e, N, tile.width, tile.width}, {unit, tile.width, D, D}, {into, N, D, D}, true);
+  });
+  add_slots(sums.data, shape.slots, 2 * N);
+  std::copy_n(sums.data, N, rows[kSum]);
+  std::copy_n(sums.data + N, N, rows[kSumCosine]);
+  if (x_sum != nullptr)
+    for_rows(N * D, shape.slots, [&](int64_t k) {
+      for (int64_t slot = 0; slot + 1 < shape.slots; ++slot) x_sum[k] += partners.data[slot * N * D + k];
+    });
+  if (class_sum != nullptr) {
+    add_slots(class_sums.data, shape.slots, D + 1);
+    std::copy_n(class_sums.data, D + 1, class_sum);
+  }
+}
+
+template <class T>
+SweepResult run_sweep(const HeadSweepArguments& in) {
+  const HeadShape shape(in.x, in.weight, in.class_chunk);
+  const int64_t N = shape.batch, D = shape.dim, C = shape.classes;
+  const ScalarType wide = accumulator(in.x.scalar_type());
+  SweepResult out{fresh({kRowFields, N}, ScalarType::Double), fresh({C}, wide),
+                  in.need_x ? fresh({N, D}, wide) : fresh({0}, wide),
+                  fresh({in.need_class_sum ? D + 1 : 0}, wide), fresh({in.store ? N * C : 0}, wide)};
+  const RowState rows(out.rows);
+  const RowNumbers scale(in.scale, in.scale_value);
+  const ClassWeights<T> class_weight(in.class_weight);
+  Buffer<T> x_hat(N * D);
+  const Counting<T> counting{
+      Labels(in.labels).data, in.ignore_index,
+      in.sample_weight ? static_cast<const T*>(in.sample_weight->const_data_ptr()) : nullptr};
+  prepare_rows(in, counting, class_weight, x_hat.data, rows);
+  if (in.shift)
+    std::copy_n(static_cast<const double*>(in.shift->const_data_ptr()), N, rows[kShift]);
+  else
+    choose_shift(shape, in, scale, x_hat.data, rows[kShift]);
+  for (int64_t i = 0; i < N; ++i)  // a row that became zero has scores of 0
+    if (rows[kRowWeight][i] == 0) rows[kShift][i] = 0;
+  sweep(shape, in, scale, class_weight, x_hat.data, rows, out);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_sweep(const HeadSweepArguments& in) {
+  check_sweep(in);
+  Labels(in.labels).check(in.kName, in.weight.size(0), in.ignore_index, in.is_shard);
+  SweepResult out =
+      accumulator(in.x.scalar_type()) == ScalarType::Double ? run_sweep<double>(in) : run_sweep<float>(in);
+  return {out.rows, out.inverse_norm, out.x_sum, out.class_sum, out.stored};
+}
+
+Tensor head_shift(const HeadShiftArguments& in) {
+  check_inputs(in.kName, in);
+  Labels(in.labels).check(in.kName, in.weight.size(0), in.ignore_index, in.is_shard);
+  Tensor shift = fresh({in.x.size(0)}, ScalarType::Double);
+  const auto run = [&]<class T>(T) {
+    const HeadShape shape(in.x, in.weight, in.class_chunk);
+    Buffer<T> x_hat(shape.batch * shape.dim);
+    Buffer<double> inverse(shape.batch);
+    unit_features(in, Counting<T>{Labels(in.labels).data, in.ignore_index, nullptr}, x_hat.data,
+                  inverse.data);
+    choose_shift(shape, in, RowNumbers(in.scale, in.scale_value), x_hat.data,
+                 static_cast<double*>(shift.mutable_data_ptr()));
+  };
+  accumulator(in.x.scalar_type()) == ScalarType::Double ? run(double()) : run(float());
+  return shift;
+}
+
+}  // namespace
+}  // namespace nf::cpu
+
+NF_CPU_LIBRARY(m) {
+  nf::implement<&nf::cpu::head_sweep>(m);
+  nf::implement<&nf::cpu::head_shift>(m);
+}

@@ -1,0 +1,151 @@
+// The kernels of the head's backward other than its products: per row, and per class.
+#pragma once
+
+#include "cuda/device/class_gradient.cuh"
+#include "cuda/host/head.cuh"
+#include "cuda/products/sm80_single_sweep.h"
+
+namespace nf {
+namespace {
+
+// What row i contributes to the gradients, upstream gradient included: the factors of x_sum (and of E x_hat in
+// dW), of the target, and of class_sum (and of class_weight_j x_hat in dW); and to the gradient of the scale.
+// How the row was scaled, x_hat = x * outer * inner, and its kappa. All 0 where the row has no slope.
+enum GradientField { kOthers, kTarget, kUniform, kScale, kOuter, kInner, kKappa, kGradientFields };
+
+template <class T>
+struct RowGradients {
+  StoredArray x, w;       // [N, D], [C, D]
+  const T* inverse_norm;  // [C]
+  const int64_t* labels;  // [N]
+  int64_t dim;
+  RowState rows;
+  RowSlopes slopes;
+  RowNumbers scale;
+  const T* grad_loss;  // [N] or []
+  bool per_row;
+  double* gradients;   // [kGradientFields, N]
+  double* grad_scale;  // [N], perhaps kScale of gradients
+  const T* x_sum;      // [N, D]
+  const T* class_sum;  // [D] or null
+  double eps;
+  StoredArray dx;        // [N, D] or null
+  StoredArray x_hat;     // [N, D], operand type, or null: unit features once more, for scores
+  StoredArray weighted;  // [N, D], type of what meets E, or null: times the factor of the row
+  SweepRow* sweep_rows;  // [N] or null
+};
+
+// dx = P_x(others * x_sum + target * w_hat_y), x_hat = x * scale. One warp.
+template <class T>
+NF_DEVICE void write_grad_features(const RowGradients<T>& task, int64_t i, bool ignored,
+                                   const math::RowScale<double>& scale, double others, double target,
+                                   double uniform) {
+  const int64_t dim = task.dim;
+  const int64_t label = ignored ? kElsewhere : task.labels[i];
+  math::RowScale<T> of_class{};
+  if (label != kElsewhere) of_class = scale_again(task.w, label, dim, T(task.eps), task.inverse_norm[label]);
+  const auto gradient = [&](int64_t d) {
+    return others * double(task.x_sum[i * dim + d]) +
+           (label != kElsewhere ? target * (task.w.template load<double>(label * dim + d) *
+                                            double(of_class.outer) * double(of_class.inner))
+                                : 0.0) +
+           (task.class_sum != nullptr ? uniform * double(task.class_sum[d]) : 0.0);
+  };
+  double radial = 0;
+  if (!ignored)
+    for (int64_t d = lane_id(); d < dim; d += kWarp)
+      radial += task.x.template load<double>(i * dim + d) * scale.outer * scale.inner * gradient(d);
+  radial = warp_sum(radial);
+  for (int64_t d = lane_id(); d < dim; d += kWarp) {
+    const double y = ignored ? 0.0 : task.x.template load<double>(i * dim + d) * scale.outer * scale.inner;
+    double g =
+        ignored ? 0.0 : math::normalize_vjp<double>(gradient(d), y, radial, scale.outer, scale.inner, 0.0);
+    if (task.dx.type == int(ScalarType::Half)) g = held_finite<Half>(g, scale.norm, task.eps, 2);
+    task.dx.template store<double>(i * dim + d, g);
+  }
+}
+
+// Everything that is made of one row. A row without a slope is taken as zero: nothing it holds, NaN included,
+// reaches a class. One warp per row.
+template <class T>
+NF_KERNEL(kThreads)
+row_gradients_kernel(RowGradients<T> task) {
+  const int64_t i = block_id() * kRowsPerBlock + warp_id();
+  const RowState& rows = task.rows;
+  if (i >= rows.batch) return;  // the whole warp leaves
+  double others = task.slopes.at(kOthersSlope, i), target = task.slopes.at(kTargetSlope, i),
+         uniform = task.slopes.at(kUniformSlope, i), scale = task.slopes.at(kScaleSlope, i), kappa = 0;
+  const bool ignored = others == 0.0 && target == 0.0 && uniform == 0.0 && scale == 0.0;
+  math::RowScale<double> of_row{};
+  if (!ignored) {
+    of_row = feature_scale_again<T>(task.x, i, task.dim, task.eps, rows.at(kInverseNorm, i));
+    const double g = double(task.grad_loss[task.per_row ? i : 0]);
+    others *= g, target *= g, uniform *= g, scale *= g;
+    kappa = rows.at(kShift, i);
+  }
+  if (lane_id() == 0) {
+    task.gradients[kOthers * rows.batch + i] = others;
+    task.gradients[kTarget * rows.batch + i] = target;
+    task.gradients[kUniform * rows.batch + i] = uniform;
+    task.grad_scale[i] = scale;
+    task.gradients[kOuter * rows.batch + i] = of_row.outer;
+    task.gradients[kInner * rows.batch + i] = of_row.inner;
+    task.gradients[kKappa * rows.batch + i] = kappa;
+    if (task.sweep_rows != nullptr) {
+      // An ignored row's label may be any int64; only a class fits into 32 bits.
+      const auto power = math::power_of_two(task.scale.at(i), kappa);
+      task.sweep_rows[i] = {power.slope, power.offset, int(ignored ? kElsewhere : task.labels[i])};
+    }
+  }
+  if (task.dx.data != nullptr) write_grad_features(task, i, ignored, of_row, others, target, uniform);
+  if (task.weighted.data == nullptr) return;
+  for (int64_t d = lane_id(); d < task.dim; d += kWarp) {
+    const double x = ignored ? 0.0 : task.x.template load<double>(i * task.dim + d);
+    const double unit = x * of_row.outer * of_row.inner;
+    if (task.x_hat.data != nullptr) task.x_hat.template store<T>(i * task.dim + d, T(unit));
+    task.weighted.template store<T>(i * task.dim + d, T(others * unit));
+  }
+}
+
+// d loss / d scale. One block, fixed order.
+NF_KERNEL(kThreads)
+scale_gradient_kernel(const double* __restrict__ gradients,  // [kGradientFields, N]
+                      int64_t batch, double* __restrict__ grad_scale) {
+  SharedMemory shared;
+  double* scratch = shared.take<double>(kThreads / kWarp);
+  double total = 0;
+  for (int64_t i = thread_id(); i < batch; i += kThreads) total += gradients[kScale * batch + i];
+  total = block_sum(total, scratch);
+  if (thread_id() == 0) *grad_scale = total;
+}
+
+// sum[d] = sum over rows of kUniform x_hat_d: what every class gets, times its weight.
+template <class T>
+NF_KERNEL(kThreads)
+uniform_gradient_kernel(StoredArray x, int64_t batch, int64_t dim, const double* __restrict__ gradients,
+                        T* __restrict__ sum)  // [D]
+{
+  const int64_t d = block_id() * kThreads + thread_id();
+  if (d >= dim) return;
+  const auto of = [&](GradientField field, int64_t i) { return gradients[field * batch + i]; };
+  double total = 0;
+  for (int64_t i = 0; i < batch; ++i)
+    if (of(kUniform, i) != 0.0)
+      total += of(kUniform, i) * (x.load<double>(i * dim + d) * of(kOuter, i) * of(kInner, i));
+  sum[d] = T(total);
+}
+
+// dW of classes whose product lies in memory: g, [width, D], which may be dW itself.
+template <class T>
+NF_KERNEL(kThreads)
+class_gradients_kernel(ClassGradient task, T* g) {
+  SharedMemory shared;
+  int* counts = shared.take<int>(kClassesPerBlock);
+  const int64_t tile = block_id() * kClassesPerBlock;
+  count_targets<kThreads, kClassesPerBlock>(task, tile, counts);
+  for (int place = warp_id(); place < kClassesPerBlock && tile + place < task.width; place += kRowsPerBlock)
+    finish_class(task, tile + place, counts[place], g + (tile + place) * task.dim);
+}
+
+}  // namespace
+}  // namespace nf

@@ -1,0 +1,191 @@
+// The end of every kernel that makes gradients of class weights: from sum_i others_i E_ij x_hat_i, held in
+// registers, to dW in its final type, written once. Adds the targets and what smoothing gives to every
+// class, takes out the radial part, divides by the norm.
+#pragma once
+
+#include <device/shared_memory.cuh>
+
+#include "cuda/device/reduce.cuh"
+#include "cuda/device/row_scale.cuh"
+#include "engine/row_state.h"
+#include "math/normalize.h"
+
+namespace nf {
+
+struct ClassGradient {
+  StoredArray x;          // [batch, dim]
+  const int64_t* labels;  // [batch]
+  int64_t batch;
+  int64_t dim;
+  const double* target;         // [batch]: d loss / d target cosine, 0 for rows that do not count
+  const double *outer, *inner;  // [batch]: x_hat = x * outer * inner
+  StoredArray weight;           // [C, dim]
+  const void* inverse;          // [C], accumulator type
+  int64_t first;                // the classes [first, first + width) are wanted
+  int64_t width;
+  const void* uniform;        // [dim], accumulator type, or null
+  const void* class_weights;  // [C], accumulator type, or null
+  double eps;
+  StoredArray dw;  // [C, dim], type of weight
+  bool vectors;    // four values of weight and of dw may be moved at once
+};
+
+namespace {
+
+// Classes of a block that finishes a product in memory.
+constexpr int kClassesPerBlock = 32;
+
+// Rows of the class tile that are finished at a time, of each warp along the classes.
+constexpr int kRoundRows = 8;
+
+// How a block's warps hold its tile [kClasses, columns]: kDown warps along the classes, kAcross along the
+// columns. A warp has kRounds * kRoundRows classes; of every eight a lane has row lane / 4, and columns
+// 8 p + lane % 4 * 2 + {0, 1}, p < kPairs: the fragments of products on tensor cores.
+template <class T, int kDown_, int kAcross_, int kRounds_, int kPairs_>
+struct HeldTile {
+  static constexpr int kDown = kDown_, kAcross = kAcross_, kRounds = kRounds_, kPairs = kPairs_;
+  static constexpr int kThreads = kDown * kAcross * kWarp;
+  static constexpr int kWarpClasses = kRounds * kRoundRows, kClasses = kDown * kWarpClasses;
+  static constexpr int kColumns = kAcross * kPairs * 8;
+  // Of a row in shared memory: with 8 more, the four rows that half a warp writes lie in different banks.
+  static constexpr int kStride = kColumns + 8;
+  // Shared scratch: a round's rows, and how many targets each class has.
+  static constexpr int kScratch = kDown * kRoundRows * kStride;
+};
+
+// g[d] += target_i x_hat_di for the rows of the class, in their order. One warp; g is shared memory.
+//
+// Rows are looked through kWarp * kWarp at a time, and what is found there is summed in double before it meets
+// g: a class may own the whole batch, and a float sum over all of it would drift. Double, too, is what
+// x / ||x|| needs before the target's slope, since that slope over a large norm is no float.
+template <class T>
+NF_DEVICE void add_targets(const ClassGradient& task, int64_t label, int count, T* g) {
+  for (int64_t base = 0; count > 0; base += kWarp * kWarp) {
+    unsigned hits = 0;  // lane k: those among the k-th kWarp rows
+#pragma unroll 1
+    for (int k = 0; k < kWarp && base + k * kWarp < task.batch; ++k) {
+      const int64_t i = base + k * kWarp + lane_id();
+      const unsigned found = warp_ballot(i < task.batch && task.labels[i] == label && task.target[i] != 0.0);
+      if (lane_id() == k) hits = found;
+    }
+    const unsigned groups = warp_ballot(hits != 0);
+    if (groups == 0) continue;
+    int found = 0;
+    task.x.visit<T>([&](const auto* x) {
+#pragma unroll 1
+      for (int64_t first = 0; first < task.dim; first += kWarp) {
+        const int64_t d = first + lane_id();
+        double sum = 0;
+        found = 0;
+#pragma unroll 1
+        for (unsigned of = groups; of != 0; of &= of - 1) {
+          const int k = lowest_bit(of);
+#pragma unroll 1
+          for (unsigned left = shuffle(hits, k); left != 0; left &= left - 1, ++found) {
+            const int64_t i = base + k * kWarp + lowest_bit(left);
+            if (d < task.dim)
+              sum += task.target[i] * (double(x[i * task.dim + d]) * task.outer[i] * task.inner[i]);
+          }
+        }
+        if (d < task.dim) g[d] = T(double(g[d]) + sum);
+      }
+    });
+    count -= found;
+  }
+  sync_warp();  // these sums, before other lanes read them
+}
+
+// dW of one class from g, in shared memory. One warp; kVec divides dim.
+template <int kVec, class T, class S>
+NF_DEVICE void write_class(const ClassGradient& task, const S* weight, const math::RowScale<T>& scale,
+                           int64_t j, const T* g) {
+  const T* uniform = static_cast<const T*>(task.uniform);
+  const T* weights = static_cast<const T*>(task.class_weights);
+  const T of_class = weights != nullptr ? weights[j] : T(1);
+  const auto gradient = [&](int64_t d) -> T {
+    return g[d] + (uniform != nullptr ? of_class * uniform[d] : T(0));
+  };
+  T radial = 0;
+  // Every lane reads its own places of g before it writes the same of dW, which may be the same memory.
+#pragma unroll 1  // a few rounds: one body is enough, in each of many copies of this code
+  for (int64_t d = lane_id() * kVec; d < task.dim; d += kWarp * kVec) {
+    const auto w = load_vector<kVec>(weight + j * task.dim + d);
+    for (int e = 0; e < kVec; ++e) radial += T(w.at[e]) * scale.outer * scale.inner * gradient(d + e);
+  }
+  radial = warp_sum(radial);
+#pragma unroll 1
+  for (int64_t d = lane_id() * kVec; d < task.dim; d += kWarp * kVec) {
+    const auto w = load_vector<kVec>(weight + j * task.dim + d);
+    Vector<S, kVec> out;
+    for (int e = 0; e < kVec; ++e) {
+      const T y = T(w.at[e]) * scale.outer * scale.inner;
+      const T dw = math::normalize_vjp<T>(gradient(d + e), y, radial, scale.outer, scale.inner, T(0));
+      out.at[e] = S(held_finite<S>(dw, scale.norm, T(task.eps), 2));
+    }
+    store_vector_global<kVec>(static_cast<S*>(task.dw.data) + j * task.dim + d, out);
+  }
+}
+
+// dW of the class first + within, whose product is g (in shared memory, or in global). One warp.
+template <class T>
+NF_DEVICE void finish_class(const ClassGradient& task, int64_t within, int targets, T* g) {
+  const int64_t j = task.first + within;
+  if (targets > 0) add_targets(task, j, targets, g);
+  const math::RowScale<T> scale =
+      scale_again(task.weight, j, task.dim, T(task.eps), static_cast<const T*>(task.inverse)[j]);
+  task.weight.visit<T>([&](const auto* weight) {
+    if (sizeof(*weight) < 8 && task.vectors)  // doubles fill a warp's access one by one
+      write_class<sizeof(*weight) < 8 ? 4 : 1>(task, weight, scale, j, g);
+    else
+      write_class<1>(task, weight, scale, j, g);
+  });
+}
+
+// counts[c] = rows whose target is class c of the tile. All threads of the block.
+template <int kThreads, int kClasses>
+NF_DEVICE void count_targets(const ClassGradient& task, int64_t tile, int* counts) {
+  for (int c = thread_id(); c < kClasses; c += kThreads) counts[c] = 0;
+  sync_block();  // the zeros, before anyone counts
+  for (int64_t i = thread_id(); i < task.batch; i += kThreads) {
+    const int64_t place = target_place(task.labels[i], task.first + tile, kClasses);
+    if (place >= 0 && task.target[i] != 0.0) atomic_add(counts + place, 1);
+  }
+  sync_block();  // the counts, before they are read
+}
+
+// `value(r, p, k)`: what this lane has of row r * kRoundRows + lane / 4 of its warp, k-th of pair p. All
+// threads of the block take part; `scratch` is kScratch and `counts` kClasses long, and both may have been
+// something else before.
+template <class Tile, class T, class Value>
+NF_DEVICE void finish_class_gradient(const ClassGradient& task, int64_t tile, const Value& value, T* scratch,
+                                     int* counts) {
+  sync_block();  // whatever scratch and counts were before
+  count_targets<Tile::kThreads, Tile::kClasses>(task, tile, counts);
+
+  const int down = warp_id() / Tile::kAcross, across = warp_id() % Tile::kAcross;
+  T* mine = scratch + down * kRoundRows * Tile::kStride;
+  const auto sync = [] {
+    if constexpr (Tile::kAcross > 1)
+      sync_block();
+    else
+      sync_warp();
+  };
+#pragma unroll
+  for (int round = 0; round < Tile::kRounds; ++round) {
+    if (round > 0) sync();  // the last round's reads, before these writes
+#pragma unroll
+    for (int p = 0; p < Tile::kPairs; ++p)
+      store_vector<2>(
+          mine + lane_id() / 4 * Tile::kStride + (across * Tile::kPairs + p) * 8 + lane_id() % 4 * 2,
+          Vector<T, 2>{{value(round, p, 0), value(round, p, 1)}});
+    sync();  // the writes above, before the rows are read
+    for (int row = across; row < kRoundRows; row += Tile::kAcross) {
+      const int place = down * Tile::kWarpClasses + round * kRoundRows + row;
+      if (tile + place >= task.width) continue;  // the whole warp
+      finish_class(task, tile + place, counts[place], mine + row * Tile::kStride);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace nf

@@ -1,0 +1,173 @@
+// Cosines of listed pairs of a feature and an agent on CUDA: target_cosine, and the gradients of a
+// weighted sum of listed cosines. No atomics: one warp owns each row of a result.
+#include "cuda/device/agent_rows.cuh"
+#include "cuda/device/row_cosine.cuh"
+#include "engine/hinge_checks.h"
+
+namespace nf {
+namespace {
+
+constexpr int kThreads = kRowThreads;
+constexpr int kWarps = kThreads / kWarp;
+
+// cosine[i] = cos(x_i, w_labels[i]); 0 where the agent is not here. One warp per row.
+NF_KERNEL(kThreads)
+target_cosine_kernel(StoredArray x, StoredArray w,        // [N, D], [C, D]
+                     const int64_t* __restrict__ labels,  // [N]
+                     int64_t batch, int64_t dim, int64_t classes, int64_t ignore_index, double eps,
+                     bool is_shard, double* __restrict__ cosine)  // [N]
+{
+  const int64_t i = block_id() * kWarps + warp_id();
+  if (i >= batch) return;  // the whole warp leaves
+  const int64_t label = labels[i];
+  const bool elsewhere = label == ignore_index || (is_shard && label == kElsewhere);
+  NF_DEVICE_CHECK(
+      elsewhere || (label >= 0 && label < classes),
+      "target_cosine: expected `labels` in [0, %lld) or ignore_index (%lld), got %lld at row %lld",
+      (long long)classes, (long long)ignore_index, (long long)label, (long long)i);
+  const double found = elsewhere ? 0.0 : row_cosine(x, i, w, label, dim, eps).cosine;
+  if (lane_id() == 0) cosine[i] = found;
+}
+
+struct Pairs {
+  StoredArray x, w;        // [N, D], [C, D]
+  const int64_t* classes;  // [N, listed]
+  int64_t batch, dim, count, listed;
+  double eps;
+
+  int64_t entries() const { return batch * listed; }
+};
+
+// How the class of each entry of the list was scaled, and behind them every row of x: the sums over pairs
+// have no room to see to a row that has to be summed anew.
+template <class T>
+struct PairScales {
+  T* data;  // [N * listed + N, 2]: outer, inner
+
+  NF_DEVICE T unit(T value, int64_t k) const { return value * data[2 * k] * data[2 * k + 1]; }
+  NF_DEVICE math::RowScale<T> at(int64_t k) const {
+    const T outer = data[2 * k], inner = data[2 * k + 1];
+    return {outer, inner, T(1) / (outer * inner)};
+  }
+};
+
+// One thread per entry; a row that has to be summed anew is the work of its whole warp.
+template <class T>
+NF_KERNEL(kThreads)
+pair_scales_kernel(Pairs pairs, const T* __restrict__ x_inverse, const T* __restrict__ w_inverse,
+                   PairScales<T> scales) {
+  const int64_t k = block_id() * kThreads + thread_id(), entries = pairs.batch * pairs.listed;
+  const bool of_class = k < entries;
+  const int64_t r = of_class ? pairs.classes[k] : k - entries;
+  const bool here = r < (of_class ? pairs.count : pairs.batch);
+  const T inverse = !here ? T(1) : of_class ? w_inverse[r] : x_inverse[r];
+  math::RowScale<T> scale{inverse, T(1), T(1)};
+  for (unsigned left = warp_ballot(!math::inverse_serves(inverse)); left != 0; left &= left - 1) {
+    const int lane = lowest_bit(left);
+    StoredArray rows = pairs.x;
+    if (shuffle(int(of_class), lane) != 0) rows = pairs.w;
+    const auto anew = scale_again(rows, shuffle(r, lane), pairs.dim, T(pairs.eps), shuffle(inverse, lane));
+    if (lane_id() == lane) scale = anew;
+  }
+  if (here) scales.data[2 * k] = scale.outer, scales.data[2 * k + 1] = scale.inner;
+}
+
+// One warp per row of x.
+template <class T>
+NF_KERNEL(kThreads)
+pairs_features_kernel(Pairs pairs, const T* __restrict__ factors, PairScales<T> scales, StoredArray dx) {
+  const int64_t i = block_id() * kWarps + warp_id(), dim = pairs.dim;
+  if (i >= pairs.batch) return;  // the whole warp leaves
+  bool mine = false;
+  for (int64_t k = lane_id(); k < pairs.listed; k += kWarp)
+    mine = mine || pairs.classes[i * pairs.listed + k] < pairs.count;
+  if (!warp_any(mine)) {  // an ignored row, above all: whatever it holds, NaN included, has no gradient
+    for (int64_t d = lane_id(); d < dim; d += kWarp) dx.store<T>(i * dim + d, T(0));
+    return;
+  }
+  project_row<T>(
+      pairs.x, i, dim, pairs.eps, scales.at(pairs.batch * pairs.listed + i),
+      [&](int64_t d) {
+        LongSum<T> sum;
+#pragma unroll 1
+        for (int64_t k = i * pairs.listed; k < (i + 1) * pairs.listed; ++k) {
+          const int64_t j = pairs.classes[k];
+          if (j < pairs.count) sum.add(factors[k] * scales.unit(pairs.w.load<T>(j * dim + d), k));
+        }
+        return sum.value();
+      },
+      dx);
+}
+
+// One warp per entry of `order`; the first of a class sums its run. dw comes in zero.
+template <class T>
+NF_KERNEL(kThreads)
+pairs_weight_kernel(Pairs pairs, const int64_t* __restrict__ order,  // [N * listed]
+                    const T* __restrict__ factors, PairScales<T> scales, StoredArray dw) {
+  const int64_t begin = block_id() * kWarps + warp_id(), total = pairs.batch * pairs.listed, dim = pairs.dim;
+  if (begin >= total) return;  // the whole warp leaves
+  const int64_t j = pairs.classes[order[begin]];
+  if (j >= pairs.count || (begin > 0 && pairs.classes[order[begin - 1]] == j)) return;
+  project_row<T>(
+      pairs.w, j, dim, pairs.eps, scales.at(order[begin]),
+      [&](int64_t d) {
+        LongSum<T> sum;
+#pragma unroll 1
+        for (int64_t at = begin; at < total && pairs.classes[order[at]] == j; ++at) {
+          const int64_t k = order[at], i = k / pairs.listed;
+          sum.add(factors[k] * scales.unit(pairs.x.load<T>(i * dim + d), total + i));
+        }
+        return sum.value();
+      },
+      dw);
+}
+
+Tensor target_cosine(const TargetCosineArguments& in) {
+  check(in);
+  const Tensor &x = in.x, &weight = in.weight;
+  Queue queue(x);
+  const Tensor out = device_empty(x, {x.size(0)}, ScalarType::Double);
+  launch("target_cosine", queue, target_cosine_kernel, warp_per_row(x.size(0)), kThreads, 0, StoredArray(x),
+         StoredArray(weight), data_of<const int64_t>(in.labels), x.size(0), x.size(1), weight.size(0),
+         in.ignore_index, in.eps, in.is_shard, data_of<double>(out));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> cosine_pairs_backward(const CosinePairsBackwardArguments& in) {
+  check(in);
+  const Tensor &x = in.x, &weight = in.weight;
+  Queue queue(x);
+  Tensor dx = partial_gradient_like(x, in.need_x, in.is_shard, false),
+         dw = gradient_like(weight, in.need_weight, true);
+  const Pairs pairs{StoredArray(x),
+                    StoredArray(weight),
+                    data_of<const int64_t>(in.classes),
+                    x.size(0),
+                    x.size(1),
+                    weight.size(0),
+                    in.classes.size(1),
+                    in.eps};
+  dispatch_accumulator(x.scalar_type(), [&]<class T>() {
+    const T* f = data_of<const T>(in.factors);
+    const int64_t count = pairs.entries() + pairs.batch;
+    const Tensor table = device_empty(x, {count, 2}, accumulator(x.scalar_type()));
+    const PairScales<T> scales{data_of<T>(table)};
+    launch("pair_scales", queue, pair_scales_kernel<T>, thread_per(count), kThreads, 0, pairs,
+           data_of<const T>(in.x_inverse), data_of<const T>(in.weight_inverse), scales);
+    if (in.need_x)
+      launch("pairs_features", queue, pairs_features_kernel<T>, warp_per_row(pairs.batch), kThreads, 0, pairs,
+             f, scales, StoredArray(dx));
+    if (in.need_weight)
+      launch("pairs_weight", queue, pairs_weight_kernel<T>, warp_per_row(pairs.entries()), kThreads, 0, pairs,
+             data_of<const int64_t>(in.order), f, scales, StoredArray(dw));
+  });
+  return {dx, dw};
+}
+
+}  // namespace
+}  // namespace nf
+
+NF_CUDA_LIBRARY(m) {
+  nf::implement<&nf::target_cosine>(m);
+  nf::implement<&nf::cosine_pairs_backward>(m);
+}

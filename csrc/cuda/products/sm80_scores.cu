@@ -1,0 +1,292 @@
+// E = exp(s x_hat w_hat^T - kappa) on tensor cores (mma.sync, compute capability 8.0).
+//
+// A block owns kTile rows of x_hat, which stay in shared memory, and walks over some tiles of classes. w_hat
+// streams through kStages buffers of kBlock columns, fetched by asynchronous copies that run ahead across tile
+// borders. A finished tile is turned into E in registers, summed there, and leaves
+// in accesses of 16 bytes without a detour (mma_tile.cuh: dealt_row). Registers are held down so that two
+// blocks share a multiprocessor: while one takes exponentials the other multiplies. Rows and classes beyond
+// the edge are zero, and left out of sums and stores.
+#include <device/arrival.cuh>
+#include <device/exp2.cuh>
+#include <device/shared_memory.cuh>
+#include <device/vector.cuh>
+
+#include "cuda/device/mma_tile.cuh"
+#include "cuda/device/reduce.cuh"
+#include "cuda/products/sm80_scores.h"
+#include "math/softmax.h"
+
+namespace nf {
+namespace {
+
+constexpr int kTile = 128;  // rows of a tile
+constexpr int kStages = 3;
+// Tiles of a block: what it adds up in float, tile by tile, must not drift.
+constexpr int64_t kMostTiles = 256;
+
+// Warps, four along the rows and kAcross along the classes: 32 x 64 of the tile each, as two row steps of 16
+// and two groups of 32 dealt classes.
+constexpr int kWarpRows = 32, kWarpColumns = 64;
+constexpr int kRowSteps = kWarpRows / 16, kGroups = kWarpColumns / 32;
+constexpr int kHeldRows = 2 * kRowSteps;  // rows a lane has a part of
+
+// Eight warps, and two blocks per multiprocessor; or sixteen, where x_hat takes so much shared memory that
+// there is room for one block only.
+template <int kAcross_>
+struct Shape {
+  static constexpr int kAcross = kAcross_;
+  static constexpr int kThreads = 4 * kAcross * kWarp;
+  static constexpr int kClasses = kAcross * kWarpColumns;
+  static size_t shared(int64_t dim, bool per_row) {
+    return shared_bytes<Half>(kTile * padded_columns(dim)) + shared_bytes<Half>(kStages * kClasses * kBlock) +
+           shared_bytes<float>(kTile) + shared_bytes<int>(kTile) + (per_row ? shared_bytes<float>(kTile) : 0);
+  }
+};
+
+int64_t row_blocks_of(int64_t batch) { return (batch + kTile - 1) / kTile; }
+
+// What a lane holds of the tile's result: for held row r and group g, classes column() + 32 g + {0 … 7}.
+template <class S>
+NF_DEVICE int held_row(int r) {
+  return warp_id() / S::kAcross * kWarpRows + r / 2 * 16 + r % 2 * 8 + lane_id() / 4;
+}
+template <class S>
+NF_DEVICE int held_column() {
+  return warp_id() % S::kAcross * kWarpColumns + lane_id() % 4 * kChunk;
+}
+
+// acc += x[:, depth] w^T for this warp's part of the tile, over kBlock columns.
+template <class S>
+NF_DEVICE void multiply_stage(const Half* x, int x_stride, const Half* w,
+                              float (&acc)[kRowSteps][kGroups][4][4]) {
+  const int matrix = lane_id() / 8, i = lane_id() % 8;  // which of the four an ldmatrix reads, its row
+  const Half* x_rows = x + (warp_id() / S::kAcross * kWarpRows + matrix % 2 * 8 + i) * x_stride;
+  const Half* w_rows = w + (warp_id() % S::kAcross * kWarpColumns + dealt_row(matrix / 2, i)) * kBlock;
+  const int x_chunk = swizzled(matrix / 2 * kChunk, i), w_chunk = swizzled(matrix % 2 * kChunk, i);
+#pragma unroll
+  for (int k = 0; k < kBlock; k += 16) {
+    uint32_t a[kRowSteps][4];
+#pragma unroll
+    for (int m = 0; m < kRowSteps; ++m) load_matrix_x4(a[m], x_rows + m * 16 * x_stride + (x_chunk ^ k));
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {  // two steps of eight dealt classes at once
+        uint32_t b[4];
+        load_matrix_x4(b, w_rows + (n * 32 + dealt_row(j, 0)) * kBlock + (w_chunk ^ k));
+        const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+#pragma unroll
+        for (int m = 0; m < kRowSteps; ++m) {
+          mma_f16(acc[m][n][j], a[m], low);
+          mma_f16(acc[m][n][j + 1], a[m], high);
+        }
+      }
+  }
+}
+
+// Sums (or the maximum) of a row over the lanes and warps that share it, in a fixed order; scratch is
+// [kAcross, kTile]. `combine` of two values, `put(row, value)` once per row of the block.
+template <class S, class Combine, class Put>
+NF_DEVICE void over_row(float (&mine)[kHeldRows], float* scratch, const Combine& combine, const Put& put) {
+#pragma unroll
+  for (int r = 0; r < kHeldRows; ++r) {
+    mine[r] = combine(mine[r], shuffle_xor(mine[r], 1));
+    mine[r] = combine(mine[r], shuffle_xor(mine[r], 2));
+  }
+  sync_block();  // an earlier use of scratch, before these writes
+  if (lane_id() % 4 == 0)
+#pragma unroll
+    for (int r = 0; r < kHeldRows; ++r) scratch[warp_id() % S::kAcross * kTile + held_row<S>(r)] = mine[r];
+  sync_block();  // the writes above, before the reads below
+  if (thread_id() < kTile) {
+    float value = scratch[thread_id()];
+    for (int w = 1; w < S::kAcross; ++w) value = combine(value, scratch[w * kTile + thread_id()]);
+    put(thread_id(), value);
+  }
+}
+
+// kLargestOnly: the first of two passes, for scales outside the fixed shift's window. kPerRow: the scale is a
+// row's own; apart, since at 256 columns the shared memory of two blocks has no room for it.
+template <class S, bool kLargestOnly, bool kPerRow>
+NF_KERNEL_RESIDENT(S::kThreads, S::kAcross == 2 ? 2 : 1)
+score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
+  const double s = kPerRow ? 0.0 : task.scale.at(0);
+  if (kLargestOnly && !kPerRow && math::FixedShift{task.largest_fixed_scale, 0.0}.serves(s)) return;
+
+  SharedMemory shared;
+  const int x_stride = padded_columns(task.dim), steps = x_stride / kBlock;
+  Half* x = shared.take<Half>(kTile * x_stride);
+  Half* w = shared.take<Half>(kStages * S::kClasses * kBlock);
+  float* offset = shared.take<float>(kTile);  // of each row, see math::PowerOfTwo; and its target's place
+  int* target = shared.take<int>(kTile);      // among the classes. Registers are dearer than these reads.
+  float* slopes = kPerRow ? shared.take<float>(kTile) : nullptr;
+
+  const int64_t row_blocks = (task.batch + kTile - 1) / kTile, splits = block_count() / row_blocks;
+  // Neighbouring blocks share their classes, which then come from the L2 cache.
+  const int64_t first_row = block_id() % row_blocks * kTile, split = block_id() / row_blocks;
+  const int64_t first_tile = split * tiles_per_block,
+                all_tiles = (task.width + S::kClasses - 1) / S::kClasses;
+  const int64_t end_tile =
+      first_tile + tiles_per_block < all_tiles ? first_tile + tiles_per_block : all_tiles;
+
+  // The fetches run kStages - 1 steps ahead; where they are is counted, not divided out of the step.
+  int64_t fetch_class = first_tile * S::kClasses;
+  int fetch_depth = 0, fetch_stage = 0;
+  const auto fetch = [&] {
+    if (fetch_class < end_tile * S::kClasses)
+      fetch_block<S::kClasses, kBlock, S::kThreads>(
+          task.w_hat, fetch_class, task.width, fetch_depth, task.dim, task.dim,
+          w + fetch_stage * S::kClasses * kBlock, kBlock, KeyDealt());
+    copy_async_commit();  // also when empty: a wait counts groups
+    fetch_stage = (fetch_stage + 1) % kStages;
+    fetch_depth += kBlock;
+    if (fetch_depth == x_stride) fetch_depth = 0, fetch_class += S::kClasses;
+  };
+
+  float sum[kHeldRows], sum_cosine[kHeldRows];
+#pragma unroll
+  for (int r = 0; r < kHeldRows; ++r) {
+    sum[r] = kLargestOnly ? -INFINITY : 0.0f;
+    sum_cosine[r] = 0.0f;
+  }
+  if (thread_id() < kTile) {  // visible after the first step's barrier
+    const int64_t i = first_row + thread_id();
+    offset[thread_id()] = math::power_of_two(s, i < task.batch ? task.shift[i] : 0.0).offset;
+    target[thread_id()] = i < task.batch ? int(target_place(task.labels[i], task.first, task.width)) : -1;
+    if constexpr (kPerRow) {
+      const double own = i < task.batch ? task.scale.at(i) : 0.0;
+      slopes[thread_id()] = kLargestOnly ? float(own) : math::power_of_two(own, 0.0).slope;
+    }
+  }
+  const float common_slope = kLargestOnly ? float(s) : math::power_of_two(s, 0.0).slope;
+
+  for (int depth = 0; depth < x_stride; depth += kBlock)  // lands with the first stage
+    fetch_block<kTile, kBlock, S::kThreads>(task.x_hat, first_row, task.batch, depth, task.dim, task.dim,
+                                            x + depth, x_stride, KeyInOrder());
+  for (int stage = 0; stage < kStages - 1; ++stage) fetch();
+
+  int stage = 0;
+  for (int64_t tile_first = first_tile * S::kClasses; tile_first < end_tile * S::kClasses;
+       tile_first += S::kClasses) {
+    float acc[kRowSteps][kGroups][4][4] = {};
+    for (int step = 0; step < steps; ++step) {
+      copy_async_wait<kStages - 2>();
+      sync_block();  // this step's copies, made by all threads, before its reads; and the last step's
+                     // reads before the fetch below overwrites their stage
+      fetch();
+      multiply_stage<S>(x + step * kBlock, x_stride, w + stage * S::kClasses * kBlock, acc);
+      stage = (stage + 1) % kStages;
+    }
+
+#pragma unroll
+    for (int r = 0; r < kHeldRows; ++r) {
+      const int row = held_row<S>(r);
+      const float row_offset = offset[row], slope = kPerRow ? slopes[row] : common_slope;
+      float part = 0, part_cosine = 0;  // of this tile
+#pragma unroll
+      for (int n = 0; n < kGroups; ++n) {
+        // Of this lane's eight classes here: how many exist, and which of them is the target.
+        const int64_t first = tile_first + held_column<S>() + n * 32;
+        const int64_t exist = task.width - first;
+        const int own = target[row] - int(first);
+        float e[kChunk];
+#pragma unroll
+        for (int k = 0; k < kChunk; ++k) {
+          const float cosine = acc[r / 2][n][k / 2][r % 2 * 2 + k % 2];
+          e[k] = kLargestOnly ? slope * cosine : exp2_or_zero(slope * cosine + row_offset);
+        }
+        if (exist < kChunk || unsigned(own) < kChunk) {
+#pragma unroll
+          for (int k = 0; k < kChunk; ++k)
+            if (k >= exist || k == own) e[k] = kLargestOnly ? -INFINITY : 0.0f;
+        }
+        if constexpr (kLargestOnly) {
+#pragma unroll
+          for (int k = 0; k < kChunk; ++k) sum[r] = e[k] > sum[r] ? e[k] : sum[r];
+        } else {
+          Vector<BFloat16, kChunk> stored;
+#pragma unroll
+          for (int k = 0; k < kChunk; ++k) {
+            part += e[k];
+            part_cosine += e[k] * acc[r / 2][n][k / 2][r % 2 * 2 + k % 2];
+            stored.at[k] = BFloat16(e[k]);
+          }
+          // Rows of E are padded to a multiple of kChunk, so a chunk that begins inside fits.
+          if (task.e != nullptr && exist > 0 && first_row + row < task.batch)
+            store_vector_global<kChunk>(task.e + (first_row + row) * task.stride + first, stored);
+        }
+      }
+      if constexpr (!kLargestOnly) {
+        sum[r] += part;
+        sum_cosine[r] += part_cosine;
+      }
+    }
+  }
+  copy_async_wait<0>();  // no copy may be under way when its stage becomes scratch, or the block ends
+
+  float* scratch = reinterpret_cast<float*>(w);
+  const auto in_batch = [&](int row) { return first_row + row < task.batch; };
+  if constexpr (kLargestOnly) {
+    over_row<S>(
+        sum, scratch, [](float a, float b) { return a > b ? a : b; },
+        [&](int row, float value) {
+          if (in_batch(row)) task.largest[split * task.batch + first_row + row] = value;
+        });
+  } else if (task.partial != nullptr) {
+    const auto add = [](float a, float b) { return a + b; };
+    over_row<S>(sum, scratch, add, [&](int row, float value) {
+      if (in_batch(row)) task.partial[split * task.batch + first_row + row] = value;
+    });
+    over_row<S>(sum_cosine, scratch, add, [&](int row, float value) {
+      if (in_batch(row)) task.partial[(splits + split) * task.batch + first_row + row] = value;
+    });
+    if (last_to_arrive(task.arrivals + block_id() % row_blocks, unsigned(splits)) && thread_id() < kTile &&
+        in_batch(thread_id()))
+      add_partials(task.rows, task.partial, splits, first_row + thread_id());
+  }
+}
+
+// f.template operator()<S>() with the shape for these columns on this device.
+template <class F>
+auto dispatch_shape(const Queue& queue, int64_t dim, const F& f) {
+  const bool wide = padded_columns(dim) > 256 && Shape<4>::shared(dim, true) <= size_t(queue.shared_limit());
+  return wide ? f.template operator()<Shape<4>>() : f.template operator()<Shape<2>>();
+}
+
+// Enough blocks for a few rounds over the multiprocessors, so that the last round's idle ones cost little.
+int64_t tiles_per_block(const Queue& queue, int64_t batch, int64_t dim, int64_t width) {
+  return dispatch_shape(queue, dim, [&]<class S>() {
+    const int64_t blocks = (S::kAcross == 2 ? 8 : 4) * queue.multiprocessors();
+    const int64_t splits = std::max<int64_t>(1, blocks / std::max<int64_t>(1, row_blocks_of(batch)));
+    const int64_t tiles = (width + S::kClasses - 1) / S::kClasses;
+    return std::min(kMostTiles, (tiles + splits - 1) / splits);
+  });
+}
+
+template <bool kLargestOnly>
+void run(const char* name, Queue& queue, const ScoreExp& task) {
+  STD_TORCH_CHECK(task.width <= INT32_MAX - 256, name, ": expected at most 2^31 - 257 classes at once, got ",
+                  task.width);  // a lane counts them in 32 bits
+  const int64_t per_block = tiles_per_block(queue, task.batch, task.dim, task.width);
+  const Grid grid{row_blocks_of(task.batch) * score_splits(queue, task.batch, task.dim, task.width)};
+  dispatch_shape(queue, task.dim, [&]<class S>() {
+    const bool per_row = task.scale.per_row;
+    launch(name, queue,
+           per_row ? score_exp_kernel<S, kLargestOnly, true> : score_exp_kernel<S, kLargestOnly, false>, grid,
+           S::kThreads, S::shared(task.dim, per_row), task, per_block);
+  });
+}
+
+}  // namespace
+
+int64_t score_splits(const Queue& queue, int64_t batch, int64_t dim, int64_t width) {
+  return dispatch_shape(queue, dim, [&]<class S>() {
+    const int64_t classes = tiles_per_block(queue, batch, dim, width) * S::kClasses;
+    return (width + classes - 1) / classes;
+  });
+}
+
+void score_largest(Queue& queue, const ScoreExp& task) { run<true>("score_largest", queue, task); }
+void score_exp(Queue& queue, const ScoreExp& task) { run<false>("score_exp", queue, task); }
+
+}  // namespace nf

@@ -1,0 +1,59 @@
+// The state of one row between forward and backward: rows[field][i], float64, [kRowFields, N].
+// head_sweep fills what one shard of the classes knows. The first kShardSums fields add over shards
+// (zero where the target is elsewhere); with them summed, every shard has the same rows. softmax_finish makes
+// of them the loss and its slopes: slopes[field][i], float64, [kSlopeFields, N], or [kAllSlopes, N] with those
+// along the margin.
+#pragma once
+
+#include "math/host_device.h"
+
+namespace nf {
+
+enum RowField {
+  kSum,           // S = sum over j != y of exp(s c_j - kappa)
+  kSumCosine,     // A = the same sum of exp(...) c_j
+  kCosine,        // c_y
+  kTargetWeight,  // class weight of y; 1 on every shard where there are none, and then not to be summed
+  kShift,         // kappa; 0 where the row does not count, as its scores are
+  kInverseNorm,   // 1 / ||x||
+  kRowWeight,     // weight of this row's loss among the rows': 0 when it does not count
+  kRowFields,
+  kShardSums = kShift
+};
+
+// d loss / d what a row's loss is made of, loss being the result (weights and the mean's divisor included), or
+// with kNone the row's own. All 0 where the row does not count. What backward does is linear in them.
+enum SlopeField {
+  kOthersSlope,   // along <x_hat, x_sum>, E in x_sum held: d loss / d c_j is this times E_j, j != y
+  kTargetSlope,   // along c_y
+  kUniformSlope,  // along <x_hat, class_sum>
+  kScaleSlope,    // along s
+  kSlopeFields,
+  kM1Slope = kSlopeFields,  // along the margin's numbers
+  kM2Slope,
+  kM3Slope,
+  kAllSlopes
+};
+
+// Instead of a label: the row counts, and its target is a class of another shard.
+constexpr long long kElsewhere = -1;
+
+// The place of a label's class among the `width` classes from `first` on, -1 where it is not there. What
+// stands for no class (an ignored row) may be any int64, whose difference to `first` need not exist.
+NF_HD int64_t target_place(int64_t label, int64_t first, int64_t width) {
+  return label >= first && label - first < width ? label - first : -1;
+}
+
+// What makes the products on CUDA. plan.py chooses; those on tensor cores need 16-bit operands, the plain
+// ones wider.
+enum HeadKernels {
+  kLibraryKernels = 0,    // cuBLAS
+  kTensorCoreScores = 1,  // the scores by sm80_scores.cu, the others by cuBLAS
+  kTensorCores = 2,       // dW by sm80_weight_gradient.cu as well
+  kSingleSweep = 3,       // sm80_single_sweep.cu
+  kPlainProducts = 4,     // simt_products.cu, where the host knows that the shift is fixed
+};
+
+enum Reduction { kNone = 0, kMean = 1, kSumAll = 2 };
+
+}  // namespace nf
