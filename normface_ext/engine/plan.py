@@ -212,7 +212,7 @@ def _choose(
 
 
 #: Bytes of a row's state, its slopes (csrc/engine/row_state.h) and its gradients
-#: (csrc/cuda/device/backward_kernels.cuh), and of its counter and what the single sweep's backward knows of it.
+#: (csrc/cuda/device/backward_kernels.cuh), its counter, and what the single sweep's backward knows of it.
 ROW_STATE = (7 + 4 + 7) * 8 + 4 + 16
 
 
