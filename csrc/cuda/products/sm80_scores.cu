@@ -19,31 +19,20 @@
 namespace nf {
 namespace {
 
-constexpr int kTile = 128;  // rows of a tile
-constexpr int kStages = 3;
-// Tiles of a block: what it adds up in float, tile by tile, must not drift.
-constexpr int64_t kMostTiles = 256;
+constexpr int kTile = tiles::Sm80Scores::kTile, kStages = tiles::Sm80Scores::kStages;
 
 // Warps, four along the rows and kAcross along the classes: 32 x 64 of the tile each, as two row steps of 16
 // and two groups of 32 dealt classes.
-constexpr int kWarpRows = 32, kWarpColumns = 64;
+constexpr int kWarpRows = 32, kWarpColumns = tiles::Sm80Scores::kWarpColumns;
 constexpr int kRowSteps = kWarpRows / 16, kGroups = kWarpColumns / 32;
 constexpr int kHeldRows = 2 * kRowSteps;  // rows a lane has a part of
 
-// Eight warps, and two blocks per multiprocessor; or sixteen, where x_hat takes so much shared memory that
-// there is room for one block only.
 template <int kAcross_>
 struct Shape {
   static constexpr int kAcross = kAcross_;
   static constexpr int kThreads = 4 * kAcross * kWarp;
   static constexpr int kClasses = kAcross * kWarpColumns;
-  static size_t shared(int64_t dim, bool per_row) {
-    return shared_bytes<Half>(kTile * padded_columns(dim)) + shared_bytes<Half>(kStages * kClasses * kBlock) +
-           shared_bytes<float>(kTile) + shared_bytes<int>(kTile) + (per_row ? shared_bytes<float>(kTile) : 0);
-  }
 };
-
-int64_t row_blocks_of(int64_t batch) { return (batch + kTile - 1) / kTile; }
 
 // What a lane holds of the tile's result: for held row r and group g, classes column() + 32 g + {0 … 7}.
 template <class S>
@@ -249,17 +238,13 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
 // f.template operator()<S>() with the shape for these columns on this device.
 template <class F>
 auto dispatch_shape(const Queue& queue, int64_t dim, const F& f) {
-  const bool wide = padded_columns(dim) > 256 && Shape<4>::shared(dim, true) <= size_t(queue.shared_limit());
-  return wide ? f.template operator()<Shape<4>>() : f.template operator()<Shape<2>>();
+  return tiles::Sm80Scores::across(dim, queue.shared_limit()) == 4 ? f.template operator()<Shape<4>>()
+                                                                   : f.template operator()<Shape<2>>();
 }
 
-// Enough blocks for a few rounds over the multiprocessors, so that the last round's idle ones cost little.
 int64_t tiles_per_block(const Queue& queue, int64_t batch, int64_t dim, int64_t width) {
   return dispatch_shape(queue, dim, [&]<class S>() {
-    const int64_t blocks = (S::kAcross == 2 ? 8 : 4) * queue.multiprocessors();
-    const int64_t splits = std::max<int64_t>(1, blocks / std::max<int64_t>(1, row_blocks_of(batch)));
-    const int64_t tiles = (width + S::kClasses - 1) / S::kClasses;
-    return std::min(kMostTiles, (tiles + splits - 1) / splits);
+    return tiles::Sm80Scores::tiles_per_block(S::kAcross, queue.multiprocessors(), batch, width);
   });
 }
 
@@ -268,12 +253,13 @@ void run(const char* name, Queue& queue, const ScoreExp& task) {
   STD_TORCH_CHECK(task.width <= INT32_MAX - 256, name, ": expected at most 2^31 - 257 classes at once, got ",
                   task.width);  // a lane counts them in 32 bits
   const int64_t per_block = tiles_per_block(queue, task.batch, task.dim, task.width);
-  const Grid grid{row_blocks_of(task.batch) * score_splits(queue, task.batch, task.dim, task.width)};
+  const Grid grid{tiles::Sm80Scores::row_blocks(task.batch) *
+                  score_splits(queue, task.batch, task.dim, task.width)};
   dispatch_shape(queue, task.dim, [&]<class S>() {
     const bool per_row = task.scale.per_row;
     launch(name, queue,
            per_row ? score_exp_kernel<S, kLargestOnly, true> : score_exp_kernel<S, kLargestOnly, false>, grid,
-           S::kThreads, S::shared(task.dim, per_row), task, per_block);
+           S::kThreads, size_t(tiles::Sm80Scores::shared(S::kAcross, task.dim, per_row)), task, per_block);
   });
 }
 

@@ -21,22 +21,16 @@
 namespace nf {
 namespace {
 
-constexpr int kTile = 128;
+constexpr int kTile = tiles::Sm80SingleSweep<256>::kTile;
 constexpr int kStretch = 1024;  // classes, a multiple of those of a step
 
 template <int kColumns>
-struct Shape {
-  static constexpr int kRowSteps = kColumns <= 128 ? 2 : 1;  // of 16 rows, for a warp
-  static constexpr int kThreads = kTile / (16 * kRowSteps) * kWarp;
-  static constexpr int kKeys = kColumns <= 128 ? 32 : 16;  // rows of K and V per stage
-  static constexpr int kStages = kColumns <= 128 ? 3 : 2;
-  static constexpr int kResident = kColumns <= 128 ? 2 : 1;
-  static constexpr int kPart = kKeys * kColumns;  // values of a stage of K, or of V
-  using Tile = HeldTile<float, kThreads / kWarp, 1, 2 * kRowSteps, kColumns / 8>;
-  static constexpr int kFactors = kTile * kColumns + 2 * kStages * kPart;  // values of Q and all stages
-  static constexpr int kRows = kTile > kStages* kKeys ? kTile : kStages * kKeys;
-  static_assert(Tile::kScratch * sizeof(float) <= kFactors * sizeof(Half));
-  static size_t shared() { return shared_bytes<Half>(kFactors) + shared_bytes<SweepRow>(kRows); }
+struct Shape : tiles::Sm80SingleSweep<kColumns> {
+  using Base = tiles::Sm80SingleSweep<kColumns>;
+  static constexpr int kThreads = Base::kWarps * kWarp;
+  using Tile = HeldTile<float, Base::kWarps, 1, 2 * Base::kRowSteps, kColumns / 8>;
+  static_assert(Tile::kScratch * sizeof(float) <= Base::kFactors * sizeof(Half));
+  static_assert(sizeof(SweepRow) == 16);  // as Base::shared() has it
 };
 
 // Shared memory of a block: Q, the stages of K and of V, and what is known of the rows with an offset.
@@ -290,18 +284,14 @@ template <class F>
 auto dispatch_columns(int64_t dim, const F& f) {
   STD_TORCH_CHECK(dim % 8 == 0 && dim <= kSweepColumns,
                   "single_sweep: expected a multiple of 8 columns, at most 256, got ", dim);
-  if (dim <= 64) return f.template operator()<64>();
-  if (dim <= 128) return f.template operator()<128>();
-  return f.template operator()<256>();
+  return tiles::dispatch_sweep(dim, f);
 }
 
-// One round of all blocks that fit on the device at a time.
 int64_t keys_per_block(const Queue& queue, int64_t batch, int64_t dim, int64_t width) {
   return dispatch_columns(dim, [&]<int kColumns>() {
     using S = Shape<kColumns>;
     const int64_t steps = (width + S::kKeys - 1) / S::kKeys;
-    const int64_t row_blocks = std::max<int64_t>(1, sweep_row_blocks(batch));
-    const int64_t splits = std::max<int64_t>(1, S::kResident * queue.multiprocessors() / row_blocks);
+    const int64_t splits = tiles::sweep_splits(queue.multiprocessors(), dim, batch);
     return (steps + splits - 1) / splits * S::kKeys;
   });
 }
@@ -329,7 +319,7 @@ void single_sweep(Queue& queue, const SingleSweep& task) {
   const Grid grid{sweep_row_blocks(task.batch) * sweep_splits(queue, task.batch, task.dim, task.width)};
   dispatch_columns(task.dim, [&]<int kColumns>() {
     launch("single_sweep", queue, single_sweep_kernel<kColumns>, grid, Shape<kColumns>::kThreads,
-           Shape<kColumns>::shared(), task, per_block);
+           size_t(Shape<kColumns>::shared()), task, per_block);
   });
 }
 
@@ -338,7 +328,7 @@ void sweep_gradient(Queue& queue, const SweepGradient& task) {
   dispatch_columns(task.classes.dim, [&]<int kColumns>() {
     launch("sweep_gradient", queue, sweep_gradient_kernel<kColumns>,
            Grid{(task.classes.width + kTile - 1) / kTile}, Shape<kColumns>::kThreads,
-           Shape<kColumns>::shared(), task);
+           size_t(Shape<kColumns>::shared()), task);
   });
 }
 
