@@ -12,7 +12,6 @@ from torch.autograd import Function
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative
 from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of
 from ..engine.sweep import (
-    INVERSE_NORM,
     ROW_WEIGHT,
     SECOND_SUM,
     SUM,
