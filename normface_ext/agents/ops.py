@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative
-from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of
+from ..engine.calls import accumulator, add_fakes, by_name
 from ..engine.sweep import (
     ROW_WEIGHT,
     SECOND_SUM,
@@ -21,6 +21,7 @@ from ..engine.sweep import (
     TermInputs,
     head_backward,
     head_sweep_collecting,
+    target_cosine,
 )
 
 
@@ -36,10 +37,6 @@ class AgentSweepOptions(SweepOptions):
         return self.term == TERMS["exponential_hinge"]
 
 
-def _target_cosine_fake(*, x: Tensor, **_: Any) -> Tensor:
-    return x.new_empty([x.shape[0]], dtype=torch.float64)
-
-
 def _pairs_fake(
     *, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, is_shard: bool, **_: Any
 ) -> tuple[Tensor, Tensor]:
@@ -50,16 +47,7 @@ def _pairs_fake(
     )
 
 
-add_fakes(by_name({"target_cosine": _target_cosine_fake, "cosine_pairs_backward": _pairs_fake}))
-
-_cosine_options = options_of("target_cosine", SweepOptions)
-_pairs_options = options_of("cosine_pairs_backward", SweepOptions)
-
-
-def target_cosine(x: Tensor, weight: Tensor, labels: Tensor, options: SweepOptions) -> Tensor:
-    """cos(x_i, w_labels[i]), [N] float64, without a gradient of its own; 0 where the agent is not here."""
-    cosine: Tensor = kernels(x, weight).target_cosine(x, weight, labels, *_cosine_options(options))
-    return cosine
+add_fakes(by_name({"cosine_pairs_backward": _pairs_fake}))
 
 
 def hinge_slope(rows: Tensor, options: AgentSweepOptions) -> Tensor:

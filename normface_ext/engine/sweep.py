@@ -89,9 +89,14 @@ def _head_backward_fake(
     )
 
 
+def _target_cosine_fake(*, x: Tensor, **_: Any) -> Tensor:
+    return x.new_empty([x.shape[0]], dtype=torch.float64)
+
+
 add_fakes(
     by_name(
         {
+            "target_cosine": _target_cosine_fake,
             "head_sweep": _head_sweep_fake,
             "head_shift": _head_shift_fake,
             "head_backward": _head_backward_fake,
@@ -127,6 +132,7 @@ def planned(options: Options, plan: Plan) -> Options:
     return replace(options, plan=plan, class_chunk=plan.class_chunk, kernels=plan.kernels)
 
 
+_cosine_options = options_of("target_cosine", SweepOptions)
 _sweep_options = options_of("head_sweep", SweepOptions)
 _shift_options = options_of("head_shift", SweepOptions)
 _backward_options = options_of("head_backward", SweepOptions)
@@ -140,6 +146,12 @@ class Swept(NamedTuple):
     x_sum: Tensor
     class_sum: Tensor
     stored: Tensor
+
+
+def target_cosine(x: Tensor, weight: Tensor, labels: Tensor, options: SweepOptions) -> Tensor:
+    """cos(x_i, w_labels[i]), [N] float64, without a gradient of its own; 0 where the class is not here."""
+    cosine: Tensor = kernels(x, weight).target_cosine(x, weight, labels, *_cosine_options(options))
+    return cosine
 
 
 def head_sweep(
