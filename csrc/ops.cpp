@@ -33,9 +33,24 @@ pybind11::dict build_config() {
   return config;
 }
 
-bool has_fixed_shift(double scale, double classes, bool float64) {
-  return float64 ? nf::math::has_fixed_shift<double>(scale, classes)
-                 : nf::math::has_fixed_shift<float>(scale, classes);
+bool has_fixed_shift(double scale, double classes, bool float64, double lowest, double highest) {
+  const auto window = float64 ? nf::math::fixed_shift_of<double>(classes, lowest, highest)
+                              : nf::math::fixed_shift_of<float>(classes, lowest, highest);
+  return window.serves(scale);
+}
+
+pybind11::list row_fields() {
+  pybind11::list fields;
+  for (const nf::FieldRule& rule : nf::kRowRules)
+    fields.append(pybind11::make_tuple(rule.name, rule.over_shards));
+  return fields;
+}
+
+template <size_t count>
+pybind11::list list_of(const char* const (&names)[count]) {
+  pybind11::list result;
+  for (const char* name : names) result.append(name);
+  return result;
 }
 
 unsigned long main_thread = 0;  // Python's, the only one whose signals have handlers
@@ -58,8 +73,15 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of normface_ext; used through torch.ops.normface_ext.";
   m.def("build_config", &build_config, "How this module was built, and the SIMD path in use.");
   nf::define_plan(m);
-  m.def("has_fixed_shift", &has_fixed_shift,
+  m.def("has_fixed_shift", &has_fixed_shift, pybind11::arg("scale"), pybind11::arg("classes"),
+        pybind11::arg("float64"), pybind11::arg("lowest") = -1.0, pybind11::arg("highest") = 1.0,
         "Whether one kappa serves every row, or the largest logits have to be found (csrc/math/softmax.h).");
+  m.def("row_fields", &row_fields, "(name, how shards combine) of a row's fields (csrc/engine/row_state.h).");
+  m.def(
+      "slope_fields", [] { return list_of(nf::kSlopeNames); },
+      "The slopes of a row's loss by name, those along the margin last.");
+  m.def("terms", [] { return list_of(nf::kTermNames); }, "By their numbers (csrc/engine/terms.h).");
+  m.def("sinks", [] { return list_of(nf::kSinkNames); }, "By their numbers (csrc/engine/terms.h).");
   const pybind11::object main = pybind11::module_::import("threading").attr("main_thread")();
   main_thread = main.attr("ident").cast<unsigned long>();
   nf::cpu::set_interrupt_check(&check_signals);

@@ -21,8 +21,6 @@ inline void define_metric_ops(torch::stable::detail::StableLibrary& m) {
   define<PairDistanceBackwardArguments>(m);
 
   define<TargetCosineArguments>(m);
-  define<AgentHingeArguments>(m);
-  define<AgentHingeBackwardArguments>(m);
   define<CosinePairsBackwardArguments>(m);
 }
 

@@ -11,8 +11,8 @@ import torch
 
 from normface_ext.agents import ops as agent_ops
 from normface_ext.agents.ops import EXCESS_SUM, HINGE_BEST, HINGE_COSINE, HINGE_SLOPE, HingeOptions
+from normface_ext.engine import sweep
 from normface_ext.engine.calls import accumulator
-from normface_ext.softmax import ops
 
 BATCH, DIM, CLASSES, IGNORED = 9, 11, 23, -100
 #: First classes of the shards; the third is empty.
@@ -64,7 +64,7 @@ def test_shards_add_up(lane, dtype, mode, capacity):
     places = []
     for first, last in SHARDS:
         here = (labels >= first) & (labels < last)
-        elsewhere = torch.where(labels == IGNORED, IGNORED, ops.ELSEWHERE)
+        elsewhere = torch.where(labels == IGNORED, IGNORED, sweep.ELSEWHERE)
         places.append(torch.where(here, labels - first, elsewhere))
     shards = [(weight[first:last], place) for (first, last), place in zip(SHARDS, places, strict=True)]
     parts = [agent_ops.target_cosine(x, w, place, options) for w, place in shards]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import normface_ext as nf
+from normface_ext.engine import sweep
 from normface_ext.engine.calls import accumulator, plan_device
 from normface_ext.engine.plan import plan
 from normface_ext.softmax import ops
@@ -53,15 +54,15 @@ def sharded(
     shards = []
     for first, last in itertools.pairwise(BOUNDS):
         here = (labels >= first) & (labels < last)
-        local = torch.where(here, labels - first, ops.ELSEWHERE).where(labels != -100, -100)
+        local = torch.where(here, labels - first, sweep.ELSEWHERE).where(labels != -100, -100)
         factors = None if class_weight is None else class_weight[first:last].contiguous()
         shards.append((weight[first:last].contiguous(), local, factors))
     kappa = None
     if shift:
-        each = [ops.head_shift(x, w, local, scale, options) for w, local, _ in shards]
+        each = [sweep.head_shift(x, w, local, scale, options) for w, local, _ in shards]
         kappa = torch.stack(each).amax(0)
     swept = [
-        ops.head_sweep(
+        sweep.head_sweep(
             x, w, local, scale, sample_weight, factors, options, need_x=True, need_weight=True, shift=kappa
         )
         for w, local, factors in shards
@@ -72,7 +73,7 @@ def sharded(
     class_sum = torch.stack([part.class_sum for part in swept]).sum(0)
     loss, slopes = ops.softmax_finish(rows, x, class_sum, scale, ops.NUMBERS, options)
     gradients = [
-        ops.head_backward(
+        sweep.head_backward(
             upstream, slopes, x, w, local, scale, factors, part._replace(rows=rows), options, (True,) * 3
         )
         for (w, local, factors), part in zip(shards, swept, strict=True)
@@ -157,7 +158,7 @@ def test_inside_the_window_every_shard_has_the_same_shift(lane):
     x, weight, labels = make(lane, torch.float32)
     options = replace(plain_options(), is_shard=True)
     shifts = [
-        ops.head_shift(x, part.contiguous(), torch.full_like(labels, ops.ELSEWHERE), None, options)
+        sweep.head_shift(x, part.contiguous(), torch.full_like(labels, sweep.ELSEWHERE), None, options)
         for part in weight.split(8)
     ]
     assert all(torch.equal(shift, shifts[0]) for shift in shifts)
@@ -169,6 +170,6 @@ def test_a_whole_head_refuses_a_target_elsewhere(lane):
         pytest.skip("CUDA kernels print the row and abort the process, see test_contract")
     x, weight, labels = make(lane, torch.float32)
     options = plain_options()
-    labels[2] = ops.ELSEWHERE
+    labels[2] = sweep.ELSEWHERE
     with pytest.raises(RuntimeError, match=r"head_sweep: expected `labels` in \[0, 23\).*got -1 at row 2"):
-        ops.head_sweep(x, weight, labels, None, None, None, options, need_x=True, need_weight=True)
+        sweep.head_sweep(x, weight, labels, None, None, None, options, need_x=True, need_weight=True)

@@ -10,8 +10,8 @@ from lanes import ODD_SIZES
 
 import normface_ext as nf
 from normface_ext import reference, testing
+from normface_ext.engine import sweep
 from normface_ext.reference import MARGINS
-from normface_ext.softmax import ops
 from normface_ext.testing import assert_close_to_truth, assert_matches_reference, value_and_gradients
 
 IGNORE = -100
@@ -782,13 +782,13 @@ def test_memory_stays_within_the_budget():
 
 def test_without_autograd_nothing_is_kept_for_a_backward(monkeypatch):
     """A parameter needs a gradient under no_grad, too, as far as an autograd Function is told."""
-    needs, sweep = [], ops.head_sweep
+    needs, real = [], sweep.head_sweep
 
     def watched(*arguments, **options):
         needs.append((options["need_x"], options["need_weight"]))
-        return sweep(*arguments, **options)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(ops, "head_sweep", watched)
+    monkeypatch.setattr(sweep, "head_sweep", watched)
     head, x, labels = nf.NormFaceLoss(6, 20), torch.randn(3, 6, requires_grad=True), torch.arange(3)
     with torch.no_grad():
         quiet = head(x, labels)

@@ -1,10 +1,10 @@
 // Cosines of listed pairs of a feature and an agent on the CPU: target_cosine, and the gradients of a
-// weighted sum of listed cosines, where a dense sweep (agent_hinge.cpp) would mostly add zeros.
+// weighted sum of listed cosines, where a dense sweep (head_backward.cpp) would mostly add zeros.
 #include <algorithm>
 #include <cstring>
 
 #include "cpu/head.h"
-#include "engine/hinge_checks.h"
+#include "engine/agent_arguments.h"
 
 namespace nf::cpu {
 namespace {
@@ -61,7 +61,7 @@ void pairs_backward(const CosinePairsBackwardArguments& in, Tensor* dx, Tensor* 
   const Rows<T> xs(in.x, D), ws(in.weight, D);
   const T *factors = data_of<const T>(in.factors), *x_inv = data_of<const T>(in.x_inverse);
   const T* w_inv = data_of<const T>(in.weight_inverse);
-  const int64_t *classes = data_of<const int64_t>(in.classes), *order = data_of<const int64_t>(in.order);
+  const int64_t* classes = data_of<const int64_t>(in.classes);
   // out[r] = the projection of `add`ed pairs
   const auto project = [&](const Rows<T>& rows, int64_t r, T inverse, const Rows<T>& out, const auto& add) {
     std::vector<T> memory(static_cast<size_t>(2 * D), T(0));
@@ -87,17 +87,23 @@ void pairs_backward(const CosinePairsBackwardArguments& in, Tensor* dx, Tensor* 
   }
   if (dw == nullptr) return;
   const Rows<T> out(*dw, D);
-  for_rows(C, D, [&](int64_t j) { std::memset(out.row(j), 0, size_t(D * out.kernel.item)); });
-  std::vector<int64_t> starts;  // of the runs of one class in `order`
-  int64_t used = 0;
-  for (; used < N * listed && classes[order[used]] < C; ++used)
-    if (used == 0 || classes[order[used]] != classes[order[used - 1]]) starts.push_back(used);
-  starts.push_back(used);
-  for_rows(int64_t(starts.size()) - 1, 4 * D, [&](int64_t run) {
-    const int64_t j = classes[order[starts[size_t(run)]]];
+  // The entries of the list by class, in their order: a counting sort.
+  std::vector<int64_t> starts(static_cast<size_t>(C) + 1, 0);
+  for (int64_t k = 0; k < N * listed; ++k)
+    if (classes[k] < C) ++starts[size_t(classes[k]) + 1];
+  for (size_t j = 1; j < starts.size(); ++j) starts[j] += starts[j - 1];
+  std::vector<int64_t> order(static_cast<size_t>(starts.back())), place(starts.begin(), starts.end() - 1);
+  for (int64_t k = 0; k < N * listed; ++k)
+    if (classes[k] < C) order[size_t(place[size_t(classes[k])]++)] = k;
+  for_rows(C, 4 * D, [&](int64_t j) {
+    const auto begin = order.begin() + starts[size_t(j)], end = order.begin() + starts[size_t(j) + 1];
+    if (begin == end) {
+      std::memset(out.row(j), 0, size_t(D * out.kernel.item));
+      return;
+    }
     project(ws, j, w_inv[j], out, [&](T* scratch, T* g) {
-      for (int64_t k = starts[size_t(run)]; k < starts[size_t(run) + 1]; ++k)
-        add_unit_row(xs, order[k] / listed, x_inv[order[k] / listed], T(eps), factors[order[k]], scratch, g);
+      for (auto k = begin; k != end; ++k)
+        add_unit_row(xs, *k / listed, x_inv[*k / listed], T(eps), factors[*k], scratch, g);
     });
   });
 }

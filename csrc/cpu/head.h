@@ -132,6 +132,14 @@ void add_slots(T* parts, int64_t slots, int64_t count) {
   });
 }
 
+// sum[k] += the parts of the slots behind the first, in slot order.
+template <class T>
+void add_partners(T* sum, const T* partners, int64_t slots, int64_t count) {
+  for_rows(count, slots, [&](int64_t k) {
+    for (int64_t slot = 0; slot + 1 < slots; ++slot) sum[k] += partners[slot * count + k];
+  });
+}
+
 template <class T>
 double dot_in_double(const T* a, const T* b, int64_t n) {
   double sum[4] = {};

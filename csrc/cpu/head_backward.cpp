@@ -1,5 +1,5 @@
-// Last stage of the fused head on the CPU: gradients from the rows' state, with a second sweep over the
-// classes for dW.
+// The backward of the engine on the CPU: gradients from the rows' state and slopes, with a second sweep over the
+// classes for dW, and for x_sum where the first one did not make it.
 #include <cstring>
 
 #include "cpu/row_terms.h"
@@ -62,53 +62,98 @@ std::vector<int64_t> rows_by_label(const Labels& labels, const std::vector<RowGr
   return order;
 }
 
+// What meets the coefficients: the rows of x_hat times their factor.
 template <class T>
-void grad_weight(const HeadShape& shape, const Rows<T>& w, const Labels& labels, const RowNumbers& scale,
-                 const T* inverse_norm, const std::vector<RowGradient>& gradients, const double* shift,
-                 const ClassWeights<T>& class_weight, bool uniform_part, T eps, T* x_hat, T* stored,
-                 const Tensor& dw) {
-  const int64_t N = shape.batch, D = shape.dim;
-  const Rows<T> out(dw, D);
-  const bool direct = dw.element_size() == sizeof(T);  // the product can go where the result will be
-  const std::vector<int64_t> order = rows_by_label(labels, gradients);
-  Buffer<T> weighted(N * D);  // the rows of x_hat times their factor
-  for_rows(N, D, [&](int64_t i) {
-    for (int64_t d = 0; d < D; ++d)
-      weighted.data[i * D + d] = T(gradients[size_t(i)].others) * x_hat[i * D + d];
+void weigh_rows(const std::vector<RowGradient>& gradients, const T* x_hat, int64_t dim, T* weighted) {
+  for_rows(int64_t(gradients.size()), dim, [&](int64_t i) {
+    for (int64_t d = 0; d < dim; ++d)
+      weighted[i * dim + d] = T(gradients[size_t(i)].others) * x_hat[i * dim + d];
   });
-  std::vector<T> uniform(size_t(uniform_part ? D : 0), T(0));  // of class weight 1
-  if (!uniform.empty())
-    for (int64_t i = 0; i < N; ++i)
-      accum_rows<T>().axpy(T(gradients[size_t(i)].uniform), x_hat + i * D, uniform.data(), D);
-  Buffer<T> w_hat(shape.slots * shape.chunk * D);
-  Buffer<T> product(direct ? 0 : shape.slots * shape.chunk * D);
-  Buffer<T> scores(stored != nullptr ? 0 : shape.slots * N * shape.chunk);
-  shape.for_tiles([&](int64_t slot, const Tile& tile) {
-    T* unit = w_hat.data + slot * shape.chunk * D;
-    T* e = stored != nullptr ? stored + N * tile.first : scores.data + slot * N * shape.chunk;
-    T* g = direct ? static_cast<T*>(out.row(tile.first)) : product.data + slot * shape.chunk * D;
-    for (int64_t j = 0; j < tile.width; ++j)
-      unit_row_again(w, tile.first + j, inverse_norm[tile.first + j], eps, unit + j * D);
-    if (stored == nullptr) {
-      score_tile(shape, x_hat, unit, tile, e);
-      exponentiate<T>(shape, labels, shift, scale, tile, e, nullptr, nullptr);
+}
+
+// What every class of weight 1 gets from label smoothing; empty without.
+template <class T>
+std::vector<T> uniform_part(const std::vector<RowGradient>& gradients, const T* x_hat, int64_t dim,
+                            bool wanted) {
+  std::vector<T> uniform(size_t(wanted ? dim : 0), T(0));
+  if (wanted)
+    for (size_t i = 0; i < gradients.size(); ++i)
+      accum_rows<T>().axpy(T(gradients[i].uniform), x_hat + int64_t(i) * dim, uniform.data(), dim);
+  return uniform;
+}
+
+// What the second sweep over the classes makes: dW, and x_sum where the first did not.
+template <class T>
+struct Backward {
+  const HeadShape& shape;
+  const Rows<T>& weight;
+  const Labels& labels;
+  const RowTerms<T>& terms;
+  const std::vector<RowGradient>& gradients;
+  const T* inverse_norm;
+  const ClassWeights<T>& class_weight;
+  T eps;
+  T* x_hat;
+  T* stored;  // or null: the coefficients are made again
+  bool smooth;
+
+  void sweep(const Tensor* dw, T* x_sum) const {
+    const int64_t N = shape.batch, D = shape.dim;
+    const bool direct =
+        dw != nullptr && dw->element_size() == sizeof(T);  // the product can go where dW will be
+    const std::vector<int64_t> order = rows_by_label(labels, gradients);
+    const std::vector<T> uniform = uniform_part(gradients, x_hat, D, dw != nullptr && smooth);
+    Buffer<T> weighted(dw != nullptr ? N * D : 0);
+    if (dw != nullptr) weigh_rows(gradients, x_hat, D, weighted.data);
+    Buffer<T> w_hat(shape.slots * shape.chunk * D);
+    Buffer<T> product(dw != nullptr && !direct ? shape.slots * shape.chunk * D : 0);
+    Buffer<T> scores(stored != nullptr ? 0 : shape.slots * N * shape.chunk);
+    // The first slot adds straight into x_sum, the others into partners of it.
+    Buffer<T> partners(x_sum != nullptr ? (shape.slots - 1) * N * D : 0);
+    if (x_sum != nullptr) {
+      std::fill_n(x_sum, N * D, T(0));
+      std::fill_n(partners.data, (shape.slots - 1) * N * D, T(0));
     }
-    multiply<T>(Matrix<T>{e, N, tile.width, tile.width}.transposed(), {weighted.data, N, D, D},
-                {g, tile.width, D, D});
+    shape.for_tiles([&](int64_t slot, const Tile& tile) {
+      T* unit = w_hat.data + slot * shape.chunk * D;
+      T* e = stored != nullptr ? stored + N * tile.first : scores.data + slot * N * shape.chunk;
+      for (int64_t j = 0; j < tile.width; ++j)
+        unit_row_again(weight, tile.first + j, inverse_norm[tile.first + j], eps, unit + j * D);
+      if (stored == nullptr) {
+        score_tile(shape, x_hat, unit, tile, e);
+        fold_tile(labels, terms, tile, e, [](int64_t, const auto&) {});
+      }
+      if (x_sum != nullptr)
+        multiply<T>({e, N, tile.width, tile.width}, {unit, tile.width, D, D},
+                    {slot == 0 ? x_sum : partners.data + (slot - 1) * N * D, N, D, D}, true);
+      if (dw == nullptr) return;
+      const Rows<T> out(*dw, D);
+      T* g = direct ? static_cast<T*>(out.row(tile.first)) : product.data + slot * shape.chunk * D;
+      multiply<T>(Matrix<T>{e, N, tile.width, tile.width}.transposed(), {weighted.data, N, D, D},
+                  {g, tile.width, D, D});
+      add_targets(order, tile, g);
+      for (int64_t j = 0; j < tile.width; ++j) {
+        if (!uniform.empty())
+          accum_rows<T>().axpy(T(class_weight[tile.first + j]), uniform.data(), g + j * D, D);
+        weight.kernel.project(
+            unit + j * D, g + j * D, D, T(1),
+            scale_again(weight, tile.first + j, inverse_norm[tile.first + j], eps, unit + j * D), eps,
+            out.row(tile.first + j));
+      }
+    });
+    if (x_sum != nullptr) add_partners(x_sum, partners.data, shape.slots, N * D);
+  }
+
+ private:
+  void add_targets(const std::vector<int64_t>& order, const Tile& tile, T* g) const {
+    const int64_t D = shape.dim;
     auto row = std::lower_bound(order.begin(), order.end(), tile.first,
                                 [&](int64_t i, int64_t first) { return labels.data[i] < first; });
     for (; row != order.end() && labels.data[*row] < tile.first + tile.width; ++row)
       accum_rows<T>().axpy(T(gradients[size_t(*row)].target), x_hat + *row * D,
                            g + (labels.data[*row] - tile.first) * D, D);
-    if (!uniform.empty())
-      for (int64_t j = 0; j < tile.width; ++j)
-        accum_rows<T>().axpy(T(class_weight[tile.first + j]), uniform.data(), g + j * D, D);
-    for (int64_t j = 0; j < tile.width; ++j)
-      w.kernel.project(unit + j * D, g + j * D, D, T(1),
-                       scale_again(w, tile.first + j, inverse_norm[tile.first + j], eps, unit + j * D), eps,
-                       out.row(tile.first + j));
-  });
-}
+  }
+};
 
 template <class T>
 void backward(const HeadBackwardArguments& in, const Tensor& dx, const Tensor& dw, const Tensor& dscale) {
@@ -117,7 +162,7 @@ void backward(const HeadBackwardArguments& in, const Tensor& dx, const Tensor& d
   const Rows<T> xs(in.x, D), ws(in.weight, D);
   const Labels labels(in.labels);
   const RowState rows(in.rows);
-  const T* inverse = static_cast<const T*>(in.inverse_norm.const_data_ptr());
+  const T* inverse = data_of<const T>(in.inverse_norm);
   const std::vector<RowGradient> gradients = row_gradients<T>(RowSlopes(in.slopes), in.grad_loss);
   Buffer<T> x_hat(N * D);
   for_rows(N, D, [&](int64_t i) {
@@ -132,15 +177,29 @@ void backward(const HeadBackwardArguments& in, const Tensor& dx, const Tensor& d
     std::fill_n(ds, dscale.numel(), 0.0);
     for (int64_t i = 0; i < N; ++i) ds[i * step] += gradients[size_t(i)].scale;
   }
+  const bool make_sum = in.need_x && in.x_sum.numel() == 0;
+  Buffer<T> own_sum(make_sum ? N * D : 0);
+  const RowTerms<T> terms(
+      in, RowNumbers(in.scale, in.scale_value), [&](int64_t i) { return gradients[size_t(i)].any; },
+      [&](int64_t i) { return rows[kShift][i]; });
+  const ClassWeights<T> class_weight(in.class_weight);
+  const Backward<T> second{shape,
+                           ws,
+                           labels,
+                           terms,
+                           gradients,
+                           inverse,
+                           class_weight,
+                           T(in.eps),
+                           x_hat.data,
+                           data_of<T>(in.stored),
+                           in.class_sum.numel() > 0};
+  if (in.need_weight || make_sum)
+    second.sweep(in.need_weight ? &dw : nullptr, make_sum ? own_sum.data : nullptr);
   if (in.need_x)
-    grad_features(xs, ws, labels, inverse, gradients, rows, x_hat.data, data_of<T>(in.x_sum),
-                  data_of<T>(in.class_sum), T(in.eps), Rows<T>(dx, D));
-  if (!in.need_weight) return;
-  std::vector<double> shift(static_cast<size_t>(N));  // the scores of a zero row are 0
-  for (int64_t i = 0; i < N; ++i) shift[size_t(i)] = gradients[size_t(i)].any ? rows[kShift][i] : 0.0;
-  grad_weight(shape, ws, labels, RowNumbers(in.scale, in.scale_value), inverse, gradients, shift.data(),
-              ClassWeights<T>(in.class_weight), in.class_sum.numel() > 0, T(in.eps), x_hat.data,
-              data_of<T>(in.stored), dw);
+    grad_features(xs, ws, labels, inverse, gradients, rows, x_hat.data,
+                  make_sum ? own_sum.data : data_of<T>(in.x_sum), data_of<T>(in.class_sum), T(in.eps),
+                  Rows<T>(dx, D));
 }
 
 std::tuple<Tensor, Tensor, Tensor> head_backward(const HeadBackwardArguments& in) {

@@ -1,6 +1,7 @@
-// First stage of the fused head on the CPU: prepare the rows, then sweep over the classes at hand for
-// their sums (head_sweep), or for kappa only (head_shift).
+// The sweep on the CPU: prepare the rows, then go over the classes at hand for their sums (head_sweep), or for
+// kappa only (head_shift).
 #include "cpu/row_terms.h"
+#include "cpu/sinks.h"
 
 namespace nf::cpu {
 namespace {
@@ -58,7 +59,7 @@ void prepare_rows(const HeadInputs& in, const Counting<T>& counting, const Class
 
 // The row's largest logit among the classes other than its label, -inf where there is none.
 template <class T>
-void largest_logits(const HeadShape& shape, const HeadInputs& in, const RowNumbers& scale, T* x_hat,
+void largest_logits(const HeadShape& shape, const HeadInputs& in, const RowTerms<T>& terms, T* x_hat,
                     double* result) {
   const int64_t N = shape.batch, D = shape.dim;
   const Rows<T> w(in.weight, D);
@@ -75,7 +76,7 @@ void largest_logits(const HeadShape& shape, const HeadInputs& in, const RowNumbe
       T& best = largest.data[slot * N + i];
       around_target(labels.data[i], tile, [&](int64_t begin, int64_t end) {
         const T* row = tile_scores + i * tile.width;
-        best = std::max(best, accum_rows<T>().largest_scaled(row + begin, end - begin, T(scale[i])));
+        best = std::max(best, terms.largest(row + begin, end - begin, terms.rows[size_t(i)], terms.numbers));
       });
     }
   });
@@ -87,25 +88,29 @@ void largest_logits(const HeadShape& shape, const HeadInputs& in, const RowNumbe
 }
 
 // kappa of every row as these classes alone would have it: one constant inside the window of softmax.h,
-// else the row's largest logit, which costs a sweep of its own.
+// else the row's largest logit, which costs a sweep of its own. Without a softmax there is none.
 template <class T>
-void choose_shift(const HeadShape& shape, const HeadInputs& in, const RowNumbers& scale, T* x_hat,
-                  double* shift) {
-  const math::FixedShift window = math::fixed_shift_of<T>(double(in.total_classes));
+void choose_shift(const HeadShape& shape, const HeadInputs& in, const RowNumbers& scale,
+                  const RowTerms<T>& terms, T* x_hat, double* shift) {
+  if (terms.largest == nullptr) {
+    std::fill_n(shift, shape.batch, 0.0);
+    return;
+  }
+  const auto window = math::fixed_shift_of<T>(double(in.total_classes), in.lowest, in.highest);
   bool all = true;
   for (int64_t i = 0; i < shape.batch; ++i) all = all && window.serves(scale[i]);
-  if (!all) largest_logits(shape, in, scale, x_hat, shift);
+  if (!all) largest_logits(shape, in, terms, x_hat, shift);
   for (int64_t i = 0; i < shape.batch; ++i)
-    if (window.serves(scale[i])) shift[i] = window.kappa;
+    if (window.serves(scale[i])) shift[i] = window.kappa(scale[i]);
 }
 
 struct SweepResult {
-  Tensor rows, inverse_norm, x_sum, class_sum, stored;
+  Tensor rows, inverse_norm, x_sum, class_sum, stored, listed, found;
 };
 
-// S, A, x_sum, class_sum (U) and the stored E.
+// The sums, x_sum, class_sum (U), the stored coefficients, and what the sink collects.
 template <class T>
-void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowNumbers& scale,
+void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<T>& terms,
            const ClassWeights<T>& class_weight, T* x_hat, const RowState& rows, const SweepResult& out) {
   const int64_t N = shape.batch, D = shape.dim;
   const Rows<T> w(in.weight, D);
@@ -126,6 +131,10 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowNumber
     std::fill_n(x_sum, N * D, T(0));
     std::fill_n(partners.data, (shape.slots - 1) * N * D, T(0));
   }
+  std::optional<ActiveList<T>> active;
+  std::optional<Hardest<T>> hardest;
+  if (in.sink == kActiveList) active.emplace(shape, in.capacity);
+  if (in.sink == kHardest) hardest.emplace(shape);
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
     T* unit = w_hat.data + slot * shape.chunk * D;
     T* e = stored != nullptr ? stored + N * tile.first : scores.data + slot * N * shape.chunk;
@@ -139,19 +148,29 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowNumber
       }
     }
     score_tile(shape, x_hat, unit, tile, e);
+    if (hardest) return hardest->take(slot, labels, tile, rows, e);
     double* sum = sums.data + slot * 2 * N;
-    exponentiate(shape, labels, rows[kShift], scale, tile, e, sum, sum + N);
+    fold_tile(labels, terms, tile, e, [&](int64_t i, const auto& part) {
+      sum[i] += part.value;
+      sum[N + i] += part.second;
+    });
+    if (active) active->take(slot, tile, rows, e);
     T* into = slot == 0 ? x_sum : partners.data + (slot - 1) * N * D;
     if (x_sum != nullptr)
       multiply<T>({e, N, tile.width, tile.width}, {unit, tile.width, D, D}, {into, N, D, D}, true);
   });
+  int64_t* listed = data_of<int64_t>(out.listed);
+  T* found = data_of<T>(out.found);
+  if (active) active->finish(listed, found);
+  if (hardest)
+    hardest->finish(terms, listed, found, [&](int64_t i, const auto& part) {
+      sums.data[i] = part.value;
+      sums.data[N + i] = part.second;
+    });
   add_slots(sums.data, shape.slots, 2 * N);
   std::copy_n(sums.data, N, rows[kSum]);
-  std::copy_n(sums.data + N, N, rows[kSumCosine]);
-  if (x_sum != nullptr)
-    for_rows(N * D, shape.slots, [&](int64_t k) {
-      for (int64_t slot = 0; slot + 1 < shape.slots; ++slot) x_sum[k] += partners.data[slot * N * D + k];
-    });
+  std::copy_n(sums.data + N, N, rows[kSecondSum]);
+  if (x_sum != nullptr) add_partners(x_sum, partners.data, shape.slots, N * D);
   if (class_sum != nullptr) {
     add_slots(class_sums.data, shape.slots, D + 1);
     std::copy_n(class_sums.data, D + 1, class_sum);
@@ -163,9 +182,13 @@ SweepResult run_sweep(const HeadSweepArguments& in) {
   const HeadShape shape(in.x, in.weight, in.class_chunk);
   const int64_t N = shape.batch, D = shape.dim, C = shape.classes;
   const ScalarType wide = accumulator(in.x.scalar_type());
-  SweepResult out{fresh({kRowFields, N}, ScalarType::Double), fresh({C}, wide),
+  SweepResult out{fresh({kRowFields, N}, ScalarType::Double),
+                  fresh({C}, wide),
                   in.need_x ? fresh({N, D}, wide) : fresh({0}, wide),
-                  fresh({in.need_class_sum ? D + 1 : 0}, wide), fresh({in.store ? N * C : 0}, wide)};
+                  fresh({in.need_class_sum ? D + 1 : 0}, wide),
+                  fresh({in.store ? N * C : 0}, wide),
+                  fresh({N, in.capacity}, ScalarType::Long),
+                  fresh({N, in.capacity}, wide)};
   const RowState rows(out.rows);
   const RowNumbers scale(in.scale, in.scale_value);
   const ClassWeights<T> class_weight(in.class_weight);
@@ -174,22 +197,26 @@ SweepResult run_sweep(const HeadSweepArguments& in) {
       Labels(in.labels).data, in.ignore_index,
       in.sample_weight ? static_cast<const T*>(in.sample_weight->const_data_ptr()) : nullptr};
   prepare_rows(in, counting, class_weight, x_hat.data, rows);
+  RowTerms<T> terms(
+      in, scale, [&](int64_t i) { return rows[kRowWeight][i] != 0; }, [](int64_t) { return 0.0; });
   if (in.shift)
     std::copy_n(static_cast<const double*>(in.shift->const_data_ptr()), N, rows[kShift]);
   else
-    choose_shift(shape, in, scale, x_hat.data, rows[kShift]);
-  for (int64_t i = 0; i < N; ++i)  // a row that became zero has scores of 0
-    if (rows[kRowWeight][i] == 0) rows[kShift][i] = 0;
-  sweep(shape, in, scale, class_weight, x_hat.data, rows, out);
+    choose_shift(shape, in, scale, terms, x_hat.data, rows[kShift]);
+  for (int64_t i = 0; i < N; ++i) {
+    if (rows[kRowWeight][i] == 0) rows[kShift][i] = 0;  // a row that became zero has scores of 0
+    terms.rows[size_t(i)].shift = T(rows[kShift][i]);
+  }
+  sweep(shape, in, terms, class_weight, x_hat.data, rows, out);
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_sweep(const HeadSweepArguments& in) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_sweep(const HeadSweepArguments& in) {
   check_sweep(in);
   Labels(in.labels).check(in.kName, in.weight.size(0), in.ignore_index, in.is_shard);
   SweepResult out =
       accumulator(in.x.scalar_type()) == ScalarType::Double ? run_sweep<double>(in) : run_sweep<float>(in);
-  return {out.rows, out.inverse_norm, out.x_sum, out.class_sum, out.stored};
+  return {out.rows, out.inverse_norm, out.x_sum, out.class_sum, out.stored, out.listed, out.found};
 }
 
 Tensor head_shift(const HeadShiftArguments& in) {
@@ -200,10 +227,12 @@ Tensor head_shift(const HeadShiftArguments& in) {
     const HeadShape shape(in.x, in.weight, in.class_chunk);
     Buffer<T> x_hat(shape.batch * shape.dim);
     Buffer<double> inverse(shape.batch);
-    unit_features(in, Counting<T>{Labels(in.labels).data, in.ignore_index, nullptr}, x_hat.data,
-                  inverse.data);
-    choose_shift(shape, in, RowNumbers(in.scale, in.scale_value), x_hat.data,
-                 static_cast<double*>(shift.mutable_data_ptr()));
+    const Counting<T> counting{Labels(in.labels).data, in.ignore_index, nullptr};
+    const RowNumbers scale(in.scale, in.scale_value);
+    unit_features(in, counting, x_hat.data, inverse.data);
+    const RowTerms<T> terms(
+        in, scale, [&](int64_t i) { return counting.weight(i) != 0; }, [](int64_t) { return 0.0; });
+    choose_shift(shape, in, scale, terms, x_hat.data, static_cast<double*>(shift.mutable_data_ptr()));
   };
   accumulator(in.x.scalar_type()) == ScalarType::Double ? run(double()) : run(float());
   return shift;

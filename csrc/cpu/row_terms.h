@@ -1,14 +1,15 @@
-// What the three stages of the fused head share on the CPU: the rows' state, labels, and a tile of scores
-// turned into E. See csrc/math/softmax.h for the formulas.
+// What the stages of the engine share on the CPU: the rows' state, what a row says to its term, and a tile of
+// cosines turned into coefficients.
 //
-// A tile of scores is one BLAS call, is turned into E in place while it is in cache, and feeds the
-// product that adds up x_sum. Stored E lies tile by tile: that of the tile at class f starts at N * f,
+// A tile of cosines is one BLAS call, is turned into coefficients in place while it is in cache, and feeds the
+// product that adds up x_sum. Stored coefficients lie tile by tile: those of the tile at class f start at N * f,
 // row-major [N, width].
 #pragma once
 
 #include "cpu/head.h"
 #include "engine/head_arguments.h"
 #include "engine/row_state.h"
+#include "engine/terms.h"
 #include "math/softmax.h"
 
 namespace nf::cpu {
@@ -51,18 +52,38 @@ class RowNumbers {
   std::vector<double> rows_;
 };
 
-// scores -> E in place; sums, when given, receive S and A of this tile. The target's E is 0: its term
-// is added apart, in the accumulator's precision and with its margin.
+// What every row says to its term. A row that does not count says nothing of its own: its cosines are 0, and so
+// must be what the term makes of them.
 template <class T>
-void exponentiate(const HeadShape& shape, const Labels& labels, const double* shift, const RowNumbers& scale,
-                  const Tile& tile, T* scores, double* sum, double* sum_cosine) {
-  for (int64_t i = 0; i < shape.batch; ++i) {
+struct RowTerms {
+  typename AccumRows<T>::Fold fold;
+  typename AccumRows<T>::Largest largest;
+  const double* numbers;  // [kHardNumbers] or null
+  std::vector<math::TermRow<T>> rows;
+
+  template <class Counts, class Shift>
+  RowTerms(const HeadInputs& in, const RowNumbers& scale, const Counts& counts, const Shift& shift)
+      : fold(accum_rows<T>().fold[in.term]),
+        largest(accum_rows<T>().largest[in.term]),
+        numbers(in.numbers ? data_of<const double>(*in.numbers) : nullptr),
+        rows(size_t(in.x.size(0))) {
+    const double* threshold = in.threshold ? data_of<const double>(*in.threshold) : nullptr;
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const auto at = int64_t(i);
+      const bool own = counts(at);
+      rows[i] = {T(scale[at]), T(own ? shift(at) : 0.0), T(own && threshold != nullptr ? threshold[i] : 0.0)};
+    }
+  }
+};
+
+// Cosines -> coefficients in place; put(i, sums) receives those of a row's part of this tile. The target's
+// coefficient is 0: its term is added apart, in the accumulator's precision and with its margin.
+template <class T, class Put>
+void fold_tile(const Labels& labels, const RowTerms<T>& terms, const Tile& tile, T* scores, const Put& put) {
+  for (int64_t i = 0; i < labels.batch; ++i) {
     T* row = scores + i * tile.width;
     around_target(labels.data[i], tile, [&](int64_t begin, int64_t end) {
-      const auto part = accum_rows<T>().exp_fold(row + begin, end - begin, T(scale[i]), T(shift[i]));
-      if (sum == nullptr) return;
-      sum[i] += part.exp;
-      sum_cosine[i] += part.exp_cosine;
+      put(i, terms.fold(row + begin, end - begin, terms.rows[size_t(i)], terms.numbers));
     });
     const int64_t target = target_place(labels.data[i], tile.first, tile.width);
     if (target >= 0) row[target] = T(0);

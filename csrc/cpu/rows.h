@@ -1,10 +1,11 @@
 // Everything the CPU kernels do to one row, as function pointers chosen once for the machine's ISA.
-// rows.inc is the only source; rows_portable/avx2/avx512.cpp compile it for their target.
+// rows.inc (with cells.inc and simd.h) is the only source; rows_portable/avx2/avx512.cpp compile it for their target.
 #pragma once
 
 #include <cstdint>
 
 #include "cpu/stored.h"
+#include "engine/terms.h"
 #include "math/normalize.h"
 
 namespace nf::cpu {
@@ -13,13 +14,19 @@ namespace nf::cpu {
 template <class T>
 struct AccumRows {
   struct Sums {
-    double exp;         // sum of E
-    double exp_cosine;  // sum of E c
+    double value;
+    double second;
   };
-  // c[j] <- exp(scale c[j] - shift) in place, j < n; returns both sums.
-  Sums (*exp_fold)(T* c, int64_t n, T scale, T shift);
-  // The largest of scale * c[j]; -inf for n = 0.
-  T (*largest_scaled)(const T* c, int64_t n, T scale);
+  // Cosines -> coefficients of a term in place, c[j], j < n; returns the sums of its values.
+  using Fold = Sums (*)(T* c, int64_t n, const math::TermRow<T>& row, const double* numbers);
+  Fold fold[kTerms];
+  // The largest s f(c[j]) of a softmax's term; -inf for n = 0.
+  using Largest = T (*)(const T* c, int64_t n, const math::TermRow<T>& row, const double* numbers);
+  Largest largest[kTerms];
+  // The places first + j of the c[j] != 0, NaN included, in order, and those c[j]: at most `room`; returns how many.
+  int64_t (*collect)(const T* c, int64_t n, int64_t room, int64_t first, int64_t* places, T* values);
+  // The first place of the largest c[j] beyond `above`, NaN being the largest of all; -1 where there is none.
+  int64_t (*place_of_largest)(const T* c, int64_t n, T above);
   double (*dot)(const T* a, const T* b, int64_t n);
   // y += a x
   void (*axpy)(T a, const T* x, T* y, int64_t n);
@@ -27,13 +34,6 @@ struct AccumRows {
   double (*distance)(const T* a, const T* b, int64_t n, int p);
   // y += factor * the slope of that distance with respect to a
   void (*add_distance_slope)(T factor, const T* a, const T* b, T* y, int64_t n, int p);
-  struct Hinges {
-    double excess;  // sum of the positive excesses
-    double active;  // number of them
-    double cosine;  // sum of the cosines
-  };
-  // The hinges of n cosines against one threshold (math/terms/hinge.h).
-  Hinges (*hinge_fold)(const T* c, int64_t n, T threshold);
 };
 
 // Rows in storage, computed in T: float for float32, float16 and bfloat16, double for float64. The

@@ -58,7 +58,7 @@ void finish(const SoftmaxFinishArguments& in, T* loss, const RowSlopes& slopes) 
           math::smoothing_terms(in.smoothing, double(in.total_classes), rows[kTargetWeight][i],
                                 class_sum != nullptr ? double(class_sum[in.x.size(1)]) : 0.0, psi.value, c,
                                 class_sum != nullptr ? dot_class_sum(in, rows, i, class_sum) : 0.0);
-      terms = math::row_terms({rows[kSum][i], rows[kSumCosine][i], rows[kShift][i]}, scale[i], psi, weights);
+      terms = math::row_terms({rows[kSum][i], rows[kSecondSum][i], rows[kShift][i]}, scale[i], psi, weights);
       if (in.need_margin) of_margin = margin.slopes(c);
     }
     losses[size_t(i)] = weight != 0.0 ? weight * terms.loss : 0.0;

@@ -1,15 +1,17 @@
-// The arguments of the fused softmax head's ops, for both devices (op.h). The formulas are in math/softmax.h
-// and math/margins/margin.h, the fields of `rows` and `slopes` in row_state.h.
+// The arguments of the engine's ops, for both devices (op.h): softmax heads and losses over agents. The formulas
+// are in math/terms, math/softmax.h and math/margins, the fields of `rows` and `slopes` in row_state.h.
 //
-// The head is over all classes, or over one shard of `total_classes` (`is_shard`): then a label is the place
+// A sweep is over all classes, or over one shard of `total_classes` (`is_shard`): then a label is the place
 // in this shard, or -1 where the target is elsewhere, and weight may be empty. x [N, D], weight [C, D],
 // labels [N] int64; sample_weight [N] and class_weight [C] in the accumulator dtype. The scale, m1, m2 and m3
 // are floats, or floating tensors [] or [N] on the device of x, which stand for the `..._value` then.
+// threshold [N] and numbers [kHardNumbers], float64, are what the `term` (terms.h) wants of them.
 // Empty outputs (numel 0) are results that were not asked for.
 #pragma once
 
 #include "engine/op.h"
 #include "engine/row_state.h"
+#include "engine/terms.h"
 
 namespace nf {
 
@@ -26,8 +28,10 @@ struct HeadOptions {
   }
 };
 
-// How the products over the classes are made.
-struct ProductOptions : HeadOptions {
+// How the products over the classes are made, and what becomes of a cell.
+struct SweepOptions : HeadOptions {
+  int64_t term;            // Term
+  double lowest, highest;  // range of what the term makes of a cosine, for the shift
   int64_t class_chunk;
   int64_t kernels;  // HeadKernels
   ScalarType product_precision;
@@ -36,6 +40,9 @@ struct ProductOptions : HeadOptions {
   template <class F>
   void each(F&& f) {
     HeadOptions::each(f);
+    f("term", term);
+    f("lowest", lowest);
+    f("highest", highest);
     f("class_chunk", class_chunk);
     f("kernels", kernels);
     f("product_precision", product_precision);
@@ -44,21 +51,25 @@ struct ProductOptions : HeadOptions {
 };
 
 // What the ops that go over the classes share.
-struct HeadInputs : ProductOptions {
+struct HeadInputs : SweepOptions {
   Tensor x, weight, labels;
-  std::optional<Tensor> scale, class_weight;
+  std::optional<Tensor> scale, threshold, numbers, class_weight;
 };
 
 // rows [kRowFields, N] float64, inverse_norm [C] that of the weight, x_sum [N, D] = sum over the other classes
-// of E_j w_hat_j, class_sum [D + 1] = sum of class_weight_j w_hat_j and of class_weight_j, which label
-// smoothing needs, stored the E of every tile when `store`. shift [N] float64 is the kappa to use instead of
-// the one that head_shift would find.
+// of e_j w_hat_j, class_sum [D + 1] = sum of class_weight_j w_hat_j and of class_weight_j, which label
+// smoothing needs, stored the coefficients e of every tile when `store`. shift [N] float64 is the kappa to use
+// instead of the one that head_shift would find. listed [N, capacity] are the classes that the `sink` (terms.h)
+// collects, C where there is none; found [N, capacity] their coefficients, or the cosine of the hardest, -inf
+// where there is no other class; then the sums of a row are what the term makes of that one cell.
 struct HeadSweepArguments : HeadInputs {
   static constexpr const char* kName = "head_sweep";
   static constexpr const char* kReturns =
-      "(Tensor rows, Tensor inverse_norm, Tensor x_sum, Tensor class_sum, Tensor stored)";
+      "(Tensor rows, Tensor inverse_norm, Tensor x_sum, Tensor class_sum, Tensor stored, Tensor listed, "
+      "Tensor found)";
   std::optional<Tensor> sample_weight, shift;
   bool store, need_x, need_class_sum;
+  int64_t sink, capacity;
   int64_t ignore_index;
 
   template <class F>
@@ -67,14 +78,18 @@ struct HeadSweepArguments : HeadInputs {
     f("weight", weight);
     f("labels", labels);
     f("scale", scale);
+    f("threshold", threshold);
+    f("numbers", numbers);
     f("sample_weight", sample_weight);
     f("class_weight", class_weight);
     f("shift", shift);
     f("store", store);
     f("need_x", need_x);
     f("need_class_sum", need_class_sum);
+    f("sink", sink);
+    f("capacity", capacity);
     f("ignore_index", ignore_index);
-    ProductOptions::each(f);
+    SweepOptions::each(f);
   }
 };
 
@@ -92,8 +107,10 @@ struct HeadShiftArguments : HeadInputs {
     f("weight", weight);
     f("labels", labels);
     f("scale", scale);
+    f("threshold", threshold);
+    f("numbers", numbers);
     f("ignore_index", ignore_index);
-    ProductOptions::each(f);
+    SweepOptions::each(f);
   }
 };
 
@@ -135,7 +152,7 @@ struct SoftmaxFinishArguments : HeadOptions {
 };
 
 // Gradients of sum over i of grad_loss_i loss_i (grad_loss [] or [N]), which is linear in `slopes`. x_sum and
-// class_sum are this shard's. Of a shard grad_x is in the accumulator type: the gradients of the shards are to
+// class_sum are this shard's; an x_sum that the sweep did not make is made here. Of a shard grad_x is in the accumulator type: the gradients of the shards are to
 // be added. grad_scale is float64, of the scale's shape.
 struct HeadBackwardArguments : HeadInputs {
   static constexpr const char* kName = "head_backward";
@@ -151,6 +168,8 @@ struct HeadBackwardArguments : HeadInputs {
     f("weight", weight);
     f("labels", labels);
     f("scale", scale);
+    f("threshold", threshold);
+    f("numbers", numbers);
     f("class_weight", class_weight);
     f("rows", rows);
     f("inverse_norm", inverse_norm);
@@ -160,7 +179,7 @@ struct HeadBackwardArguments : HeadInputs {
     f("need_x", need_x);
     f("need_weight", need_weight);
     f("need_scale", need_scale);
-    ProductOptions::each(f);
+    SweepOptions::each(f);
   }
 };
 
@@ -169,12 +188,33 @@ inline void check_inputs(const char* op, const HeadInputs& in) {
   check_labels(op, in.labels, in.x.size(0));
   check_row_numbers(op, "scale", in.scale, in.x);
   check_weights(op, "class_weight", in.class_weight, in.x, in.weight.size(0));
+  if (in.term < 0 || in.term >= kTerms)
+    fail(op, ": expected `term` in [0, ", int(kTerms), "), got ", in.term);
+  if (in.term != kSoftmaxTerm) {
+    if (!in.threshold) fail(op, ": expected `threshold` with term ", in.term, ", got none");
+    check_exact(op, "threshold", *in.threshold, ScalarType::Double, {in.x.size(0)});
+  }
+  if (in.term == kHardNegativesTerm) {
+    if (!in.numbers) fail(op, ": expected `numbers` with term ", in.term, ", got none");
+    check_exact(op, "numbers", *in.numbers, ScalarType::Double, {math::kHardNumbers});
+  }
+  if (!(in.lowest < in.highest))
+    fail(op, ": expected `lowest` below `highest`, got ", in.lowest, " and ", in.highest);
 }
 
 inline void check_sweep(const HeadSweepArguments& in) {
   check_inputs(in.kName, in);
   check_weights(in.kName, "sample_weight", in.sample_weight, in.x, in.x.size(0));
   check_shift(in.kName, in.shift, in.x.size(0));
+  if (in.sink < 0 || in.sink >= kSinks)
+    fail(in.kName, ": expected `sink` in [0, ", int(kSinks), "), got ", in.sink);
+  if (in.capacity < 0 || (in.sink == kNoSink && in.capacity != 0) ||
+      (in.sink == kHardest && in.capacity != 1))
+    fail(in.kName, ": expected `capacity` of at least 0, 0 without a sink, 1 for the hardest; got ",
+         in.capacity);
+  if (in.sink == kHardest && (in.store || in.need_x))
+    fail(in.kName,
+         ": expected neither `store` nor `need_x` with the hardest, whose gradient is that of one class");
 }
 
 inline void check_finish(const SoftmaxFinishArguments& in) {
@@ -202,7 +242,7 @@ inline void check_backward(const HeadBackwardArguments& in) {
   check_exact(in.kName, "slopes", in.slopes, ScalarType::Double, {all ? kAllSlopes : kSlopeFields, N});
   check_exact(in.kName, "rows", in.rows, ScalarType::Double, {kRowFields, N});
   check_exact(in.kName, "inverse_norm", in.inverse_norm, wide, {C});
-  if (in.need_x) check_exact(in.kName, "x_sum", in.x_sum, wide, {N, D});
+  if (in.x_sum.numel() != 0) check_exact(in.kName, "x_sum", in.x_sum, wide, {N, D});
   check_exact(in.kName, "class_sum", in.class_sum, wide, {in.class_sum.numel() > 0 ? D + 1 : 0});
   if (in.stored.numel() != 0 && in.stored.numel() < N * C)
     fail(in.kName, ": expected `stored` of at least N * C values or none, got ", in.stored.numel());

@@ -1,8 +1,8 @@
 // The state of one row between forward and backward: rows[field][i], float64, [kRowFields, N].
-// head_sweep fills what one shard of the classes knows. The first kShardSums fields add over shards
-// (zero where the target is elsewhere); with them summed, every shard has the same rows. softmax_finish makes
-// of them the loss and its slopes: slopes[field][i], float64, [kSlopeFields, N], or [kAllSlopes, N] with those
-// along the margin.
+// head_sweep fills what one shard of the classes knows; what adds over shards is zero where the target is
+// elsewhere, and with it summed every shard has the same rows. Whoever makes a loss of them (softmax_finish,
+// or the losses over agents in Python) gives back its slopes: slopes[field][i], float64, [kSlopeFields, N], or
+// [kAllSlopes, N] with those along the margin.
 #pragma once
 
 #include "math/host_device.h"
@@ -10,21 +10,30 @@
 namespace nf {
 
 enum RowField {
-  kSum,           // S = sum over j != y of exp(s c_j - kappa)
-  kSumCosine,     // A = the same sum of exp(...) c_j
+  kSum,           // of the term's values over j != y; softmax: S = sum of E
+  kSecondSum,     // of what a term counts besides; softmax: A = sum of E f(c_j)
   kCosine,        // c_y
   kTargetWeight,  // class weight of y; 1 on every shard where there are none, and then not to be summed
   kShift,         // kappa; 0 where the row does not count, as its scores are
   kInverseNorm,   // 1 / ||x||
   kRowWeight,     // weight of this row's loss among the rows': 0 when it does not count
-  kRowFields,
-  kShardSums = kShift
+  kRowFields
+};
+
+// The fields by their names in Python, and how the states of shards make that of all classes.
+struct FieldRule {
+  const char* name;
+  const char* over_shards;
+};
+constexpr FieldRule kRowRules[kRowFields] = {
+    {"sum", "sum"},    {"second_sum", "sum"},    {"cosine", "sum"},      {"target_weight", "sum"},
+    {"shift", "same"}, {"inverse_norm", "same"}, {"row_weight", "same"},
 };
 
 // d loss / d what a row's loss is made of, loss being the result (weights and the mean's divisor included), or
 // with kNone the row's own. All 0 where the row does not count. What backward does is linear in them.
 enum SlopeField {
-  kOthersSlope,   // along <x_hat, x_sum>, E in x_sum held: d loss / d c_j is this times E_j, j != y
+  kOthersSlope,   // along <x_hat, x_sum>, x_sum held: d loss / d c_j is this times e_j, j != y
   kTargetSlope,   // along c_y
   kUniformSlope,  // along <x_hat, class_sum>
   kScaleSlope,    // along s
@@ -34,6 +43,7 @@ enum SlopeField {
   kM3Slope,
   kAllSlopes
 };
+constexpr const char* kSlopeNames[kAllSlopes] = {"others", "target", "uniform", "scale", "m1", "m2", "m3"};
 
 // Instead of a label: the row counts, and its target is a class of another shard.
 constexpr long long kElsewhere = -1;

@@ -16,37 +16,26 @@ struct ExpRange {
   static constexpr double kHigh = std::is_same_v<T, double> ? 709.0 : 88.7;
 };
 
-// Cosines are bounded, so one kappa serves every row while
-//   s + kappa <= kLow   and   s - kappa + ln C <= kHigh:
-// for every |s| up to this one.
-template <class T>
-NF_HD double largest_fixed_scale(double classes) {
-  return 0.5 * (ExpRange<T>::kLow + ExpRange<T>::kHigh - std::log(classes));
-}
-
-template <class T>
-NF_HD bool has_fixed_shift(double scale, double classes) {
-  return std::fabs(scale) <= largest_fixed_scale<T>(classes);
-}
-
-// The middle between both limits, whatever the scale.
-template <class T>
-NF_HD double fixed_shift(double classes) {
-  return 0.5 * (ExpRange<T>::kLow - ExpRange<T>::kHigh + std::log(classes));
-}
-
-// Both numbers of a class count. Whoever has a scale compares it with them: were the logarithm taken on host
-// and device, each with its own last digit, they could disagree at the border.
+// Logits s f(c) are bounded by the range [lowest, highest] of f, which is [-1, 1] for plain cosines, so one
+// kappa serves every row while
+//   kappa - s lowest <= kLow   and   s highest - kappa + ln C <= kHigh    (s > 0; else the ends change places)
+// for every |s| up to the largest one here, with kappa = middle s + offset. Both ends count: no row may lose all
+// of its terms. Whoever has a scale compares it with these numbers: were the logarithm taken on host and device,
+// each with its own last digit, they could disagree at the border.
 struct FixedShift {
   double largest_scale;
-  double kappa;
+  double middle;  // of the range
+  double offset;
 
   NF_HD bool serves(double scale) const { return std::fabs(scale) <= largest_scale; }
+  NF_HD double kappa(double scale) const { return middle * scale + offset; }
 };
 
 template <class T>
-NF_HD FixedShift fixed_shift_of(double classes) {
-  return {largest_fixed_scale<T>(classes), fixed_shift<T>(classes)};
+NF_HD FixedShift fixed_shift_of(double classes, double lowest = -1.0, double highest = 1.0) {
+  const double log_classes = std::log(classes), low = ExpRange<T>::kLow, high = ExpRange<T>::kHigh;
+  return {(low + high - log_classes) / (highest - lowest), 0.5 * (lowest + highest),
+          0.5 * (low - high + log_classes)};
 }
 
 // E_j = 2^(slope c_j + offset): one multiply-add and the power of two that hardware has.

@@ -11,9 +11,10 @@ from ..engine import checks
 from ..engine.calls import accumulator, autocast_dtype, plan_device
 from ..engine.options import takes
 from ..engine.plan import plan
+from ..engine.sweep import SUM, TERMS
 from . import losses, ops
 from .losses import AgentRows, Losses
-from .ops import EXCESS_SUM, HINGE_COSINE, HINGE_SLOPE, HingeOptions
+from .ops import AgentSweepOptions
 from .options import ContrastiveKeywords, ContrastiveOptions, TripletKeywords, TripletOptions
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def swept_rows(
     x, weight = product_operands(x, weight)
     tensor, given = sweep_options(op, x, classes, ignored, options, needed, margin)
     target, hinges, state = ops.agent_hinge(x, weight, labels, tensor, given)
-    return AgentRows(labels != ignored, factor, target, hinges, state[HINGE_SLOPE]), state
+    return AgentRows(labels != ignored, factor, target, hinges, ops.hinge_slope(state, given)), state
 
 
 def product_operands(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,37 +222,31 @@ def sweep_options(
     needed: bool,
     margin: float | Tensor | None = None,
     is_shard: bool = False,
-) -> tuple[Tensor | None, HingeOptions]:
+) -> tuple[Tensor | None, AgentSweepOptions]:
     """(the margin where it is a tensor, the other arguments of the sweep) for x [N, D] and `classes`;
     `needed`: a gradient will be wanted."""
     batch, dim = x.shape
     wide, classes = accumulator(x.dtype), max(1, classes)
     chosen = plan(batch, max(1, dim), classes, wide, plan_device(x), workspace=options.workspace)
-    if not needed:
-        capacity = 0
-    elif options.hardest_only:
-        capacity = 1
-    elif not checks.has_values(x):
-        capacity = 0  # following a list needs its length on the host
-    elif options.active_limit is not None:
-        capacity = min(options.active_limit, classes - 1)
-    else:
-        capacity = min(classes // 16, 512)
     triplet = isinstance(options, TripletOptions)
     if margin is None:
         margin = options.margin if isinstance(options, TripletOptions) else options.neg_margin
     if isinstance(margin, Tensor):  # it is read where x lies
         checks.same_device(op, "neg_margin", margin, "x", x)
-    return margin if isinstance(margin, Tensor) else None, HingeOptions(
+    exponential = not isinstance(options, TripletOptions) and options.exp_negative_weight
+    return margin if isinstance(margin, Tensor) else None, AgentSweepOptions(
+        1.0,
+        options.eps,
+        classes,
+        chosen,
+        chosen.class_chunk,
+        chosen.kernels,
+        wide,
+        ignored,
+        term=TERMS["exponential_hinge" if exponential else "hinge"],
+        is_shard=is_shard,
         margin_value=0.0 if isinstance(margin, Tensor) else margin,
         triplet=triplet,
-        hardest=options.hardest_only,
-        exponential=not isinstance(options, TripletOptions) and options.exp_negative_weight,
-        ignore_index=ignored,
-        eps=options.eps,
-        class_chunk=chosen.class_chunk,
-        capacity=capacity,
-        is_shard=is_shard,
     )
 
 
@@ -259,5 +254,5 @@ def _negatives(options: Losses, state: Tensor, classes: int) -> Tensor:
     """[N], means over the other agents: of the distances, or of the hinges."""
     others = classes - 1
     if isinstance(options, TripletOptions):
-        return (2.0 * others - 2.0 * state[HINGE_COSINE]) / max(1, others)
-    return state[EXCESS_SUM] / max(1, others)
+        raise NotImplementedError
+    return state[SUM] / max(1, others)

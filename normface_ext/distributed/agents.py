@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from ..agents import losses, ops
 from ..agents.functions import product_operands, sweep_options
 from ..agents.losses import AgentRows, Losses
-from ..agents.ops import HINGE_BEST, HINGE_SLOPE, INVERSE_NORM, LOSS_VALUE, HingeOptions
+from ..agents.ops import AgentSweepOptions as HingeOptions
 from ..agents.options import ContrastiveKeywords, ContrastiveOptions, TripletKeywords, TripletOptions
 from ..engine import checks
 from ..engine.arguments import flag

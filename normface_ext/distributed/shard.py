@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..softmax.ops import ELSEWHERE
+from ..engine.sweep import ELSEWHERE
 
 #: The label of a row that does not count, once labels are places in a shard. The user's own ignored index
 #: may be any number, that of ELSEWHERE too.

@@ -10,6 +10,7 @@ from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 
 from .. import _C
+from ..engine import sweep
 from ..engine.autograd import no_second_derivative
 from ..softmax import ops
 from ..softmax.arguments import Numbers, margin_arguments
@@ -44,7 +45,7 @@ def _shared_shift(
         bound = float(scale.detach())
     if _C.has_fixed_shift(bound, shard.num_classes, x.dtype == torch.float64):
         return None
-    return largest_over_shards(ops.head_shift(x, weight, labels, scale, options), shard.group)
+    return largest_over_shards(sweep.head_shift(x, weight, labels, scale, options), shard.group)
 
 
 class _RowsOfAll(Function):
@@ -109,7 +110,7 @@ class ClassParallelLoss(Function):
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         classes = local.contiguous() if rows is None else local.index_select(0, rows)
         shift = _shared_shift(batch.x, classes, places, scale, options, largest_scale, shard)
-        swept, options = ops.head_sweep_in_memory(
+        swept, options = sweep.head_sweep_in_memory(
             batch.x,
             classes,
             places,
@@ -164,7 +165,7 @@ class ClassParallelLoss(Function):
 
         def gradients(*needed: bool) -> tuple[Tensor, Tensor, Tensor]:
             with torch.no_grad():
-                return ops.head_backward(
+                return sweep.head_backward(
                     grad_loss,
                     slopes,
                     x,
@@ -172,7 +173,7 @@ class ClassParallelLoss(Function):
                     places,
                     scale,
                     class_weight,
-                    ops.Swept(*swept),
+                    sweep.Swept(*swept),
                     options,
                     needed,
                 )
@@ -183,7 +184,7 @@ class ClassParallelLoss(Function):
         dw: Tensor | None = gradients(False, True, False)[1] if need_weight else None
         dx = None
         if moving is not None:
-            norms = batch.own(swept[0][ops.INVERSE_NORM])
+            norms = batch.own(swept[0][sweep.INVERSE_NORM])
             dx = store_as(moving.wait() * ctx.replicas, x.dtype, norms, options.eps)
         with torch.no_grad():
             of_margin = ops.margin_gradients(grad_loss, slopes, (m1, m2, m3), ctx.needs_input_grad[3:6])

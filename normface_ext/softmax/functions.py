@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..cosine.functions import normalize
-from ..engine import checks
+from ..engine import checks, sweep
 from ..engine.options import takes
 from ..engine.reduce import weighted
 from ..reference import HeadParts, loss_of_parts
@@ -247,14 +247,14 @@ def parts(
     cosine, log_sum, with_sum, state = parts_op(
         x, weight, inputs.scale, inputs.labels, inputs.sample_weight, inputs.class_weight, given
     )
-    row_weight = state[ops.ROW_WEIGHT]
+    row_weight = state[sweep.ROW_WEIGHT]
     return Parts(
         cosine,
         log_sum,
         row_weight != 0,
         inputs.scale_value if inputs.scale is None else inputs.scale,
         row_weight,
-        state[ops.TARGET_WEIGHT],
+        state[sweep.TARGET_WEIGHT],
         with_sum if options.label_smoothing > 0 else None,
         float(classes) if inputs.class_weight is None else inputs.class_weight.double().sum(),
     )

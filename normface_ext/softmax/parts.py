@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..engine import sweep
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative
 from ..engine.calls import accumulator, kernels
 from . import ops
@@ -29,7 +30,7 @@ class _HeadParts(Function):
     ) -> tuple[Tensor, ...]:
         labels = labels.contiguous()
         need_x, need_weight = ctx.needs_input_grad[:2]
-        swept, options = ops.head_sweep_in_memory(
+        swept, options = sweep.head_sweep_in_memory(
             x.contiguous(),
             weight.contiguous(),
             labels,
@@ -41,9 +42,9 @@ class _HeadParts(Function):
             need_weight=need_weight,
         )
         rows = swept.rows
-        counts = rows[ops.ROW_WEIGHT] != 0
-        log_sum = torch.where(counts, rows[ops.SUM].log() + rows[ops.SHIFT], 0.0)
-        cosine = torch.where(counts, rows[ops.COSINE], 0.0)
+        counts = rows[sweep.ROW_WEIGHT] != 0
+        log_sum = torch.where(counts, rows[sweep.SUM].log() + rows[sweep.SHIFT], 0.0)
+        cosine = torch.where(counts, rows[sweep.COSINE], 0.0)
         with_sum = _with_class_sum(x, swept.class_sum, counts, options)
         ctx.save_for_backward(x, weight, scale, labels, class_weight, *swept)
         ctx.options = options
@@ -60,18 +61,18 @@ class _HeadParts(Function):
             s = options.scale_value if scale is None else scale.double()
             none = torch.zeros_like(rows[0])
             # 0 where the row has no other class, whose logarithm is -inf whatever x and weight are.
-            each = torch.where(rows[ops.SUM] == 0, none, g_log_sum / rows[ops.SUM])
+            each = torch.where(rows[sweep.SUM] == 0, none, g_log_sum / rows[sweep.SUM])
             uniform = g_with_sum if options.smoothing > 0 else none
-            slopes = torch.stack([each * s, g_cosine, uniform, each * rows[ops.SUM_COSINE]])
-            gradients = ops.head_backward(
+            slopes = torch.stack([each * s, g_cosine, uniform, each * rows[sweep.SECOND_SUM]])
+            gradients = sweep.head_backward(
                 x.new_ones((), dtype=accumulator(x.dtype)),
-                torch.where(rows[ops.ROW_WEIGHT] != 0, slopes, 0.0),
+                torch.where(rows[sweep.ROW_WEIGHT] != 0, slopes, 0.0),
                 x.contiguous(),
                 weight.contiguous(),
                 labels,
                 scale,
                 class_weight,
-                ops.Swept(*swept),
+                sweep.Swept(*swept),
                 options,
                 needed,
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 from normface_ext import reference
 from normface_ext.agents import ops as agent_ops
 from normface_ext.agents.ops import HINGE_SLOPE, LOSS_VALUE, HingeOptions
+from normface_ext.engine import sweep
 from normface_ext.engine.calls import plan_device
 from normface_ext.engine.plan import plan
 from normface_ext.softmax import ops
@@ -30,7 +31,7 @@ def parts(weight: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
     made = []
     for first, last in itertools.pairwise(BOUNDS):
         here = (y >= first) & (y < last)
-        place = torch.where(here, y - first, ops.ELSEWHERE).where(y != -100, -100)
+        place = torch.where(here, y - first, sweep.ELSEWHERE).where(y != -100, -100)
         made.append((weight[first:last].contiguous(), place))
     return made
 
@@ -54,9 +55,9 @@ def softmax(x: Tensor, weight: Tensor, scale: Tensor, y: Tensor) -> Results:
         is_shard=True,
     )
     shards = parts(weight, y)
-    shift = torch.stack([ops.head_shift(x, w, place, scale, options) for w, place in shards]).amax(0)
+    shift = torch.stack([sweep.head_shift(x, w, place, scale, options) for w, place in shards]).amax(0)
     swept = [
-        ops.head_sweep(x, w, place, scale, None, None, options, need_x=True, need_weight=True, shift=shift)
+        sweep.head_sweep(x, w, place, scale, None, None, options, need_x=True, need_weight=True, shift=shift)
         for w, place in shards
     ]
     rows = swept[0].rows.clone()
@@ -64,7 +65,7 @@ def softmax(x: Tensor, weight: Tensor, scale: Tensor, y: Tensor) -> Results:
     loss, slopes = ops.softmax_finish(rows, x, swept[0].class_sum, scale, ops.NUMBERS, options)
     upstream = randn(dtype=torch.float64, seed=5).to(loss)  # what the truth gets
     gradients = [
-        ops.head_backward(
+        sweep.head_backward(
             upstream, slopes, x, w, place, scale, None, part._replace(rows=rows), options, (True,) * 3
         )
         for (w, place), part in zip(shards, swept, strict=True)

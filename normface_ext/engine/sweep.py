@@ -1,0 +1,302 @@
+"""The ops of the engine: one sweep over the classes for softmax heads and losses over agents. Fake kernels
+and typed wrappers; no checks, no defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from . import memory
+from .calls import accumulator, add_fakes, by_name, kernels, options_of, plan_device
+from .plan import Plan
+
+#: A row's fields by name, each with how shards combine: csrc/engine/row_state.h.
+ROW_FIELDS: dict[str, str] = dict(_C.row_fields())
+_PLACES = {name: place for place, name in enumerate(ROW_FIELDS)}
+SUM, SECOND_SUM, COSINE = _PLACES["sum"], _PLACES["second_sum"], _PLACES["cosine"]
+TARGET_WEIGHT, SHIFT = _PLACES["target_weight"], _PLACES["shift"]
+INVERSE_NORM, ROW_WEIGHT = _PLACES["inverse_norm"], _PLACES["row_weight"]
+#: The slopes of a row's loss by name, those along the margin's numbers last.
+SLOPES: list[str] = _C.slope_fields()
+ALL_SLOPES, SLOPE_FIELDS = len(SLOPES), SLOPES.index("m1")
+#: csrc/engine/terms.h
+TERMS: dict[str, int] = {name: number for number, name in enumerate(_C.terms())}
+SINKS: dict[str, int] = {name: number for number, name in enumerate(_C.sinks())}
+ELSEWHERE = -1  # instead of a label: the target is a class of another shard
+
+
+class TermInputs(NamedTuple):
+    """What a term wants of the rows, [N] float64, and its numbers common to all, both perhaps none."""
+
+    threshold: Tensor | None
+    numbers: Tensor | None
+
+
+NO_INPUTS = TermInputs(None, None)
+
+
+def _head_sweep_fake(
+    *,
+    x: Tensor,
+    weight: Tensor,
+    store: bool,
+    need_x: bool,
+    need_class_sum: bool,
+    capacity: int,
+    product_precision: torch.dtype,
+    **_: Any,
+) -> tuple[Tensor, ...]:
+    wide = accumulator(x.dtype)
+    (batch, dim), classes = x.shape, weight.shape[0]
+    cuda = plan_device(x).type == "cuda"
+    row = -(-classes // 8) * 8 if cuda else classes  # E in memory: csrc/cuda/host/head.cuh
+    stored = torch.bfloat16 if cuda and product_precision.itemsize == 2 else wide
+    return (
+        x.new_empty([len(ROW_FIELDS), batch], dtype=torch.float64),
+        x.new_empty([classes], dtype=wide),
+        x.new_empty([batch, dim] if need_x else [0], dtype=wide),
+        x.new_empty([dim + 1 if need_class_sum else 0], dtype=wide),
+        x.new_empty([batch * row if store else 0], dtype=stored),
+        x.new_empty([batch, capacity], dtype=torch.int64),
+        x.new_empty([batch, capacity], dtype=wide),
+    )
+
+
+def _head_shift_fake(*, x: Tensor, **_: Any) -> Tensor:
+    return x.new_empty([x.shape[0]], dtype=torch.float64)
+
+
+def _head_backward_fake(
+    *,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    need_x: bool,
+    need_weight: bool,
+    need_scale: bool,
+    is_shard: bool,
+    **_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_scale = [] if scale is None else list(scale.shape)
+    return (
+        x.new_empty(x.shape if need_x else [0], dtype=accumulator(x.dtype) if is_shard else x.dtype),
+        weight.new_empty(weight.shape if need_weight else [0]),
+        x.new_empty(of_scale if need_scale else [0], dtype=torch.float64),
+    )
+
+
+def _target_cosine_fake(*, x: Tensor, **_: Any) -> Tensor:
+    return x.new_empty([x.shape[0]], dtype=torch.float64)
+
+
+add_fakes(
+    by_name(
+        {
+            "target_cosine": _target_cosine_fake,
+            "head_sweep": _head_sweep_fake,
+            "head_shift": _head_shift_fake,
+            "head_backward": _head_backward_fake,
+        }
+    )
+)
+
+
+@dataclass(eq=False)
+class SweepOptions:
+    """The arguments of the engine's ops that are neither tensors nor differentiable, by their names in
+    csrc/engine/head_arguments.h. A ``..._value`` counts where no tensor stands for it."""
+
+    scale_value: float
+    eps: float
+    total_classes: int
+    plan: Plan
+    class_chunk: int  # the plan's, as are the kernels
+    kernels: int
+    product_precision: torch.dtype
+    ignore_index: int
+    smoothing: float = 0.0
+    term: int = TERMS["softmax"]
+    lowest: float = -1.0
+    highest: float = 1.0
+    is_shard: bool = False  # one shard of the classes of several
+
+
+Options = TypeVar("Options", bound=SweepOptions)
+
+
+def planned(options: Options, plan: Plan) -> Options:
+    return replace(options, plan=plan, class_chunk=plan.class_chunk, kernels=plan.kernels)
+
+
+_cosine_options = options_of("target_cosine", SweepOptions)
+_sweep_options = options_of("head_sweep", SweepOptions)
+_shift_options = options_of("head_shift", SweepOptions)
+_backward_options = options_of("head_backward", SweepOptions)
+
+
+class Swept(NamedTuple):
+    """What ``head_sweep`` found of all rows, in the order in which ``head_backward`` takes it."""
+
+    rows: Tensor
+    inverse_norm: Tensor
+    x_sum: Tensor
+    class_sum: Tensor
+    stored: Tensor
+
+
+def target_cosine(x: Tensor, weight: Tensor, labels: Tensor, options: SweepOptions) -> Tensor:
+    """cos(x_i, w_labels[i]), [N] float64, without a gradient of its own; 0 where the class is not here."""
+    cosine: Tensor = kernels(x, weight).target_cosine(x, weight, labels, *_cosine_options(options))
+    return cosine
+
+
+def head_sweep(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor | None,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    options: SweepOptions,
+    *,
+    need_x: bool,
+    need_weight: bool,
+    shift: Tensor | None = None,
+    term: TermInputs = NO_INPUTS,
+) -> Swept:
+    """The sums over the classes at hand."""
+    swept = kernels(x, weight).head_sweep(
+        x,
+        weight,
+        labels,
+        scale,
+        *term,
+        sample_weight,
+        class_weight,
+        shift,
+        options.plan.store and need_weight,
+        need_x,
+        options.smoothing > 0,
+        SINKS["none"],
+        0,
+        *_sweep_options(options),
+    )
+    return Swept(*swept[:5])
+
+
+def head_sweep_collecting(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor | None,
+    options: SweepOptions,
+    *,
+    sink: str,
+    capacity: int,
+    store: bool,
+    need_class_sum: bool = False,
+    term: TermInputs = NO_INPUTS,
+) -> tuple[Swept, Tensor, Tensor]:
+    """The same without x_sum, and what the sink collects: classes and coefficients (or the hardest cosine),
+    [N, capacity] each, which csrc/engine/head_arguments.h describes."""
+    *swept, listed, found = kernels(x, weight).head_sweep(
+        x,
+        weight,
+        labels,
+        None,
+        *term,
+        sample_weight,
+        None,
+        None,
+        store,
+        False,
+        need_class_sum,
+        SINKS[sink],
+        capacity,
+        *_sweep_options(options),
+    )
+    return Swept(*swept), listed, found
+
+
+def head_sweep_in_memory(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor | None,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    options: Options,
+    *,
+    need_x: bool,
+    need_weight: bool,
+    shift: Tensor | None = None,
+    term: TermInputs = NO_INPUTS,
+) -> tuple[Swept, Options]:
+    """``head_sweep``, and the options that its backward has to be given: of a smaller plan where the
+    memory for E cannot be had. A traced step has one plan."""
+
+    def sweep(given: Options) -> tuple[Swept, Options]:
+        arguments = x, weight, labels, scale, sample_weight, class_weight, given
+        swept = head_sweep(*arguments, need_x=need_x, need_weight=need_weight, shift=shift, term=term)
+        return swept, given
+
+    if torch.compiler.is_compiling() or not (options.plan.store and need_weight):
+        return sweep(options)
+    device = plan_device(x)
+    if not memory.is_refused(options.plan, device):
+        try:
+            return sweep(options)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_refusal(error):
+                raise
+        memory.refuse(options.plan, device)
+    (batch, dim), classes = x.shape, max(1, weight.shape[0])
+    smaller = memory.smaller_plan(options.plan, batch, dim, classes, options.product_precision, device)
+    return sweep(options if smaller is None else planned(options, smaller))
+
+
+def head_shift(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor | None,
+    options: SweepOptions,
+    term: TermInputs = NO_INPUTS,
+) -> Tensor:
+    """kappa as the classes at hand alone would have it, [N] float64; -inf where there is none."""
+    shift: Tensor = kernels(x, weight).head_shift(x, weight, labels, scale, *term, *_shift_options(options))
+    return shift
+
+
+def head_backward(
+    grad_loss: Tensor,
+    slopes: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor | None,
+    class_weight: Tensor | None,
+    swept: Swept,
+    options: SweepOptions,
+    needed: tuple[bool, ...],
+    term: TermInputs = NO_INPUTS,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and scale, in the scale's dtype, from the slopes of the rows' losses."""
+    dx, dw, ds = kernels(x, weight).head_backward(
+        grad_loss.contiguous(),
+        slopes,
+        x,
+        weight,
+        labels,
+        scale,
+        *term,
+        class_weight,
+        *swept,
+        *needed,
+        *_backward_options(options),
+    )
+    return dx, dw, ds if scale is None else ds.to(scale.dtype)
