@@ -54,6 +54,8 @@ std::string sentence(Refusal refusal, const Product& p, const ProductShape& s, c
       return "";
     case Refusal::kDevice:
       return std::string("is for ") + (p.cuda ? "CUDA" : "the CPU");
+    case Refusal::kTerm:
+      return "is the softmax's only";
     case Refusal::kType:
       return "does not take operands of " + std::to_string(s.item) + " bytes";
     case Refusal::kAlignment:
@@ -88,11 +90,11 @@ py::dict described(const Way& way, const ProductShape& s, const DeviceFacts& d) 
 
 // The way that nf.plan() tells and the ops take; its chunk is 0 where not even one class fits, and then its bytes
 // are the least that would do.
-py::dict chosen_way(int64_t batch, int64_t dim, int64_t classes, int64_t item, const Facts& facts,
-                    int64_t budget) {
-  const ProductShape s{batch, dim, classes, item};
+py::dict chosen_way(int64_t batch, int64_t dim, int64_t classes, int64_t item, bool softmax,
+                    const Facts& facts, int64_t budget) {
+  const ProductShape s{batch, dim, classes, item, softmax};
   const DeviceFacts d = facts_of(facts);
-  const StoreRule rule = store_rule(kProducts, dim, item, d);
+  const StoreRule rule = store_rule(kProducts, s, d);
   const bool store = rule(batch, classes, budget);
   Way way = choose(kProducts, s, d, budget, store);
   if (store) way.bytes = rule.bytes(batch, classes);
@@ -100,9 +102,9 @@ py::dict chosen_way(int64_t batch, int64_t dim, int64_t classes, int64_t item, c
 }
 
 // Every way there is on such a device.
-py::list all_ways(int64_t batch, int64_t dim, int64_t classes, int64_t item, const Facts& facts,
+py::list all_ways(int64_t batch, int64_t dim, int64_t classes, int64_t item, bool softmax, const Facts& facts,
                   int64_t budget) {
-  const ProductShape s{batch, dim, classes, item};
+  const ProductShape s{batch, dim, classes, item, softmax};
   const DeviceFacts d = facts_of(facts);
   py::list ways;
   for (const Product& p : kProducts) {
@@ -117,8 +119,8 @@ py::list all_ways(int64_t batch, int64_t dim, int64_t classes, int64_t item, con
 }
 
 // The coefficients of StoreRule: (parts of a byte, memory, later, cells in the cache).
-py::tuple rule_of(int64_t dim, int64_t item, const Facts& facts) {
-  const StoreRule rule = store_rule(kProducts, dim, item, facts_of(facts));
+py::tuple rule_of(int64_t dim, int64_t item, bool softmax, const Facts& facts) {
+  const StoreRule rule = store_rule(kProducts, {0, dim, 0, item, softmax}, facts_of(facts));
   const auto listed = [](const Polynomial* p, int count) {
     py::tuple all(static_cast<size_t>(count));
     for (int k = 0; k < count; ++k)

@@ -69,7 +69,7 @@ inline Way fit(const Product& p, const ProductShape& s, const DeviceFacts& d, in
   return way;
 }
 
-// Whether E is kept, for one D, operand type and device: where it fits the budget (the least of `memory` does, in
+// Whether E is kept, for one D, operand type, term and device: where it fits the budget (the least of `memory` does, in
 // kParts) and either stays in the cache, or is the faster way (one of `later`, in 1e-18 s, is not above 0).
 struct StoreRule {
   static constexpr int kMost = 3;
@@ -116,8 +116,8 @@ constexpr bool beaten(const Cost& mine, const Cost& other) {
   return other.cell <= mine.cell && other.klass <= mine.klass && other.launches <= mine.launches;
 }
 
-inline StoreRule store_rule(std::span<const Product> table, int64_t dim, int64_t item, const DeviceFacts& d) {
-  const ProductShape s{0, dim, 0, item};
+inline StoreRule store_rule(std::span<const Product> table, const ProductShape& of, const DeviceFacts& d) {
+  const ProductShape s{0, of.dim, 0, of.item, of.softmax};
   const auto cost = [&](const Product& p) { return p.forward(s, d) + p.backward(s, d); };
   const auto may_win = [&](const Product& p) {
     return p.keeps_e && by_itself(p, s, d) && std::none_of(table.begin(), table.end(), [&](const Product& o) {
@@ -127,7 +127,7 @@ inline StoreRule store_rule(std::span<const Product> table, int64_t dim, int64_t
   const auto sweep = std::find_if(table.begin(), table.end(),
                                   [&](const Product& p) { return !p.keeps_e && by_itself(p, s, d); });
   StoreRule rule;
-  rule.cache_cells = d.rates->cache / item;
+  rule.cache_cells = d.rates->cache / s.item;
   for (const Product& p : table) {
     if (!may_win(p)) continue;
     Polynomial memory[StoreRule::kMost] = {};

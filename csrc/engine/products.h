@@ -17,6 +17,7 @@ namespace nf {
 struct ProductShape {
   int64_t batch, dim, classes;
   int64_t item;
+  bool softmax = true;  // the term (terms.h) is the softmax's
 
   constexpr int64_t wide() const { return item < 4 ? 4 : item; }
 };
@@ -86,7 +87,17 @@ struct Workspace {
 };
 
 // Why a product is not for a shape, a device, or not chosen by itself.
-enum class Refusal { kNone, kDevice, kType, kAlignment, kColumns, kSharedMemory, kCapability, kUnmeasured };
+enum class Refusal {
+  kNone,
+  kDevice,
+  kTerm,
+  kType,
+  kAlignment,
+  kColumns,
+  kSharedMemory,
+  kCapability,
+  kUnmeasured
+};
 
 struct Product {
   const char* name;             // by which a choice travels
@@ -94,6 +105,7 @@ struct Product {
   const char* weight_gradient;  // what makes dW
   HeadKernels kernels;
   bool cuda;
+  bool softmax_only;              // until another term is worth its registers there
   int64_t least_item, most_item;  // bytes of operands
   bool aligned;                   // rows begin at multiples of 16 bytes
   int64_t most_columns;           // of a row; 0: any
@@ -108,6 +120,7 @@ struct Product {
 
   constexpr Refusal refusal(const ProductShape& shape, const DeviceFacts& device) const {
     if (cuda != device.cuda) return Refusal::kDevice;
+    if (softmax_only && !shape.softmax) return Refusal::kTerm;
     if (shape.item < least_item || shape.item > most_item) return Refusal::kType;
     if (aligned && shape.dim * shape.item % 16 != 0) return Refusal::kAlignment;
     if (most_columns != 0 && shape.dim > most_columns) return Refusal::kColumns;
@@ -308,6 +321,7 @@ constexpr Product kProducts[] = {
      .weight_gradient = "blas",
      .kernels = kLibraryKernels,
      .cuda = false,
+     .softmax_only = false,
      .least_item = 2,
      .most_item = 8,
      .aligned = false,
@@ -325,6 +339,7 @@ constexpr Product kProducts[] = {
      .weight_gradient = "cublas",
      .kernels = kLibraryKernels,
      .cuda = true,
+     .softmax_only = false,
      .least_item = 2,
      .most_item = 8,
      .aligned = false,
@@ -342,6 +357,7 @@ constexpr Product kProducts[] = {
      .weight_gradient = "cuda cores",
      .kernels = kPlainProducts,
      .cuda = true,
+     .softmax_only = true,
      .least_item = 4,
      .most_item = 8,
      .aligned = true,
@@ -359,6 +375,7 @@ constexpr Product kProducts[] = {
      .weight_gradient = "cublas",
      .kernels = kTensorCoreScores,
      .cuda = true,
+     .softmax_only = false,
      .least_item = 2,
      .most_item = 2,
      .aligned = true,
@@ -376,6 +393,7 @@ constexpr Product kProducts[] = {
      .weight_gradient = "tensor cores",
      .kernels = kTensorCores,
      .cuda = true,
+     .softmax_only = false,
      .least_item = 2,
      .most_item = 2,
      .aligned = true,
@@ -393,6 +411,7 @@ constexpr Product kProducts[] = {
      .weight_gradient = "tensor cores",
      .kernels = kSingleSweep,
      .cuda = true,
+     .softmax_only = true,
      .least_item = 2,
      .most_item = 2,
      .aligned = true,

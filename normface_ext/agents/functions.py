@@ -10,7 +10,7 @@ from torch import Tensor
 from ..engine import checks
 from ..engine.calls import accumulator, autocast_dtype, plan_device
 from ..engine.options import takes
-from ..engine.plan import plan
+from ..engine.plan import products
 from ..engine.sweep import SUM, TERMS
 from . import losses, ops
 from .losses import AgentRows, Losses
@@ -227,7 +227,7 @@ def sweep_options(
     `needed`: a gradient will be wanted."""
     batch, dim = x.shape
     wide, classes = accumulator(x.dtype), max(1, classes)
-    chosen = plan(batch, max(1, dim), classes, wide, plan_device(x), workspace=options.workspace)
+    made = products(batch, max(1, dim), classes, wide, plan_device(x), options.workspace, softmax=False)
     triplet = isinstance(options, TripletOptions)
     if margin is None:
         margin = options.margin if isinstance(options, TripletOptions) else options.neg_margin
@@ -238,9 +238,7 @@ def sweep_options(
         1.0,
         options.eps,
         classes,
-        chosen,
-        chosen.class_chunk,
-        chosen.kernels,
+        *made,
         wide,
         ignored,
         term=TERMS["exponential_hinge" if exponential else "hinge"],

@@ -82,7 +82,7 @@ class _AgentHinge(Function):
         distance = 2.0 - 2.0 * target_cosine(rows, agents, labels, options)
         threshold = distance * options.triplet + (options.margin_value if margin is None else margin)
         term = TermInputs(threshold, None)
-        store = options.plan.store and any(ctx.needs_input_grad[:2])
+        store = options.keep and any(ctx.needs_input_grad[:2])
         swept, _, _ = head_sweep_collecting(
             rows, agents, labels, None, options, sink="none", capacity=0, store=store, term=term
         )

@@ -6,7 +6,10 @@ import warnings
 
 import torch
 
-from .plan import Plan, plan
+from .plan import Products, plan
+
+#: N, D, C, dtype and device: what a plan is made for.
+Step = tuple[int, int, int, torch.dtype, torch.device]
 
 #: The least workspace that could not be had, by device. It is not asked for again: on CUDA an allocation that
 #: fails empties torch's cache first, at every step.
@@ -19,7 +22,9 @@ def is_refusal(error: Exception) -> bool:
     return known or (isinstance(error, RuntimeError) and "could not allocate" in str(error))
 
 
-def refuse(failed: Plan, device: torch.device) -> None:
+def refuse(step: Step, workspace: int) -> None:
+    """The plan of this step, within a budget, could not be followed."""
+    device, failed = step[-1], plan(*step, workspace=workspace)
     _refused[device] = failed.workspace_bytes
     warnings.warn(
         f"normface_loss: the {failed.workspace_bytes / 2**20:.1f} MiB of the plan that keeps E could not be"
@@ -29,20 +34,20 @@ def refuse(failed: Plan, device: torch.device) -> None:
     )
 
 
-def is_refused(wanted: Plan, device: torch.device) -> bool:
-    return device in _refused and wanted.workspace_bytes >= _refused[device]
+def is_refused(step: Step, workspace: int) -> bool:
+    device = step[-1]
+    return device in _refused and plan(*step, workspace=workspace).workspace_bytes >= _refused[device]
 
 
-def smaller_plan(
-    failed: Plan, batch: int, dim: int, classes: int, dtype: torch.dtype, device: torch.device
-) -> Plan | None:
-    """A plan without E in at most half the memory; None where there is none."""
+def smaller(step: Step, workspace: int) -> Products | None:
+    """Without E, in at most half the memory; None where there is no such plan."""
+    failed = plan(*step, workspace=workspace)
     for share in (8, 4, 2):
         budget = failed.workspace_bytes // share
         try:
-            found = plan(batch, dim, classes, dtype, device, workspace=budget)
+            found = plan(*step, workspace=budget)
         except ValueError:  # not even one class per chunk fits
             continue
         if not found.store:
-            return found
+            return Products(False, budget, "auto")
     return None

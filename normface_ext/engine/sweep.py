@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _C
 from . import memory
 from .calls import accumulator, add_fakes, by_name, kernels, options_of, plan_device
-from .plan import Plan
+from .plan import Products
 
 #: A row's fields by name, each with how shards combine: csrc/engine/row_state.h.
 ROW_FIELDS: dict[str, str] = dict(_C.row_fields())
@@ -113,9 +113,9 @@ class SweepOptions:
     scale_value: float
     eps: float
     total_classes: int
-    plan: Plan
-    class_chunk: int  # the plan's, as are the kernels
-    kernels: int
+    keep: bool  # E, where a gradient of the weight is wanted
+    workspace: int
+    product: str
     product_precision: torch.dtype
     ignore_index: int
     smoothing: float = 0.0
@@ -128,8 +128,8 @@ class SweepOptions:
 Options = TypeVar("Options", bound=SweepOptions)
 
 
-def planned(options: Options, plan: Plan) -> Options:
-    return replace(options, plan=plan, class_chunk=plan.class_chunk, kernels=plan.kernels)
+def planned(options: Options, products: Products) -> Options:
+    return replace(options, **products._asdict())
 
 
 _cosine_options = options_of("target_cosine", SweepOptions)
@@ -178,7 +178,7 @@ def head_sweep(
         sample_weight,
         class_weight,
         shift,
-        options.plan.store and need_weight,
+        options.keep and need_weight,
         need_x,
         options.smoothing > 0,
         SINKS["none"],
@@ -244,18 +244,18 @@ def head_sweep_in_memory(
         swept = head_sweep(*arguments, need_x=need_x, need_weight=need_weight, shift=shift, term=term)
         return swept, given
 
-    if torch.compiler.is_compiling() or not (options.plan.store and need_weight):
+    if torch.compiler.is_compiling() or not (options.keep and need_weight):
         return sweep(options)
-    device = plan_device(x)
-    if not memory.is_refused(options.plan, device):
+    (batch, dim), classes, device = x.shape, max(1, weight.shape[0]), plan_device(x)
+    step = batch, dim, classes, options.product_precision, device
+    if not memory.is_refused(step, options.workspace):
         try:
             return sweep(options)
         except (RuntimeError, MemoryError) as error:
             if not memory.is_refusal(error):
                 raise
-        memory.refuse(options.plan, device)
-    (batch, dim), classes = x.shape, max(1, weight.shape[0])
-    smaller = memory.smaller_plan(options.plan, batch, dim, classes, options.product_precision, device)
+        memory.refuse(step, options.workspace)
+    smaller = memory.smaller(step, options.workspace)
     return sweep(options if smaller is None else planned(options, smaller))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..engine import checks
 from ..engine.calls import plan_device
-from ..engine.plan import plan
+from ..engine.plan import products
 from . import ops
 from .margins import GUARDS, Margin, of_rows
 from .options import HeadOptions
@@ -86,14 +86,12 @@ def loss_options(
     """What the kernels are told of a head of `classes` classes."""
     precision = product_dtype(x, weight)
     m1, m2, m3, formula, guard, straight = margin
-    made = plan(batch, x.shape[1], classes, precision, plan_device(x), workspace=options.workspace)
+    made = products(batch, x.shape[1], classes, precision, plan_device(x), options.workspace)
     return ops.LossOptions(
         scale_value,
         options.eps,
         classes,
-        made,
-        made.class_chunk,
-        made.kernels,
+        *made,
         precision,
         checks.ignored(options.ignore_index),
         options.label_smoothing,

@@ -13,6 +13,7 @@
 #include "cuda/device/row_access.cuh"
 #include "cuda/device/row_state.cuh"
 #include "cuda/device/stored.cuh"
+#include "cuda/host/head_launch.h"
 #include "cuda/host/rows.h"
 #include "cuda/products/cublas.h"
 #include "cuda/products/simt_products.h"
@@ -62,12 +63,12 @@ struct Head {
   math::FixedShift window;  // made here for the device too
   bool fixed_shift;         // known here and now; where the scale is a tensor, the device decides
   bool is_16_bit;           // 16-bit operands
-  HeadKernels kernels;      // a choice that the operands' type allows
-  ScalarType wide;          // sums, scores
-  ScalarType score;         // operands of the scores
-  ScalarType other;         // E and the operands it meets
+  HeadKernels kernels;
+  ScalarType wide;   // sums, scores
+  ScalarType score;  // operands of the scores
+  ScalarType other;  // E and the operands it meets
 
-  explicit Head(const HeadInputs& in)
+  Head(const HeadInputs& in, const HeadLaunch& launch)
       : x(in.x),
         weight(in.weight),
         labels(in.labels),
@@ -77,12 +78,12 @@ struct Head {
         dim(x.size(1)),
         classes(weight.size(0)),
         total_classes(in.total_classes),
-        chunk(std::max<int64_t>(1, std::min(in.class_chunk, classes))),
+        chunk(std::max<int64_t>(1, std::min(launch.chunk, classes))),
         is_shard(in.is_shard),
         window(math::fixed_shift_of<T>(double(in.total_classes))),
         fixed_shift(!in.scale && window.serves(in.scale_value)),
         is_16_bit(in.product_precision == ScalarType::Half || in.product_precision == ScalarType::BFloat16),
-        kernels(is_16_bit == (in.kernels != kPlainProducts) ? HeadKernels(in.kernels) : kLibraryKernels),
+        kernels(launch.kernels),
         wide(accumulator(x.scalar_type())),
         score(is_16_bit ? ScalarType::Half : wide),
         other(is_16_bit ? ScalarType::BFloat16 : wide) {}

@@ -133,7 +133,7 @@ void grad_weight(Queue& queue, const Head<T>& head, const RowState& rows, const 
 template <class T>
 void backward(Queue& queue, const HeadBackwardArguments& in, const Tensor& dx, Tensor& dw,
               const Tensor& dscale) {
-  const Head<T> head(in);
+  const Head<T> head(in, launch_of(in.kName, queue, in, in.stored.numel() > 0));
   const int64_t N = head.batch, D = head.dim;
   const RowState rows(in.rows);
   const bool recompute = in.need_weight && in.stored.numel() == 0;

@@ -148,7 +148,7 @@ void sum_classes(Queue& queue, const Head<T>& head, const T* inverse_norm, doubl
 
 template <class T>
 SweepResult sweep(Queue& queue, const HeadSweepArguments& in) {
-  Head<T> head(in);
+  Head<T> head(in, launch_of(in.kName, queue, in, in.store));
   const bool store = in.store, need_x = in.need_x;
   if (store) head.chunk = std::max<int64_t>(1, head.classes);
   const int64_t N = head.batch, D = head.dim, chunk = head.chunk;
@@ -207,7 +207,7 @@ SweepResult sweep(Queue& queue, const HeadSweepArguments& in) {
 // kappa of every row as these classes alone would have it.
 template <class T>
 Tensor choose_shift(Queue& queue, const HeadShiftArguments& in) {
-  const Head<T> head(in);
+  const Head<T> head(in, launch_of(in.kName, queue, in, false));
   const int64_t N = head.batch, D = head.dim;
   const Tensor state = head.buffer(kRowFields, N, ScalarType::Double);
   const Sweep<T> sweep{head,
