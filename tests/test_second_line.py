@@ -18,7 +18,7 @@ def swept(lane):
         "x": x, "weight": weight, "labels": labels, "scale": None, "sample_weight": None,
         "class_weight": None, "shift": None, "store": False, "need_x": True,
         "need_class_sum": False, "scale_value": 8.0,
-        "ignore_index": -100, "eps": 1e-12, "class_chunk": C, "kernels": 0, "product_precision": x.dtype,
+        "ignore_index": -100, "eps": 1e-12, "workspace": 1 << 30, "product": "auto", "product_precision": x.dtype,
         "total_classes": C, "is_shard": False,
     }  # fmt: skip
     return ops, given, dict(zip(("rows", "inverse_norm", "x_sum", "class_sum", "stored"),

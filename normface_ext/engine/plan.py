@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _C
-from . import checks
+from . import checks, library
 from .arguments import integer
 
 GIB = 1 << 30
@@ -28,9 +28,11 @@ DEFAULT_WORKSPACE = {"cpu": 2 * GIB, "cuda": 8 * GIB}
 #: csrc/plan_module.cpp: cuda, threads, multiprocessors, bytes of shared memory of a block, 80 for compute
 #: capability 8.0, name.
 Facts = tuple[bool, int, int, int, int, str]
-#: Without a GPU at hand: the shared memory is the least among those that have tensor cores (compute capability
-#: 8.6), and the multiprocessors are many.
+#: Without a GPU at hand: the shared memory is the least among those that have tensor cores (compute
+#: capability 8.6), and the multiprocessors are many.
 ASSUMED: Facts = (True, 1, 148, 101_376, 80, "")
+#: Of the kernels' emulation on a CPU (tests/emulation/device/launch.cuh).
+EMULATED: Facts = (True, 1, 3, 227 << 10, 80, "emulated")
 
 
 class Loser(NamedTuple):
@@ -94,7 +96,11 @@ class Plan:
             f" {self.flops / 1e9:.2f} GFLOP, at least {_size(self.bytes_moved)} moved,"
             f" predicted {_time(self.seconds)}"
         )
-        lines = [f"  not {loser.algorithm} by {loser.product}: {loser.why}" for loser in self.losers]
+        lines = [
+            f"  not {loser.product if loser.seconds is None else f'{loser.algorithm} by {loser.product}'}:"
+            f" {loser.why}"
+            for loser in self.losers
+        ]
         return "\n".join([chosen, *lines])
 
 
@@ -120,6 +126,8 @@ def facts(device: torch.device) -> Facts:
     """What the products ask of a device."""
     if device.type != "cuda":
         return False, _threads(), 0, 0, 0, ""
+    if library.emulating():
+        return EMULATED
     if not torch.cuda.is_available():
         return ASSUMED
     card = torch.cuda.get_device_properties(device)
@@ -264,7 +272,7 @@ _asked: _Asked | None = None
 
 
 def _rule(device: torch.device, dim: int, dtype: torch.dtype, softmax: bool) -> _Rule:
-    key = device, dim, dtype, softmax, ASSUMED, torch.get_num_threads()
+    key = device, dim, dtype, softmax, library.emulating(), torch.get_num_threads()
     rule = _rules.get(key)
     if rule is None:
         coefficients = _C.store_rule(dim, operand_bytes(device, dtype), softmax, facts(device))
@@ -316,9 +324,9 @@ def products(
 
 @contextmanager
 def asking(product: str, *, store: bool | None = None, chunk: int | None = None) -> Iterator[None]:
-    """A product by its name instead of the fastest, within the block: E kept or not, `chunk` classes at a time.
-    For measuring and testing; one that does not take a shape raises there. A CPU has one product, and goes on
-    as always."""
+    """A product by its name instead of the fastest, within the block: E kept or not, `chunk` classes at a
+    time. For measuring and testing; one that does not take a shape raises there. What is for another kind of
+    device is not asked for on this one."""
     global _asked
     before, _asked = _asked, _Asked(product, store, chunk)
     try:
