@@ -12,7 +12,6 @@ from ..cosine.options import LinearOptions
 from ..cosine.rows import unit_rows_
 from ..engine.arguments import RATE, flag, integer, number
 from ..softmax.layers import NormFaceLoss
-from ..softmax.ranking import towards
 from . import ranking, softmax
 from .sampling import ClassSampler
 from .shard import ClassShard
@@ -123,7 +122,7 @@ class ShardedNormFaceLoss(NormFaceLoss):
         options = self.present_options()
         return ranking.nearest_class(
             type(self).__name__,
-            towards(x, self.bounded_scale()),
+            x,
             self._local_weight(),
             self.shard,
             options.eps,
@@ -134,7 +133,7 @@ class ShardedNormFaceLoss(NormFaceLoss):
         options = self.present_options()
         return ranking.target_rank(
             type(self).__name__,
-            towards(x, self.bounded_scale()),
+            x,
             self._local_weight(),
             labels,
             self.shard,

@@ -143,8 +143,8 @@ class NormFaceLoss(HoldsTensors):
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """The class of the largest logit, int64 [N]; of several the first. Without an N x C matrix: this is
-        ``functional.nearest_class`` with the sign of the scale."""
-        options, x = self.present_options(), ranking.towards(x, self.bounded_scale())
+        ``functional.nearest_class``, the scale being positive."""
+        options = self.present_options()
         return ranking.nearest_class(x, self.weight, eps=options.eps, workspace=options.workspace)[0]
 
     @torch.no_grad()
@@ -161,7 +161,7 @@ class NormFaceLoss(HoldsTensors):
     def _ranks(self, x: Tensor, labels: Tensor) -> Tensor:
         options = self.present_options()
         return ranking.target_rank(
-            ranking.towards(x, self.bounded_scale()),
+            x,
             self.weight,
             labels,
             ignore_index=options.ignore_index,

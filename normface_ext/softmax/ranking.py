@@ -85,14 +85,6 @@ def target_rank(x: Tensor, weight: Tensor, labels: Tensor, **options: Unpack[Par
     return nearer(x, weight, labels, target_cosine(x, weight, labels, told), told)
 
 
-def towards(x: Tensor, scale: float | Tensor) -> Tensor:
-    """Features whose largest cosine is that of the largest logit: a negative scale turns them round, and with
-    a scale of 0 all logits are equal."""
-    if isinstance(scale, Tensor):
-        return x * scale.detach().sign().to(x.dtype)
-    return x if scale > 0 else -x if scale < 0 else torch.zeros_like(x)
-
-
 def accuracy_of(ranks: Tensor, topk: Sequence[int]) -> Tensor:
     """Shares of the rows that count (rank >= 0) with a rank below k, [len(topk)] float64; 0 without any."""
     counted = (ranks >= 0).sum().clamp_min(1)
