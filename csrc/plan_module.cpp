@@ -96,9 +96,7 @@ py::dict chosen_way(int64_t batch, int64_t dim, int64_t classes, int64_t item, b
   const DeviceFacts d = facts_of(facts);
   const StoreRule rule = store_rule(kProducts, s, d);
   const bool store = rule(batch, classes, budget);
-  Way way = choose(kProducts, s, d, budget, store);
-  if (store) way.bytes = rule.bytes(batch, classes);
-  return described(way, s, d);
+  return described(choose(kProducts, s, d, budget, store), s, d);
 }
 
 // Every way there is on such a device.
@@ -131,15 +129,15 @@ py::tuple rule_of(int64_t dim, int64_t item, bool softmax, const Facts& facts) {
                         rule.cache_cells);
 }
 
-// What a product holds with so many classes at once.
+// What a product holds with so many classes at once, without E kept.
 int64_t workspace_bytes(const std::string& name, int64_t batch, int64_t dim, int64_t classes, int64_t item,
-                        const Facts& facts, int64_t chunk, bool store) {
+                        const Facts& facts, int64_t chunk) {
   const ProductShape s{batch, dim, classes, item};
   const DeviceFacts d = facts_of(facts);
   for (const Product& p : kProducts)
     if (name == p.name && p.cuda == d.cuda)
       return p.workspace(s, d, std::min(d.threads, tiles::ceil_div(classes, chunk)))
-          .bytes(batch, classes, chunk, store);
+          .bytes(batch, classes, chunk);
   throw py::value_error("expected the name of a product, got " + name);
 }
 
@@ -151,7 +149,8 @@ void define_plan(py::module_& m) {
   m.def("chosen_way", &chosen_way, "The way of a step over the classes (csrc/engine/plan.h).");
   m.def("all_ways", &all_ways, "Every way of that step, with what speaks against it.");
   m.def("store_rule", &rule_of, "Polynomials in N and C that say whether E is kept.");
-  m.def("workspace_bytes", &workspace_bytes, "Bytes that a product holds with so many classes at once.");
+  m.def("workspace_bytes", &workspace_bytes,
+        "Bytes that a product holds with so many classes at once and no E.");
 }
 
 }  // namespace nf

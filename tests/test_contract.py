@@ -139,7 +139,7 @@ def norm_linear_backward_samples(lane):
 #: By whether E is kept: what is enough; and for four classes at a time of eight, on a CPU.
 HALF_OF_THEM = {
     True: 1 << 30,
-    False: nf._C.workspace_bytes("blas", 3, 5, 8, 4, (False, torch.get_num_threads(), 0, 0, 0, ""), 4, False),
+    False: nf._C.workspace_bytes("blas", 3, 5, 8, 4, (False, torch.get_num_threads(), 0, 0, 0, ""), 4),
 }
 
 

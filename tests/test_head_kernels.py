@@ -196,7 +196,7 @@ def test_the_single_sweep_keeps_its_word(cuda_lane, monkeypatch):
     batch, dim, classes = 20, 40, 700
     choose(monkeypatch, "single sweep", classes)
     name, *_ = planning._asked
-    said = _C.workspace_bytes(name, batch, dim, classes, 2, planning.EMULATED, classes, False)
+    said = _C.workspace_bytes(name, batch, dim, classes, 2, planning.EMULATED, classes)
     x, weight, labels = sample(cuda_lane, batch, dim, classes, torch.bfloat16)
 
     def step():

@@ -18,11 +18,14 @@ def swept(lane):
         "x": x, "weight": weight, "labels": labels, "scale": None, "sample_weight": None,
         "class_weight": None, "shift": None, "store": False, "need_x": True,
         "need_class_sum": False, "scale_value": 8.0,
-        "ignore_index": -100, "eps": 1e-12, "workspace": 1 << 30, "product": "auto", "product_precision": x.dtype,
+        "ignore_index": -100, "eps": 1e-12, "workspace": 1 << 30, "product": "auto",
+        "product_precision": x.dtype, "threshold": None, "numbers": None, "term": 0, "lowest": -1.0,
+        "highest": 1.0, "sink": 0, "capacity": 0,
         "total_classes": C, "is_shard": False,
     }  # fmt: skip
+    results = ops.head_sweep(*[given[n] for n in names])[:5]
     return ops, given, dict(zip(("rows", "inverse_norm", "x_sum", "class_sum", "stored"),
-                                ops.head_sweep(*[given[n] for n in names]), strict=True))  # fmt: skip
+                                results, strict=True))  # fmt: skip
 
 
 FINISH = {

@@ -43,6 +43,24 @@ inline double seconds(const Product& p, const ProductShape& s, const DeviceFacts
          (3 + chunks * cost.launches) * d.rates->launch.value;
 }
 
+// E kept by this product, whole chunks: all classes at once on CUDA, `slots` tiles on a CPU.
+inline int stored_memory(const Product& p, const ProductShape& s, const DeviceFacts& d, Polynomial* memory) {
+  const int64_t T = d.cuda ? 1 : d.threads;
+  const Workspace w = p.workspace(s, d, T);
+  if (d.cuda) {
+    for (int k = 0; k < w.count; ++k)
+      memory[k] = w.fixed[k] + Polynomial{w.per_class.row, w.per_class.fixed, 0, 0};
+    return w.count;
+  }
+  // Tiles in hand have at most 2 C classes; C / 4 + T of many, 2 kWholeTile of few; or kTileValues each.
+  const int64_t row = w.per_class.row / T, fixed = w.per_class.fixed / T, extra = T + 2 * kWholeTile;
+  const Polynomial all = w.fixed[0] + Polynomial{w.stored, 0, 0, 0};
+  memory[0] = all + Polynomial{2 * row, 2 * fixed, 0, 0};
+  memory[1] = all + Polynomial{row / 4, fixed / 4, extra * row, extra * fixed};
+  memory[2] = all + Polynomial{0, 0, T * kLeastTile * row, T * (kLeastTile * fixed + 2 * kTileValues * row)};
+  return 3;
+}
+
 // With as many classes at once as the budget allows.
 inline Way fit(const Product& p, const ProductShape& s, const DeviceFacts& d, int64_t budget, bool store,
                bool asked) {
@@ -56,15 +74,20 @@ inline Way fit(const Product& p, const ProductShape& s, const DeviceFacts& d, in
                                         : kMostSweepChunk / s.dim;
   int64_t chunk = std::clamp<int64_t>(usual, 1, tiles::at_least_one(s.classes));
   const auto held = [&](int64_t slots) { return p.workspace(s, d, slots); };
-  const Workspace usually = held(std::min(d.threads, tiles::ceil_div(s.classes, chunk)));
-  way.bytes = usually.bytes(s.batch, s.classes, chunk, store);
+  if (store) {
+    Polynomial memory[3] = {};
+    const int memories = stored_memory(p, s, d, memory);
+    way.bytes = whole_bytes(least(memory, memories, s.batch, s.classes));
+  } else {
+    way.bytes = held(std::min(d.threads, tiles::ceil_div(s.classes, chunk))).bytes(s.batch, s.classes, chunk);
+  }
   if (!store && way.bytes > budget) {
     const Workspace shrunk = held(std::min(d.threads, s.classes));  // walked by all threads
     const int64_t wanted = p.keeps_e || asked ? 1 : std::min(s.classes, kLeastSweepChunk);
     chunk = std::max(wanted, std::min(chunk, shrunk.most_chunk(s.batch, s.classes, budget)));
-    way.bytes = shrunk.bytes(s.batch, s.classes, chunk, store);
+    way.bytes = shrunk.bytes(s.batch, s.classes, chunk);
   }
-  way.chunk = way.bytes <= budget || store ? chunk : 0;
+  way.chunk = way.bytes <= budget || (store && asked) ? chunk : 0;
   way.seconds = seconds(p, s, d, store, chunk);
   return way;
 }
@@ -72,7 +95,7 @@ inline Way fit(const Product& p, const ProductShape& s, const DeviceFacts& d, in
 // Whether E is kept, for one D, operand type, term and device: where it fits the budget (the least of `memory` does, in
 // kParts) and either stays in the cache, or is the faster way (one of `later`, in 1e-18 s, is not above 0).
 struct StoreRule {
-  static constexpr int kMost = 3;
+  static constexpr int kMost = 16;
   Polynomial memory[kMost] = {};
   int memories = 0;
   Polynomial later[kMost] = {};
@@ -93,60 +116,42 @@ constexpr bool by_itself(const Product& p, const ProductShape& s, const DeviceFa
   return p.takes(s, d) && p.results != nullptr;
 }
 
-// E kept by this product, whole chunks: all classes at once on CUDA, `slots` tiles on a CPU.
-inline int stored_memory(const Product& p, const ProductShape& s, const DeviceFacts& d, Polynomial* memory) {
-  const int64_t T = d.cuda ? 1 : d.threads;
-  const Workspace w = p.workspace(s, d, T);
-  if (d.cuda) {
-    for (int k = 0; k < w.count; ++k)
-      memory[k] = w.fixed[k] + Polynomial{w.per_class.row, w.per_class.fixed, 0, 0};
-    return w.count;
-  }
-  // Tiles in hand have at most 2 C classes; C / 4 + T of many, 2 kWholeTile of few; or kTileValues each.
-  const int64_t row = w.per_class.row / T, fixed = w.per_class.fixed / T, extra = T + 2 * kWholeTile;
-  const Polynomial all = w.fixed[0] + Polynomial{w.stored, 0, 0, 0};
-  memory[0] = all + Polynomial{2 * row, 2 * fixed, 0, 0};
-  memory[1] = all + Polynomial{row / 4, fixed / 4, extra * row, extra * fixed};
-  memory[2] = all + Polynomial{0, 0, T * kLeastTile * row, T * (kLeastTile * fixed + 2 * kTileValues * row)};
-  return 3;
-}
-
-// Whether `other` is never slower.
-constexpr bool beaten(const Cost& mine, const Cost& other) {
-  return other.cell <= mine.cell && other.klass <= mine.klass && other.launches <= mine.launches;
+// `bound` joins others of which the least counts, unless one of them is never above it.
+inline void add_bound(Polynomial* bounds, int& count, const Polynomial& bound) {
+  const auto below = [](const Polynomial& a, const Polynomial& b) {
+    return a.cell <= b.cell && a.klass <= b.klass && a.row <= b.row && a.fixed <= b.fixed;
+  };
+  if (std::any_of(bounds, bounds + count, [&](const Polynomial& p) { return below(p, bound); })) return;
+  count = int(std::remove_if(bounds, bounds + count, [&](const Polynomial& p) { return below(bound, p); }) -
+              bounds);
+  bounds[count++] = bound;
 }
 
 inline StoreRule store_rule(std::span<const Product> table, const ProductShape& of, const DeviceFacts& d) {
   const ProductShape s{0, of.dim, 0, of.item, of.softmax};
   const auto cost = [&](const Product& p) { return p.forward(s, d) + p.backward(s, d); };
-  const auto may_win = [&](const Product& p) {
-    return p.keeps_e && by_itself(p, s, d) && std::none_of(table.begin(), table.end(), [&](const Product& o) {
-             return &o != &p && o.keeps_e && by_itself(o, s, d) && beaten(cost(p), cost(o));
-           });
-  };
   const auto sweep = std::find_if(table.begin(), table.end(),
                                   [&](const Product& p) { return !p.keeps_e && by_itself(p, s, d); });
   StoreRule rule;
   rule.cache_cells = d.rates->cache / s.item;
   for (const Product& p : table) {
-    if (!may_win(p)) continue;
-    Polynomial memory[StoreRule::kMost] = {};
+    if (!p.keeps_e || !by_itself(p, s, d)) continue;
+    Polynomial memory[3] = {};
     const int memories = stored_memory(p, s, d, memory);
-    if (rule.memories == 0 ||
-        memory[0].cell > rule.memory[0].cell) {  // which of them it will be, N and C say
-      std::copy_n(memory, memories, rule.memory);
-      rule.memories = memories;
-    }
+    for (int k = 0; k < memories && rule.memories < StoreRule::kMost; ++k)
+      add_bound(rule.memory, rule.memories, memory[k]);
     if (sweep == table.end() || rule.laters == StoreRule::kMost) continue;
     const Cost mine = cost(p), theirs = cost(*sweep);
     const auto atto = [](double value) { return int64_t(value * 1e18); };
-    rule.later[rule.laters++] = {atto(mine.cell - theirs.cell), atto(mine.klass - theirs.klass), 0,
-                                 atto((mine.launches - theirs.launches) * d.rates->launch.value)};
+    add_bound(rule.later, rule.laters,
+              {atto(mine.cell - theirs.cell), atto(mine.klass - theirs.klass), 0,
+               atto((mine.launches - theirs.launches) * d.rates->launch.value)});
   }
   return rule;
 }
 
-// The fastest way that fits, or `name`'s; a way without a chunk if there is none. `store` is not questioned.
+// The fastest way that fits, or `name`'s, which with E kept is not asked whether it does; a way without a chunk if
+// there is none.
 inline Way choose(std::span<const Product> table, const ProductShape& s, const DeviceFacts& d, int64_t budget,
                   bool store, std::string_view name = "auto") {
   Way best, least;

@@ -74,9 +74,9 @@ struct Workspace {
   Polynomial per_class;  // of a chunk: row N + fixed
   int64_t stored;        // per cell of E, where E is kept beside the chunks
 
-  constexpr int64_t bytes(int64_t batch, int64_t classes, int64_t chunk, bool store) const {
-    return whole_bytes(least(fixed, count, batch, classes) + per_class.at(batch, 0) * chunk +
-                       (store ? __int128(stored) * batch * classes : 0));
+  // Without E kept.
+  constexpr int64_t bytes(int64_t batch, int64_t classes, int64_t chunk) const {
+    return whole_bytes(least(fixed, count, batch, classes) + per_class.at(batch, 0) * chunk);
   }
   // The most classes at once, without E kept, that `budget` bytes hold; 0: not one.
   constexpr int64_t most_chunk(int64_t batch, int64_t classes, int64_t budget) const {
@@ -271,12 +271,10 @@ constexpr Workspace chunk_workspace(const ProductShape& s, int64_t scores, int64
           .stored = 0};
 }
 
-// Partial sums of a row: a pair of float64 per stretch of classes. E replaces scores of its own size.
-constexpr Workspace cublas_workspace(const ProductShape& s, const DeviceFacts&, int64_t) {
-  return chunk_workspace(s, s.item == s.wide() ? 0 : s.wide(), kParts * 16 / 4096);
-}
-constexpr Workspace simt_workspace(const ProductShape& s, const DeviceFacts&, int64_t) {
-  return chunk_workspace(s, 0, kParts * 16 / tiles::SimtScores<4>::kClasses);
+// Partial sums of a row: a pair of float64 per stretch of classes, the shorter of the two products' (128), so that
+// a budget says the same whichever of them is the faster. E replaces scores of its own size.
+constexpr Workspace wide_workspace(const ProductShape& s, const DeviceFacts&, int64_t) {
+  return chunk_workspace(s, s.item == s.wide() ? 0 : s.wide(), kParts * 16 / tiles::SimtScores<4>::kClasses);
 }
 
 // Partial sums of a row: a pair of every block that it has, and of the first pass its largest logit. A row has no
@@ -351,7 +349,7 @@ constexpr Product kProducts[] = {
      .forward = products::cublas_forward,
      .backward = products::cublas_backward,
      .again = products::cublas_again,
-     .workspace = products::cublas_workspace},
+     .workspace = products::wide_workspace},
     {.name = "simt",
      .scores = "cuda cores",
      .weight_gradient = "cuda cores",
@@ -369,7 +367,7 @@ constexpr Product kProducts[] = {
      .forward = products::simt_forward,
      .backward = products::simt_backward,
      .again = products::simt_again,
-     .workspace = products::simt_workspace},
+     .workspace = products::wide_workspace},
     {.name = "sm80_scores",
      .scores = "tensor cores",
      .weight_gradient = "cublas",

@@ -283,12 +283,12 @@ def _rule(device: torch.device, dim: int, dtype: torch.dtype, softmax: bool) -> 
 _rule._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _least(bounds: tuple[tuple[int, int, int, int], ...], batch: int, classes: int) -> int:
-    values = [(cell * batch + klass) * classes + row * batch + rest for cell, klass, row, rest in bounds]
-    least = values[0]
-    for value in values[1:]:
-        least = torch.sym_min(least, value)
-    return least
+def _least(bounds: tuple[tuple[int, int, int, int], ...], batch: int, classes: int, lesser: Any) -> int:
+    least = None
+    for cell, klass, row, rest in bounds:
+        value = (cell * batch + klass) * classes + row * batch + rest
+        least = value if least is None else lesser(least, value)
+    return least  # type: ignore[return-value]  # there is one bound or more
 
 
 def products(
@@ -312,12 +312,14 @@ def products(
         budget = workspace
     if _asked is not None and (given := _as_asked(_asked, batch, dim, classes, dtype, device, budget)):
         return given
-    excess = _least(memory, batch, classes) - parts * budget
+    tracing = torch.compiler.is_compiling()
+    lesser, larger = (torch.sym_min, torch.sym_max) if tracing else (min, max)
+    excess = _least(memory, batch, classes, lesser) - parts * budget
     if later:  # E in the cache, or not the slower way
         beyond = batch * classes - cache_cells
-        excess = torch.sym_max(excess, torch.sym_min(beyond, _least(later, batch, classes)))
+        excess = larger(excess, lesser(beyond, _least(later, batch, classes, lesser)))
     keep = bool(excess <= 0)
-    if not keep and not torch.compiler.is_compiling():
+    if not keep and not tracing:
         _plan(batch, dim, classes, dtype, device, budget, softmax)  # raises where not even one class fits
     return Products(keep, budget, "auto")
 
@@ -347,5 +349,5 @@ def _as_asked(
     store = row["keeps_e"] if asked.store is None else asked.store
     if asked.chunk is not None and not store:
         step = batch, dim, classes, operand_bytes(device, dtype), facts(device)
-        budget = _C.workspace_bytes(asked.product, *step, min(asked.chunk, classes), False)
+        budget = _C.workspace_bytes(asked.product, *step, min(asked.chunk, classes))
     return Products(store, budget, asked.product)
