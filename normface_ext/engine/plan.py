@@ -251,14 +251,11 @@ class Products(NamedTuple):
     product: str  # "auto", or a name in csrc/engine/products.h
 
 
-class _Rule(NamedTuple):
-    """csrc/engine/plan.h: StoreRule, and the default budget."""
-
-    parts: int
-    memory: tuple[tuple[int, int, int, int], ...]
-    later: tuple[tuple[int, int, int, int], ...]
-    cache_cells: int
-    budget: int
+#: cell N C + klass C + row N + rest, each.
+_Polynomials = tuple[tuple[int, int, int, int], ...]
+#: csrc/engine/plan.h: StoreRule (parts of a byte, memory, later, cells in the cache), and the default budget.
+#: A plain tuple: torch 2.11 does not unpack another in a trace.
+_Rule = tuple[int, _Polynomials, _Polynomials, int, int]
 
 
 class _Asked(NamedTuple):
@@ -276,19 +273,19 @@ def _rule(device: torch.device, dim: int, dtype: torch.dtype, softmax: bool) -> 
     rule = _rules.get(key)
     if rule is None:
         coefficients = _C.store_rule(dim, operand_bytes(device, dtype), softmax, facts(device))
-        rule = _rules[key] = _Rule(*coefficients, default_workspace(device))
+        rule = _rules[key] = (*coefficients, default_workspace(device))
     return rule
 
 
 _rule._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _least(bounds: tuple[tuple[int, int, int, int], ...], batch: int, classes: int, lesser: Any) -> int:
-    least = None
-    for cell, klass, row, rest in bounds:
-        value = (cell * batch + klass) * classes + row * batch + rest
-        least = value if least is None else lesser(least, value)
-    return least  # type: ignore[return-value]  # there is one bound or more
+def _least(bounds: _Polynomials, batch: int, classes: int) -> int:
+    values = [(cell * batch + klass) * classes + row * batch + rest for cell, klass, row, rest in bounds]
+    least = values[0]
+    for value in values[1:]:  # of two a trace makes an expression, of more it would ask
+        least = min(least, value)
+    return least
 
 
 def products(
@@ -312,14 +309,12 @@ def products(
         budget = workspace
     if _asked is not None and (given := _as_asked(_asked, batch, dim, classes, dtype, device, budget)):
         return given
-    tracing = torch.compiler.is_compiling()
-    lesser, larger = (torch.sym_min, torch.sym_max) if tracing else (min, max)
-    excess = _least(memory, batch, classes, lesser) - parts * budget
+    excess = _least(memory, batch, classes) - parts * budget
     if later:  # E in the cache, or not the slower way
         beyond = batch * classes - cache_cells
-        excess = larger(excess, lesser(beyond, _least(later, batch, classes, lesser)))
+        excess = max(excess, min(beyond, _least(later, batch, classes)))
     keep = bool(excess <= 0)
-    if not keep and not tracing:
+    if not keep and not torch.compiler.is_compiling():
         _plan(batch, dim, classes, dtype, device, budget, softmax)  # raises where not even one class fits
     return Products(keep, budget, "auto")
 
