@@ -29,7 +29,7 @@ py::list product_table() {
     row["device"] = p.cuda ? "cuda" : "cpu";
     row["scores"] = p.scores;
     row["weight_gradient"] = p.weight_gradient;
-    row["keeps_e"] = p.keeps_e;
+    row["keeps_e"] = p.keeps_e();
     row["results"] = results_of(p.results);
     table.append(row);
   }
@@ -56,6 +56,8 @@ std::string sentence(Refusal refusal, const Product& p, const ProductShape& s, c
       return std::string("is for ") + (p.cuda ? "CUDA" : "the CPU");
     case Refusal::kTerm:
       return "is the softmax's only";
+    case Refusal::kHeld:
+      return "leaves too little in memory";
     case Refusal::kType:
       return "does not take operands of " + std::to_string(s.item) + " bytes";
     case Refusal::kAlignment:
@@ -80,7 +82,7 @@ py::dict described(const Way& way, const ProductShape& s, const DeviceFacts& d) 
   row["scores"] = way.product->scores;
   row["weight_gradient"] = way.product->weight_gradient;
   row["store"] = way.store;
-  row["sweeps"] = !way.product->keeps_e;
+  row["sweeps"] = !way.product->keeps_e();
   row["refusal"] = sentence(way.refusal, *way.product, s, d);
   row["chunk"] = way.chunk;
   row["bytes"] = way.bytes;
@@ -108,9 +110,9 @@ py::list all_ways(int64_t batch, int64_t dim, int64_t classes, int64_t item, boo
   for (const Product& p : kProducts) {
     if (p.cuda != d.cuda) continue;
     for (const bool store : {true, false}) {
-      if (store && !p.keeps_e) continue;
+      if (store && !p.keeps_e()) continue;
       const Way way = fit(p, s, d, budget, store, false);
-      if (store || way.refusal == Refusal::kNone || !p.keeps_e) ways.append(described(way, s, d));
+      if (store || way.refusal == Refusal::kNone || !p.keeps_e()) ways.append(described(way, s, d));
     }
   }
   return ways;

@@ -14,7 +14,7 @@ inline HeadShape shape_of(const char* op, const HeadInputs& in, bool store) {
                            .capability = 0,
                            .rates = &kCpuRates};
   const int64_t item = accumulator(in.x.scalar_type()) == ScalarType::Double ? 8 : 4;
-  return HeadShape(in.x, in.weight, launch_of(op, in, item, device, store).chunk);
+  return HeadShape(in.x, in.weight, launch_of(op, in, item, device, store, Held::kNothing).chunk);
 }
 
 }  // namespace nf::cpu

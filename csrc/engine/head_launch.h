@@ -14,10 +14,10 @@ struct HeadLaunch {
 
 // For the classes at hand, E kept or not; `item` is what an operand of the products has in bytes.
 inline HeadLaunch launch_of(const char* op, const HeadInputs& in, int64_t item, const DeviceFacts& device,
-                            bool store) {
+                            bool store, Held held) {
   const int64_t classes = std::max<int64_t>(1, in.weight.size(0));
-  const ProductShape shape{in.x.size(0), std::max<int64_t>(1, in.x.size(1)), classes, item,
-                           in.term == kSoftmaxTerm};
+  const ProductShape shape{
+      in.x.size(0), std::max<int64_t>(1, in.x.size(1)), classes, item, in.term == kSoftmaxTerm, held};
   const Way way = choose(kProducts, shape, device, in.workspace, store, in.product);
   if (way.product == nullptr)
     fail(op, ": expected `product` to be \"auto\" or the name of one for this device",

@@ -70,7 +70,7 @@ inline Way fit(const Product& p, const ProductShape& s, const DeviceFacts& d, in
   const int64_t tile = cpu_tile(s, d.threads);
   const int64_t usual = d.cuda && store ? s.classes
                         : !d.cuda       ? tile
-                        : p.keeps_e     ? kMostChunk / tiles::at_least_one(s.batch + s.dim)
+                        : p.keeps_e()   ? kMostChunk / tiles::at_least_one(s.batch + s.dim)
                                         : kMostSweepChunk / s.dim;
   int64_t chunk = std::clamp<int64_t>(usual, 1, tiles::at_least_one(s.classes));
   const auto held = [&](int64_t slots) { return p.workspace(s, d, slots); };
@@ -83,7 +83,7 @@ inline Way fit(const Product& p, const ProductShape& s, const DeviceFacts& d, in
   }
   if (!store && way.bytes > budget) {
     const Workspace shrunk = held(std::min(d.threads, s.classes));  // walked by all threads
-    const int64_t wanted = p.keeps_e || asked ? 1 : std::min(s.classes, kLeastSweepChunk);
+    const int64_t wanted = p.keeps_e() || asked ? 1 : std::min(s.classes, kLeastSweepChunk);
     chunk = std::max(wanted, std::min(chunk, shrunk.most_chunk(s.batch, s.classes, budget)));
     way.bytes = shrunk.bytes(s.batch, s.classes, chunk);
   }
@@ -131,11 +131,11 @@ inline StoreRule store_rule(std::span<const Product> table, const ProductShape& 
   const ProductShape s{0, of.dim, 0, of.item, of.softmax};
   const auto cost = [&](const Product& p) { return p.forward(s, d) + p.backward(s, d); };
   const auto sweep = std::find_if(table.begin(), table.end(),
-                                  [&](const Product& p) { return !p.keeps_e && by_itself(p, s, d); });
+                                  [&](const Product& p) { return !p.keeps_e() && by_itself(p, s, d); });
   StoreRule rule;
   rule.cache_cells = d.rates->cache / s.item;
   for (const Product& p : table) {
-    if (!p.keeps_e || !by_itself(p, s, d)) continue;
+    if (!p.keeps_e() || !by_itself(p, s, d)) continue;
     Polynomial memory[3] = {};
     const int memories = stored_memory(p, s, d, memory);
     for (int k = 0; k < memories && rule.memories < StoreRule::kMost; ++k)
@@ -157,8 +157,10 @@ inline Way choose(std::span<const Product> table, const ProductShape& s, const D
   Way best, least;
   for (const Product& p : table) {
     const bool asked = name == p.name;
-    if (p.cuda != d.cuda || (name != "auto" && !asked) || (store && !p.keeps_e)) continue;
+    if (p.cuda != d.cuda || (name != "auto" && !asked) || (store && !p.keeps_e())) continue;
     const Way way = fit(p, s, d, budget, store, asked);
+    if (asked && (way.refusal == Refusal::kTerm || way.refusal == Refusal::kHeld))
+      return choose(table, s, d, budget, store);  // a name is for where it may be
     if (way.refusal != Refusal::kNone) {
       if (asked) return way;
       continue;

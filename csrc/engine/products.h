@@ -13,11 +13,15 @@
 
 namespace nf {
 
+// What of a chunk lies in memory, and so in every wider way.
+enum class Held { kNothing, kE, kScores };
+
 // Of one step. `item`: bytes of the products' operands and of E; what is summed is at least float32 (wide).
 struct ProductShape {
   int64_t batch, dim, classes;
   int64_t item;
-  bool softmax = true;  // the term (terms.h) is the softmax's
+  bool softmax = true;         // the term (terms.h) is the softmax's
+  Held held = Held::kNothing;  // has to lie in memory
 
   constexpr int64_t wide() const { return item < 4 ? 4 : item; }
 };
@@ -91,6 +95,7 @@ enum class Refusal {
   kNone,
   kDevice,
   kTerm,
+  kHeld,
   kType,
   kAlignment,
   kColumns,
@@ -111,16 +116,18 @@ struct Product {
   int64_t most_columns;           // of a row; 0: any
   int64_t capability;
   int64_t (*shared)(const ProductShape&);  // bytes of a block; null: nothing to ask for
-  bool keeps_e;                            // can leave E for backward
+  Held leaves;                             // in memory; E may be kept for backward then
   const char* results;  // where it was measured on a device; null: not yet, and then only chosen by name
   Cost (*forward)(const ProductShape&, const DeviceFacts&);
   Cost (*backward)(const ProductShape&, const DeviceFacts&);
   Cost (*again)(const ProductShape&, const DeviceFacts&);  // unit weights and E once more, without E kept
   Workspace (*workspace)(const ProductShape&, const DeviceFacts&, int64_t slots);
 
+  constexpr bool keeps_e() const { return leaves != Held::kNothing; }
   constexpr Refusal refusal(const ProductShape& shape, const DeviceFacts& device) const {
     if (cuda != device.cuda) return Refusal::kDevice;
     if (softmax_only && !shape.softmax) return Refusal::kTerm;
+    if (leaves < shape.held) return Refusal::kHeld;
     if (shape.item < least_item || shape.item > most_item) return Refusal::kType;
     if (aligned && shape.dim * shape.item % 16 != 0) return Refusal::kAlignment;
     if (most_columns != 0 && shape.dim > most_columns) return Refusal::kColumns;
@@ -326,7 +333,7 @@ constexpr Product kProducts[] = {
      .most_columns = 0,
      .capability = 0,
      .shared = nullptr,
-     .keeps_e = true,
+     .leaves = Held::kScores,
      .results = results::kCpu,
      .forward = products::blas_forward,
      .backward = products::blas_backward,
@@ -344,7 +351,7 @@ constexpr Product kProducts[] = {
      .most_columns = 0,
      .capability = 0,
      .shared = nullptr,
-     .keeps_e = true,
+     .leaves = Held::kScores,
      .results = results::kH100Steps,
      .forward = products::cublas_forward,
      .backward = products::cublas_backward,
@@ -362,7 +369,7 @@ constexpr Product kProducts[] = {
      .most_columns = tiles::kSimtColumns,
      .capability = 0,
      .shared = products::simt_shared,
-     .keeps_e = true,
+     .leaves = Held::kE,
      .results = results::kH100Steps,
      .forward = products::simt_forward,
      .backward = products::simt_backward,
@@ -380,7 +387,7 @@ constexpr Product kProducts[] = {
      .most_columns = 0,
      .capability = 80,
      .shared = products::sm80_scores_shared,
-     .keeps_e = true,
+     .leaves = Held::kE,
      .results = results::kH100,
      .forward = products::sm80_forward,
      .backward = products::cublas_backward,
@@ -398,7 +405,7 @@ constexpr Product kProducts[] = {
      .most_columns = tiles::kSm80GradientColumns,
      .capability = 80,
      .shared = products::sm80_gradient_shared,
-     .keeps_e = true,
+     .leaves = Held::kE,
      .results = results::kH100,
      .forward = products::sm80_forward,
      .backward = products::sm80_backward,
@@ -416,7 +423,7 @@ constexpr Product kProducts[] = {
      .most_columns = tiles::kSm80SweepColumns,
      .capability = 80,
      .shared = products::sm80_sweep_shared,
-     .keeps_e = false,
+     .leaves = Held::kNothing,
      .results = results::kH100,
      .forward = products::sweep_forward,
      .backward = products::sweep_backward,

@@ -39,15 +39,18 @@ struct Sm80Scores {
   // Tiles of a block: what it adds up in float, tile by tile, must not drift.
   static constexpr int64_t kMostTiles = 256;
 
-  static constexpr int64_t shared(int across, int64_t dim, bool per_row) {
+  // What a term keeps of every row beside its target's place, and its numbers: at most so many.
+  static constexpr int kMostPerRow = 3, kMostNumbers = 6;
+
+  static constexpr int64_t shared(int across, int64_t dim, int per_row, int numbers) {
     const int64_t x = array_bytes(kTile * padded_columns(dim), 2);
     const int64_t w = array_bytes(int64_t(kStages) * across * kWarpColumns * kBlock, 2);
-    return x + w + (per_row ? 3 : 2) * array_bytes(kTile, 4);
+    return x + w + (1 + per_row) * array_bytes(kTile, 4) + array_bytes(numbers, 4);
   }
   // Eight warps, and two blocks per multiprocessor; or sixteen, where x_hat takes so much shared memory that
   // there is room for one block only.
   static constexpr int across(int64_t dim, int64_t shared_limit) {
-    return padded_columns(dim) > 256 && shared(4, dim, true) <= shared_limit ? 4 : 2;
+    return padded_columns(dim) > 256 && shared(4, dim, kMostPerRow, kMostNumbers) <= shared_limit ? 4 : 2;
   }
   static constexpr int64_t row_blocks(int64_t batch) { return ceil_div(batch, kTile); }
   // Enough blocks for a few rounds over the multiprocessors, so that the last round's idle ones cost little.
@@ -149,7 +152,9 @@ constexpr int64_t kSimtColumns = 512;  // dW needs all columns in one block
 // The most shared memory that a family asks for: what products.h holds against the device.
 constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-constexpr int64_t sm80_scores_shared(int64_t dim) { return Sm80Scores::shared(2, dim, true); }
+constexpr int64_t sm80_scores_shared(int64_t dim) {
+  return Sm80Scores::shared(2, dim, Sm80Scores::kMostPerRow, Sm80Scores::kMostNumbers);
+}
 constexpr int64_t sm80_weight_gradient_shared(int64_t dim) {
   const int64_t gradient =
       dispatch_gradient(dim, []<int kAcross>() { return Sm80WeightGradient<kAcross>::shared(); });

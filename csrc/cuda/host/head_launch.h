@@ -23,11 +23,11 @@ inline const DeviceFacts& facts_of(const Queue& queue) {
   return facts;
 }
 
-inline HeadLaunch launch_of(const char* op, const Queue& queue, const HeadInputs& in, bool store) {
+inline HeadLaunch launch_of(const char* op, const Queue& queue, const HeadInputs& in, bool store, Held held) {
   const int64_t wide = accumulator(in.x.scalar_type()) == ScalarType::Double ? 8 : 4;
   const bool is_16_bit =
       in.product_precision == ScalarType::Half || in.product_precision == ScalarType::BFloat16;
-  return launch_of(op, in, is_16_bit ? 2 : wide, facts_of(queue), store);
+  return launch_of(op, in, is_16_bit ? 2 : wide, facts_of(queue), store, held);
 }
 
 }  // namespace nf
