@@ -283,7 +283,7 @@ def test_what_a_shape_cannot_have(h100, monkeypatch):
     monkeypatch.setattr(H100, "shared_memory_per_block_optin", 65_536)
     small = nf.plan(64, 128, 1000, torch.bfloat16, "cuda")
     assert small.product == "cublas"
-    assert "D=128: it needs 83456 bytes of shared memory, a block has 65536" in str(small)
+    assert "D=128: it needs 84000 bytes of shared memory, a block has 65536" in str(small)
 
 
 # The ops -----------------------------------------------------------------------------------------------
