@@ -11,6 +11,7 @@ from ..engine import checks
 from ..engine.calls import plan_device
 from ..engine.plan import plan
 from . import ops
+from .hard_negatives import PLAIN, Term
 from .margins import GUARDS, Margin, of_rows
 from .options import HeadOptions
 
@@ -82,6 +83,7 @@ def loss_options(
     batch: int,
     classes: int,
     margin: Numbers = NO_NUMBERS,
+    term: Term = PLAIN,
 ) -> ops.LossOptions:
     """What the kernels are told of a head of `classes` classes."""
     precision = product_dtype(x, weight)
@@ -97,6 +99,9 @@ def loss_options(
         precision,
         checks.ignored(options.ignore_index),
         options.label_smoothing,
+        term=term.number,
+        lowest=term.lowest,
+        highest=term.highest,
         reduction=checks.REDUCTIONS[options.reduction],
         m1_value=m1,
         m2_value=m2,

@@ -16,7 +16,8 @@ from ..reference import HeadParts, loss_of_parts
 from . import ops
 from .arguments import HeadInputs, checked_inputs, loss_options, margin_arguments
 from .batch_margins import BatchMargin, Rows, margin_of, regularizer_of, rows_weight, straightened, weighed
-from .margins import Margin
+from .hard_negatives import PLAIN, HardNegatives, Term, filtered, term_of
+from .margins import NO_MARGIN, Margin
 from .options import HeadKeywords, HeadOptions, PartsKeywords, PartsOptions
 from .parts import head_parts as parts_op
 
@@ -51,9 +52,14 @@ def normface_loss(
             learned scale is not bounded: use ``head.bounded_scale()``.
         margin: psi on the target cosine: ``CosFace``, ``ArcFace``, ``CombinedMargin``, ``RowMargin``, whose
             numbers may be tensors with gradient; one that looks at the batch first, ``AdaFace``, ``MagFace``,
-            ``ElasticArcFace``, ``ElasticCosFace`` or a ``BatchMargin`` of yours; or ``None``.
+            ``ElasticArcFace``, ``ElasticCosFace`` or a ``BatchMargin`` of yours; one that changes the logits
+            of other classes as well, ``CurricularFace`` or ``MVSoftmax``; or ``None``.
         margin_gradient: "exact" differentiates psi. "straight" takes d psi / d cos as 1, as arcface_torch and
-            CVLface do: psi is a constant shift of the cosine, and the margin's tensors get no gradient.
+            CVLface do: psi is a constant shift of the cosine, and the margin's tensors get no gradient. What
+            a margin makes of other classes has its own slopes in either case.
+        filter_threshold: the logit of another class whose cosine is past it, in [-1, 1], is 0 and pushes
+            nothing: it may be the same person under a second label (arcface_torch's inter-class filter;
+            0.4 there). Not together with a margin that changes others' logits itself.
         reduction: "mean" over the rows that are not ignored (0 when there is none, or their weights sum to
             0), "sum" or "none".
         ignore_index: rows with this label count neither in the loss nor in the mean, and get no
@@ -63,7 +69,7 @@ def normface_loss(
         class_weight: [C] factors of the classes, without gradient, as in ``F.cross_entropy``: the mean
             divides by the sum of sample_weight_i * class_weight_(y_i) over the rows that count.
         label_smoothing: a in [0, 1): the target gets 1 - a, and a / C goes to every class, weighted by
-            class_weight, as in ``F.cross_entropy``.
+            class_weight, as in ``F.cross_entropy``. 0 where other classes' logits are not s cos.
         workspace: bytes allowed beyond inputs and gradients; see ``normface_ext.plan``. Where they cannot be
             had, a smaller plan takes over, with a RuntimeWarning.
         check_finite: look for NaN and infinity first, in the rows that count, in the weight, in the
@@ -102,11 +108,28 @@ def head_loss(
     return _fused(op, x, weight, inputs, options, options.margin)
 
 
+def told_apart(
+    found: Margin | HardNegatives | None, options: HeadOptions, labels: Tensor
+) -> tuple[Margin | None, Term]:
+    """What is asked of the target's cosine, and what of the others'."""
+    if isinstance(found, HardNegatives):
+        return found.target, term_of(found)
+    if options.filter_threshold is None:
+        return found, PLAIN
+    return found, term_of(filtered(NO_MARGIN, options.filter_threshold, labels))
+
+
 def _fused(
-    op: str, x: Tensor, weight: Tensor, inputs: HeadInputs, options: HeadOptions, given_margin: Margin | None
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    inputs: HeadInputs,
+    options: HeadOptions,
+    found: Margin | HardNegatives | None,
 ) -> Tensor:
     straight = options.margin_gradient == "straight"
-    margin, numbers = margin_arguments(op, given_margin, inputs.labels, weight.shape[0], straight)
+    target, term = told_apart(found, options, inputs.labels)
+    margin, numbers = margin_arguments(op, target, inputs.labels, weight.shape[0], straight)
     given = loss_options(
         inputs.scale_value,
         options,
@@ -115,9 +138,18 @@ def _fused(
         x.shape[0],
         weight.shape[0],
         numbers,
+        term,
     )
     return ops.normface_loss(
-        x, weight, inputs.scale, margin, inputs.labels, inputs.sample_weight, inputs.class_weight, given
+        x,
+        weight,
+        inputs.scale,
+        margin,
+        inputs.labels,
+        inputs.sample_weight,
+        inputs.class_weight,
+        given,
+        term.inputs,
     )
 
 
@@ -133,8 +165,10 @@ def _of_batch(
 ) -> Tensor:
     """With a margin that looks at the batch first."""
     rows = rows_of(op, x, inputs.labels, labels, inputs.sample_weight, options, margin)
+    if margin.hard_negatives:
+        rows = with_cosines(rows, x, weight, inputs.labels, options)
     found = margin_of(op, margin, rows)
-    if isinstance(found, Margin):
+    if isinstance(found, (Margin, HardNegatives)):
         loss = _fused(op, x, weight, inputs, options, found)
     else:
         psi = straightened(found) if rows.straight else found
@@ -166,6 +200,14 @@ def rows_of(
         norms = normalize(counted, eps=options.eps, return_norm=True)[1].squeeze(1).double()
         norms = torch.where(counts, norms, 1)
     return Rows(labels, counts, norms, options.margin_gradient == "straight", group, given)
+
+
+def with_cosines(rows: Rows, x: Tensor, weight: Tensor, labels: Tensor, options: HeadOptions) -> Rows:
+    told = sweep.CosineOptions(checks.ignored(options.ignore_index), options.eps)
+    cosine = sweep.target_cosine(
+        x.detach().contiguous(), weight.detach().contiguous(), labels.contiguous(), told
+    )
+    return rows._replace(cosine=torch.where(rows.counts, cosine, 0))
 
 
 @takes(PartsOptions)
@@ -243,9 +285,10 @@ def parts(
     """The parts of ``normface_loss`` with these options, whatever the margin; checks what it is given."""
     inputs = checked_inputs(op, x, weight, labels, scale, sample_weight, class_weight, options)
     classes = weight.shape[0]
-    given = loss_options(inputs.scale_value, options, x, weight, x.shape[0], classes)
+    term = told_apart(None, options, inputs.labels)[1]
+    given = loss_options(inputs.scale_value, options, x, weight, x.shape[0], classes, term=term)
     cosine, log_sum, with_sum, state = parts_op(
-        x, weight, inputs.scale, inputs.labels, inputs.sample_weight, inputs.class_weight, given
+        x, weight, inputs.scale, inputs.labels, inputs.sample_weight, inputs.class_weight, given, term.inputs
     )
     row_weight = state[sweep.ROW_WEIGHT]
     return Parts(
