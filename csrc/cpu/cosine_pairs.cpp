@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/agents.h"
 #include "cpu/head.h"
-#include "engine/agent_arguments.h"
 
 namespace nf::cpu {
 namespace {
@@ -29,6 +29,8 @@ double cosine_of(const Rows<T>& x, int64_t i, const Rows<T>& w, int64_t j, doubl
   }
 }
 
+}  // namespace
+
 Tensor target_cosine(const TargetCosineArguments& in) {
   check(in);
   const int64_t N = in.x.size(0), D = in.x.size(1), C = in.weight.size(0);
@@ -46,6 +48,8 @@ Tensor target_cosine(const TargetCosineArguments& in) {
   });
   return out;
 }
+
+namespace {
 
 // g += factor unit(row r)
 template <class T>

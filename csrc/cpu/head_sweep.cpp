@@ -1,6 +1,7 @@
 // The sweep on the CPU: prepare the rows, then go over the classes at hand for their sums (head_sweep), or for
 // kappa only (head_shift).
 #include "cpu/row_terms.h"
+#include "cpu/sinks.h"
 
 namespace nf::cpu {
 namespace {
@@ -107,7 +108,7 @@ struct SweepResult {
   Tensor rows, inverse_norm, x_sum, class_sum, stored, listed, found;
 };
 
-// The sums, x_sum, class_sum (U) and the stored coefficients.
+// The sums, x_sum, class_sum (U), the stored coefficients, and what the sink collects.
 template <class T>
 void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<T>& terms,
            const ClassWeights<T>& class_weight, T* x_hat, const RowState& rows, const SweepResult& out) {
@@ -130,6 +131,10 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
     std::fill_n(x_sum, N * D, T(0));
     std::fill_n(partners.data, (shape.slots - 1) * N * D, T(0));
   }
+  std::optional<ActiveList<T>> active;
+  std::optional<Hardest<T>> hardest;
+  if (in.sink == kActiveList) active.emplace(shape, in.capacity);
+  if (in.sink == kHardest) hardest.emplace(shape);
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
     T* unit = w_hat.data + slot * shape.chunk * D;
     T* e = stored != nullptr ? stored + N * tile.first : scores.data + slot * N * shape.chunk;
@@ -143,15 +148,25 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
       }
     }
     score_tile(shape, x_hat, unit, tile, e);
+    if (hardest) return hardest->take(slot, labels, tile, rows, e);
     double* sum = sums.data + slot * 2 * N;
     fold_tile(labels, terms, tile, e, [&](int64_t i, const auto& part) {
       sum[i] += part.value;
       sum[N + i] += part.second;
     });
+    if (active) active->take(slot, tile, rows, e);
     T* into = slot == 0 ? x_sum : partners.data + (slot - 1) * N * D;
     if (x_sum != nullptr)
       multiply<T>({e, N, tile.width, tile.width}, {unit, tile.width, D, D}, {into, N, D, D}, true);
   });
+  int64_t* listed = data_of<int64_t>(out.listed);
+  T* found = data_of<T>(out.found);
+  if (active) active->finish(listed, found);
+  if (hardest)
+    hardest->finish(terms, listed, found, [&](int64_t i, const auto& part) {
+      sums.data[i] = part.value;
+      sums.data[N + i] = part.second;
+    });
   add_slots(sums.data, shape.slots, 2 * N);
   std::copy_n(sums.data, N, rows[kSum]);
   std::copy_n(sums.data + N, N, rows[kSecondSum]);

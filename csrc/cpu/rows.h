@@ -1,5 +1,5 @@
 // Everything the CPU kernels do to one row, as function pointers chosen once for the machine's ISA.
-// rows.inc is the only source; rows_portable/avx2/avx512.cpp compile it for their target.
+// rows.inc (with cells.inc and simd.h) is the only source; rows_portable/avx2/avx512.cpp compile it for their target.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +23,10 @@ struct AccumRows {
   // The largest s f(c[j]) of a softmax's term; -inf for n = 0.
   using Largest = T (*)(const T* c, int64_t n, const math::TermRow<T>& row, const double* numbers);
   Largest largest[kTerms];
+  // The places first + j of the c[j] != 0, NaN included, in order, and those c[j]: at most `room`; returns how many.
+  int64_t (*collect)(const T* c, int64_t n, int64_t room, int64_t first, int64_t* places, T* values);
+  // The first place of the largest c[j] beyond `above`, NaN being the largest of all; -1 where there is none.
+  int64_t (*place_of_largest)(const T* c, int64_t n, T above);
   double (*dot)(const T* a, const T* b, int64_t n);
   // y += a x
   void (*axpy)(T a, const T* x, T* y, int64_t n);

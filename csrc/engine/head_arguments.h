@@ -212,6 +212,9 @@ inline void check_sweep(const HeadSweepArguments& in) {
       (in.sink == kHardest && in.capacity != 1))
     fail(in.kName, ": expected `capacity` of at least 0, 0 without a sink, 1 for the hardest; got ",
          in.capacity);
+  if (in.sink == kHardest && (in.store || in.need_x))
+    fail(in.kName,
+         ": expected neither `store` nor `need_x` with the hardest, whose gradient is that of one class");
 }
 
 inline void check_finish(const SoftmaxFinishArguments& in) {

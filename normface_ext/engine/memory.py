@@ -19,10 +19,10 @@ def is_refusal(error: Exception) -> bool:
     return known or (isinstance(error, RuntimeError) and "could not allocate" in str(error))
 
 
-def refuse(failed: Plan, device: torch.device) -> None:
+def refuse(op: str, failed: Plan, device: torch.device) -> None:
     _refused[device] = failed.workspace_bytes
     warnings.warn(
-        f"normface_loss: the {failed.workspace_bytes / 2**20:.1f} MiB of the plan that keeps E could not be"
+        f"{op}: the {failed.workspace_bytes / 2**20:.1f} MiB of the plan that keeps E could not be"
         f" allocated on {device}; from now on E is computed twice there instead (see `workspace`)",
         RuntimeWarning,
         stacklevel=2,

@@ -3,6 +3,7 @@ and typed wrappers; no checks, no defaults."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -196,28 +197,33 @@ def head_sweep(
     return Swept(*swept[:5])
 
 
+class Collected(NamedTuple):
+    """What the ``sink`` of a sweep found, [N, capacity] each: csrc/engine/head_arguments.h."""
+
+    classes: Tensor
+    values: Tensor
+
+
 def head_sweep_collecting(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
-    sample_weight: Tensor | None,
     options: SweepOptions,
+    term: TermInputs,
     *,
     sink: str,
     capacity: int,
     store: bool,
     need_class_sum: bool = False,
-    term: TermInputs = NO_INPUTS,
-) -> tuple[Swept, Tensor, Tensor]:
-    """The same without x_sum, and what the sink collects: classes and coefficients (or the hardest cosine),
-    [N, capacity] each, which csrc/engine/head_arguments.h describes."""
-    *swept, listed, found = kernels(x, weight).head_sweep(
+) -> tuple[Swept, Collected]:
+    """The same without x_sum, and what the sink collects."""
+    *swept, classes, values = kernels(x, weight).head_sweep(
         x,
         weight,
         labels,
         None,
         *term,
-        sample_weight,
+        None,
         None,
         None,
         store,
@@ -227,7 +233,40 @@ def head_sweep_collecting(
         capacity,
         *_sweep_options(options),
     )
-    return Swept(*swept), listed, found
+    return Swept(*swept), Collected(classes, values)
+
+
+Result = TypeVar("Result")
+
+
+def in_memory(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    options: Options,
+    sweep: Callable[[Options], Result],
+    *,
+    store: bool = True,
+) -> tuple[Result, Options]:
+    """What ``sweep`` of the options gives, and the options that its backward has to be given: of a smaller
+    plan where the memory for E, which it keeps if `store`, cannot be had. A traced step has one plan."""
+    if torch.compiler.is_compiling() or not (options.plan.store and store):
+        return sweep(options), options
+    device = plan_device(x)
+    if not memory.is_refused(options.plan, device):
+        try:
+            return sweep(options), options
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_refusal(error):
+                raise
+        memory.refuse(op, options.plan, device)
+    (batch, dim), classes = x.shape, max(1, weight.shape[0])
+    smaller = memory.smaller_plan(
+        options.plan, batch, max(1, dim), classes, options.product_precision, device
+    )
+    if smaller is not None:
+        options = planned(options, smaller)
+    return sweep(options), options
 
 
 def head_sweep_in_memory(
@@ -244,27 +283,13 @@ def head_sweep_in_memory(
     shift: Tensor | None = None,
     term: TermInputs = NO_INPUTS,
 ) -> tuple[Swept, Options]:
-    """``head_sweep``, and the options that its backward has to be given: of a smaller plan where the
-    memory for E cannot be had. A traced step has one plan."""
+    """``head_sweep`` as :func:`in_memory`."""
 
-    def sweep(given: Options) -> tuple[Swept, Options]:
+    def sweep(given: Options) -> Swept:
         arguments = x, weight, labels, scale, sample_weight, class_weight, given
-        swept = head_sweep(*arguments, need_x=need_x, need_weight=need_weight, shift=shift, term=term)
-        return swept, given
+        return head_sweep(*arguments, need_x=need_x, need_weight=need_weight, shift=shift, term=term)
 
-    if torch.compiler.is_compiling() or not (options.plan.store and need_weight):
-        return sweep(options)
-    device = plan_device(x)
-    if not memory.is_refused(options.plan, device):
-        try:
-            return sweep(options)
-        except (RuntimeError, MemoryError) as error:
-            if not memory.is_refusal(error):
-                raise
-        memory.refuse(options.plan, device)
-    (batch, dim), classes = x.shape, max(1, weight.shape[0])
-    smaller = memory.smaller_plan(options.plan, batch, dim, classes, options.product_precision, device)
-    return sweep(options if smaller is None else planned(options, smaller))
+    return in_memory("normface_loss", x, weight, options, sweep, store=need_weight)
 
 
 def head_shift(

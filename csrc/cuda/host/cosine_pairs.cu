@@ -2,6 +2,7 @@
 // weighted sum of listed cosines. No atomics: one warp owns each row of a result.
 #include "cuda/device/agent_rows.cuh"
 #include "cuda/device/row_cosine.cuh"
+#include "cuda/host/agents.h"
 #include "engine/hinge_checks.h"
 
 namespace nf {
@@ -122,6 +123,8 @@ pairs_weight_kernel(Pairs pairs, const int64_t* __restrict__ order,  // [N * lis
       dw);
 }
 
+}  // namespace
+
 Tensor target_cosine(const TargetCosineArguments& in) {
   check(in);
   const Tensor &x = in.x, &weight = in.weight;
@@ -132,6 +135,8 @@ Tensor target_cosine(const TargetCosineArguments& in) {
          in.ignore_index, in.eps, in.is_shard, data_of<double>(out));
   return out;
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> cosine_pairs_backward(const CosinePairsBackwardArguments& in) {
   check(in);

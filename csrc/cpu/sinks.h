@@ -1,0 +1,116 @@
+// What the sweep collects on the CPU beside its sums (engine/terms.h: Sink). A thread goes over a contiguous run
+// of tiles, so that what the threads found, joined in their order, is in the order of the classes: the same
+// whatever their number and the size of a tile.
+#pragma once
+
+#include "cpu/row_terms.h"
+
+namespace nf::cpu {
+
+// The classes with a coefficient that is not 0. A thread keeps what fits its rows' lists, no more; which of it
+// stays is known only when all have ended.
+template <class T>
+class ActiveList {
+ public:
+  ActiveList(const HeadShape& shape, int64_t capacity)
+      : shape_(shape), capacity_(capacity), parts_(size_t(shape.slots)) {
+    for (Part& part : parts_) part.listed.assign(size_t(shape.batch), 0);
+  }
+
+  void take(int64_t slot, const Tile& tile, const RowState& rows, const T* coefficients) {
+    Part& part = parts_[size_t(slot)];
+    for (int64_t i = 0; i < shape_.batch; ++i) {
+      int64_t& listed = part.listed[size_t(i)];
+      const int64_t room = std::min(capacity_ - listed, tile.width);
+      if (room == 0 || rows[kRowWeight][i] == 0) continue;
+      const size_t end = part.classes.size();
+      part.classes.resize(end + size_t(room)), part.coefficients.resize(end + size_t(room));
+      const int64_t found =
+          accum_rows<T>().collect(coefficients + i * tile.width, tile.width, room, tile.first,
+                                  part.classes.data() + end, part.coefficients.data() + end);
+      part.classes.resize(end + size_t(found)), part.coefficients.resize(end + size_t(found));
+      if (found > 0) part.runs.push_back({i, found});
+      listed += found;
+    }
+  }
+
+  // listed, found [N, capacity]
+  void finish(int64_t* listed, T* found) const {
+    std::fill_n(listed, shape_.batch * capacity_, shape_.classes);
+    std::fill_n(found, shape_.batch * capacity_, T(0));
+    std::vector<int64_t> used(size_t(shape_.batch), 0);
+    for (const Part& part : parts_) {
+      size_t from = 0;
+      for (const Run& run : part.runs) {
+        int64_t& place = used[size_t(run.row)];
+        const int64_t kept = std::min(run.count, capacity_ - place), to = run.row * capacity_ + place;
+        std::copy_n(part.classes.data() + from, kept, listed + to);
+        std::copy_n(part.coefficients.data() + from, kept, found + to);
+        place += kept, from += size_t(run.count);
+      }
+    }
+  }
+
+ private:
+  struct Run {
+    int64_t row, count;
+  };
+  struct Part {
+    std::vector<int64_t> listed;  // [N]
+    std::vector<Run> runs;        // whose the entries below are, in their order
+    std::vector<int64_t> classes;
+    std::vector<T> coefficients;
+  };
+
+  const HeadShape& shape_;
+  int64_t capacity_;
+  std::vector<Part> parts_;
+};
+
+// The class of the largest cosine but the target's.
+template <class T>
+class Hardest {
+ public:
+  explicit Hardest(const HeadShape& shape)
+      : shape_(shape), best_(size_t(shape.slots * shape.batch), Best{-T(INFINITY), shape.classes}) {}
+
+  void take(int64_t slot, const Labels& labels, const Tile& tile, const RowState& rows, const T* cosines) {
+    for (int64_t i = 0; i < shape_.batch; ++i) {
+      if (rows[kRowWeight][i] == 0) continue;
+      Best& best = best_[size_t(slot * shape_.batch + i)];
+      around_target(labels.data[i], tile, [&](int64_t begin, int64_t end) {
+        const T* row = cosines + i * tile.width;
+        const int64_t place = accum_rows<T>().place_of_largest(row + begin, end - begin, best.cosine);
+        if (place >= 0) best = {row[begin + place], tile.first + begin + place};
+      });
+    }
+  }
+
+  // listed, found [N]; put(i, sums) receives what the term makes of that one cell.
+  template <class Put>
+  void finish(const RowTerms<T>& terms, int64_t* listed, T* found, const Put& put) const {
+    for (int64_t i = 0; i < shape_.batch; ++i) {
+      Best best = best_[size_t(i)];
+      for (int64_t slot = 1; slot < shape_.slots; ++slot) {
+        const Best& other = best_[size_t(slot * shape_.batch + i)];
+        if (other.cosine > best.cosine || (other.cosine != other.cosine && best.cosine == best.cosine))
+          best = other;
+      }
+      listed[i] = best.place;
+      found[i] = best.cosine;
+      if (best.place < shape_.classes)
+        put(i, terms.fold(&best.cosine, 1, terms.rows[size_t(i)], terms.numbers));
+    }
+  }
+
+ private:
+  struct Best {
+    T cosine;
+    int64_t place;  // C: there is none
+  };
+
+  const HeadShape& shape_;
+  std::vector<Best> best_;  // [slots, N]
+};
+
+}  // namespace nf::cpu
