@@ -13,12 +13,12 @@ from ..engine import checks
 from ..engine.arguments import choice, flag, number
 from ..engine.autograd import detach_without_grad
 from ..engine.options import takes
-from ..softmax.arguments import loss_options
+from ..softmax.arguments import loss_options, told_apart
 from ..softmax.batch_margins import BatchMargin
-from ..softmax.functions import rows_of, told_apart
 from ..softmax.hard_negatives import HardNegatives
 from ..softmax.margins import Margin
 from ..softmax.options import HeadKeywords, HeadOptions
+from ..softmax.rows import rows_of
 from .batch_margins import margin_of_rows, rows_of_all, with_regularizer
 from .collectives import (
     gather_rows,

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..cosine.functions import normalize
-from ..engine import checks, sweep
+from ..engine import sweep
 from ..engine.options import takes
 from ..engine.reduce import weighted
 from ..reference import HeadParts, loss_of_parts
 from . import ops
-from .arguments import HeadInputs, checked_inputs, loss_options, margin_arguments
-from .batch_margins import BatchMargin, Rows, margin_of, regularizer_of, rows_weight, straightened, weighed
-from .hard_negatives import PLAIN, HardNegatives, Term, filtered, term_of
-from .margins import NO_MARGIN, Margin
+from .arguments import HeadInputs, checked_inputs, loss_options, margin_arguments, told_apart
+from .batch_margins import BatchMargin, margin_of, regularizer_of, rows_weight, straightened, weighed
+from .hard_negatives import HardNegatives
+from .margins import Margin
 from .options import HeadKeywords, HeadOptions, PartsKeywords, PartsOptions
 from .parts import head_parts as parts_op
+from .rows import rows_of, with_cosines
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -108,17 +108,6 @@ def head_loss(
     return _fused(op, x, weight, inputs, options, options.margin)
 
 
-def told_apart(
-    found: Margin | HardNegatives | None, options: HeadOptions, labels: Tensor
-) -> tuple[Margin | None, Term]:
-    """What is asked of the target's cosine, and what of the others'."""
-    if isinstance(found, HardNegatives):
-        return found.target, term_of(found)
-    if options.filter_threshold is None:
-        return found, PLAIN
-    return found, term_of(filtered(NO_MARGIN, options.filter_threshold, labels))
-
-
 def _fused(
     op: str,
     x: Tensor,
@@ -179,35 +168,6 @@ def _of_batch(
         return loss
     weights = rows_weight(rows, inputs.sample_weight)
     return loss + weighted(weighed(more, weights), weights.sum(), options.reduction).to(loss.dtype)
-
-
-def rows_of(
-    op: str,
-    x: Tensor,
-    labels: Tensor,
-    given: Tensor,
-    row_weight: Tensor | None,
-    options: HeadOptions,
-    margin: BatchMargin,
-    group: Any = None,
-) -> Rows:
-    """What the margin is told of these rows; `given`: the labels before they were checked."""
-    margin.follow(op, x.device)
-    counts = checks.weighed(labels != checks.ignored(options.ignore_index), row_weight)
-    norms = None
-    if margin.uses_norms:
-        counted = torch.where(counts[:, None], x, 1)
-        norms = normalize(counted, eps=options.eps, return_norm=True)[1].squeeze(1).double()
-        norms = torch.where(counts, norms, 1)
-    return Rows(labels, counts, norms, options.margin_gradient == "straight", group, given)
-
-
-def with_cosines(rows: Rows, x: Tensor, weight: Tensor, labels: Tensor, options: HeadOptions) -> Rows:
-    told = sweep.CosineOptions(checks.ignored(options.ignore_index), options.eps)
-    cosine = sweep.target_cosine(
-        x.detach().contiguous(), weight.detach().contiguous(), labels.contiguous(), told
-    )
-    return rows._replace(cosine=torch.where(rows.counts, cosine, 0))
 
 
 @takes(PartsOptions)

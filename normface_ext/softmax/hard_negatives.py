@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.sweep import NO_INPUTS, TERMS, TermInputs
 from .margins import Margin
 
 #: A number, or a tensor of one on the rows' device, without gradient.
@@ -52,30 +51,6 @@ def added_angle(cosine: Tensor, m: float) -> Tensor:
     """cos(theta + m), past pi too."""
     sine = ((1 - cosine) * (1 + cosine)).clamp_min(0).sqrt()
     return cosine * math.cos(m) - sine * math.sin(m)
-
-
-class Term(NamedTuple):
-    """What the sweep over the classes is told of the others' logits."""
-
-    number: int = TERMS["softmax"]
-    lowest: float = -1.0
-    highest: float = 1.0
-    inputs: TermInputs = NO_INPUTS
-
-
-PLAIN = Term()
-
-
-def term_of(found: HardNegatives) -> Term:
-    """For the kernels: the row thresholds, and the six numbers in one tensor."""
-    threshold = found.threshold.detach().double().contiguous()
-    numbers = threshold.new_zeros(6)
-    for place, value in enumerate((*found.logit, *found.slope, found.below)):
-        if isinstance(value, Tensor):
-            numbers[place : place + 1].copy_(value.detach())
-        elif value != 0:
-            numbers[place].fill_(value)  # the device writes it: nothing is copied from the host
-    return Term(TERMS["hard_negatives"], found.lowest, found.highest, TermInputs(threshold, numbers))
 
 
 def filtered(target: Margin, threshold: float, labels: Tensor) -> HardNegatives:
