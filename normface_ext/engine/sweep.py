@@ -149,7 +149,15 @@ class Swept(NamedTuple):
     stored: Tensor
 
 
-def target_cosine(x: Tensor, weight: Tensor, labels: Tensor, options: SweepOptions) -> Tensor:
+class CosineOptions(NamedTuple):
+    """What ``target_cosine`` takes of them."""
+
+    ignore_index: int
+    eps: float
+    is_shard: bool = False
+
+
+def target_cosine(x: Tensor, weight: Tensor, labels: Tensor, options: SweepOptions | CosineOptions) -> Tensor:
     """cos(x_i, w_labels[i]), [N] float64, without a gradient of its own; 0 where the class is not here."""
     cosine: Tensor = kernels(x, weight).target_cosine(x, weight, labels, *_cosine_options(options))
     return cosine
