@@ -9,9 +9,6 @@
 #include "engine/agent_arguments.h"
 
 namespace nf::cpu {
-namespace {
-
-}  // namespace
 
 Tensor target_cosine(const TargetCosineArguments& in) {
   check(in);
