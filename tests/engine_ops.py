@@ -1,7 +1,7 @@
 """The ops of the engine by name (csrc/engine/head_arguments.h), past the Python functions.
 
-An argument that a test does not name is what a plain softmax over all classes has. `class_chunk` stands for the
-workspace in which a library's product takes so many classes at once."""
+An argument that a test does not name is what a plain softmax over all classes has. `class_chunk` stands for
+the workspace in which a library's product takes so many classes at once."""
 
 from __future__ import annotations
 

@@ -170,7 +170,8 @@ int main() {
         const Way way = choose(table, s, kCard, 1ll << 40, store);
         if (way.chunk > 0 && way.product == &p) return 1;
         const Way named = choose(table, s, kCard, 1ll << 40, store, p.name);
-        if (p.takes(s, kCard) && (p.keeps_e() || !store) && (named.product != &p || named.chunk == 0)) return 2;
+        const bool can = p.takes(s, kCard) && (p.keeps_e() || !store);
+        if (can && (named.product != &p || named.chunk == 0)) return 2;
         const bool any = store && way.product != nullptr && way.chunk > 0;
         if (any != (store && store_rule(table, s, kCard).memories > 0)) return 3;
       }

@@ -177,18 +177,19 @@ def plan(
     dim, classes = integer("plan", "dim", dim, 1), integer("plan", "classes", classes, 1)
     dtype, workspace = checks.floating_dtype("plan", dtype), checks.workspace("plan", "workspace", workspace)
     device = checks.device("plan", device)
-    return _plan(batch, dim, classes, dtype, device, workspace, True)
+    return plan_of_step(batch, dim, classes, dtype, device, True, workspace)
 
 
-def _plan(
+def plan_of_step(
     batch: int,
     dim: int,
     classes: int,
     dtype: torch.dtype,
     device: torch.device,
-    workspace: int | None,
     softmax: bool,
+    workspace: int | None,
 ) -> Plan:
+    """``plan`` of what was checked, for a sweep of the softmax's term or of another."""
     budget = default_workspace(device) if workspace is None else workspace
     item = operand_bytes(device, dtype)
     step = batch, dim, classes, item, softmax, facts(device), budget
@@ -315,7 +316,9 @@ def products(
         excess = max(excess, min(beyond, _least(later, batch, classes)))
     keep = bool(excess <= 0)
     if not keep and not torch.compiler.is_compiling():
-        _plan(batch, dim, classes, dtype, device, budget, softmax)  # raises where not even one class fits
+        plan_of_step(
+            batch, dim, classes, dtype, device, softmax, budget
+        )  # raises where not even one class fits
     return Products(keep, budget, "auto")
 
 

@@ -3,6 +3,7 @@ and typed wrappers; no checks, no defaults."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -148,7 +149,15 @@ class Swept(NamedTuple):
     stored: Tensor
 
 
-def target_cosine(x: Tensor, weight: Tensor, labels: Tensor, options: SweepOptions) -> Tensor:
+class CosineOptions(NamedTuple):
+    """What ``target_cosine`` takes of them."""
+
+    ignore_index: int
+    eps: float
+    is_shard: bool = False
+
+
+def target_cosine(x: Tensor, weight: Tensor, labels: Tensor, options: SweepOptions | CosineOptions) -> Tensor:
     """cos(x_i, w_labels[i]), [N] float64, without a gradient of its own; 0 where the class is not here."""
     cosine: Tensor = kernels(x, weight).target_cosine(x, weight, labels, *_cosine_options(options))
     return cosine
@@ -188,28 +197,33 @@ def head_sweep(
     return Swept(*swept[:5])
 
 
+class Collected(NamedTuple):
+    """What the ``sink`` of a sweep found, [N, capacity] each: csrc/engine/head_arguments.h."""
+
+    classes: Tensor
+    values: Tensor
+
+
 def head_sweep_collecting(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
-    sample_weight: Tensor | None,
     options: SweepOptions,
+    term: TermInputs,
     *,
     sink: str,
     capacity: int,
     store: bool,
     need_class_sum: bool = False,
-    term: TermInputs = NO_INPUTS,
-) -> tuple[Swept, Tensor, Tensor]:
-    """The same without x_sum, and what the sink collects: classes and coefficients (or the hardest cosine),
-    [N, capacity] each, which csrc/engine/head_arguments.h describes."""
-    *swept, listed, found = kernels(x, weight).head_sweep(
+) -> tuple[Swept, Collected]:
+    """The same without x_sum, and what the sink collects."""
+    *swept, classes, values = kernels(x, weight).head_sweep(
         x,
         weight,
         labels,
         None,
         *term,
-        sample_weight,
+        None,
         None,
         None,
         store,
@@ -219,7 +233,39 @@ def head_sweep_collecting(
         capacity,
         *_sweep_options(options),
     )
-    return Swept(*swept), listed, found
+    return Swept(*swept), Collected(classes, values)
+
+
+Result = TypeVar("Result")
+
+
+def in_memory(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    options: Options,
+    sweep: Callable[[Options], Result],
+    *,
+    store: bool = True,
+) -> tuple[Result, Options]:
+    """What ``sweep`` of the options gives, and the options that its backward has to be given: of a smaller
+    plan where the memory for E, which it keeps if `store`, cannot be had. A traced step has one plan."""
+    if torch.compiler.is_compiling() or not (options.keep and store):
+        return sweep(options), options
+    (batch, dim), classes, device = x.shape, max(1, weight.shape[0]), plan_device(x)
+    softmax = options.term == TERMS["softmax"]
+    step = batch, max(1, dim), classes, options.product_precision, device, softmax
+    if not memory.is_refused(step, options.workspace):
+        try:
+            return sweep(options), options
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_refusal(error):
+                raise
+        memory.refuse(op, step, options.workspace)
+    smaller = memory.smaller(step, options.workspace)
+    if smaller is not None:
+        options = planned(options, smaller)
+    return sweep(options), options
 
 
 def head_sweep_in_memory(
@@ -236,27 +282,13 @@ def head_sweep_in_memory(
     shift: Tensor | None = None,
     term: TermInputs = NO_INPUTS,
 ) -> tuple[Swept, Options]:
-    """``head_sweep``, and the options that its backward has to be given: of a smaller plan where the
-    memory for E cannot be had. A traced step has one plan."""
+    """``head_sweep`` as :func:`in_memory`."""
 
-    def sweep(given: Options) -> tuple[Swept, Options]:
+    def sweep(given: Options) -> Swept:
         arguments = x, weight, labels, scale, sample_weight, class_weight, given
-        swept = head_sweep(*arguments, need_x=need_x, need_weight=need_weight, shift=shift, term=term)
-        return swept, given
+        return head_sweep(*arguments, need_x=need_x, need_weight=need_weight, shift=shift, term=term)
 
-    if torch.compiler.is_compiling() or not (options.keep and need_weight):
-        return sweep(options)
-    (batch, dim), classes, device = x.shape, max(1, weight.shape[0]), plan_device(x)
-    step = batch, dim, classes, options.product_precision, device
-    if not memory.is_refused(step, options.workspace):
-        try:
-            return sweep(options)
-        except (RuntimeError, MemoryError) as error:
-            if not memory.is_refusal(error):
-                raise
-        memory.refuse(step, options.workspace)
-    smaller = memory.smaller(step, options.workspace)
-    return sweep(options if smaller is None else planned(options, smaller))
+    return in_memory("normface_loss", x, weight, options, sweep, store=need_weight)
 
 
 def head_shift(

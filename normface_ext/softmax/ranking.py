@@ -114,26 +114,23 @@ def hardest(x: Tensor, weight: Tensor, options: LossOptions) -> tuple[Tensor, Te
     """(class [N], its cosine [N]) of these classes, C and -inf where there are none."""
     nobody = torch.full([x.shape[0]], ELSEWHERE, dtype=torch.int64, device=x.device)
     threshold = torch.zeros([x.shape[0]], dtype=torch.float64, device=x.device)
-    _, classes, cosines = head_sweep_collecting(
+    _, found = head_sweep_collecting(
         x.contiguous(),
         weight.contiguous(),
         nobody,
-        None,
         replace(options, is_shard=True),
+        TermInputs(threshold, None),
         sink="hardest",
         capacity=1,
         store=False,
-        term=TermInputs(threshold, None),
     )
-    return classes[:, 0], cosines[:, 0]
+    return found.classes[:, 0], found.values[:, 0]
 
 
 def nearer(x: Tensor, weight: Tensor, labels: Tensor, cosine: Tensor, options: LossOptions) -> Tensor:
     """How many of these classes are nearer than the target, whose cosine [N] is known; int64 [N], -1 where
     the row does not count. A class is active under the hinge of the target's own distance if it is."""
     term = TermInputs(2.0 - 2.0 * cosine, None)
-    swept, _, _ = head_sweep_collecting(
-        x, weight, labels, None, options, sink="none", capacity=0, store=False, term=term
-    )
+    swept, _ = head_sweep_collecting(x, weight, labels, options, term, sink="none", capacity=0, store=False)
     counts = swept.rows[ROW_WEIGHT] != 0
     return torch.where(counts, swept.rows[SECOND_SUM], -1.0).long()
