@@ -32,8 +32,9 @@ def arguments(x: Tensor, weight: Tensor, labels: Tensor, **given: object) -> dic
 def call(name: str, given: dict[str, object]) -> object:
     """The op, with those of the arguments that it takes."""
     op = getattr(library.namespace(), name)
-    given = {**budget(given), **given}
-    return op(*[given[argument.name] for argument in op.default._schema.arguments])
+    names = [argument.name for argument in op.default._schema.arguments]
+    given = {**budget(given), **given} if "workspace" in names else given
+    return op(*[given[name] for name in names])
 
 
 def budget(given: dict[str, Any]) -> dict[str, object]:

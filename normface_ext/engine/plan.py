@@ -273,6 +273,7 @@ def _rule(device: torch.device, dim: int, dtype: torch.dtype, softmax: bool) -> 
     key = device, dim, dtype, softmax, library.emulating(), torch.get_num_threads()
     rule = _rules.get(key)
     if rule is None:
+        integer("plan", "dim", dim, 1)
         coefficients = _C.store_rule(dim, operand_bytes(device, dtype), softmax, facts(device))
         rule = _rules[key] = (*coefficients, default_workspace(device))
     return rule
