@@ -157,16 +157,16 @@ constexpr int64_t sm80_scores_shared(int64_t dim) {
 }
 constexpr int64_t sm80_weight_gradient_shared(int64_t dim) {
   const int64_t gradient =
-      dispatch_gradient(dim, []<int kAcross>() { return Sm80WeightGradient<kAcross>::shared(); });
+      dispatch_gradient(dim, [&]<int kAcross>() { return Sm80WeightGradient<kAcross>::shared(); });
   return most(sm80_scores_shared(dim), gradient);
 }
 constexpr int64_t sm80_single_sweep_shared(int64_t dim) {
-  return dispatch_sweep(dim, []<int kColumns>() { return Sm80SingleSweep<kColumns>::shared(); });
+  return dispatch_sweep(dim, [&]<int kColumns>() { return Sm80SingleSweep<kColumns>::shared(); });
 }
 template <int kItem>
 constexpr int64_t simt_shared(int64_t dim) {
   const int64_t gradient =
-      dispatch_gradient(dim, []<int kAcross>() { return SimtWeightGradient<kItem, kAcross>::shared(); });
+      dispatch_gradient(dim, [&]<int kAcross>() { return SimtWeightGradient<kItem, kAcross>::shared(); });
   return most(SimtScores<kItem>::shared(), gradient);
 }
 
