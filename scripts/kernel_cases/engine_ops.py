@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normface_ext.engine import library
-from normface_ext.engine.sweep import Swept
+from normface_ext.engine.sweep import INVERSE_NORM, Swept
 
 
 def arguments(x: Tensor, weight: Tensor, labels: Tensor, **given: object) -> dict[str, object]:
@@ -38,6 +38,16 @@ def sweep(given: dict[str, object]) -> tuple[Swept, Tensor, Tensor]:
 def backward(given: dict[str, object], swept: Swept, slopes: Tensor, grad_loss: Tensor) -> tuple[Tensor, ...]:
     upstream = {"grad_loss": grad_loss, "slopes": slopes, "need_x": True}
     return call("head_backward", {**given, **swept._asdict(), **upstream})  # type: ignore[return-value]
+
+
+def pairs_backward(
+    x: Tensor, weight: Tensor, factors: Tensor, classes: Tensor, swept: Swept, *, is_shard: bool = False
+) -> tuple[Tensor, ...]:
+    """Gradients of the sum of factors times listed cosines, [N, listed] each."""
+    inverse = swept.rows[INVERSE_NORM].to(wide(x))
+    given = arguments(x, weight, classes[:, 0], is_shard=is_shard, factors=factors, classes=classes)
+    norms = {"x_inverse": inverse, "weight_inverse": swept.inverse_norm}
+    return call("cosine_pairs_backward", {**given, **norms})  # type: ignore[return-value]
 
 
 def wide(x: Tensor) -> torch.dtype:
