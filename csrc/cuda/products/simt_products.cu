@@ -154,6 +154,7 @@ struct GradientShape {
   static constexpr int kDown = kAcross < 8 ? 8 / kAcross : 2;
   using Tile = HeldTile<T, kDown, kAcross, kRounds<T>, 8>;
   static constexpr int kThreads = Tile::kThreads;
+  static constexpr int kResident = 512 / kThreads;
   static constexpr int kDepth = 64 / sizeof(T);  // rows of the batch per stage
   static constexpr int kStages = 2;
   static constexpr int kStage = kDepth * (Tile::kClasses + Tile::kColumns);
@@ -162,7 +163,7 @@ struct GradientShape {
 };
 
 template <class T, int kAcross>
-NF_KERNEL_RESIDENT((GradientShape<T, kAcross>::kThreads), 1)
+NF_KERNEL_RESIDENT((GradientShape<T, kAcross>::kThreads), (GradientShape<T, kAcross>::kResident))
 plain_gradient_kernel(PlainGradient<T> task) {
   using S = GradientShape<T, kAcross>;
   using Tile = typename S::Tile;
