@@ -314,7 +314,7 @@ def licence() -> dict[str, str]:
 
 
 if __name__ == "__main__":  # scripts/ptxas_report.py reads the flags above
-    extensions = [extension("_C", "csrc/ops.cpp", "csrc/cpu/*.cpp")]
+    extensions = [extension("_C", "csrc/*.cpp", "csrc/cpu/*.cpp")]
     nvcc = find_nvcc()
     if nvcc and any(Path("csrc/cuda").glob("*/*.cu")):
         check_nvcc(nvcc)

@@ -5,6 +5,7 @@
 #include "cpu/interrupt.h"
 #include "cpu/rows.h"
 #include "math/softmax.h"
+#include "plan_module.h"
 #include "schemas.h"
 
 STABLE_TORCH_LIBRARY(normface_ext, m) { nf::define_ops(m); }
@@ -71,6 +72,7 @@ void check_signals() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of normface_ext; used through torch.ops.normface_ext.";
   m.def("build_config", &build_config, "How this module was built, and the SIMD path in use.");
+  nf::define_plan(m);
   m.def("has_fixed_shift", &has_fixed_shift, pybind11::arg("scale"), pybind11::arg("classes"),
         pybind11::arg("float64"), pybind11::arg("lowest") = -1.0, pybind11::arg("highest") = 1.0,
         "Whether one kappa serves every row, or the largest logits have to be found (csrc/math/softmax.h).");

@@ -12,7 +12,7 @@ import torch
 import normface_ext as nf
 from normface_ext.engine import sweep
 from normface_ext.engine.calls import accumulator, plan_device
-from normface_ext.engine.plan import plan
+from normface_ext.engine.plan import products
 from normface_ext.softmax import ops
 from normface_ext.softmax.margins import NO_MARGIN
 
@@ -34,7 +34,7 @@ def sharded(
     """(loss, dx, dweight, dscale) the way a class-parallel head comes to them."""
     margin = option.get("margin", NO_MARGIN)
     m1, m2, m3 = margin.numbers()
-    made = plan(BATCH, DIM, CLASSES, x.dtype, plan_device(x), workspace=option.get("workspace"))
+    made = products(BATCH, DIM, CLASSES, x.dtype, plan_device(x), option.get("workspace"))
     options = ops.LossOptions(
         scale_value=0.0,
         m1_value=m1,
@@ -44,9 +44,7 @@ def sharded(
         ignore_index=-100,
         eps=1e-12,
         smoothing=option.get("smoothing", 0.0),
-        plan=made,
-        class_chunk=made.class_chunk,
-        kernels=made.kernels,
+        **made._asdict(),
         product_precision=x.dtype,
         total_classes=CLASSES,
         is_shard=True,
@@ -148,10 +146,7 @@ def test_beyond_the_fixed_shift_the_largest_logit_is_shared(lane, dtype):
 
 
 def plain_options():
-    made = plan(BATCH, DIM, CLASSES)
-    return ops.LossOptions(
-        16.0, 1e-12, CLASSES, made, made.class_chunk, made.kernels, torch.float32, ignore_index=-100
-    )
+    return ops.LossOptions(16.0, 1e-12, CLASSES, True, 1 << 30, "auto", torch.float32, ignore_index=-100)
 
 
 def test_inside_the_window_every_shard_has_the_same_shift(lane):

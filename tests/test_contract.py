@@ -31,15 +31,12 @@ CHECKED_ELSEWHERE = {
     "pair_distance": "test_inner_distance.py",
     "pair_distance_backward": "test_inner_distance.py",
     "target_cosine": "test_metric_losses.py",
-    "agent_hinge": "test_metric_losses.py",
-    "agent_hinge_backward": "test_metric_losses.py",
     "cosine_pairs_backward": "test_metric_losses.py",
 }
 #: Ops that are a step of another one, which has the function, the reference and the gradient.
-STEPS = {"target_cosine": "agent_hinge"}
+STEPS = {"target_cosine": "head_sweep"}
 #: Ops that users reach under other names.
 FUNCTIONS = {
-    "agent_hinge": "c_contrastive_loss",
     "pair_distance": "triplet_loss",
     **dict.fromkeys(("head_sweep", "head_shift", "softmax_finish"), "normface_loss"),
 }
@@ -139,13 +136,20 @@ def norm_linear_backward_samples(lane):
         yield {**given, "need_x": i == 0, "need_weight": i == 1, "need_scale": i == 2}
 
 
-def normface_sweep_samples(lane):
+#: By whether E is kept: what is enough; and for four classes at a time of eight, on a CPU.
+HALF_OF_THEM = {
+    True: 1 << 30,
+    False: nf._C.workspace_bytes("blas", 3, 5, 8, 4, (False, torch.get_num_threads(), 0, 0, 0, ""), 4),
+}
+
+
+def head_sweep_samples(lane):
     # 8 classes: CUDA kernels pad the stored E to a multiple of that, with whatever lay there.
     x, weight, labels = lane.randn(3, 5), lane.randn(8, 5), lane.tensor([0, 7, -100])
     given = {"x": x, "weight": weight, "labels": labels, "m3_value": 0.1}
     for reduction in (0, 1, 2):
         for store in (False, True):
-            yield {**given, "reduction": reduction, "store": store, "class_chunk": 4 if lane.widens else 8}
+            yield {**given, "reduction": reduction, "store": store, "workspace": HALF_OF_THEM[store]}
     yield {**given, "scale": lane.tensor(200.0), "need_x": False}
     double = {"x": x.double(), "weight": weight.double(), "product_precision": torch.float64}
     yield {**given, **double, "reduction": 0, "store": True}
@@ -158,10 +162,16 @@ def normface_sweep_samples(lane):
     yield {**given, **shard, **smooth, "weight": weight[:0], "labels": lane.tensor([-1, -1, -100])}
     yield {**given, "scale": lane.tensor([200.0, 8.0, 30.0]), "m2": lane.tensor([0.1, 0.5, 3.0]), "guard": 2}
     yield {**given, "m1": lane.tensor(0.9, torch.float64), "need_margin": True, "straight": True}
+    threshold = lane.tensor([1.5, 0.5, 2.0], torch.float64)
+    numbers = lane.tensor([1.0, 0.3, 0.0, 2.0, 0.3, 1.0], torch.float64)
+    yield {**given, "term": 1, "threshold": threshold / 10, "numbers": numbers, "highest": 2.0}
+    yield {**given, "term": 2, "threshold": threshold, "need_x": False, "sink": 1, "capacity": 3}
+    yield {**given, "term": 3, "threshold": threshold, "store": True, "need_x": False}
+    yield {**given, "term": 2, "threshold": threshold, "need_x": False, "sink": 2, "capacity": 1}
 
 
-def normface_shift_samples(lane):
-    return normface_sweep_samples(lane)
+def head_shift_samples(lane):
+    return head_sweep_samples(lane)
 
 
 def with_results(lane, name, given):
@@ -171,17 +181,16 @@ def with_results(lane, name, given):
     return {**given, **dict(zip(names, op(*arguments(lane, name, given)), strict=True))}
 
 
-def normface_finish_samples(lane):
-    for given in normface_sweep_samples(lane):
+def softmax_finish_samples(lane):
+    for given in head_sweep_samples(lane):
         yield with_results(lane, "head_sweep", given)
 
 
-def normface_backward_samples(lane):
-    for given in normface_finish_samples(lane):
+def head_backward_samples(lane):
+    for given in softmax_finish_samples(lane):
         given = with_results(lane, "softmax_finish", given)
         given["grad_loss"] = torch.ones_like(given["loss"])
-        if given.get("need_x", True):
-            yield given
+        yield {**given, "need_x": True}  # an x_sum that the sweep did not make is made here
         yield {**given, "need_x": False, "need_weight": False}
 
 
@@ -190,9 +199,10 @@ DEFAULTS = {
     "dim": 1, "p": 2, "eps": 1e-12, "normalize_input": True, "scale": None,
     "scale_value": 30.0, "m1": None, "m2": None, "m3": None, "m1_value": 1.0, "m2_value": 0.0,
     "m3_value": 0.0, "need_margin": False, "formula": 0, "guard": 0, "straight": False, "reduction": 1,
-    "ignore_index": -100, "class_chunk": 8,
+    "ignore_index": -100, "workspace": 1 << 30, "product": "auto", "threshold": None, "numbers": None,
+    "term": 0, "lowest": -1.0, "highest": 1.0, "sink": 0, "capacity": 0,
     "store": False, "need_class_sum": False, "total_classes": 8, "is_shard": False, "shift": None,
-    "need_x": True, "need_weight": True, "need_scale": True, "kernels": 0,
+    "need_x": True, "need_weight": True, "need_scale": True,
     "product_precision": torch.float32,
     "sample_weight": None, "class_weight": None, "smoothing": 0.0,
 }  # fmt: skip
@@ -209,10 +219,10 @@ SAMPLES = {
     "normalize_backward": normalize_backward_samples,
     "norm_linear": norm_linear_samples,
     "norm_linear_backward": norm_linear_backward_samples,
-    "head_sweep": normface_sweep_samples,
-    "head_shift": normface_shift_samples,
-    "softmax_finish": normface_finish_samples,
-    "head_backward": normface_backward_samples,
+    "head_sweep": head_sweep_samples,
+    "head_shift": head_shift_samples,
+    "softmax_finish": softmax_finish_samples,
+    "head_backward": head_backward_samples,
 }
 
 
@@ -238,7 +248,7 @@ def test_opcheck_of_every_sample(lane, name):
 
 
 def test_fakes_know_the_padding_of_odd_class_counts(lane):
-    for given in normface_sweep_samples(lane):
+    for given in head_sweep_samples(lane):
         if given.get("is_shard"):
             continue
         given["weight"], given["labels"] = given["weight"][:5].contiguous(), lane.tensor([0, 4, -100])

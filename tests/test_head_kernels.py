@@ -1,4 +1,4 @@
-"""Every set of kernels that plan() may choose for the head on CUDA, whatever it would choose itself."""
+"""Every product that may be chosen for the head on CUDA, whatever would be chosen by itself."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import pytest
 import test_class_shards
 import torch
 from emulation import build
-from kernel_cases.softmax import CHOICES, PLAIN, plan_of
+from kernel_cases.softmax import CHOICES, PLAIN
 from lanes import LANES
 from test_normface_loss import IGNORE, check, sample
 
 import normface_ext as nf
-from normface_ext import testing
-from normface_ext.softmax import arguments
+from normface_ext import _C, testing
 
 SWEEP_COLUMNS = 256
 planning = importlib.import_module("normface_ext.engine.plan")  # the package has a function of that name
@@ -28,9 +27,10 @@ def cuda_lane(request):
         yield lane
 
 
-def choose(monkeypatch, choice, chunk, *, again=False, module=arguments):
-    """From now on the module's plan() says so, `chunk` classes at a time; `again`: without storing E."""
-    monkeypatch.setattr(module, "plan", plan_of(choice, chunk, again=again))
+def choose(monkeypatch, choice, chunk, *, again=False):
+    """From now on this product; without E kept (`again`) `chunk` classes at a time."""
+    product, store = (CHOICES | PLAIN)[choice]
+    monkeypatch.setattr(planning, "_asked", planning._Asked(product, store and not again, chunk))
 
 
 @pytest.mark.covering(1)
@@ -180,7 +180,6 @@ def test_shards_add_up_to_the_whole(cuda_lane, monkeypatch, choice, scale):
     """Targets on other shards, a shard without classes, a shift that is given."""
     monkeypatch.setattr(test_class_shards, "DIM", 16)
     choose(monkeypatch, choice, 4)
-    choose(monkeypatch, choice, 4, module=test_class_shards)
     x, weight, labels = test_class_shards.make(cuda_lane, torch.bfloat16)
     given = x, weight, labels, cuda_lane.tensor(scale), cuda_lane.tensor(1.7)
     expected = test_class_shards.whole(*given)
@@ -195,10 +194,9 @@ def test_the_single_sweep_keeps_its_word(cuda_lane, monkeypatch):
     if cuda_lane.device.type == "cuda":
         pytest.skip("test_gpu.py measures the card's memory")
     batch, dim, classes = 20, 40, 700
-    device = planning._Device(dim, torch.bfloat16, "cuda")
-    device.multiprocessors = 3  # the emulation's
-    plan = planning._sweep_plan(batch, dim, classes, 1 << 30, device)
-    monkeypatch.setattr(arguments, "plan", lambda *_, **__: plan)
+    choose(monkeypatch, "single sweep", classes)
+    name, *_ = planning._asked
+    said = _C.workspace_bytes(name, batch, dim, classes, 2, planning.EMULATED, classes)
     x, weight, labels = sample(cuda_lane, batch, dim, classes, torch.bfloat16)
 
     def step():
@@ -207,7 +205,7 @@ def test_the_single_sweep_keeps_its_word(cuda_lane, monkeypatch):
 
     step()
     used = testing.peak_bytes(step) - (x.numel() + weight.numel()) * 2
-    assert plan.workspace_bytes / 3 <= used <= plan.workspace_bytes + 4096, f"{plan}: {used} bytes"
+    assert said / 3 <= used <= said + 4096, f"{said} said: {used} bytes"
 
 
 # Launches -------------------------------------------------------------------------------------------

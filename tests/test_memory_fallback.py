@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import normface_ext as nf
-from normface_ext.engine import calls, memory
-from normface_ext.softmax import ops
+from normface_ext.engine import calls, memory, sweep
 
 REFUSALS = [
     RuntimeError("normface_ext: could not allocate float32 of shape [8]: out of memory"),
@@ -35,16 +34,17 @@ class Hook:
         return getattr(self.kernels, name)
 
     def head_sweep(self, *arguments):
-        if arguments[7]:  # store
+        store = arguments[calls.argument_names("head_sweep").index("store")]
+        if store:
             self.asked += 1
-        if arguments[7] or self.everything:
+        if store or self.everything:
             raise self.error
         return self.kernels.head_sweep(*arguments)
 
 
 def hooked(monkeypatch, error, **options):
     hook = Hook(calls.kernels(), error, **options)
-    monkeypatch.setattr(ops, "kernels", lambda *tensors: hook)
+    monkeypatch.setattr(sweep, "kernels", lambda *tensors: hook)
     return hook
 
 
@@ -96,11 +96,13 @@ def test_the_plan_without_e_is_much_smaller():
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
         shape = (512, 512, 50_000, dtype, torch.device(device))
         stored = nf.plan(*shape)
-        smaller = memory.smaller_plan(stored, *shape)
-        assert stored.store and smaller is not None and not smaller.store
-        assert smaller.workspace_bytes <= stored.workspace_bytes // 2
+        smaller = memory.smaller((*shape, True), 8 << 30)
+        assert stored.store and smaller is not None and not smaller.keep
+        assert smaller.workspace <= stored.workspace_bytes // 2
+        plan = nf.plan(*shape, workspace=smaller.workspace)
+        assert not plan.store and plan.workspace_bytes <= smaller.workspace
     tiny = (4, 8, 5, torch.float32, torch.device("cpu"))
-    assert memory.smaller_plan(nf.plan(*tiny), *tiny) is None
+    assert memory.smaller((*tiny, True), 1 << 30) is None
 
 
 def test_an_allocation_that_fails_says_what():

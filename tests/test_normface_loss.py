@@ -10,8 +10,8 @@ from lanes import ODD_SIZES
 
 import normface_ext as nf
 from normface_ext import reference, testing
+from normface_ext.engine import sweep
 from normface_ext.reference import MARGINS
-from normface_ext.softmax import ops
 from normface_ext.testing import assert_close_to_truth, assert_matches_reference, value_and_gradients
 
 IGNORE = -100

@@ -353,8 +353,8 @@ def test_a_row_of_many_classes(cuda_lane):  # noqa: F811
         scale_value=0.0,  # E is exp(-shift), whatever the cosines are
         eps=1e-12,
         total_classes=classes,
-        class_chunk=classes,
-        kernels=3,  # the single sweep
+        workspace=1 << 30,
+        product="sm80_single_sweep",
         product_precision=torch.bfloat16,
         is_shard=False,
     )[0]

@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/agents.h"
 #include "cpu/head.h"
 #include "cpu/row_cosine.h"
 #include "engine/agent_arguments.h"
 
 namespace nf::cpu {
-namespace {
 
 Tensor target_cosine(const TargetCosineArguments& in) {
   check(in);
@@ -28,6 +28,8 @@ Tensor target_cosine(const TargetCosineArguments& in) {
   });
   return out;
 }
+
+namespace {
 
 // g += factor unit(row r)
 template <class T>

@@ -2,6 +2,7 @@
 // classes for dW, and for x_sum where the first one did not make it.
 #include <cstring>
 
+#include "cpu/head_launch.h"
 #include "cpu/row_terms.h"
 
 namespace nf::cpu {
@@ -157,7 +158,7 @@ struct Backward {
 
 template <class T>
 void backward(const HeadBackwardArguments& in, const Tensor& dx, const Tensor& dw, const Tensor& dscale) {
-  const HeadShape shape(in.x, in.weight, in.class_chunk);
+  const HeadShape shape = shape_of(in.kName, in, in.stored.numel() > 0);
   const int64_t N = shape.batch, D = shape.dim;
   const Rows<T> xs(in.x, D), ws(in.weight, D);
   const Labels labels(in.labels);

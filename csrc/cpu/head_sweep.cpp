@@ -1,5 +1,6 @@
 // The sweep on the CPU: prepare the rows, then go over the classes at hand for their sums (head_sweep), or for
 // kappa only (head_shift).
+#include "cpu/head_launch.h"
 #include "cpu/row_cosine.h"
 #include "cpu/row_terms.h"
 #include "cpu/sinks.h"
@@ -177,7 +178,7 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
 
 template <class T>
 SweepResult run_sweep(const HeadSweepArguments& in) {
-  const HeadShape shape(in.x, in.weight, in.class_chunk);
+  const HeadShape shape = shape_of(in.kName, in, in.store);
   const int64_t N = shape.batch, D = shape.dim, C = shape.classes;
   const ScalarType wide = accumulator(in.x.scalar_type());
   SweepResult out{fresh({kRowFields, N}, ScalarType::Double),
@@ -222,7 +223,7 @@ Tensor head_shift(const HeadShiftArguments& in) {
   Labels(in.labels).check(in.kName, in.weight.size(0), in.ignore_index, in.is_shard);
   Tensor shift = fresh({in.x.size(0)}, ScalarType::Double);
   const auto run = [&]<class T>(T) {
-    const HeadShape shape(in.x, in.weight, in.class_chunk);
+    const HeadShape shape = shape_of(in.kName, in, false);
     Buffer<T> x_hat(shape.batch * shape.dim);
     Buffer<double> inverse(shape.batch);
     const Counting<T> counting{Labels(in.labels).data, in.ignore_index, nullptr};

@@ -32,8 +32,8 @@ struct HeadOptions {
 struct SweepOptions : HeadOptions {
   int64_t term;            // Term
   double lowest, highest;  // range of what the term makes of a cosine, for the shift
-  int64_t class_chunk;
-  int64_t kernels;  // HeadKernels
+  int64_t workspace;       // bytes beyond inputs and gradients
+  std::string product;     // "auto", or a name of products.h
   ScalarType product_precision;
   bool is_shard;
 
@@ -43,8 +43,8 @@ struct SweepOptions : HeadOptions {
     f("term", term);
     f("lowest", lowest);
     f("highest", highest);
-    f("class_chunk", class_chunk);
-    f("kernels", kernels);
+    f("workspace", workspace);
+    f("product", product);
     f("product_precision", product_precision);
     f("is_shard", is_shard);
   }

@@ -49,6 +49,10 @@ struct SchemaType<bool> {
   static constexpr const char* kName = "bool";
 };
 template <>
+struct SchemaType<std::string> {
+  static constexpr const char* kName = "str";
+};
+template <>
 struct SchemaType<ScalarType> {
   static constexpr const char* kName = "ScalarType";
 };

@@ -54,8 +54,7 @@ NF_HD int64_t target_place(int64_t label, int64_t first, int64_t width) {
   return label >= first && label - first < width ? label - first : -1;
 }
 
-// What makes the products on CUDA. plan.py chooses; those on tensor cores need 16-bit operands, the plain
-// ones wider.
+// What makes the products on CUDA: products.h says which shapes each takes.
 enum HeadKernels {
   kLibraryKernels = 0,    // cuBLAS
   kTensorCoreScores = 1,  // the scores by sm80_scores.cu, the others by cuBLAS

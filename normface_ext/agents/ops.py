@@ -12,17 +12,21 @@ from torch.autograd import Function
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative
 from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of
 from ..engine.sweep import (
-    INVERSE_NORM,
-    ROW_WEIGHT,
     SECOND_SUM,
+    SLOPE_FIELDS,
+    SLOPES,
     SUM,
     TERMS,
+    Collected,
     SweepOptions,
     Swept,
     TermInputs,
     head_backward,
     head_sweep_collecting,
+    in_memory,
 )
+
+OTHERS = SLOPES.index("others")
 
 
 @dataclass(eq=False)
@@ -31,14 +35,35 @@ class AgentSweepOptions(SweepOptions):
 
     margin_value: float = 0.0  # where the margin is no tensor
     triplet: bool = False
+    hardest: bool = False  # only each row's hardest class
+    capacity: int = 0  # of the lists of active classes; 0 where no gradient will follow them
+    most_listed: int = 0  # up to so many active classes of all rows a list is the quicker way
 
     @property
-    def exponential(self) -> bool:
-        return self.term == TERMS["exponential_hinge"]
+    def op(self) -> str:
+        """The loss that stands on this, for sentences: the one that is the others' pattern."""
+        return "c_triplet_loss" if self.triplet else "c_contrastive_loss"
 
 
-def _target_cosine_fake(*, x: Tensor, **_: Any) -> Tensor:
-    return x.new_empty([x.shape[0]], dtype=torch.float64)
+def _threshold_fake(*, x: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    batch = x.shape[0]
+    return (
+        x.new_empty([batch], dtype=accumulator(x.dtype)),
+        x.new_empty([batch], dtype=torch.float64),
+    )
+
+
+def _slopes_fake(*, rows: Tensor, **_: Any) -> Tensor:
+    return rows.new_empty([SLOPE_FIELDS, rows.shape[1]])
+
+
+def _list_fake(*, rows: Tensor, found: Tensor, width: int, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch = rows.shape[1]
+    return (
+        found.new_empty([batch, 1 + width]),
+        found.new_empty([batch, 1 + width], dtype=torch.int64),
+        found.new_empty([batch]),
+    )
 
 
 def _pairs_fake(
@@ -51,35 +76,132 @@ def _pairs_fake(
     )
 
 
-add_fakes(by_name({"target_cosine": _target_cosine_fake, "cosine_pairs_backward": _pairs_fake}))
-
-_cosine_options = options_of("target_cosine", SweepOptions)
-_pairs_options = options_of("cosine_pairs_backward", SweepOptions)
-
-
-def target_cosine(x: Tensor, weight: Tensor, labels: Tensor, options: SweepOptions) -> Tensor:
-    """cos(x_i, w_labels[i]), [N] float64, without a gradient of its own; 0 where the agent is not here."""
-    cosine: Tensor = kernels(x, weight).target_cosine(x, weight, labels, *_cosine_options(options))
-    return cosine
-
-
-def hinge_slope(rows: Tensor, options: AgentSweepOptions) -> Tensor:
-    """The sum of the slopes of a row's hinges, [N] float64."""
-    return rows[SUM] if options.exponential else rows[SECOND_SUM]
-
-
-def slopes_of(rows: Tensor, slope: Tensor, grad_target: Tensor, grad_value: Tensor, triplet: bool) -> Tensor:
-    """What ``head_backward`` is linear in, [SLOPE_FIELDS, N] float64."""
-    # d = 2 - 2 c, so d(hinge)/dc = 2 slope; in a triplet the label's distance is in every threshold.
-    own = grad_target + grad_value * slope if triplet else grad_target
-    zero = torch.zeros_like(rows[0])
-    return torch.stack([2.0 * grad_value.double(), -2.0 * own.double(), zero, zero]).where(
-        rows[ROW_WEIGHT] != 0, 0.0
+add_fakes(
+    by_name(
+        {
+            "hinge_threshold": _threshold_fake,
+            "hinge_slopes": _slopes_fake,
+            "hinge_pairs": _list_fake,
+            "cosine_pairs_backward": _pairs_fake,
+        }
     )
+)
+
+_threshold_options = options_of("hinge_threshold", AgentSweepOptions)
+_slopes_options = options_of("hinge_slopes", AgentSweepOptions)
+_list_options = options_of("hinge_pairs", AgentSweepOptions)
+_pairs_options = options_of("cosine_pairs_backward", AgentSweepOptions)
+
+
+def hinge_threshold(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    cosine: Tensor | None,
+    margin: Tensor | None,
+    options: AgentSweepOptions,
+) -> tuple[Tensor, Tensor]:
+    """(distance to the label's agent, the hinges' threshold), [N] each, the latter float64. `cosine` is what
+    ``target_cosine`` of all shards add up to; None: the agents are all here."""
+    result: tuple[Tensor, Tensor] = kernels(x, weight).hinge_threshold(
+        x, weight, labels, cosine, margin, *_threshold_options(options)
+    )
+    return result
+
+
+def hinge_slopes(
+    rows: Tensor, grad_distance: Tensor, grad_hinges: Tensor, options: AgentSweepOptions
+) -> Tensor:
+    """What the gradients are linear in, [SLOPE_FIELDS, N] float64; `rows` has sums over all classes."""
+    slopes: Tensor = kernels(rows, grad_hinges).hinge_slopes(
+        rows, grad_distance.contiguous(), grad_hinges.contiguous(), *_slopes_options(options)
+    )
+    return slopes
+
+
+def hinge_slope(rows: Tensor, options: SweepOptions) -> Tensor:
+    """The sum of the slopes of a row's hinges, [N] float64."""
+    return rows[SUM] if options.term == TERMS["exponential_hinge"] else rows[SECOND_SUM]
+
+
+def sweep_hinges(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    threshold: Tensor,
+    options: AgentSweepOptions,
+    *,
+    need_gradient: bool,
+    need_class_sum: bool = False,
+) -> tuple[Swept, Collected, AgentSweepOptions]:
+    """The hinges of all rows, and what their backward has to be given: the options too."""
+    sink = "hardest" if options.hardest else "active" if options.capacity > 0 else "none"
+    capacity = 1 if options.hardest else options.capacity
+    keep = need_gradient and not options.hardest
+
+    def sweep(given: AgentSweepOptions) -> tuple[Swept, Collected]:
+        return head_sweep_collecting(
+            x,
+            weight,
+            labels,
+            given,
+            TermInputs(threshold, None),
+            sink=sink,
+            capacity=capacity,
+            store=keep and given.keep,
+            need_class_sum=need_class_sum,
+        )
+
+    (swept, collected), options = in_memory(options.op, x, weight, options, sweep, store=keep)
+    return swept, collected, options
+
+
+def listed_width(active: Tensor, options: AgentSweepOptions) -> int | None:
+    """The longest row of the lists where the gradient should follow them, None where it should not. From the
+    numbers [N] of active classes, which are read: on CUDA the host waits for the sweep."""
+    if options.hardest:
+        return 1
+    if options.capacity == 0 or len(active) == 0:
+        return None
+    longest, total = torch.stack([active.max(), active.sum()]).tolist()
+    return int(longest) if longest <= options.capacity and total <= options.most_listed else None
+
+
+def hinge_gradients(
+    slopes: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    threshold: Tensor,
+    swept: Swept,
+    collected: Collected,
+    options: AgentSweepOptions,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor, Tensor]:
+    """Of x and weight. ``swept.rows`` are of the classes at hand.
+
+    The gradient of the hinges is zero but for what is active: where that is little, and each row's was
+    listed, it follows the lists; else it goes over all classes. Both are exact.
+    """
+    rows = swept.rows
+    width = listed_width(rows[SECOND_SUM], options)
+    if width is None:
+        one = slopes.new_ones((), dtype=accumulator(x.dtype))
+        term = TermInputs(threshold, None)
+        arguments = one, slopes, x, weight, labels, None, None, swept, options, (*needed, False)
+        return head_backward(*arguments, term)[:2]
+    called = kernels(x, weight)
+    pairs = called.hinge_pairs(
+        rows, slopes, labels, *collected, width, weight.shape[0], *_list_options(options)
+    )
+    gradients: tuple[Tensor, Tensor] = called.cosine_pairs_backward(
+        x, weight, *pairs, swept.inverse_norm, *needed, *_pairs_options(options)
+    )
+    return gradients
 
 
 class _AgentHinge(Function):
-    """(target distance, hinges, state) of every row; the state has no gradient."""
+    """(target distance, hinges, rows), and the class_sum if asked for; only the first two have a gradient."""
 
     @staticmethod
     def forward(
@@ -89,52 +211,61 @@ class _AgentHinge(Function):
         labels: Tensor,
         margin: Tensor | None,
         options: AgentSweepOptions,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rows, agents, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
-        wide = accumulator(x.dtype)
-        distance = 2.0 - 2.0 * target_cosine(rows, agents, labels, options)
-        threshold = distance * options.triplet + (options.margin_value if margin is None else margin)
-        term = TermInputs(threshold, None)
-        store = options.plan.store and any(ctx.needs_input_grad[:2])
-        swept, _, _ = head_sweep_collecting(
-            rows, agents, labels, None, options, sink="none", capacity=0, store=store, term=term
+        need_class_sum: bool,
+    ) -> tuple[Tensor, ...]:
+        features, agents, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
+        need_gradient = any(ctx.needs_input_grad[:2])
+        distance, threshold = hinge_threshold(features, agents, labels, None, margin, options)
+        swept, collected, options = sweep_hinges(
+            features,
+            agents,
+            labels,
+            threshold,
+            options,
+            need_gradient=need_gradient,
+            need_class_sum=need_class_sum,
         )
-        ctx.save_for_backward(x, weight, labels, threshold, *swept)
-        ctx.options = options
-        state = swept.rows
-        ctx.mark_non_differentiable(state)
-        return torch.where(state[ROW_WEIGHT] != 0, distance, 0.0).to(wide), state[SUM].to(wide), state
+        constant = (swept.rows, swept.class_sum) if need_class_sum else (swept.rows,)
+        if need_gradient:
+            ctx.save_for_backward(x, weight, labels, threshold, *collected, *swept)
+            ctx.options = options
+            ctx.mark_non_differentiable(*constant)
+        return distance, swept.rows[SUM].to(distance.dtype), *constant
 
     @staticmethod
-    def backward(ctx: Any, grad_target: Tensor, grad_value: Tensor, _: Any) -> Any:
-        x, weight, labels, threshold, *swept = ctx.saved_tensors
-        options, needed = ctx.options, (*ctx.needs_input_grad[:2], False)
-        rows = swept[0]
+    def backward(ctx: Any, grad_distance: Tensor, grad_hinges: Tensor, *_: Any) -> Any:
+        x, weight, labels, threshold, *saved = ctx.saved_tensors
+        collected, swept = Collected(*saved[:2]), Swept(*saved[2:])
+        options, needed = ctx.options, ctx.needs_input_grad[:2]
         with torch.no_grad():
-            slope = hinge_slope(rows, options).to(grad_value.dtype)
-            gradients = head_backward(
-                grad_value.new_ones(()),
-                slopes_of(rows, slope, grad_target, grad_value, options.triplet),
+            slopes = hinge_slopes(swept.rows, grad_distance, grad_hinges, options)
+            gradients = hinge_gradients(
+                slopes,
                 x.contiguous(),
                 weight.contiguous(),
                 labels,
-                None,
-                None,
-                Swept(*swept),
+                threshold,
+                swept,
+                collected,
                 options,
                 needed,
-                TermInputs(threshold, None),
             )
-        # Both losses stand on this op; the sentence names the one that is the other's pattern.
-        name = "c_triplet_loss" if options.triplet else "c_contrastive_loss"
-        origins = grad_target, grad_value, x, weight
-        given = asked(needed, gradients)[:2]
-        return *no_second_derivative(name, given, *origins), None, None, None
+        origins = grad_distance, grad_hinges, x, weight
+        given = asked(needed, gradients)
+        return *no_second_derivative(options.op, given, *origins), None, None, None, None
 
 
 def agent_hinge(
-    x: Tensor, weight: Tensor, labels: Tensor, margin: Tensor | None, options: AgentSweepOptions
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    margin: Tensor | None,
+    options: AgentSweepOptions,
+    *,
+    need_class_sum: bool = False,
+) -> tuple[Tensor, ...]:
+    """(distance to the label's agent [N], sum of the hinges [N], rows [ROW_FIELDS, N]), and with
+    `need_class_sum` that."""
     x, weight = detach_without_grad(x, weight)
-    result: tuple[Tensor, Tensor, Tensor] = _AgentHinge.apply(x, weight, labels, margin, options)
+    result: tuple[Tensor, ...] = _AgentHinge.apply(x, weight, labels, margin, options, need_class_sum)
     return result

@@ -12,7 +12,7 @@ from ..cosine.options import LinearOptions
 from ..cosine.rows import unit_rows_
 from ..engine.arguments import RATE, flag, integer, number
 from ..softmax.layers import NormFaceLoss
-from . import softmax
+from . import ranking, softmax
 from .sampling import ClassSampler
 from .shard import ClassShard
 
@@ -114,6 +114,38 @@ class ShardedNormFaceLoss(NormFaceLoss):
         whole = weight.full_tensor(grad_placements=[Partial()])
         options = LinearOptions(eps=self.options.eps)
         return scaled_cosine("norm_linear", x, whole, self.bounded_scale(), options)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """The class of the largest logit of this rank's rows, int64 [N]; of several the first. All ranks call
+        it together; no rank holds all classes."""
+        options = self.present_options()
+        return ranking.nearest_class(
+            type(self).__name__,
+            x,
+            self._local_weight(),
+            self.shard,
+            options.eps,
+            options.workspace,
+        )
+
+    def _ranks(self, x: Tensor, labels: Tensor) -> Tensor:
+        options = self.present_options()
+        return ranking.target_rank(
+            type(self).__name__,
+            x,
+            self._local_weight(),
+            labels,
+            self.shard,
+            options.ignore_index,
+            options.eps,
+            options.workspace,
+        )
+
+    def _local_weight(self) -> Tensor:
+        weight = self.weight
+        assert isinstance(weight, DTensor)
+        return weight.to_local().detach()
 
     def renormalize_(self) -> None:
         """Overwrites this rank's rows by unit rows; see ``NormFaceLoss.renormalize_``."""

@@ -6,7 +6,10 @@ import warnings
 
 import torch
 
-from .plan import Plan, plan
+from .plan import Products, plan_of_step
+
+#: N, D, C, dtype, device, and whether the term is the softmax's: what a plan is made for.
+Step = tuple[int, int, int, torch.dtype, torch.device, bool]
 
 #: The least workspace that could not be had, by device. It is not asked for again: on CUDA an allocation that
 #: fails empties torch's cache first, at every step.
@@ -19,30 +22,32 @@ def is_refusal(error: Exception) -> bool:
     return known or (isinstance(error, RuntimeError) and "could not allocate" in str(error))
 
 
-def refuse(failed: Plan, device: torch.device) -> None:
+def refuse(op: str, step: Step, workspace: int) -> None:
+    """The plan of this step, within a budget, could not be followed."""
+    device, failed = step[4], plan_of_step(*step, workspace)
     _refused[device] = failed.workspace_bytes
     warnings.warn(
-        f"normface_loss: the {failed.workspace_bytes / 2**20:.1f} MiB of the plan that keeps E could not be"
+        f"{op}: the {failed.workspace_bytes / 2**20:.1f} MiB of the plan that keeps E could not be"
         f" allocated on {device}; from now on E is computed twice there instead (see `workspace`)",
         RuntimeWarning,
         stacklevel=2,
     )
 
 
-def is_refused(wanted: Plan, device: torch.device) -> bool:
-    return device in _refused and wanted.workspace_bytes >= _refused[device]
+def is_refused(step: Step, workspace: int) -> bool:
+    device = step[4]
+    return device in _refused and plan_of_step(*step, workspace).workspace_bytes >= _refused[device]
 
 
-def smaller_plan(
-    failed: Plan, batch: int, dim: int, classes: int, dtype: torch.dtype, device: torch.device
-) -> Plan | None:
-    """A plan without E in at most half the memory; None where there is none."""
+def smaller(step: Step, workspace: int) -> Products | None:
+    """Without E, in at most half the memory; None where there is no such plan."""
+    failed = plan_of_step(*step, workspace)
     for share in (8, 4, 2):
         budget = failed.workspace_bytes // share
         try:
-            found = plan(batch, dim, classes, dtype, device, workspace=budget)
+            found = plan_of_step(*step, budget)
         except ValueError:  # not even one class per chunk fits
             continue
         if not found.store:
-            return found
+            return Products(False, budget, "auto")
     return None

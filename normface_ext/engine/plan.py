@@ -1,4 +1,5 @@
-"""How the fused head will run: decided here from shapes alone, obeyed by the kernels.
+"""How the engine will run: whether E is kept is decided here, from shapes alone; everything else inside the
+ops, by the same descriptors (csrc/engine/products.h, csrc/engine/plan.h).
 
 The engine walks the classes in chunks. ``stored`` keeps E = exp(s cos - kappa) of every chunk from
 forward to backward (three matrix products per step); ``recompute`` keeps nothing of size N x C and
@@ -9,16 +10,45 @@ between the last two and ``stored``, a model of the time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
-from . import checks
+from .. import _C
+from . import checks, library
 from .arguments import integer
 
 GIB = 1 << 30
 #: Default budgets: what the head may hold beyond its inputs, gradients and per-class norms.
 DEFAULT_WORKSPACE = {"cpu": 2 * GIB, "cuda": 8 * GIB}
+
+#: csrc/plan_module.cpp: cuda, threads, multiprocessors, bytes of shared memory of a block, 80 for compute
+#: capability 8.0, name.
+Facts = tuple[bool, int, int, int, int, str]
+#: Without a GPU at hand: the shared memory is the least among those that have tensor cores (compute
+#: capability 8.6), and the multiprocessors are many.
+ASSUMED: Facts = (True, 1, 148, 101_376, 80, "")
+#: Of the kernels' emulation on a CPU (tests/emulation/device/launch.cuh).
+EMULATED: Facts = (True, 1, 3, 227 << 10, 80, "emulated")
+
+
+class Loser(NamedTuple):
+    """A way that was not taken.
+
+    Attributes:
+        product: its name in csrc/engine/products.h.
+        algorithm: as in ``Plan``.
+        seconds: predicted for a step; None where the product does not take the shape.
+        why: what speaks against it.
+    """
+
+    product: str
+    algorithm: str
+    seconds: float | None
+    why: str
 
 
 @dataclass(frozen=True)
@@ -37,6 +67,9 @@ class Plan:
         workspace_bytes: predicted peak memory beyond inputs and gradients.
         flops: floating-point operations of the matrix products, forward + backward.
         bytes_moved: least memory traffic of forward + backward: inputs, gradients and E.
+        product: the name of the product that makes both, and that leaves the rest to the library.
+        seconds: predicted for a step, forward + backward, of a weight in at least float32.
+        losers: the other ways, each with its predicted seconds and why it lost.
     """
 
     algorithm: str
@@ -47,27 +80,36 @@ class Plan:
     workspace_bytes: int
     flops: int
     bytes_moved: int
+    product: str
+    seconds: float
+    losers: tuple[Loser, ...] = field(compare=False, repr=False)
 
     @property
     def store(self) -> bool:
         return self.algorithm == "stored"
 
-    @property
-    def kernels(self) -> int:
-        """The code of ``HeadKernels`` in csrc/engine/row_state.h."""
-        if self.algorithm == "single sweep":
-            return 3
-        if self.scores == "cuda cores":
-            return 4
-        return sum(name == "tensor cores" for name in (self.scores, self.weight_gradient))
-
     def __str__(self) -> str:
         products = self.scores if self.scores == self.weight_gradient else f"{self.scores} and cublas"
-        return (
+        chosen = (
             f"{self.algorithm}, {products}: {self.chunks} chunk(s) of {self.class_chunk} classes,"
-            f" workspace {self.workspace_bytes / 2**20:.1f} MiB,"
-            f" {self.flops / 1e9:.2f} GFLOP, at least {self.bytes_moved / 2**20:.1f} MiB moved"
+            f" workspace {_size(self.workspace_bytes)},"
+            f" {self.flops / 1e9:.2f} GFLOP, at least {_size(self.bytes_moved)} moved,"
+            f" predicted {_time(self.seconds)}"
         )
+        lines = [
+            f"  not {loser.product if loser.seconds is None else f'{loser.algorithm} by {loser.product}'}:"
+            f" {loser.why}"
+            for loser in self.losers
+        ]
+        return "\n".join([chosen, *lines])
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def _threads() -> int:
@@ -80,11 +122,29 @@ def _threads() -> int:
 _threads._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _cpu_chunk(batch: int, dim: int, classes: int, threads: int) -> int:
-    """Classes per tile: the tile of W and the tile of E should share a core's L2 cache, and every
-    thread should get a few tiles."""
-    fits = max(64, (1 << 18) // max(1, dim + batch))
-    return max(1, min(fits, -(-classes // (4 * threads)) if classes > 256 else classes))
+def facts(device: torch.device) -> Facts:
+    """What the products ask of a device."""
+    if device.type != "cuda":
+        return False, _threads(), 0, 0, 0, ""
+    if library.emulating():
+        return EMULATED
+    if not torch.cuda.is_available():
+        return ASSUMED
+    card = torch.cuda.get_device_properties(device)
+    shared = getattr(card, "shared_memory_per_block_optin", ASSUMED[3])  # not in torch's stubs
+    return True, 1, card.multi_processor_count, shared, 10 * card.major + card.minor, card.name
+
+
+def operand_bytes(device: torch.device, dtype: torch.dtype) -> int:
+    """Of the products' operands and of E; a CPU widens 16-bit ones."""
+    return dtype.itemsize if device.type == "cuda" else max(4, dtype.itemsize)
+
+
+def default_workspace(device: torch.device) -> int:
+    budget = DEFAULT_WORKSPACE.get(device.type, DEFAULT_WORKSPACE["cpu"])
+    if device.type == "cuda" and torch.cuda.is_available():
+        budget = min(budget, torch.cuda.get_device_properties(device).total_memory // 4)
+    return budget
 
 
 def plan(
@@ -96,7 +156,8 @@ def plan(
     *,
     workspace: int | None = None,
 ) -> Plan:
-    """The algorithm, chunking, memory and work of ``normface_loss`` for a shape.
+    """The algorithm, chunking, memory and work of ``normface_loss`` for a shape. ``print`` it: it says what
+    was chosen, what was not, and why.
 
     Args:
         batch: N.
@@ -116,203 +177,175 @@ def plan(
     dim, classes = integer("plan", "dim", dim, 1), integer("plan", "classes", classes, 1)
     dtype, workspace = checks.floating_dtype("plan", dtype), checks.workspace("plan", "workspace", workspace)
     device = checks.device("plan", device)
-    kind = device.type
-    budget = _default_workspace(kind, device) if workspace is None else workspace
-
-    if kind == "cuda":
-        return _cuda_plan(batch, dim, classes, dtype, budget, _Device(dim, dtype, device))
-    return _cpu_plan(batch, dim, classes, dtype, budget)
+    return plan_of_step(batch, dim, classes, dtype, device, True, workspace)
 
 
-def _default_workspace(kind: str, device: str | torch.device) -> int:
-    budget = DEFAULT_WORKSPACE.get(kind, DEFAULT_WORKSPACE["cpu"])
-    if kind == "cuda" and torch.cuda.is_available():
-        budget = min(budget, torch.cuda.get_device_properties(device).total_memory // 4)
-    return budget
-
-
-class _Device:
-    """What the kernels for tensor cores may do here. Without a GPU at hand, the shared memory is the least
-    among those that have the instructions (compute capability 8.6), and the multiprocessors are many."""
-
-    def __init__(self, dim: int, dtype: torch.dtype, device: str | torch.device) -> None:
-        self.multiprocessors, limit, capable = 148, 101_376, True
-        if torch.cuda.is_available():
-            properties = torch.cuda.get_device_properties(device)
-            self.multiprocessors, capable = properties.multi_processor_count, properties.major >= 8
-            limit = getattr(properties, "shared_memory_per_block_optin", limit)  # not in torch's stubs
-        #: Whether simt_products.cu takes this shape.
-        self.plain = (
-            dtype.itemsize >= 4
-            and dim * dtype.itemsize % 16 == 0
-            and dim <= 512
-            and plain_shared_bytes(dim) <= limit
-        )
-        capable = capable and dtype.itemsize == 2 and dim % 8 == 0
-        #: Whether sm80_scores.cu, sm80_weight_gradient.cu and sm80_single_sweep.cu take this shape.
-        self.scores = capable and score_shared_bytes(dim) <= limit
-        self.weight_gradient = self.scores and dim <= 512
-        self.sweep = self.scores and dim <= 256
-
-
-def score_shared_bytes(dim: int) -> int:
-    """Most shared memory of a block of sm80_scores.cu: a tile of features, three stages of the weight, and
-    three numbers per row."""
-    return 128 * (-(-dim // 64) * 64) * 2 + 3 * 128 * 64 * 2 + 128 * 12
-
-
-def plain_shared_bytes(dim: int) -> int:
-    """Most shared memory of a block of simt_products.cu: two stages of 128 bytes of 256 rows for the scores;
-    for dW of more than 256 columns, two of 64 bytes of 64 classes and 512 columns, and a count per class. The
-    latter is more than compute capability 7.5 has."""
-    return 2 * 128 * 256 if dim <= 256 else 2 * 64 * (64 + 512) + 64 * 4
-
-
-@dataclass(frozen=True)
-class _Costs:
-    """Bytes of workspace: `fixed`, `per_class` of a chunk, and `stored` for E where it is not in a chunk."""
-
-    fixed: int
-    per_class: int
-    stored: int
-    item: int  # bytes of an element of inputs and gradients
-    e_item: int  # bytes of an element of E
-
-
-def _choose(
+def plan_of_step(
     batch: int,
     dim: int,
     classes: int,
-    budget: int,
-    scores: str,
-    gradient: str,
-    store: _Costs,
-    shrunk: _Costs,
-    chunk: int,
-    stored_chunk: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    softmax: bool,
+    workspace: int | None,
 ) -> Plan:
-    products = 2 * batch * dim * classes
-    traffic = (3 * classes * dim + 2 * batch * dim) * store.item
-    used = store.fixed + store.per_class * stored_chunk + store.stored
-    if used <= budget:
-        chunks = -(-classes // stored_chunk)
-        moved = traffic + 2 * batch * classes * store.e_item
-        return Plan("stored", scores, gradient, stored_chunk, chunks, used, 3 * products, moved)
-    used = store.fixed + store.per_class * chunk
-    if used > budget:
-        chunk = min(chunk, (budget - shrunk.fixed) // shrunk.per_class)
-        used = shrunk.fixed + shrunk.per_class * chunk
-    if chunk < 1:
+    """``plan`` of what was checked, for a sweep of the softmax's term or of another."""
+    budget = default_workspace(device) if workspace is None else workspace
+    item = operand_bytes(device, dtype)
+    step = batch, dim, classes, item, softmax, facts(device), budget
+    way = _C.chosen_way(*step)
+    if way["chunk"] == 0:
         raise ValueError(
-            f"plan: expected `workspace` of at least {shrunk.fixed + shrunk.per_class} bytes for"
+            f"plan: expected `workspace` of at least {way['bytes']} bytes for"
             f" N={batch}, D={dim}, C={classes}, got {budget}"
         )
-    moved = traffic + classes * dim * shrunk.item
-    return Plan("recompute", scores, gradient, chunk, -(-classes // chunk), used, 4 * products, moved)
-
-
-#: Bytes of a row's state, its slopes (csrc/engine/row_state.h) and its gradients
-#: (csrc/cuda/device/backward_kernels.cuh), its counter, and what the single sweep's backward knows of it.
-ROW_STATE = (7 + 4 + 7) * 8 + 4 + 16
-
-
-def _cpu_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: int) -> Plan:
-    item = 8 if dtype == torch.float64 else 4
-    threads = _threads()
-    chunk = _cpu_chunk(batch, dim, classes, threads)
-
-    def costs(slots: int) -> _Costs:
-        return _Costs(
-            # x_hat and its weighted copy, x_sum, an accumulator per thread; the rows' state; norms of W.
-            fixed=(3 + slots) * batch * dim * item + (ROW_STATE + 16 * slots) * batch + classes * item,
-            # Per class of a tile and thread: unit weights, their gradient, and a column of scores.
-            per_class=slots * (2 * dim + batch) * item,
-            stored=batch * classes * item,
-            item=item,
-            e_item=item,
-        )
-
-    # A chunk that had to shrink is walked by all threads.
-    store, shrunk = costs(min(threads, -(-classes // chunk))), costs(min(threads, classes))
-    return _choose(batch, dim, classes, budget, "blas", "blas", store, shrunk, chunk, chunk)
-
-
-#: Predicted rates of an H200, until measured: products by cuBLAS and by the kernels of mma.sync, memory.
-LIBRARY_RATE, KERNEL_RATE, BANDWIDTH = 670e12, 375e12, 4.3e12
-#: E below this size stays in the L2 cache between the kernels.
-CACHED = 32 << 20
-#: A float32 product of so many operations takes about as long by cuBLAS as by the library's own kernel.
-SMALL = 6e9
-
-
-def _cuda_plan(batch: int, dim: int, classes: int, dtype: torch.dtype, budget: int, device: _Device) -> Plan:
-    operand = dtype.itemsize  # of the products' operands and of E; scores and sums are at least float32
-    wide = max(operand, 4)
-    # What dW of one class costs after a product by cuBLAS: written, read with the weight, written again.
-    afterwards = 10 * dim / BANDWIDTH
-    product = 2 * batch * dim
-    fused = device.weight_gradient and product / KERNEL_RATE <= product / LIBRARY_RATE + afterwards
-    if device.sweep and (sweep := _sweep_plan(batch, dim, classes, budget, device)) is not None:
-        e = 2 * batch if 2 * batch * classes > CACHED else 0  # bytes per class, written once and read twice
-        rest = product / KERNEL_RATE if fused else product / LIBRARY_RATE + afterwards
-        stored = product * (1 / KERNEL_RATE + 1 / LIBRARY_RATE) + rest + 3 * e / BANDWIDTH
-        if 4 * product / KERNEL_RATE < stored:
-            return sweep
-    else:
-        sweep = None
-    plain = device.plain and product * classes <= SMALL
-    kernels = ("tensor cores" if device.scores else "cublas", "tensor cores" if fused else "cublas")
-    if plain:
-        kernels = ("cuda cores", "cuda cores")
-    scores = 0 if device.scores or operand == wide else wide  # E replaces scores of its own size
-    # Partial sums: of every block that a row has (of at most 256 tiles: sm80_scores.cu), or of stretches of
-    # classes.
-    blocks = 0
-    if device.scores:
-        blocks = max(1, 8 * device.multiprocessors // max(1, -(-batch // 128)), -(-classes // (256 * 128)))
-    stretch = 128 if plain else 4096
-    costs = _Costs(
-        # x_hat and its weighted copy, x_sum and the part added to it; the rows' state, before and after
-        # it is finished, partial sums, and columns up to a multiple of 8; norms of W.
-        fixed=2 * batch * dim * (operand + wide)
-        + (ROW_STATE + 20 * min(blocks, -(-classes // 128)) + 7 * (operand + scores)) * batch
-        + classes * wide,
-        # Unit weights and, for 16-bit operands, their copy or their gradient; a column of E and of scores.
-        per_class=dim * (operand + wide)
-        + (batch + 8) * (operand + scores)
-        + (0 if device.scores else 16 * batch // stretch + 1),
-        stored=0,
-        item=operand,
-        e_item=operand,
-    )
-    chunk = max(1, min(classes, (1 << 28) // max(1, batch + dim)))
-    if sweep is not None and costs.fixed + costs.per_class * classes > budget:
-        return sweep
-    return _choose(batch, dim, classes, budget, *kernels, costs, costs, chunk, classes)
-
-
-def _sweep_plan(batch: int, dim: int, classes: int, budget: int, device: _Device) -> Plan | None:
-    """The single sweep, if the budget is enough for chunks of a reasonable size."""
-    row_blocks = -(-batch // 128)
-    splits = max(1, 2 * device.multiprocessors // max(1, row_blocks))
-    fixed = (
-        # x_hat, weighted features, x_sum and its parts; the rows' state and partial sums; norms of W.
-        (4 + 4) * batch * dim + 4 * splits * batch * dim + (ROW_STATE + 16 * splits) * batch + 4 * classes
-    )
-    per_class = 4 * dim  # unit weights in two types
-    least = min(classes, 4096)
-    if fixed + per_class * least > budget:
-        return None
-    chunk = min(classes, (budget - fixed) // per_class, (1 << 30) // dim)
-    product = 2 * batch * dim * classes
-    moved = (4 * classes * dim + 2 * batch * dim) * 2  # inputs and gradients, and the weight once more
+    algorithm, product = _algorithm(way), 2 * batch * dim * classes
+    weights, kept = (3, 2 * batch * classes) if way["store"] else (4, 0)  # W is read once more without E
+    moved = (weights * classes * dim + 2 * batch * dim + kept) * item
+    others = [other for other in _C.all_ways(*step) if _key(other) != _key(way)]
     return Plan(
-        "single sweep",
-        "tensor cores",
-        "tensor cores",
-        chunk,
-        -(-classes // chunk),
-        fixed + per_class * chunk,
-        4 * product,
+        algorithm,
+        way["scores"],
+        way["weight_gradient"],
+        way["chunk"],
+        -(-classes // way["chunk"]),
+        way["bytes"],
+        (3 if way["store"] else 4) * product,
         moved,
+        way["product"],
+        way["seconds"],
+        tuple(_loser(other, way, budget) for other in others),
     )
+
+
+def _key(way: dict[str, Any]) -> tuple[str, bool]:
+    return way["product"], way["store"]
+
+
+def _algorithm(way: dict[str, Any]) -> str:
+    return "stored" if way["store"] else "single sweep" if way["sweeps"] else "recompute"
+
+
+def _loser(way: dict[str, Any], chosen: dict[str, Any], budget: int) -> Loser:
+    seconds = way["seconds"] or None
+    if way["refusal"]:
+        why = way["refusal"]
+    elif way["bytes"] > budget:
+        why = f"needs {_size(way['bytes'])} of {_size(budget)}"
+    else:
+        why = f"predicted {_time(way['seconds'])}"
+        if (
+            way["seconds"] <= chosen["seconds"]
+        ):  # the rule is about kinds of shapes, and this one is at its edge
+            why += ", as long" if not chosen["store"] else ", while E stays in the cache"
+    return Loser(way["product"], _algorithm(way), seconds, why)
+
+
+# What the ops are told ----------------------------------------------------------------------------------
+
+
+class Products(NamedTuple):
+    """Whether E is kept, and what the ops choose the rest by."""
+
+    keep: bool
+    workspace: int  # bytes
+    product: str  # "auto", or a name in csrc/engine/products.h
+
+
+#: cell N C + klass C + row N + rest, each.
+_Polynomials = tuple[tuple[int, int, int, int], ...]
+#: csrc/engine/plan.h: StoreRule (parts of a byte, memory, later, cells in the cache), and the default budget.
+#: A plain tuple: torch 2.11 does not unpack another in a trace.
+_Rule = tuple[int, _Polynomials, _Polynomials, int, int]
+
+
+class _Asked(NamedTuple):
+    product: str
+    store: bool | None
+    chunk: int | None
+
+
+_rules: dict[tuple[Any, ...], _Rule] = {}
+_asked: _Asked | None = None
+
+
+def _rule(device: torch.device, dim: int, dtype: torch.dtype, softmax: bool) -> _Rule:
+    key = device, dim, dtype, softmax, library.emulating(), torch.get_num_threads()
+    rule = _rules.get(key)
+    if rule is None:
+        coefficients = _C.store_rule(dim, operand_bytes(device, dtype), softmax, facts(device))
+        rule = _rules[key] = (*coefficients, default_workspace(device))
+    return rule
+
+
+_rule._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _least(bounds: _Polynomials, batch: int, classes: int) -> int:
+    values = [(cell * batch + klass) * classes + row * batch + rest for cell, klass, row, rest in bounds]
+    least = values[0]
+    for value in values[1:]:  # of two a trace makes an expression, of more it would ask
+        least = min(least, value)
+    return least
+
+
+def products(
+    batch: int,
+    dim: int,
+    classes: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    workspace: int | None,
+    *,
+    softmax: bool = True,
+) -> Products:
+    """Of a sweep: one inequality in N and C, so that a trace has one guard however its sizes may change.
+
+    Raises:
+        ValueError: as ``plan``, outside of traces.
+    """
+    # D has to be a number for the rule: a trace takes it as one by the length of a range.
+    parts, memory, later, cache_cells, budget = _rule(device, len(range(dim)), dtype, softmax)
+    if workspace is not None:
+        budget = workspace
+    if _asked is not None and (given := _as_asked(_asked, batch, dim, classes, dtype, device, budget)):
+        return given
+    excess = _least(memory, batch, classes) - parts * budget
+    if later:  # E in the cache, or not the slower way
+        beyond = batch * classes - cache_cells
+        excess = max(excess, min(beyond, _least(later, batch, classes)))
+    keep = bool(excess <= 0)
+    if not keep and not torch.compiler.is_compiling():
+        plan_of_step(
+            batch, dim, classes, dtype, device, softmax, budget
+        )  # raises where not even one class fits
+    return Products(keep, budget, "auto")
+
+
+@contextmanager
+def asking(product: str, *, store: bool | None = None, chunk: int | None = None) -> Iterator[None]:
+    """A product by its name instead of the fastest, within the block: E kept or not, `chunk` classes at a
+    time. For measuring and testing; one that does not take a shape raises there. What is for another kind of
+    device is not asked for on this one."""
+    global _asked
+    before, _asked = _asked, _Asked(product, store, chunk)
+    try:
+        yield
+    finally:
+        _asked = before
+
+
+def _as_asked(
+    asked: _Asked, batch: int, dim: int, classes: int, dtype: torch.dtype, device: torch.device, budget: int
+) -> Products | None:
+    known = {row["name"]: row for row in _C.products()}
+    if asked.product not in known:
+        raise ValueError(f"asking: expected `product` among {', '.join(known)}, got {asked.product!r}")
+    row = known[asked.product]
+    if row["device"] != device.type:
+        return None
+    store = row["keeps_e"] if asked.store is None else asked.store
+    if asked.chunk is not None and not store:
+        step = batch, dim, classes, operand_bytes(device, dtype), facts(device)
+        budget = _C.workspace_bytes(asked.product, *step, min(asked.chunk, classes))
+    return Products(store, budget, asked.product)

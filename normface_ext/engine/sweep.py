@@ -3,16 +3,17 @@ and typed wrappers; no checks, no defaults."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from normface_ext import _C
+from .. import _C
 from . import memory
 from .calls import accumulator, add_fakes, by_name, kernels, options_of, plan_device
-from .plan import Plan
+from .plan import Products
 
 #: A row's fields by name, each with how shards combine: csrc/engine/row_state.h.
 ROW_FIELDS: dict[str, str] = dict(_C.row_fields())
@@ -89,9 +90,14 @@ def _head_backward_fake(
     )
 
 
+def _target_cosine_fake(*, x: Tensor, **_: Any) -> Tensor:
+    return x.new_empty([x.shape[0]], dtype=torch.float64)
+
+
 add_fakes(
     by_name(
         {
+            "target_cosine": _target_cosine_fake,
             "head_sweep": _head_sweep_fake,
             "head_shift": _head_shift_fake,
             "head_backward": _head_backward_fake,
@@ -108,9 +114,9 @@ class SweepOptions:
     scale_value: float
     eps: float
     total_classes: int
-    plan: Plan
-    class_chunk: int  # the plan's, as are the kernels
-    kernels: int
+    keep: bool  # E, where a gradient of the weight is wanted
+    workspace: int
+    product: str
     product_precision: torch.dtype
     ignore_index: int
     smoothing: float = 0.0
@@ -123,10 +129,11 @@ class SweepOptions:
 Options = TypeVar("Options", bound=SweepOptions)
 
 
-def planned(options: Options, plan: Plan) -> Options:
-    return replace(options, plan=plan, class_chunk=plan.class_chunk, kernels=plan.kernels)
+def planned(options: Options, products: Products) -> Options:
+    return replace(options, **products._asdict())
 
 
+_cosine_options = options_of("target_cosine", SweepOptions)
 _sweep_options = options_of("head_sweep", SweepOptions)
 _shift_options = options_of("head_shift", SweepOptions)
 _backward_options = options_of("head_backward", SweepOptions)
@@ -140,6 +147,20 @@ class Swept(NamedTuple):
     x_sum: Tensor
     class_sum: Tensor
     stored: Tensor
+
+
+class CosineOptions(NamedTuple):
+    """What ``target_cosine`` takes of them."""
+
+    ignore_index: int
+    eps: float
+    is_shard: bool = False
+
+
+def target_cosine(x: Tensor, weight: Tensor, labels: Tensor, options: SweepOptions | CosineOptions) -> Tensor:
+    """cos(x_i, w_labels[i]), [N] float64, without a gradient of its own; 0 where the class is not here."""
+    cosine: Tensor = kernels(x, weight).target_cosine(x, weight, labels, *_cosine_options(options))
+    return cosine
 
 
 def head_sweep(
@@ -166,7 +187,7 @@ def head_sweep(
         sample_weight,
         class_weight,
         shift,
-        options.plan.store and need_weight,
+        options.keep and need_weight,
         need_x,
         options.smoothing > 0,
         SINKS["none"],
@@ -176,28 +197,33 @@ def head_sweep(
     return Swept(*swept[:5])
 
 
+class Collected(NamedTuple):
+    """What the ``sink`` of a sweep found, [N, capacity] each: csrc/engine/head_arguments.h."""
+
+    classes: Tensor
+    values: Tensor
+
+
 def head_sweep_collecting(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
-    sample_weight: Tensor | None,
     options: SweepOptions,
+    term: TermInputs,
     *,
     sink: str,
     capacity: int,
     store: bool,
     need_class_sum: bool = False,
-    term: TermInputs = NO_INPUTS,
-) -> tuple[Swept, Tensor, Tensor]:
-    """The same without x_sum, and what the sink collects: classes and coefficients (or the hardest cosine),
-    [N, capacity] each, which csrc/engine/head_arguments.h describes."""
-    *swept, listed, found = kernels(x, weight).head_sweep(
+) -> tuple[Swept, Collected]:
+    """The same without x_sum, and what the sink collects."""
+    *swept, classes, values = kernels(x, weight).head_sweep(
         x,
         weight,
         labels,
         None,
         *term,
-        sample_weight,
+        None,
         None,
         None,
         store,
@@ -207,7 +233,39 @@ def head_sweep_collecting(
         capacity,
         *_sweep_options(options),
     )
-    return Swept(*swept), listed, found
+    return Swept(*swept), Collected(classes, values)
+
+
+Result = TypeVar("Result")
+
+
+def in_memory(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    options: Options,
+    sweep: Callable[[Options], Result],
+    *,
+    store: bool = True,
+) -> tuple[Result, Options]:
+    """What ``sweep`` of the options gives, and the options that its backward has to be given: of a smaller
+    plan where the memory for E, which it keeps if `store`, cannot be had. A traced step has one plan."""
+    if torch.compiler.is_compiling() or not (options.keep and store):
+        return sweep(options), options
+    (batch, dim), classes, device = x.shape, max(1, weight.shape[0]), plan_device(x)
+    softmax = options.term == TERMS["softmax"]
+    step = batch, max(1, dim), classes, options.product_precision, device, softmax
+    if not memory.is_refused(step, options.workspace):
+        try:
+            return sweep(options), options
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_refusal(error):
+                raise
+        memory.refuse(op, step, options.workspace)
+    smaller = memory.smaller(step, options.workspace)
+    if smaller is not None:
+        options = planned(options, smaller)
+    return sweep(options), options
 
 
 def head_sweep_in_memory(
@@ -224,27 +282,13 @@ def head_sweep_in_memory(
     shift: Tensor | None = None,
     term: TermInputs = NO_INPUTS,
 ) -> tuple[Swept, Options]:
-    """``head_sweep``, and the options that its backward has to be given: of a smaller plan where the
-    memory for E cannot be had. A traced step has one plan."""
+    """``head_sweep`` as :func:`in_memory`."""
 
-    def sweep(given: Options) -> tuple[Swept, Options]:
+    def sweep(given: Options) -> Swept:
         arguments = x, weight, labels, scale, sample_weight, class_weight, given
-        swept = head_sweep(*arguments, need_x=need_x, need_weight=need_weight, shift=shift, term=term)
-        return swept, given
+        return head_sweep(*arguments, need_x=need_x, need_weight=need_weight, shift=shift, term=term)
 
-    if torch.compiler.is_compiling() or not (options.plan.store and need_weight):
-        return sweep(options)
-    device = plan_device(x)
-    if not memory.is_refused(options.plan, device):
-        try:
-            return sweep(options)
-        except (RuntimeError, MemoryError) as error:
-            if not memory.is_refusal(error):
-                raise
-        memory.refuse(options.plan, device)
-    (batch, dim), classes = x.shape, max(1, weight.shape[0])
-    smaller = memory.smaller_plan(options.plan, batch, dim, classes, options.product_precision, device)
-    return sweep(options if smaller is None else planned(options, smaller))
+    return in_memory("normface_loss", x, weight, options, sweep, store=need_weight)
 
 
 def head_shift(

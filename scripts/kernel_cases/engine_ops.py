@@ -1,13 +1,19 @@
 """The ops of the engine by name (csrc/engine/head_arguments.h), past the Python functions.
 
-An argument that a test does not name is what a plain softmax over all classes has."""
+An argument that a test does not name is what a plain softmax over all classes has. `class_chunk` stands for
+the workspace in which the `product`, a library's unless named, takes so many classes at once."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from normface_ext import _C
 from normface_ext.engine import library
+from normface_ext.engine.calls import plan_device
+from normface_ext.engine.plan import facts, operand_bytes
 from normface_ext.engine.sweep import INVERSE_NORM, Swept
 
 
@@ -18,7 +24,7 @@ def arguments(x: Tensor, weight: Tensor, labels: Tensor, **given: object) -> dic
         "sample_weight": None, "class_weight": None, "shift": None, "store": False, "need_x": True,
         "need_class_sum": False, "sink": 0, "capacity": 0, "ignore_index": -100, "scale_value": 8.0,
         "eps": 1e-12, "total_classes": max(1, classes), "term": 0, "lowest": -1.0, "highest": 1.0,
-        "class_chunk": max(1, classes), "kernels": 0, "product_precision": x.dtype, "is_shard": False,
+        "class_chunk": max(1, classes), "product_precision": x.dtype, "is_shard": False,
         "need_weight": True, "need_scale": False, **given,
     }  # fmt: skip
 
@@ -26,7 +32,17 @@ def arguments(x: Tensor, weight: Tensor, labels: Tensor, **given: object) -> dic
 def call(name: str, given: dict[str, object]) -> object:
     """The op, with those of the arguments that it takes."""
     op = getattr(library.namespace(), name)
+    given = {**budget(given), **given}
     return op(*[given[argument.name] for argument in op.default._schema.arguments])
+
+
+def budget(given: dict[str, Any]) -> dict[str, object]:
+    x, classes, device = given["x"], given["weight"].shape[0], plan_device(given["x"])
+    product = given.get("product", "cublas" if device.type == "cuda" else "blas")
+    item = operand_bytes(device, given["product_precision"])
+    sizes = x.shape[0], max(1, x.shape[1]), max(1, classes), item
+    chunk = min(given["class_chunk"], max(1, classes))
+    return {"workspace": _C.workspace_bytes(product, *sizes, facts(device), chunk), "product": product}
 
 
 def sweep(given: dict[str, object]) -> tuple[Swept, Tensor, Tensor]:

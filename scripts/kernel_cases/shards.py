@@ -12,7 +12,7 @@ from torch import Tensor
 from normface_ext import reference
 from normface_ext.engine import sweep
 from normface_ext.engine.calls import plan_device
-from normface_ext.engine.plan import plan
+from normface_ext.engine.plan import products
 from normface_ext.softmax import ops
 from normface_ext.softmax.margins import ArcFace
 
@@ -39,7 +39,7 @@ def parts(weight: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
 def softmax(x: Tensor, weight: Tensor, scale: Tensor, y: Tensor) -> Results:
     """Loss and gradients of x, weight and scale; kappa is shared as distributed heads share it."""
     device = plan_device(x)
-    made = plan(x.shape[0], x.shape[1], CLASSES, x.dtype, device)
+    made = products(x.shape[0], x.shape[1], CLASSES, x.dtype, device, None)
     options = ops.LossOptions(
         scale_value=0.0,
         m2_value=MARGIN.m,
@@ -47,9 +47,7 @@ def softmax(x: Tensor, weight: Tensor, scale: Tensor, y: Tensor) -> Results:
         ignore_index=-100,
         eps=1e-12,
         smoothing=0.0,
-        plan=made,
-        class_chunk=made.class_chunk,
-        kernels=made.kernels,
+        **made._asdict(),
         product_precision=x.dtype,
         total_classes=CLASSES,
         is_shard=True,

@@ -1,58 +1,41 @@
-"""The fused head on all classes: every set of kernels that a plan may name, and every option."""
+"""The fused head on all classes: every product that may be chosen, and every option."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 import normface_ext as nf
 from normface_ext import functional, reference
-from normface_ext.softmax import arguments as head_arguments
+from normface_ext.engine.plan import asking
 
 from .case import Case, accumulator, case, labels, number, randn
 
-#: What plan() may answer for 16-bit operands: algorithm, scores, weight gradient.
+#: What may be chosen for 16-bit operands: product, and whether E is kept.
 CHOICES = {
-    "library": ("stored", "cublas", "cublas"),
-    "scores": ("stored", "tensor cores", "cublas"),
-    "scores again": ("recompute", "tensor cores", "cublas"),
-    "tensor cores": ("stored", "tensor cores", "tensor cores"),
-    "tensor cores again": ("recompute", "tensor cores", "tensor cores"),
-    "single sweep": ("single sweep", "tensor cores", "tensor cores"),
+    "library": ("cublas", True),
+    "scores": ("sm80_scores", True),
+    "scores again": ("sm80_scores", False),
+    "tensor cores": ("sm80_weight_gradient", True),
+    "tensor cores again": ("sm80_weight_gradient", False),
+    "single sweep": ("sm80_single_sweep", False),
 }
 #: The same for wider operands.
 PLAIN = {
-    "library": ("stored", "cublas", "cublas"),
-    "plain": ("stored", "cuda cores", "cuda cores"),
-    "plain again": ("recompute", "cuda cores", "cuda cores"),
+    "library": ("cublas", True),
+    "plain": ("simt", True),
+    "plain again": ("simt", False),
 }
 
 
-def plan_of(choice: str, chunk: int, *, again: bool = False) -> Callable[..., Any]:
-    """A plan() that on CUDA says so, `chunk` classes at a time, whatever it would choose; `again`: without
-    storing E."""
-    algorithm, scores, gradient = (CHOICES | PLAIN)[choice]
-    algorithm = "recompute" if again else algorithm
-
-    def plan(*given: Any, **options: Any) -> Any:
-        made = nf.plan(*given, **options)
-        classes = given[2]
-        width = classes if algorithm == "stored" else min(chunk, classes)
-        return dataclasses.replace(
-            made,
-            algorithm=algorithm,
-            scores=scores,
-            weight_gradient=gradient,
-            class_chunk=width,
-            chunks=-(-classes // width),
-        )
-
-    return plan
+def asked(choice: str, chunk: int) -> AbstractContextManager[None]:
+    """A choice, whatever a plan would be; where E is not kept, `chunk` classes at a time."""
+    product, store = (CHOICES | PLAIN)[choice]
+    return asking(product, store=store, chunk=chunk)
 
 
 def head(name: str, choice: str, leaves: list[Tensor], *constants: Tensor, **options: Any) -> Case:
@@ -68,7 +51,7 @@ def head(name: str, choice: str, leaves: list[Tensor], *constants: Tensor, **opt
 
     def ours(*tensors: Tensor) -> Tensor:
         given, named = arguments(tensors)
-        with mock.patch.object(head_arguments, "plan", plan_of(choice, chunk=37)):
+        with asked(choice, chunk=37):
             return functional.normface_loss(*given, **named)
 
     def truth(*tensors: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from normface_ext.engine.calls import plan_device
 from normface_ext.engine.sweep import SECOND_SUM, SHIFT, SINKS, SUM
 
 from . import engine_ops, plain_terms
@@ -15,9 +16,10 @@ from .case import Case, Results, labels, randn
 
 BATCH, DIM, CLASSES, CHUNK = 17, 40, 101, 37
 CAPACITY = 5
-#: HeadKernels of csrc/engine/row_state.h for 16-bit operands and for wider ones.
-NARROW = {"library": 0, "scores": 1, "tensor cores": 2, "single sweep": 3}
-WIDE = {"library": 0, "plain": 4}
+#: Products (csrc/engine/products.h) that know every term, for 16-bit operands and for wider ones; others have the
+#: softmax's alone.
+NARROW = ["cublas", "sm80_scores", "sm80_weight_gradient"]
+WIDE = ["cublas"]
 #: x_sum made in the first sweep and the coefficients in the second, or the other way round.
 WAYS = {"again": (True, False), "stored": (False, True)}
 
@@ -44,6 +46,11 @@ def arguments(case: plain_terms.Case, x: Tensor, weight: Tensor, y: Tensor, t: T
     return engine_ops.arguments(x, weight, y, **{**of_case, **given})
 
 
+def product_of(x: Tensor, product: str) -> str:
+    """The CPU has one."""
+    return product if plan_device(x).type == "cuda" else "blas"
+
+
 def upstream(like: Tensor) -> Tensor:
     """[N] factors of the values of the rows."""
     return randn(BATCH, dtype=torch.float64, seed=5).to(like.device)
@@ -63,11 +70,11 @@ def slopes_of(case: plain_terms.Case, value: Tensor, counts: Tensor) -> tuple[Te
 
 
 def swept(
-    case: plain_terms.Case, kernels: int, way: str, x: Tensor, weight: Tensor, y: Tensor, t: Tensor
+    case: plain_terms.Case, product: str, way: str, x: Tensor, weight: Tensor, y: Tensor, t: Tensor
 ) -> Results:
     """Sums and gradients."""
     need_x, store = WAYS[way]
-    given = arguments(case, x, weight, y, t, kernels=kernels, need_x=need_x, store=store)
+    given = arguments(case, x, weight, y, t, product=product_of(x, product), need_x=need_x, store=store)
     result, _, _ = engine_ops.sweep(given)
     rows, counts = result.rows, y != plain_terms.IGNORED
     others, target = slopes_of(case, rows[SUM], counts)
@@ -91,12 +98,12 @@ def swept_truth(case: plain_terms.Case, x: Tensor, weight: Tensor, y: Tensor, t:
 
 
 def listed(
-    case: plain_terms.Case, kernels: int, store: bool, x: Tensor, weight: Tensor, y: Tensor, t: Tensor
+    case: plain_terms.Case, product: str, store: bool, x: Tensor, weight: Tensor, y: Tensor, t: Tensor
 ) -> Results:
     """The list, and gradients along it."""
     sink = {"sink": SINKS["active"], "capacity": CAPACITY, "need_x": False}
     result, classes, found = engine_ops.sweep(
-        arguments(case, x, weight, y, t, kernels=kernels, store=store, **sink)
+        arguments(case, x, weight, y, t, product=product_of(x, product), store=store, **sink)
     )
     factors = found * upstream(x).to(found.dtype)[:, None]
     return [classes, found, *engine_ops.pairs_backward(x, weight, factors, classes, result)]
@@ -122,9 +129,11 @@ def pairs_truth(factors: Tensor, classes: Tensor, x: Tensor, weight: Tensor) -> 
     return list(torch.autograd.grad(of_pairs.sum(), leaves))
 
 
-def hardest(case: plain_terms.Case, kernels: int, x: Tensor, weight: Tensor, y: Tensor, t: Tensor) -> Results:
+def hardest(case: plain_terms.Case, product: str, x: Tensor, weight: Tensor, y: Tensor, t: Tensor) -> Results:
     sink = {"sink": SINKS["hardest"], "capacity": 1, "need_x": False}
-    result, classes, found = engine_ops.sweep(arguments(case, x, weight, y, t, kernels=kernels, **sink))
+    result, classes, found = engine_ops.sweep(
+        arguments(case, x, weight, y, t, product=product_of(x, product), **sink)
+    )
     counts = y != plain_terms.IGNORED
     return [classes, found[counts], *of_any_shift(case, result.rows, counts)]
 
@@ -158,18 +167,18 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     x, weight, y = problem(dtype)
     for name, term in plain_terms.CASES.items():
         given = [x, weight, y, thresholds(term, x, weight)]
-        for choice, kernels in (NARROW if dtype.itemsize == 2 else WIDE).items():
+        for product in NARROW if dtype.itemsize == 2 else WIDE:
             for way in WAYS:
-                ours = partial(swept, term, kernels, way)
-                yield Case(f"{name} by {choice}, {way}", ours, partial(swept_truth, term), given)
+                ours = partial(swept, term, product, way)
+                yield Case(f"{name} by {product}, {way}", ours, partial(swept_truth, term), given)
             if term.softmax:
                 continue
             for store in (False, True):
-                ours = partial(listed, term, kernels, store)
+                ours = partial(listed, term, product, store)
                 stored = "stored" if store else "again"
-                yield Case(f"{name} by {choice}, a list, {stored}", ours, partial(listed_truth, term), given)
-            ours = partial(hardest, term, kernels)
-            yield Case(f"{name} by {choice}, the hardest", ours, partial(hardest_truth, term), given)
+                yield Case(f"{name} by {product}, a list, {stored}", ours, partial(listed_truth, term), given)
+        ours = partial(hardest, term, "cublas")  # the scores have to lie in memory
+        yield Case(f"{name}, the hardest", ours, partial(hardest_truth, term), given)
     yield Case(
         "pairs of few classes",
         hot_classes,

@@ -8,6 +8,7 @@
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/row_scale.cuh"
 #include "engine/row_state.h"
+#include "engine/tiles.h"
 #include "math/normalize.h"
 
 namespace nf {
@@ -35,22 +36,14 @@ namespace {
 // Classes of a block that finishes a product in memory.
 constexpr int kClassesPerBlock = 32;
 
-// Rows of the class tile that are finished at a time, of each warp along the classes.
-constexpr int kRoundRows = 8;
+using tiles::kRoundRows;
 
 // How a block's warps hold its tile [kClasses, columns]: kDown warps along the classes, kAcross along the
 // columns. A warp has kRounds * kRoundRows classes; of every eight a lane has row lane / 4, and columns
 // 8 p + lane % 4 * 2 + {0, 1}, p < kPairs: the fragments of products on tensor cores.
 template <class T, int kDown_, int kAcross_, int kRounds_, int kPairs_>
-struct HeldTile {
-  static constexpr int kDown = kDown_, kAcross = kAcross_, kRounds = kRounds_, kPairs = kPairs_;
-  static constexpr int kThreads = kDown * kAcross * kWarp;
-  static constexpr int kWarpClasses = kRounds * kRoundRows, kClasses = kDown * kWarpClasses;
-  static constexpr int kColumns = kAcross * kPairs * 8;
-  // Of a row in shared memory: with 8 more, the four rows that half a warp writes lie in different banks.
-  static constexpr int kStride = kColumns + 8;
-  // Shared scratch: a round's rows, and how many targets each class has.
-  static constexpr int kScratch = kDown * kRoundRows * kStride;
+struct HeldTile : tiles::Held<kDown_, kAcross_, kRounds_, kPairs_> {
+  static constexpr int kThreads = kDown_ * kAcross_ * kWarp;
 };
 
 // g[d] += target_i x_hat_di for the rows of the class, in their order. One warp; g is shared memory.

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <limits>
+#include <string>
 
 #ifndef NF_NAMESPACE
 #define NF_NAMESPACE normface_ext
@@ -95,6 +96,13 @@ class Queue {
   int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
   // Bytes of shared memory one block may ask for.
   int shared_limit() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+  int device() const { return device_; }
+  // As CUDA calls the device.
+  std::string name() const {
+    cudaDeviceProp properties;
+    check_cuda(cudaGetDeviceProperties(&properties, device_), "cudaGetDeviceProperties");
+    return properties.name;
+  }
   // 80 for compute capability 8.0: the tensor-core wrappers need that much.
   int architecture() const {
     return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);

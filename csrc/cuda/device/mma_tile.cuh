@@ -9,14 +9,15 @@
 #include <device/tensor_core.cuh>
 
 #include "cuda/device/stored.cuh"
+#include "engine/tiles.h"
 
 namespace nf {
 namespace {
 
-constexpr int kChunk = 8;   // values of a 16-byte access
-constexpr int kBlock = 64;  // columns within which chunks are exchanged
+constexpr int kChunk = 8;  // values of a 16-byte access
+using tiles::kBlock;
 
-NF_HD int padded_columns(int64_t columns) { return int((columns + kBlock - 1) / kBlock * kBlock); }
+NF_HD int padded_columns(int64_t columns) { return int(tiles::padded_columns(columns)); }
 
 // Where the chunk at `column` of a row lies, a multiple of the chunk's length; wider types have fewer values
 // in a chunk.

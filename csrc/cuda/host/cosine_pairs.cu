@@ -7,8 +7,8 @@
 #include "cuda/device/per_row.cuh"
 #include "cuda/device/project_row.cuh"
 #include "cuda/device/row_cosine.cuh"
+#include "cuda/host/agents.h"
 #include "cuda/host/outputs.h"
-#include "engine/agent_arguments.h"
 
 namespace nf {
 namespace {
@@ -189,6 +189,8 @@ void pairs_weight(Queue& queue, const Pairs& pairs, const T* factors, const Pair
          factors, scales, StoredArray(dw));
 }
 
+}  // namespace
+
 Tensor target_cosine(const TargetCosineArguments& in) {
   check(in);
   const Tensor &x = in.x, &weight = in.weight;
@@ -199,6 +201,8 @@ Tensor target_cosine(const TargetCosineArguments& in) {
          in.ignore_index, in.eps, in.is_shard, data_of<double>(out));
   return out;
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> cosine_pairs_backward(const CosinePairsBackwardArguments& in) {
   check(in);

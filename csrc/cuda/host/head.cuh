@@ -15,6 +15,7 @@
 #include "cuda/device/stored.cuh"
 #include "cuda/device/term_rows.cuh"
 #include "cuda/host/fold_scores.h"
+#include "cuda/host/head_launch.h"
 #include "cuda/host/rows.h"
 #include "cuda/products/cublas.h"
 #include "cuda/products/simt_products.h"
@@ -24,12 +25,6 @@
 
 namespace nf {
 namespace {
-
-// Which kernels know a term: those of sm80_scores.cu, and fold_scores.cu after cuBLAS, know all of them; the
-// others have the softmax's only, until another is worth its registers there.
-constexpr bool takes_term(HeadKernels kernels, int64_t term) {
-  return term == kSoftmaxTerm || (kernels != kSingleSweep && kernels != kPlainProducts);
-}
 
 // Constant factors of the rows or of the classes, all 1 unless given.
 template <class T>
@@ -67,51 +62,29 @@ struct Chunk {
 // Shapes and types shared by forward and backward.
 template <class T>
 struct Head {
-  // Cells of a chunk that the plan did not foresee.
-  static constexpr int64_t kCellsAtOnce = int64_t(1) << 25;
-
   const HeadInputs& in;
   int64_t batch, dim, classes, chunk;
   math::FixedShift window;  // made here for the device too
   bool fixed_shift;         // known here and now; where the scale is a tensor, the device decides
   bool is_16_bit;           // 16-bit operands
-  HeadKernels kernels;      // a choice that the operands' type and the term allow
-  ScalarType wide;          // sums, scores
-  ScalarType score;         // operands of the scores
-  ScalarType other;         // E and the operands it meets
+  HeadKernels kernels;
+  ScalarType wide;   // sums, scores
+  ScalarType score;  // operands of the scores
+  ScalarType other;  // E and the operands it meets
 
-  explicit Head(const HeadInputs& of)
+  Head(const HeadInputs& of, const HeadLaunch& launch)
       : in(of),
         batch(in.x.size(0)),
         dim(in.x.size(1)),
         classes(in.weight.size(0)),
-        chunk(std::max<int64_t>(1, std::min(in.class_chunk, classes))),
+        chunk(std::max<int64_t>(1, std::min(launch.chunk, classes))),
         window(window_of<T>(in)),
         fixed_shift(window.largest_scale == INFINITY || (!in.scale && window.serves(in.scale_value))),
         is_16_bit(in.product_precision == ScalarType::Half || in.product_precision == ScalarType::BFloat16),
-        kernels(is_16_bit == (in.kernels != kPlainProducts) ? HeadKernels(in.kernels) : kLibraryKernels),
+        kernels(launch.kernels),
         wide(accumulator(in.x.scalar_type())),
         score(is_16_bit ? ScalarType::Half : wide),
-        other(is_16_bit ? ScalarType::BFloat16 : wide) {
-    if (takes_term(kernels, in.term)) return;
-    if (kernels == kSingleSweep)
-      use_e();
-    else
-      kernels = kLibraryKernels;
-  }
-
-  // From now on E lies in memory.
-  void use_e() {
-    if (kernels != kSingleSweep) return;
-    kernels = kTensorCores;
-    limit_chunk();
-  }
-
-  // From now on the scores lie in memory.
-  void use_library() {
-    kernels = kLibraryKernels;
-    limit_chunk();
-  }
+        other(is_16_bit ? ScalarType::BFloat16 : wide) {}
 
   bool tensor_cores() const { return kernels != kLibraryKernels && kernels != kPlainProducts; }
   // kappa from scores would need them in memory.
@@ -193,11 +166,6 @@ struct Head {
             nullptr,
             of.stride(),
             nullptr};
-  }
-
- private:
-  void limit_chunk() {
-    chunk = std::min(chunk, std::max<int64_t>(1, kCellsAtOnce / std::max<int64_t>(1, batch)));
   }
 };
 

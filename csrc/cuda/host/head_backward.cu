@@ -82,7 +82,6 @@ void sweep_again(Queue& queue, Head<T> head, const HeadBackwardArguments& in, co
   const int64_t N = head.batch, D = head.dim;
   const bool again = in.stored.numel() == 0, sum = x_sum.numel() > 0;
   if (!again) head.chunk = std::max<int64_t>(1, head.classes);
-  if (sum) head.use_e();
   const bool at_once = head.single_sweep();
   const bool smooth = dw != nullptr && in.class_sum.numel() > 0;
   const Tensor uniform = device_empty(in.x, {smooth ? D : 0}, head.wide);
@@ -131,9 +130,10 @@ void sweep_again(Queue& queue, Head<T> head, const HeadBackwardArguments& in, co
 template <class T>
 void backward(Queue& queue, const HeadBackwardArguments& in, const Tensor& dx, const Tensor& dw,
               const Tensor& dscale) {
-  const Head<T> head(in);
-  const int64_t N = head.batch, D = head.dim;
+  const int64_t N = in.x.size(0), D = in.x.size(1);
   const bool make_sum = in.need_x && in.x_sum.numel() == 0 && N * D > 0;
+  const Held held = make_sum ? Held::kE : Held::kNothing;
+  const Head<T> head(in, launch_of(in.kName, queue, in, in.stored.numel() > 0, held));
   const bool again = (in.need_weight || make_sum) && in.stored.numel() == 0;
   const RowFactors factors{head.buffer(kGradientFields, N, ScalarType::Double),
                            head.buffer(again ? N : 0, D, head.score),

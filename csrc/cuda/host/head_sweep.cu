@@ -198,8 +198,8 @@ void sweep_for_sums(Queue& queue, const Sweep<T>& sweep, const HeadSweepArgument
 
 template <class T>
 SweepResult run_sweep(Queue& queue, const HeadSweepArguments& in) {
-  Head<T> head(in);
-  if (in.sink == kHardest) head.use_library();
+  const Held held = in.sink == kHardest ? Held::kScores : in.sink == kActiveList ? Held::kE : Held::kNothing;
+  Head<T> head(in, launch_of(in.kName, queue, in, in.store, held));
   if (in.store) head.chunk = std::max<int64_t>(1, head.classes);
   const int64_t N = head.batch, D = head.dim;
   const Tensor& x = in.x;
@@ -235,7 +235,7 @@ SweepResult run_sweep(Queue& queue, const HeadSweepArguments& in) {
 // kappa of every row as these classes alone would have it.
 template <class T>
 Tensor choose_shift(Queue& queue, const HeadShiftArguments& in) {
-  const Head<T> head(in);
+  const Head<T> head(in, launch_of(in.kName, queue, in, false, Held::kNothing));
   const Tensor state = head.buffer(kRowFields, head.batch, ScalarType::Double);
   const int64_t stride = head.largest_chunk().stride();
   const Sweep<T> sweep(head, state, false, false,

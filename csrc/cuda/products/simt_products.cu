@@ -11,9 +11,8 @@
 namespace nf {
 namespace {
 
-// Rows of eight that a thread has a value in each of: float64 has half as many, for its registers.
 template <class T>
-constexpr int kRounds = 16 / sizeof(T);
+constexpr int kRounds = tiles::kSimtRounds<sizeof(T)>;
 
 struct KeyNone {
   NF_DEVICE int operator()(int) const { return 0; }
@@ -26,15 +25,7 @@ struct KeyByFour {
 // Scores: eight warps, four along the rows and two along the classes; a thread has rows 8 r + lane / 4 and
 // classes 16 q + lane % 4 * 4 + {0 … 3}.
 template <class T>
-struct ScoreShape {
-  static constexpr int kThreads = 256;
-  static constexpr int kWarpRows = 8 * kRounds<T>, kRows = 4 * kWarpRows;
-  static constexpr int kClasses = 128;
-  static constexpr int kDepth = 128 / sizeof(T);  // columns per stage: all banks
-  static constexpr int kStages = 2;
-  static constexpr int kStage = (kRows + kClasses) * kDepth;
-  static size_t shared() { return shared_bytes<T>(kStages * kStage); }
-};
+using ScoreShape = tiles::SimtScores<sizeof(T)>;
 
 template <class T>
 NF_KERNEL(256)
@@ -150,16 +141,11 @@ plain_scores_kernel(PlainScores<T> task) {
 
 // dW: kAcross warps along the columns, 64 each, as in sm80_weight_gradient.cu.
 template <class T, int kAcross>
-struct GradientShape {
-  static constexpr int kDown = kAcross < 8 ? 8 / kAcross : 2;
-  using Tile = HeldTile<T, kDown, kAcross, kRounds<T>, 8>;
+struct GradientShape : tiles::SimtWeightGradient<sizeof(T), kAcross> {
+  using Base = tiles::SimtWeightGradient<sizeof(T), kAcross>;
+  using Tile = HeldTile<T, Base::kDown, kAcross, kRounds<T>, 8>;
   static constexpr int kThreads = Tile::kThreads;
   static constexpr int kResident = 512 / kThreads;
-  static constexpr int kDepth = 64 / sizeof(T);  // rows of the batch per stage
-  static constexpr int kStages = 2;
-  static constexpr int kStage = kDepth * (Tile::kClasses + Tile::kColumns);
-  static constexpr int kValues = kStages * kStage > Tile::kScratch ? kStages * kStage : Tile::kScratch;
-  static size_t shared() { return shared_bytes<T>(kValues) + shared_bytes<int>(Tile::kClasses); }
 };
 
 template <class T, int kAcross>
@@ -221,8 +207,8 @@ template <class T, int kAcross>
 void run(Queue& queue, const PlainGradient<T>& task) {
   using S = GradientShape<T, kAcross>;
   launch("plain_gradient", queue, plain_gradient_kernel<T, kAcross>,
-         Grid{(task.classes.width + S::Tile::kClasses - 1) / S::Tile::kClasses}, S::kThreads, S::shared(),
-         task);
+         Grid{(task.classes.width + S::Tile::kClasses - 1) / S::Tile::kClasses}, S::kThreads,
+         size_t(S::shared()), task);
 }
 
 }  // namespace
@@ -237,7 +223,7 @@ void plain_scores(Queue& queue, const PlainScores<T>& task) {
   using S = ScoreShape<T>;
   const int64_t row_blocks = (task.batch + S::kRows - 1) / S::kRows;
   launch("plain_scores", queue, plain_scores_kernel<T>, Grid{row_blocks * plain_splits<T>(task.width)},
-         S::kThreads, S::shared(), task);
+         S::kThreads, size_t(S::shared()), task);
 }
 
 template <class T>
@@ -246,9 +232,7 @@ void plain_gradient(Queue& queue, const PlainGradient<T>& task) {
   STD_TORCH_CHECK(dim * sizeof(T) % 16 == 0 && dim <= kMostPlainColumns,
                   "plain_gradient: expected rows of a multiple of 16 bytes and at most 512 columns, got ",
                   dim);
-  if (dim <= 128) return run<T, 2>(queue, task);
-  if (dim <= 256) return run<T, 4>(queue, task);
-  run<T, 8>(queue, task);
+  tiles::dispatch_gradient(dim, [&]<int kAcross>() { run<T, kAcross>(queue, task); });
 }
 
 template int64_t plain_splits<float>(int64_t);

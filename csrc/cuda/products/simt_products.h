@@ -5,11 +5,12 @@
 #include "cuda/device/class_gradient.cuh"
 #include "cuda/device/row_state.cuh"
 #include "cuda/device/term_rows.cuh"
+#include "engine/tiles.h"
 
 namespace nf {
 
 // Rows must begin at multiples of 16 bytes; dW needs all columns in one block.
-constexpr int64_t kMostPlainColumns = 512;
+constexpr int64_t kMostPlainColumns = tiles::kSimtColumns;
 
 template <class T>
 struct PlainScores {

@@ -5,33 +5,24 @@
 #include <device/warp.cuh>
 
 #include "cuda/device/mma_tile.cuh"
+#include "engine/tiles.h"
 
 namespace nf {
 namespace {
 
-constexpr int kTile = 128;  // rows of a tile
-constexpr int kStages = 3;
-// Tiles of a block: what it adds up in float, tile by tile, must not drift.
-constexpr int64_t kMostTiles = 256;
+constexpr int kTile = tiles::Sm80Scores::kTile, kStages = tiles::Sm80Scores::kStages;
 
 // Warps, four along the rows and kAcross along the classes: 32 x 64 of the tile each, as two row steps of 16
 // and two groups of 32 dealt classes.
-constexpr int kWarpRows = 32, kWarpColumns = 64;
+constexpr int kWarpRows = 32, kWarpColumns = tiles::Sm80Scores::kWarpColumns;
 constexpr int kRowSteps = kWarpRows / 16, kGroups = kWarpColumns / 32;
 constexpr int kHeldRows = 2 * kRowSteps;  // rows a lane has a part of
 
-// Eight warps, and two blocks per multiprocessor; or sixteen, where x_hat takes so much shared memory that
-// there is room for one block only.
 template <int kAcross_>
 struct Shape {
   static constexpr int kAcross = kAcross_;
   static constexpr int kThreads = 4 * kAcross * kWarp;
   static constexpr int kClasses = kAcross * kWarpColumns;
-  static size_t shared(int64_t dim, int numbers_per_row, int numbers) {
-    return shared_bytes<Half>(kTile * padded_columns(dim)) + shared_bytes<Half>(kStages * kClasses * kBlock) +
-           shared_bytes<int>(kTile) + numbers_per_row * shared_bytes<float>(kTile) +
-           shared_bytes<float>(numbers);
-  }
 };
 
 // What a lane holds of the tile's result: for held row r and group g, classes column() + 32 g + {0 … 7}.

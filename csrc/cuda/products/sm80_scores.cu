@@ -26,8 +26,7 @@ template <class Term>
 constexpr int numbers_per_row(bool scale_per_row) {
   return int(Term::kSoftmax) + int(Term::kThreshold) + int(scale_per_row);
 }
-
-int64_t row_blocks_of(int64_t batch) { return (batch + kTile - 1) / kTile; }
+static_assert(tiles::Sm80Scores::kMostNumbers == math::kHardNumbers);
 
 // kLargestOnly: the first of two passes, for scales outside the fixed shift's window. kPerRow: the scale is a
 // row's own.
@@ -181,19 +180,13 @@ score_kernel(ScoreTask task, int64_t tiles_per_block) {
 // f.template operator()<S>() with the shape for these columns on this device.
 template <class F>
 auto dispatch_shape(const Queue& queue, int64_t dim, const F& f) {
-  constexpr int kMostPerRow = 3;
-  const size_t most = Shape<4>::shared(dim, kMostPerRow, math::kHardNumbers);
-  const bool wide = padded_columns(dim) > 256 && most <= size_t(queue.shared_limit());
-  return wide ? f.template operator()<Shape<4>>() : f.template operator()<Shape<2>>();
+  return tiles::Sm80Scores::across(dim, queue.shared_limit()) == 4 ? f.template operator()<Shape<4>>()
+                                                                   : f.template operator()<Shape<2>>();
 }
 
-// Enough blocks for a few rounds over the multiprocessors, so that the last round's idle ones cost little.
 int64_t tiles_per_block(const Queue& queue, int64_t batch, int64_t dim, int64_t width) {
   return dispatch_shape(queue, dim, [&]<class S>() {
-    const int64_t blocks = (S::kAcross == 2 ? 8 : 4) * queue.multiprocessors();
-    const int64_t splits = std::max<int64_t>(1, blocks / std::max<int64_t>(1, row_blocks_of(batch)));
-    const int64_t tiles = (width + S::kClasses - 1) / S::kClasses;
-    return std::min(kMostTiles, (tiles + splits - 1) / splits);
+    return tiles::Sm80Scores::tiles_per_block(S::kAcross, queue.multiprocessors(), batch, width);
   });
 }
 
@@ -203,12 +196,15 @@ void run(Queue& queue, const ScoreTask& task) {
                   "sm80_scores: expected at most 2^31 - 257 classes at once, got ",
                   task.width);  // a lane counts them in 32 bits
   const int64_t per_block = tiles_per_block(queue, task.batch, task.dim, task.width);
-  const Grid grid{row_blocks_of(task.batch) * score_splits(queue, task.batch, task.dim, task.width)};
+  const Grid grid{tiles::Sm80Scores::row_blocks(task.batch) *
+                  score_splits(queue, task.batch, task.dim, task.width)};
   dispatch_shape(queue, task.dim, [&]<class S>() {
     const auto with = [&]<bool kPerRow>() {
+      const int64_t shared =
+          tiles::Sm80Scores::shared(S::kAcross, task.dim, numbers_per_row<Term>(kPerRow), Term::kNumbers);
       launch(kLargestOnly ? "score_largest" : "score_fold", queue,
-             score_kernel<S, Term, kLargestOnly, kPerRow>, grid, S::kThreads,
-             S::shared(task.dim, numbers_per_row<Term>(kPerRow), Term::kNumbers), task, per_block);
+             score_kernel<S, Term, kLargestOnly, kPerRow>, grid, S::kThreads, size_t(shared), task,
+             per_block);
     };
     if constexpr (Term::kSoftmax)  // the others have no scale
       if (task.rows.scale.per_row) return with.template operator()<true>();

@@ -188,18 +188,14 @@ template <class F>
 auto dispatch_columns(int64_t dim, const F& f) {
   STD_TORCH_CHECK(dim % 8 == 0 && dim <= kSweepColumns,
                   "single_sweep: expected a multiple of 8 columns, at most 256, got ", dim);
-  if (dim <= 64) return f.template operator()<64>();
-  if (dim <= 128) return f.template operator()<128>();
-  return f.template operator()<256>();
+  return tiles::dispatch_sweep(dim, f);
 }
 
-// One round of all blocks that fit on the device at a time.
 int64_t keys_per_block(const Queue& queue, int64_t batch, int64_t dim, int64_t width) {
   return dispatch_columns(dim, [&]<int kColumns>() {
     using S = Shape<kColumns>;
     const int64_t steps = (width + S::kKeys - 1) / S::kKeys;
-    const int64_t row_blocks = std::max<int64_t>(1, sweep_row_blocks(batch));
-    const int64_t splits = std::max<int64_t>(1, S::kResident * queue.multiprocessors() / row_blocks);
+    const int64_t splits = tiles::sweep_splits(queue.multiprocessors(), dim, batch);
     return (steps + splits - 1) / splits * S::kKeys;
   });
 }
@@ -227,7 +223,7 @@ void single_sweep(Queue& queue, const SingleSweep& task) {
   const Grid grid{sweep_row_blocks(task.batch) * sweep_splits(queue, task.batch, task.dim, task.width)};
   dispatch_columns(task.dim, [&]<int kColumns>() {
     launch("single_sweep", queue, single_sweep_kernel<kColumns>, grid, Shape<kColumns>::kThreads,
-           Shape<kColumns>::shared(), task, per_block);
+           size_t(Shape<kColumns>::shared()), task, per_block);
   });
 }
 
@@ -236,7 +232,7 @@ void sweep_gradient(Queue& queue, const SweepGradient& task) {
   dispatch_columns(task.classes.dim, [&]<int kColumns>() {
     launch("sweep_gradient", queue, sweep_gradient_kernel<kColumns>,
            Grid{(task.classes.width + kTile - 1) / kTile}, Shape<kColumns>::kThreads,
-           Shape<kColumns>::shared(), task);
+           size_t(Shape<kColumns>::shared()), task);
   });
 }
 

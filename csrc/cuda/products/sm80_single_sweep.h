@@ -6,10 +6,11 @@
 #include "cuda/device/class_gradient.cuh"
 #include "cuda/device/row_state.cuh"
 #include "cuda/device/term_rows.cuh"
+#include "engine/tiles.h"
 
 namespace nf {
 
-constexpr int64_t kSweepColumns = 256;
+constexpr int64_t kSweepColumns = tiles::kSm80SweepColumns;
 
 struct SingleSweep {
   const Half* x_hat;       // [batch, dim], dim a multiple of 8

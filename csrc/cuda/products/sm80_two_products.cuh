@@ -13,21 +13,15 @@
 namespace nf {
 namespace {
 
-constexpr int kTile = 128;
+constexpr int kTile = tiles::Sm80SingleSweep<256>::kTile;
 
 template <int kColumns>
-struct Shape {
-  static constexpr int kRowSteps = kColumns <= 128 ? 2 : 1;  // of 16 rows, for a warp
-  static constexpr int kThreads = kTile / (16 * kRowSteps) * kWarp;
-  static constexpr int kKeys = kColumns <= 128 ? 32 : 16;  // rows of K and V per stage
-  static constexpr int kStages = kColumns <= 128 ? 3 : 2;
-  static constexpr int kResident = kColumns <= 128 ? 2 : 1;
-  static constexpr int kPart = kKeys * kColumns;  // values of a stage of K, or of V
-  using Tile = HeldTile<float, kThreads / kWarp, 1, 2 * kRowSteps, kColumns / 8>;
-  static constexpr int kFactors = kTile * kColumns + 2 * kStages * kPart;  // values of Q and all stages
-  static constexpr int kRows = kTile > kStages* kKeys ? kTile : kStages * kKeys;
-  static_assert(Tile::kScratch * sizeof(float) <= kFactors * sizeof(Half));
-  static size_t shared() { return shared_bytes<Half>(kFactors) + shared_bytes<SweepRow>(kRows); }
+struct Shape : tiles::Sm80SingleSweep<kColumns> {
+  using Base = tiles::Sm80SingleSweep<kColumns>;
+  static constexpr int kThreads = Base::kWarps * kWarp;
+  using Tile = HeldTile<float, Base::kWarps, 1, 2 * Base::kRowSteps, kColumns / 8>;
+  static_assert(Tile::kScratch * sizeof(float) <= Base::kFactors * sizeof(Half));
+  static_assert(sizeof(SweepRow) == 16);  // as Base::shared() has it
 };
 
 // Shared memory of a block: Q, the stages of K and of V, and what is known of the rows with an offset.

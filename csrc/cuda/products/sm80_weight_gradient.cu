@@ -12,22 +12,16 @@
 namespace nf {
 namespace {
 
-constexpr int kDepth = 32;  // rows of the batch per stage: two product steps
-
 // kAcross warps along the columns, 64 each.
 template <int kAcross>
-struct Shape {
-  static constexpr int kDown = kAcross < 8 ? 8 / kAcross : 2;
-  static constexpr int kThreads = kWarp * kAcross * kDown;
-  static constexpr int kClasses = 32 * kDown;
-  static constexpr int kColumns = 64 * kAcross;
-  static constexpr int kStages = kAcross < 8 ? 3 : 2;
+struct Shape : tiles::Sm80WeightGradient<kAcross> {
+  using Base = tiles::Sm80WeightGradient<kAcross>;
+  static constexpr int kThreads = kWarp * kAcross * Base::kDown;
   static constexpr int kResident = kAcross < 8 ? 2 : 1;
-  static constexpr int kStage = kDepth * (kClasses + kColumns);  // values
-  static size_t shared() { return shared_bytes<BFloat16>(kStages * kStage) + shared_bytes<int>(kClasses); }
-  using Tile = HeldTile<float, kDown, kAcross, 4, 8>;
-  static_assert(Tile::kScratch * sizeof(float) <= kStages * kStage * sizeof(BFloat16));
+  using Tile = HeldTile<float, Base::kDown, kAcross, 4, 8>;
+  static_assert(Tile::kScratch * sizeof(float) <= Base::kStages * Base::kStage * sizeof(BFloat16));
 };
+constexpr int kDepth = tiles::Sm80WeightGradient<2>::kDepth;
 
 template <int kAcross>
 NF_KERNEL_RESIDENT(Shape<kAcross>::kThreads, Shape<kAcross>::kResident)
@@ -95,7 +89,7 @@ template <int kAcross>
 void run(Queue& queue, const WeightGradient& task) {
   using S = Shape<kAcross>;
   launch("weight_gradient", queue, weight_gradient_kernel<kAcross>,
-         Grid{(task.classes.width + S::kClasses - 1) / S::kClasses}, S::kThreads, S::shared(), task);
+         Grid{(task.classes.width + S::kClasses - 1) / S::kClasses}, S::kThreads, size_t(S::shared()), task);
 }
 
 }  // namespace
@@ -104,9 +98,7 @@ void weight_gradient(Queue& queue, const WeightGradient& task) {
   const int64_t dim = task.classes.dim;
   STD_TORCH_CHECK(dim % 8 == 0 && dim <= kMostColumns,
                   "weight_gradient: expected a multiple of 8 columns, at most 512, got ", dim);
-  if (dim <= 128) return run<2>(queue, task);
-  if (dim <= 256) return run<4>(queue, task);
-  run<8>(queue, task);
+  tiles::dispatch_gradient(dim, [&]<int kAcross>() { run<kAcross>(queue, task); });
 }
 
 }  // namespace nf

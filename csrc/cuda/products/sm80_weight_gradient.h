@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/device/class_gradient.cuh"
+#include "engine/tiles.h"
 
 namespace nf {
 
@@ -15,7 +16,7 @@ struct WeightGradient {
 };
 
 // A block owns all columns of its classes, since the radial part is a sum over them.
-constexpr int64_t kMostColumns = 512;
+constexpr int64_t kMostColumns = tiles::kSm80GradientColumns;
 
 void weight_gradient(Queue& queue, const WeightGradient& task);
 

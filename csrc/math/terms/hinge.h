@@ -14,6 +14,21 @@ NF_HD V distance_of_cosine(V cosine) {
   return (cosine * -2.0f) + 2.0f;
 }
 
+// t of a row, from the distance to its target.
+NF_HD double hinge_threshold(double margin, bool triplet, double distance) {
+  return triplet ? margin + distance : margin;
+}
+
+// d loss / d cosine of a row's target, and of the others per unit of their coefficient, from the gradients of the
+// target's distance and of the row's sum. `slope` is the sum of the coefficients: in a triplet the target's
+// distance is in every threshold.
+struct HingeSlopes {
+  double others, target;
+};
+NF_HD HingeSlopes hinge_slopes(double grad_distance, double grad_hinges, double slope, bool triplet) {
+  return {2.0 * grad_hinges, -2.0 * (triplet ? grad_distance + grad_hinges * slope : grad_distance)};
+}
+
 template <class T, bool kExponential>
 struct HingeTermOf {
   static constexpr bool kSoftmax = false, kSparse = true, kThreshold = true;

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
 
 #ifndef NF_NAMESPACE
 #define NF_NAMESPACE normface_emulation
@@ -62,6 +63,8 @@ struct Grid {
 class Queue {
  public:
   explicit Queue(const torch::stable::Tensor&) {}
+  int device() const { return 0; }
+  std::string name() const { return "emulated"; }
   int multiprocessors() const { return 3; }
   int shared_limit() const { return static_cast<int>(emulation::kSharedLimit); }
   int architecture() const { return 80; }

@@ -1,0 +1,33 @@
+// Kernels and chunk of an op of the engine on CUDA.
+#pragma once
+
+#include <device/launch.cuh>
+
+#include "engine/head_launch.h"
+
+namespace nf {
+
+// Of the queue's device. Its name takes long to ask for, and a thread seldom changes devices.
+inline const DeviceFacts& facts_of(const Queue& queue) {
+  thread_local int known = -1;
+  thread_local DeviceFacts facts;
+  if (known != queue.device()) {
+    facts = {.cuda = true,
+             .threads = 1,
+             .multiprocessors = queue.multiprocessors(),
+             .shared_limit = queue.shared_limit(),
+             .capability = queue.architecture(),
+             .rates = &rates_of(true, queue.name())};
+    known = queue.device();
+  }
+  return facts;
+}
+
+inline HeadLaunch launch_of(const char* op, const Queue& queue, const HeadInputs& in, bool store, Held held) {
+  const int64_t wide = accumulator(in.x.scalar_type()) == ScalarType::Double ? 8 : 4;
+  const bool is_16_bit =
+      in.product_precision == ScalarType::Half || in.product_precision == ScalarType::BFloat16;
+  return launch_of(op, in, is_16_bit ? 2 : wide, facts_of(queue), store, held);
+}
+
+}  // namespace nf

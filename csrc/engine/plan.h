@@ -1,0 +1,174 @@
+// How a step over the classes will run: whether E is kept (StoreRule), and by which product in chunks of how many
+// classes (choose). Both devices ask at every launch, `_C` for nf.plan().
+#pragma once
+
+#include <algorithm>
+#include <span>
+
+#include "engine/products.h"
+
+namespace nf {
+
+// One product for a shape: with E kept or not, in chunks that fit the budget.
+struct Way {
+  const Product* product = nullptr;
+  bool store = false;
+  Refusal refusal = Refusal::kNone;
+  int64_t chunk = 0;  // 0: nothing fits
+  int64_t bytes = 0;  // held; where nothing fits, the least that would
+  double seconds = 0;
+};
+
+// Classes per tile of a CPU: the tile of W and the tile of E should share a core's L2 cache, and every thread
+// should get a few tiles.
+constexpr int64_t kTileValues = 1 << 18, kLeastTile = 64, kWholeTile = 256;
+constexpr int64_t cpu_tile(const ProductShape& s, int64_t threads) {
+  const int64_t fits = std::max(kLeastTile, kTileValues / tiles::at_least_one(s.dim + s.batch));
+  const int64_t few = s.classes > kWholeTile ? tiles::ceil_div(s.classes, 4 * threads) : s.classes;
+  return tiles::at_least_one(std::min(fits, few));
+}
+
+// A float sum per chunk, and 32-bit places within it.
+constexpr int64_t kMostChunk = 1 << 28, kMostSweepChunk = 1 << 30;
+// Fewer classes at once would not fill a device: then the single sweep has to be asked for.
+constexpr int64_t kLeastSweepChunk = 4096;
+
+// Seconds of a step, forward and backward; what follows and precedes the sweep are three launches.
+inline double seconds(const Product& p, const ProductShape& s, const DeviceFacts& d, bool store,
+                      int64_t chunk) {
+  Cost cost = p.forward(s, d) + p.backward(s, d);
+  if (!store) cost = cost + p.again(s, d);
+  const double chunks = double(tiles::ceil_div(s.classes, tiles::at_least_one(chunk)));
+  return (cost.cell * double(s.batch) + cost.klass) * double(s.classes) +
+         (3 + chunks * cost.launches) * d.rates->launch.value;
+}
+
+// E kept by this product, whole chunks: all classes at once on CUDA, `slots` tiles on a CPU.
+inline int stored_memory(const Product& p, const ProductShape& s, const DeviceFacts& d, Polynomial* memory) {
+  const int64_t T = d.cuda ? 1 : d.threads;
+  const Workspace w = p.workspace(s, d, T);
+  if (d.cuda) {
+    for (int k = 0; k < w.count; ++k)
+      memory[k] = w.fixed[k] + Polynomial{w.per_class.row, w.per_class.fixed, 0, 0};
+    return w.count;
+  }
+  // Tiles in hand have at most 2 C classes; C / 4 + T of many, 2 kWholeTile of few; or kTileValues each.
+  const int64_t row = w.per_class.row / T, fixed = w.per_class.fixed / T, extra = T + 2 * kWholeTile;
+  const Polynomial all = w.fixed[0] + Polynomial{w.stored, 0, 0, 0};
+  memory[0] = all + Polynomial{2 * row, 2 * fixed, 0, 0};
+  memory[1] = all + Polynomial{row / 4, fixed / 4, extra * row, extra * fixed};
+  memory[2] = all + Polynomial{0, 0, T * kLeastTile * row, T * (kLeastTile * fixed + 2 * kTileValues * row)};
+  return 3;
+}
+
+// With as many classes at once as the budget allows.
+inline Way fit(const Product& p, const ProductShape& s, const DeviceFacts& d, int64_t budget, bool store,
+               bool asked) {
+  Way way{&p, store, p.refusal(s, d)};
+  if (way.refusal != Refusal::kNone) return way;
+  if (p.results == nullptr && !asked) way.refusal = Refusal::kUnmeasured;
+  const int64_t tile = cpu_tile(s, d.threads);
+  const int64_t usual = d.cuda && store ? s.classes
+                        : !d.cuda       ? tile
+                        : p.keeps_e()   ? kMostChunk / tiles::at_least_one(s.batch + s.dim)
+                                        : kMostSweepChunk / s.dim;
+  int64_t chunk = std::clamp<int64_t>(usual, 1, tiles::at_least_one(s.classes));
+  const auto held = [&](int64_t slots) { return p.workspace(s, d, slots); };
+  if (store) {
+    Polynomial memory[3] = {};
+    const int memories = stored_memory(p, s, d, memory);
+    way.bytes = whole_bytes(least(memory, memories, s.batch, s.classes));
+  } else {
+    way.bytes = held(std::min(d.threads, tiles::ceil_div(s.classes, chunk))).bytes(s.batch, s.classes, chunk);
+  }
+  if (!store && way.bytes > budget) {
+    const Workspace shrunk = held(std::min(d.threads, s.classes));  // walked by all threads
+    const int64_t wanted = p.keeps_e() || asked ? 1 : std::min(s.classes, kLeastSweepChunk);
+    chunk = std::max(wanted, std::min(chunk, shrunk.most_chunk(s.batch, s.classes, budget)));
+    way.bytes = shrunk.bytes(s.batch, s.classes, chunk);
+  }
+  way.chunk = way.bytes <= budget || (store && asked) ? chunk : 0;
+  way.seconds = seconds(p, s, d, store, chunk);
+  return way;
+}
+
+// Whether E is kept, for one D, operand type, term and device: where it fits the budget (the least of `memory` does, in
+// kParts) and either stays in the cache, or is the faster way (one of `later`, in 1e-18 s, is not above 0).
+struct StoreRule {
+  static constexpr int kMost = 16;
+  Polynomial memory[kMost] = {};
+  int memories = 0;
+  Polynomial later[kMost] = {};
+  int laters = 0;
+  int64_t cache_cells = 0;
+
+  bool operator()(int64_t batch, int64_t classes, int64_t budget) const {
+    if (memories == 0 || bytes(batch, classes) > budget) return false;
+    if (laters == 0 || __int128(batch) * classes <= cache_cells) return true;
+    return std::any_of(later, later + laters, [&](const Polynomial& p) { return p.at(batch, classes) <= 0; });
+  }
+  int64_t bytes(int64_t batch, int64_t classes) const {
+    return whole_bytes(least(memory, memories, batch, classes));
+  }
+};
+
+constexpr bool by_itself(const Product& p, const ProductShape& s, const DeviceFacts& d) {
+  return p.takes(s, d) && p.results != nullptr;
+}
+
+// `bound` joins others of which the least counts, unless one of them is never above it.
+inline void add_bound(Polynomial* bounds, int& count, const Polynomial& bound) {
+  const auto below = [](const Polynomial& a, const Polynomial& b) {
+    return a.cell <= b.cell && a.klass <= b.klass && a.row <= b.row && a.fixed <= b.fixed;
+  };
+  if (std::any_of(bounds, bounds + count, [&](const Polynomial& p) { return below(p, bound); })) return;
+  count = int(std::remove_if(bounds, bounds + count, [&](const Polynomial& p) { return below(bound, p); }) -
+              bounds);
+  bounds[count++] = bound;
+}
+
+inline StoreRule store_rule(std::span<const Product> table, const ProductShape& of, const DeviceFacts& d) {
+  const ProductShape s{0, of.dim, 0, of.item, of.softmax};
+  const auto cost = [&](const Product& p) { return p.forward(s, d) + p.backward(s, d); };
+  const auto sweep = std::find_if(table.begin(), table.end(),
+                                  [&](const Product& p) { return !p.keeps_e() && by_itself(p, s, d); });
+  StoreRule rule;
+  rule.cache_cells = d.rates->cache / s.item;
+  for (const Product& p : table) {
+    if (!p.keeps_e() || !by_itself(p, s, d)) continue;
+    Polynomial memory[3] = {};
+    const int memories = stored_memory(p, s, d, memory);
+    for (int k = 0; k < memories && rule.memories < StoreRule::kMost; ++k)
+      add_bound(rule.memory, rule.memories, memory[k]);
+    if (sweep == table.end() || rule.laters == StoreRule::kMost) continue;
+    const Cost mine = cost(p), theirs = cost(*sweep);
+    const auto atto = [](double value) { return int64_t(value * 1e18); };
+    add_bound(rule.later, rule.laters,
+              {atto(mine.cell - theirs.cell), atto(mine.klass - theirs.klass), 0,
+               atto((mine.launches - theirs.launches) * d.rates->launch.value)});
+  }
+  return rule;
+}
+
+// The fastest way that fits, or `name`'s, which with E kept is not asked whether it does; a way without a chunk if
+// there is none.
+inline Way choose(std::span<const Product> table, const ProductShape& s, const DeviceFacts& d, int64_t budget,
+                  bool store, std::string_view name = "auto") {
+  Way best, least;
+  for (const Product& p : table) {
+    const bool asked = name == p.name;
+    if (p.cuda != d.cuda || (name != "auto" && !asked) || (store && !p.keeps_e())) continue;
+    const Way way = fit(p, s, d, budget, store, asked);
+    if (asked && (way.refusal == Refusal::kTerm || way.refusal == Refusal::kHeld))
+      return choose(table, s, d, budget, store);  // a name is for where it may be
+    if (way.refusal != Refusal::kNone) {
+      if (asked) return way;
+      continue;
+    }
+    if (way.chunk > 0 && (best.chunk == 0 || way.seconds < best.seconds)) best = way;
+    if (way.chunk == 0 && (least.product == nullptr || way.bytes < least.bytes)) least = way;
+  }
+  return best.chunk > 0 ? best : least;
+}
+
+}  // namespace nf
