@@ -5,9 +5,9 @@
     scripts/ptxas_report.py --arch sm_90 --csv out.csv
 
 No kernel may spill or keep a stack frame, unless the budget's "local_memory" names it, says how many bytes
-are fine and why. "registers" holds the kernels whose registers decide how many blocks share a
-multiprocessor. A kernel is named with its template arguments, or without them for all of its instances.
-Needs no GPU.
+are fine and why. Registers have no numbers there: how many blocks share a multiprocessor is in a kernel's
+launch bounds (NF_KERNEL_RESIDENT), to which the compiler keeps; what then finds no register is a spill. A
+kernel is named with its template arguments, or without them for all of its instances. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -94,25 +94,25 @@ def compile_for(arch: str, source: Path, command: list[str]) -> list[Kernel]:
     return parse(plain.stdout, arch, source.name)
 
 
-def allowed(name: str, limits: dict[str, Any]) -> Any:
-    """What the budget says of a kernel: of this instance, else of all of them; None if nothing."""
-    return limits.get(name, limits.get(name.partition("<")[0]))
+def allowed(name: str, limits: dict[str, Any]) -> dict[str, Any]:
+    """What the budget says of a kernel: of this instance, else of all of them."""
+    found: dict[str, Any] = limits.get(name, limits.get(name.partition("<")[0], {}))
+    return found
 
 
 def complaints(kernels: list[Kernel], budget: dict[str, Any]) -> list[str]:
     """One sentence for each kernel that costs more than it may, and for each name no kernel has any more."""
     said = []
     for kernel in kernels:
-        most = {"stack": 0, "spill": 0} | (allowed(kernel.name, budget["local_memory"]) or {})
-        most["registers"] = allowed(kernel.name, budget["registers"])
-        for cost in ("stack", "spill", "registers"):
+        most = {"stack": 0, "spill": 0} | allowed(kernel.name, budget["local_memory"])
+        for cost in ("stack", "spill"):
             used = getattr(kernel, cost)
-            if most[cost] is not None and used > most[cost]:
+            if used > most[cost]:
                 where = f"{kernel.arch} {kernel.file} {kernel.name}"
                 said.append(f"{where}: {cost} expected at most {most[cost]}, got {used}")
     names = {kernel.name for kernel in kernels} | {kernel.name.partition("<")[0] for kernel in kernels}
-    budgeted = [*budget["local_memory"], *budget["registers"]]
-    return said + [f"{name}: in the budget, but no such kernel" for name in budgeted if name not in names]
+    gone = [name for name in budget["local_memory"] if name not in names]
+    return said + [f"{name}: in the budget, but no such kernel" for name in gone]
 
 
 def print_table(kernels: list[Kernel]) -> None:

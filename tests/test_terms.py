@@ -8,12 +8,12 @@ import itertools
 import math
 from dataclasses import replace
 
-import plain_terms
 import pytest
 import torch
-from engine_ops import arguments, backward, call, sweep, wide
+from kernel_cases import plain_terms
+from kernel_cases.engine_ops import arguments, backward, call, sweep, wide
+from kernel_cases.plain_terms import CASES, IGNORED, unit
 from lanes import DTYPES
-from plain_terms import CASES, IGNORED, unit
 
 from normface_ext.engine.sweep import (
     COSINE,

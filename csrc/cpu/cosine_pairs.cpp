@@ -31,73 +31,146 @@ Tensor target_cosine(const TargetCosineArguments& in) {
 
 namespace {
 
-// g += factor unit(row r)
+// Sums of unit rows times their factors. What 1 / ||.|| a row has is a factor, too, unless the row is far from
+// every usual length: a product of the two could leave the range of T.
 template <class T>
-void add_unit_row(const Rows<T>& rows, int64_t r, T inverse, T eps, T factor, T* scratch, T* g) {
-  unit_row_again(rows, r, inverse, eps, scratch);
-  accum_rows<T>().axpy(factor, scratch, g, rows.length);
-}
+class UnitRowSum {
+ public:
+  UnitRowSum(const Rows<T>& rows, const T* inverse, T eps)
+      : rows_(rows), inverse_(inverse), eps_(eps), unit_(size_t(rows.length)), sum_(size_t(rows.length)) {}
 
-template <class T>
-void pairs_backward(const CosinePairsBackwardArguments& in, Tensor* dx, Tensor* dw) {
-  const double eps = in.eps;
-  const int64_t N = in.x.size(0), D = in.x.size(1), C = in.weight.size(0), listed = in.classes.size(1);
-  const Rows<T> xs(in.x, D), ws(in.weight, D);
-  const T *factors = data_of<const T>(in.factors), *x_inv = data_of<const T>(in.x_inverse);
-  const T* w_inv = data_of<const T>(in.weight_inverse);
-  const int64_t* classes = data_of<const int64_t>(in.classes);
-  // out[r] = the projection of `add`ed pairs
-  const auto project = [&](const Rows<T>& rows, int64_t r, T inverse, const Rows<T>& out, const auto& add) {
-    std::vector<T> memory(static_cast<size_t>(2 * D), T(0));
-    T *g = memory.data(), *scratch = g + D;
-    add(scratch, g);
-    const auto scale = unit_row_again(rows, r, inverse, T(eps), scratch);
-    out.kernel.project(scratch, g, D, T(1), scale, T(eps), out.row(r));
-  };
-  if (dx != nullptr) {
-    const Rows<T> out(*dx, D);
-    for_rows(N, listed * D, [&](int64_t i) {
-      const int64_t* own = classes + i * listed;
-      // Nothing listed, an ignored row above all: whatever it holds, NaN included, has no gradient.
-      if (std::all_of(own, own + listed, [&](int64_t j) { return j >= C; })) {
-        std::memset(out.row(i), 0, size_t(D * out.kernel.item));
-        return;
-      }
-      project(xs, i, x_inv[i], out, [&](T* scratch, T* g) {
-        for (int64_t k = i * listed; k < (i + 1) * listed; ++k)
-          if (classes[k] < C) add_unit_row(ws, classes[k], w_inv[classes[k]], T(eps), factors[k], scratch, g);
-      });
-    });
-  }
-  if (dw == nullptr) return;
-  const Rows<T> out(*dw, D);
-  // The entries of the list by class, in their order: a counting sort.
-  std::vector<int64_t> starts(static_cast<size_t>(C) + 1, 0);
-  for (int64_t k = 0; k < N * listed; ++k)
-    if (classes[k] < C) ++starts[size_t(classes[k]) + 1];
-  for (size_t j = 1; j < starts.size(); ++j) starts[j] += starts[j - 1];
-  std::vector<int64_t> order(static_cast<size_t>(starts.back())), place(starts.begin(), starts.end() - 1);
-  for (int64_t k = 0; k < N * listed; ++k)
-    if (classes[k] < C) order[size_t(place[size_t(classes[k])]++)] = k;
-  for_rows(C, 4 * D, [&](int64_t j) {
-    const auto begin = order.begin() + starts[size_t(j)], end = order.begin() + starts[size_t(j) + 1];
-    if (begin == end) {
-      std::memset(out.row(j), 0, size_t(D * out.kernel.item));
+  void add(int64_t r, T factor) {
+    if (math::norm_is_moderate(inverse_[r])) {
+      places_.push_back(r);
+      factors_.push_back(factor * inverse_[r]);
       return;
     }
-    project(ws, j, w_inv[j], out, [&](T* scratch, T* g) {
-      for (auto k = begin; k != end; ++k)
-        add_unit_row(xs, *k / listed, x_inv[*k / listed], T(eps), factors[*k], scratch, g);
+    unit_row_again(rows_, r, inverse_[r], eps_, unit_.data());
+    accum_rows<T>().axpy(factor, unit_.data(), sum_.data(), rows_.length);
+  }
+
+  // The sum, after which it begins anew.
+  const T* take(T* into) {
+    rows_.kernel.add_rows(rows_.data, places_.data(), factors_.data(), int64_t(places_.size()), rows_.length,
+                          sum_.data());
+    std::copy(sum_.begin(), sum_.end(), into);
+    std::fill(sum_.begin(), sum_.end(), T(0));
+    places_.clear(), factors_.clear();
+    return into;
+  }
+
+ private:
+  const Rows<T>& rows_;
+  const T* inverse_;
+  T eps_;
+  std::vector<T> unit_, sum_;
+  std::vector<int64_t> places_;
+  std::vector<T> factors_;
+};
+
+// The entries of a list by class, in their order: a counting sort.
+class ByClass {
+ public:
+  ByClass(const int64_t* classes, int64_t count, int64_t limit) : ends_(size_t(limit) + 2, 0) {
+    for (int64_t k = 0; k < count; ++k)
+      if (classes[k] < limit) ++ends_[size_t(classes[k]) + 2];
+    for (size_t j = 2; j < ends_.size(); ++j) ends_[j] += ends_[j - 1];
+    entries_.resize(size_t(ends_.back()));
+    for (int64_t k = 0; k < count; ++k)
+      if (classes[k] < limit) entries_[size_t(ends_[size_t(classes[k]) + 1]++)] = k;
+  }
+  const int64_t* begin(int64_t j) const { return entries_.data() + ends_[size_t(j)]; }
+  const int64_t* end(int64_t j) const { return begin(j + 1); }
+
+ private:
+  std::vector<int64_t> ends_;  // while sorting, of class j at j + 1: where its next entry goes; then its end
+  std::vector<int64_t> entries_;
+};
+
+template <class T>
+struct PairsBackward {
+  const Rows<T>&x, &weight;
+  const T *x_inverse, *weight_inverse, *factors;
+  const int64_t* classes;  // [N, listed]
+  int64_t batch, listed, all;
+  T eps;
+
+  void features(const Rows<T>& out) const {
+    for_row_runs(batch, listed * x.length, [&](int64_t first, int64_t last) {
+      UnitRowSum<T> sum(weight, weight_inverse, eps);
+      Projection onto(*this, x, x_inverse, out);
+      for (int64_t i = first; i < last; ++i) {
+        bool any = false;
+        for (int64_t k = i * listed; k < (i + 1) * listed; ++k) {
+          if (classes[k] >= all) continue;
+          sum.add(classes[k], factors[k]);
+          any = true;
+        }
+        onto.put(i, any, sum);
+      }
     });
-  });
-}
+  }
+
+  void agents(const Rows<T>& out) const {
+    const ByClass order(classes, batch * listed, all);
+    for_row_runs(all, 4 * x.length, [&](int64_t first, int64_t last) {
+      UnitRowSum<T> sum(x, x_inverse, eps);
+      Projection onto(*this, weight, weight_inverse, out);
+      for (int64_t j = first; j < last; ++j) {
+        for (const int64_t* k = order.begin(j); k != order.end(j); ++k) sum.add(*k / listed, factors[*k]);
+        onto.put(j, order.begin(j) != order.end(j), sum);
+      }
+    });
+  }
+
+ private:
+  // Of gradients of unit rows onto those of the rows. A row of which nothing is listed, an ignored one above
+  // all, has none, whatever it holds, NaN included.
+  struct Projection {
+    const PairsBackward& of;
+    const Rows<T>& rows;
+    const T* inverse;
+    const Rows<T>& out;
+    std::vector<T> unit, gradient;
+
+    Projection(const PairsBackward& pairs, const Rows<T>& own, const T* inverses, const Rows<T>& into)
+        : of(pairs),
+          rows(own),
+          inverse(inverses),
+          out(into),
+          unit(size_t(own.length)),
+          gradient(size_t(own.length)) {}
+
+    void put(int64_t r, bool any, UnitRowSum<T>& sum) {
+      if (!any) {
+        std::memset(out.row(r), 0, size_t(out.length * out.kernel.item));
+        return;
+      }
+      const auto scale = unit_row_again(rows, r, inverse[r], of.eps, unit.data());
+      out.kernel.project(unit.data(), sum.take(gradient.data()), out.length, T(1), scale, of.eps, out.row(r));
+    }
+  };
+};
 
 std::tuple<Tensor, Tensor> cosine_pairs_backward(const CosinePairsBackwardArguments& in) {
   check(in);
   Tensor dx = partial_gradient_like(in.x, in.need_x, in.is_shard),
          dw = gradient_like(in.weight, in.need_weight);
+  const int64_t N = in.x.size(0), D = in.x.size(1), C = in.weight.size(0);
   dispatch_accumulator(in.x.scalar_type(), [&]<class T>() {
-    pairs_backward<T>(in, in.need_x ? &dx : nullptr, in.need_weight ? &dw : nullptr);
+    const Rows<T> x(in.x, D), weight(in.weight, D);
+    const PairsBackward<T> pairs{x,
+                                 weight,
+                                 data_of<const T>(in.x_inverse),
+                                 data_of<const T>(in.weight_inverse),
+                                 data_of<const T>(in.factors),
+                                 data_of<const int64_t>(in.classes),
+                                 N,
+                                 in.classes.size(1),
+                                 C,
+                                 T(in.eps)};
+    if (in.need_x) pairs.features(Rows<T>(dx, D));
+    if (in.need_weight) pairs.agents(Rows<T>(dw, D));
   });
   return {dx, dw};
 }

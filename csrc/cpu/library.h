@@ -61,12 +61,19 @@ void for_slots(int64_t slots, int64_t count, const Body& body) {
   });
 }
 
-// Rows [0, count) in parallel, `cost` elements each.
+// Calls body(begin, end) for contiguous parts of rows [0, count) in parallel, `cost` elements each.
 template <class Body>
-void for_rows(int64_t count, int64_t cost, const Body& body) {
+void for_row_runs(int64_t count, int64_t cost, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, cost));
   const int64_t slots = std::min(thread_count(), (count + grain - 1) / grain);
-  for_slots(std::max<int64_t>(1, slots), count, [&](int64_t, int64_t begin, int64_t end) {
+  for_slots(std::max<int64_t>(1, slots), count,
+            [&](int64_t, int64_t begin, int64_t end) { body(begin, end); });
+}
+
+// The same row by row.
+template <class Body>
+void for_rows(int64_t count, int64_t cost, const Body& body) {
+  for_row_runs(count, cost, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(i);
   });
 }

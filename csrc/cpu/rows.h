@@ -23,8 +23,9 @@ struct AccumRows {
   // The largest s f(c[j]) of a softmax's term; -inf for n = 0.
   using Largest = T (*)(const T* c, int64_t n, const math::TermRow<T>& row, const double* numbers);
   Largest largest[kTerms];
-  // The places first + j of the c[j] != 0, NaN included, in order, and those c[j]: at most `room`; returns how many.
-  int64_t (*collect)(const T* c, int64_t n, int64_t room, int64_t first, int64_t* places, T* values);
+  // The places first + j of the c[j] != 0, NaN included, in order, and those c[j]; returns how many. One more
+  // than that is written to.
+  int64_t (*collect)(const T* c, int64_t n, int64_t first, int64_t* places, T* values);
   // The first place of the largest c[j] beyond `above`, NaN being the largest of all; -1 where there is none.
   int64_t (*place_of_largest)(const T* c, int64_t n, T above);
   double (*dot)(const T* a, const T* b, int64_t n);
@@ -67,6 +68,8 @@ struct StoredRows {
                      const T* inverse_norm, const T* along, const T* g_norm, const T* bound, void* dx);
   // The largest gradient an eps-ruled row may get; infinite but for float16.
   T largest_gradient;
+  // y += the sum over k < count of factors[k] times the row of n elements at places[k].
+  void (*add_rows)(const void* rows, const int64_t* places, const T* factors, int64_t count, int64_t n, T* y);
   // y = factor x, to and from the accumulator type.
   void (*widen)(const void* x, int64_t n, T factor, T* y);
   void (*store_as)(const T* x, int64_t n, T factor, void* y);

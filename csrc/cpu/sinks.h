@@ -14,21 +14,23 @@ class ActiveList {
  public:
   ActiveList(const HeadShape& shape, int64_t capacity)
       : shape_(shape), capacity_(capacity), parts_(size_t(shape.slots)) {
-    for (Part& part : parts_) part.listed.assign(size_t(shape.batch), 0);
+    for (Part& part : parts_) {
+      part.listed.assign(size_t(shape.batch), 0);
+      part.places.resize(size_t(shape.chunk) + 1);
+      part.values.resize(size_t(shape.chunk) + 1);
+    }
   }
 
   void take(int64_t slot, const Tile& tile, const RowState& rows, const T* coefficients) {
     Part& part = parts_[size_t(slot)];
     for (int64_t i = 0; i < shape_.batch; ++i) {
       int64_t& listed = part.listed[size_t(i)];
-      const int64_t room = std::min(capacity_ - listed, tile.width);
-      if (room == 0 || rows[kRowWeight][i] == 0) continue;
-      const size_t end = part.classes.size();
-      part.classes.resize(end + size_t(room)), part.coefficients.resize(end + size_t(room));
-      const int64_t found =
-          accum_rows<T>().collect(coefficients + i * tile.width, tile.width, room, tile.first,
-                                  part.classes.data() + end, part.coefficients.data() + end);
-      part.classes.resize(end + size_t(found)), part.coefficients.resize(end + size_t(found));
+      if (listed == capacity_ || rows[kRowWeight][i] == 0) continue;
+      const int64_t active = accum_rows<T>().collect(coefficients + i * tile.width, tile.width, tile.first,
+                                                     part.places.data(), part.values.data());
+      const int64_t found = std::min(active, capacity_ - listed);
+      part.classes.insert(part.classes.end(), part.places.begin(), part.places.begin() + found);
+      part.coefficients.insert(part.coefficients.end(), part.values.begin(), part.values.begin() + found);
       if (found > 0) part.runs.push_back({i, found});
       listed += found;
     }
@@ -60,6 +62,8 @@ class ActiveList {
     std::vector<Run> runs;        // whose the entries below are, in their order
     std::vector<int64_t> classes;
     std::vector<T> coefficients;
+    std::vector<int64_t> places;  // of one row of a tile
+    std::vector<T> values;
   };
 
   const HeadShape& shape_;

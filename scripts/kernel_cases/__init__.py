@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from . import agents, distances, norms, shards, softmax
+from . import agents, distances, norms, shards, softmax, terms
 from .case import Case
 
 Table = Callable[[torch.dtype], Iterator[Case]]
@@ -20,6 +20,7 @@ TABLES: dict[str, Table] = {
     "agents": agents.cases,
     "distances": distances.cases,
     "shards": shards.cases,
+    "terms": terms.cases,
 }
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from normface_ext import reference
-from normface_ext.agents import ops as agent_ops
-from normface_ext.agents.ops import HINGE_SLOPE, LOSS_VALUE, HingeOptions
 from normface_ext.engine import sweep
 from normface_ext.engine.calls import plan_device
 from normface_ext.engine.plan import products
 from normface_ext.softmax import ops
 from normface_ext.softmax.margins import ArcFace
 
+from . import engine_ops
 from .agents import problem, thresholds
 from .case import Case, Results, differentiated, labels, number, randn
 
@@ -72,22 +72,43 @@ def softmax(x: Tensor, weight: Tensor, scale: Tensor, y: Tensor) -> Results:
     return [loss, torch.stack(dx).sum(0), torch.cat(dw), ds[0]]
 
 
-def hinges(options: HingeOptions, x: Tensor, weight: Tensor, y: Tensor) -> Results:
-    """Distance to the label's agent and sum of the hinges of every row, and the gradients of x and weight."""
+def hinges(
+    term: str, triplet: bool, margin: float, capacity: int, x: Tensor, weight: Tensor, y: Tensor
+) -> Results:
+    """Distance to the label's agent and sum of the hinges of every row, and the gradients of x and weight: by
+    lists of so many active classes, or, with none, over all classes."""
     shards = parts(weight, y)
-    cosine = torch.stack([agent_ops.target_cosine(x, w, place, options) for w, place in shards]).sum(0)
-    swept = [agent_ops.sweep(x, w, place, cosine, None, options) for w, place in shards]
-    target = swept[0][0]
-    value, slope = (
-        torch.stack([part[2][field] for part in swept]).sum(0).to(target.dtype)
-        for field in (LOSS_VALUE, HINGE_SLOPE)
+    given = [engine_ops.arguments(x, w, place, is_shard=True) for w, place in shards]
+    cosine = torch.stack([engine_ops.call("target_cosine", one) for one in given]).sum(0)
+    target = 2 - 2 * cosine
+    options = {
+        "term": sweep.TERMS[term],
+        "threshold": target * triplet + margin,
+        "sink": sweep.SINKS["active" if capacity else "none"],
+        "capacity": capacity,
+        "need_x": False,
+        "class_chunk": 19,
+    }
+    given = [{**one, **options} for one in given]
+    swept = [engine_ops.sweep(one) for one in given]
+    value, active = (
+        torch.stack([part.rows[field] for part, _, _ in swept]).sum(0)
+        for field in (sweep.SUM, sweep.SECOND_SUM)
     )
-    upstream = randn(len(x), dtype=torch.float64, seed=5).to(target)
-    factors = agent_ops.cosine_factors(swept[0][2], slope, upstream, upstream, options.triplet)
-    gradients = [
-        agent_ops.sweep_gradients(*factors, x, w, place, state, options, (True, True))
-        for (w, place), (_, _, *state) in zip(shards, swept, strict=True)
-    ]
+    slope = active if term == "hinge" else value
+    upstream = randn(len(x), dtype=torch.float64, seed=5).to(x.device)
+    of_target = -2 * upstream * (1 + triplet * slope)
+    gradients = []
+    for one, (w, place), (part, classes, found) in zip(given, shards, swept, strict=True):
+        if capacity:
+            own = torch.where(place >= 0, place, len(w))
+            factors = torch.cat([of_target[:, None], 2 * upstream[:, None] * found], 1).to(found.dtype)
+            listed = torch.cat([own[:, None], classes], 1)
+            gradients.append(engine_ops.pairs_backward(x, w, factors, listed, part, is_shard=True))
+        else:
+            slopes = torch.stack([2 * upstream, of_target, 0 * upstream, 0 * upstream])
+            ones = torch.ones((), dtype=engine_ops.wide(x), device=x.device)
+            gradients.append(engine_ops.backward(one, part, slopes, ones)[:2])
     dx, dw = zip(*gradients, strict=True)
     return [target, value, torch.stack(dx).sum(0), torch.cat(dw)]
 
@@ -119,28 +140,15 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     for name, exponential in (("contrastive", False), ("triplet", False), ("exponential", True)):
         is_triplet = name == "triplet"
         margin = triplet if is_triplet else contrastive
+        term = "exponential_hinge" if exponential else "hinge"
         for capacity in (CLASSES, 0):
-            options = HingeOptions(
-                margin_value=margin,
-                triplet=is_triplet,
-                hardest=False,
-                exponential=exponential,
-                ignore_index=-100,
-                eps=1e-12,
-                class_chunk=19,
-                capacity=capacity,
-                is_shard=True,
-            )
-
-            def ours(*given, options=options):
-                return hinges(options, *given)
 
             def truth(*given, margin=margin, is_triplet=is_triplet, exponential=exponential):
                 return all_hinges(margin, is_triplet, exponential, *given)
 
             yield Case(
                 f"{name} hinges on shards, capacity={capacity}",
-                ours,
+                partial(hinges, term, is_triplet, margin, capacity),
                 differentiated(truth, leaves=2),
                 [*leaves, y],
             )

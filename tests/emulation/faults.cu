@@ -507,7 +507,7 @@ Tensor matrix_product_op(const Tensor& a, const Tensor& b, bool half) {
   return d;
 }
 
-// Each exchange of a warp once, on values that are the lanes' numbers: out [15, 32].
+// Each exchange of a warp once, on values that are the lanes' numbers: out [16, 32].
 NF_KERNEL(kWarp)
 exchanges(int64_t* out, int* count, unsigned* unsigned_count, int64_t* wide_count) {
   const int lane = lane_id();
@@ -523,6 +523,7 @@ exchanges(int64_t* out, int* count, unsigned* unsigned_count, int64_t* wide_coun
       warp_all(lane < 31),
       warp_ballot(lane % 2 == 0),
       lowest_bit(0x80000000u | 0x80000000u >> lane),
+      count_bits((1u << lane) - 1u),
       block_id() + 10 * block_count() + 100 * block_y() + 1000 * block_count_y(),
       atomic_add(count, 1),
       atomic_add(unsigned_count, 2u),
@@ -533,7 +534,7 @@ exchanges(int64_t* out, int* count, unsigned* unsigned_count, int64_t* wide_coun
 
 Tensor exchanges_op(const Tensor& x) {
   Queue queue(x);
-  Tensor out = torch::stable::new_empty(x, {15, 32}, torch::headeronly::ScalarType::Long);
+  Tensor out = torch::stable::new_empty(x, {16, 32}, torch::headeronly::ScalarType::Long);
   Tensor counts = torch::stable::new_zeros(x, {3}, torch::headeronly::ScalarType::Long);
   auto* count = static_cast<int64_t*>(counts.mutable_data_ptr());
   launch("exchanges", queue, exchanges, {1}, kWarp, 0, static_cast<int64_t*>(out.mutable_data_ptr()),

@@ -145,10 +145,11 @@ struct GradientShape : tiles::SimtWeightGradient<sizeof(T), kAcross> {
   using Base = tiles::SimtWeightGradient<sizeof(T), kAcross>;
   using Tile = HeldTile<T, Base::kDown, kAcross, kRounds<T>, 8>;
   static constexpr int kThreads = Tile::kThreads;
+  static constexpr int kResident = 512 / kThreads;
 };
 
 template <class T, int kAcross>
-NF_KERNEL_RESIDENT((GradientShape<T, kAcross>::kThreads), 1)
+NF_KERNEL_RESIDENT((GradientShape<T, kAcross>::kThreads), (GradientShape<T, kAcross>::kResident))
 plain_gradient_kernel(PlainGradient<T> task) {
   using S = GradientShape<T, kAcross>;
   using Tile = typename S::Tile;

@@ -10,32 +10,15 @@
 //
 // The softmax's kernels have run on GPUs. Those of the other terms have only been compiled and emulated so far.
 #include <device/arrival.cuh>
-#include <device/exp2.cuh>
-#include <device/shared_memory.cuh>
 #include <device/vector.cuh>
 
-#include "cuda/device/mma_tile.cuh"
-#include "cuda/device/reduce.cuh"
+#include "cuda/device/power_exp.cuh"
+#include "cuda/products/sm80_score_tile.cuh"
 #include "cuda/products/sm80_scores.h"
 #include "math/softmax.h"
 
 namespace nf {
 namespace {
-
-constexpr int kTile = tiles::Sm80Scores::kTile, kStages = tiles::Sm80Scores::kStages;
-
-// Warps, four along the rows and kAcross along the classes: 32 x 64 of the tile each, as two row steps of 16
-// and two groups of 32 dealt classes.
-constexpr int kWarpRows = 32, kWarpColumns = tiles::Sm80Scores::kWarpColumns;
-constexpr int kRowSteps = kWarpRows / 16, kGroups = kWarpColumns / 32;
-constexpr int kHeldRows = 2 * kRowSteps;  // rows a lane has a part of
-
-template <int kAcross_>
-struct Shape {
-  static constexpr int kAcross = kAcross_;
-  static constexpr int kThreads = 4 * kAcross * kWarp;
-  static constexpr int kClasses = kAcross * kWarpColumns;
-};
 
 // What is kept of every row beside its target's place. At 256 columns the shared memory of two blocks has room for
 // one number, which serves the softmax with one scale and the hinges.
@@ -44,73 +27,6 @@ constexpr int numbers_per_row(bool scale_per_row) {
   return int(Term::kSoftmax) + int(Term::kThreshold) + int(scale_per_row);
 }
 static_assert(tiles::Sm80Scores::kMostNumbers == math::kHardNumbers);
-
-// exp by the power of two that hardware has; the rows' scale and shift have been multiplied by log2(e).
-constexpr double kLog2E = 1.4426950408889634074;
-struct PowerExp {
-  NF_DEVICE float scaled(float x) const { return exp2_or_zero(x); }
-  NF_DEVICE float natural(float x) const { return exp2_or_zero(x * float(kLog2E)); }
-};
-
-// What a lane holds of the tile's result: for held row r and group g, classes column() + 32 g + {0 … 7}.
-template <class S>
-NF_DEVICE int held_row(int r) {
-  return warp_id() / S::kAcross * kWarpRows + r / 2 * 16 + r % 2 * 8 + lane_id() / 4;
-}
-template <class S>
-NF_DEVICE int held_column() {
-  return warp_id() % S::kAcross * kWarpColumns + lane_id() % 4 * kChunk;
-}
-
-// acc += x[:, depth] w^T for this warp's part of the tile, over kBlock columns.
-template <class S>
-NF_DEVICE void multiply_stage(const Half* x, int x_stride, const Half* w,
-                              float (&acc)[kRowSteps][kGroups][4][4]) {
-  const int matrix = lane_id() / 8, i = lane_id() % 8;  // which of the four an ldmatrix reads, its row
-  const Half* x_rows = x + (warp_id() / S::kAcross * kWarpRows + matrix % 2 * 8 + i) * x_stride;
-  const Half* w_rows = w + (warp_id() % S::kAcross * kWarpColumns + dealt_row(matrix / 2, i)) * kBlock;
-  const int x_chunk = swizzled(matrix / 2 * kChunk, i), w_chunk = swizzled(matrix % 2 * kChunk, i);
-#pragma unroll
-  for (int k = 0; k < kBlock; k += 16) {
-    uint32_t a[kRowSteps][4];
-#pragma unroll
-    for (int m = 0; m < kRowSteps; ++m) load_matrix_x4(a[m], x_rows + m * 16 * x_stride + (x_chunk ^ k));
-#pragma unroll
-    for (int n = 0; n < kGroups; ++n)
-#pragma unroll
-      for (int j = 0; j < 4; j += 2) {  // two steps of eight dealt classes at once
-        uint32_t b[4];
-        load_matrix_x4(b, w_rows + (n * 32 + dealt_row(j, 0)) * kBlock + (w_chunk ^ k));
-        const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-#pragma unroll
-        for (int m = 0; m < kRowSteps; ++m) {
-          mma_f16(acc[m][n][j], a[m], low);
-          mma_f16(acc[m][n][j + 1], a[m], high);
-        }
-      }
-  }
-}
-
-// Sums (or the maximum) of a row over the lanes and warps that share it, in a fixed order; scratch is
-// [kAcross, kTile]. `combine` of two values, `put(row, value)` once per row of the block.
-template <class S, class Combine, class Put>
-NF_DEVICE void over_row(float (&mine)[kHeldRows], float* scratch, const Combine& combine, const Put& put) {
-#pragma unroll
-  for (int r = 0; r < kHeldRows; ++r) {
-    mine[r] = combine(mine[r], shuffle_xor(mine[r], 1));
-    mine[r] = combine(mine[r], shuffle_xor(mine[r], 2));
-  }
-  sync_block();  // an earlier use of scratch, before these writes
-  if (lane_id() % 4 == 0)
-#pragma unroll
-    for (int r = 0; r < kHeldRows; ++r) scratch[warp_id() % S::kAcross * kTile + held_row<S>(r)] = mine[r];
-  sync_block();  // the writes above, before the reads below
-  if (thread_id() < kTile) {
-    float value = scratch[thread_id()];
-    for (int w = 1; w < S::kAcross; ++w) value = combine(value, scratch[w * kTile + thread_id()]);
-    put(thread_id(), value);
-  }
-}
 
 // kLargestOnly: the first of two passes, for scales outside the fixed shift's window. kPerRow: the scale is a
 // row's own.
@@ -275,8 +191,9 @@ int64_t tiles_per_block(const Queue& queue, int64_t batch, int64_t dim, int64_t 
 }
 
 template <bool kLargestOnly, class Term>
-void run(const char* name, Queue& queue, const ScoreTask& task) {
-  STD_TORCH_CHECK(task.width <= INT32_MAX - 256, name, ": expected at most 2^31 - 257 classes at once, got ",
+void run(Queue& queue, const ScoreTask& task) {
+  STD_TORCH_CHECK(task.width <= INT32_MAX - 256,
+                  "sm80_scores: expected at most 2^31 - 257 classes at once, got ",
                   task.width);  // a lane counts them in 32 bits
   const int64_t per_block = tiles_per_block(queue, task.batch, task.dim, task.width);
   const Grid grid{tiles::Sm80Scores::row_blocks(task.batch) *
@@ -285,8 +202,9 @@ void run(const char* name, Queue& queue, const ScoreTask& task) {
     const auto with = [&]<bool kPerRow>() {
       const int64_t shared =
           tiles::Sm80Scores::shared(S::kAcross, task.dim, numbers_per_row<Term>(kPerRow), Term::kNumbers);
-      launch(name, queue, score_kernel<S, Term, kLargestOnly, kPerRow>, grid, S::kThreads, size_t(shared),
-             task, per_block);
+      launch(kLargestOnly ? "score_largest" : "score_fold", queue,
+             score_kernel<S, Term, kLargestOnly, kPerRow>, grid, S::kThreads, size_t(shared), task,
+             per_block);
     };
     if constexpr (Term::kSoftmax)  // the others have no scale
       if (task.rows.scale.per_row) return with.template operator()<true>();
@@ -305,12 +223,12 @@ int64_t score_splits(const Queue& queue, int64_t batch, int64_t dim, int64_t wid
 
 void score_largest(Queue& queue, const ScoreTask& task) {
   dispatch_term<float>(task.rows.term, [&]<class Term>() {
-    if constexpr (Term::kSoftmax) run<true, Term>("score_largest", queue, task);
+    if constexpr (Term::kSoftmax) run<true, Term>(queue, task);
   });
 }
 
 void score_fold(Queue& queue, const ScoreTask& task) {
-  dispatch_term<float>(task.rows.term, [&]<class Term>() { run<false, Term>("score_fold", queue, task); });
+  dispatch_term<float>(task.rows.term, [&]<class Term>() { run<false, Term>(queue, task); });
 }
 
 }  // namespace nf

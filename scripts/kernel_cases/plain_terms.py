@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from lanes import Lane
 from torch import Tensor
 
 from normface_ext.engine.sweep import TERMS
+
+if TYPE_CHECKING:
+    from lanes import Lane
 
 IGNORED = -100
 
@@ -33,8 +35,11 @@ class Case:
 
     def options(self, lane: Lane, threshold: Tensor | None) -> dict[str, object]:
         six = None if self.numbers is None else torch.tensor(self.numbers, dtype=torch.float64)
+        return self.options_of(None if six is None else lane.tensor(six), threshold)
+
+    def options_of(self, numbers: Tensor | None, threshold: Tensor | None) -> dict[str, object]:
         return {
-            "term": TERMS[self.term], "numbers": None if six is None else lane.tensor(six),
+            "term": TERMS[self.term], "numbers": numbers,
             "scale_value": self.scale, "lowest": self.ends[0], "highest": self.ends[1],
             "threshold": None if self.term == "softmax" else threshold,
         }  # fmt: skip

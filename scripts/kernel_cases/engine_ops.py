@@ -1,7 +1,7 @@
 """The ops of the engine by name (csrc/engine/head_arguments.h), past the Python functions.
 
 An argument that a test does not name is what a plain softmax over all classes has. `class_chunk` stands for
-the workspace in which a library's product takes so many classes at once."""
+the workspace in which the `product`, a library's unless named, takes so many classes at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from normface_ext import _C
 from normface_ext.engine import library
 from normface_ext.engine.calls import plan_device
 from normface_ext.engine.plan import facts, operand_bytes
-from normface_ext.engine.sweep import Swept
+from normface_ext.engine.sweep import INVERSE_NORM, Swept
 
 
 def arguments(x: Tensor, weight: Tensor, labels: Tensor, **given: object) -> dict[str, object]:
@@ -39,7 +39,7 @@ def call(name: str, given: dict[str, object]) -> object:
 
 def budget(given: dict[str, Any]) -> dict[str, object]:
     x, classes, device = given["x"], given["weight"].shape[0], plan_device(given["x"])
-    product = "cublas" if device.type == "cuda" else "blas"
+    product = given.get("product", "cublas" if device.type == "cuda" else "blas")
     item = operand_bytes(device, given["product_precision"])
     sizes = x.shape[0], max(1, x.shape[1]), max(1, classes), item
     chunk = min(given["class_chunk"], max(1, classes))
@@ -55,6 +55,16 @@ def sweep(given: dict[str, object]) -> tuple[Swept, Tensor, Tensor]:
 def backward(given: dict[str, object], swept: Swept, slopes: Tensor, grad_loss: Tensor) -> tuple[Tensor, ...]:
     upstream = {"grad_loss": grad_loss, "slopes": slopes, "need_x": True}
     return call("head_backward", {**given, **swept._asdict(), **upstream})  # type: ignore[return-value]
+
+
+def pairs_backward(
+    x: Tensor, weight: Tensor, factors: Tensor, classes: Tensor, swept: Swept, *, is_shard: bool = False
+) -> tuple[Tensor, ...]:
+    """Gradients of the sum of factors times listed cosines, [N, listed] each."""
+    inverse = swept.rows[INVERSE_NORM].to(wide(x))
+    given = arguments(x, weight, classes[:, 0], is_shard=is_shard, factors=factors, classes=classes)
+    norms = {"x_inverse": inverse, "weight_inverse": swept.inverse_norm}
+    return call("cosine_pairs_backward", {**given, **norms})  # type: ignore[return-value]
 
 
 def wide(x: Tensor) -> torch.dtype:

@@ -1,0 +1,16 @@
+// The exponentials of terms (math/terms) by the power of two that hardware has.
+#pragma once
+
+#include <device/exp2.cuh>
+
+namespace nf {
+
+constexpr double kLog2E = 1.4426950408889634074;
+
+// The rows' scale and shift have been multiplied by log2(e).
+struct PowerExp {
+  NF_DEVICE float scaled(float x) const { return exp2_or_zero(x); }
+  NF_DEVICE float natural(float x) const { return exp2_or_zero(x * float(kLog2E)); }
+};
+
+}  // namespace nf
