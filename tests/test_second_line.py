@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_ops import arguments, call, sweep
+from kernel_cases.engine_ops import arguments, call, sweep
 
 from normface_ext.engine.sweep import SINKS, TERMS
 
