@@ -1,0 +1,186 @@
+// Seconds, bytes and shared memory of the products: what the rows of products.h are made of.
+#pragma once
+
+#include "engine/product.h"
+
+namespace nf {
+namespace products {
+
+constexpr double larger(double a, double b) { return a > b ? a : b; }
+
+// Floating-point operations of one cell of one product.
+constexpr double flops(const ProductShape& s) { return 2.0 * double(s.dim); }
+
+constexpr double library_rate(const ProductShape& s, const Rates& r) {
+  return s.item == 2 ? r.library16.value : s.item == 4 ? r.library32.value : r.library64.value;
+}
+
+// A library's product hides the shorter of arithmetic and traffic of E behind the longer.
+constexpr double library_cell(const ProductShape& s, const Rates& r, int64_t e_item) {
+  return larger(flops(s) / library_rate(s, r), double(e_item) / r.bandwidth.value);
+}
+
+// Unit rows of W: read in its type, taken as wide; written as operands of the scores and (`copies`) of E.
+constexpr Cost unit_rows(const ProductShape& s, const Rates& r, int copies) {
+  return {0, double(s.dim * (s.wide() + copies * s.item)) / r.bandwidth.value, 1};
+}
+constexpr Cost operand(const ProductShape& s, const Rates& r) {  // W of one type, read once
+  return {0, double(s.dim * s.item) / r.bandwidth.value, 0};
+}
+
+constexpr Cost library_scores(const ProductShape& s, const Rates& r) {
+  const double exponentiate = double(s.wide() + s.item) / r.bandwidth.value + 1 / r.exponentials.value;
+  return operand(s, r) + Cost{library_cell(s, r, s.wide()) + exponentiate, 0, 2};
+}
+constexpr Cost own_scores(const ProductShape& s, const Rates& r, double rate) {
+  return operand(s, r) +
+         Cost{flops(s) / rate + double(s.item) / r.bandwidth.value + 1 / r.exponentials.value, 0, 1};
+}
+constexpr Cost class_sums(const ProductShape& s, const Rates& r) {
+  return operand(s, r) + Cost{library_cell(s, r, s.item), 0, 1};
+}
+constexpr Cost library_gradient(const ProductShape& s, const Rates& r) {
+  const double product = double(s.dim * s.wide());
+  return {library_cell(s, r, s.item), product / r.bandwidth.value + 3 * product / r.pass.value, 2};
+}
+constexpr Cost own_gradient(const ProductShape& s, const Rates& r, double rate) {
+  return {flops(s) / rate + double(s.item) / r.epilogue.value,
+          2 * double(s.dim * s.wide()) / r.epilogue.value, 1};
+}
+
+constexpr int copies_of(const ProductShape& s) { return s.item == 2 ? 2 : 1; }
+constexpr double simt_rate(const ProductShape& s, const Rates& r) {
+  return s.item == 4 ? r.simt32.value : r.simt64.value;
+}
+
+// CPU: a tile's W, E and dW stay in a core's cache; each is read or written once in memory, E twice.
+constexpr Cost blas_pass(const ProductShape& s, const DeviceFacts& d, double products, double exponentials,
+                         double weights) {
+  const Rates& r = *d.rates;
+  const double threads = double(d.threads), item = double(s.wide());
+  return {products * flops(s) / (threads * library_rate(s, r)) +
+              exponentials / (threads * r.exponentials.value) + item / r.bandwidth.value,
+          weights * double(s.dim) * item / r.bandwidth.value, 0};
+}
+constexpr Cost blas_forward(const ProductShape& s, const DeviceFacts& d) { return blas_pass(s, d, 2, 1, 1); }
+constexpr Cost blas_backward(const ProductShape& s, const DeviceFacts& d) { return blas_pass(s, d, 1, 0, 3); }
+constexpr Cost blas_again(const ProductShape& s, const DeviceFacts& d) { return blas_pass(s, d, 1, 1, 0); }
+
+constexpr Cost cublas_forward(const ProductShape& s, const DeviceFacts& d) {
+  return unit_rows(s, *d.rates, copies_of(s)) + library_scores(s, *d.rates) + class_sums(s, *d.rates);
+}
+constexpr Cost cublas_backward(const ProductShape& s, const DeviceFacts& d) {
+  return library_gradient(s, *d.rates);
+}
+constexpr Cost cublas_again(const ProductShape& s, const DeviceFacts& d) {
+  return unit_rows(s, *d.rates, 1) + library_scores(s, *d.rates);
+}
+
+constexpr Cost simt_forward(const ProductShape& s, const DeviceFacts& d) {
+  const Rates& r = *d.rates;
+  return unit_rows(s, r, 1) + own_scores(s, r, simt_rate(s, r)) + class_sums(s, r);
+}
+constexpr Cost simt_backward(const ProductShape& s, const DeviceFacts& d) {
+  return own_gradient(s, *d.rates, simt_rate(s, *d.rates));
+}
+constexpr Cost simt_again(const ProductShape& s, const DeviceFacts& d) {
+  return unit_rows(s, *d.rates, 1) + own_scores(s, *d.rates, simt_rate(s, *d.rates));
+}
+
+constexpr Cost sm80_forward(const ProductShape& s, const DeviceFacts& d) {
+  const Rates& r = *d.rates;
+  return unit_rows(s, r, 2) + own_scores(s, r, r.sm80_scores.value) + class_sums(s, r);
+}
+constexpr Cost sm80_backward(const ProductShape& s, const DeviceFacts& d) {
+  return own_gradient(s, *d.rates, d.rates->sm80_weight_gradient.value);
+}
+constexpr Cost sm80_again(const ProductShape& s, const DeviceFacts& d) {
+  return unit_rows(s, *d.rates, 1) + own_scores(s, *d.rates, d.rates->sm80_scores.value);
+}
+
+// Two products a pass, and E nowhere in memory.
+constexpr Cost sweep_pass(const ProductShape& s, const Rates& r, double rate) {
+  return {2 * flops(s) / rate + 1 / r.exponentials.value, 0, 1};
+}
+constexpr Cost sweep_forward(const ProductShape& s, const DeviceFacts& d) {
+  const Rates& r = *d.rates;
+  return unit_rows(s, r, 2) + operand(s, r) + operand(s, r) + sweep_pass(s, r, r.sm80_single_sweep.value);
+}
+constexpr Cost sweep_backward(const ProductShape& s, const DeviceFacts& d) {
+  const Rates& r = *d.rates;
+  const Cost write{0, 2 * double(s.dim * s.wide()) / r.epilogue.value, 0};
+  return unit_rows(s, r, 1) + operand(s, r) + sweep_pass(s, r, r.sm80_sweep_gradient.value) + write;
+}
+constexpr Cost nothing(const ProductShape&, const DeviceFacts&) { return {0, 0, 0}; }
+
+// Bytes of a row's state, its slopes (row_state.h) and its gradients (cuda/device/backward_kernels.cuh), its
+// counter, and what the single sweep's backward knows of it.
+constexpr int64_t kRowBytes = (int(kRowFields) + int(kSlopeFields) + 7) * 8 + 4 + 16;
+
+// `slots` threads take part.
+constexpr Workspace blas_workspace(const ProductShape& s, const DeviceFacts&, int64_t slots) {
+  const int64_t item = s.wide();
+  // x_hat and its weighted copy, x_sum, an accumulator per thread; the rows' state; norms of W.
+  const int64_t row = (3 + slots) * s.dim * item + kRowBytes + 16 * slots;
+  // Per class of a tile and thread: unit weights, their gradient, and a column of scores.
+  return {.fixed = {{0, kParts * item, kParts * row, 0}, {}},
+          .count = 1,
+          .per_class = {0, 0, kParts * slots * item, kParts * slots * 2 * s.dim * item},
+          .stored = kParts * item};
+}
+
+// x_hat and its weighted copy, x_sum and the part added to it; the rows' state, before and after it is finished,
+// and columns up to a multiple of 8; norms of W. Per class: unit weights and, for 16-bit operands, their copy or
+// their gradient; a column of E and of scores; for every row `partial` parts of a byte of partial sums.
+constexpr Workspace chunk_workspace(const ProductShape& s, int64_t scores, int64_t partial) {
+  const int64_t column = s.item + scores;
+  const int64_t row = 2 * s.dim * (s.item + s.wide()) + kRowBytes + 7 * column;
+  const int64_t klass = s.dim * (s.item + s.wide()) + 8 * column;
+  return {.fixed = {{0, kParts * s.wide(), kParts * row, 0}, {}},
+          .count = 1,
+          .per_class = {0, 0, kParts * column + partial, kParts * (klass + (partial > 0 ? 1 : 0))},
+          .stored = 0};
+}
+
+// Partial sums of a row: a pair of float64 per stretch of classes, the shorter of the two products' (128), so that
+// a budget says the same whichever of them is the faster. E replaces scores of its own size.
+constexpr Workspace wide_workspace(const ProductShape& s, const DeviceFacts&, int64_t) {
+  return chunk_workspace(s, s.item == s.wide() ? 0 : s.wide(), kParts * 16 / tiles::SimtScores<4>::kClasses);
+}
+
+// Partial sums of a row: a pair of every block that it has, and of the first pass its largest logit. A row has no
+// more blocks than tiles of classes, nor more than fill the device some times over, as long as those are enough.
+constexpr Workspace sm80_workspace(const ProductShape& s, const DeviceFacts& d, int64_t) {
+  using Tiles = tiles::Sm80Scores;
+  constexpr int64_t kPair = 20 * kParts, kColumns = 2 * Tiles::kWarpColumns;
+  Workspace w = chunk_workspace(s, 0, 0);
+  w.count = 2;
+  w.fixed[1] = w.fixed[0] + Polynomial{kPair / (kColumns * Tiles::kMostTiles), 0, 2 * kPair,
+                                       kPair * Tiles::kTile * Tiles::blocks(2, d.multiprocessors)};
+  w.fixed[0] = w.fixed[0] + Polynomial{kPair / kColumns, 0, kPair, 0};
+  return w;
+}
+
+constexpr Workspace sweep_workspace(const ProductShape& s, const DeviceFacts& d, int64_t) {
+  const int64_t splits = tiles::sweep_splits(d.multiprocessors, s.dim, s.batch);
+  // x_hat, weighted features, x_sum and its parts; the rows' state and partial sums; norms of W. Per class unit
+  // weights in two types.
+  const int64_t row = (8 + 4 * splits) * s.dim + kRowBytes + 16 * splits;
+  return {.fixed = {{0, kParts * 4, kParts * row, 0}, {}},
+          .count = 1,
+          .per_class = {0, 0, 0, kParts * 4 * s.dim},
+          .stored = 0};
+}
+
+constexpr int64_t sm80_scores_shared(const ProductShape& s) { return tiles::sm80_scores_shared(s.dim); }
+constexpr int64_t sm80_gradient_shared(const ProductShape& s) {
+  return tiles::sm80_weight_gradient_shared(s.dim);
+}
+constexpr int64_t sm80_sweep_shared(const ProductShape& s) { return tiles::sm80_single_sweep_shared(s.dim); }
+constexpr int64_t simt_shared(const ProductShape& s) {
+  return s.item == 4 ? tiles::simt_shared<4>(s.dim) : tiles::simt_shared<8>(s.dim);
+}
+
+}  // namespace products
+
+}  // namespace nf
