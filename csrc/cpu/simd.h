@@ -15,6 +15,7 @@ struct VectorOf {
   typedef E type __attribute__((vector_size(bytes)));
 };
 #define NF_CONVERT(value, Type) __builtin_convertvector(value, Type)
+#define NF_PREFETCH(address) __builtin_prefetch(address)
 #else
 constexpr int kVectorBytes = 0;
 template <class E, int bytes>
@@ -22,6 +23,7 @@ struct VectorOf {
   using type = E;
 };
 #define NF_CONVERT(value, Type) Type(value)
+#define NF_PREFETCH(address) void(address)
 #endif
 
 template <class T>
