@@ -132,13 +132,32 @@ void add_slots(T* parts, int64_t slots, int64_t count) {
   });
 }
 
-// sum[k] += the parts of the slots behind the first, in slot order.
+// A sum of `count` numbers that every slot adds to: the first straight into it, the others into partners of it,
+// which join it in slot order. Nothing where there is no sum to make (null).
 template <class T>
-void add_partners(T* sum, const T* partners, int64_t slots, int64_t count) {
-  for_rows(count, slots, [&](int64_t k) {
-    for (int64_t slot = 0; slot + 1 < slots; ++slot) sum[k] += partners[slot * count + k];
-  });
-}
+class SlotSum {
+ public:
+  SlotSum(T* sum, int64_t slots, int64_t count)
+      : sum_(sum), partners_(sum != nullptr ? slots - 1 : 0), count_(count), rest_(partners_ * count) {
+    if (sum == nullptr) return;
+    std::fill_n(sum, count, T(0));
+    std::fill_n(rest_.data, partners_ * count, T(0));
+  }
+
+  explicit operator bool() const { return sum_ != nullptr; }
+  T* of(int64_t slot) const { return slot == 0 ? sum_ : rest_.data + (slot - 1) * count_; }
+  void join() const {
+    if (partners_ == 0) return;
+    for_rows(count_, partners_, [&](int64_t k) {
+      for (int64_t partner = 0; partner < partners_; ++partner) sum_[k] += rest_.data[partner * count_ + k];
+    });
+  }
+
+ private:
+  T* sum_;
+  int64_t partners_, count_;
+  Buffer<T> rest_;
+};
 
 template <class T>
 double dot_in_double(const T* a, const T* b, int64_t n) {

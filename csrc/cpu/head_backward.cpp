@@ -109,12 +109,7 @@ struct Backward {
     Buffer<T> w_hat(shape.slots * shape.chunk * D);
     Buffer<T> product(dw != nullptr && !direct ? shape.slots * shape.chunk * D : 0);
     Buffer<T> scores(stored != nullptr ? 0 : shape.slots * N * shape.chunk);
-    // The first slot adds straight into x_sum, the others into partners of it.
-    Buffer<T> partners(x_sum != nullptr ? (shape.slots - 1) * N * D : 0);
-    if (x_sum != nullptr) {
-      std::fill_n(x_sum, N * D, T(0));
-      std::fill_n(partners.data, (shape.slots - 1) * N * D, T(0));
-    }
+    const SlotSum<T> into(x_sum, shape.slots, N * D);
     shape.for_tiles([&](int64_t slot, const Tile& tile) {
       T* unit = w_hat.data + slot * shape.chunk * D;
       T* e = stored != nullptr ? stored + N * tile.first : scores.data + slot * N * shape.chunk;
@@ -124,9 +119,8 @@ struct Backward {
         score_tile(shape, x_hat, unit, tile, e);
         fold_tile(labels, terms, tile, e, [](int64_t, const auto&) {});
       }
-      if (x_sum != nullptr)
-        multiply<T>({e, N, tile.width, tile.width}, {unit, tile.width, D, D},
-                    {slot == 0 ? x_sum : partners.data + (slot - 1) * N * D, N, D, D}, true);
+      if (into)
+        multiply<T>({e, N, tile.width, tile.width}, {unit, tile.width, D, D}, {into.of(slot), N, D, D}, true);
       if (dw == nullptr) return;
       const Rows<T> out(*dw, D);
       T* g = direct ? static_cast<T*>(out.row(tile.first)) : product.data + slot * shape.chunk * D;
@@ -142,7 +136,7 @@ struct Backward {
             out.row(tile.first + j));
       }
     });
-    if (x_sum != nullptr) add_partners(x_sum, partners.data, shape.slots, N * D);
+    into.join();
   }
 
  private:

@@ -114,22 +114,16 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
   const int64_t N = shape.batch, D = shape.dim;
   const Rows<T> w(in.weight, D);
   const Labels labels(in.labels);
-  T* x_sum = data_of<T>(out.x_sum);
   T* class_sum = data_of<T>(out.class_sum);  // U and, last, the sum of the class weights
   T* stored = data_of<T>(out.stored);
   T* inverse_norm = data_of<T>(out.inverse_norm);
   Buffer<T> w_hat(shape.slots * shape.chunk * D);
   Buffer<T> scores(stored != nullptr ? 0 : shape.slots * N * shape.chunk);
   Buffer<double> sums(shape.slots * 2 * N);
-  // The first slot adds straight into x_sum, the others into partners of it.
-  Buffer<T> partners(x_sum != nullptr ? (shape.slots - 1) * N * D : 0);
+  const SlotSum<T> x_sum(data_of<T>(out.x_sum), shape.slots, N * D);
   Buffer<T> class_sums(class_sum != nullptr ? shape.slots * (D + 1) : 0);
   std::fill_n(sums.data, shape.slots * 2 * N, 0.0);
   std::fill_n(class_sums.data, class_sums.tensor.numel(), T(0));
-  if (x_sum != nullptr) {
-    std::fill_n(x_sum, N * D, T(0));
-    std::fill_n(partners.data, (shape.slots - 1) * N * D, T(0));
-  }
   std::optional<ActiveList<T>> active;
   std::optional<Hardest<T>> hardest;
   if (in.sink == kActiveList) active.emplace(shape, in.capacity);
@@ -154,9 +148,8 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
       sum[N + i] += part.second;
     });
     if (active) active->take(slot, tile, rows, e);
-    T* into = slot == 0 ? x_sum : partners.data + (slot - 1) * N * D;
-    if (x_sum != nullptr)
-      multiply<T>({e, N, tile.width, tile.width}, {unit, tile.width, D, D}, {into, N, D, D}, true);
+    if (x_sum)
+      multiply<T>({e, N, tile.width, tile.width}, {unit, tile.width, D, D}, {x_sum.of(slot), N, D, D}, true);
   });
   int64_t* listed = data_of<int64_t>(out.listed);
   T* found = data_of<T>(out.found);
@@ -169,7 +162,7 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
   add_slots(sums.data, shape.slots, 2 * N);
   std::copy_n(sums.data, N, rows[kSum]);
   std::copy_n(sums.data + N, N, rows[kSecondSum]);
-  if (x_sum != nullptr) add_partners(x_sum, partners.data, shape.slots, N * D);
+  x_sum.join();
   if (class_sum != nullptr) {
     add_slots(class_sums.data, shape.slots, D + 1);
     std::copy_n(class_sums.data, D + 1, class_sum);

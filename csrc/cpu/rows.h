@@ -1,5 +1,5 @@
 // Everything the CPU kernels do to one row, as function pointers chosen once for the machine's ISA.
-// rows.inc (with cells.inc and simd.h) is the only source; rows_portable/avx2/avx512.cpp compile it for their target.
+// rows.inc, with what it includes, is the only source; rows_portable/avx2/avx512.cpp compile it for their target.
 #pragma once
 
 #include <cstdint>

@@ -15,6 +15,7 @@ struct VectorOf {
   typedef E type __attribute__((vector_size(bytes)));
 };
 #define NF_CONVERT(value, Type) __builtin_convertvector(value, Type)
+#define NF_PREFETCH(address) __builtin_prefetch(address)
 #else
 constexpr int kVectorBytes = 0;
 template <class E, int bytes>
@@ -22,6 +23,7 @@ struct VectorOf {
   using type = E;
 };
 #define NF_CONVERT(value, Type) Type(value)
+#define NF_PREFETCH(address) void(address)
 #endif
 
 template <class T>
@@ -146,6 +148,31 @@ NF_HD double sum_lanes(const Vec<T>& v) {
   for (int l = 0; l < kLanes<T>; ++l) total += double(lane_of(v, l));
   return total;
 }
+
+// Each sum keeps kUnroll vectors of partial sums; with two sums in flight more would spill registers.
+constexpr int kUnroll = 2;
+
+// Calls step(j, slot) for whole vectors, slot < kUnroll cycling, then tail(j) for the rest.
+template <class T, class Step, class Tail>
+NF_HD void for_each(int64_t n, Step step, Tail tail) {
+  constexpr int L = kLanes<T>;
+  int64_t j = 0;
+  for (; j + kUnroll * L <= n; j += kUnroll * L)
+    for (int u = 0; u < kUnroll; ++u) step(j + u * L, u);
+  for (; j + L <= n; j += L) step(j, 0);
+  for (; j < n; ++j) tail(j);
+}
+
+template <class T>
+struct Sum {
+  Vec<T> part[kUnroll] = {};
+  double rest = 0;
+  NF_HD double total() const {
+    double sum = rest;
+    for (int u = 0; u < kUnroll; ++u) sum += sum_lanes<T>(part[u]);
+    return sum;
+  }
+};
 
 }  // namespace
 }  // namespace nf::cpu::NF_ISA

@@ -60,8 +60,8 @@ struct HeadInputs : SweepOptions {
 // of e_j w_hat_j, class_sum [D + 1] = sum of class_weight_j w_hat_j and of class_weight_j, which label
 // smoothing needs, stored the coefficients e of every tile when `store`. shift [N] float64 is the kappa to use
 // instead of the one that head_shift would find. listed [N, capacity] are the classes that the `sink` (terms.h)
-// collects, C where there is none; found [N, capacity] their coefficients, or the cosine of the hardest, -inf
-// where there is no other class; then the sums of a row are what the term makes of that one cell.
+// collects, C where there is none; found [N, capacity] their coefficients, 0 beside a C, or the cosine of the
+// hardest, -inf where there is no other class; then a row's sums are what the term makes of that one cell.
 struct HeadSweepArguments : HeadInputs {
   static constexpr const char* kName = "head_sweep";
   static constexpr const char* kReturns =
