@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..engine.calls import accumulator
 from ..engine.options import holds, takes
+from ..engine.state import WideState
 from .batch import Recipe
 from .options import UniFaceKeywords, UniFaceOptions
 
@@ -17,12 +19,13 @@ if TYPE_CHECKING:
 
 
 @holds(UniFaceOptions)
-class UniFace(Recipe):
+class UniFace(WideState, Recipe):
     """``softplus(b - s (cos_y - m)) + l sum_{j != y} softplus(s cos_j - b)`` (Zhou et al., *UniFace: Unified
     Cross-Entropy Loss for Deep Face Recognition*, ICCV 2023, section 3).
 
     Needs N x C numbers: for class counts where that fits. b is learned, one for all classes, the parameter
-    ``bias`` [1]: b / s is the threshold. It begins as ln(10 C), as in the released code.
+    ``bias`` [1]: b / s is the threshold. It begins as ln(10 C), as in the released code, and stays float32 or
+    wider. Weight decay is not for it.
 
     Defaults are the released code's: s 64, m 0.4, l 1. The code clamps the arguments of both softplus to +-s,
     which the paper lacks; rows beyond get no gradient there, the hardest ones among them. Here is no clamp.
@@ -58,8 +61,13 @@ class UniFace(Recipe):
     ) -> None:
         chosen = UniFaceOptions.of(type(self).__name__, options)
         super().__init__(in_features, num_classes, chosen, device, dtype)
-        self.bias = nn.Parameter(torch.empty(1, dtype=self.weight.dtype, device=self.weight.device))
+        wide = accumulator(self.weight.dtype)
+        self.bias = nn.Parameter(torch.empty(1, dtype=wide, device=self.weight.device))
         self.reset_parameters()
+
+    def wide_state(self) -> list[Tensor]:
+        """b, and its gradient, which has its dtype."""
+        return [self.bias] if self.bias.grad is None else [self.bias, self.bias.grad]
 
     def reset_parameters(self) -> None:
         """Weight rows uniform on the unit sphere; b = ln(10 C)."""
