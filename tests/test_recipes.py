@@ -13,8 +13,8 @@ import torch
 from dense_head import assert_equal_to_1e10
 
 import normface_ext as nf
+from normface_ext import recipes
 
-R = nf.recipes
 D, C = 8, 5
 COUNTS = [3, 50, 7, 400, 20]
 
@@ -39,41 +39,44 @@ def simple(kind):
 
 
 def ldam(classes, **options):
-    return R.LDAM(D, classes, COUNTS[:classes], **options)
+    return recipes.LDAM(D, classes, COUNTS[:classes], **options)
 
 
 def kappaface(classes, **options):
-    return nf.NormFaceLoss(D, classes, scale=64.0, margin=R.KappaFace(COUNTS[:classes], D), **options)
+    return nf.NormFaceLoss(D, classes, scale=64.0, margin=recipes.KappaFace(COUNTS[:classes], D), **options)
 
 
 RECIPES = {
-    "NormSoftmax": Recipe(simple(R.NormSoftmax), formulas.norm_softmax),
+    "NormSoftmax": Recipe(simple(recipes.NormSoftmax), formulas.norm_softmax),
     "LDAM": Recipe(ldam, lambda x, w, y: formulas.ldam(x, w, y, COUNTS[: len(w)])),
     "KappaFace": Recipe(kappaface, lambda x, w, y: formulas.kappaface(x, w, y, [0.8] * len(w))),
-    "AdaCos": Recipe(simple(R.AdaCos), formulas.adacos, least=3),
+    "AdaCos": Recipe(simple(recipes.AdaCos), formulas.adacos, least=3),
     "AdaCos fixed": Recipe(
-        simple(R.AdaCos), lambda *given: formulas.adacos(*given, dynamic=False), least=3,
+        simple(recipes.AdaCos), lambda *given: formulas.adacos(*given, dynamic=False), least=3,
         options={"dynamic": False},
     ),
-    "ProxyNCA": Recipe(simple(R.ProxyNCA), formulas.proxy_nca, least=2),
+    "ProxyNCA": Recipe(simple(recipes.ProxyNCA), formulas.proxy_nca, least=2),
     "ProxyNCA pml": Recipe(
-        simple(R.ProxyNCA), lambda *given: formulas.proxy_nca(*given, 3.0, target_in_the_sum=True), least=2,
-        options={"form": "pml", "softmax_scale": 3.0},
+        simple(recipes.ProxyNCA), lambda *given: formulas.proxy_nca(*given, 3.0, target_in_the_sum=True),
+        least=2, options={"form": "pml", "softmax_scale": 3.0},
     ),
-    "P2SGrad": Recipe(simple(R.P2SGrad), formulas.p2sgrad),
+    "P2SGrad": Recipe(simple(recipes.P2SGrad), formulas.p2sgrad),
     "P2SGrad pml": Recipe(
-        simple(R.P2SGrad), lambda x, w, y: formulas.p2sgrad(x, w, y, 1 / len(w)), options={"form": "pml"}
+        simple(recipes.P2SGrad), lambda x, w, y: formulas.p2sgrad(x, w, y, 1 / len(w)),
+        options={"form": "pml"},
     ),
-    "ProxyAnchor": Recipe(simple(R.ProxyAnchor), formulas.proxy_anchor, of_rows=False),
+    "ProxyAnchor": Recipe(simple(recipes.ProxyAnchor), formulas.proxy_anchor, of_rows=False),
     "SoftTriple": Recipe(
-        simple(R.SoftTriple), lambda *given: formulas.soft_triple(*given, centers=3), options={"centers": 3}
+        simple(recipes.SoftTriple), lambda *given: formulas.soft_triple(*given, centers=3),
+        options={"centers": 3},
     ),
     "SoftTriple one centre": Recipe(
-        simple(R.SoftTriple), lambda *given: formulas.soft_triple(*given, centers=1), options={"centers": 1}
+        simple(recipes.SoftTriple), lambda *given: formulas.soft_triple(*given, centers=1),
+        options={"centers": 1},
     ),
-    "UniFace": Recipe(simple(R.UniFace), formulas.uniface),
+    "UniFace": Recipe(simple(recipes.UniFace), formulas.uniface),
     "UniFace weighed": Recipe(
-        simple(R.UniFace),
+        simple(recipes.UniFace),
         lambda *given: formulas.uniface(*given, scale=20.0, margin=0.1, negative_weight=0.3),
         options={"scale": 20.0, "margin": 0.1, "negative_weight": 0.3},
     ),
@@ -220,7 +223,7 @@ def test_one_row_one_class_no_row(recipe):
 
 
 def test_too_few_classes():
-    for kind, least in ((R.AdaCos, 3), (R.ProxyNCA, 2)):
+    for kind, least in ((recipes.AdaCos, 3), (recipes.ProxyNCA, 2)):
         with pytest.raises(ValueError, match=rf"{kind.__name__}: expected `num_classes` >= {least}, got"):
             kind(D, least - 1)
 

@@ -66,7 +66,7 @@ class UniFace(WideState, Recipe):
         self.reset_parameters()
 
     def wide_state(self) -> list[Tensor]:
-        """b, and its gradient, which has its dtype."""
+        # b, and its gradient, which has b's dtype.
         return [self.bias] if self.bias.grad is None else [self.bias, self.bias.grad]
 
     def reset_parameters(self) -> None:
