@@ -220,7 +220,7 @@ def ldam(**given):
 
 
 BAD = [
-    (lambda: KappaFace(m=0), ValueError, r"KappaFace: expected `m` in"),
+    (lambda: KappaFace(m=4), ValueError, r"KappaFace: expected `m` in \[0, 3.14159\), got 4"),
     (lambda: KappaFace(gamma=1.5), ValueError, r"KappaFace: expected `gamma` in \[0, 1\], got 1.5"),
     (lambda: KappaFace(T=-1), ValueError, r"KappaFace: expected `T` to be finite and >= 0"),
     (lambda: KappaFace(sync="all"), ValueError, r"KappaFace: expected `sync` to be one of local, global"),

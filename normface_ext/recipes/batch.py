@@ -17,38 +17,6 @@ from ..engine.reduce import weighted
 from .options import BatchOptions
 
 
-class Recipe(HoldsOptions, Agents):
-    """A weight [num_classes * centers, in_features], rows uniform on the unit sphere, and options."""
-
-    options: BatchOptions
-
-    def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        options: BatchOptions,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        *,
-        least: int = 1,
-        centers: int = 1,
-    ) -> None:
-        owner = type(self).__name__
-        features = size(owner, "in_features", in_features)
-        classes = integer(owner, "num_classes", num_classes, least, INT64_MAX)
-        super().__init__(features, classes * centers, device, dtype)
-        self.in_features, self.num_classes = features, classes
-        self.keep_options(options)
-
-    def batch(self, x: object, labels: object, sample_weight: object) -> Batch:
-        """Checks what a forward call is given."""
-        owner, ignored = type(self).__name__, self.options.ignore_index
-        return batch_of(owner, x, self.weight, labels, sample_weight, self.num_classes, ignored)
-
-    def extra_repr(self) -> str:
-        return ", ".join([f"{self.in_features}, {self.num_classes}", *self.options.shown()])
-
-
 def full_precision(x: Tensor) -> torch.autocast:
     """Products of these operands in their own dtype."""
     return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
@@ -80,25 +48,45 @@ class Batch(NamedTuple):
         return weighted(of_rows, self.row_weight.sum(), reduction).to(self.x.dtype)
 
 
-def batch_of(
-    op: str,
-    x: object,
-    weight: Tensor,
-    labels: object,
-    sample_weight: object,
-    classes: int,
-    ignore_index: int | None,
-) -> Batch:
-    features, agents = checks.features_and_weight(op, x, weight)
-    y = checks.labels(op, labels, features, classes, ignore_index)
-    given = checks.weights(op, "sample_weight", sample_weight, features, features.shape[0])
-    kept = y != checks.ignored(ignore_index)
-    if not checks.readable(y) and (torch.compiler.is_compiling() or y.is_cuda):
-        # The host cannot look; a label beyond the classes must not count as a row without a target.
-        wrong = kept & ((y < 0) | (y >= classes))
-        torch._assert_async(~wrong.any(), f"{op}: expected `labels` in [0, {classes}) or ignore_index")
-    counts = checks.weighed(kept, given)
-    wide = accumulator(features.dtype)
-    row_weight = counts.to(wide) if given is None else torch.where(counts, given, 0)
-    clean = torch.where(counts[:, None], features, 1).to(wide)
-    return Batch(clean, agents.to(wide), torch.where(counts, y, -1), counts, row_weight)
+class Recipe(HoldsOptions, Agents):
+    """A weight [num_classes * centers, in_features], rows uniform on the unit sphere, and options."""
+
+    options: BatchOptions
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        options: BatchOptions,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        *,
+        least: int = 1,
+        centers: int = 1,
+    ) -> None:
+        owner = type(self).__name__
+        features = size(owner, "in_features", in_features)
+        classes = integer(owner, "num_classes", num_classes, least, INT64_MAX)
+        super().__init__(features, classes * centers, device, dtype)
+        self.in_features, self.num_classes = features, classes
+        self.keep_options(options)
+
+    def batch(self, x: object, labels: object, sample_weight: object) -> Batch:
+        """Checks and cleans what a forward call is given."""
+        op, classes, ignored = type(self).__name__, self.num_classes, self.options.ignore_index
+        features, agents = checks.features_and_weight(op, x, self.weight)
+        y = checks.labels(op, labels, features, classes, ignored)
+        given = checks.weights(op, "sample_weight", sample_weight, features, features.shape[0])
+        kept = y != checks.ignored(ignored)
+        if y.is_cuda or torch.compiler.is_compiling():
+            # The host cannot look, and a label beyond the classes must not pass for a row without a target.
+            wrong = kept & ((y < 0) | (y >= classes))
+            torch._assert_async(~wrong.any(), f"{op}: expected `labels` in [0, {classes}) or ignore_index")
+        counts = checks.weighed(kept, given)
+        wide = accumulator(features.dtype)
+        row_weight = counts.to(wide) if given is None else torch.where(counts, given, 0)
+        clean = torch.where(counts[:, None], features, 1).to(wide)
+        return Batch(clean, agents.to(wide), torch.where(counts, y, -1), counts, row_weight)
+
+    def extra_repr(self) -> str:
+        return ", ".join([f"{self.in_features}, {self.num_classes}", *self.options.shown()])

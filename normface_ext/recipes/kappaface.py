@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..cosine.functions import normalize
 from ..engine import checks
-from ..engine.arguments import BETWEEN_0_AND_1, NOT_NEGATIVE, Range, below, choice, number, size
+from ..engine.arguments import NOT_NEGATIVE, Range, below, choice, number, size
 from ..engine.calls import accumulator
 from ..engine.options import Check
 from ..engine.state import recomputing
@@ -56,7 +56,7 @@ class KappaFace(BatchMargin):
     Args:
         counts: [C] images of each class, all positive.
         in_features: D.
-        m: above 0, below pi.
+        m: in [0, pi).
         T: at least 0.
         gamma: in [0, 1].
         sync: "global": ``update`` adds up what all ranks of the default process group have collected, where
@@ -71,7 +71,7 @@ class KappaFace(BatchMargin):
     """
 
     CHECKS: ClassVar[dict[str, Check]] = {
-        "m": lambda owner, name, value: number(owner, name, value, below(BETWEEN_0_AND_1.low, math.pi)),
+        "m": lambda owner, name, value: number(owner, name, value, below(0.0, math.pi)),
         "T": lambda owner, name, value: number(owner, name, value, NOT_NEGATIVE),
         "gamma": lambda owner, name, value: number(owner, name, value, Range("in [0, 1]", 0.0, 1.0)),
         "sync": lambda owner, name, value: choice(owner, name, value, ("local", "global")),
