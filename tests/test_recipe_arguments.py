@@ -1,11 +1,15 @@
-"""The recipes' options and states; and pytorch-metric-learning, where it has the same losses."""
+"""The recipes' options, states and memory; and pytorch-metric-learning, where it has the same losses."""
 
 import copy
 import io
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import normface_ext as nf
 from normface_ext import recipes
 from normface_ext.testing import make_rows
 
@@ -144,3 +148,43 @@ def test_it_is_the_loss_of_pytorch_metric_learning(name):
     if name == "P2SGradLoss":  # it does not differentiate through the unit rows
         dweight = dweight - (dweight * ours.weight).sum(1, keepdim=True) * ours.weight
     torch.testing.assert_close(ours.weight.grad, dweight.detach(), **near)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor had which an op returned."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        made = [t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self.most = max([self.most, *made])
+        return result
+
+
+N, MANY = 256, 3000
+WITHOUT = {
+    "NormSoftmax": lambda **given: recipes.NormSoftmax(8, MANY, **given),
+    "LDAM": lambda **given: recipes.LDAM(8, MANY, torch.arange(1, MANY + 1), **given),
+    "KappaFace": lambda **given: nf.NormFaceLoss(
+        8, MANY, margin=recipes.KappaFace(torch.arange(1, MANY + 1), 8), **given
+    ),
+    "AdaCos": lambda **given: recipes.AdaCos(8, MANY, **given),
+    "ProxyNCA": lambda **given: recipes.ProxyNCA(8, MANY, **given),
+    "ProxyNCA pml": lambda **given: recipes.ProxyNCA(8, MANY, form="pml", **given),
+    "P2SGrad": lambda workspace: recipes.P2SGrad(8, MANY),
+}
+
+
+@pytest.mark.parametrize("make", WITHOUT.values(), ids=WITHOUT)
+def test_no_matrix_of_rows_by_classes_is_built(make):
+    """With a budget of a tenth of it: the kernels may keep their coefficients where there is room."""
+    head, x = make(workspace=N * MANY * 4 // 10), torch.randn(N, 8, requires_grad=True)
+    with Largest() as largest:
+        head(x, torch.arange(N)).backward()
+    assert 0 < largest.most < N * MANY // 8 and x.grad.any() and head.weight.grad.any()
+
+
+def test_the_page_has_an_example_of_every_recipe():
+    page = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert [name for name in recipes.__all__ if f"nf.recipes.{name}(" not in page] == []
