@@ -4,6 +4,7 @@
 losses stand beside them, ``functional`` what they call,
 ``reference`` the same in plain PyTorch, ``theory`` the paper's bounds, ``plan`` what a fused head will
 cost, ``build_info`` what was built. ``load_head`` and ``save_head`` read and write other libraries' heads.
+``recipes`` are published heads as a few lines of torch.
 ``caffe`` (what was NormFace's in Caffe), ``distributed`` (heads over several processes), ``evaluation`` (face
 verification) and ``formats`` (``load_head`` and ``save_head``) are loaded at first use.
 """
@@ -13,7 +14,7 @@ from . import _checkout  # noqa: F401  # isort: skip  (first: it may hand over t
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import functional, reference, theory
+from . import functional, recipes, reference, theory
 from .agents.layers import CContrastiveLoss, CTripletLoss
 from .cosine.layers import NormalizeLayer, NormLinear
 from .cosine.rows import gaussian_unitball_
@@ -73,6 +74,7 @@ __all__ = [
     "load_head",
     "parameter_groups",
     "plan",
+    "recipes",
     "reference",
     "save_head",
     "theory",

@@ -11,6 +11,7 @@ import touched
 
 FAMILIES = (
     "cosine", "softmax", "agents", "distances", "distributed", "caffe", "evaluation", "engine", "formats",
+    "recipes",
 )  # fmt: skip
 PACKAGE = touched.PACKAGE
 

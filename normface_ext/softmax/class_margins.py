@@ -54,6 +54,11 @@ def class_margins(counts: Tensor | Sequence[int], low: float = 0.05, high: float
 
 def _rarity(op: str, counts: object) -> Tensor:
     """n^(-1/4)"""
+    return image_counts(op, counts).pow(-0.25)
+
+
+def image_counts(op: str, counts: object) -> Tensor:
+    """counts [C] as float64, all positive."""
     try:
         images = torch.as_tensor(counts)
     except (TypeError, ValueError, RuntimeError):
@@ -69,4 +74,4 @@ def _rarity(op: str, counts: object) -> Tensor:
         raise ValueError(
             f"{op}: expected `counts` to be finite and > 0, got {images[first].item():g} for class {first}"
         )
-    return images.pow(-0.25)
+    return images
