@@ -33,7 +33,7 @@ class ContrastiveLoss(Layer):
     """1/2N sum of d^2 where the labels of a pair agree, and of (margin - d)_+^2 elsewhere; with
     ``legacy_version`` of (margin - d^2)_+. Bottoms: features a, features b, labels a, labels b."""
 
-    BOTTOMS, LOSS = (4, 4), 1.0
+    BOTTOMS, LOSS, LABELS = (4, 4), 1.0, (2, 3)
     BOTTOM_NAMES = "features a, features b, labels a, labels b"
     BLOCKS: ClassVar[tuple[str, ...]] = ("contrastive_loss_param",)
 

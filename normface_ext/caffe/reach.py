@@ -1,0 +1,57 @@
+"""Which layers of a whole net are its head."""
+
+from __future__ import annotations
+
+from .kinds import kind_of
+from .spec import Report, Spec
+
+
+def reachable(specs: list[Spec], given: list[str], report: Report) -> list[Spec]:
+    """The layers behind the given blobs: those that get one, directly or not, and their Parameters.
+
+    A layer of the net before that works in place on a given blob belongs to that net, while no layer of the
+    head has read the blob; and so does one that gets nothing of the head but labels.
+    """
+    known, read, kept = set(given), set[str](), []
+    for spec in specs:
+        if not any(bottom in known for bottom in spec.bottoms) and spec.type != "Parameter":
+            continue
+        kind = kind_of(spec)
+        if (
+            kind is None
+            and spec.bottoms == spec.tops
+            and len(spec.tops) == 1
+            and spec.tops[0] in set(given) - read
+        ):
+            spec.note(
+                f"works in place on the input `{spec.tops[0]}`: the head takes it as this layer leaves it"
+            )
+            continue
+        labels = () if kind is None else kind.LABELS
+        others = [bottom for i, bottom in enumerate(spec.bottoms) if i not in labels]
+        if others and len(others) < len(spec.bottoms) and not any(bottom in known for bottom in others):
+            spec.note(f"is left out: nothing in `inputs` leads to its bottom `{others[0]}`")
+            continue
+        kept.append(spec)
+        known |= set(spec.tops)
+        read |= set(spec.bottoms)
+    written = {bottom for spec in specs for bottom in spec.bottoms}
+    for name in given:
+        if name not in written:
+            report.refuse(1, f"expected a layer with the bottom `{name}`, which is in `inputs`, got none")
+    wanted = {bottom for spec in kept for bottom in spec.bottoms}
+    return [spec for spec in kept if spec.bottoms or wanted & set(spec.tops)]
+
+
+def suggested(specs: list[Spec]) -> list[str]:
+    """The blobs between the layers that are not known and those behind which all are: what to name as
+    ``inputs``."""
+    wanted: set[str] = set()  # blobs that a layer reads which is not of the head
+    head = []
+    for spec in reversed(specs):
+        if kind_of(spec) is None or set(spec.tops) & wanted:
+            wanted |= set(spec.bottoms)
+        else:
+            head.append(spec)
+    made = {top for spec in head for top in spec.tops}
+    return list(dict.fromkeys(b for spec in reversed(head) for b in spec.bottoms if b not in made))
