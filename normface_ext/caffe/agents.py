@@ -32,7 +32,6 @@ class UnitRows(torch.autograd.Function):
 class Agents(LateLayer):
     """A layer with the class weights [num_output, D]: its own, or those of the second bottom."""
 
-    LATE = "weight"
     block: ClassVar[str]
 
     def __init__(self, spec: Spec, context: Context, own: bool, normalize: bool) -> None:

@@ -69,19 +69,29 @@ class Head(nn.Module):
         widths: dict[str, int | None] = {}
         for spec in specs:
             kind = kind_of(spec)
-            if kind is not None and (not spec.name or spec.name in self.layers):
+            if kind is None:
+                continue
+            key, active = spec.name, phases(spec)
+            others = [key for key, other, _ in usable if other.name == spec.name]
+            if others:
+                key = f"{spec.name} ({' '.join(active)})"
+            if (
+                not spec.name
+                or key in self.layers
+                or any(set(active) & set(usable_in[other]) for other in others)
+            ):
                 spec.refuse(f"expected a name of its own, got {quoted(spec.name)}", "name")
-            elif kind is not None:
+            else:
                 if not spec.tops and kind.LOSS:  # Caffe makes a top that no layer reads, "(automatic)"
                     spec.tops.append(spec.name + " (automatic)" * (spec.name in taken))
                 spec.width = widths.get(spec.bottoms[0]) if spec.bottoms else None
-                layer, self._multipliers[spec.name] = build(kind, spec, context)
+                layer, self._multipliers[key] = build(kind, spec, context)
                 widths.update(
                     dict.fromkeys(spec.tops), **dict.fromkeys(spec.tops[:1], layer.width(spec.width))
                 )
-                self.layers[spec.name] = layer
-                self._labels[spec.name] = f"{spec} ({spec.at('')})"
-                usable.append((spec.name, spec, phases(spec)))
+                self.layers[key] = layer
+                self._labels[key] = f"{spec} ({spec.at('')})"
+                usable.append((key, spec, active))
         share([(name, self.layers[name], spec) for name, spec, _ in usable], self._multipliers)
         made_here = {top for spec in specs for top in spec.tops}
         declared = [*declared, *(top for spec in unknown for top in spec.tops)]

@@ -11,7 +11,7 @@ from .losses import GeneralContrastiveLoss, GeneralTripletLoss, SoftmaxWithLoss
 from .margins import CombinedMargin, CosinAddm, LabelSpecificAdd
 from .pairs import ContrastiveLoss, TripletLoss
 from .scale import ChannelScale, Power, Scale
-from .shapes import Concat, Dropout, Eltwise, Flatten, Flip, Slice, Softmax
+from .shapes import Concat, Dropout, Eltwise, Flatten, Flip, Silence, Slice, Softmax
 from .spec import Report, Spec
 from .sphere import LargeMarginInnerProduct, MarginInnerProduct
 
@@ -21,7 +21,7 @@ TYPES: dict[str, type[Layer]] = {
     for kind in (
         Accuracy, ChannelScale, CombinedMargin, Concat, ContrastiveLoss, CosinAddm, Dropout, Eltwise, Flatten,
         Flip, GeneralContrastiveLoss, GeneralTripletLoss, InnerDistance, InnerProduct, LabelSpecificAdd,
-        LargeMarginInnerProduct, MarginInnerProduct, Normalize, Parameter, Power, Scale, Slice, Softmax,
+        LargeMarginInnerProduct, MarginInnerProduct, Normalize, Parameter, Power, Scale, Silence, Slice, Softmax,
         SoftmaxWithLoss, TripletLoss,
     )
 }  # fmt: skip

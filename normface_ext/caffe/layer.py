@@ -35,6 +35,7 @@ class Layer(WideState):
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__()
+        self.name = spec.name  # in the file, of which another layer of another phase may have it, too
         self.wiring = f"{', '.join(spec.bottoms)} -> {', '.join(spec.tops)}".strip()
         self.label = str(spec)
         self.dtype, self.device = context.dtype, context.device
@@ -83,31 +84,33 @@ class Layer(WideState):
 
 
 class LateLayer(Layer):
-    """A layer with one blob whose size the first bottom tells, where the file does not."""
-
-    LATE: ClassVar[str]
+    """A layer with blobs whose size the first bottom tells, where the file does not."""
 
     def late_shape(self, size: int) -> list[int]:
-        """The blob's shape for so many numbers in a row of the bottom."""
+        """The shape of those blobs for so many numbers in a row of the bottom."""
         raise NotImplementedError
 
     def is_late(self, name: str) -> bool:
-        return name == self.LATE and name in self.BLOBS
+        """Whether the blob is one of them, although its size may be known by now."""
+        raise NotImplementedError
 
     def materialize(self, size: int, like: Tensor) -> None:
-        """Creates and fills the blob when the first bottom, or a state, tells its size."""
-        if not self.is_late(self.LATE) or getattr(self, self.LATE) is not None:
+        """Creates and fills the blobs when the first bottom, or a state, tells their size."""
+        missing = [name for name in self.BLOBS if self.is_late(name) and getattr(self, name) is None]
+        if not missing:
             return
         if size < 1:
-            raise ValueError(f"expected at least one feature for `{self.LATE}`, got none")
-        self.shapes[self.LATE] = self.late_shape(size)
+            raise ValueError(f"expected at least one feature for `{missing[0]}`, got none")
+        self.shapes.update({name: self.late_shape(size) for name in missing})
         wide = self.dtype is None and like.dtype == torch.float64
         self.create(like.dtype if wide else self.dtype, like.device if self.device is None else self.device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        given = state_dict.get(f"{prefix}{self.LATE}")
-        if isinstance(given, Tensor) and given.dim() == len(self.late_shape(1)):
-            self.materialize(given.shape[-1], given)
+        for name in self.BLOBS:
+            given = state_dict.get(f"{prefix}{name}")
+            fits = isinstance(given, Tensor) and given.dim() == len(self.late_shape(1))
+            if self.is_late(name) and isinstance(given, Tensor) and fits:
+                self.materialize(given.shape[-1], given)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -108,7 +108,6 @@ class ScaledNormalize(LateLayer):
 
     BLOCKS = ("norm_param",)
     BLOBS = ("scale",)
-    LATE = "scale"
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)

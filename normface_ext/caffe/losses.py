@@ -82,7 +82,8 @@ class SoftmaxWithLoss(Layer):
             "eps": eps,
         }
         if margin is None or isinstance(margin, Margin):
-            value = functional.normface_loss(x, weight, labels, scale, margin=margin, **given)
+            given["margin"] = margin
+            value = functional.normface_loss(x, weight, labels, scale, **given)
         else:
             options = HeadOptions.of("normface_loss", given)
             value = loss_of_psi(x, weight, labels, scale, margin, None, None, options)

@@ -9,24 +9,18 @@ from .spec import Report, Spec
 def reachable(specs: list[Spec], given: list[str], report: Report) -> list[Spec]:
     """The layers behind the given blobs: those that get one, directly or not, and their Parameters.
 
-    A layer of the net before that works in place on a given blob belongs to that net, while no layer of the
-    head has read the blob; and so does one that gets nothing of the head but labels.
+    Layers that work in place on a given blob before any other reads it belong to the net before, up to the
+    last one that is not known. So does a layer that gets nothing of the head but labels.
     """
-    known, read, kept = set(given), set[str](), []
+    before = [spec for name in given for spec in _in_place(specs, name)]
+    for spec in before:
+        spec.note(f"works in place on the input `{spec.tops[0]}`: the head takes it as this layer leaves it")
+    known, kept = set(given), []
     for spec in specs:
-        if not any(bottom in known for bottom in spec.bottoms) and spec.type != "Parameter":
+        reached = spec.type == "Parameter" or any(bottom in known for bottom in spec.bottoms)
+        if not reached or any(spec is other for other in before):
             continue
         kind = kind_of(spec)
-        if (
-            kind is None
-            and spec.bottoms == spec.tops
-            and len(spec.tops) == 1
-            and spec.tops[0] in set(given) - read
-        ):
-            spec.note(
-                f"works in place on the input `{spec.tops[0]}`: the head takes it as this layer leaves it"
-            )
-            continue
         labels = () if kind is None else kind.LABELS
         others = [bottom for i, bottom in enumerate(spec.bottoms) if i not in labels]
         if others and len(others) < len(spec.bottoms) and not any(bottom in known for bottom in others):
@@ -34,13 +28,25 @@ def reachable(specs: list[Spec], given: list[str], report: Report) -> list[Spec]
             continue
         kept.append(spec)
         known |= set(spec.tops)
-        read |= set(spec.bottoms)
     written = {bottom for spec in specs for bottom in spec.bottoms}
     for name in given:
         if name not in written:
             report.refuse(1, f"expected a layer with the bottom `{name}`, which is in `inputs`, got none")
     wanted = {bottom for spec in kept for bottom in spec.bottoms}
     return [spec for spec in kept if spec.bottoms or wanted & set(spec.tops)]
+
+
+def _in_place(specs: list[Spec], name: str) -> list[Spec]:
+    """The layers that change a given blob before it is the head's."""
+    found: list[Spec] = []
+    end = 0
+    for spec in specs:
+        if spec.bottoms == spec.tops == [name]:
+            found.append(spec)
+            end = len(found) if kind_of(spec) is None else end
+        elif name in spec.bottoms:
+            break
+    return found[:end]
 
 
 def suggested(specs: list[Spec]) -> list[str]:

@@ -19,12 +19,12 @@ class Scale(LateLayer):
     moves the blob itself in forward; here that is ``clamp_``, since a forward changes no parameter.
 
     ``num_axes: 0`` has one number, ``num_axes: 1`` (Caffe's default) one per class. Those are one number
-    here, too, where the file fixes all of them to a constant. With a second bottom that is the scale.
+    here, too, where the file fixes all of them to a constant. With ``bias_term`` a bias of the same shape is
+    added. With a second bottom that is the scale.
     """
 
     BOTTOMS = (1, 2)
     BLOCKS = ("scale_param",)
-    LATE = "scale"
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
@@ -40,7 +40,9 @@ class Scale(LateLayer):
             spec.refuse(
                 f"expected `axis` >= 0 beside a scale that is a bottom, got {self.axis}", "scale_param.axis"
             )
-        spec.only("scale_param.bias_term", False)
+        self.has_bias = self.own and bool(spec.get("scale_param.bias_term"))
+        if not self.own:
+            spec.only("scale_param.bias_term", False)
         self.min_value = spec.get("scale_param.min_value") if spec.has("scale_param.min_value") else -math.inf
         self.max_value = spec.get("scale_param.max_value") if spec.has("scale_param.max_value") else math.inf
         if self.min_value > self.max_value:
@@ -54,13 +56,18 @@ class Scale(LateLayer):
             filler = filler._replace(type="constant", value=1.0)
         params = spec.message.param
         self.fixed = len(params) > 0 and params[0].lr_mult == 0
-        self.one_number = num_axes == 0 or (self.fixed and filler.type == "constant" and not params[0].name)
+        constant = self.fixed and filler.type == "constant" and not params[0].name
+        self.one_number = num_axes == 0 or (constant and not self.has_bias)
         shape = [] if self.one_number else None if spec.width is None else [spec.width]
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", None)
         self.declare("scale", filler, shape if self.own else None)
+        if self.has_bias:
+            self.declare("bias", check_filler(spec, "scale_param.bias_filler", context), shape)
 
     @property
     def BLOBS(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("scale",) if self.own else ()
+        return ("scale", "bias")[: int(self.own) + int(self.has_bias)]
 
     @property
     def ONE_NUMBER(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -90,9 +97,8 @@ class Scale(LateLayer):
             return (x * _spread(x, checks.floating("forward", "bottom 1", scale[0]), self.axis).to(x.dtype),)
         if not self.one_number and x.dim() > 1:
             self.materialize(x.shape[1], x)
-        if self.one_number:
-            return (x * self.bounded_scale().to(x.dtype),)
-        return (x * _spread(x, self.bounded_scale(), 1).to(x.dtype),)
+        y = x * _spread(x, self.bounded_scale(), 1).to(x.dtype)
+        return (y if self.bias is None else y + _spread(x, self.bias, 1).to(x.dtype),)
 
     def extra_repr(self) -> str:
         known = self.scale is not None and self.one_number

@@ -1,4 +1,5 @@
-"""The layers around a head without a parameter: Softmax, Dropout, Flatten, Flip, Eltwise, Slice, Concat."""
+"""The layers around a head without a parameter: Softmax, Dropout, Flatten, Flip, Eltwise, Slice, Concat,
+Silence."""
 
 from __future__ import annotations
 
@@ -67,6 +68,15 @@ class Flatten(Layer):
         if x.dim() < 2:
             raise ValueError(f"expected the bottom to be [N, D, ...], got shape {list(x.shape)}")
         return (x.flatten(1),)
+
+
+class Silence(Layer):
+    """Takes blobs, so that they are no tops of the net."""
+
+    BOTTOMS, TOPS = (1, 1 << 30), (0, 0)
+
+    def forward(self, *bottoms: Tensor) -> tuple[()]:
+        return ()
 
 
 class Flip(Layer):

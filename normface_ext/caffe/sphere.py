@@ -110,9 +110,6 @@ class MarginInnerProduct(Agents, MovingLayer):
         """Caffe's value and its gradient: for the weight that of the plain product; for the feature, the two
         parts of the label's slope, along w and along x, divided by the length of the pair."""
         blend = blend.to(x.dtype)
-        if self.m == 1:
-            plain: Tensor = linear(x, w.to(x.dtype))
-            return plain
         of_weight, of_features = linear(x.detach(), w.to(x.dtype)), linear(x, w.detach().to(x.dtype))
         squared = (x * x.detach()).sum(1)
 

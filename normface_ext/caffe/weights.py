@@ -31,11 +31,11 @@ def stored_weights(
     it; ValueError as ``Head.load_caffemodel`` says. ``labels`` are the layers' names in messages."""
     where = "<bytes>" if isinstance(path, bytes) else file_name(path)
     data = path if isinstance(path, bytes) else read_bytes(path, MOST_BYTES, EXPECTED)
-    stored = _stored_layers(data, {name.encode() for name in layers}, where)
+    stored = _stored_layers(data, {layer.name.encode() for _, layer in layers.items()}, where)
     copies: list[tuple[str, str, Tensor]] = []
     problems = []
     for layer_name, layer in layers.items():
-        names, found = layer.BLOBS, stored.get(layer_name.encode(), [])
+        names, found = layer.BLOBS, stored.get(layer.name.encode(), [])
         if not names:
             continue
         try:

@@ -165,7 +165,7 @@ def _between(
     are those between it and the softmax."""
     layer = layers[step.layers[0]]
     if isinstance(layer, Scale):
-        if Scale in after or not (layer.own and layer.one_number):
+        if Scale in after or not (layer.own and layer.one_number and not layer.has_bias):
             return None
         # A margin behind a scale is divided by it.
         return None if after and not (layer.fixed or layer.min_value > 0) else Scale
