@@ -72,28 +72,23 @@ class Head(nn.Module):
             if kind is None:
                 continue
             key, active = spec.name, phases(spec)
-            others = [key for key, other, _ in usable if other.name == spec.name]
-            if others:
+            others = [set(theirs) for _, other, theirs in usable if other.name == spec.name]
+            if others:  # layers of one name, in one phase each
                 key = f"{spec.name} ({' '.join(active)})"
-            if (
-                not spec.name
-                or key in self.layers
-                or any(set(active) & set(usable_in[other]) for other in others)
-            ):
+            if not spec.name or key in self.layers or any(theirs & set(active) for theirs in others):
                 spec.refuse(f"expected a name of its own, got {quoted(spec.name)}", "name")
-            else:
-                if not spec.tops and kind.LOSS:  # Caffe makes a top that no layer reads, "(automatic)"
-                    spec.tops.append(spec.name + " (automatic)" * (spec.name in taken))
-                spec.width = widths.get(spec.bottoms[0]) if spec.bottoms else None
-                layer, self._multipliers[key] = build(kind, spec, context)
-                widths.update(
-                    dict.fromkeys(spec.tops), **dict.fromkeys(spec.tops[:1], layer.width(spec.width))
-                )
-                self.layers[key] = layer
-                self._labels[key] = f"{spec} ({spec.at('')})"
-                usable.append((key, spec, active))
+                continue
+            if not spec.tops and kind.LOSS:  # Caffe makes a top that no layer reads, "(automatic)"
+                spec.tops.append(spec.name + " (automatic)" * (spec.name in taken))
+            spec.width = widths.get(spec.bottoms[0]) if spec.bottoms else None
+            layer, self._multipliers[key] = build(kind, spec, context)
+            for top in spec.tops:
+                widths[top] = layer.width(spec.width) if top == spec.tops[0] else None
+            self.layers[key] = layer
+            self._labels[key] = f"{spec} ({spec.at('')})"
+            usable.append((key, spec, active))
         share([(name, self.layers[name], spec) for name, spec, _ in usable], self._multipliers)
-        made_here = {top for spec in specs for top in spec.tops}
+        made_here = {top for spec in specs for top in spec.tops if top not in spec.bottoms}
         declared = [*declared, *(top for spec in unknown for top in spec.tops)]
         self._plans = {p: wire(p, usable, self.layers, made_here, declared, closed, report) for p in PHASES}
         self._fused: dict[str, list[tuple[str, ...]]] = {phase: [] for phase in PHASES}

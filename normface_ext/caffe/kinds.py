@@ -21,8 +21,8 @@ TYPES: dict[str, type[Layer]] = {
     for kind in (
         Accuracy, ChannelScale, CombinedMargin, Concat, ContrastiveLoss, CosinAddm, Dropout, Eltwise, Flatten,
         Flip, GeneralContrastiveLoss, GeneralTripletLoss, InnerDistance, InnerProduct, LabelSpecificAdd,
-        LargeMarginInnerProduct, MarginInnerProduct, Normalize, Parameter, Power, Scale, Silence, Slice, Softmax,
-        SoftmaxWithLoss, TripletLoss,
+        LargeMarginInnerProduct, MarginInnerProduct, Normalize, Parameter, Power, Scale, Silence, Slice,
+        Softmax, SoftmaxWithLoss, TripletLoss,
     )
 }  # fmt: skip
 #: What forks call the L2 normalisation of a row.

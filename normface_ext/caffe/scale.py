@@ -57,7 +57,8 @@ class Scale(LateLayer):
         params = spec.message.param
         self.fixed = len(params) > 0 and params[0].lr_mult == 0
         constant = self.fixed and filler.type == "constant" and not params[0].name
-        self.one_number = num_axes == 0 or (constant and not self.has_bias)
+        self.per_class = num_axes == 1  # in the file
+        self.one_number = not self.per_class or (constant and not self.has_bias)
         shape = [] if self.one_number else None if spec.width is None else [spec.width]
         self.bias: nn.Parameter | None
         self.register_parameter("bias", None)
@@ -71,7 +72,7 @@ class Scale(LateLayer):
 
     @property
     def ONE_NUMBER(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("scale",) if self.one_number else ()
+        return ("scale",) if self.per_class and self.one_number else ()
 
     def late_shape(self, size: int) -> list[int]:
         return [size]
@@ -84,7 +85,10 @@ class Scale(LateLayer):
 
     def bounded_scale(self) -> Tensor:
         assert self.scale is not None
-        return checks.bounded(self.scale, self.min_value, self.max_value)
+        if self.one_number:
+            return checks.bounded(self.scale, self.min_value, self.max_value)
+        plain = self.scale.detach()
+        return self.scale + (plain.clamp(self.min_value, self.max_value) - plain)
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -95,7 +99,9 @@ class Scale(LateLayer):
         x = checks.floating("forward", "bottom 0", x)
         if not self.own:
             return (x * _spread(x, checks.floating("forward", "bottom 1", scale[0]), self.axis).to(x.dtype),)
-        if not self.one_number and x.dim() > 1:
+        if not self.one_number:
+            if x.dim() < 2:
+                raise ValueError(f"expected bottom 0 to be [N, C, ...], got shape {list(x.shape)}")
             self.materialize(x.shape[1], x)
         y = x * _spread(x, self.bounded_scale(), 1).to(x.dtype)
         return (y if self.bias is None else y + _spread(x, self.bias, 1).to(x.dtype),)

@@ -4,7 +4,7 @@ plain product by a weight that a schedule lowers."""
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ class MarginInnerProduct(Agents, MovingLayer):
     """|x| cos theta_j, and for the label |x| (lambda cos theta + phi(theta)) / (1 + lambda), with
     lambda = max(lambda_min, base (1 + gamma t)^-power) in pass t (A-Softmax). A second top has lambda.
 
-    t is counted in training and saved; a pass in evaluation has the lambda of the next one in training.
+    t is counted in training and saved; a pass in evaluation has the lambda of the next one in training. The
+    gradient is that of the value; mode "caffe" has that of the released layer, which is that of no function.
     """
 
     BOTTOMS, LABELS = (2, 2), (1,)
@@ -63,6 +64,8 @@ class MarginInnerProduct(Agents, MovingLayer):
         if not self.least > -1:
             spec.refuse(f"expected `lambda_min` > -1, got {self.least:g}", f"{self.block}.lambda_min")
         self.return_lambda = len(spec.tops) == 2
+        if self.NORMALIZED and not context.caffe and self.m > 1:
+            spec.note("has the gradient of its value; Caffe's backward pass has another (mode='caffe')")
         first = int(spec.get(f"{self.block}.iteration"))
         self.register_buffer("iteration", torch.tensor(first, dtype=torch.int64, device=context.device))
 
@@ -105,7 +108,7 @@ class MarginInnerProduct(Agents, MovingLayer):
         return self.with_lambda(with_target(scores, rows, change), blend)
 
     def _released(
-        self, x: Tensor, w: Tensor, labels: Tensor, scores: Tensor, norms: Tensor, blend: Any
+        self, x: Tensor, w: Tensor, labels: Tensor, scores: Tensor, norms: Tensor, blend: Tensor
     ) -> Tensor:
         """Caffe's value and its gradient: for the weight that of the plain product; for the feature, the two
         parts of the label's slope, along w and along x, divided by the length of the pair."""
@@ -125,7 +128,7 @@ class MarginInnerProduct(Agents, MovingLayer):
             return (blend * target + pulled) / (1 + blend)
 
         of_features = with_target(of_features, labels, along)
-        gradient = of_weight - of_weight.detach() + of_features - of_features.detach()
+        gradient: Tensor = of_weight - of_weight.detach() + of_features - of_features.detach()
         return with_target(scores, labels, value) + gradient
 
 

@@ -109,6 +109,7 @@ def fuse(plan: Plan, layers: nn.ModuleDict) -> list[tuple[str, ...]]:
             continue
         fused, normalizers = chain
         plan.steps[plan.steps.index(last)] = fused
+        plan.steps = [s for s in plan.steps if s is fused or s.layers[0] not in fused.layers]
         chains.append((*normalizers, *fused.layers))
     unused = plan.steps if chains else []
     while unused:
@@ -140,7 +141,9 @@ def _chain(plan: Plan, layers: nn.ModuleDict, last: Step) -> tuple[Step, tuple[s
     names.insert(0, step.layers[0])
     agents = layers[step.layers[0]]
     if isinstance(agents, MarginInnerProduct):
-        if not (softmax and agents.normalize and not between and step.inputs[1] == labels):
+        others = {number for other in plan.steps for number in other.inputs}
+        read = others & set(step.outputs[1:])
+        if read or not (softmax and agents.normalize and not between and step.inputs[1] == labels):
             return None
         outputs = [*last.outputs, *step.outputs[1:]]
         return Step(tuple(names), [step.inputs[0], labels], outputs), ()
