@@ -430,7 +430,7 @@ REFUSED = [
     ("nonsense: 1\n" + one("Flip", FLIP), 1, "unknown option `nonsense`"),
     (one("Flip", FLIP) + "\nlayers { name: 'x' type: SILENCE }", 2, "either `layer` or the older `layers`"),
     ("layers { name: 'x' type: CONVOLUTION }\nname: 'n'", 1, "type 'Convolution' is not part"),
-    ("layers { layer { name: 'x' type: 'relu' } }\nname: 'n'", 1, "unknown option `layer`"),
+    ("layers { layer { name: 'x' type: 'relu' } }\nname: 'n'", 1, "before 2013"),
     ("name: 'n'\n", 1, "at least one layer"),
     ("layer {\n type: 'Flip' bottom: 'x' top: 'y' }", 1, "a name of its own"),
     ((one("Flip", FLIP) + "\n") * 2, 2, "a name of its own"),

@@ -35,6 +35,9 @@ def upgraded(old: Any, lines: Lines, report: Report) -> tuple[Any, Lines]:
             setattr(new, name, value)
         elif name.endswith("_param"):
             getattr(new, name).CopyFrom(value)
+    for name, line in lines.unknown:
+        if name == "layer":
+            report.refuse(line, "`layers { layer { ... } }` is Caffe's format of before 2013: upgrade the file")
     if old.HasField("type"):
         new.type = new_type(old.type)
     # What `param` holds today stood in four lists.
