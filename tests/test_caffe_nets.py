@@ -271,6 +271,14 @@ def test_layers_that_are_not_known_are_listed_by_type():
     assert message.endswith("such as inputs=('f', 'label').")
 
 
+def test_suggested_inputs_are_those_of_the_first_product():
+    join = 'layer { name: "j" type: "Eltwise" bottom: "f" bottom: "data" top: "j" }\n'
+    message = refused(TRUNK + join + product("ip", "j") + loss("loss", "ip"))
+    assert message.endswith("such as inputs=('j', 'label').")
+    assert list(load(TRUNK + join + product("ip", "j") + loss("loss", "ip"), inputs=("j", "label")).layers)
+    assert refused(TRUNK).endswith("such as inputs=('ip1', 'label').")  # there is no head
+
+
 def test_what_works_in_place_on_an_input_belongs_to_the_net_before():
     text = TRUNK + norm("n", "f") + product("ip", "n") + loss("loss", "ip")
     head = load(text, inputs=("f", "label"))

@@ -99,7 +99,7 @@ class Head(nn.Module):
             for name, spec, _ in usable:
                 if getattr(self.layers[name], "normalize", False):
                     spec.note(
-                        "`normalize: true` overwrites the weight in Caffe's forward pass; here"
+                        "Caffe's forward pass overwrites the weight by its unit rows; here"
                         " `normface_ext.caffe.renormalize_after_step` does so after each step"
                     )
         self.notes = tuple(dict.fromkeys(report.lines(report.notes)))

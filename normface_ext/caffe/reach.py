@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from .agents import Agents
 from .kinds import kind_of
+from .layer import Layer
+from .layers import Normalize, Parameter
 from .spec import Report, Spec
 
 
@@ -50,14 +53,19 @@ def _in_place(specs: list[Spec], name: str) -> list[Spec]:
 
 
 def suggested(specs: list[Spec]) -> list[str]:
-    """The blobs between the layers that are not known and those behind which all are: what to name as
-    ``inputs``."""
+    """What to name as ``inputs``: the bottoms of the first products and norms behind which all layers are
+    known, and the labels."""
     wanted: set[str] = set()  # blobs that a layer reads which is not of the head
-    head = []
+    head: list[Spec] = []
     for spec in reversed(specs):
         if kind_of(spec) is None or set(spec.tops) & wanted:
             wanted |= set(spec.bottoms)
         else:
-            head.append(spec)
-    made = {top for spec in head for top in spec.tops}
-    return list(dict.fromkeys(b for spec in reversed(head) for b in spec.bottoms if b not in made))
+            head.insert(0, spec)
+    made: set[str] = set()
+    found: list[str] = []
+    for spec in head:
+        if issubclass(kind_of(spec) or Layer, (Agents, Normalize, Parameter)) or made & set(spec.bottoms):
+            found += [bottom for bottom in spec.bottoms if bottom not in made]
+            made |= set(spec.tops)
+    return list(dict.fromkeys(found))

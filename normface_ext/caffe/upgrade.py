@@ -37,7 +37,7 @@ def upgraded(old: Any, lines: Lines, report: Report) -> tuple[Any, Lines]:
             getattr(new, name).CopyFrom(value)
     for name, line in lines.unknown:
         if name == "layer":
-            report.refuse(line, "`layers { layer { ... } }` is Caffe's format of before 2013: upgrade the file")
+            report.refuse(line, "`layers { layer { ... } }` is a format of before 2013: upgrade the file")
     if old.HasField("type"):
         new.type = new_type(old.type)
     # What `param` holds today stood in four lists.
