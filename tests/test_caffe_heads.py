@@ -6,6 +6,7 @@ where it is that of the value.
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ pytest.importorskip("google.protobuf")
 
 D, C = 8, 7
 LABELS = torch.tensor([0, 6, 3, 3, 1, 2])
+SIX = torch.tensor([0, 5, 3, 3, 1, 2])  # of six classes
 
 
 def layer(kind, name, bottoms, tops=None, options="", extra=""):
@@ -167,6 +169,20 @@ def test_annealed_bias_counts_training_passes():
         agree(fused, expected, 1e-6)
 
 
+def test_the_file_with_a_margin_and_the_one_with_an_angle():
+    files = Path(__file__).parent / "prototxt"
+    for name, formula in (
+        ("margin_cosine", lambda x, w: 30 * with_target(cosines(x, w), lambda c: c - 0.35, SIX)),
+        ("angular", lambda x, w: angular_scores(x, w, "QUADRUPLE", 1000 / 1.12, 1.0, SIX)),
+    ):
+        head, x = load(files / f"{name}.prototxt"), features()
+        assert "TRAIN: fused into NormFaceLoss" in repr(head)
+        weight = next(p for p in head.parameters() if p.dim() == 2)
+        found = head(feature=x, label=SIX).loss
+        expected = cross_entropy(formula(x, weight), SIX)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 # CombinedMargin, CosinAddm
 
 
@@ -236,7 +252,7 @@ def margin_product(kind, size, schedule, kind_of_layer="MarginInnerProduct", top
     )
 
 
-def angular_scores(x, weight, kind, blend, lengths):
+def angular_scores(x, weight, kind, blend, lengths, labels=LABELS):
     """By the angle itself: (-1)^k cos(m theta) - 2k."""
     m, norms = TYPES.index(kind) + 1, x.norm(dim=1, keepdim=True)
     cosine = cosines(x, weight)
@@ -246,7 +262,7 @@ def angular_scores(x, weight, kind, blend, lengths):
         k = (m * theta / math.pi).floor()
         return (blend * c + (-1) ** k * (m * theta).cos() - 2 * k) / (1 + blend)
 
-    return norms * lengths * with_target(cosine, change)
+    return norms * lengths * with_target(cosine, change, labels)
 
 
 @pytest.mark.parametrize("blend", [0.0, 5.0])
