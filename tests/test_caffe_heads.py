@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import normface_ext as nf
 
 pytest.importorskip("google.protobuf")
+from normface_ext.caffe import proto
 
 D, C = 8, 7
 LABELS = torch.tensor([0, 6, 3, 3, 1, 2])
@@ -441,6 +442,32 @@ def test_a_scale_per_class_may_come_with_its_first_scores():
     other = load(text)
     other.load_state_dict(head.state_dict())
     assert list(other.layers["s"].scale.shape) == [D]
+
+
+def scale_blob(numbers, legacy=False):
+    net = proto.messages()["NetParameter"](name="net")
+    blob = net.layer.add(name="s").blobs.add(data=numbers)
+    if legacy:
+        blob.num, blob.channels, blob.height, blob.width = 1, 1, 1, len(numbers)
+    else:
+        blob.shape.dim.append(len(numbers))
+    return net.SerializeToString()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_scales_of_a_caffemodel(legacy):
+    """Caffe stores one per class of a Scale with default axes; a fixed one is one number here."""
+    fixed, learned = load(scale("f", 12, "")), load(scale("f", 12, "", ""))
+    fixed.load_caffemodel(scale_blob([7.0] * C, legacy))
+    assert fixed.layers["s"].scale.item() == 7
+    with pytest.raises(ValueError, match=r"`scale` of shape \[\]"):
+        fixed.load_caffemodel(scale_blob([7.0] * (C - 1) + [8.0], legacy))
+    learned.load_caffemodel(scale_blob(list(range(C)), legacy))
+    assert learned.layers["s"].scale.tolist() == list(range(C))
+    with pytest.raises(ValueError, match=r"`scale` of shape \[7\]"):
+        learned.load_caffemodel(scale_blob([1.0, 2.0], legacy))
+    with pytest.raises(ValueError, match=r"`scale` of shape \[\]"):
+        load(scale("f", 12)).load_caffemodel(scale_blob([7.0] * C, legacy))
 
 
 def test_a_scale_that_is_a_bottom():

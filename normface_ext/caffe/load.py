@@ -36,7 +36,8 @@ def load_head(
         mode: "math": every gradient is that of the value. "caffe": values and gradients as the released
             layers computed them, slips included; see docs/caffe-compatibility.md.
         inputs: blobs given from outside. By default those that no layer of the file makes. Name them to
-            load the head of a whole net: layers that cannot be reached from them are left out.
+            load the head of a whole net: layers that cannot be reached from them are left out, and so are
+            those of the net before that work in place on one, as ``Head.notes`` tells.
         in_features: D, where a layer has its own weights: Caffe infers it from the net before the head.
             Without it those weights appear with the first forward call, or with load_caffemodel.
         eps: inside the L2 norms; Caffe has 1e-12 on the GPU and 1e-6 on the CPU.
