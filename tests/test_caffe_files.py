@@ -149,13 +149,14 @@ def test_the_longest_text_is_read_in_time(path, unit, part):
 
 def test_problems_are_listed_up_to_a_length(path):
     names = [f"{i}" + "n" * 200 for i in range(150)]
-    text = "".join(layer("Fold", "").replace("'it'", f"'{name}'") for name in names)
+    text = "".join(
+        layer("Flip", "oops: 1").replace("'it'", f"'{name}'").replace("'y'", f"'{name}'") for name in names
+    )
     message = refused(path, text, "has 150 things that are not supported")
     rows = message.splitlines()
     assert len(message) <= LIST and all(len(row) <= LONGEST for row in rows)
     listed = len([row for row in rows if row.startswith("my.prototxt:")])
     assert listed > 10 and f"... and {150 - listed} more" in rows
-    assert "inputs=" in rows[-1]
 
 
 # Names

@@ -394,8 +394,8 @@ layer { name: "c" type: "InnerProduct" bottom: "n" top: "c"
     weight_filler { type: "bilinear" }
   }
 }
-layer { name: "s" type: "Scale" bottom: "c" top: "s" }
-layer { name: "d" type: "Dropout" bottom: "s" top: "d" }
+layer { name: "s" type: "Scale" bottom: "c" top: "s" scale_param { num_axes: -1 } }
+layer { name: "d" type: "Pooling" bottom: "s" top: "d" }
 layer { name: "l" type: "SoftmaxWithLoss" bottom: "s" top: "l" loss_weight: 1 loss_weight: 2
   softmax_param { label_smooth_factor: 0.1 class_weight: 1 normalize_type: "L2"
     hard_ratio: 0.5 }
@@ -407,7 +407,7 @@ layer { name: "l" type: "SoftmaxWithLoss" bottom: "s" top: "l" loss_weight: 1 lo
     for line, part in [
         (3, "'L1' or 'L2', got 'L3'"), (3, "unknown option `normalize_param.momentum`"),
         (7, "axis: 1`, got 2"), (8, "transpose: false`, got true"), (9, "got 'bilinear'"),
-        (12, "num_axes: 0"), (13, "'Dropout'"),
+        (12, "num_axes: 0"), (13, "'Pooling'"),
         (14, "expected 2 `bottom` (the second is the label), got 1"), (14, "`loss_weight` once per top"),
         (15, "label_smooth_factor"), (15, "class_weight"), (15, "normalize_type"), (16, "hard_ratio"),
     ]:  # fmt: skip
@@ -428,7 +428,9 @@ REFUSED = [
     ("layer {\n  name: 3\n}", 2, "expected a prototxt"),
     ("layer {\n  type: 'Scale'\n", 3, "expected a prototxt"),
     ("nonsense: 1\n" + one("Flip", FLIP), 1, "unknown option `nonsense`"),
-    ("layers { name: 'x' }\nname: 'n'", 1, "before 2014"),
+    (one("Flip", FLIP) + "\nlayers { name: 'x' type: SILENCE }", 2, "either `layer` or the older `layers`"),
+    ("layers { name: 'x' type: CONVOLUTION }\nname: 'n'", 1, "type 'Convolution' is not part"),
+    ("layers { layer { name: 'x' type: 'relu' } }\nname: 'n'", 1, "before 2013"),
     ("name: 'n'\n", 1, "at least one layer"),
     ("layer {\n type: 'Flip' bottom: 'x' top: 'y' }", 1, "a name of its own"),
     ((one("Flip", FLIP) + "\n") * 2, 2, "a name of its own"),
@@ -441,8 +443,9 @@ REFUSED = [
     (one("Flip", FLIP + "\n propagate_down: [1, 1]"), 2, "`propagate_down`"),
     (one("Scale", FLIP + " scale_param { num_axes: 0\n min_value: nan }"), 2, "finite"),
     (one("Scale", FLIP + " scale_param { num_axes: 0\n min_value: 2 max_value: 1 }"), 2, "min_value"),
-    (one("Scale", FLIP + " scale_param { num_axes: 0\n bias_term: true }"), 2, "bias_term"),
-    (one("Scale", FLIP + " scale_param { num_axes: 0 }\n param { name: 'w' }"), 2, "shared"),
+    (one("Scale", FLIP + " scale_param {\n axis: 2 }"), 2, "got axis 2 and num_axes 1"),
+    (one("Scale", FLIP + " bottom: 's' scale_param {\n bias_term: true }"), 2, "bias_term"),
+    (one("Scale", FLIP + " bottom: 's' scale_param {\n axis: -1 }"), 2, "`axis` >= 0"),
     (one("Scale", FLIP + " scale_param { num_axes: 0 }\n param { lr_mult: -1 }"), 2, ">= 0"),
     (one("Parameter", "top: 'y'\n parameter_param { shape { dim: 0 } }"), 2, "`shape` of sizes"),
     (

@@ -9,9 +9,10 @@ import pytest
 TESTS = Path(__file__).parent
 PAGE = TESTS.parent / "docs" / "caffe-compatibility.md"
 LAYERS = [
-    "Accuracy", "ContrastiveLoss", "Eltwise", "Flip", "GeneralContrastiveLoss", "GeneralTripletLoss",
-    "InnerDistance", "InnerProduct", "Normalize", "Parameter", "Scale", "Slice, Concat", "SoftmaxWithLoss",
-    "TripletLoss",
+    "Accuracy", "ChannelScale", "CombinedMargin", "ContrastiveLoss", "CosinAddm", "Dropout", "Eltwise",
+    "Flatten, Silence", "Flip", "GeneralContrastiveLoss", "GeneralTripletLoss", "InnerDistance",
+    "InnerProduct", "LabelSpecificAdd", "LargeMarginInnerProduct", "MarginInnerProduct", "Normalize",
+    "Parameter", "Power", "Scale", "Slice, Concat", "Softmax", "SoftmaxWithLoss", "TripletLoss",
 ]  # fmt: skip
 
 

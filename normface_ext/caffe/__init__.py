@@ -7,10 +7,10 @@ layers' gradients. docs/caffe-compatibility.md compares layer by layer.
 """
 
 from ..optim import renormalize_after_step
+from .accuracy import accuracy
 from .general_losses import general_contrastive_loss, general_triplet_loss
 from .graph import Head, HeadOutput
 from .load import load_head
-from .losses import accuracy
 
 __all__ = [
     "Head",

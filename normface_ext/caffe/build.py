@@ -93,8 +93,6 @@ def build(kind: type[Layer], spec: Spec, context: Context) -> tuple[Layer, list[
         spec.refuse(f"expected at most {most} `param`, got {len(message.param)}", "param", most)
     multipliers = [(1.0, 1.0)] * len(layer.BLOBS)
     for i, param in enumerate(message.param[: len(multipliers)]):
-        if param.HasField("name") or param.HasField("share_mode"):
-            spec.refuse("shared parameters (`param { name }`) are not supported", "param", i)
         if param.lr_mult < 0 or param.decay_mult < 0:
             spec.refuse("expected `lr_mult` and `decay_mult` >= 0", "param", i)
         multipliers[i] = (float(param.lr_mult), float(param.decay_mult))
@@ -107,6 +105,8 @@ def create_blobs(layers: list[tuple[Layer, Spec]], context: Context, report: Rep
     free = free_memory(context.device)
     for layer, spec in layers:
         for name, shape in layer.shapes.items():
+            if layer.peers.get(name, [(layer, name)])[0] != (layer, name):
+                continue  # the memory of another layer's blob
             problem = size_problem(shape, context.dtype, free)
             if problem:
                 spec.refuse(f"expected `{name}` {problem}", layer.SIZE)

@@ -29,6 +29,7 @@ class Filler(NamedTuple):
     mean: float
     std: float
     variance_norm: int
+    sparse: int
 
 
 #: The options that a type reads.
@@ -43,8 +44,8 @@ def check_filler(spec: Spec, path: str, context: Context) -> Filler:
             f"expected `{path}.type` to be one of {', '.join(FILLERS)}, got {quoted(filler.type)}",
             f"{path}.type",
         )
-    if message.sparse != -1:
-        spec.refuse(f"`{path}.sparse` is not supported", f"{path}.sparse")
+    if message.sparse < -1:
+        spec.refuse(f"expected `{path}.sparse` >= 0, or -1 for none, got {message.sparse}", f"{path}.sparse")
     largest = torch.finfo(dtype_of(context.dtype)).max
     for name in _READS.get(filler.type, ()):
         if abs(value := getattr(filler, name)) > largest:
@@ -128,6 +129,8 @@ def fill_(blob: Tensor, filler: Filler) -> None:
         blob.uniform_(filler.min, filler.max)
     elif filler.type == "gaussian":
         blob.normal_(filler.mean, filler.std)
+        if filler.sparse >= 0 and blob.dim():  # so many numbers per column that are not 0, on average
+            blob.mul_(torch.rand_like(blob) < filler.sparse / blob.shape[0])
     elif filler.type == "gaussian_unitball":
         blob.copy_(
             gaussian_unitball_(blob.reshape(blob.shape[0] if blob.dim() else 1, -1)).reshape(blob.shape)

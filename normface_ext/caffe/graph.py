@@ -9,27 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import functional
 from ..engine.files import quoted
 from ..optim import is_scale
 from .build import MOST_LAYERS, PHASES, Layers, build, create_blobs, phases
+from .fused import fused_tops
+from .kinds import kind_of, refuse_unknown
 from .layer import Layer
-from .layers import Agents, InnerDistance, InnerProduct, Normalize, Parameter, Scale
-from .losses import Accuracy, DistanceLoss, GeneralContrastiveLoss, GeneralTripletLoss, SoftmaxWithLoss
-from .pairs import ContrastiveLoss, TripletLoss
-from .shapes import Concat, Eltwise, Flip, Slice
+from .scale import Scale
+from .sharing import share
 from .spec import Context, Report, Spec
 from .weights import stored_weights
-from .wiring import Step, fuse, wire
-
-#: Caffe's name of every type that `load_head` knows.
-TYPES: dict[str, type[Layer]] = {
-    kind.__name__: kind
-    for kind in (
-        Accuracy, Concat, ContrastiveLoss, Eltwise, Flip, GeneralContrastiveLoss, GeneralTripletLoss,
-        InnerDistance, InnerProduct, Normalize, Parameter, Scale, Slice, SoftmaxWithLoss, TripletLoss,
-    )
-}  # fmt: skip
+from .wiring import fuse, wire
 
 
 class HeadOutput(NamedTuple):
@@ -52,7 +42,8 @@ class Head(nn.Module):
     present phase, TRAIN in training mode and TEST in eval mode, and returns a :class:`HeadOutput`.
     ``head.layers["cosine_layer"]`` is a layer by its name in the file; in the state dict a name that torch
     does not allow ("fc.1", "training") is another one ("fc_1", "training_"). In mode "math", Normalize +
-    InnerProduct + Scale + SoftmaxWithLoss run as one fused NormFaceLoss, and Normalize + InnerDistance +
+    InnerProduct + Scale + SoftmaxWithLoss run as one fused NormFaceLoss, with a margin layer among them or
+    with MarginInnerProduct for the first three, too, and Normalize + InnerDistance +
     a metric loss as one fused CContrastiveLoss or CTripletLoss, in every phase where nothing else reads
     what lies between; ``print(head)`` shows where.
 
@@ -68,21 +59,37 @@ class Head(nn.Module):
         self.layers = Layers()
         self._multipliers: dict[str, list[tuple[float, float]]] = {}
         self._labels: dict[str, str] = {}
-        usable = []
+        usable: list[tuple[str, Spec, tuple[str, ...]]] = []
         if len(specs) > MOST_LAYERS:
             report.refuse(1, f"expected at most {MOST_LAYERS} layers of a head, got {len(specs)}")
             specs = []
+        unknown = [spec for spec in specs if kind_of(spec) is None]
+        refuse_unknown(unknown, report)
+        taken = {blob for spec in specs for blob in (*spec.bottoms, *spec.tops)}
+        widths: dict[str, int | None] = {}
         for spec in specs:
-            if spec.type not in TYPES:
-                spec.refuse(f"the layer type {quoted(spec.type)} is not part of a NormFace head", "type")
-            elif not spec.name or spec.name in self.layers:
+            kind = kind_of(spec)
+            if kind is None:
+                continue
+            key, active = spec.name, phases(spec)
+            others = [set(theirs) for _, other, theirs in usable if other.name == spec.name]
+            if others:  # layers of one name, in one phase each
+                key = f"{spec.name} ({' '.join(active)})"
+            if not spec.name or key in self.layers or any(theirs & set(active) for theirs in others):
                 spec.refuse(f"expected a name of its own, got {quoted(spec.name)}", "name")
-            else:
-                layer, self._multipliers[spec.name] = build(TYPES[spec.type], spec, context)
-                self.layers[spec.name] = layer
-                self._labels[spec.name] = f"{spec} ({spec.at('')})"
-                usable.append((spec.name, spec, phases(spec)))
-        made_here = {top for spec in specs for top in spec.tops}
+                continue
+            if not spec.tops and kind.LOSS:  # Caffe makes a top that no layer reads, "(automatic)"
+                spec.tops.append(spec.name + " (automatic)" * (spec.name in taken))
+            spec.width = widths.get(spec.bottoms[0]) if spec.bottoms else None
+            layer, self._multipliers[key] = build(kind, spec, context)
+            for top in spec.tops:
+                widths[top] = layer.width(spec.width) if top == spec.tops[0] else None
+            self.layers[key] = layer
+            self._labels[key] = f"{spec} ({spec.at('')})"
+            usable.append((key, spec, active))
+        share([(name, self.layers[name], spec) for name, spec, _ in usable], self._multipliers)
+        made_here = {top for spec in specs for top in spec.tops if top not in spec.bottoms}
+        declared = [*declared, *(top for spec in unknown for top in spec.tops)]
         self._plans = {p: wire(p, usable, self.layers, made_here, declared, closed, report) for p in PHASES}
         self._fused: dict[str, list[tuple[str, ...]]] = {phase: [] for phase in PHASES}
         if not report.problems and self.mode == "math":
@@ -92,7 +99,7 @@ class Head(nn.Module):
             for name, spec, _ in usable:
                 if getattr(self.layers[name], "normalize", False):
                     spec.note(
-                        "`normalize: true` overwrites the weight in Caffe's forward pass; here"
+                        "Caffe's forward pass overwrites the weight by its unit rows; here"
                         " `normface_ext.caffe.renormalize_after_step` does so after each step"
                     )
         self.notes = tuple(dict.fromkeys(report.lines(report.notes)))
@@ -133,7 +140,7 @@ class Head(nn.Module):
                 bottoms[position] = bottoms[position].detach()
             try:
                 tops = (
-                    self._fused_loss(step, bottoms)
+                    fused_tops([self.layers[key] for key in step.layers], bottoms)
                     if len(step.layers) > 1
                     else self.layers[step.layers[0]](*bottoms)
                 )
@@ -147,24 +154,6 @@ class Head(nn.Module):
             {name: values[number] for name, number in plan.outputs.items()},
             torch.stack([term.detach() for _, term in weighted]).sum() if weighted else None,
         )
-
-    def _fused_loss(self, step: Step, bottoms: list[Tensor]) -> tuple[Tensor, ...]:
-        """A chain from Normalize to its loss without the N x C matrix between."""
-        chain = [self.layers[key] for key in step.layers]
-        agents = next(layer for layer in chain if isinstance(layer, Agents))
-        scale = next((layer for layer in chain if isinstance(layer, Scale)), None)
-        loss, labels = chain[-1], bottoms[-1]
-        if bottoms[0].dim() > 2 and bottoms[0][:1, :1].numel() > 1:
-            # Normalised at every position and then flattened, which is not one norm per row.
-            units = [functional.normalize(bottom, 1, 2, agents.eps) for bottom in bottoms[:-1]]
-            scores = agents(*units)[0]
-            tops: tuple[Tensor, ...] = loss(scores if scale is None else scale(scores)[0], labels)
-            return tops
-        x, weight = agents.operands(tuple(bottoms[:-1]))
-        if isinstance(loss, SoftmaxWithLoss):
-            return loss.tops(x, weight, labels, agents.eps, 1.0 if scale is None else scale.bounded_scale())
-        assert isinstance(loss, DistanceLoss)
-        return loss.tops(x, weight, labels, agents.eps)
 
     def renormalize_(self) -> list[str]:
         """What Caffe overwrites in its forward pass: the weights of the layers with ``normalize: true`` by
@@ -199,6 +188,7 @@ class Head(nn.Module):
             ValueError: a weight whose number of features is not known yet.
         """
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        seen: set[int] = set()  # a shared parameter counts once
         for key, multipliers in self._multipliers.items():
             layer = self.layers[key]
             assert isinstance(layer, Layer)
@@ -210,7 +200,8 @@ class Head(nn.Module):
                         f"{self._labels[key]}: the weight has no shape yet: give `in_features` to load_head,"
                         " load_caffemodel, or run forward, before making an optimizer"
                     )
-                if lr_mult:
+                if lr_mult and id(blob) not in seen:
+                    seen.add(id(blob))
                     decayed = decay_mult if decay_scale or not is_scale(name, blob) else 0.0
                     groups.setdefault((lr_mult, decayed), []).append(blob)
         return [

@@ -12,7 +12,9 @@ from ..engine.arguments import choice, integer
 from ..engine.files import clip, file_name, listing, read_bytes
 from .graph import Head
 from .prototxt import LONGEST_TEXT, parse_text
+from .reach import reachable, suggested
 from .spec import Context, Report, Spec
+from .upgrade import upgraded
 
 MODES = ("math", "caffe")
 
@@ -34,7 +36,8 @@ def load_head(
         mode: "math": every gradient is that of the value. "caffe": values and gradients as the released
             layers computed them, slips included; see docs/caffe-compatibility.md.
         inputs: blobs given from outside. By default those that no layer of the file makes. Name them to
-            load the head of a whole net: layers that cannot be reached from them are left out.
+            load the head of a whole net: layers that cannot be reached from them are left out, and so are
+            those of the net before that work in place on one, as ``Head.notes`` tells.
         in_features: D, where a layer has its own weights: Caffe infers it from the net before the head.
             Without it those weights appear with the first forward call, or with load_caffemodel.
         eps: inside the L2 norms; Caffe has 1e-12 on the GPU and 1e-6 on the CPU.
@@ -58,15 +61,18 @@ def load_head(
     report = Report(where)
     for name, line in lines.unknown:
         report.refuse(line, f"unknown option `{clip(name, 60)}` of the net")
-    if net.layers:
-        report.refuse(lines.of("layers"), "`layers` is Caffe's format of before 2014: upgrade the file")
     given = None if inputs is None else [str(name) for name in inputs]
     declared = [str(name) for name in net.input]
     context = Context(mode, eps, in_features, device, dtype)
-    specs = [Spec(layer, lines.fields["layer"][i], report) for i, layer in enumerate(net.layer)]
+    found = list(zip(net.layer, lines.fields.get("layer", []), strict=True))
+    old = [upgraded(layer, lines.fields["layers"][i], report) for i, layer in enumerate(net.layers)]
+    if found and old:
+        report.refuse(lines.of("layers"), "expected either `layer` or the older `layers`, got both")
+    specs = [Spec(layer, place, report) for layer, place in found + old]
     declared += [top for spec in specs if spec.type == "Input" for top in spec.tops]
     specs = [spec for spec in specs if spec.type != "Input"]
-    specs = specs if given is None else _reachable(specs, given, report)
+    entries = suggested(specs)
+    specs = specs if given is None else reachable(specs, given, report)
     if not specs and not report.problems:
         report.refuse(1, "expected at least one layer of a head, got none")
     head = Head(specs, report, context, declared if given is None else given, given is not None)
@@ -76,9 +82,9 @@ def load_head(
         if given is None and any(
             "is not part of a NormFace head" in sentence for _, sentence in report.problems
         ):
+            names = ", ".join(map(repr, entries or ("ip1", "label")))
             hint = (
-                "\nTo load the head of a whole net, name the blobs it starts from,"
-                " such as inputs=('ip1', 'label')."
+                f"\nTo load the head of a whole net, name the blobs it starts from, such as inputs=({names})."
             )
         are = "things that are" if count > 1 else "thing that is"
         opening = f"load_head: {where} has {count} {are} not supported:"
@@ -95,18 +101,3 @@ def _read(path_or_text: str | os.PathLike[str]) -> tuple[str, str]:
     data = read_bytes(path_or_text, LONGEST_TEXT, "a prototxt")
     # Comments in other encodings are read over, as Caffe does; elsewhere their bytes are refused.
     return where, data.decode("utf-8", errors="surrogateescape")
-
-
-def _reachable(specs: list[Spec], given: list[str], report: Report) -> list[Spec]:
-    """The layers behind the given blobs: those that get one, directly or not, and their Parameters."""
-    known, kept = set(given), []
-    for spec in specs:
-        if any(bottom in known for bottom in spec.bottoms) or spec.type == "Parameter":
-            kept.append(spec)
-            known |= set(spec.tops)
-    written = {bottom for spec in specs for bottom in spec.bottoms}
-    for name in given:
-        if name not in written:
-            report.refuse(1, f"expected a layer with the bottom `{name}`, which is in `inputs`, got none")
-    wanted = {bottom for spec in kept for bottom in spec.bottoms}
-    return [spec for spec in kept if spec.bottoms or wanted & set(spec.tops)]

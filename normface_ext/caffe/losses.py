@@ -1,4 +1,4 @@
-"""The layers at the end of a head: SoftmaxWithLoss, the metric losses over distances, Accuracy."""
+"""The losses at the end of a head: SoftmaxWithLoss and the metric losses over distances."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from ..agents.functions import agent_loss_and_stats
 from ..agents.options import ContrastiveOptions, TripletOptions
 from ..engine import checks
 from ..engine.options import Options
+from ..softmax.batch_margins import Psi
+from ..softmax.functions import loss_of_psi
+from ..softmax.margins import Margin
+from ..softmax.options import HeadKeywords, HeadOptions
 from . import released_losses
 from .general_losses import distances_and_labels, released_contrastive, released_triplet
-from .layer import Layer
+from .layer import Layer, MovingLayer
 from .spec import Context, Spec
 
 #: -log(FLT_MIN): what a row costs at most in Caffe's SoftmaxWithLoss.
@@ -32,7 +36,7 @@ def scores_and_labels(op: str, scores: object, labels: object, ignored: int) -> 
 class SoftmaxWithLoss(Layer):
     """-log softmax(scores)[label], averaged as `loss_param` says; a second top has the probabilities."""
 
-    BOTTOMS, TOPS, LOSS = (2, 2), (1, 2), 1.0
+    BOTTOMS, TOPS, LOSS, LABELS = (2, 2), (1, 2), 1.0, (1,)
     BOTTOM_NAMES = "the second is the label"
     BLOCKS = ("softmax_param", "loss_param")
     FUSED = "NormFaceLoss"
@@ -61,19 +65,28 @@ class SoftmaxWithLoss(Layer):
         return total / torch.as_tensor(valid if self.normalization == "VALID" else batch).clamp_min(1)
 
     def tops(
-        self, x: Tensor, weight: Tensor, labels: Tensor, eps: float, scale: float | Tensor
+        self,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        eps: float,
+        scale: float | Tensor,
+        margin: Margin | Psi | None,
     ) -> tuple[Tensor, ...]:
-        """The loss of features x [N, D] and class weights [C, D], fused."""
+        """The loss of features x [N, D] and class weights [C, D], fused; the margin is one of the label's
+        cosine, or a function of those [N]."""
         mean = self.normalization == "VALID"
-        value = functional.normface_loss(
-            x,
-            weight,
-            labels,
-            scale,
-            reduction="mean" if mean else "sum",
-            ignore_index=self.ignore_label,
-            eps=eps,
-        )
+        given: HeadKeywords = {
+            "reduction": "mean" if mean else "sum",
+            "ignore_index": self.ignore_label,
+            "eps": eps,
+        }
+        if margin is None or isinstance(margin, Margin):
+            given["margin"] = margin
+            value = functional.normface_loss(x, weight, labels, scale, **given)
+        else:
+            options = HeadOptions.of("normface_loss", given)
+            value = loss_of_psi(x, weight, labels, scale, margin, None, None, options)
         return (value if mean else self.averaged(value, len(labels), len(labels)),)
 
     def forward(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -92,7 +105,7 @@ class SoftmaxWithLoss(Layer):
 class DistanceLoss(Layer):
     """A metric loss over given distances [N, C]; a second top has its statistics, without a gradient."""
 
-    BOTTOMS, TOPS, LOSS, STATISTICS = (2, 2), (1, 2), 1.0, (1,)
+    BOTTOMS, TOPS, LOSS, STATISTICS, LABELS = (2, 2), (1, 2), 1.0, (1,), (1,)
     BOTTOM_NAMES = "the second is the label"
     #: The option names of normface_ext where Caffe's differ.
     RENAMED: ClassVar[dict[str, str]] = {"positive_weight": "pos_weight", "negative_weight": "neg_weight"}
@@ -136,7 +149,7 @@ class DistanceLoss(Layer):
         return (loss, statistics) if self.return_statistics else (loss,)
 
 
-class GeneralContrastiveLoss(DistanceLoss):
+class GeneralContrastiveLoss(DistanceLoss, MovingLayer):
     """C-contrastive; its statistics are (mean positive, mean negative hinge)."""
 
     BLOCKS = ("general_contrastive_loss_param",)
@@ -161,28 +174,37 @@ class GeneralContrastiveLoss(DistanceLoss):
         self.add_intra_mae, self.cap = (options.pop(n) for n in ("add_intra_mae", "max_negative_margin"))
         self.options = ContrastiveOptions.of(str(spec), {**options, "ignore_index": None})
         if self.add_intra_mae:
-            self.register_buffer("intra_mae", torch.zeros((), device=context.device, dtype=context.dtype))
+            self.register_buffer("intra_mae", torch.zeros((), device=context.device, dtype=torch.float32))
 
     def of_distances(self, distances: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        options = self.options
+        options, mean, moves = self.options, None, False
         if self.add_intra_mae:
-            options = replace(options, neg_margin=options.neg_margin + self.intra_mae)
+            mean, moves = self.state_of(labels, self.intra_mae)
+            options = replace(options, neg_margin=options.neg_margin + mean)
         if self.released:
-            return self._moved(*released_contrastive(distances, labels, options))
+            return self._moved(*released_contrastive(distances, labels, options), mean, moves)
         loss = reference.contrastive_of_distances(distances, labels, **vars(options))
-        return self._moved(loss, released_losses.contrastive_stats(distances.detach(), labels, options))
+        stats = released_losses.contrastive_stats(distances.detach(), labels, options)
+        return self._moved(loss, stats, mean, moves)
 
     def of_agents(self, x: Tensor, weight: Tensor, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        options = replace(self.options, eps=eps)
-        margin = options.neg_margin + self.intra_mae if self.add_intra_mae else None
-        return self._moved(*agent_loss_and_stats("c_contrastive_loss", x, weight, labels, options, margin))
+        options, margin, mean, moves = replace(self.options, eps=eps), None, None, False
+        if self.add_intra_mae:
+            mean, moves = self.state_of(labels, self.intra_mae)
+            margin = options.neg_margin + mean
+        found = agent_loss_and_stats("c_contrastive_loss", x, weight, labels, options, margin)
+        return self._moved(*found, mean, moves)
 
-    def _moved(self, loss: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+    def _moved(
+        self, loss: Tensor, statistics: Tensor, mean: Tensor | None, moves: bool
+    ) -> tuple[Tensor, Tensor]:
         """The running mean of the positive hinge moves, and is a statistic too."""
-        if not self.add_intra_mae:
+        if mean is None:
             return loss, statistics
-        moved = (0.99 * self.intra_mae + 0.01 * statistics[0].to(self.intra_mae)).clamp_max(self.cap)
-        if self.training:
+        spread = statistics[0].to(mean)
+        # One NaN in the running mean would stay for good.
+        moved = torch.where(spread.isfinite(), (0.99 * mean + 0.01 * spread).clamp_max(self.cap), mean)
+        if moves:
             self.intra_mae.copy_(moved)
         return loss, torch.cat([statistics, moved.to(statistics)[None]])
 
@@ -207,74 +229,3 @@ class GeneralTripletLoss(DistanceLoss):
     def of_agents(self, x: Tensor, weight: Tensor, labels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         options = replace(self.options, eps=eps)
         return agent_loss_and_stats("c_triplet_loss", x, weight, labels, options)
-
-
-def accuracy(
-    scores: Tensor,
-    labels: Tensor,
-    *,
-    min_is_better: bool = False,
-    top_k: int = 1,
-    ignore_label: int | None = None,
-) -> Tensor:
-    """The fraction of rows whose label is among the ``top_k`` best scores (Caffe ``Accuracy``).
-
-    Ties go as in Caffe, which sorts (score, class) pairs: to the larger class where larger is better, to
-    the smaller class with ``min_is_better`` (distances).
-
-    Args:
-        scores: [N, C], similarities or distances.
-        labels: [N] int64.
-        ignore_label: rows with it do not count. Without a row the accuracy is 0 / 0, NaN, as in Caffe.
-
-    Returns:
-        A 0-d tensor, float64 for float64 scores and float32 otherwise.
-
-    Raises:
-        ValueError: shapes, top_k, NaN among the scores.
-        IndexError: a label out of range.
-    """
-    ignored = checks.ignored(ignore_label)
-    scores, labels = scores_and_labels("accuracy", scores, labels, ignored)
-    if not 1 <= top_k <= scores.shape[1]:
-        raise ValueError(f"accuracy: expected `top_k` in [1, {scores.shape[1]}], got {top_k}")
-    if scores.isnan().any():
-        row = int(scores.isnan().any(1).nonzero()[0])
-        raise ValueError(f"accuracy: expected `scores` without NaN, got one in row {row}")
-    kept = labels != ignored
-    safe = torch.where(kept, labels, 0)[:, None]
-    own, columns = scores.gather(1, safe), torch.arange(scores.shape[1], device=scores.device)
-    if min_is_better:
-        before = (scores < own) | ((scores == own) & (columns < safe))
-    else:
-        before = (scores > own) | ((scores == own) & (columns > safe))
-    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    return ((before.sum(1) < top_k) & kept).sum().to(wide) / kept.sum()
-
-
-class Accuracy(Layer):
-    BOTTOMS, STATISTICS = (2, 2), (0,)
-    BOTTOM_NAMES = "the second is the label"
-    BLOCKS = ("accuracy_param",)
-
-    def __init__(self, spec: Spec, context: Context) -> None:
-        super().__init__(spec, context)
-        spec.only("accuracy_param.axis", 1)
-        self.min_is_better, self.top_k = (
-            spec.get("accuracy_param.min_is_better"),
-            spec.get("accuracy_param.top_k"),
-        )
-        ignored = spec.has("accuracy_param.ignore_label")
-        self.ignore_label = spec.get("accuracy_param.ignore_label") if ignored else None
-
-    @torch.no_grad()
-    def forward(self, scores: Tensor, labels: Tensor) -> tuple[Tensor]:
-        return (
-            accuracy(
-                scores,
-                labels,
-                min_is_better=self.min_is_better,
-                top_k=self.top_k,
-                ignore_label=self.ignore_label,
-            ),
-        )

@@ -30,11 +30,13 @@ def _rows(kind: str, bottoms: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 class ContrastiveLoss(Layer):
-    """1/2N sum of d^2 where the labels of a pair agree, and of (margin - d)_+^2 elsewhere; with
-    ``legacy_version`` of (margin - d^2)_+. Bottoms: features a, features b, labels a, labels b."""
+    """1/2N sum of d^2 where a pair is one identity, and of (margin - d)_+^2 elsewhere; with
+    ``legacy_version`` of (margin - d^2)_+. Bottoms: features a, features b, labels a, labels b in NormFace's
+    Caffe, which compares the labels; features a, features b, similarity (1 or 0) in BVLC's."""
 
-    BOTTOMS, LOSS = (4, 4), 1.0
-    BOTTOM_NAMES = "features a, features b, labels a, labels b"
+    BOTTOMS, LOSS = (3, 4), 1.0
+    BOTTOM_NAMES = "features a, features b, labels a, labels b or one similarity"
+    LABELS = (2, 3)
     BLOCKS: ClassVar[tuple[str, ...]] = ("contrastive_loss_param",)
 
     def __init__(self, spec: Spec, context: Context) -> None:
@@ -43,10 +45,10 @@ class ContrastiveLoss(Layer):
         self.margin = float(spec.get("contrastive_loss_param.margin"))
         self.legacy = bool(spec.get("contrastive_loss_param.legacy_version"))
 
-    def forward(self, a: Tensor, b: Tensor, label_a: Tensor, label_b: Tensor) -> tuple[Tensor]:
+    def forward(self, a: Tensor, b: Tensor, *given: Tensor) -> tuple[Tensor]:
         a, b = _rows("ContrastiveLoss", (a, b))
-        labels = [checks.label_rows("ContrastiveLoss", given, a) for given in (label_a, label_b)]
-        same = labels[0] == labels[1]
+        labels = [checks.label_rows("ContrastiveLoss", one, a) for one in given]
+        same = labels[0] == (labels[1] if len(labels) > 1 else 1)
         if not self.legacy and not self.hard:
             return (functional.pair_contrastive_loss(a, b, same, margin=self.margin),)
         squared = pair_distance(a, b, 2)

@@ -8,6 +8,7 @@ files and reported with its line in text files. protobuf is imported when it is 
 from __future__ import annotations
 
 import importlib
+import re
 from functools import cache
 from typing import Any
 
@@ -32,16 +33,27 @@ MESSAGES: dict[str, str] = {
         *NetStateRule exclude=9  ?Phase phase=10  *bool propagate_down=11  ?LossParameter loss_param=101
         ?AccuracyParameter accuracy_param=102  ?ConcatParameter concat_param=104
         ?ContrastiveLossParameter contrastive_loss_param=105
-        ?EltwiseParameter eltwise_param=110  ?InnerProductParameter inner_product_param=117
+        ?DropoutParameter dropout_param=108  ?EltwiseParameter eltwise_param=110
+        ?InnerProductParameter inner_product_param=117  ?PowerParameter power_param=122
         ?SoftmaxParameter softmax_param=125  ?SliceParameter slice_param=126
+        ?FlattenParameter flatten_param=135
         ?ScaleParameter scale_param=142  ?InputParameter input_param=143
         ?ParameterParameter parameter_param=145  ?TripletLossParameter triplet_loss_param=203
         ?FlipParameter flip_param=212
         ?InnerDistanceParameter inner_distance_param=213  ?NormalizeParameter normalize_param=214
         ?GeneralContrastiveParameter general_contrastive_loss_param=215
-        ?GeneralTripletParameter general_triplet_loss_param=217""",
-    # Layers of before 2014: their weights still load.
-    "V1LayerParameter": "*string bottom=2  *string top=3  ?string name=4  *BlobProto blobs=6",
+        ?GeneralTripletParameter general_triplet_loss_param=217
+        ?MarginInnerProductParameter largemargin_inner_product_param=227
+        ?MarginInnerProductParameter margin_inner_product_param=232
+        ?ChannelScaleParameter channel_scale_param=237
+        ?LabelSpecificAddParameter label_specific_add_param=241
+        ?CombinedMarginParameter combined_margin_param=1001  ?CosinAddmParameter cosin_add_m_param=1002
+        ?NormParameter norm_param=1003""",
+    # Layers of before 2014, beside the blocks of the newer ones, which `upgrade` makes of them. The type
+    # is an enum there, to which forks added names of their own; here it is any word.
+    "V1LayerParameter": """*string bottom=2  *string top=3  ?string name=4  ?string type=5  *BlobProto blobs=6
+        *float blobs_lr=7  *float weight_decay=8  *NetStateRule include=32  *NetStateRule exclude=33
+        *float loss_weight=35  *string param=1004  *DimCheckMode blob_share_mode=1005""",
     # The same bytes read one shell at a time: a net is its layers' bytes, a layer its blobs'. What the head
     # does not need stays bytes, and names are compared as they stand in the file.
     "StoredNet": "*bytes layers=2  *bytes layer=100",
@@ -73,6 +85,24 @@ MESSAGES: dict[str, str] = {
     "SoftmaxParameter": """?Engine engine=1:DEFAULT  ?int32 axis=2:1  ?float hard_ratio=3:1
         *float class_weight=4  ?int32 hard_mining_label=5  ?float cutting_point=6
         ?string normalize_type=7:Softmax  ?float label_smooth_factor=8:0""",
+    # From other forks, under numbers that no file uses, and NormParameter from SSD's.
+    "CombinedMarginParameter": """?float m1=1:4  ?float m2=2:0.5  ?float m3=3:0.35
+        ?bool transform_test=4:false""",
+    "CosinAddmParameter": "?float m=1:0.5  ?bool transform_test=2:false",
+    "NormParameter": """?bool across_spatial=1:true  ?FillerParameter scale_filler=2
+        ?bool channel_shared=3:true  ?float eps=4:1e-10""",
+    "DropoutParameter": "?float dropout_ratio=1:0.5",
+    "FlattenParameter": "?int32 axis=1:1  ?int32 end_axis=2:-1",
+    "PowerParameter": "?float power=1:1  ?float scale=2:1  ?float shift=3:0",
+    "MarginInnerProductParameter": """?uint32 num_output=1  ?MarginType type=2:SINGLE
+        ?FillerParameter weight_filler=3  ?int32 axis=4:1  ?float base=5:1  ?float gamma=6:0  ?float power=7:1
+        ?int32 iteration=8:0  ?float lambda_min=9:0""",
+    "LabelSpecificAddParameter": """?float bias=1:0  ?bool transform_test=2:false  ?float bias_base=3:0
+        ?float bias_gamma=4:0  ?float bias_power=5:1  ?float bias_min=6:0  ?float bias_max=7:0
+        ?uint32 iteration=8:0""",
+    "ChannelScaleParameter": """?bool do_forward=1:true  ?bool do_backward_feature=2:true
+        ?bool do_backward_scale=3:true  ?bool global_scale=4:false  ?float max_global_scale=5:1000
+        ?float min_global_scale=6:0  ?float init_global_scale=7:1""",
     "FlipParameter": "?bool flip_width=1:true  ?bool flip_height=2:false",
     "NormalizeParameter": "?string normalize_type=1:L2  ?bool fix_gradient=2:false  ?bool bp_norm=3:false",
     "GeneralContrastiveParameter": """?float positive_margin=1:0  ?float negative_margin=2:1
@@ -92,10 +122,14 @@ ENUMS: dict[str, dict[str, int]] = {
     "VarianceNorm": {"FAN_IN": 0, "FAN_OUT": 1, "AVERAGE": 2},
     "NormalizationMode": {"FULL": 0, "VALID": 1, "BATCH_SIZE": 2, "NONE": 3},
     "EltwiseOp": {"PROD": 0, "SUM": 1, "MAX": 2, "SORT": 3},
+    "MarginType": {"SINGLE": 0, "DOUBLE": 1, "TRIPLE": 2, "QUADRUPLE": 3},
     "Engine": {"DEFAULT": 0, "CAFFE": 1, "CUDNN": 2},
 }
 
 _PACKAGE = "normface_caffe"
+
+_blocks = re.findall(r"\?\w+ \w+_param=\d+", MESSAGES["LayerParameter"])
+MESSAGES["V1LayerParameter"] += "  " + "  ".join(_blocks)
 
 
 def require(module: str) -> Any:

@@ -186,17 +186,17 @@ class _Walk:
     def field(self, option: Any, line: int) -> list[Lines]:
         """What follows an option's name: its value, or a list of values."""
         known = option is not None
-        child = option.message_type if known else None
         self.skip(known, ":")
         if not self.skip(known, "["):
-            return [self.value(child, known, line)]
+            return [self.value(option, known, line)]
         places = []
         while not self.skip(known, "]"):
-            places.append(self.value(child, known, self.lines[self.next]))
+            places.append(self.value(option, known, self.lines[self.next]))
             self.skip(known, ",")
         return places
 
-    def value(self, child: Any, known: bool, line: int) -> Lines:
+    def value(self, option: Any, known: bool, line: int) -> Lines:
+        child = option.message_type if known else None
         if opening := self.skip(known, *_CLOSING):
             lines = self.message(child, line, _CLOSING[opening])
             self.take(known)
@@ -206,6 +206,13 @@ class _Walk:
             raise self.refuse("and not a value")
         strings = word[0] in "'\""
         self.take(known)
+        if (
+            known
+            and option.containing_type.name == "V1LayerParameter"
+            and option.name == "type"
+            and not strings
+        ):
+            self.kept.words[-1] = f'"{word}"'  # an enum there, text here
         while strings and self.words[self.next][:1] in ("'", '"'):  # pieces of one string
             self.take(known)
         return Lines(line)

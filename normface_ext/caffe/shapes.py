@@ -1,4 +1,5 @@
-"""The layers around a head that have no parameter: Flip, Eltwise, Slice, Concat."""
+"""The layers around a head without a parameter: Softmax, Dropout, Flatten, Flip, Eltwise, Slice, Concat,
+Silence."""
 
 from __future__ import annotations
 
@@ -6,9 +7,76 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import dropout, softmax
 
+from ..engine import checks
+from ..engine.calls import accumulator
 from .layer import Layer
 from .spec import Context, Spec
+
+
+class Softmax(Layer):
+    """The probabilities along axis 1, at the end of a deploy net."""
+
+    BLOCKS = ("softmax_param",)
+
+    def __init__(self, spec: Spec, context: Context) -> None:
+        super().__init__(spec, context)
+        spec.only("softmax_param.axis", 1)
+        spec.only("softmax_param.normalize_type", "Softmax")
+
+    def forward(self, scores: Tensor) -> tuple[Tensor]:
+        checked = checks.floating("forward", "bottom 0", scores)
+        if checked.dim() < 2:
+            raise ValueError(f"expected the bottom to be [N, C, ...], got shape {list(checked.shape)}")
+        return (softmax(checked, 1, dtype=accumulator(checked.dtype)).to(checked.dtype),)
+
+
+class Dropout(Layer):
+    """Each number is 0 with probability dropout_ratio, and the others are divided by 1 - dropout_ratio; in
+    training only."""
+
+    BLOCKS = ("dropout_param",)
+
+    def __init__(self, spec: Spec, context: Context) -> None:
+        super().__init__(spec, context)
+        self.ratio = float(spec.get("dropout_param.dropout_ratio"))
+        if not 0 < self.ratio < 1:
+            spec.refuse(
+                f"expected `dropout_ratio` in (0, 1), got {self.ratio:g}", "dropout_param.dropout_ratio"
+            )
+
+    def width(self, width: int | None) -> int | None:
+        return width
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (dropout(checks.floating("forward", "bottom 0", x), self.ratio, self.training),)
+
+
+class Flatten(Layer):
+    BLOCKS = ("flatten_param",)
+
+    def __init__(self, spec: Spec, context: Context) -> None:
+        super().__init__(spec, context)
+        spec.only("flatten_param.axis", 1)
+        spec.only("flatten_param.end_axis", -1)
+
+    def width(self, width: int | None) -> int | None:
+        return width
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        if x.dim() < 2:
+            raise ValueError(f"expected the bottom to be [N, D, ...], got shape {list(x.shape)}")
+        return (x.flatten(1),)
+
+
+class Silence(Layer):
+    """Takes blobs, so that they are no tops of the net."""
+
+    BOTTOMS, TOPS = (1, 1 << 30), (0, 0)
+
+    def forward(self, *bottoms: Tensor) -> tuple[()]:
+        return ()
 
 
 class Flip(Layer):

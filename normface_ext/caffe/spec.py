@@ -56,6 +56,7 @@ class Spec:
         self.message, self.lines, self.report = message, lines, report
         self.name, self.type = str(message.name), str(message.type)
         self.bottoms, self.tops = [str(b) for b in message.bottom], [str(t) for t in message.top]
+        self.width: int | None = None  # numbers in a row of the first bottom, where the file tells
 
     def __str__(self) -> str:
         return f'layer "{clip(self.name, 60)}" ({clip(self.type, 40)})'

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..engine.files import clip, file_name, listing, read_bytes, reading
 from .build import Layers
 from .fillers import dtype_of
-from .layer import Layer
+from .layer import LateLayer, Layer
 from .proto import messages
 
 #: protobuf writes and reads no larger message.
@@ -31,11 +31,11 @@ def stored_weights(
     it; ValueError as ``Head.load_caffemodel`` says. ``labels`` are the layers' names in messages."""
     where = "<bytes>" if isinstance(path, bytes) else file_name(path)
     data = path if isinstance(path, bytes) else read_bytes(path, MOST_BYTES, EXPECTED)
-    stored = _stored_layers(data, {name.encode() for name in layers}, where)
+    stored = _stored_layers(data, {layer.name.encode() for _, layer in layers.items()}, where)
     copies: list[tuple[str, str, Tensor]] = []
     problems = []
     for layer_name, layer in layers.items():
-        names, found = layer.BLOBS, stored.get(layer_name.encode(), [])
+        names, found = layer.BLOBS, stored.get(layer.name.encode(), [])
         if not names:
             continue
         try:
@@ -110,10 +110,19 @@ def _value(name: str, blob: Any, layer: Layer) -> Tensor:
     elif name in layer.shapes:
         wanted = layer.shapes[name]
     else:
-        wanted = [layer.num_output, max(1, shape[-1]) if shape else 1]
+        assert isinstance(layer, LateLayer)
+        wanted = layer.late_shape(max(1, shape[-1]) if shape else 1)
     data = _values(blob)
+    if (
+        name in layer.ONE_NUMBER
+        and len(data) > 1
+        and len(data) == math.prod(shape)
+        and bool((data == data[0]).all())
+    ):
+        data, shape = data[:1], [1] * len(shape) if legacy else []
     if shape != ([1] * (4 - len(wanted)) + wanted if legacy else wanted) or len(data) != math.prod(wanted):
-        meant = wanted if parameter is not None else f"[{wanted[0]}, D]"
+        known = parameter is not None or name in layer.shapes
+        meant = wanted if known else f"[{', '.join([*map(str, wanted[:-1]), 'D'])}]"
         raise _Unfit(clip(f"`{name}` of shape {meant}, got {shape} with {len(data)} values", 200))
     dtype = dtype_of(layer.dtype) if parameter is None else parameter.dtype
     value = data.to(dtype)

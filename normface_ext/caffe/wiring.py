@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .agents import Agents, InnerDistance, InnerProduct
 from .layer import Layer
-from .layers import Agents, InnerDistance, InnerProduct, Normalize, Scale
+from .layers import Normalize
 from .losses import DistanceLoss, SoftmaxWithLoss
+from .margins import TargetMargin
+from .scale import Scale
 from .spec import Report, Spec
+from .sphere import MarginInnerProduct
 
 
 @dataclass
@@ -105,6 +109,7 @@ def fuse(plan: Plan, layers: nn.ModuleDict) -> list[tuple[str, ...]]:
             continue
         fused, normalizers = chain
         plan.steps[plan.steps.index(last)] = fused
+        plan.steps = [s for s in plan.steps if s is fused or s.layers[0] not in fused.layers]
         chains.append((*normalizers, *fused.layers))
     unused = plan.steps if chains else []
     while unused:
@@ -114,33 +119,64 @@ def fuse(plan: Plan, layers: nn.ModuleDict) -> list[tuple[str, ...]]:
 
 
 def _chain(plan: Plan, layers: nn.ModuleDict, last: Step) -> tuple[Step, tuple[str, ...]] | None:
-    """(the fused step, its Normalize layers) of a loss: Normalize + InnerProduct [+ Scale] +
-    SoftmaxWithLoss, or Normalize + InnerDistance (L2) + a metric loss."""
+    """(the fused step, its Normalize layers) of a loss: Normalize + InnerProduct [+ a margin, + Scale, in any
+    order] + SoftmaxWithLoss, or MarginInnerProduct + SoftmaxWithLoss, or Normalize + InnerDistance (L2) + a
+    metric loss."""
     loss = layers[last.layers[0]]
     softmax = isinstance(loss, SoftmaxWithLoss) and not loss.return_probability
     if not (softmax or isinstance(loss, DistanceLoss)) or last.detached:
         return None
-    names = [last.layers[0]]
+    names, labels = [last.layers[0]], last.inputs[1]
     step = _only_for(plan, last.inputs[0])
-    if softmax and step is not None and isinstance(layers[step.layers[0]], Scale):
+    between: list[type] = []
+    while softmax and step is not None:
+        kind = _between(plan, layers, step, labels, between)
+        if kind is None:
+            break
+        between.insert(0, kind)
         names.insert(0, step.layers[0])
         step = _only_for(plan, step.inputs[0])
     if step is None:
         return None
+    names.insert(0, step.layers[0])
     agents = layers[step.layers[0]]
+    if isinstance(agents, MarginInnerProduct):
+        others = {number for other in plan.steps for number in other.inputs}
+        read = others & set(step.outputs[1:])
+        if read or not (softmax and agents.normalize and not between and step.inputs[1] == labels):
+            return None
+        outputs = [*last.outputs, *step.outputs[1:]]
+        return Step(tuple(names), [step.inputs[0], labels], outputs), ()
     if softmax:
         fits = isinstance(agents, InnerProduct) and not agents.has_bias
     else:
         fits = isinstance(agents, InnerDistance) and agents.p == 2
     if not fits or not isinstance(agents, Agents) or (agents.own and not agents.normalize):
         return None
-    names.insert(0, step.layers[0])
     found = [_normalized(plan, layers, number, agents.eps) for number in step.inputs]
     sources = [source for source in found if source is not None]
     if len(sources) < len(found):
         return None
-    fused = Step(tuple(names), [number for number, _ in sources] + [last.inputs[1]], list(last.outputs))
+    fused = Step(tuple(names), [number for number, _ in sources] + [labels], list(last.outputs))
     return fused, tuple(name for _, name in sources)
+
+
+def _between(
+    plan: Plan, layers: nn.ModuleDict, step: Step, labels: int, after: list[type]
+) -> type[Scale | TargetMargin] | None:
+    """Which of the two a step between the product and the softmax is, if it is one that can be fused; `after`
+    are those between it and the softmax."""
+    layer = layers[step.layers[0]]
+    if isinstance(layer, Scale):
+        if Scale in after or not (layer.own and layer.one_number and not layer.has_bias):
+            return None
+        # A margin behind a scale is divided by it.
+        return None if after and not (layer.fixed or layer.min_value > 0) else Scale
+    if isinstance(layer, TargetMargin) and TargetMargin not in after and step.inputs[1] == labels:
+        source = plan.producer(step.inputs[0])
+        scaled = source is not None and isinstance(layers[source.layers[0]], Scale)
+        return TargetMargin if layer.fuses(scaled) else None
+    return None
 
 
 def _only_for(plan: Plan, value: int) -> Step | None:

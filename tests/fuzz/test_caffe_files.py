@@ -35,10 +35,19 @@ def head_is_right(head: nf.caffe.Head, data: bytes) -> bool:
     text_format.Parse(data.decode("utf-8-sig", "surrogateescape"), net)
     layers = [layer for layer in net.layer if layer.type != "Input"]
     assert [layer.name for layer in layers] == list(head.layers)
+    scores: set[str] = set()  # whose number the file tells
     for layer in layers:
-        block = {"InnerProduct": layer.inner_product_param, "InnerDistance": layer.inner_distance_param}
-        if len(layer.bottom) == 1 and layer.type in block:
-            assert head.layers[layer.name].weight.shape == (block[layer.type].num_output, 5)
+        block = {
+            "InnerProduct": layer.inner_product_param,
+            "InnerDistance": layer.inner_distance_param,
+            "MarginInnerProduct": layer.margin_inner_product_param,
+        }
+        if layer.type in block and (len(layer.bottom) == 1 or layer.type == "MarginInnerProduct"):
+            rows, features = head.layers[layer.name].weight.shape
+            assert rows == block[layer.type].num_output
+            assert features == 5 or scores & set(layer.bottom)
+        if layer.type in block or scores & set(layer.bottom):
+            scores |= set(layer.top)
         if layer.type == "Parameter":
             assert list(head.layers[layer.name].weight.shape) == list(layer.parameter_param.shape.dim)
     assert all(torch.isfinite(p).all() for p in head.parameters())
@@ -50,7 +59,9 @@ def head_is_right(head: nf.caffe.Head, data: bytes) -> bool:
 
 
 @pytest.mark.parametrize("seeds", ROUNDS)
-@pytest.mark.parametrize("name", ["scaled_cosine", "c_contrastive", "c_triplet", "combined"])
+@pytest.mark.parametrize(
+    "name", ["scaled_cosine", "c_contrastive", "c_triplet", "combined", "margin_cosine", "angular"]
+)
 def test_prototxt(tmp_path, name, seeds):
     good = (FILES / f"{name}.prototxt").read_bytes()
 
