@@ -57,7 +57,7 @@ def upstream(like: Tensor) -> Tensor:
 
 
 def of_any_shift(case: plain_terms.Case, rows: Tensor, counts: Tensor) -> Results:
-    """The sums without what kappa makes of them, of the rows that count; a logarithm beside 1, since it may be 0."""
+    """The sums of the rows that count, without kappa; a logarithm beside 1, since it may be 0."""
     value, second, shift = rows[SUM][counts], rows[SECOND_SUM][counts], rows[SHIFT][counts]
     return [1 + value.log() + shift, second / value] if case.softmax else [value, second]
 
