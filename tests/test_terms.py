@@ -88,7 +88,7 @@ class Problem:
         return {"dtype": wide(self.x), "operand": None if self.lane.widens else self.dtype}
 
     def close_stored(self, got, truth, plain, name):
-        """The same for coefficients as the products take them: a GPU's are bfloat16 beside 16-bit operands."""
+        """The same for coefficients as the products take them: on a GPU in bfloat16 for 16-bit operands."""
         if self.dtype.itemsize == 2 and not self.lane.widens:
             assert torch.equal(got, got.bfloat16().float()), name
             return assert_close_to_truth(
