@@ -87,6 +87,15 @@ class Problem:
         """What plain torch computes in, and its operands' dtype: as coarse as this lane may be."""
         return {"dtype": wide(self.x), "operand": None if self.lane.widens else self.dtype}
 
+    def close_stored(self, got, truth, plain, name):
+        """The same for coefficients as the products take them: on a GPU in bfloat16 for 16-bit operands."""
+        if self.dtype.itemsize == 2 and not self.lane.widens:
+            assert torch.equal(got, got.bfloat16().float()), name
+            return assert_close_to_truth(
+                got, truth, plain.bfloat16().float(), name, dim=None, eps=torch.finfo(torch.bfloat16).eps
+            )
+        return self.close(got, truth, plain, name)
+
     def close(self, got, truth, plain, name, counts=None):
         """float64 to 1e-12, and else as plain torch of the same dtype."""
         if counts is not None:
@@ -170,7 +179,7 @@ def test_the_active_list(lane, name, chunk, store, dtype):
             assert (found[i, len(classes) :] == 0).all()
             if classes:
                 of = lambda swept, i=i, classes=classes: swept.coefficients[i, classes]  # noqa: E731
-                problem.close(found[i, : len(classes)], of(truth), of(plain), "coefficients")
+                problem.close_stored(found[i, : len(classes)], of(truth), of(plain), "coefficients")
         problem.close(swept.rows[SUM], truth.sum, plain.sum.double(), "sum", problem.counts)
 
 
@@ -400,7 +409,9 @@ def test_a_scale_beyond_the_window(lane, dtype, sign, case):
     swept, _, _ = sweep(given)
     assert torch.equal(swept.rows[SHIFT][counts], shift[counts])
     again, _, _ = sweep({**given, "shift": shift})
-    assert torch.equal(again.rows, swept.rows)
+    # A GPU finds kappa on its way and rescales the sums of the chunks before: a rounding each.
+    near = {} if lane.widens else {"rtol": 8 * torch.finfo(dtype).eps, "atol": 0}
+    torch.testing.assert_close(again.rows, swept.rows, **({"rtol": 0, "atol": 0} | near))
     truth = problem.plain(swept.rows[SHIFT])
     error = (
         1e-9 if dtype == torch.float64 else 1e-4

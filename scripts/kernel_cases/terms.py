@@ -16,8 +16,8 @@ from .case import Case, Results, labels, randn
 
 BATCH, DIM, CLASSES, CHUNK = 17, 40, 101, 37
 CAPACITY = 5
-#: Products (csrc/engine/products.h) that know every term, for 16-bit operands and for wider ones; others have the
-#: softmax's alone.
+#: Products (csrc/engine/products.h) that know every term, for 16-bit operands and for wider ones; others
+#: have the softmax's alone.
 NARROW = ["cublas", "sm80_scores", "sm80_weight_gradient"]
 WIDE = ["cublas"]
 #: x_sum made in the first sweep and the coefficients in the second, or the other way round.
@@ -57,9 +57,9 @@ def upstream(like: Tensor) -> Tensor:
 
 
 def of_any_shift(case: plain_terms.Case, rows: Tensor, counts: Tensor) -> Results:
-    """The sums without what kappa makes of them, of the rows that count."""
+    """The sums of the rows that count, without kappa; a logarithm beside 1, since it may be 0."""
     value, second, shift = rows[SUM][counts], rows[SECOND_SUM][counts], rows[SHIFT][counts]
-    return [value.log() + shift, second / value] if case.softmax else [value, second]
+    return [1 + value.log() + shift, second / value] if case.softmax else [value, second]
 
 
 def slopes_of(case: plain_terms.Case, value: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
