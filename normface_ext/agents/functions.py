@@ -262,7 +262,7 @@ def sweep_options(
     capacity = most_listed = 0
     # Following a list needs its length on the host.
     if needed and not options.hardest_only and checks.has_values(x):
-        capacity, most_listed = list_limits(batch, dim, classes, device.type, options.active_limit)
+        capacity, most_listed = list_limits(batch, dim, classes, device.type, precision, options.active_limit)
     return margin if isinstance(margin, Tensor) else None, AgentSweepOptions(
         1.0,
         options.eps,
@@ -285,18 +285,26 @@ def sweep_options(
 #: What a list may hold for a gradient that follows it to be the quicker one, as a share of all N C cells:
 #: a listed one costs its two products of D alone, at the speed of memory.
 LISTED_SHARE = 1 / 64
-#: A dense backward of fewer operations is over before a list is made, and on CUDA before the host has read
-#: how long it is.
-WORTH_A_LIST = {"cpu": 1e7, "cuda": 2e10}
+#: What a list costs whatever is in it; on CUDA the host waits to read how long it is.
+LIST_SECONDS = 1e-4
 
 
-def list_limits(batch: int, dim: int, classes: int, device: str, limit: int | None) -> tuple[int, int]:
+def dense_rate(device: str, precision: torch.dtype) -> float:
+    """Operations per second of a dense backward, roughly."""
+    if device != "cuda":
+        return 1e11
+    return 375e12 if precision.itemsize == 2 else 5e13
+
+
+def list_limits(
+    batch: int, dim: int, classes: int, device: str, precision: torch.dtype, limit: int | None
+) -> tuple[int, int]:
     """(active classes listed per row, active classes of all rows up to which the gradient follows the lists).
-    An explicit limit is obeyed."""
+    An explicit limit is obeyed; else a list is for work that takes longer than it does."""
     if limit is not None:
         capacity = min(limit, classes - 1)
         return capacity, batch * capacity
-    if 4 * batch * dim * classes < WORTH_A_LIST[device]:
+    if 4 * batch * dim * classes < LIST_SECONDS * dense_rate(device, precision):
         return 0, 0
     return min(classes // 16, 512), int(batch * classes * LISTED_SHARE)
 
