@@ -10,8 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from normface_ext import _C
-
+from .. import _C
 from . import memory
 from .calls import accumulator, add_fakes, by_name, kernels, options_of, plan_device
 from .plan import Plan
