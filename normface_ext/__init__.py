@@ -25,10 +25,13 @@ from .optim import parameter_groups
 from .softmax.adaface import AdaFace
 from .softmax.batch_margins import BatchMargin, Rows
 from .softmax.class_margins import class_margins, ldam_margins
+from .softmax.curricularface import CurricularFace
 from .softmax.elasticface import ElasticArcFace, ElasticCosFace
+from .softmax.hard_negatives import HardNegatives
 from .softmax.layers import NormFaceLoss
 from .softmax.magface import MagFace
 from .softmax.margins import ArcFace, CombinedMargin, CosFace, RowMargin
+from .softmax.mv_softmax import MVSoftmax
 
 if TYPE_CHECKING:
     from . import caffe, distributed, evaluation, formats
@@ -42,9 +45,12 @@ __all__ = [
     "CTripletLoss",
     "CombinedMargin",
     "CosFace",
+    "CurricularFace",
     "ElasticArcFace",
     "ElasticCosFace",
+    "HardNegatives",
     "InnerDistance",
+    "MVSoftmax",
     "MagFace",
     "MirrorFace",
     "NormFaceLoss",

@@ -24,6 +24,7 @@ from .agents.options import (
 )
 from .engine.options import takes
 from .softmax.batch_margins import BatchMargin, Psi, Rows, straightened
+from .softmax.hard_negatives import HardNegatives, filtered
 from .softmax.margins import NO_MARGIN, ArcFace, CombinedMargin, CosFace, Margin
 
 if TYPE_CHECKING:
@@ -111,6 +112,21 @@ def norm_linear(
     return (scale * cosine(x, weight, eps, normalize_input)).to(x.dtype)
 
 
+def nearest_class(x: Tensor, weight: Tensor, *, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
+    """(argmax_j cos_ij, of equal ones the first, and that cosine), [N] each."""
+    best = cosine(x, weight, eps).detach().max(1)
+    return best.indices, best.values
+
+
+def target_rank(
+    x: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int | None = -100, eps: float = 1e-12
+) -> Tensor:
+    """#{j : cos_ij > cos_iy}, int64 [N]; -1 where the row is ignored."""
+    cosines, kept = cosine(x, weight, eps).detach(), _kept(labels, ignore_index, None)
+    own = cosines.gather(1, labels.long().clamp(0, len(weight) - 1)[:, None])
+    return torch.where(kept, (cosines > own).sum(1), -1)
+
+
 def norm_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, eps: float, normalize_input: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,6 +190,17 @@ def margin(cos: Tensor, m: Margin, labels: Tensor | None = None, gradient: str =
     m1, m2, m3 = numbers
     psi = FORMULAS[m.formula](cos, m1, m2, m3, m.guard)
     return psi if gradient == "exact" else cos + (psi - cos).detach()
+
+
+def hard_negatives(cos: Tensor, found: HardNegatives) -> Tensor:
+    """f of the cosines [N, C] of other classes: past the row's threshold a2 c^2 + a1 c + a0 with the slope
+    g1 c + g0, else ``below * c``."""
+    (a2, a1, a0), (g1, g0) = found.logit, found.slope
+    past = cos > found.threshold[:, None]
+    c = torch.where(past, cos, 0)
+    f = (a2 * c + a1) * c + a0
+    of_slope = (g1 / 2 * c + g0) * c  # g1 c + g0 is its derivative
+    return torch.where(past, of_slope + (f - of_slope).detach(), found.below * cos).to(cos.dtype)
 
 
 class HeadParts(NamedTuple):
@@ -265,6 +292,7 @@ def normface_loss(
     *,
     margin: Margin | None = None,
     margin_gradient: str = "exact",
+    filter_threshold: float | None = None,
     reduction: str = "mean",
     ignore_index: int | None = -100,
     eps: float = 1e-12,
@@ -276,23 +304,30 @@ def normface_loss(
 
     With class weights u and smoothing a: (1 - a) u_y loss_iy + a/C sum_j u_j loss_ij. The mean divides by the
     sum of the weights, and is 0 where that is 0. A margin with a state moves it here as it does elsewhere.
+    Hard negatives, a margin's own or those past ``filter_threshold``, have f(c_ij) for c_ij.
     """
     kept = _kept(labels, ignore_index, sample_weight)
     counting = _counting(x, kept)
     cos = cosine(counting, weight, eps)
     safe = labels.clamp(0, weight.shape[0] - 1)[:, None]
     own = cos.gather(1, safe).squeeze(1)
-    chosen: Margin | Psi = margin or NO_MARGIN
+    chosen: Margin | Psi | HardNegatives = margin or NO_MARGIN
     more = None
     if isinstance(margin, BatchMargin):
         norms = _wide(counting).double().square().sum(1).add(eps).sqrt() if margin.uses_norms else None
-        rows = Rows(labels, kept, norms, margin_gradient == "straight")
+        known = torch.where(kept, own.detach().double(), 0) if margin.hard_negatives else None
+        rows = Rows(labels, kept, norms, margin_gradient == "straight", cosine=known)
         chosen, more = margin.of(rows), margin.regularizer(rows)
+    others = cos
+    if filter_threshold is not None:
+        others = hard_negatives(cos, filtered(NO_MARGIN, filter_threshold, labels))
+    if isinstance(chosen, HardNegatives):
+        others, chosen = hard_negatives(cos, chosen), chosen.target
     if isinstance(chosen, Margin):
         target = _margin(own, chosen, labels, margin_gradient)
     else:
         target = (straightened(chosen) if margin_gradient == "straight" else chosen)(own).to(cos.dtype)
-    logits = _column(scale) * cos.scatter(1, safe, target[:, None])
+    logits = _column(scale) * others.scatter(1, safe, target[:, None])
     every = torch.logsumexp(logits, 1, keepdim=True) - logits  # -log p_j
     of_class = cos.new_ones(weight.shape[0]) if class_weight is None else class_weight.to(cos.dtype)
     of_row = cos.new_ones(x.shape[0]) if sample_weight is None else sample_weight.to(cos.dtype)

@@ -84,6 +84,13 @@ OPTIONS = {
 }
 
 
+def allowed(margin, options):
+    """Without what a margin with hard negatives refuses."""
+    if not getattr(margin, "hard_negatives", False):
+        return options
+    return {name: value for name, value in options.items() if name != "label_smoothing"}
+
+
 def on(lane, options):
     return {k: lane.tensor(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
 

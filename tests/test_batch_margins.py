@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from dense_head import OPTIONS, assert_equal_to_1e10, gradients, on, problem
+from dense_head import OPTIONS, allowed, assert_equal_to_1e10, gradients, on, problem
 from torch.utils.checkpoint import checkpoint
 
 import normface_ext as nf
@@ -20,6 +20,10 @@ KINDS = {
     "elastic_arc_plus": lambda: nf.ElasticArcFace(plus=True),
     "elastic_cos": nf.ElasticCosFace,
     "elastic_cos_plus": lambda: nf.ElasticCosFace(plus=True),
+    "curricular": lambda: nf.CurricularFace(alpha=0.25),
+    "mv_arc": nf.MVSoftmax,
+    "mv_am": lambda: nf.MVSoftmax(kind="am"),
+    "mv_fixed": lambda: nf.MVSoftmax(adaptive=False),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -87,6 +91,7 @@ def test_resumed_as_if_never_stopped(kind):
 def test_it_is_the_specification(lane, kind, gradient, options):
     x, weight, labels = problem()
     ours, plain = KINDS[kind]().to(lane.device), KINDS[kind]()
+    options = allowed(plain, options)
     if "elastic" in kind:
         ours.std = plain.std = 0.0  # a GPU draws others
     torch.manual_seed(1)

@@ -7,7 +7,7 @@ import functools
 import batch_margin_jobs as jobs
 import pytest
 import torch
-from dense_head import OPTIONS, assert_equal_to_1e10, problem
+from dense_head import OPTIONS, allowed, assert_equal_to_1e10, problem
 from ranks import ranks
 
 import normface_ext as nf
@@ -17,6 +17,9 @@ MARGINS = {
     "adaface": functools.partial(nf.AdaFace, t_alpha=0.25),
     "magface": nf.MagFace,
     "elastic": functools.partial(nf.ElasticArcFace, std=0.0),
+    "curricular": functools.partial(nf.CurricularFace, alpha=0.25),
+    "mv_arc": nf.MVSoftmax,
+    "mv_am": functools.partial(nf.MVSoftmax, kind="am", adaptive=False),
 }
 
 
@@ -39,7 +42,7 @@ def alone(make, options, straight, weights):
 @pytest.mark.parametrize("backbone", ["sum", "mean"])
 @pytest.mark.parametrize("margin", MARGINS)
 def test_it_is_the_head_of_one_process(margin, backbone, straight, options):
-    options = dict(options)
+    options = dict(allowed(MARGINS[margin](), options))
     weights = options.pop("sample_weight", None)
     make = MARGINS[margin]
     loss, dx, dweight, state = alone(make, options, straight, weights)

@@ -17,7 +17,7 @@ import normface_ext as nf
 
 # Attributes -------------------------------------------------------------------------------------------
 
-KINDS = [nf.AdaFace, nf.MagFace, nf.ElasticArcFace, nf.ElasticCosFace]
+KINDS = [nf.AdaFace, nf.MagFace, nf.ElasticArcFace, nf.ElasticCosFace, nf.CurricularFace, nf.MVSoftmax]
 BAD = {
     "m": ["x", None, -0.1, math.nan, True, torch.tensor([0.3])],
     "h": [-3, "x", math.inf],
@@ -30,6 +30,10 @@ BAD = {
     "lambda_g": [-1, "x"],
     "std": [-0.1, math.nan, "x"],
     "plus": ["zz", 1, None],
+    "alpha": [-0.1, 1.5, None],
+    "t": [-0.1, math.inf, "x"],
+    "kind": ["cos", None, 1],
+    "adaptive": ["yes", 1, None],
 }
 CASES = [(kind, name, bad) for kind in KINDS for name in kind.CHECKS for bad in BAD[name]]
 
@@ -50,6 +54,7 @@ def test_what_the_constructor_refuses_no_attribute_takes(kind, name, bad):
 GOOD = {
     "m": 1, "h": 0, "t_alpha": 1, "sync": "global", "l_margin": 0.8, "u_margin": 0.45, "l_a": 100, "u_a": 11,
     "lambda_g": 0, "std": 0, "plus": "released",
+    "alpha": 1, "t": 0, "kind": "am", "adaptive": False,
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from ..cosine.functions import scaled_cosine
 from ..cosine.options import LinearOptions
 from ..engine.arguments import RATE, flag, integer, number
 from ..softmax.layers import NormFaceLoss
-from . import softmax
+from . import ranking, softmax
 from .agent_modules import ShardedCContrastiveLoss, ShardedCTripletLoss
 from .sampling import ClassSampler
 from .spread import SpreadClasses, device_of
@@ -89,6 +89,33 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
         whole = weight.full_tensor(grad_placements=[Partial()])
         options = LinearOptions(eps=self.options.eps)
         return scaled_cosine("norm_linear", x, whole, self.bounded_scale(), options)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """The class of the largest logit of this rank's rows, int64 [N]; of several the first. All ranks call
+        it together; no rank holds all classes."""
+        options = self.present_options()
+        return ranking.nearest_class(
+            type(self).__name__,
+            x,
+            self._local_weight(),
+            self.shard,
+            options.eps,
+            options.workspace,
+        )
+
+    def _ranks(self, x: Tensor, labels: Tensor) -> Tensor:
+        options = self.present_options()
+        return ranking.target_rank(
+            type(self).__name__,
+            x,
+            self._local_weight(),
+            labels,
+            self.shard,
+            options.ignore_index,
+            options.eps,
+            options.workspace,
+        )
 
 
 @overload

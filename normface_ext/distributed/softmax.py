@@ -13,11 +13,13 @@ from ..engine import checks
 from ..engine.arguments import choice, flag, number
 from ..engine.autograd import detach_without_grad
 from ..engine.options import takes
-from ..softmax.arguments import loss_options
+from ..softmax.arguments import loss_options, told_apart
 from ..softmax.batch_margins import BatchMargin
-from ..softmax.functions import rows_of
+from ..softmax.hard_negatives import HardNegatives
+from ..softmax.margins import Margin
 from ..softmax.options import HeadKeywords, HeadOptions
-from .batch_margins import margin_of_rows, with_regularizer
+from ..softmax.rows import rows_of
+from .batch_margins import margin_of_rows, rows_of_all, with_regularizer
 from .collectives import (
     gather_rows,
 )
@@ -53,7 +55,8 @@ def normface_loss(
 
     Every rank of ``shard.group`` calls it with its own rows and its own classes, and the same options.
     Per step the features travel once to every rank (all-gather), three float64 sums per row are added
-    (one all-reduce), and the features' gradient travels back (reduce-scatter).
+    (one all-reduce), and the features' gradient travels back (reduce-scatter). A margin with hard negatives
+    needs the target cosines before that: one more all-reduce, of a float64 per row.
 
     Args:
         x: [N, D] this rank's features, N as it likes.
@@ -145,6 +148,16 @@ def sharded_loss(
     if options.check_finite:
         batch.check_finite(OP, local, shard, ignored, scale_tensor)
     places = shard.places(batch.labels, ignored)
+    of_batch = options.margin if isinstance(options.margin, BatchMargin) else None
+    found: Margin | HardNegatives | None = options.margin
+    told = None
+    if of_batch is not None:
+        if of_batch.hard_negatives:
+            told = rows_of_all(OP, of_batch, batch, local, places, shard, given_labels, options)
+        else:
+            told = rows_of(OP, x, labels, given_labels, row_weight, options, of_batch, shard.group)
+        found = margin_of_rows(OP, of_batch, told)
+    target, term = told_apart(found, options, batch.labels)
     rows = None
     if sample is not None:
         rows, places = sample.draw(places, shard)
@@ -153,13 +166,9 @@ def sharded_loss(
         weight = weight.to_local()  # differentiable; a sparse gradient goes past it
     classes = shard.count if rows is None else rows.shape[0]
     replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
-    of_batch = options.margin if isinstance(options.margin, BatchMargin) else None
-    told = None
-    if of_batch is not None:
-        told = rows_of(OP, x, labels, given_labels, row_weight, options, of_batch, shard.group)
-    found = options.margin if of_batch is None or told is None else margin_of_rows(OP, of_batch, told)
-    margin, numbers = margin_of_all(found, labels, batch, options, replicas, shard)
-    given = loss_options(scale_value, options, x, local, batch.x.shape[0], max(1, classes), numbers)
+    of_all = told is not None and told.of_all
+    margin, numbers = margin_of_all(target, labels, batch, options, replicas, shard, of_all=of_all)
+    given = loss_options(scale_value, options, x, local, batch.x.shape[0], max(1, classes), numbers, term)
     given = replace(given, ignore_index=IGNORED, total_classes=shard.num_classes, is_shard=True)
     x, weight = detach_without_grad(x, weight)
     loss: Tensor = ClassParallelLoss.apply(
@@ -171,6 +180,7 @@ def sharded_loss(
         places,
         None if factors is None else factors.contiguous(),
         rows,
+        *term.inputs,
         given,
         largest_scale,
         replicas,
@@ -178,4 +188,6 @@ def sharded_loss(
     )
     if of_batch is None or told is None:
         return loss
-    return with_regularizer(OP, loss, of_batch, told, row_weight, options.reduction, replicas, shard.group)
+    return with_regularizer(
+        OP, loss, of_batch, told, row_weight, options.reduction, replicas, batch, shard.group
+    )

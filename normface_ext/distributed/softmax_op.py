@@ -34,6 +34,7 @@ def _shared_shift(
     labels: Tensor,
     scale: Tensor | None,
     options: ops.LossOptions,
+    term: sweep.TermInputs,
     largest_scale: float | None,
     shard: ClassShard,
 ) -> Tensor | None:
@@ -43,9 +44,10 @@ def _shared_shift(
     if bound is None:
         assert scale is not None
         bound = float(scale.detach())
-    if _C.has_fixed_shift(bound, shard.num_classes, x.dtype == torch.float64):
+    ends = options.lowest, options.highest
+    if _C.has_fixed_shift(bound, shard.num_classes, x.dtype == torch.float64, *ends):
         return None
-    return largest_over_shards(sweep.head_shift(x, weight, labels, scale, options), shard.group)
+    return largest_over_shards(sweep.head_shift(x, weight, labels, scale, options, term), shard.group)
 
 
 class _RowsOfAll(Function):
@@ -69,10 +71,13 @@ def margin_of_all(
     options: HeadOptions,
     replicas: int,
     shard: ClassShard,
+    *,
+    of_all: bool = False,
 ) -> tuple[ops.MarginTensors, Numbers]:
-    """``margin_arguments`` of the rows of all ranks; numbers per row come from their ranks."""
+    """``margin_arguments`` of the rows of all ranks; numbers per row come from their ranks, unless they are
+    those `of_all`."""
     straight = options.margin_gradient == "straight"
-    if margin is None or not margin.per_row:
+    if margin is None or not margin.per_row or of_all:
         return margin_arguments(OP, margin, batch.labels, shard.num_classes, straight)
     mine, numbers = margin_arguments(OP, margin, labels, shard.num_classes, straight)
     m1, m2, m3 = (
@@ -101,6 +106,8 @@ class ClassParallelLoss(Function):
         places: Tensor,
         class_weight: Tensor | None,
         rows: Tensor | None,
+        threshold: Tensor | None,
+        numbers: Tensor | None,
         options: ops.LossOptions,
         largest_scale: float | None,
         replicas: int,
@@ -109,7 +116,8 @@ class ClassParallelLoss(Function):
         need_weight = ctx.needs_input_grad[1]
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         classes = local.contiguous() if rows is None else local.index_select(0, rows)
-        shift = _shared_shift(batch.x, classes, places, scale, options, largest_scale, shard)
+        term = sweep.TermInputs(threshold, numbers)
+        shift = _shared_shift(batch.x, classes, places, scale, options, term, largest_scale, shard)
         swept, options = sweep.head_sweep_in_memory(
             batch.x,
             classes,
@@ -121,6 +129,7 @@ class ClassParallelLoss(Function):
             need_x=batch.need_x,
             need_weight=need_weight,
             shift=shift,
+            term=term,
         )
         # S, A and the target's cosine; its class weight too, if there are any.
         fields = 3 if class_weight is None else 4
@@ -146,6 +155,7 @@ class ClassParallelLoss(Function):
             places,
             class_weight,
             rows,
+            *term,
             slopes,
             *swept,
         )
@@ -156,7 +166,7 @@ class ClassParallelLoss(Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         mine, weight, scale, m1, m2, m3, *saved = ctx.saved_tensors
-        x, classes, places, class_weight, rows, slopes, *swept = saved
+        x, classes, places, class_weight, rows, threshold, numbers, slopes, *swept = saved
         own_x, need_weight, need_scale = ctx.needs_input_grad[:3]
         batch, options, shard = ctx.batch, ctx.options, ctx.shard
         origins = grad_loss, mine, weight, scale, m1, m2, m3
@@ -176,6 +186,7 @@ class ClassParallelLoss(Function):
                     sweep.Swept(*swept),
                     options,
                     needed,
+                    sweep.TermInputs(threshold, numbers),
                 )
 
         # The features' gradient travels while the weight's is computed.
@@ -194,7 +205,7 @@ class ClassParallelLoss(Function):
             dw = torch.sparse_coo_tensor(
                 (rows + ctx.first)[None], dw, ctx.weight_shape, is_coalesced=True, check_invariants=False
             )
-        return dx, dw, *others, *[None] * 8
+        return dx, dw, *others, *[None] * 10
 
 
 def store_as(gradient: Tensor, dtype: torch.dtype, inverse_norm: Tensor, eps: float) -> Tensor:

@@ -53,13 +53,17 @@ class SpreadClasses(nn.Module):
     def _reset_weight(self) -> None:
         if isinstance(self.weight, DTensor):  # before that it is a placeholder without memory
             with torch.no_grad():
-                self._draw_(self.weight.to_local())
+                self._draw_(self._local_weight())
+
+    def _local_weight(self) -> Tensor:
+        """This rank's rows, without a gradient."""
+        weight = self.weight
+        assert isinstance(weight, DTensor)
+        return weight.to_local().detach()
 
     def renormalize_(self) -> None:
         """Overwrites this rank's rows by unit rows; see ``NormFaceLoss.renormalize_``."""
-        weight = self.weight
-        assert isinstance(weight, DTensor)
-        unit_rows_(weight.to_local().detach(), self.eps, type(self).__name__)
+        unit_rows_(self._local_weight(), self.eps, type(self).__name__)
 
     def extra_repr(self) -> str:
         mine = (

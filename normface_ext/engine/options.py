@@ -43,10 +43,17 @@ class Options:
             if name not in checks:
                 raise TypeError(f"{op}: got an unexpected keyword argument `{name}`")
             kept[name] = checks[name](op, name, value)
-        return cls(**kept)
+        made = cls(**kept)
+        made.agree(op)
+        return made
+
+    def agree(self, op: str) -> None:
+        """Raises where options that are right one by one contradict each other."""
 
     def changed(self: Self, op: str, name: str, value: object) -> Self:
-        return replace(self, **{name: self.CHECKS[name](op, name, value)})
+        made = replace(self, **{name: self.CHECKS[name](op, name, value)})
+        made.agree(op)
+        return made
 
     def shown(self) -> list[str]:
         """For repr: every option that is not its default. A module is shown by the layer that holds it."""

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .. import _C
 from . import memory
 from .calls import accumulator, add_fakes, by_name, kernels, options_of, plan_device
+from .library import _C
 from .plan import Plan
 
 #: A row's fields by name, each with how shards combine: csrc/engine/row_state.h.
@@ -149,7 +149,15 @@ class Swept(NamedTuple):
     stored: Tensor
 
 
-def target_cosine(x: Tensor, weight: Tensor, labels: Tensor, options: SweepOptions) -> Tensor:
+class CosineOptions(NamedTuple):
+    """What ``target_cosine`` takes of them."""
+
+    ignore_index: int
+    eps: float
+    is_shard: bool = False
+
+
+def target_cosine(x: Tensor, weight: Tensor, labels: Tensor, options: SweepOptions | CosineOptions) -> Tensor:
     """cos(x_i, w_labels[i]), [N] float64, without a gradient of its own; 0 where the class is not here."""
     cosine: Tensor = kernels(x, weight).target_cosine(x, weight, labels, *_cosine_options(options))
     return cosine

@@ -6,14 +6,11 @@ import math
 from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..engine import checks
 from ..engine.arguments import NOT_NEGATIVE, Range, below, choice, number
 from ..engine.options import Check
-from ..engine.state import Passes
-from .batch_margins import BatchMargin, Rows
+from .batch_margins import FollowingMargin, Rows
 from .margins import RowMargin
 
 SMALLEST_NORM, LARGEST_NORM = 1e-3, 100.0
@@ -26,7 +23,7 @@ class HeldMargin(RowMargin):
     formula = 1
 
 
-class AdaFace(BatchMargin):
+class AdaFace(FollowingMargin):
     """``psi = cos(theta - m k) - (m + m k)``, k in [-1, 1] by the norm of the features (Kim et al. 2022).
 
     ``k = clip(h (a - mean) / (std + 0.001), -1, 1)`` with a = |x|, held in [0.001, 100]. Norms are taken for
@@ -75,7 +72,6 @@ class AdaFace(BatchMargin):
     m: float
     h: float
     t_alpha: float
-    sync: str
     mean: Tensor
     std: Tensor
 
@@ -90,7 +86,6 @@ class AdaFace(BatchMargin):
     ) -> None:
         super().__init__()
         self.m, self.h, self.t_alpha, self.sync = m, h, t_alpha, sync
-        self._passes = Passes()
         # Not 0-d: torch.compile takes a 0-d float64 of the CPU for a number, and loses what is written to it.
         self.register_buffer("mean", torch.empty(1, dtype=torch.float64, device=device))
         self.register_buffer("std", torch.empty(1, dtype=torch.float64, device=device))
@@ -103,44 +98,21 @@ class AdaFace(BatchMargin):
 
     def of(self, rows: Rows) -> RowMargin:
         assert rows.norms is not None
-        norms = rows.norms.detach().clamp(SMALLEST_NORM, LARGEST_NORM)
-        mean, std = self._statistics(norms, rows)
+        norms = _held(rows.norms)
+        mean, std = self.present(rows)
         k = (self.h * (norms - mean) / (std + 1e-3)).clamp(-1, 1)
         angle, offset = self.m * k, self.m + self.m * k
         if rows.straight:
             return RowMargin(m2=-angle, m3=offset, guard="none")
         return HeldMargin(m2=-angle, m3=offset)
 
-    def _statistics(self, norms: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """mean and std for these rows, moved by them first; those it had, for a pass that is run again."""
-        again = self.recomputing()
-        if self.training and not again:
-            self._follow(norms, rows)
-        labels = rows.labels if rows.given is None else rows.given
-        if self.training and checks.has_values(labels):
-            if again:
-                mean, std = self._passes.state(type(self).__name__, labels).split(1)
-                return mean, std
-            self._passes.add(labels, torch.cat([self.mean, self.std]))
-        return self.mean, self.std
-
-    @torch.no_grad()
-    def _follow(self, norms: Tensor, rows: Rows) -> None:
+    def follow_rows(self, rows: Rows) -> None:
         assert rows.norms is not None
+        norms = _held(rows.norms)
         follows = rows.counts & rows.norms.isfinite()  # one NaN in mean or std would stay for good
-
-        def total(*values: Tensor) -> Tensor:
-            sums = torch.stack([torch.where(follows, value, 0).sum() for value in values])
-            if together:
-                dist.all_reduce(sums, group=rows.group)
-            return sums
-
-        asked = self.sync == "global" and dist.is_available() and dist.is_initialized()
-        together = rows.group is not None or asked
-
-        count, sum_of_norms = total(torch.ones_like(norms), norms)
+        count, sum_of_norms = self.totals(rows, follows, torch.ones_like(norms), norms)
         mean = sum_of_norms / count
-        (squares,) = total((norms - mean).square())
+        (squares,) = self.totals(rows, follows, (norms - mean).square())
         std = (squares / (count - 1)).sqrt()
         for state, new, enough in ((self.mean, mean, count > 0), (self.std, std, count > 1)):
             moved = self.t_alpha * new + (1 - self.t_alpha) * state
@@ -149,3 +121,7 @@ class AdaFace(BatchMargin):
     def extra_repr(self) -> str:
         sync = "" if self.sync == "local" else f", sync={self.sync!r}"
         return f"m={self.m:g}, h={self.h:g}, t_alpha={self.t_alpha:g}{sync}"
+
+
+def _held(norms: Tensor) -> Tensor:
+    return norms.detach().clamp(SMALLEST_NORM, LARGEST_NORM)

@@ -10,8 +10,10 @@ from torch import Tensor
 from ..engine import checks
 from ..engine.calls import plan_device, product_dtype
 from ..engine.plan import plan
+from ..engine.sweep import NO_INPUTS, TERMS, TermInputs
 from . import ops
-from .margins import GUARDS, Margin, of_rows
+from .hard_negatives import HardNegatives, filtered
+from .margins import GUARDS, NO_MARGIN, Margin, of_rows
 from .options import HeadOptions
 
 
@@ -74,6 +76,41 @@ def margin_arguments(
     return (tensors[0], tensors[1], tensors[2]), (m1, m2, m3, margin.formula, GUARDS[margin.guard], straight)
 
 
+class Term(NamedTuple):
+    """What the sweep over the classes is told of the others' logits."""
+
+    number: int = TERMS["softmax"]
+    lowest: float = -1.0
+    highest: float = 1.0
+    inputs: TermInputs = NO_INPUTS
+
+
+PLAIN = Term()
+
+
+def term_of(found: HardNegatives) -> Term:
+    """For the kernels: the row thresholds, and the six numbers in one tensor."""
+    threshold = found.threshold.detach().double().contiguous()
+    numbers = threshold.new_zeros(6)
+    for place, value in enumerate((*found.logit, *found.slope, found.below)):
+        if isinstance(value, Tensor):
+            numbers[place : place + 1].copy_(value.detach())
+        elif value != 0:
+            numbers[place].fill_(value)  # the device writes it: nothing is copied from the host
+    return Term(TERMS["hard_negatives"], found.lowest, found.highest, TermInputs(threshold, numbers))
+
+
+def told_apart(
+    found: Margin | HardNegatives | None, options: HeadOptions, labels: Tensor
+) -> tuple[Margin | None, Term]:
+    """What is asked of the target's cosine, and what of the others'."""
+    if isinstance(found, HardNegatives):
+        return found.target, term_of(found)
+    if options.filter_threshold is None:
+        return found, PLAIN
+    return found, term_of(filtered(NO_MARGIN, options.filter_threshold, labels))
+
+
 def loss_options(
     scale_value: float,
     options: HeadOptions,
@@ -82,6 +119,7 @@ def loss_options(
     batch: int,
     classes: int,
     margin: Numbers = NO_NUMBERS,
+    term: Term = PLAIN,
 ) -> ops.LossOptions:
     """What the kernels are told of a head of `classes` classes."""
     precision = product_dtype(x, weight)
@@ -97,6 +135,9 @@ def loss_options(
         precision,
         checks.ignored(options.ignore_index),
         options.label_smoothing,
+        term=term.number,
+        lowest=term.lowest,
+        highest=term.highest,
         reduction=checks.REDUCTIONS[options.reduction],
         m1_value=m1,
         m2_value=m2,

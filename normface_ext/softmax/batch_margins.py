@@ -4,21 +4,24 @@ A margin whose formula knows no more than the target cosine is a value (``margin
 ElasticFace give each row of a batch a margin of its own, from the norm of its features or by chance. Such a
 margin is a :class:`BatchMargin`, and needs one method: ``of(rows)`` is told what is known of the rows and
 returns either a margin with a number per row, which the kernels apply, or a function of the target cosines
-[N] in plain torch. No kernel knows of it; N numbers cost nothing beside the head's N x C.
+[N] in plain torch, or, where other classes are meant too, ``HardNegatives``. No kernel knows of it; N numbers
+cost nothing beside the head's N x C.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..engine import checks
 from ..engine.arguments import shown
 from ..engine.options import Check
-from ..engine.state import WideState, recomputing
+from ..engine.state import Passes, WideState, recomputing
+from .hard_negatives import HardNegatives
 from .margins import Margin
 
 #: Target cosines [N] float64 -> psi [N] float64, differentiable.
@@ -37,6 +40,10 @@ class Rows(NamedTuple):
             returns. Told because published code may have another formula then.
         group: the ranks of a class-parallel head, of whose rows these are a part; None elsewhere.
         given: the labels as the caller gave them: by their memory a pass that runs again is known.
+        cosine: the target cosines [N] float64, without gradient, and 0 where a row does not count; None
+            unless the margin has ``hard_negatives``.
+        of_all: these are the rows of all ranks of a class-parallel head, in the order of the ranks and with
+            padding that does not count. So it is with ``hard_negatives``.
     """
 
     labels: Tensor
@@ -45,6 +52,8 @@ class Rows(NamedTuple):
     straight: bool = False
     group: Any = None
     given: Tensor | None = None
+    cosine: Tensor | None = None
+    of_all: bool = False
 
 
 class BatchMargin(WideState, Margin):
@@ -57,6 +66,8 @@ class BatchMargin(WideState, Margin):
 
     #: Whether ``of`` wants the norms of the features.
     uses_norms = False
+    #: Whether ``of`` returns ``HardNegatives``; it is told the target cosines then.
+    hard_negatives = False
     formula = -1  # it has none: what ``of`` returns has
     #: What attributes may be, by name: (class, name, value) -> the value as it is kept. They are checked
     #: whenever they are set, in a constructor as later.
@@ -69,7 +80,7 @@ class BatchMargin(WideState, Margin):
         """The value of an attribute in ``CHECKS`` as it is kept; raises what is none."""
         return self.CHECKS[name](type(self).__name__, name, value)
 
-    def of(self, rows: Rows) -> Margin | Psi:
+    def of(self, rows: Rows) -> Margin | Psi | HardNegatives:
         """The margins of these rows. Called once per forward; here a state moves, if there is one."""
         raise NotImplementedError
 
@@ -107,19 +118,80 @@ class BatchMargin(WideState, Margin):
         return [*super().wide_state(), *learned, *(p.grad for p in learned if p.grad is not None)]
 
 
-def margin_of(op: str, margin: BatchMargin, rows: Rows) -> Margin | Psi:
+class FollowingMargin(BatchMargin):
+    """A margin whose buffers, [1] each, follow the batches: they are moved before they are used, once per
+    forward pass in training mode. It has an attribute ``sync``."""
+
+    sync: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passes = Passes()
+
+    def follow_rows(self, rows: Rows) -> None:
+        """Moves the buffers by these rows, without gradient."""
+        raise NotImplementedError
+
+    def present(self, rows: Rows) -> tuple[Tensor, ...]:
+        """The buffers for these rows, moved by them first; those it had, for a pass that is run again."""
+        again = self.recomputing()
+        if self.training and not again:
+            with torch.no_grad():
+                self.follow_rows(rows)
+        state = tuple(self.buffers())
+        labels = rows.labels if rows.given is None else rows.given
+        if self.training and checks.has_values(labels):
+            if again:
+                before: tuple[Tensor, ...] = self._passes.state(type(self).__name__, labels).split(1)
+                return before
+            self._passes.add(labels, torch.cat(state))
+        return state
+
+    def totals(self, rows: Rows, follows: Tensor, *values: Tensor) -> Tensor:
+        """The sums of values [N] over the rows that `follows` [N] has, of all ranks where so it is to be."""
+        sums = torch.stack([torch.where(follows, value, 0).sum() for value in values])
+        asked = self.sync == "global" and dist.is_available() and dist.is_initialized()
+        if rows.group is not None or (asked and not rows.of_all):
+            dist.all_reduce(sums, group=rows.group)
+        return sums
+
+
+def margin_of(op: str, margin: BatchMargin, rows: Rows) -> Margin | Psi | HardNegatives:
     """What ``margin.of`` says of the rows, checked."""
     found: object = margin.of(rows)
-    if isinstance(found, Margin) and type(found) is not Margin and not isinstance(found, BatchMargin):
-        return found
     source = f"{type(margin).__name__}.of"
-    if isinstance(found, Margin) or not callable(found):
+    if margin.hard_negatives:
+        return _checked_negatives(op, source, found, rows)
+    if _is_numbers(found):
+        return found
+    if isinstance(found, (Margin, HardNegatives)) or not callable(found):
         raise TypeError(
             f"{op}: expected `{source}` to return a margin of numbers, such as a RowMargin, or a function of"
             f" the target cosines, got {shown(found)}"
         )
     psi: Psi = found
     return lambda cosine: _of_rows(op, f"the function of {source}", psi(cosine), rows)
+
+
+def _is_numbers(found: object) -> TypeGuard[Margin]:
+    """Whether it is a margin that the kernels apply."""
+    return isinstance(found, Margin) and type(found) is not Margin and not isinstance(found, BatchMargin)
+
+
+def _checked_negatives(op: str, source: str, found: object, rows: Rows) -> HardNegatives:
+    if not isinstance(found, HardNegatives):
+        raise TypeError(f"{op}: expected `{source}` to return HardNegatives, got {shown(found)}")
+    if not _is_numbers(found.target):
+        raise TypeError(
+            f"{op}: expected the `target` of {source} to be a margin of numbers, such as a RowMargin, got"
+            f" {shown(found.target)}"
+        )
+    if not found.lowest < found.highest:
+        raise ValueError(
+            f"{op}: expected `lowest` < `highest` of {source}, got {found.lowest:g} and {found.highest:g}"
+        )
+    _of_rows(op, f"the threshold of {source}", found.threshold, rows)
+    return found
 
 
 def regularizer_of(op: str, margin: BatchMargin, rows: Rows) -> Tensor | None:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..cosine.functions import normalize
-from ..engine import checks, sweep
+from ..engine import sweep
 from ..engine.options import takes
 from ..engine.reduce import weighted
 from ..reference import HeadParts, loss_of_parts
 from . import ops
-from .arguments import HeadInputs, checked_inputs, loss_options, margin_arguments
-from .batch_margins import BatchMargin, Rows, margin_of, regularizer_of, rows_weight, straightened, weighed
+from .arguments import HeadInputs, checked_inputs, loss_options, margin_arguments, told_apart
+from .batch_margins import BatchMargin, margin_of, regularizer_of, rows_weight, straightened, weighed
+from .hard_negatives import HardNegatives
 from .margins import Margin
 from .options import HeadKeywords, HeadOptions, PartsKeywords, PartsOptions
 from .parts import head_parts as parts_op
+from .rows import rows_of, with_cosines
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -51,9 +52,14 @@ def normface_loss(
             learned scale is not bounded: use ``head.bounded_scale()``.
         margin: psi on the target cosine: ``CosFace``, ``ArcFace``, ``CombinedMargin``, ``RowMargin``, whose
             numbers may be tensors with gradient; one that looks at the batch first, ``AdaFace``, ``MagFace``,
-            ``ElasticArcFace``, ``ElasticCosFace`` or a ``BatchMargin`` of yours; or ``None``.
+            ``ElasticArcFace``, ``ElasticCosFace`` or a ``BatchMargin`` of yours; one that changes the logits
+            of other classes as well, ``CurricularFace`` or ``MVSoftmax``; or ``None``.
         margin_gradient: "exact" differentiates psi. "straight" takes d psi / d cos as 1, as arcface_torch and
-            CVLface do: psi is a constant shift of the cosine, and the margin's tensors get no gradient.
+            CVLface do: psi is a constant shift of the cosine, and the margin's tensors get no gradient. What
+            a margin makes of other classes has its own slopes in either case.
+        filter_threshold: the logit of another class whose cosine is past it, in [-1, 1], is 0 and pushes
+            nothing: it may be the same person under a second label (arcface_torch's inter-class filter;
+            0.4 there). Not together with a margin that changes others' logits itself.
         reduction: "mean" over the rows that are not ignored (0 when there is none, or their weights sum to
             0), "sum" or "none".
         ignore_index: rows with this label count neither in the loss nor in the mean, and get no
@@ -63,7 +69,7 @@ def normface_loss(
         class_weight: [C] factors of the classes, without gradient, as in ``F.cross_entropy``: the mean
             divides by the sum of sample_weight_i * class_weight_(y_i) over the rows that count.
         label_smoothing: a in [0, 1): the target gets 1 - a, and a / C goes to every class, weighted by
-            class_weight, as in ``F.cross_entropy``.
+            class_weight, as in ``F.cross_entropy``. 0 where other classes' logits are not s cos.
         workspace: bytes allowed beyond inputs and gradients; see ``normface_ext.plan``. Where they cannot be
             had, a smaller plan takes over, with a RuntimeWarning.
         check_finite: look for NaN and infinity first, in the rows that count, in the weight, in the
@@ -103,10 +109,16 @@ def head_loss(
 
 
 def _fused(
-    op: str, x: Tensor, weight: Tensor, inputs: HeadInputs, options: HeadOptions, given_margin: Margin | None
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    inputs: HeadInputs,
+    options: HeadOptions,
+    found: Margin | HardNegatives | None,
 ) -> Tensor:
     straight = options.margin_gradient == "straight"
-    margin, numbers = margin_arguments(op, given_margin, inputs.labels, weight.shape[0], straight)
+    target, term = told_apart(found, options, inputs.labels)
+    margin, numbers = margin_arguments(op, target, inputs.labels, weight.shape[0], straight)
     given = loss_options(
         inputs.scale_value,
         options,
@@ -115,9 +127,18 @@ def _fused(
         x.shape[0],
         weight.shape[0],
         numbers,
+        term,
     )
     return ops.normface_loss(
-        x, weight, inputs.scale, margin, inputs.labels, inputs.sample_weight, inputs.class_weight, given
+        x,
+        weight,
+        inputs.scale,
+        margin,
+        inputs.labels,
+        inputs.sample_weight,
+        inputs.class_weight,
+        given,
+        term.inputs,
     )
 
 
@@ -133,8 +154,10 @@ def _of_batch(
 ) -> Tensor:
     """With a margin that looks at the batch first."""
     rows = rows_of(op, x, inputs.labels, labels, inputs.sample_weight, options, margin)
+    if margin.hard_negatives:
+        rows = with_cosines(rows, x, weight, inputs.labels, options)
     found = margin_of(op, margin, rows)
-    if isinstance(found, Margin):
+    if isinstance(found, (Margin, HardNegatives)):
         loss = _fused(op, x, weight, inputs, options, found)
     else:
         psi = straightened(found) if rows.straight else found
@@ -145,27 +168,6 @@ def _of_batch(
         return loss
     weights = rows_weight(rows, inputs.sample_weight)
     return loss + weighted(weighed(more, weights), weights.sum(), options.reduction).to(loss.dtype)
-
-
-def rows_of(
-    op: str,
-    x: Tensor,
-    labels: Tensor,
-    given: Tensor,
-    row_weight: Tensor | None,
-    options: HeadOptions,
-    margin: BatchMargin,
-    group: Any = None,
-) -> Rows:
-    """What the margin is told of these rows; `given`: the labels before they were checked."""
-    margin.follow(op, x.device)
-    counts = checks.weighed(labels != checks.ignored(options.ignore_index), row_weight)
-    norms = None
-    if margin.uses_norms:
-        counted = torch.where(counts[:, None], x, 1)
-        norms = normalize(counted, eps=options.eps, return_norm=True)[1].squeeze(1).double()
-        norms = torch.where(counts, norms, 1)
-    return Rows(labels, counts, norms, options.margin_gradient == "straight", group, given)
 
 
 @takes(PartsOptions)
@@ -243,9 +245,10 @@ def parts(
     """The parts of ``normface_loss`` with these options, whatever the margin; checks what it is given."""
     inputs = checked_inputs(op, x, weight, labels, scale, sample_weight, class_weight, options)
     classes = weight.shape[0]
-    given = loss_options(inputs.scale_value, options, x, weight, x.shape[0], classes)
+    term = told_apart(None, options, inputs.labels)[1]
+    given = loss_options(inputs.scale_value, options, x, weight, x.shape[0], classes, term=term)
     cosine, log_sum, with_sum, state = parts_op(
-        x, weight, inputs.scale, inputs.labels, inputs.sample_weight, inputs.class_weight, given
+        x, weight, inputs.scale, inputs.labels, inputs.sample_weight, inputs.class_weight, given, term.inputs
     )
     row_weight = state[sweep.ROW_WEIGHT]
     return Parts(

@@ -14,9 +14,11 @@ from ..engine.autograd import asked, detach_without_grad, no_second_derivative
 from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of
 from ..engine.sweep import (
     ALL_SLOPES,
+    NO_INPUTS,
     SLOPE_FIELDS,
     SweepOptions,
     Swept,
+    TermInputs,
     head_backward,
     head_sweep_in_memory,
 )
@@ -99,6 +101,8 @@ class _NormFaceLoss(Function):
         labels: Tensor,
         sample_weight: Tensor | None,
         class_weight: Tensor | None,
+        threshold: Tensor | None,
+        numbers: Tensor | None,
         options: LossOptions,
     ) -> Tensor:
         labels, margin = labels.contiguous(), (m1, m2, m3)
@@ -113,6 +117,7 @@ class _NormFaceLoss(Function):
             options,
             need_x=need_x,
             need_weight=need_weight,
+            term=TermInputs(threshold, numbers),
         )
         loss, slopes = softmax_finish(
             swept.rows,
@@ -123,13 +128,15 @@ class _NormFaceLoss(Function):
             options,
             need_margin=any(ctx.needs_input_grad[3:6]),
         )
-        ctx.save_for_backward(x, weight, scale, *margin, labels, class_weight, slopes, *swept)
+        told = labels, class_weight, threshold, numbers
+        ctx.save_for_backward(x, weight, scale, *margin, *told, slopes, *swept)
         ctx.options = options
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        x, weight, scale, m1, m2, m3, labels, class_weight, slopes, *swept = ctx.saved_tensors
+        x, weight, scale, m1, m2, m3, labels, class_weight, *saved = ctx.saved_tensors
+        threshold, numbers, slopes, *swept = saved
         needed = ctx.needs_input_grad[:3]
         with torch.no_grad():
             gradients = head_backward(
@@ -143,11 +150,12 @@ class _NormFaceLoss(Function):
                 Swept(*swept),
                 ctx.options,
                 needed,
+                TermInputs(threshold, numbers),
             )
             of_margin = margin_gradients(grad_loss, slopes, (m1, m2, m3), ctx.needs_input_grad[3:6])
         given = (*asked(needed, gradients), *of_margin)
         raising = no_second_derivative("normface_loss", given, grad_loss, x, weight, scale, m1, m2, m3)
-        return *raising, None, None, None, None
+        return *raising, *[None] * 6
 
 
 def normface_loss(
@@ -159,9 +167,10 @@ def normface_loss(
     sample_weight: Tensor | None,
     class_weight: Tensor | None,
     options: LossOptions,
+    term: TermInputs = NO_INPUTS,
 ) -> Tensor:
     x, weight = detach_without_grad(x, weight)
     result: Tensor = _NormFaceLoss.apply(
-        x, weight, scale, *margin, labels, sample_weight, class_weight, options
+        x, weight, scale, *margin, labels, sample_weight, class_weight, *term, options
     )
     return result

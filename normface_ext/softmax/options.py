@@ -6,13 +6,20 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from ..engine import checks
-from ..engine.arguments import choice, flag
+from ..engine.arguments import Range, choice, flag, number
 from ..engine.options import Options, declared, option
+from .batch_margins import BatchMargin
 from .margins import Margin, margin_argument
+
+_COSINES = Range("in [-1, 1]", -1.0, 1.0)
 
 
 def margin_gradient(op: str, name: str, value: object) -> str:
     return choice(op, name, value, ("exact", "straight"))
+
+
+def filter_threshold(op: str, name: str, value: object) -> float | None:
+    return None if value is None else number(op, name, value, _COSINES, kind="a number or None")
 
 
 @declared
@@ -20,6 +27,7 @@ def margin_gradient(op: str, name: str, value: object) -> str:
 class HeadOptions(Options):
     margin: Margin | None = option(None, margin_argument)
     margin_gradient: str = option("exact", margin_gradient)
+    filter_threshold: float | None = option(None, filter_threshold)
     reduction: str = option("mean", checks.reduction)
     ignore_index: int | None = option(-100, checks.ignore_index)
     eps: float = option(1e-12, checks.eps)
@@ -27,12 +35,29 @@ class HeadOptions(Options):
     workspace: int | None = option(None, checks.workspace)
     check_finite: bool = option(False, flag)
 
+    def agree(self, op: str) -> None:
+        """One thing alone makes other logits of the cosines of other classes, and label smoothing wants them
+        as they are."""
+        hard = isinstance(self.margin, BatchMargin) and self.margin.hard_negatives
+        if hard and self.filter_threshold is not None:
+            raise ValueError(
+                f"{op}: expected `filter_threshold` None with {type(self.margin).__name__}, which has a"
+                f" threshold of its own, got {self.filter_threshold:g}"
+            )
+        if self.label_smoothing > 0 and (hard or self.filter_threshold is not None):
+            other = type(self.margin).__name__ if hard else "a `filter_threshold`"
+            raise ValueError(
+                f"{op}: expected `label_smoothing` 0 with {other}, which changes the logits that it would"
+                f" be spread over, got {self.label_smoothing:g}"
+            )
+
 
 class HeadKeywords(TypedDict, total=False):
     """The same for static type checkers."""
 
     margin: Margin | None
     margin_gradient: str
+    filter_threshold: float | None
     reduction: str
     ignore_index: int | None
     eps: float
@@ -53,5 +78,19 @@ class PartsKeywords(TypedDict, total=False):
     """The same for static type checkers."""
 
     ignore_index: int | None
+    eps: float
+    workspace: int | None
+
+
+@declared
+@dataclass(frozen=True)
+class NearestOptions(Options):
+    eps: float = option(1e-12, checks.eps)
+    workspace: int | None = option(None, checks.workspace)
+
+
+class NearestKeywords(TypedDict, total=False):
+    """The same for static type checkers."""
+
     eps: float
     workspace: int | None

@@ -26,6 +26,8 @@ class _HeadParts(Function):
         labels: Tensor,
         sample_weight: Tensor | None,
         class_weight: Tensor | None,
+        threshold: Tensor | None,
+        numbers: Tensor | None,
         options: ops.LossOptions,
     ) -> tuple[Tensor, ...]:
         labels = labels.contiguous()
@@ -40,13 +42,14 @@ class _HeadParts(Function):
             options,
             need_x=need_x,
             need_weight=need_weight,
+            term=sweep.TermInputs(threshold, numbers),
         )
         rows = swept.rows
         counts = rows[sweep.ROW_WEIGHT] != 0
         log_sum = torch.where(counts, rows[sweep.SUM].log() + rows[sweep.SHIFT], 0.0)
         cosine = torch.where(counts, rows[sweep.COSINE], 0.0)
         with_sum = _with_class_sum(x, swept.class_sum, counts, options)
-        ctx.save_for_backward(x, weight, scale, labels, class_weight, *swept)
+        ctx.save_for_backward(x, weight, scale, labels, class_weight, threshold, numbers, *swept)
         ctx.options = options
         state = rows.clone()
         ctx.mark_non_differentiable(state)
@@ -54,7 +57,7 @@ class _HeadParts(Function):
 
     @staticmethod
     def backward(ctx: Any, g_cosine: Tensor, g_log_sum: Tensor, g_with_sum: Tensor, _: Tensor) -> Any:
-        x, weight, scale, labels, class_weight, *swept = ctx.saved_tensors
+        x, weight, scale, labels, class_weight, threshold, numbers, *swept = ctx.saved_tensors
         options, needed = ctx.options, ctx.needs_input_grad[:3]
         rows = swept[0]
         with torch.no_grad():
@@ -75,10 +78,11 @@ class _HeadParts(Function):
                 sweep.Swept(*swept),
                 options,
                 needed,
+                sweep.TermInputs(threshold, numbers),
             )
         given = asked(needed, gradients)
         origins = g_cosine, g_log_sum, g_with_sum, x, weight, scale
-        return *no_second_derivative("head_parts", given, *origins), None, None, None, None
+        return *no_second_derivative("head_parts", given, *origins), *[None] * 6
 
 
 def _with_class_sum(x: Tensor, class_sum: Tensor, counts: Tensor, options: ops.LossOptions) -> Tensor:
@@ -99,10 +103,11 @@ def head_parts(
     sample_weight: Tensor | None,
     class_weight: Tensor | None,
     options: ops.LossOptions,
+    term: sweep.TermInputs = sweep.NO_INPUTS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(c_y [N], ln S_o [N], with smoothing <x_hat, U> [N], the rows' state [ROW_FIELDS, N]), float64."""
     x, weight = detach_without_grad(x, weight)
     result: tuple[Tensor, Tensor, Tensor, Tensor] = _HeadParts.apply(
-        x, weight, scale, labels, sample_weight, class_weight, options
+        x, weight, scale, labels, sample_weight, class_weight, *term, options
     )
     return result

@@ -1,0 +1,42 @@
+"""What a margin that looks at the batch is told of its rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cosine.functions import normalize
+from ..engine import checks, sweep
+from .batch_margins import BatchMargin, Rows
+from .options import HeadOptions
+
+
+def rows_of(
+    op: str,
+    x: Tensor,
+    labels: Tensor,
+    given: Tensor,
+    row_weight: Tensor | None,
+    options: HeadOptions,
+    margin: BatchMargin,
+    group: Any = None,
+) -> Rows:
+    """What the margin is told of these rows; `given`: the labels before they were checked."""
+    margin.follow(op, x.device)
+    counts = checks.weighed(labels != checks.ignored(options.ignore_index), row_weight)
+    norms = None
+    if margin.uses_norms:
+        counted = torch.where(counts[:, None], x, 1)
+        norms = normalize(counted, eps=options.eps, return_norm=True)[1].squeeze(1).double()
+        norms = torch.where(counts, norms, 1)
+    return Rows(labels, counts, norms, options.margin_gradient == "straight", group, given)
+
+
+def with_cosines(rows: Rows, x: Tensor, weight: Tensor, labels: Tensor, options: HeadOptions) -> Rows:
+    told = sweep.CosineOptions(checks.ignored(options.ignore_index), options.eps)
+    cosine = sweep.target_cosine(
+        x.detach().contiguous(), weight.detach().contiguous(), labels.contiguous(), told
+    )
+    return rows._replace(cosine=torch.where(rows.counts, cosine, 0))
