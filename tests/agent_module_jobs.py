@@ -86,7 +86,7 @@ def from_meta(rank, world, name, seed):
 
 def saved(rank, world, name, folder):
     head = nfd.shard_head(layer_of(name), mesh_of(world))
-    optimizer = torch.optim.SGD([head.weight], 0.1, momentum=0.9)
+    optimizer = nfd.RowSGD([head.weight], 0.1, momentum=0.9)
     train(head, name, rows_of(rank, world, BATCH, False))
     nfd.save_checkpoint(folder, 1, head, [optimizer])
     return state_of(head)
@@ -94,7 +94,7 @@ def saved(rank, world, name, folder):
 
 def loaded(rank, world, name, folder):
     head = nfd.shard_head(layer_of(name, device="meta"), mesh_of(world), seed=7)
-    nfd.load_checkpoint(folder, head, [torch.optim.SGD([head.weight], 0.1, momentum=0.9)])
+    nfd.load_checkpoint(folder, head, [nfd.RowSGD([head.weight], 0.1, momentum=0.9)])
     plain = layer_of(name)
     plain.load_state_dict(state_of(head))
     return state_of(head), state_of(plain)

