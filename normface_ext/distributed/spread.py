@@ -43,7 +43,7 @@ class SpreadClasses(nn.Module):
     def _draw_(self, local: Tensor) -> None:
         """Uniform on the unit sphere, the same for any number of ranks; nobody holds other ranks' classes."""
         shard, width = self.shard, self.in_features
-        # A generator takes 32 bits of what it is given: a block of classes has the seed's own number and its own.
+        # A generator takes 32 bits of what it is given: those of the seed, moved on by the block.
         start = int(torch.randint(1 << 32, (), generator=torch.Generator().manual_seed(self._seed)))
         for begin in range(shard.first - shard.first % _INIT_BLOCK, shard.first + shard.count, _INIT_BLOCK):
             generator = torch.Generator().manual_seed((start + begin // _INIT_BLOCK) % (1 << 32))
