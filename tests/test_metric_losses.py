@@ -64,16 +64,56 @@ def held(loss, labels, **options):
     return function
 
 
+def in_bfloat16(labels, straight):
+    """The cosines on tensor cores, whose operands are unit rows in bfloat16, but for the label's agent;
+    `straight`: the gradients do not know of the rounding."""
+
+    def operand(rows):
+        rounded = rows.bfloat16()
+        return rows + (rounded.to(rows) - rows).detach() if straight else rounded
+
+    def function(x, weight, eps=1e-12, normalize_input=True):
+        units = [t / reference._norm(t, 1, 2, eps) for t in map(reference._wide, (x, weight))]
+        others = operand(units[0]) @ operand(units[1]).t()
+        here = torch.arange(len(weight), device=x.device) == labels[:, None]
+        own = (units[0] * units[1][labels.clamp_min(0)]).sum(1, keepdim=True)
+        return torch.where(here, own, others.to(own))
+
+    return function
+
+
+def with_cosine(function, cosine):
+    def changed(*tensors):
+        before, reference.cosine = reference.cosine, cosine
+        try:
+            return function(*tensors)
+        finally:
+            reference.cosine = before
+
+    return changed
+
+
 def check(lane, loss, x, weight, labels, name=None, *, floor=16.0, limit=None, workspace=None, **options):
+    def formula(x, w):
+        return getattr(reference, loss)(x, w, labels, **options)
+
+    terms, how = held(loss, labels, **options), {}
+    if not lane.widens and min(x.dtype.itemsize, weight.dtype.itemsize) == 2:
+        # The truth is of the cosines that rounded operands have: rounding must not decide what is active.
+        # Every rounding counts once in either, but not the same way: one sample can be three times worse.
+        straight = in_bfloat16(labels, True)
+        how = {"plain": with_cosine(formula, in_bfloat16(labels, False)), "factor": 3.0, "scalar_factor": 8.0}
+        formula, terms = with_cosine(formula, straight), with_cosine(terms, straight)
     assert_matches_reference(
         lambda x, w: getattr(nf.functional, loss)(
             x, w, labels, active_limit=limit, workspace=workspace, **options
         ),
-        lambda x, w: getattr(reference, loss)(x, w, labels, **options),
+        formula,
         [x, weight],
         name or loss,
-        terms=held(loss, labels, **options),
+        terms=terms,
         floor=floor,
+        **how,
     )
 
 
