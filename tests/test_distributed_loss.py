@@ -180,6 +180,8 @@ def test_what_the_options_send():
 def test_meta_heads_start_the_same_on_any_number_of_ranks():
     weights = [ranks(world).run(jobs.initial_weight, 9001, 3)[0][0] for world in (2, 3)]
     assert torch.equal(weights[0], weights[1])
+    other = ranks(2).run(jobs.initial_weight, 9001, 4)[0][0]
+    assert not torch.isclose(other, weights[0]).all(1).any()
     torch.testing.assert_close(weights[0].norm(dim=1), torch.ones(9001))
     assert abs(float(weights[0].mean())) < 0.01
     assert [shape[0] for _, shape in ranks(3).run(jobs.initial_weight, 10, 3)] == [4, 4, 2]
@@ -200,7 +202,11 @@ def test_the_module_says_what_it_is():
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
-        ("head", "TypeError: shard_head: expected `head` to be a NormFaceLoss, got ShardedNormFaceLoss"),
+        (
+            "head",
+            "TypeError: shard_head: expected `head` to be a NormFaceLoss, a CContrastiveLoss or a"
+            " CTripletLoss, got ShardedNormFaceLoss",
+        ),
         ("mesh", "TypeError: shard_head: expected `mesh` to be a DeviceMesh, got str"),
         ("2-D", "ValueError: shard_head: expected `mesh` to be 1-D, got 2 dimensions"),
         ("rate", "ValueError: shard_head: expected `sample_rate` in (0, 1], got 0.0"),

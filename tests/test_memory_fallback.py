@@ -48,22 +48,30 @@ def hooked(monkeypatch, error, **options):
     return hook
 
 
-def step(lane, classes=700):
+LOSSES = {
+    "normface_loss": {"scale": 12.0, "margin": nf.ArcFace(0.2)},
+    "c_contrastive_loss": {"neg_margin": 1.5, "active_limit": 0},
+    "c_triplet_loss": {"active_limit": 5},  # the lists overflow
+}
+
+
+def step(lane, classes=700, name="normface_loss"):
     x, weight = lane.randn(16, 8, grad=True), lane.randn(classes, 8, grad=True)
-    loss = nf.functional.normface_loss(x, weight, lane.labels(16, classes), 12.0, margin=nf.ArcFace(0.2))
+    loss = getattr(nf.functional, name)(x, weight, lane.labels(16, classes), **LOSSES[name])
     loss.backward()
     return loss.detach(), x.grad, weight.grad
 
 
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("error", REFUSALS, ids=lambda error: type(error).__name__)
-def test_the_smaller_plan_takes_over_once(lane, monkeypatch, error):
-    expected = step(lane)
+def test_the_smaller_plan_takes_over_once(lane, monkeypatch, error, name):
+    expected = step(lane, name=name)
     hook = hooked(monkeypatch, error)
-    with pytest.warns(RuntimeWarning, match=r"normface_loss: the \d+\.\d MiB of the plan that keeps E"):
-        first = step(lane)
+    with pytest.warns(RuntimeWarning, match=rf"{name}: the \d+\.\d MiB of the plan that keeps E"):
+        first = step(lane, name=name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        second = step(lane)
+        second = step(lane, name=name)
     assert hook.asked == 1, "asked again for what cannot be had"
     for a, b, c in zip(expected, first, second, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
@@ -90,6 +98,16 @@ def test_where_nothing_fits_the_error_is_raised(lane, monkeypatch):
     hooked(monkeypatch, REFUSALS[2], everything=True)
     with pytest.warns(RuntimeWarning, match="could not be allocated"), pytest.raises(torch.OutOfMemoryError):
         step(lane)
+
+
+@pytest.mark.parametrize("options", [{"hardest_only": True}, {"workspace": 20_000}])
+def test_what_keeps_nothing_asks_for_nothing(lane, monkeypatch, options):
+    hook = hooked(monkeypatch, REFUSALS[0])
+    x, weight = lane.randn(16, 8, grad=True), lane.randn(700, 8, grad=True)
+    nf.functional.c_triplet_loss(x, weight, lane.labels(16, 700), **options).backward()
+    with torch.no_grad():
+        nf.functional.c_triplet_loss(x, weight, lane.labels(16, 700))
+    assert hook.asked == 0
 
 
 def test_the_plan_without_e_is_much_smaller():

@@ -43,6 +43,7 @@ Tensor hinge_slopes(const HingeSlopesArguments& in) {
       const auto own = math::hinge_slopes(grad_distance[i], grad_hinges[i], slope[i], in.triplet);
       slopes[kOthersSlope][i] = own.others;
       slopes[kTargetSlope][i] = own.target;
+      slopes[kScaleSlope][i] = 1.0;
     }
   });
   return out;
@@ -63,13 +64,14 @@ std::tuple<Tensor, Tensor, Tensor> hinge_pairs(const HingePairsArguments& in) {
     const T* found = data_of<const T>(in.found);
     T *factor = data_of<T>(factors), *x_inverse = data_of<T>(inverse);
     for (int64_t i = 0; i < N; ++i) {
+      const bool counts = rows[kRowWeight][i] != 0;
       x_inverse[i] = T(rows[kInverseNorm][i]);
       const double target = slopes[kTargetSlope][i], others = slopes[kOthersSlope][i];
       *factor++ = T(target);
-      *out++ = target != 0 && labels[i] != kElsewhere ? labels[i] : in.count;
+      *out++ = counts && labels[i] != kElsewhere ? labels[i] : in.count;
       for (int64_t k = i * capacity; k < i * capacity + width; ++k) {
         *factor++ = T(others * (in.hardest ? slope[i] : double(found[k])));
-        *out++ = others != 0 ? listed[k] : in.count;
+        *out++ = counts ? listed[k] : in.count;
       }
     }
   });

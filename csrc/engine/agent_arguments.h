@@ -64,7 +64,8 @@ struct HingeThresholdArguments : TargetCosineArguments {
 };
 
 // What head_backward is linear in, [kSlopeFields, N], from the gradients [N] of the distance and of the sum of
-// the hinges, in one accumulator type, and the rows' state, with sums over all classes.
+// the hinges, in one accumulator type, and the rows' state, with sums over all classes. These gradients may be 0
+// where a row counts; there is no scale, so a slope of 1 along it says that the row does, and shows its NaN.
 struct HingeSlopesArguments {
   static constexpr const char* kName = "hinge_slopes";
   static constexpr const char* kReturns = "Tensor";
@@ -83,8 +84,8 @@ struct HingeSlopesArguments {
 };
 
 // What cosine_pairs_backward takes: every row's target, and the first `width` of what the sweep's sink collected,
-// each with the gradient of its cosine, [N, 1 + width] both. A class that gets nothing is `count`, that of the
-// classes at hand: whatever it holds does not reach the row. `hardest`: a row's one coefficient is in its sums,
+// each with the gradient of its cosine, [N, 1 + width] both. Where a row does not count they are `count`, that of
+// the classes at hand: whatever those hold does not reach the row. `hardest`: a row's one coefficient is in its sums,
 // and found [N, capacity] its cosine.
 struct HingePairsArguments {
   static constexpr const char* kName = "hinge_pairs";

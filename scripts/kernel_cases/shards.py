@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from normface_ext import reference
+from normface_ext.agents import ops as agent_ops
+from normface_ext.agents.functions import sweep_options
+from normface_ext.agents.losses import Losses
+from normface_ext.agents.options import ContrastiveOptions, TripletOptions
 from normface_ext.engine import sweep
 from normface_ext.engine.calls import plan_device
 from normface_ext.engine.plan import products
@@ -72,45 +76,27 @@ def softmax(x: Tensor, weight: Tensor, scale: Tensor, y: Tensor) -> Results:
     return [loss, torch.stack(dx).sum(0), torch.cat(dw), ds[0]]
 
 
-def hinges(
-    term: str, triplet: bool, margin: float, capacity: int, x: Tensor, weight: Tensor, y: Tensor
-) -> Results:
-    """Distance to the label's agent and sum of the hinges of every row, and the gradients of x and weight: by
-    lists of so many active classes, or, with none, over all classes."""
+def hinges(chosen: Losses, x: Tensor, weight: Tensor, y: Tensor) -> Results:
+    """Distance to the label's agent and sum of the hinges of every row, and the gradients of x and weight."""
+    _, options = sweep_options("", x, weight, len(x), CLASSES, -100, chosen, True, is_shard=True)
     shards = parts(weight, y)
-    given = [engine_ops.arguments(x, w, place, is_shard=True) for w, place in shards]
-    cosine = torch.stack([engine_ops.call("target_cosine", one) for one in given]).sum(0)
-    target = 2 - 2 * cosine
-    options = {
-        "term": sweep.TERMS[term],
-        "threshold": target * triplet + margin,
-        "sink": sweep.SINKS["active" if capacity else "none"],
-        "capacity": capacity,
-        "need_x": False,
-        "class_chunk": 19,
-    }
-    given = [{**one, **options} for one in given]
-    swept = [engine_ops.sweep(one) for one in given]
-    value, active = (
-        torch.stack([part.rows[field] for part, _, _ in swept]).sum(0)
-        for field in (sweep.SUM, sweep.SECOND_SUM)
-    )
-    slope = active if term == "hinge" else value
-    upstream = randn(len(x), dtype=torch.float64, seed=5).to(x.device)
-    of_target = -2 * upstream * (1 + triplet * slope)
-    gradients = []
-    for one, (w, place), (part, classes, found) in zip(given, shards, swept, strict=True):
-        if capacity:
-            own = torch.where(place >= 0, place, len(w))
-            factors = torch.cat([of_target[:, None], 2 * upstream[:, None] * found], 1).to(found.dtype)
-            listed = torch.cat([own[:, None], classes], 1)
-            gradients.append(engine_ops.pairs_backward(x, w, factors, listed, part, is_shard=True))
-        else:
-            slopes = torch.stack([2 * upstream, of_target, 0 * upstream, 0 * upstream])
-            ones = torch.ones((), dtype=engine_ops.wide(x), device=x.device)
-            gradients.append(engine_ops.backward(one, part, slopes, ones)[:2])
+    one = engine_ops.arguments(x, shards[0][0], shards[0][1], class_chunk=19)  # several chunks a shard
+    options = replace(options, **engine_ops.budget(one))
+    cosine = torch.stack([sweep.target_cosine(x, w, place, options) for w, place in shards]).sum(0)
+    target, threshold = agent_ops.hinge_threshold(x, *shards[0], cosine, None, options)
+    swept = [
+        agent_ops.sweep_hinges(x, w, place, threshold, options, need_gradient=True) for w, place in shards
+    ]
+    rows = swept[0][0].rows.clone()
+    rows[:2] = torch.stack([part.rows[:2] for part, _, _ in swept]).sum(0)
+    upstream = randn(len(x), dtype=torch.float64, seed=5).to(target)
+    slopes = agent_ops.hinge_slopes(rows, upstream, upstream, options)
+    gradients = [
+        agent_ops.hinge_gradients(slopes, x, w, place, threshold, *part, (True, True))
+        for (w, place), part in zip(shards, swept, strict=True)
+    ]
     dx, dw = zip(*gradients, strict=True)
-    return [target, value, torch.stack(dx).sum(0), torch.cat(dw)]
+    return [target, rows[sweep.SUM].to(target.dtype), torch.stack(dx).sum(0), torch.cat(dw)]
 
 
 def all_hinges(
@@ -140,15 +126,22 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     for name, exponential in (("contrastive", False), ("triplet", False), ("exponential", True)):
         is_triplet = name == "triplet"
         margin = triplet if is_triplet else contrastive
-        term = "exponential_hinge" if exponential else "hinge"
         for capacity in (CLASSES, 0):
+            chosen: Losses = TripletOptions(margin=margin, active_limit=capacity)
+            if not is_triplet:
+                chosen = ContrastiveOptions(
+                    neg_margin=margin, exp_negative_weight=exponential, active_limit=capacity
+                )
+
+            def ours(*given, chosen=chosen):
+                return hinges(chosen, *given)
 
             def truth(*given, margin=margin, is_triplet=is_triplet, exponential=exponential):
                 return all_hinges(margin, is_triplet, exponential, *given)
 
             yield Case(
                 f"{name} hinges on shards, capacity={capacity}",
-                partial(hinges, term, is_triplet, margin, capacity),
+                ours,
                 differentiated(truth, leaves=2),
                 [*leaves, y],
             )

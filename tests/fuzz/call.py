@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -95,7 +94,7 @@ def scale_of(t: Tensors, o: dict[str, Any]) -> Tensor | float:
     return o["scale"] if given is None else given
 
 
-def workspace_of(op: str, t: Tensors, o: dict[str, Any]) -> Any:
+def workspace_of(t: Tensors, o: dict[str, Any]) -> Any:
     """What the plan calls the "least", or twice that, "some"; anything else is itself."""
     given, x, weight = o["workspace"], t["x"], t.get("weight")
     if not (isinstance(given, str) and given in ("least", "some")):
@@ -105,8 +104,7 @@ def workspace_of(op: str, t: Tensors, o: dict[str, Any]) -> Any:
         or 0 in weight.shape
     ):
         return None
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    operand = nf.softmax.arguments.product_dtype(x, weight) if op == "normface_loss" else wide
+    operand = nf.engine.calls.product_dtype(x, weight)
     try:
         nf.plan(len(x), x.shape[1], weight.shape[0], operand, nf.engine.calls.plan_device(x), workspace=0)
     except ValueError as error:

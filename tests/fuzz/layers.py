@@ -38,7 +38,7 @@ def layer_of(call: Call, tensors: Tensors) -> nn.Module:
         options["margin"] = nf.CombinedMargin(*options["margin"][:3], guard=(*options["margin"], None)[3])
         options["class_weight"] = tensors.get("class_weight")
     if "workspace" in options:
-        options["workspace"] = workspace_of(call.op, tensors, options)
+        options["workspace"] = workspace_of(tensors, options)
     classes, features = weight.shape
     layer: nn.Module = LAYERS[call.op](features, classes, dtype=weight.dtype, **options)
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)

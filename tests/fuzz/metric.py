@@ -71,7 +71,7 @@ def draw_agents(draw: Any, budget: int, op: str) -> Call:
 
 def run_agents(t: Tensors, o: dict[str, Any], op: str) -> Outputs:
     """(the loss, the statistics); of a matrix of distances there is the loss alone."""
-    given = {**o, "workspace": workspace_of(op, t, o)}
+    given = {**o, "workspace": workspace_of(t, o)}
     x, labels, factors = t["x"], t["labels"], {"sample_weight": t.get("sample_weight")}
     if "weight" not in t:
         return (getattr(reference, f"{op[2:-5]}_of_distances")(x, labels, **factors, **given),)

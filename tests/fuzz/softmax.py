@@ -123,7 +123,7 @@ def run_normface_loss(t: Tensors, o: dict[str, Any]) -> Outputs:
             margin=nf.CombinedMargin(*o["margin"][:3], guard=(*o["margin"], None)[3]),
             sample_weight=t.get("sample_weight"),
             class_weight=t.get("class_weight"),
-            workspace=workspace_of("normface_loss", t, o),
+            workspace=workspace_of(t, o),
             **given,
         ),
     )

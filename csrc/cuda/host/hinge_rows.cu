@@ -30,13 +30,13 @@ hinge_slopes_kernel(RowState rows, RowField slope, const T* __restrict__ grad_di
                     bool triplet, RowSlopes slopes) {
   const int64_t i = block_id() * kThreads + thread_id();
   if (i >= rows.batch) return;
+  const bool counts = rows.at(kRowWeight, i) != 0.0;
   math::HingeSlopes own{0.0, 0.0};
-  if (rows.at(kRowWeight, i) != 0.0)
-    own = math::hinge_slopes(grad_distance[i], grad_hinges[i], rows.at(slope, i), triplet);
+  if (counts) own = math::hinge_slopes(grad_distance[i], grad_hinges[i], rows.at(slope, i), triplet);
   slopes.at(kOthersSlope, i) = own.others;
   slopes.at(kTargetSlope, i) = own.target;
   slopes.at(kUniformSlope, i) = 0.0;
-  slopes.at(kScaleSlope, i) = 0.0;
+  slopes.at(kScaleSlope, i) = counts ? 1.0 : 0.0;
 }
 
 struct HingeList {
@@ -58,17 +58,18 @@ hinge_pairs_kernel(RowState rows, RowSlopes slopes, HingeList list,
   const int64_t at = block_id() * kThreads + thread_id(), wide = 1 + list.width;
   if (at >= rows.batch * wide) return;
   const int64_t i = at / wide, column = at % wide;
+  const bool counts = rows.at(kRowWeight, i) != 0.0;
   if (column == 0) {
     const double target = slopes.at(kTargetSlope, i);
     x_inverse[i] = T(rows.at(kInverseNorm, i));
     factors[at] = T(target);
-    classes[at] = target != 0 && list.labels[i] != kElsewhere ? list.labels[i] : list.count;
+    classes[at] = counts && list.labels[i] != kElsewhere ? list.labels[i] : list.count;
     return;
   }
   const int64_t k = i * list.capacity + column - 1;
   const double others = slopes.at(kOthersSlope, i);
   factors[at] = T(others * (list.hardest ? rows.at(list.slope, i) : double(found[k])));
-  classes[at] = others != 0 ? list.listed[k] : list.count;
+  classes[at] = counts ? list.listed[k] : list.count;
 }
 
 std::tuple<Tensor, Tensor> hinge_threshold(const HingeThresholdArguments& in) {
