@@ -1,5 +1,6 @@
 """CurricularFace, MV-Softmax and the inter-class filter against the formulas of their released code."""
 
+import functools
 import math
 
 import hard_negative_jobs as jobs
@@ -446,12 +447,11 @@ def test_all_ranks_have_one_t_if_asked():
 @every_kind
 def test_class_parallel_it_is_the_head_of_one_process(kind, scale, options, sync):
     given = KINDS[kind]()
-    make = {
-        "curricular": CurricularOf(sync),
-        "filter": None,
-    }.get(kind, MVOf(kind))
+    make = None
     if kind == "filter":
         options = {**options, "filter_threshold": T}
+    else:
+        make = curricular_of(sync) if kind == "curricular" else mv_of(kind)
     results = ranks(3).run(jobs.step, make, scale, options)
     x, weight, labels = problem()
     s = torch.tensor([scale], dtype=torch.float64)
@@ -468,36 +468,27 @@ def state_of(margin):
     return margin.buffers() if isinstance(margin, nf.BatchMargin) else []
 
 
-class CurricularOf:
+def curricular_of(sync):
     """Sent to other processes, as no lambda can be."""
-
-    def __init__(self, sync):
-        self.sync = sync
-
-    def __call__(self):
-        return nf.CurricularFace(M, ALPHA, self.sync)
+    return functools.partial(nf.CurricularFace, M, ALPHA, sync)
 
 
-class MVOf:
-    def __init__(self, kind):
-        self.kind = kind
-
-    def __call__(self):
-        kind, weights = self.kind.split()
-        return nf.MVSoftmax(M, T, kind, weights == "adaptive")
+def mv_of(kind):
+    kind, weights = kind.split()
+    return functools.partial(nf.MVSoftmax, M, T, kind, weights == "adaptive")
 
 
 def test_class_parallel_float32_at_a_scale_without_a_fixed_shift():
     """64, as it is used: logits reach from -64 to 128."""
     assert not _C.has_fixed_shift(64.0, 7, False, -1.0, 2.0)
-    results = ranks(3).run(jobs.step, CurricularOf("local"), 64.0, {}, torch.float32)
+    results = ranks(3).run(jobs.step, curricular_of("local"), 64.0, {}, torch.float32)
     x, weight, labels = problem(dtype=torch.float32)
     expected = expected_loss(Released("curricular"), x.double(), weight.double(), labels, 64.0)
     for found in results:
         assert float(found[0]) == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize("make", [CurricularOf("local"), MVOf("am fixed")])
+@pytest.mark.parametrize("make", [curricular_of("local"), mv_of("am fixed")])
 def test_among_sampled_classes(make):
     for whole, part in ranks(3).run(jobs.sampled, make):
         assert_equal_to_1e10([part], [whole])
