@@ -23,6 +23,7 @@ inline void define_metric_ops(torch::stable::detail::StableLibrary& m) {
   define<TargetCosineArguments>(m);
   define<HingeThresholdArguments>(m);
   define<HingeSlopesArguments>(m);
+  define<HingePairsArguments>(m);
   define<CosinePairsBackwardArguments>(m);
 }
 

@@ -25,7 +25,7 @@ TESTS_OF_OPS = {
     "norm_linear": ["test_norm_linear"],
     "head_": ["test_normface_loss", "test_head_kernels", "test_class_shards", "test_loss_weights"],
     "softmax_finish": ["test_normface_loss", "test_head_kernels", "test_class_shards", "test_loss_weights"],
-    "agent_hinge": ["test_metric_losses", "test_agent_shards", "test_agent_weights"],
+    "hinge_": ["test_metric_losses", "test_agent_shards", "test_agent_weights"],
     "target_cosine": ["test_metric_losses", "test_agent_shards"],
     "cosine_pairs": ["test_metric_losses", "test_agent_shards"],
     "inner_distance": ["test_inner_distance"],

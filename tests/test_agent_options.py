@@ -12,7 +12,7 @@ import torch
 
 import normface_ext as nf
 from normface_ext import distributed, reference
-from normface_ext.agents import losses, ops, options
+from normface_ext.agents import functions, losses, ops, options
 from normface_ext.engine import calls
 
 F = nf.functional
@@ -220,16 +220,49 @@ def test_int32_labels_count(loss):
 
 
 def test_the_options_of_an_op_end_its_arguments():
-    given = ops.HingeOptions(1.5, True, False, True, -100, 1e-6, 32, 4, is_shard=True)
-    for op in ("target_cosine", "agent_hinge", "agent_hinge_backward", "cosine_pairs_backward"):
-        names, values = calls.argument_names(op), calls.options_of(op, ops.HingeOptions)(given)
+    x, _ = problem()
+    chosen = options.ContrastiveOptions(exp_negative_weight=True, eps=1e-6)
+    given = functions.sweep_options("", x, x, 7, 9, -100, chosen, True, is_shard=True)[1]
+    for op in ("target_cosine", "hinge_threshold", "hinge_slopes", "hinge_pairs", "cosine_pairs_backward"):
+        names, values = calls.argument_names(op), calls.options_of(op, ops.AgentSweepOptions)(given)
         assert len(values) >= 2
         for name, value in zip(names[-len(values) :], values, strict=True):
             assert value is getattr(given, name)
-    some = make_dataclass("Some", ["exponential", "triplet"])
-    for op in ("agent_hinge", "normalize"):
+    some = make_dataclass("Some", ["hardest", "triplet"])
+    for op in ("hinge_slopes", "normalize"):
         with pytest.raises(TypeError, match=f"^{op}: expected its arguments to end in those of Some, got "):
             calls.options_of(op, some)
+
+
+def test_a_list_is_for_what_it_is_quicker_at():
+    """By default where little of much work is active; an explicit limit is obeyed."""
+    share, float32 = functions.LISTED_SHARE, torch.float32
+    for device in ("cpu", "cuda"):
+        assert functions.list_limits(32, 64, 100, device, float32, None) == (0, 0)
+        assert functions.list_limits(256, 512, 10_572, device, float32, None) == (
+            512,
+            int(256 * 10_572 * share),
+        )
+        for limit, capacity in ((7, 7), (0, 0), (1000, 99)):
+            limits = functions.list_limits(32, 64, 100, device, float32, limit)
+            assert limits == (capacity, 32 * capacity)
+    assert functions.list_limits(256, 512, 10_572, "cuda", torch.bfloat16, None) == (0, 0)
+    assert functions.list_limits(256, 512, 3_200, "cpu", torch.bfloat16, None)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("active", "width"), [([3, 2, 0], 3), ([4, 4, 0], None), ([5, 0, 0], None), ([0, 0, 0], 0), ([], None)]
+)
+def test_a_list_is_followed_where_it_holds_all_and_that_is_little(active, width):
+    x, _ = problem()
+    given = functions.sweep_options("", x, x, 3, 9, -100, options.TripletOptions(active_limit=4), True)[1]
+    given.most_listed = 7
+    counts = torch.tensor(active, dtype=torch.float64)
+    assert ops.listed_width(counts, given) == width
+    given.capacity = 0
+    assert ops.listed_width(counts, given) is None
+    given.hardest = True
+    assert ops.listed_width(counts, given) == 1
 
 
 # torch.compile --------------------------------------------------------------------------------------

@@ -9,16 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from normface_ext.agents import ops as agent_ops
-from normface_ext.agents.ops import EXCESS_SUM, HINGE_BEST, HINGE_COSINE, HINGE_SLOPE, HingeOptions
+from normface_ext.agents import functions, ops
+from normface_ext.agents.options import ContrastiveOptions, TripletOptions
 from normface_ext.engine import sweep
 from normface_ext.engine.calls import accumulator
+from normface_ext.engine.sweep import target_cosine
 
 BATCH, DIM, CLASSES, IGNORED = 9, 11, 23, -100
 #: First classes of the shards; the third is empty.
 BOUNDS = [0, 7, 15, 15, CLASSES]
 SHARDS = list(itertools.pairwise(BOUNDS))
-SUMS = [EXCESS_SUM, HINGE_SLOPE, HINGE_COSINE]
 
 
 def problem(lane, dtype):
@@ -29,37 +29,52 @@ def problem(lane, dtype):
     return x, weight.to(dtype), labels
 
 
-def swept(x, weight, labels, cosine, options, upstream):
-    """(state, gradients) of these classes."""
-    _, _, *state = agent_ops.sweep(x, weight, labels, cosine, None, options)
-    return state, lambda slope, hinges: agent_ops.sweep_gradients(
-        *agent_ops.cosine_factors(state[0], slope, upstream[0], upstream[1] * hinges, options.triplet),
-        x, weight, labels, state, options, (True, True),
-    )  # fmt: skip
+class Shard:
+    """What one process does with the classes it has."""
+
+    def __init__(self, x, weight, labels, cosine, options):
+        self.given, self.options = (x, weight, labels), options
+        self.distance, self.threshold = ops.hinge_threshold(*self.given, cosine, None, options)
+        self.swept, self.collected, self.options = ops.sweep_hinges(
+            *self.given, self.threshold, options, need_gradient=True
+        )
+
+    @property
+    def best(self):
+        return self.collected.values[:, 0]
+
+    def gradients(self, slopes, mine):
+        slopes = slopes.clone()
+        slopes[ops.OTHERS] *= mine
+        return ops.hinge_gradients(
+            slopes, *self.given, self.threshold, self.swept, self.collected, self.options, (True, True)
+        )
 
 
-@pytest.mark.parametrize("capacity", [0, 30])
+@pytest.mark.parametrize("store", [True, False])
+@pytest.mark.parametrize("capacity", [0, 22])
 @pytest.mark.parametrize("mode", ["plain", "triplet", "exponential", "hardest"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_shards_add_up(lane, dtype, mode, capacity):
+def test_shards_add_up(lane, dtype, mode, capacity, store):
     x, weight, labels = problem(lane, dtype)
-    options = HingeOptions(
-        margin_value=0.3 if mode == "triplet" else 2.1,
-        triplet=mode == "triplet",
-        hardest=mode == "hardest",
-        exponential=mode == "exponential",
-        ignore_index=IGNORED,
-        eps=1e-12,
-        class_chunk=4,
-        capacity=1 if mode == "hardest" else capacity,
-    )
+    kind = TripletOptions if mode == "triplet" else ContrastiveOptions
+    terms = {"margin": 0.3} if mode == "triplet" else {"neg_margin": 2.1}
+    if mode == "exponential":
+        terms["exp_negative_weight"] = True
+    chosen = kind(**terms, hardest_only=mode == "hardest", active_limit=capacity)
+    _, options = functions.sweep_options("", x, weight, BATCH, CLASSES, IGNORED, chosen, True)
+    # All in float32: shards in 16 bits would not agree on what is active.
+    options = replace(options, class_chunk=4, kernels=0, product_precision=accumulator(dtype))
+    if not store:
+        options = replace(options, plan=replace(options.plan, algorithm="recompute"))
+    assert options.plan.store == store
     wide = accumulator(dtype)
     upstream = [lane.randn(BATCH, dtype=wide, seed=seed) for seed in (5, 6)]
-    cosine = agent_ops.target_cosine(x, weight, labels, options)
-    state, gradients = swept(x, weight, labels, cosine, options, upstream)
+    cosine = target_cosine(x, weight, labels, options)
+    whole = Shard(x, weight, labels, None, options)
+    slopes = ops.hinge_slopes(whole.swept.rows, *upstream, options)
+    dx, dw = whole.gradients(slopes, 1)
     options = replace(options, is_shard=True)
-    slope = state[0][HINGE_SLOPE].to(wide)
-    dx, dw = gradients(slope, 1)
 
     places = []
     for first, last in SHARDS:
@@ -67,23 +82,25 @@ def test_shards_add_up(lane, dtype, mode, capacity):
         elsewhere = torch.where(labels == IGNORED, IGNORED, sweep.ELSEWHERE)
         places.append(torch.where(here, labels - first, elsewhere))
     shards = [(weight[first:last], place) for (first, last), place in zip(SHARDS, places, strict=True)]
-    parts = [agent_ops.target_cosine(x, w, place, options) for w, place in shards]
+    parts = [target_cosine(x, w, place, options) for w, place in shards]
     assert all(part.dtype == torch.float64 for part in parts)
     assert torch.equal(torch.stack(parts).sum(0), cosine)  # one shard's number and zeros
-    found = [swept(x, w, place, cosine, options, upstream) for w, place in shards]
-    rows = [part[0] for part, _ in found]
+    found = [Shard(x, w, place, cosine, options) for w, place in shards]
+    for shard in found:
+        assert torch.equal(shard.distance, whole.distance) and torch.equal(shard.threshold, whole.threshold)
     tolerance = {"rtol": 32 * torch.finfo(wide).eps, "atol": 32 * torch.finfo(wide).eps}
-    best = torch.stack([part[HINGE_BEST] for part in rows])
-    assert torch.allclose(best.amax(0), state[0][HINGE_BEST], **tolerance)
-    owner = best.argmax(0)
-    mine = [owner == k if options.hardest else torch.ones_like(labels).bool() for k in range(len(SHARDS))]
-    for field in SUMS:
-        kept = [
-            torch.where(m, part[field], 0) if field == HINGE_SLOPE else part[field]
-            for m, part in zip(mine, rows, strict=True)
-        ]
-        assert torch.allclose(torch.stack(kept).sum(0), state[0][field], **tolerance)
-    each = [gradients(slope, m) for (_, gradients), m in zip(found, mine, strict=True)]
+    mine = [torch.ones_like(labels).bool() for _ in SHARDS]
+    if options.hardest:
+        best = torch.stack([shard.best for shard in found])
+        assert torch.allclose(best.amax(0), whole.best, **tolerance)
+        mine = [best.argmax(0) == k for k in range(len(SHARDS))]
+    rows = found[0].swept.rows.clone()
+    for field in (sweep.SUM, sweep.SECOND_SUM):
+        kept = [shard.swept.rows[field] * m for m, shard in zip(mine, found, strict=True)]
+        rows[field] = torch.stack(kept).sum(0)
+    assert torch.allclose(rows[: sweep.SECOND_SUM + 1], whole.swept.rows[: sweep.SECOND_SUM + 1], **tolerance)
+    slopes = ops.hinge_slopes(rows, *upstream, options)
+    each = [shard.gradients(slopes, m) for m, shard in zip(mine, found, strict=True)]
     assert all(part.dtype == wide and part.shape == x.shape for part, _ in each)
     terms = sum(part.abs() for part, _ in each).amax()
     whole_dx = torch.stack([part for part, _ in each]).sum(0)

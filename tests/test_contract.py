@@ -31,15 +31,16 @@ CHECKED_ELSEWHERE = {
     "pair_distance": "test_inner_distance.py",
     "pair_distance_backward": "test_inner_distance.py",
     "target_cosine": "test_metric_losses.py",
-    "agent_hinge": "test_metric_losses.py",
-    "agent_hinge_backward": "test_metric_losses.py",
+    "hinge_threshold": "test_metric_losses.py",
+    "hinge_slopes": "test_metric_losses.py",
+    "hinge_pairs": "test_metric_losses.py",
     "cosine_pairs_backward": "test_metric_losses.py",
 }
 #: Ops that are a step of another one, which has the function, the reference and the gradient.
-STEPS = {"target_cosine": "agent_hinge"}
+STEPS = dict.fromkeys(("target_cosine", "hinge_threshold", "hinge_slopes", "hinge_pairs"), "cosine_pairs")
 #: Ops that users reach under other names.
 FUNCTIONS = {
-    "agent_hinge": "c_contrastive_loss",
+    "cosine_pairs": "c_contrastive_loss",
     "pair_distance": "triplet_loss",
     **dict.fromkeys(("head_sweep", "head_shift", "softmax_finish"), "normface_loss"),
 }

@@ -8,6 +8,7 @@ from lanes import ODD_SIZES
 
 import normface_ext as nf
 from normface_ext import reference
+from normface_ext.engine import sweep
 from normface_ext.testing import assert_close_to_truth, assert_matches_reference
 
 IGNORE = -100
@@ -109,10 +110,11 @@ def test_gradcheck(lane, loss, options, limit):
 
 @pytest.mark.parametrize("exponential", [True, False])
 @pytest.mark.parametrize("partial", [True, False])
-@pytest.mark.parametrize("limit", [0, 5])
-def test_opcheck(lane, limit, partial, exponential):
+@pytest.mark.parametrize("sink", ["active", "hardest"])
+def test_opcheck(lane, sink, partial, exponential):
     x, weight, labels = sample(lane, dtype=torch.bfloat16, grad=False)
-    op = nf.engine.library.namespace()
+    op, capacity = nf.engine.library.namespace(), 5 if sink == "active" else 1
+    term = sweep.TERMS["exponential_hinge" if exponential else "hinge"]
 
     def checked(op, *arguments):
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -120,16 +122,21 @@ def test_opcheck(lane, limit, partial, exponential):
 
     for shard in (weight, weight[:0]) if partial else (weight,):
         given = labels if len(shard) else torch.full_like(labels, -1)
-        cosine = checked(op.target_cosine.default, x, shard, given, IGNORE, 1e-12, partial)
-        options = (None, 1.9, False, False, exponential, IGNORE, 1e-12, 16, limit, partial)
-        _, _, rows, inverse, classes, _ = checked(op.agent_hinge.default, x, shard, given, cosine, *options)
+        options = (IGNORE, 1e-12, partial)
+        cosine = checked(op.target_cosine.default, x, shard, given, *options)
+        for known in (cosine, None):
+            options = (None, 1.9, False, IGNORE, 1e-12, partial)
+            _, threshold = checked(op.hinge_threshold.default, x, shard, given, known, *options)
+        options = (False, False, False, sweep.SINKS[sink], capacity)
+        options += (IGNORE, 1.0, 1e-12, max(1, len(shard)), term, -1.0, 1.0, 16, 0, torch.float32, partial)
+        inputs = (x, shard, given, None, threshold, *[None] * 4)
+        rows, inverse, *_, listed, found = op.head_sweep(*inputs, *options)
         g = lane.randn(6), lane.randn(6, seed=1)
-        options = (True, True, exponential, 1e-12, 16, partial)
-        checked(op.agent_hinge_backward.default, x, shard, given, *g, rows, inverse, *options)
-        factors, order = lane.randn(6, 1 + limit), classes.flatten().argsort(stable=True)
-        norms = rows[1].float(), inverse
-        options = (True, False, 1e-12, partial)
-        checked(op.cosine_pairs_backward.default, x, shard, factors, classes, order, *norms, *options)
+        slopes = checked(op.hinge_slopes.default, rows, *g, True, term)
+        arguments = (rows, slopes, given, listed, found, 1, len(shard), sink == "hardest", term)
+        pairs = checked(op.hinge_pairs.default, *arguments)
+        arguments = (*pairs, inverse, True, False, 1e-12, partial)
+        checked(op.cosine_pairs_backward.default, x, shard, *arguments)
 
 
 def test_by_hand(lane):
@@ -272,7 +279,7 @@ def test_what_is_inactive_has_no_gradient_at_all(lane, limit, loss):
 def test_lists_and_sweeps_are_chosen_by_what_is_active(lane, loss, monkeypatch):
     x, weight, labels = sample(lane)
     calls = []
-    for name in ("agent_hinge_backward", "cosine_pairs_backward"):
+    for name in ("head_backward", "cosine_pairs_backward"):
         real = getattr(nf.engine.library.namespace(), name)
         monkeypatch.setattr(
             nf.engine.library.namespace(),
@@ -286,8 +293,8 @@ def test_lists_and_sweeps_are_chosen_by_what_is_active(lane, loss, monkeypatch):
     getattr(nf.functional, loss)(x, weight, labels, hardest_only=True, **options).backward()
     assert calls == [
         "cosine_pairs_backward",
-        "agent_hinge_backward",
-        "agent_hinge_backward",
+        "head_backward",
+        "head_backward",
         "cosine_pairs_backward",
     ]
 

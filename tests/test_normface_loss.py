@@ -10,8 +10,8 @@ from lanes import ODD_SIZES
 
 import normface_ext as nf
 from normface_ext import reference, testing
+from normface_ext.engine import sweep
 from normface_ext.reference import MARGINS
-from normface_ext.softmax import ops
 from normface_ext.testing import assert_close_to_truth, assert_matches_reference, value_and_gradients
 
 IGNORE = -100
@@ -604,7 +604,7 @@ def test_never_less_accurate_than_eager_float32(lane, scale):
 
 def least_workspace(lane, x, weight):
     """The smallest budget the plan accepts: one class per chunk, nothing stored."""
-    operand = nf.softmax.arguments.product_dtype(x, weight)
+    operand = nf.engine.calls.product_dtype(x, weight)
     device = nf.engine.calls.plan_device(x)
     with pytest.raises(ValueError) as raised:
         nf.plan(x.shape[0], *reversed(weight.shape), operand, device, workspace=0)

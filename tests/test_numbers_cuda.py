@@ -265,8 +265,8 @@ def test_the_ops_refuse_what_is_no_number(lane):
     """The second line, for those who call past the functions."""
     ops, x, weight = library.namespace(), lane.randn(2, 4), lane.randn(3, 4)
     labels, cosine, row = lane.tensor([0, 1]), lane.tensor([0.5, 0.5], torch.float64), lane.randn(1)
-    with pytest.raises(RuntimeError, match="agent_hinge: expected `margin` to be a 0-d floating tensor"):
-        ops.agent_hinge(x, weight, labels, cosine, row, 0.0, False, False, False, -100, 1e-12, 3, 0, False)
+    with pytest.raises(RuntimeError, match="hinge_threshold: expected `margin` to be a 0-d floating tensor"):
+        ops.hinge_threshold(x, weight, labels, cosine, row, 0.0, False, -100, 1e-12, False)
     with pytest.raises(RuntimeError, match="norm_linear: expected `scale` to be a 0-d floating tensor"):
         ops.norm_linear(x, weight, row, 0.0, True, 1e-12)
     with pytest.raises(RuntimeError, match="head_shift: expected `scale` to be a floating tensor, 0-d or"):

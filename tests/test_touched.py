@@ -59,7 +59,7 @@ def test_a_re_export_is_followed_to_where_the_name_is_defined():
             "cuda",
         ),
         (
-            "csrc/cuda/device/hinge_kernels.cuh",
+            "csrc/cuda/host/hinge_rows.cu",
             ["test_metric_losses", "test_agent_shards"],
             "test_normalize",
             "cuda",

@@ -82,6 +82,32 @@ struct HingeSlopesArguments {
   }
 };
 
+// What cosine_pairs_backward takes: every row's target, and the first `width` of what the sweep's sink collected,
+// each with the gradient of its cosine, [N, 1 + width] both. A class that gets nothing is `count`, that of the
+// classes at hand: whatever it holds does not reach the row. `hardest`: a row's one coefficient is in its sums,
+// and found [N, capacity] its cosine.
+struct HingePairsArguments {
+  static constexpr const char* kName = "hinge_pairs";
+  static constexpr const char* kReturns = "(Tensor factors, Tensor classes, Tensor x_inverse)";
+  Tensor rows, slopes, labels, listed, found;
+  int64_t width, count;
+  bool hardest;
+  int64_t term;
+
+  template <class F>
+  void each(F&& f) {
+    f("rows", rows);
+    f("slopes", slopes);
+    f("labels", labels);
+    f("listed", listed);
+    f("found", found);
+    f("width", width);
+    f("count", count);
+    f("hardest", hardest);
+    f("term", term);
+  }
+};
+
 // Gradients of sum over i, k of factors[i, k] cos(x_i, w_classes[i, k]), from the saved inverse norms. Classes
 // from C on are unused, and a row of nothing else gets zeros.
 struct CosinePairsBackwardArguments {
@@ -120,14 +146,34 @@ inline void check(const HingeThresholdArguments& in) {
   check_number(in.kName, "margin", in.margin, in.x);
 }
 
+// The field of a row with the sum of its coefficients.
+inline RowField slope_field(const char* op, int64_t term) {
+  if (term != kHingeTerm && term != kExponentialHingeTerm)
+    fail(op, ": expected `term` to be one of the hinges, got ", term);
+  return term == kExponentialHingeTerm ? kSum : kSecondSum;
+}
+
+inline int64_t check_rows(const char* op, const Tensor& rows) {
+  const int64_t N = rows.dim() == 2 ? rows.size(1) : 0;
+  check_exact(op, "rows", rows, ScalarType::Double, {kRowFields, N});
+  return N;
+}
+
 inline void check(const HingeSlopesArguments& in) {
-  const int64_t N = in.rows.dim() == 2 ? in.rows.size(1) : 0;
-  check_exact(in.kName, "rows", in.rows, ScalarType::Double, {kRowFields, N});
+  const int64_t N = check_rows(in.kName, in.rows);
   const ScalarType wide = accumulator(in.grad_distance.scalar_type());
   check_exact(in.kName, "grad_distance", in.grad_distance, wide, {N});
   check_exact(in.kName, "grad_hinges", in.grad_hinges, wide, {N});
-  if (in.term != kHingeTerm && in.term != kExponentialHingeTerm)
-    fail(in.kName, ": expected `term` to be one of the hinges, got ", in.term);
+}
+
+inline void check(const HingePairsArguments& in) {
+  const int64_t N = check_rows(in.kName, in.rows);
+  check_exact(in.kName, "slopes", in.slopes, ScalarType::Double, {kSlopeFields, N});
+  check_labels(in.kName, in.labels, N);
+  if (in.listed.dim() != 2 || in.width < 0 || in.width > in.listed.size(1))
+    fail(in.kName, ": expected `listed` of at least ", in.width, " columns, got shape ", shape_of(in.listed));
+  check_exact(in.kName, "listed", in.listed, ScalarType::Long, {N, in.listed.size(1)});
+  check_exact(in.kName, "found", in.found, accumulator(in.found.scalar_type()), {N, in.listed.size(1)});
 }
 
 inline void check(const CosinePairsBackwardArguments& in) {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..cosine.functions import normalize
 from ..engine import checks
-from ..engine.calls import accumulator, autocast_dtype, plan_device
+from ..engine.calls import plan_device, product_dtype
 from ..engine.options import takes
 from ..engine.plan import plan
 from ..engine.sweep import SUM, TERMS
@@ -156,7 +158,7 @@ def agent_loss(
     op: str, x: Tensor, weight: Tensor, labels: Tensor, sample_weight: Tensor | None, options: Losses
 ) -> Tensor:
     """The loss with options that have been checked."""
-    return losses.loss(options, swept_rows(op, x, weight, labels, sample_weight, options)[0])
+    return losses.loss(options, swept_rows(op, x, weight, labels, sample_weight, options))
 
 
 @torch.no_grad()
@@ -169,17 +171,21 @@ def agent_stats(
     options: Losses,
     margin: Tensor | None = None,
 ) -> Tensor:
-    rows, state = swept_rows(op, x, weight, labels, sample_weight, options, margin)
-    return losses.stats(options, rows, _negatives(options, state, weight.shape[0]))
+    given = checked_inputs(op, x, weight, labels, sample_weight, options)
+    return losses.stats(options, *_plain_means(op, given, options, margin))
 
 
 def agent_loss_and_stats(
     op: str, x: Tensor, weight: Tensor, labels: Tensor, options: Losses, margin: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Both from one sweep."""
-    rows, state = swept_rows(op, x, weight, labels, None, options, margin)
-    negatives = _negatives(options, state, weight.shape[0])
-    return losses.loss(options, rows), losses.stats(options, rows, negatives)
+    """Both, from one sweep where the loss is one of all plain hinges, or of distances."""
+    given = checked_inputs(op, x, weight, labels, None, options)
+    rows, state = sweep_rows(op, given, options, margin, with_sum=isinstance(options, TripletOptions))
+    loss = losses.loss(options, rows)
+    with torch.no_grad():
+        if isinstance(options, TripletOptions) or not (options.hardest_only or options.exp_negative_weight):
+            return loss, losses.stats(options, rows, _negatives(given, options, rows, *state))
+        return loss, losses.stats(options, *_plain_means(op, given, options, margin))
 
 
 def swept_rows(
@@ -190,32 +196,51 @@ def swept_rows(
     sample_weight: Tensor | None,
     options: Losses,
     margin: Tensor | None = None,
-) -> tuple[AgentRows, Tensor]:
-    """(the rows, the state [HINGE_FIELDS, N] of the sweep). A ``margin`` stands in for the options'."""
+) -> AgentRows:
+    """What is known of the rows. A ``margin`` stands in for the options'."""
+    return sweep_rows(op, checked_inputs(op, x, weight, labels, sample_weight, options), options, margin)[0]
+
+
+class AgentInputs(NamedTuple):
+    """The tensors of a loss, checked."""
+
+    x: Tensor
+    weight: Tensor
+    labels: Tensor  # int64; rows of weight 0 have the ignored one
+    factor: Tensor | None  # sample_weight
+
+
+def checked_inputs(
+    op: str, x: Tensor, weight: Tensor, labels: Tensor, sample_weight: Tensor | None, options: Losses
+) -> AgentInputs:
     checks.features_and_weight(op, x, weight)
-    classes, ignored = weight.shape[0], checks.ignored(options.ignore_index)
-    labels = checks.labels(op, labels, x, classes, options.ignore_index)
+    ignored = checks.ignored(options.ignore_index)
+    labels = checks.labels(op, labels, x, weight.shape[0], options.ignore_index)
     factor = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
     if options.check_finite:
         checks.finite_operands(op, x, weight, labels != ignored, sample_weight=factor)
     if factor is not None:
         labels = torch.where(factor == 0, ignored, labels)
+    return AgentInputs(x, weight, labels, factor)
+
+
+def sweep_rows(
+    op: str, given: AgentInputs, options: Losses, margin: Tensor | None = None, *, with_sum: bool = False
+) -> tuple[AgentRows, list[Tensor]]:
+    """(the rows, [their state [ROW_FIELDS, N], with `with_sum` the sum of the unit agents])"""
+    x, weight, labels, factor = given
+    ignored = checks.ignored(options.ignore_index)
     needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    x, weight = product_operands(x, weight)
-    tensor, given = sweep_options(op, x, classes, ignored, options, needed, margin)
-    target, hinges, state = ops.agent_hinge(x, weight, labels, tensor, given)
-    return AgentRows(labels != ignored, factor, target, hinges, ops.hinge_slope(state, given)), state
-
-
-def product_operands(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Features and agents as their products are made of them: in autocast's dtype on CUDA."""
-    dtype = autocast_dtype(x)
-    return (x, weight) if dtype is None else (x.to(dtype), weight.to(dtype))
+    tensor, swept = sweep_options(op, x, weight, len(x), len(weight), ignored, options, needed, margin)
+    target, hinges, *state = ops.agent_hinge(x, weight, labels, tensor, swept, need_class_sum=with_sum)
+    return AgentRows(labels != ignored, factor, target, hinges, ops.hinge_slope(state[0], swept)), state
 
 
 def sweep_options(
     op: str,
     x: Tensor,
+    weight: Tensor,
+    batch: int,
     classes: int,
     ignored: int,
     options: Losses,
@@ -223,17 +248,21 @@ def sweep_options(
     margin: float | Tensor | None = None,
     is_shard: bool = False,
 ) -> tuple[Tensor | None, AgentSweepOptions]:
-    """(the margin where it is a tensor, the other arguments of the sweep) for x [N, D] and `classes`;
-    `needed`: a gradient will be wanted."""
-    batch, dim = x.shape
-    wide, classes = accumulator(x.dtype), max(1, classes)
-    chosen = plan(batch, max(1, dim), classes, wide, plan_device(x), workspace=options.workspace)
+    """(the margin where it is a tensor, the other arguments of the sweep) for `batch` rows as those of x
+    [N, D] and `classes`; `needed`: a gradient will be wanted."""
+    dim, classes, precision = max(1, x.shape[1]), max(1, classes), product_dtype(x, weight)
+    device = plan_device(x)
+    chosen = plan(batch, dim, classes, precision, device, workspace=options.workspace)
     triplet = isinstance(options, TripletOptions)
+    exponential = not isinstance(options, TripletOptions) and options.exp_negative_weight
     if margin is None:
         margin = options.margin if isinstance(options, TripletOptions) else options.neg_margin
     if isinstance(margin, Tensor):  # it is read where x lies
         checks.same_device(op, "neg_margin", margin, "x", x)
-    exponential = not isinstance(options, TripletOptions) and options.exp_negative_weight
+    capacity = most_listed = 0
+    # Following a list needs its length on the host.
+    if needed and not options.hardest_only and checks.has_values(x):
+        capacity, most_listed = list_limits(batch, dim, classes, device.type, precision, options.active_limit)
     return margin if isinstance(margin, Tensor) else None, AgentSweepOptions(
         1.0,
         options.eps,
@@ -241,18 +270,66 @@ def sweep_options(
         chosen,
         chosen.class_chunk,
         chosen.kernels,
-        wide,
+        precision,
         ignored,
         term=TERMS["exponential_hinge" if exponential else "hinge"],
         is_shard=is_shard,
         margin_value=0.0 if isinstance(margin, Tensor) else margin,
         triplet=triplet,
+        hardest=options.hardest_only,
+        capacity=capacity,
+        most_listed=most_listed,
     )
 
 
-def _negatives(options: Losses, state: Tensor, classes: int) -> Tensor:
+#: What a list may hold for a gradient that follows it to be the quicker one, as a share of all N C cells:
+#: a listed one costs its two products of D alone, at the speed of memory.
+LISTED_SHARE = 1 / 64
+#: What a list costs whatever is in it; on CUDA the host waits to read how long it is.
+LIST_SECONDS = 1e-4
+
+
+def dense_rate(device: str, precision: torch.dtype) -> float:
+    """Operations per second of a dense backward, roughly."""
+    if device != "cuda":
+        return 1e11
+    return 375e12 if precision.itemsize == 2 else 5e13
+
+
+def list_limits(
+    batch: int, dim: int, classes: int, device: str, precision: torch.dtype, limit: int | None
+) -> tuple[int, int]:
+    """(active classes listed per row, active classes of all rows up to which the gradient follows the lists).
+    An explicit limit is obeyed; else a list is for work that takes longer than it does."""
+    if limit is not None:
+        capacity = min(limit, classes - 1)
+        return capacity, batch * capacity
+    if 4 * batch * dim * classes < LIST_SECONDS * dense_rate(device, precision):
+        return 0, 0
+    return min(classes // 16, 512), int(batch * classes * LISTED_SHARE)
+
+
+def _plain_means(
+    op: str, given: AgentInputs, options: Losses, margin: Tensor | None
+) -> tuple[AgentRows, Tensor]:
+    """The rows and the means over their other agents, of a sweep for these alone: whatever chooses or weighs
+    terms has no effect."""
+    plain = replace(options, hardest_only=False)
+    if isinstance(plain, ContrastiveOptions):
+        plain = replace(plain, exp_negative_weight=False)
+    rows, state = sweep_rows(op, given, plain, margin, with_sum=isinstance(plain, TripletOptions))
+    return rows, _negatives(given, plain, rows, *state)
+
+
+def _negatives(
+    given: AgentInputs, options: Losses, rows: AgentRows, state: Tensor, *class_sum: Tensor
+) -> Tensor:
     """[N], means over the other agents: of the distances, or of the hinges."""
-    others = classes - 1
+    others = given.weight.shape[0] - 1
     if isinstance(options, TripletOptions):
-        raise NotImplementedError
+        # d = 2 - 2 c, and the cosines of all agents add up to that with their sum.
+        (total,) = class_sum
+        unit = normalize(given.x.detach().to(total.dtype), eps=options.eps)
+        distances = 2.0 * given.weight.shape[0] - 2.0 * (unit.double() @ total[:-1].double())
+        return (distances - rows.target.detach()) / max(1, others)
     return state[SUM] / max(1, others)

@@ -123,7 +123,7 @@ class CContrastiveLoss(WideState, AgentLoss):
         if not options.add_intra_mae:
             return super().forward(features, labels, sample_weight)
         mean, again = self._mean_of(labels)
-        rows, _ = functions.swept_rows(
+        rows = functions.swept_rows(
             self.LOSS, features, self.weight, labels, sample_weight, options, options.neg_margin + mean
         )
         if self.training and not again:

@@ -12,7 +12,6 @@ from torch.autograd import Function
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative
 from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of
 from ..engine.sweep import (
-    INVERSE_NORM,
     SECOND_SUM,
     SLOPE_FIELDS,
     SLOPES,
@@ -27,7 +26,7 @@ from ..engine.sweep import (
     in_memory,
 )
 
-OTHERS, TARGET = SLOPES.index("others"), SLOPES.index("target")
+OTHERS = SLOPES.index("others")
 
 
 @dataclass(eq=False)
@@ -58,6 +57,15 @@ def _slopes_fake(*, rows: Tensor, **_: Any) -> Tensor:
     return rows.new_empty([SLOPE_FIELDS, rows.shape[1]])
 
 
+def _list_fake(*, rows: Tensor, found: Tensor, width: int, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch = rows.shape[1]
+    return (
+        found.new_empty([batch, 1 + width]),
+        found.new_empty([batch, 1 + width], dtype=torch.int64),
+        found.new_empty([batch]),
+    )
+
+
 def _pairs_fake(
     *, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, is_shard: bool, **_: Any
 ) -> tuple[Tensor, Tensor]:
@@ -73,6 +81,7 @@ add_fakes(
         {
             "hinge_threshold": _threshold_fake,
             "hinge_slopes": _slopes_fake,
+            "hinge_pairs": _list_fake,
             "cosine_pairs_backward": _pairs_fake,
         }
     )
@@ -80,6 +89,7 @@ add_fakes(
 
 _threshold_options = options_of("hinge_threshold", AgentSweepOptions)
 _slopes_options = options_of("hinge_slopes", AgentSweepOptions)
+_list_options = options_of("hinge_pairs", AgentSweepOptions)
 _pairs_options = options_of("cosine_pairs_backward", AgentSweepOptions)
 
 
@@ -170,38 +180,28 @@ def hinge_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Of x and weight. ``swept.rows`` are of the classes at hand.
 
-    The gradient of the hinges is zero but for what is active: where that is little, and each row's was listed,
-    it follows the lists; else it goes over all classes. Both are exact.
+    The gradient of the hinges is zero but for what is active: where that is little, and each row's was
+    listed, it follows the lists; else it goes over all classes. Both are exact.
     """
-    wide = accumulator(x.dtype)
     rows = swept.rows
     width = listed_width(rows[SECOND_SUM], options)
     if width is None:
-        one = slopes.new_ones((), dtype=wide)
+        one = slopes.new_ones((), dtype=accumulator(x.dtype))
         term = TermInputs(threshold, None)
         arguments = one, slopes, x, weight, labels, None, None, swept, options, (*needed, False)
         return head_backward(*arguments, term)[:2]
-    coefficients = hinge_slope(rows, options)[:, None] if options.hardest else collected.values[:, :width]
-    others, target = slopes[OTHERS, :, None], slopes[TARGET]
-    # A row without a slope is listed nowhere: whatever an agent holds does not reach it.
-    nowhere = weight.shape[0]
-    own = torch.where((target != 0) & (labels >= 0), labels, nowhere)
-    classes = torch.where(others != 0, collected.classes[:, :width], nowhere)
-    gradients: tuple[Tensor, Tensor] = kernels(x, weight).cosine_pairs_backward(
-        x,
-        weight,
-        torch.cat([target[:, None], others * coefficients], 1).to(wide),
-        torch.cat([own[:, None], classes], 1),
-        rows[INVERSE_NORM].to(wide),
-        swept.inverse_norm,
-        *needed,
-        *_pairs_options(options),
+    called = kernels(x, weight)
+    pairs = called.hinge_pairs(
+        rows, slopes, labels, *collected, width, weight.shape[0], *_list_options(options)
+    )
+    gradients: tuple[Tensor, Tensor] = called.cosine_pairs_backward(
+        x, weight, *pairs, swept.inverse_norm, *needed, *_pairs_options(options)
     )
     return gradients
 
 
 class _AgentHinge(Function):
-    """(target distance, hinges, rows, class_sum); the last two have no gradient."""
+    """(target distance, hinges, rows), and the class_sum if asked for; only the first two have a gradient."""
 
     @staticmethod
     def forward(
@@ -212,8 +212,9 @@ class _AgentHinge(Function):
         margin: Tensor | None,
         options: AgentSweepOptions,
         need_class_sum: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         features, agents, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
+        need_gradient = any(ctx.needs_input_grad[:2])
         distance, threshold = hinge_threshold(features, agents, labels, None, margin, options)
         swept, collected, options = sweep_hinges(
             features,
@@ -221,13 +222,15 @@ class _AgentHinge(Function):
             labels,
             threshold,
             options,
-            need_gradient=any(ctx.needs_input_grad[:2]),
+            need_gradient=need_gradient,
             need_class_sum=need_class_sum,
         )
-        ctx.save_for_backward(x, weight, labels, threshold, *collected, *swept)
-        ctx.options = options
-        ctx.mark_non_differentiable(swept.rows, swept.class_sum)
-        return distance, swept.rows[SUM].to(distance.dtype), swept.rows, swept.class_sum
+        constant = (swept.rows, swept.class_sum) if need_class_sum else (swept.rows,)
+        if need_gradient:
+            ctx.save_for_backward(x, weight, labels, threshold, *collected, *swept)
+            ctx.options = options
+            ctx.mark_non_differentiable(*constant)
+        return distance, swept.rows[SUM].to(distance.dtype), *constant
 
     @staticmethod
     def backward(ctx: Any, grad_distance: Tensor, grad_hinges: Tensor, *_: Any) -> Any:
@@ -260,10 +263,9 @@ def agent_hinge(
     options: AgentSweepOptions,
     *,
     need_class_sum: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(distance to the label's agent [N], sum of the hinges [N], rows [ROW_FIELDS, N], class_sum)"""
+) -> tuple[Tensor, ...]:
+    """(distance to the label's agent [N], sum of the hinges [N], rows [ROW_FIELDS, N]), and with
+    `need_class_sum` that."""
     x, weight = detach_without_grad(x, weight)
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = _AgentHinge.apply(
-        x, weight, labels, margin, options, need_class_sum
-    )
+    result: tuple[Tensor, ...] = _AgentHinge.apply(x, weight, labels, margin, options, need_class_sum)
     return result

@@ -11,14 +11,15 @@ from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 
 from ..agents import losses, ops
-from ..agents.functions import product_operands, sweep_options
+from ..agents.functions import sweep_options
 from ..agents.losses import AgentRows, Losses
-from ..agents.ops import AgentSweepOptions as HingeOptions
+from ..agents.ops import AgentSweepOptions
 from ..agents.options import ContrastiveKeywords, ContrastiveOptions, TripletKeywords, TripletOptions
 from ..engine import checks
 from ..engine.arguments import flag
-from ..engine.autograd import detach_without_grad, no_second_derivative
+from ..engine.autograd import asked, detach_without_grad, no_second_derivative
 from ..engine.options import takes
+from ..engine.sweep import INVERSE_NORM, SECOND_SUM, SUM, Collected, Swept, target_cosine
 from .collectives import Batch, ScatteredRows, add_over_shards, gather_rows, largest_over_shards
 from .shard import IGNORED, ClassShard
 from .softmax import check_backbone_gradients
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 
 
 def _holds_hardest(best: Tensor, shard: ClassShard) -> Tensor:
-    """Where this rank has the largest cosine of all ranks; of equal ones the first rank has it."""
+    """Where this rank has the largest cosine of all ranks; of equal ones the first rank has it. NaN is larger
+    than anything here, as within a shard."""
+    best = torch.where(best.isnan(), torch.inf, best)
     place = torch.full_like(best, -dist.get_rank(shard.group))
     candidate = place.where(best == largest_over_shards(best, shard.group), -torch.inf)
     return largest_over_shards(candidate, shard.group) == place
@@ -51,51 +54,56 @@ class _ClassParallelHinge(Function):
         batch: Batch,
         places: Tensor,
         margin: Tensor | None,
-        options: HingeOptions,
+        options: AgentSweepOptions,
         separate: bool,
         replicas: int,
         shard: ClassShard,
     ) -> tuple[Tensor, Tensor, Tensor]:
         agents = weight.contiguous()
-        part = ops.target_cosine(batch.x, agents, places, options)
+        part = target_cosine(batch.x, agents, places, options)
         (cosine,) = add_over_shards([part], shard.group)
-        target, _, *state = ops.sweep(batch.x, agents, places, cosine, margin, options)
-        value, slope = state[0][LOSS_VALUE], state[0][HINGE_SLOPE]
-        mine = torch.ones_like(places, dtype=torch.bool)
+        distance, threshold = ops.hinge_threshold(batch.x, agents, places, cosine, margin, options)
+        need_gradient = batch.need_x or ctx.needs_input_grad[1]
+        swept, collected, options = ops.sweep_hinges(
+            batch.x, agents, places, threshold, options, need_gradient=need_gradient
+        )
+        sums, mine = swept.rows[: SECOND_SUM + 1], None
         if options.hardest:
-            mine = _holds_hardest(state[0][HINGE_BEST], shard)
-            # NaN shows, wherever it is.
-            value, slope = torch.where(mine | value.isnan(), value, 0), torch.where(mine, slope, 0)
-        value, slope = (s.to(target.dtype) for s in add_over_shards([value, slope], shard.group))
-        ctx.save_for_backward(x, weight, batch.x, agents, places, mine, slope, *state)
+            mine = _holds_hardest(collected.values[:, 0], shard)
+            sums = torch.where(mine, sums, 0)
+        rows = swept.rows.clone()
+        (rows[: SECOND_SUM + 1],) = add_over_shards([sums], shard.group)
+        slope = ops.hinge_slope(rows, options)
+        ctx.save_for_backward(x, weight, batch.x, agents, places, threshold, rows, mine, *collected, *swept)
         ctx.batch, ctx.options, ctx.shard = batch, options, shard
         ctx.separate, ctx.replicas = separate, replicas
         ctx.mark_non_differentiable(slope)
-        return target, value, slope
+        return distance, rows[SUM].to(distance.dtype), slope
 
     @staticmethod
-    def backward(ctx: Any, grad_target: Tensor, grad_value: Tensor, _: Any) -> Any:
-        own, weight, x, agents, places, mine, slope, *state = ctx.saved_tensors
+    def backward(ctx: Any, grad_distance: Tensor, grad_hinges: Tensor, _: Any) -> Any:
+        own, weight, x, agents, places, threshold, rows, mine, *saved = ctx.saved_tensors
+        collected, swept = Collected(*saved[:2]), Swept(*saved[2:])
         batch, options, shard = ctx.batch, ctx.options, ctx.shard
         own_x, need_weight = ctx.needs_input_grad[:2]
-        needed = batch.need_x, need_weight
-        origins = grad_target, grad_value, own, weight
+        origins = grad_distance, grad_hinges, own, weight
         with torch.no_grad():
             if ctx.separate:
-                parts = [grad_target, grad_value]
-                grad_target, grad_value = (g.to(slope.dtype) for g in add_over_shards(parts, shard.group))
-            target_factor, hinge_factor = ops.cosine_factors(
-                state[0], slope, grad_target, grad_value, options.triplet
-            )
-            hinge_factor = torch.where(mine, hinge_factor, 0)
-            dx, dw = ops.sweep_gradients(
-                target_factor, hinge_factor, x, agents, places, state, options, needed
+                parts, wide = [grad_distance, grad_hinges], grad_hinges.dtype
+                grad_distance, grad_hinges = (g.to(wide) for g in add_over_shards(parts, shard.group))
+            slopes = ops.hinge_slopes(rows, grad_distance, grad_hinges, options)
+            if mine is not None:
+                slopes[ops.OTHERS] = torch.where(mine, slopes[ops.OTHERS], 0)
+            needed = batch.need_x, need_weight
+            dx, dw = asked(
+                needed,
+                ops.hinge_gradients(slopes, x, agents, places, threshold, swept, collected, options, needed),
             )
             if dx is not None:
                 moved = ScatteredRows(dx, batch, shard.group).wait() * ctx.replicas
-                dx = store_as(moved, x.dtype, batch.own(state[0][INVERSE_NORM]), options.eps)
-        name = "c_triplet_loss" if options.triplet else "c_contrastive_loss"
-        return *no_second_derivative(name, (dx if own_x else None, dw), *origins), *[None] * 7
+                dx = store_as(moved, own.dtype, batch.own(rows[INVERSE_NORM]), options.eps)
+        given = dx if own_x else None, dw
+        return *no_second_derivative(options.op, given, *origins), *[None] * 7
 
 
 def _loss(
@@ -118,17 +126,17 @@ def _loss(
     labels = checks.labels(op, labels, x, shard.num_classes, options.ignore_index)
     factor = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
     needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    given_weight = weight
-    x, weight = product_operands(x, weight)
     batch = gather_rows(
         x, labels, shard.group, ignore_index=ignored, sample_weight=factor, equal_batches=equal_batches
     )
     if options.check_finite:
-        batch.check_finite(op, given_weight, shard, ignored)
+        batch.check_finite(op, weight, shard, ignored)
     places = shard.places(batch.labels, ignored)
     if batch.sample_weight is not None:
         places = torch.where(batch.sample_weight == 0, IGNORED, places)
-    margin, given = sweep_options(op, batch.x, shard.count, IGNORED, options, needed, is_shard=True)
+    margin, given = sweep_options(
+        op, batch.x, weight, len(places), shard.count, IGNORED, options, needed, is_shard=True
+    )
     replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
     x, weight = detach_without_grad(x, weight)
     separate = options.reduction == "none"

@@ -29,23 +29,31 @@ def plan_device(x: Tensor) -> torch.device:
     return torch.device("cuda") if library.emulating() else x.device
 
 
-def autocast(x: Tensor) -> Tensor:
-    """x as autocast hands it to a matrix product: float64 stays."""
-    kind = "cuda" if x.is_cuda else "cpu"
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64 or x.is_meta:
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
-
-
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast on CUDA makes of the operands of a product with x, where it does; float64 stays."""
-    if not torch.is_autocast_enabled("cuda") or plan_device(x).type != "cuda" or x.dtype == torch.float64:
+def autocast_dtype(x: Tensor, kind: str) -> torch.dtype | None:
+    """What autocast on a kind of device makes of the operands of a product with x, where it does; float64
+    stays."""
+    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(kind):
         return None
-    return torch.get_autocast_dtype("cuda")
+    return torch.get_autocast_dtype(kind)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x as autocast hands it to a matrix product."""
+    dtype = autocast_dtype(x, "cuda" if x.is_cuda else "cpu")
+    return x if dtype is None else x.to(dtype)
+
+
+def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """dtype of the operands of a head's products: the autocast dtype on CUDA inside autocast, else the
+    narrower of the two inputs'. CPU kernels widen 16-bit operands to float32 whatever this says."""
+    lowered = autocast_dtype(x, "cuda") if plan_device(x).type == "cuda" else None
+    if lowered is not None:
+        return lowered
+    return x.dtype if x.dtype.itemsize <= weight.dtype.itemsize else weight.dtype
 
 
 def argument_names(op: str) -> tuple[str, ...]:

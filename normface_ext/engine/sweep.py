@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from normface_ext import _C
+
 from . import memory
 from .calls import accumulator, add_fakes, by_name, kernels, options_of, plan_device
 from .plan import Plan

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..engine import checks
-from ..engine.calls import plan_device
+from ..engine.calls import plan_device, product_dtype
 from ..engine.plan import plan
 from ..engine.sweep import NO_INPUTS, TERMS, TermInputs
 from . import ops
@@ -146,11 +146,3 @@ def loss_options(
         guard=guard,
         straight=straight,
     )
-
-
-def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """dtype of the matrix products' operands: the autocast dtype on CUDA inside autocast, else the
-    narrower of the two inputs'. CPU kernels widen 16-bit operands to float32 whatever this says."""
-    if x.is_cuda and x.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
-        return torch.get_autocast_dtype("cuda")
-    return x.dtype if x.dtype.itemsize <= weight.dtype.itemsize else weight.dtype

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from normface_ext import reference
 from normface_ext.agents import ops as agent_ops
-from normface_ext.agents.ops import HINGE_SLOPE, LOSS_VALUE, HingeOptions
+from normface_ext.agents.functions import sweep_options
+from normface_ext.agents.losses import Losses
+from normface_ext.agents.options import ContrastiveOptions, TripletOptions
 from normface_ext.engine import sweep
 from normface_ext.engine.calls import plan_device
 from normface_ext.engine.plan import plan
@@ -74,24 +77,26 @@ def softmax(x: Tensor, weight: Tensor, scale: Tensor, y: Tensor) -> Results:
     return [loss, torch.stack(dx).sum(0), torch.cat(dw), ds[0]]
 
 
-def hinges(options: HingeOptions, x: Tensor, weight: Tensor, y: Tensor) -> Results:
+def hinges(chosen: Losses, x: Tensor, weight: Tensor, y: Tensor) -> Results:
     """Distance to the label's agent and sum of the hinges of every row, and the gradients of x and weight."""
+    _, options = sweep_options("", x, weight, len(x), CLASSES, -100, chosen, True, is_shard=True)
+    options = replace(options, class_chunk=min(19, options.class_chunk))
     shards = parts(weight, y)
-    cosine = torch.stack([agent_ops.target_cosine(x, w, place, options) for w, place in shards]).sum(0)
-    swept = [agent_ops.sweep(x, w, place, cosine, None, options) for w, place in shards]
-    target = swept[0][0]
-    value, slope = (
-        torch.stack([part[2][field] for part in swept]).sum(0).to(target.dtype)
-        for field in (LOSS_VALUE, HINGE_SLOPE)
-    )
+    cosine = torch.stack([sweep.target_cosine(x, w, place, options) for w, place in shards]).sum(0)
+    target, threshold = agent_ops.hinge_threshold(x, *shards[0], cosine, None, options)
+    swept = [
+        agent_ops.sweep_hinges(x, w, place, threshold, options, need_gradient=True) for w, place in shards
+    ]
+    rows = swept[0][0].rows.clone()
+    rows[:2] = torch.stack([part.rows[:2] for part, _, _ in swept]).sum(0)
     upstream = randn(len(x), dtype=torch.float64, seed=5).to(target)
-    factors = agent_ops.cosine_factors(swept[0][2], slope, upstream, upstream, options.triplet)
+    slopes = agent_ops.hinge_slopes(rows, upstream, upstream, options)
     gradients = [
-        agent_ops.sweep_gradients(*factors, x, w, place, state, options, (True, True))
-        for (w, place), (_, _, *state) in zip(shards, swept, strict=True)
+        agent_ops.hinge_gradients(slopes, x, w, place, threshold, *part, (True, True))
+        for (w, place), part in zip(shards, swept, strict=True)
     ]
     dx, dw = zip(*gradients, strict=True)
-    return [target, value, torch.stack(dx).sum(0), torch.cat(dw)]
+    return [target, rows[sweep.SUM].to(target.dtype), torch.stack(dx).sum(0), torch.cat(dw)]
 
 
 def all_hinges(
@@ -122,20 +127,14 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         is_triplet = name == "triplet"
         margin = triplet if is_triplet else contrastive
         for capacity in (CLASSES, 0):
-            options = HingeOptions(
-                margin_value=margin,
-                triplet=is_triplet,
-                hardest=False,
-                exponential=exponential,
-                ignore_index=-100,
-                eps=1e-12,
-                class_chunk=19,
-                capacity=capacity,
-                is_shard=True,
-            )
+            chosen: Losses = TripletOptions(margin=margin, active_limit=capacity)
+            if not is_triplet:
+                chosen = ContrastiveOptions(
+                    neg_margin=margin, exp_negative_weight=exponential, active_limit=capacity
+                )
 
-            def ours(*given, options=options):
-                return hinges(options, *given)
+            def ours(*given, chosen=chosen):
+                return hinges(chosen, *given)
 
             def truth(*given, margin=margin, is_triplet=is_triplet, exponential=exponential):
                 return all_hinges(margin, is_triplet, exponential, *given)

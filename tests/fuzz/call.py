@@ -106,7 +106,7 @@ def workspace_of(op: str, t: Tensors, o: dict[str, Any]) -> Any:
     ):
         return None
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    operand = nf.softmax.arguments.product_dtype(x, weight) if op == "normface_loss" else wide
+    operand = nf.engine.calls.product_dtype(x, weight) if op == "normface_loss" else wide
     try:
         nf.plan(len(x), x.shape[1], weight.shape[0], operand, nf.engine.calls.plan_device(x), workspace=0)
     except ValueError as error:

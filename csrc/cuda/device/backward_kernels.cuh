@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/device/class_gradient.cuh"
+#include "cuda/device/project_row.cuh"
 #include "cuda/host/head.cuh"
 #include "cuda/products/sm80_single_sweep.h"
 
@@ -10,38 +11,45 @@ namespace {
 
 // What row i contributes to the gradients, upstream gradient included: the factors of x_sum (and of E x_hat in
 // dW), of the target, and of class_sum (and of class_weight_j x_hat in dW); and to the gradient of the scale.
-// How the row was scaled, x_hat = x * outer * inner, and its kappa. All 0 where the row has no slope.
-enum GradientField { kOthers, kTarget, kUniform, kScale, kOuter, kInner, kKappa, kGradientFields };
+// How the row was scaled, x_hat = x * outer * inner, and what it says to its term. All 0 where the row has no
+// slope.
+enum GradientField {
+  kOthers,
+  kTarget,
+  kUniform,
+  kScale,
+  kOuter,
+  kInner,
+  kKappa,
+  kThreshold,
+  kGradientFields
+};
 
+// Gradients of the features, from the table of what the rows contribute.
 template <class T>
-struct RowGradients {
+struct FeatureGradients {
   StoredArray x, w;       // [N, D], [C, D]
   const T* inverse_norm;  // [C]
   const int64_t* labels;  // [N]
-  int64_t dim;
-  RowState rows;
-  RowSlopes slopes;
-  RowNumbers scale;
-  const T* grad_loss;  // [N] or []
-  bool per_row;
-  double* gradients;   // [kGradientFields, N]
-  double* grad_scale;  // [N], perhaps kScale of gradients
-  const T* x_sum;      // [N, D]
-  const T* class_sum;  // [D] or null
+  int64_t batch, dim;
+  const double* gradients;  // [kGradientFields, N]
+  const T* x_sum;           // [N, D]
+  const T* class_sum;       // [D] or null
   double eps;
-  StoredArray dx;        // [N, D] or null
-  StoredArray x_hat;     // [N, D], operand type, or null: unit features once more, for scores
-  StoredArray weighted;  // [N, D], type of what meets E, or null: times the factor of the row
-  SweepRow* sweep_rows;  // [N] or null
+  StoredArray dx;  // [N, D], or null: not wanted here
+
+  NF_DEVICE double of(GradientField field, int64_t i) const { return gradients[field * batch + i]; }
 };
 
-// dx = P_x(others * x_sum + target * w_hat_y), x_hat = x * scale. One warp.
+// dx = P_x(others * x_sum + target * w_hat_y + uniform * class_sum) of a row with a slope; zeros for others. One
+// warp.
 template <class T>
-NF_DEVICE void write_grad_features(const RowGradients<T>& task, int64_t i, bool ignored,
+NF_DEVICE void write_grad_features(const FeatureGradients<T>& task, int64_t i, bool ignored,
                                    const math::RowScale<double>& scale, double others, double target,
                                    double uniform) {
   const int64_t dim = task.dim;
-  const int64_t label = ignored ? kElsewhere : task.labels[i];
+  if (ignored) return clear_row<double>(i, dim, task.dx);
+  const int64_t label = task.labels[i];
   math::RowScale<T> of_class{};
   if (label != kElsewhere) of_class = scale_again(task.w, label, dim, T(task.eps), task.inverse_norm[label]);
   const auto gradient = [&](int64_t d) {
@@ -51,19 +59,37 @@ NF_DEVICE void write_grad_features(const RowGradients<T>& task, int64_t i, bool 
                                 : 0.0) +
            (task.class_sum != nullptr ? uniform * double(task.class_sum[d]) : 0.0);
   };
-  double radial = 0;
-  if (!ignored)
-    for (int64_t d = lane_id(); d < dim; d += kWarp)
-      radial += task.x.template load<double>(i * dim + d) * scale.outer * scale.inner * gradient(d);
-  radial = warp_sum(radial);
-  for (int64_t d = lane_id(); d < dim; d += kWarp) {
-    const double y = ignored ? 0.0 : task.x.template load<double>(i * dim + d) * scale.outer * scale.inner;
-    double g =
-        ignored ? 0.0 : math::normalize_vjp<double>(gradient(d), y, radial, scale.outer, scale.inner, 0.0);
-    if (task.dx.type == int(ScalarType::Half)) g = held_finite<Half>(g, scale.norm, task.eps, 2);
-    task.dx.template store<double>(i * dim + d, g);
-  }
+  project_row<double>(task.x, i, dim, task.eps, scale, gradient, task.dx);
 }
+
+// Where x_sum is known only after the second sweep. One warp per row.
+template <class T>
+NF_KERNEL(kThreads)
+feature_gradients_kernel(FeatureGradients<T> task) {
+  const int64_t i = block_id() * kRowsPerBlock + warp_id();
+  if (i >= task.batch) return;  // the whole warp leaves
+  const double outer = task.of(kOuter, i), inner = task.of(kInner, i);
+  const bool ignored = outer == 0.0;
+  const math::RowScale<double> scale{outer, inner, 1.0 / (outer * inner)};
+  write_grad_features(task, i, ignored, scale, task.of(kOthers, i), task.of(kTarget, i),
+                      task.of(kUniform, i));
+}
+
+template <class T>
+struct RowGradients {
+  RowState rows;
+  RowSlopes slopes;
+  RowNumbers scale;
+  const double* threshold;  // [N] or null
+  const T* grad_loss;       // [N] or []
+  bool per_row;
+  double* gradients;   // [kGradientFields, N]
+  double* grad_scale;  // [N], perhaps kScale of gradients
+  FeatureGradients<T> features;
+  StoredArray x_hat;     // [N, D], operand type, or null: unit features once more, for scores
+  StoredArray weighted;  // [N, D], type of what meets E, or null: times the factor of the row
+  SweepRow* sweep_rows;  // [N] or null
+};
 
 // Everything that is made of one row. A row without a slope is taken as zero: nothing it holds, NaN included,
 // reaches a class. One warp per row.
@@ -72,16 +98,19 @@ NF_KERNEL(kThreads)
 row_gradients_kernel(RowGradients<T> task) {
   const int64_t i = block_id() * kRowsPerBlock + warp_id();
   const RowState& rows = task.rows;
+  const FeatureGradients<T>& features = task.features;
   if (i >= rows.batch) return;  // the whole warp leaves
   double others = task.slopes.at(kOthersSlope, i), target = task.slopes.at(kTargetSlope, i),
-         uniform = task.slopes.at(kUniformSlope, i), scale = task.slopes.at(kScaleSlope, i), kappa = 0;
+         uniform = task.slopes.at(kUniformSlope, i), scale = task.slopes.at(kScaleSlope, i), kappa = 0,
+         threshold = 0;
   const bool ignored = others == 0.0 && target == 0.0 && uniform == 0.0 && scale == 0.0;
   math::RowScale<double> of_row{};
   if (!ignored) {
-    of_row = feature_scale_again<T>(task.x, i, task.dim, task.eps, rows.at(kInverseNorm, i));
+    of_row = feature_scale_again<T>(features.x, i, features.dim, features.eps, rows.at(kInverseNorm, i));
     const double g = double(task.grad_loss[task.per_row ? i : 0]);
     others *= g, target *= g, uniform *= g, scale *= g;
     kappa = rows.at(kShift, i);
+    if (task.threshold != nullptr) threshold = task.threshold[i];
   }
   if (lane_id() == 0) {
     task.gradients[kOthers * rows.batch + i] = others;
@@ -91,19 +120,21 @@ row_gradients_kernel(RowGradients<T> task) {
     task.gradients[kOuter * rows.batch + i] = of_row.outer;
     task.gradients[kInner * rows.batch + i] = of_row.inner;
     task.gradients[kKappa * rows.batch + i] = kappa;
+    task.gradients[kThreshold * rows.batch + i] = threshold;
     if (task.sweep_rows != nullptr) {
       // An ignored row's label may be any int64; only a class fits into 32 bits.
       const auto power = math::power_of_two(task.scale.at(i), kappa);
-      task.sweep_rows[i] = {power.slope, power.offset, int(ignored ? kElsewhere : task.labels[i])};
+      task.sweep_rows[i] = {power.slope, power.offset, int(ignored ? kElsewhere : features.labels[i])};
     }
   }
-  if (task.dx.data != nullptr) write_grad_features(task, i, ignored, of_row, others, target, uniform);
-  if (task.weighted.data == nullptr) return;
-  for (int64_t d = lane_id(); d < task.dim; d += kWarp) {
-    const double x = ignored ? 0.0 : task.x.template load<double>(i * task.dim + d);
+  if (features.dx.data != nullptr) write_grad_features(features, i, ignored, of_row, others, target, uniform);
+  if (task.weighted.data == nullptr && task.x_hat.data == nullptr) return;
+  for (int64_t d = lane_id(); d < features.dim; d += kWarp) {
+    const double x = ignored ? 0.0 : features.x.template load<double>(i * features.dim + d);
     const double unit = x * of_row.outer * of_row.inner;
-    if (task.x_hat.data != nullptr) task.x_hat.template store<T>(i * task.dim + d, T(unit));
-    task.weighted.template store<T>(i * task.dim + d, T(others * unit));
+    if (task.x_hat.data != nullptr) task.x_hat.template store<T>(i * features.dim + d, T(unit));
+    if (task.weighted.data != nullptr)
+      task.weighted.template store<T>(i * features.dim + d, T(others * unit));
   }
 }
 

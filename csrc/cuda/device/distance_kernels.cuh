@@ -1,14 +1,13 @@
 // The kernels of inner_distance.cu.
 #pragma once
 
-#include "cuda/device/agent_rows.cuh"
+#include "cuda/device/per_row.cuh"
+#include "cuda/device/row_scale.cuh"
 #include "math/distance.h"
 
 namespace nf {
 namespace {
 
-constexpr int kThreads = kRowThreads;
-constexpr int kRowsPerBlock = kThreads / kWarp;
 constexpr int kTile = 64;                           // results per block: kTile x kTile
 constexpr int kSide = 16;                           // threads per side of it: kSide * kSide = kThreads
 constexpr int kOwn = kTile / kSide;                 // results per thread and side

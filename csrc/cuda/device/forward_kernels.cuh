@@ -2,17 +2,17 @@
 // of scores.
 #pragma once
 
-#include "cuda/device/exponentiate.cuh"
 #include "cuda/device/row_cosine.cuh"
 #include "cuda/device/rows.cuh"
+#include "cuda/host/head.cuh"
 
 namespace nf {
 namespace {
 
 // Everything a row knows before the sweep: its norm, its weight, the shift, and, where its target is among
 // the classes at hand, the target's cosine (products and sums in double, from the raw rows). A row that is
-// ignored, or has no weight, becomes zero, and so do its scores and its shift: nothing it holds, NaN
-// included, reaches another row or a class. One warp per row.
+// ignored, or has no weight, becomes zero, and so do its scores, its shift and its threshold: nothing it holds,
+// NaN included, reaches another row or a class. One warp per row.
 template <class T>
 struct PrepareRows {
   StoredArray x, w;       // [N, D], [C, D]
@@ -23,10 +23,12 @@ struct PrepareRows {
   double eps;
   RowNumbers scale;
   math::FixedShift window;
-  const double* given_shift;  // [N] or null
+  const double* given_shift;      // [N] or null
+  const double* given_threshold;  // [N] or null
   Factors<T> sample_weight, class_weight;
   RowState rows;
   StoredArray x_hat;   // [N, D], operand type
+  double* threshold;   // [N], with given_threshold
   unsigned* arrivals;  // [N]: counters of last_to_arrive, set to 0
 };
 
@@ -49,10 +51,12 @@ NF_DEVICE void prepare_row(const PrepareRows<T>& task, int64_t i) {
   if (lane_id() != 0) return;
   task.arrivals[i] = 0;
   for (int field = 0; field < kRowFields; ++field) rows.at(RowField(field), i) = 0;
-  rows.at(kShift, i) = ignored                                ? 0.0
-                       : task.given_shift != nullptr          ? task.given_shift[i]
-                       : task.window.serves(task.scale.at(i)) ? task.window.kappa
-                                                              : -INFINITY;
+  const double scale = task.scale.at(i);
+  rows.at(kShift, i) = ignored                       ? 0.0
+                       : task.given_shift != nullptr ? task.given_shift[i]
+                       : task.window.serves(scale)   ? task.window.kappa(scale)
+                                                     : -INFINITY;
+  if (task.given_threshold != nullptr) task.threshold[i] = ignored ? 0.0 : task.given_threshold[i];
   if (ignored) return;
   rows.at(kInverseNorm, i) = row.x.inverse();
   rows.at(kCosine, i) = row.cosine;
@@ -74,7 +78,7 @@ prepare_kernel(PrepareRows<T> rows, UnitRows classes, int64_t row_blocks) {
 }
 
 // Where a row's logits can be read: `count` of them, at data[i * row_stride + k * step]. Those of classes are
-// cosines, to be multiplied by the scale; the others are the largest logits of some classes.
+// cosines, of which the term makes logits; the others are the largest logits of some classes.
 template <class T>
 struct RowLogits {
   const T* data;
@@ -87,23 +91,22 @@ struct RowLogits {
 
 // Outside the window of math/softmax.h: kappa becomes the largest logit seen so far, and what was
 // added up under the old one is rescaled. Inside it a block returns at once. One block per row.
-template <class T>
+template <class T, class Term>
 NF_KERNEL(kThreads)
-update_shift_kernel(RowLogits<T> logits,
-                    const int64_t* __restrict__ labels,  // [N]
-                    math::FixedShift window, RowNumbers scale, RowState rows,
+update_shift_kernel(RowLogits<T> logits, TermRows terms, math::FixedShift window, RowState rows,
                     T* __restrict__ x_sum,  // [N, D] or null
                     int64_t dim) {
   const int64_t i = block_id();
-  const double s = scale.at(i);
+  const double s = terms.scale.at(i);
   if (window.serves(s)) return;
   SharedMemory shared;
   T* scratch = shared.take<T>(kThreads / kWarp);
-  const int64_t target = logits.of_classes ? target_place(labels[i], logits.first, logits.count) : -1;
+  const int64_t target = logits.of_classes ? target_place(terms.labels[i], logits.first, logits.count) : -1;
+  const Term term(terms.at<T>(i), terms.numbers);
   T best = -T(INFINITY);
   for (int64_t k = thread_id(); k < logits.count; k += kThreads) {
     const T value = logits.data[i * logits.row_stride + k * logits.step];
-    const T z = logits.of_classes ? T(s) * value : value;
+    const T z = logits.of_classes ? T(s) * term.logit(value) : value;
     best = k != target && z > best ? z : best;
   }
   best = block_largest(best, scratch);
@@ -114,18 +117,10 @@ update_shift_kernel(RowLogits<T> logits,
   if (thread_id() == 0) {
     rows.at(kShift, i) = shift;
     rows.at(kSum, i) *= factor;
-    rows.at(kSumCosine, i) *= factor;
+    rows.at(kSecondSum, i) *= factor;
   }
   if (x_sum != nullptr && factor != 1.0)
     for (int64_t d = thread_id(); d < dim; d += kThreads) x_sum[i * dim + d] *= T(factor);
-}
-
-// sum[i] += part[i]
-template <class T>
-NF_KERNEL(kThreads)
-accumulate_kernel(const T* __restrict__ part, int64_t count, T* __restrict__ sum) {
-  const int64_t i = block_id() * kThreads + thread_id();
-  if (i < count) sum[i] += part[i];
 }
 
 // partial[b][d] = sum of class_weight_j w_hat_jd over the b-th run of classes, and for d = D of

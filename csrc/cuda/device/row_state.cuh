@@ -21,15 +21,26 @@ struct TableOfRows {
 using RowState = TableOfRows<RowField>;
 using RowSlopes = TableOfRows<SlopeField>;
 
-// Row i's S and A += partial sums [2, splits, batch] of theirs, in the order of the splits.
-NF_DEVICE void add_partials(const RowState& rows, const double* partial, int64_t splits, int64_t i) {
-  double sum = 0, sum_cosine = 0;
-  for (int64_t k = 0; k < splits; ++k) {
-    sum += partial[k * rows.batch + i];
-    sum_cosine += partial[(splits + k) * rows.batch + i];
+// Where a sweep leaves the sums of its rows: every block of a row its own, and the last one adds them up.
+struct SweepSums {
+  RowState rows;
+  double* partial;     // [2, splits, batch], or null: the sums are not wanted
+  unsigned* arrivals;  // [one per row, or per block of rows], all 0
+
+  NF_DEVICE double& value(int64_t split, int64_t i) const { return partial[split * rows.batch + i]; }
+  NF_DEVICE double& second(int64_t split, int64_t splits, int64_t i) const {
+    return partial[(splits + split) * rows.batch + i];
   }
-  rows.at(kSum, i) += sum;
-  rows.at(kSumCosine, i) += sum_cosine;
-}
+  // Row i's sums += the partial ones, in the order of the splits.
+  NF_DEVICE void add(int64_t splits, int64_t i) const {
+    double of_value = 0, of_second = 0;
+    for (int64_t k = 0; k < splits; ++k) {
+      of_value += value(k, i);
+      of_second += second(k, splits, i);
+    }
+    rows.at(kSum, i) += of_value;
+    rows.at(kSecondSum, i) += of_second;
+  }
+};
 
 }  // namespace nf

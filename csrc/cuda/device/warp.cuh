@@ -34,5 +34,6 @@ NF_DEVICE unsigned warp_ballot(bool predicate, unsigned mask = kFullMask) {
 }
 // Its number, for a word that is not 0.
 NF_DEVICE int lowest_bit(unsigned word) { return __ffs(static_cast<int>(word)) - 1; }
+NF_DEVICE int count_bits(unsigned word) { return __popc(word); }
 
 }  // namespace nf

@@ -1,15 +1,17 @@
 // Cosines of listed pairs of a feature and an agent on CUDA: target_cosine, and the gradients of a
-// weighted sum of listed cosines. No atomics: one warp owns each row of a result.
-#include "cuda/device/agent_rows.cuh"
+// weighted sum of listed cosines. One warp owns each row of a result, and adds up in the order of the list.
+//
+// The entries of a class are found by a counting sort. Integer atomics say how many a class has and give each a
+// place among them; which one, and where in memory the class's places begin, depends on who comes first, so the
+// warp that sums them puts them in order: nothing that comes out depends on it.
+#include "cuda/device/per_row.cuh"
+#include "cuda/device/project_row.cuh"
 #include "cuda/device/row_cosine.cuh"
 #include "cuda/host/agents.h"
-#include "engine/hinge_checks.h"
+#include "cuda/host/outputs.h"
 
 namespace nf {
 namespace {
-
-constexpr int kThreads = kRowThreads;
-constexpr int kWarps = kThreads / kWarp;
 
 // cosine[i] = cos(x_i, w_labels[i]); 0 where the agent is not here. One warp per row.
 NF_KERNEL(kThreads)
@@ -18,7 +20,7 @@ target_cosine_kernel(StoredArray x, StoredArray w,        // [N, D], [C, D]
                      int64_t batch, int64_t dim, int64_t classes, int64_t ignore_index, double eps,
                      bool is_shard, double* __restrict__ cosine)  // [N]
 {
-  const int64_t i = block_id() * kWarps + warp_id();
+  const int64_t i = block_id() * kRowsPerBlock + warp_id();
   if (i >= batch) return;  // the whole warp leaves
   const int64_t label = labels[i];
   const bool elsewhere = label == ignore_index || (is_shard && label == kElsewhere);
@@ -77,13 +79,13 @@ pair_scales_kernel(Pairs pairs, const T* __restrict__ x_inverse, const T* __rest
 template <class T>
 NF_KERNEL(kThreads)
 pairs_features_kernel(Pairs pairs, const T* __restrict__ factors, PairScales<T> scales, StoredArray dx) {
-  const int64_t i = block_id() * kWarps + warp_id(), dim = pairs.dim;
+  const int64_t i = block_id() * kRowsPerBlock + warp_id(), dim = pairs.dim;
   if (i >= pairs.batch) return;  // the whole warp leaves
   bool mine = false;
   for (int64_t k = lane_id(); k < pairs.listed; k += kWarp)
     mine = mine || pairs.classes[i * pairs.listed + k] < pairs.count;
   if (!warp_any(mine)) {  // an ignored row, above all: whatever it holds, NaN included, has no gradient
-    for (int64_t d = lane_id(); d < dim; d += kWarp) dx.store<T>(i * dim + d, T(0));
+    clear_row<T>(i, dim, dx);
     return;
   }
   project_row<T>(
@@ -100,27 +102,91 @@ pairs_features_kernel(Pairs pairs, const T* __restrict__ factors, PairScales<T> 
       dx);
 }
 
-// One warp per entry of `order`; the first of a class sums its run. dw comes in zero.
+// Where the entries of a class lie: `count` of them in any order from places[begin] on.
+struct ClassEntries {
+  int* count;       // [C], all 0 before
+  int64_t* begin;   // [C]
+  int64_t* taken;   // [], 0 before: of places, by now
+  int* within;      // [N * listed]: the entry's place among those of its class
+  int64_t* places;  // [N * listed]
+  int64_t* order;   // [N * listed]: the same in order
+};
+
+// One thread per entry.
+NF_KERNEL(kThreads)
+count_entries_kernel(Pairs pairs, ClassEntries entries) {
+  const int64_t k = block_id() * kThreads + thread_id();
+  if (k >= pairs.batch * pairs.listed || pairs.classes[k] >= pairs.count) return;
+  entries.within[k] = atomic_add(entries.count + pairs.classes[k], 1);
+}
+
+// The first of a class takes room for all. One thread per entry.
+NF_KERNEL(kThreads)
+reserve_places_kernel(Pairs pairs, ClassEntries entries) {
+  const int64_t k = block_id() * kThreads + thread_id();
+  if (k >= pairs.batch * pairs.listed || pairs.classes[k] >= pairs.count || entries.within[k] != 0) return;
+  const int64_t j = pairs.classes[k];
+  entries.begin[j] = atomic_add(entries.taken, int64_t(entries.count[j]));
+}
+
+// One thread per entry.
+NF_KERNEL(kThreads)
+place_entries_kernel(Pairs pairs, ClassEntries entries) {
+  const int64_t k = block_id() * kThreads + thread_id();
+  if (k >= pairs.batch * pairs.listed || pairs.classes[k] >= pairs.count) return;
+  entries.places[entries.begin[pairs.classes[k]] + entries.within[k]] = k;
+}
+
+// One warp per entry; the first of a class sums all of them. dw comes in zero.
 template <class T>
 NF_KERNEL(kThreads)
-pairs_weight_kernel(Pairs pairs, const int64_t* __restrict__ order,  // [N * listed]
-                    const T* __restrict__ factors, PairScales<T> scales, StoredArray dw) {
-  const int64_t begin = block_id() * kWarps + warp_id(), total = pairs.batch * pairs.listed, dim = pairs.dim;
-  if (begin >= total) return;  // the whole warp leaves
-  const int64_t j = pairs.classes[order[begin]];
-  if (j >= pairs.count || (begin > 0 && pairs.classes[order[begin - 1]] == j)) return;
+pairs_weight_kernel(Pairs pairs, ClassEntries entries, const T* __restrict__ factors, PairScales<T> scales,
+                    StoredArray dw) {
+  const int64_t own = block_id() * kRowsPerBlock + warp_id(), total = pairs.batch * pairs.listed,
+                dim = pairs.dim;
+  if (own >= total) return;  // the whole warp leaves, here and below
+  const int64_t j = pairs.classes[own];
+  if (j >= pairs.count || entries.within[own] != 0) return;
+  const int64_t begin = entries.begin[j], end = begin + entries.count[j];
+  for (int64_t at = begin + lane_id(); at < end; at += kWarp) {
+    const int64_t k = entries.places[at];
+    int64_t rank = begin;
+    for (int64_t other = begin; other < end; ++other) rank += entries.places[other] < k;
+    entries.order[rank] = k;
+  }
+  sync_warp();  // the order, before every lane follows it
   project_row<T>(
-      pairs.w, j, dim, pairs.eps, scales.at(order[begin]),
+      pairs.w, j, dim, pairs.eps, scales.at(own),
       [&](int64_t d) {
         LongSum<T> sum;
 #pragma unroll 1
-        for (int64_t at = begin; at < total && pairs.classes[order[at]] == j; ++at) {
-          const int64_t k = order[at], i = k / pairs.listed;
+        for (int64_t at = begin; at < end; ++at) {
+          const int64_t k = entries.order[at], i = k / pairs.listed;
           sum.add(factors[k] * scales.unit(pairs.x.load<T>(i * dim + d), total + i));
         }
         return sum.value();
       },
       dw);
+}
+
+// The gradient of the weight, which comes in zero.
+template <class T>
+void pairs_weight(Queue& queue, const Pairs& pairs, const T* factors, const PairScales<T>& scales,
+                  const Tensor& like, const Tensor& dw) {
+  const int64_t count = pairs.entries();
+  const Tensor counters = torch::stable::new_zeros(like, {pairs.count}, ScalarType::Int),
+               taken = torch::stable::new_zeros(like, {1}, ScalarType::Long),
+               begin = device_empty(like, {pairs.count}, ScalarType::Long),
+               within = device_empty(like, {count}, ScalarType::Int),
+               places = device_empty(like, {count}, ScalarType::Long),
+               order = device_empty(like, {count}, ScalarType::Long);
+  const ClassEntries entries{data_of<int>(counters), data_of<int64_t>(begin),  data_of<int64_t>(taken),
+                             data_of<int>(within),   data_of<int64_t>(places), data_of<int64_t>(order)};
+  launch("count_entries", queue, count_entries_kernel, thread_per(count), kThreads, 0, pairs, entries);
+  launch("reserve_places", queue, reserve_places_kernel, thread_per(count), kThreads, 0, pairs, entries);
+  launch("place_entries", queue, place_entries_kernel, thread_per(count), kThreads, 0, pairs, entries);
+  launch("pairs_weight", queue, pairs_weight_kernel<T>, warp_per_row(count), kThreads, 0, pairs, entries,
+         factors, scales, StoredArray(dw));
 }
 
 }  // namespace
@@ -142,7 +208,7 @@ std::tuple<Tensor, Tensor> cosine_pairs_backward(const CosinePairsBackwardArgume
   check(in);
   const Tensor &x = in.x, &weight = in.weight;
   Queue queue(x);
-  Tensor dx = partial_gradient_like(x, in.need_x, in.is_shard, false),
+  Tensor dx = partial_gradient_like(x, in.need_x, in.is_shard),
          dw = gradient_like(weight, in.need_weight, true);
   const Pairs pairs{StoredArray(x),
                     StoredArray(weight),
@@ -162,9 +228,7 @@ std::tuple<Tensor, Tensor> cosine_pairs_backward(const CosinePairsBackwardArgume
     if (in.need_x)
       launch("pairs_features", queue, pairs_features_kernel<T>, warp_per_row(pairs.batch), kThreads, 0, pairs,
              f, scales, StoredArray(dx));
-    if (in.need_weight)
-      launch("pairs_weight", queue, pairs_weight_kernel<T>, warp_per_row(pairs.entries()), kThreads, 0, pairs,
-             data_of<const int64_t>(in.order), f, scales, StoredArray(dw));
+    if (in.need_weight) pairs_weight(queue, pairs, f, scales, x, dw);
   });
   return {dx, dw};
 }

@@ -1,18 +1,20 @@
-// What the stages of the fused head share on CUDA: shapes, and the types its operands have.
+// What the stages of the engine share on CUDA: shapes, the types of the operands, and a chunk of scores turned
+// into coefficients.
 //
 // Operands. float32 and float64 stay what they are. With a 16-bit input the scores come from float16
-// unit rows (their entries are bounded, so its 11 bits beat bfloat16's 8) and float32 sums; E, which
-// spans e^-87 to e^88, is bfloat16 and meets bfloat16 unit rows.
+// unit rows (their entries are bounded, so its 11 bits beat bfloat16's 8) and float32 sums; the coefficients E,
+// which span e^-87 to e^88, are bfloat16 and meet bfloat16 unit rows.
 //
 // The scale is read on the device and nothing is read back, so the host never waits.
 #pragma once
 
 #include <optional>
 
-#include "cuda/device/reduce.cuh"
-#include "cuda/device/row_access.cuh"
+#include "cuda/device/per_row.cuh"
 #include "cuda/device/row_state.cuh"
 #include "cuda/device/stored.cuh"
+#include "cuda/device/term_rows.cuh"
+#include "cuda/host/fold_scores.h"
 #include "cuda/host/rows.h"
 #include "cuda/products/cublas.h"
 #include "cuda/products/simt_products.h"
@@ -23,10 +25,11 @@
 namespace nf {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kRowsPerBlock = kThreads / kWarp;
-
-Grid warp_per_row(int64_t rows) { return {(rows + kRowsPerBlock - 1) / kRowsPerBlock}; }
+// Which kernels know a term: those of sm80_scores.cu, and fold_scores.cu after cuBLAS, know all of them; the
+// others have the softmax's only, until another is worth its registers there.
+constexpr bool takes_term(HeadKernels kernels, int64_t term) {
+  return term == kSoftmaxTerm || (kernels != kSingleSweep && kernels != kPlainProducts);
+}
 
 // Constant factors of the rows or of the classes, all 1 unless given.
 template <class T>
@@ -40,124 +43,161 @@ struct Factors {
 };
 
 template <class T>
-T* data_or_null(const Tensor& t) {
-  return t.numel() > 0 ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
-}
-
-template <class T>
 const T* data_or_null(const std::optional<Tensor>& t) {
   return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
 }
 
-// Shapes, types and buffers shared by forward and backward.
+// One shift for all rows, where the term has a shift at all; else what any scale serves.
+template <class T>
+math::FixedShift window_of(const HeadInputs& in) {
+  const bool softmax = dispatch_term<T>(in.term, []<class Term>() { return Term::kSoftmax; });
+  return softmax ? math::fixed_shift_of<T>(double(in.total_classes), in.lowest, in.highest)
+                 : math::FixedShift{INFINITY, 0.0, 0.0};
+}
+
+// The classes [first, first + width).
+struct Chunk {
+  int64_t first;
+  int64_t width;
+
+  // Rows of scores and of E begin at multiples of 16 bytes whatever the width is.
+  int64_t stride() const { return (width + 7) / 8 * 8; }
+};
+
+// Shapes and types shared by forward and backward.
 template <class T>
 struct Head {
-  const Tensor& x;
-  const Tensor& weight;
-  const Tensor& labels;
-  RowNumbers scale;
-  Factors<T> class_weight;
-  int64_t batch, dim, classes, total_classes, chunk;
-  bool is_shard;            // one shard of the classes
+  // Cells of a chunk that the plan did not foresee.
+  static constexpr int64_t kCellsAtOnce = int64_t(1) << 25;
+
+  const HeadInputs& in;
+  int64_t batch, dim, classes, chunk;
   math::FixedShift window;  // made here for the device too
   bool fixed_shift;         // known here and now; where the scale is a tensor, the device decides
   bool is_16_bit;           // 16-bit operands
-  HeadKernels kernels;      // a choice that the operands' type allows
+  HeadKernels kernels;      // a choice that the operands' type and the term allow
   ScalarType wide;          // sums, scores
   ScalarType score;         // operands of the scores
   ScalarType other;         // E and the operands it meets
 
-  explicit Head(const HeadInputs& in)
-      : x(in.x),
-        weight(in.weight),
-        labels(in.labels),
-        scale(in.scale, in.scale_value),
-        class_weight(in.class_weight),
-        batch(x.size(0)),
-        dim(x.size(1)),
-        classes(weight.size(0)),
-        total_classes(in.total_classes),
+  explicit Head(const HeadInputs& of)
+      : in(of),
+        batch(in.x.size(0)),
+        dim(in.x.size(1)),
+        classes(in.weight.size(0)),
         chunk(std::max<int64_t>(1, std::min(in.class_chunk, classes))),
-        is_shard(in.is_shard),
-        window(math::fixed_shift_of<T>(double(in.total_classes))),
-        fixed_shift(!in.scale && window.serves(in.scale_value)),
+        window(window_of<T>(in)),
+        fixed_shift(window.largest_scale == INFINITY || (!in.scale && window.serves(in.scale_value))),
         is_16_bit(in.product_precision == ScalarType::Half || in.product_precision == ScalarType::BFloat16),
         kernels(is_16_bit == (in.kernels != kPlainProducts) ? HeadKernels(in.kernels) : kLibraryKernels),
-        wide(accumulator(x.scalar_type())),
+        wide(accumulator(in.x.scalar_type())),
         score(is_16_bit ? ScalarType::Half : wide),
-        other(is_16_bit ? ScalarType::BFloat16 : wide) {}
+        other(is_16_bit ? ScalarType::BFloat16 : wide) {
+    if (takes_term(kernels, in.term)) return;
+    if (kernels == kSingleSweep)
+      use_e();
+    else
+      kernels = kLibraryKernels;
+  }
+
+  // From now on E lies in memory.
+  void use_e() {
+    if (kernels != kSingleSweep) return;
+    kernels = kTensorCores;
+    limit_chunk();
+  }
+
+  // From now on the scores lie in memory.
+  void use_library() {
+    kernels = kLibraryKernels;
+    limit_chunk();
+  }
 
   bool tensor_cores() const { return kernels != kLibraryKernels && kernels != kPlainProducts; }
   // kappa from scores would need them in memory.
   bool plain_products() const { return kernels == kPlainProducts && fixed_shift; }
   bool single_sweep() const { return kernels == kSingleSweep; }
 
-  const int64_t* label_data() const { return static_cast<const int64_t*>(labels.const_data_ptr()); }
-
-  // Rows of scores and of E begin at multiples of 16 bytes whatever C is.
-  static int64_t padded(int64_t width) { return (width + 7) / 8 * 8; }
+  Chunk at(int64_t first) const { return {first, std::min(chunk, classes - first)}; }
+  Chunk largest_chunk() const { return {0, chunk}; }
 
   Tensor buffer(int64_t rows, int64_t columns, ScalarType type) const {
-    return device_empty(x, {rows, columns}, type);
+    return device_empty(in.x, {rows, columns}, type);
   }
 
-  // Unit rows of the classes [first, first + width): as score operands, and (with `copy`) as partners
-  // of E; the inverse norms as well.
-  UnitRows unit_weights(int64_t first, int64_t width, double eps, const Tensor& w_hat, const Tensor* copy,
+  TermRows term_rows(const double* shift, const double* threshold) const {
+    return {in.term,   data_of<const int64_t>(in.labels), RowNumbers(in.scale, in.scale_value), shift,
+            threshold, data_or_null<double>(in.numbers)};
+  }
+
+  // Unit rows of a chunk's classes: as score operands, and (where `copy` holds anything) as partners of E;
+  // the inverse norms as well.
+  UnitRows unit_weights(const Chunk& of, const Tensor& w_hat, const Tensor& copy,
                         const Tensor* inverse) const {
-    const char* rows = static_cast<const char*>(weight.const_data_ptr());
-    UnitRows task{
-        rows + first * dim * int64_t(weight.element_size()), weight.scalar_type(), width, dim, 2, eps};
-    task.y = w_hat.mutable_data_ptr();
+    const char* rows = static_cast<const char*>(in.weight.const_data_ptr());
+    UnitRows task{rows + of.first * dim * int64_t(in.weight.element_size()),
+                  in.weight.scalar_type(),
+                  of.width,
+                  dim,
+                  2,
+                  in.eps};
+    task.y = data_of<void>(w_hat);
     task.y_type = score;
-    if (copy != nullptr) task.copy = copy->mutable_data_ptr();
-    if (inverse != nullptr) task.inverse = static_cast<T*>(inverse->mutable_data_ptr()) + first;
+    task.copy = data_of<void>(copy);
+    if (inverse != nullptr) task.inverse = data_of<T>(*inverse) + of.first;
     return task;
   }
 
   // scores = x_hat w_hat^T of some classes.
-  void make_scores(int64_t width, const Tensor& x_hat, const Tensor& w_hat, const Tensor& scores) const {
-    multiply(x, {x_hat.const_data_ptr(), score, batch, dim, dim},
-             Matrix{w_hat.const_data_ptr(), score, width, dim, dim}.transposed(),
-             {scores.const_data_ptr(), wide, batch, width, padded(width)});
+  void make_scores(const Chunk& of, const Tensor& x_hat, const Tensor& w_hat, const Tensor& scores) const {
+    multiply(in.x, {x_hat.const_data_ptr(), score, batch, dim, dim},
+             Matrix{w_hat.const_data_ptr(), score, of.width, dim, dim}.transposed(),
+             {scores.const_data_ptr(), wide, batch, of.width, of.stride()});
   }
 
-  PlainScores<T> plain_scores_task(int64_t first, int64_t width, const Tensor& x_hat, const Tensor& w_hat,
-                                   const double* shift, const RowState& rows, const Tensor& e) const {
-    return {static_cast<const T*>(x_hat.const_data_ptr()),
-            static_cast<const T*>(w_hat.const_data_ptr()),
+  // Of the partial sums that `coefficients` leaves.
+  int64_t splits(const Queue& queue, const Chunk& of) const {
+    return tensor_cores()     ? score_splits(queue, batch, dim, of.width)
+           : plain_products() ? plain_splits<T>(of.width)
+                              : fold_splits(of.width);
+  }
+
+  // E of some classes into `e`, unless that is empty, and its sums. Those of cuBLAS have been made already.
+  void coefficients(Queue& queue, const Chunk& of, const Tensor& x_hat, const Tensor& w_hat,
+                    const Tensor& scores, const TermRows& rows, const SweepSums& sums,
+                    const Tensor& e) const {
+    if constexpr (std::is_same_v<T, float>)
+      if (tensor_cores()) {
+        ScoreTask task = score_task(of, x_hat, w_hat, rows, sums);
+        task.e = data_of<BFloat16>(e);
+        return score_fold(queue, task);
+      }
+    if (plain_products())
+      return plain_scores<T>(queue, {data_of<const T>(x_hat), data_of<const T>(w_hat), batch, dim, of.width,
+                                     of.first, rows, sums, data_of<T>(e), of.stride()});
+    fold_scores<T>(queue, {data_of<const T>(scores), batch, of.width, of.stride(), of.first, rows, sums,
+                           data_of<void>(e), is_16_bit});
+  }
+
+  ScoreTask score_task(const Chunk& of, const Tensor& x_hat, const Tensor& w_hat, const TermRows& rows,
+                       const SweepSums& sums) const {
+    return {data_of<const Half>(x_hat),
+            data_of<const Half>(w_hat),
             batch,
             dim,
-            width,
-            first,
-            label_data(),
-            scale,
-            shift,
+            of.width,
+            of.first,
+            window,
             rows,
-            static_cast<T*>(e.mutable_data_ptr()),
-            padded(width),
+            sums,
             nullptr,
+            of.stride(),
             nullptr};
   }
 
-  ScoreExp score_exp_task(int64_t first, int64_t width, const Tensor& x_hat, const Tensor& w_hat,
-                          const double* shift, const RowState& rows, const Tensor* e) const {
-    return {static_cast<const Half*>(x_hat.const_data_ptr()),
-            static_cast<const Half*>(w_hat.const_data_ptr()),
-            batch,
-            dim,
-            width,
-            first,
-            window.largest_scale,
-            label_data(),
-            scale,
-            shift,
-            rows,
-            e != nullptr && e->numel() > 0 ? static_cast<BFloat16*>(e->mutable_data_ptr()) : nullptr,
-            padded(width),
-            nullptr,
-            nullptr,
-            nullptr};
+ private:
+  void limit_chunk() {
+    chunk = std::min(chunk, std::max<int64_t>(1, kCellsAtOnce / std::max<int64_t>(1, batch)));
   }
 };
 

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "cuda/device/distance_kernels.cuh"
+#include "cuda/host/outputs.h"
 #include "engine/distance_arguments.h"
 #include "engine/distance_checks.h"
 

@@ -7,6 +7,7 @@
 // their size is nobody's to know, and the float32 product is scaled on its way to the result.
 #include <optional>
 
+#include "cuda/device/per_row.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/stored.cuh"
 #include "cuda/host/rows.h"
@@ -15,8 +16,6 @@
 
 namespace nf {
 namespace {
-
-constexpr int kThreads = 256;
 
 constexpr int64_t kCellsAtOnce = int64_t(1) << 23;  // wide scratch of a float16 result: it stays in the cache
 const Scale kOne(std::nullopt, 1.0);

@@ -1,5 +1,7 @@
 // pair_distance, d(a_i, b_i), and its backward on CUDA: one warp per pair.
-#include "cuda/device/agent_rows.cuh"
+#include "cuda/device/per_row.cuh"
+#include "cuda/device/row_scale.cuh"
+#include "cuda/host/outputs.h"
 #include "engine/distance_arguments.h"
 #include "engine/distance_checks.h"
 #include "math/distance.h"
@@ -7,13 +9,10 @@
 namespace nf {
 namespace {
 
-constexpr int kThreads = kRowThreads;
-constexpr int kWarps = kThreads / kWarp;
-
 template <class T>
 NF_KERNEL(kThreads)
 pair_distance_kernel(StoredArray a, StoredArray b, int64_t rows, int64_t dim, int p, T* __restrict__ out) {
-  const int64_t r = block_id() * kWarps + warp_id();
+  const int64_t r = block_id() * kRowsPerBlock + warp_id();
   if (r >= rows) return;  // the whole warp leaves
   T sum = 0;
   for (int64_t d = lane_id(); d < dim; d += kWarp)
@@ -27,7 +26,7 @@ NF_KERNEL(kThreads)
 pair_gradient_kernel(const T* __restrict__ grad, StoredArray a, StoredArray b, int64_t rows, int64_t dim,
                      int p, StoredArray da, StoredArray db)  // each perhaps null
 {
-  const int64_t r = block_id() * kWarps + warp_id();
+  const int64_t r = block_id() * kRowsPerBlock + warp_id();
   if (r >= rows) return;
   for (int64_t d = lane_id(); d < dim; d += kWarp) {
     const int64_t at = r * dim + d;

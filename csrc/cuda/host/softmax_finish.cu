@@ -1,7 +1,11 @@
 // The second stage of the fused head on CUDA: margin, weights, losses and slopes, from sums over all classes.
+#include "cuda/device/per_row.cuh"
 #include "cuda/device/row_scale.cuh"
-#include "cuda/host/head.cuh"
+#include "cuda/device/row_state.cuh"
+#include "cuda/products/cublas.h"
+#include "engine/head_arguments.h"
 #include "math/margins/margin.h"
+#include "math/softmax.h"
 
 namespace nf {
 namespace {
@@ -72,7 +76,7 @@ finish_loss_kernel(FinishRows<T> task) {
       const math::SmoothingTerms weights = math::smoothing_terms(
           task.smoothing, task.total_classes, rows.at(kTargetWeight, i),
           smooth ? double(*task.weight_sum) : 0.0, psi.value, c, smooth ? task.with_sum[i] : 0.0);
-      terms = math::row_terms({rows.at(kSum, i), rows.at(kSumCosine, i), rows.at(kShift, i)},
+      terms = math::row_terms({rows.at(kSum, i), rows.at(kSecondSum, i), rows.at(kShift, i)},
                               task.scale.at(i), psi, weights);
     }
     const double weighted = weight != 0.0 ? weight * terms.loss : 0.0;
@@ -107,10 +111,10 @@ std::tuple<Tensor, Tensor> softmax_finish(const SoftmaxFinishArguments& in) {
   const Tensor with_sum = device_empty(in.x, {in.class_sum.numel() > 0 ? N : 0}, ScalarType::Double);
   const RowState rows(in.rows);
   dispatch_accumulator(in.x.scalar_type(), [&]<class T>() {
-    const T* sums = data_or_null<const T>(in.class_sum);
+    const T* sums = data_of<const T>(in.class_sum);
     if (sums != nullptr)
       launch("dot_class_sum", queue, dot_class_sum_kernel<T>, warp_per_row(N), kThreads, 0, StoredArray(in.x),
-             sums, D, in.eps, rows, data_or_null<double>(with_sum));
+             sums, D, in.eps, rows, data_of<double>(with_sum));
     launch("finish_loss", queue, finish_loss_kernel<T>, Grid{1}, kThreads,
            shared_bytes<double>(kThreads / kWarp),
            FinishRows<T>{rows,
@@ -125,10 +129,10 @@ std::tuple<Tensor, Tensor> softmax_finish(const SoftmaxFinishArguments& in) {
                          in.smoothing,
                          double(in.total_classes),
                          sums != nullptr ? sums + D : nullptr,
-                         data_or_null<double>(with_sum),
+                         data_of<double>(with_sum),
                          RowSlopes(slopes),
                          in.need_margin,
-                         data_or_null<T>(loss)});
+                         data_of<T>(loss)});
   });
   return {loss, slopes};
 }

@@ -101,19 +101,21 @@ plain_scores_kernel(PlainScores<T> task) {
     const int row = warp_row + 8 * r;
     const int64_t i = first_row + row;
     const bool exists = i < task.batch;
-    const T s = exists ? T(task.scale.at(i)) : T(0), shift = exists ? T(task.shift[i]) : T(0);
-    const int64_t target = exists ? target_place(task.labels[i], task.first, task.width) : -1;
-    T sum = 0, sum_cosine = 0;
+    const math::SoftmaxTerm<T> term(exists ? task.rows.template at<T>(i) : math::TermRow<T>{},
+                                    task.rows.numbers);
+    const int64_t target = exists ? target_place(task.rows.labels[i], task.first, task.width) : -1;
+    T value = 0, second = 0;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const int64_t column = first_class + warp_class + 16 * q;
       T e[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const T cosine = acc[r][q][j];
-        e[j] = column + j < task.width && column + j != target ? std::exp(cosine * s - shift) : T(0);
-        sum += e[j];
-        sum_cosine += e[j] * cosine;
+        math::Cell<T> cell{};
+        if (column + j < task.width && column + j != target) cell = term.at(acc[r][q][j], math::PlainExp());
+        e[j] = cell.coefficient;
+        value += cell.value;
+        second += cell.second;
       }
       // Up to the padding's end, in zeros: plain_gradient fetches it.
       if (exists && column < task.stride)
@@ -124,27 +126,26 @@ plain_scores_kernel(PlainScores<T> task) {
           store_vector_global<kVec>(task.e + i * task.stride + column + j, part);
         }
     }
-    sum += shuffle_xor(sum, 1);
-    sum += shuffle_xor(sum, 2);
-    sum_cosine += shuffle_xor(sum_cosine, 1);
-    sum_cosine += shuffle_xor(sum_cosine, 2);
+    value += shuffle_xor(value, 1);
+    value += shuffle_xor(value, 2);
+    second += shuffle_xor(second, 1);
+    second += shuffle_xor(second, 2);
     if (lane_id() % 4 == 0) {
-      scratch[warp_id() % 2 * S::kRows + row] = sum;
-      scratch[(2 + warp_id() % 2) * S::kRows + row] = sum_cosine;
+      scratch[warp_id() % 2 * S::kRows + row] = value;
+      scratch[(2 + warp_id() % 2) * S::kRows + row] = second;
     }
   }
-  if (task.partial == nullptr) return;
+  const SweepSums& sums = task.sums;
+  if (sums.partial == nullptr) return;
   sync_block();  // the scratch, before it is read
   const int64_t i = first_row + thread_id();
   const bool mine = thread_id() < S::kRows && i < task.batch;
   if (mine) {
     const T* of_row = scratch + thread_id();
-    task.partial[split * task.batch + i] = double(of_row[0]) + double(of_row[S::kRows]);
-    task.partial[(splits + split) * task.batch + i] =
-        double(of_row[2 * S::kRows]) + double(of_row[3 * S::kRows]);
+    sums.value(split, i) = double(of_row[0]) + double(of_row[S::kRows]);
+    sums.second(split, splits, i) = double(of_row[2 * S::kRows]) + double(of_row[3 * S::kRows]);
   }
-  if (last_to_arrive(task.arrivals + row_block, unsigned(splits)) && mine)
-    add_partials(task.rows, task.partial, splits, i);
+  if (last_to_arrive(sums.arrivals + row_block, unsigned(splits)) && mine) sums.add(splits, i);
 }
 
 // dW: kAcross warps along the columns, 64 each, as in sm80_weight_gradient.cu.

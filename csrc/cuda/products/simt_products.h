@@ -4,6 +4,7 @@
 
 #include "cuda/device/class_gradient.cuh"
 #include "cuda/device/row_state.cuh"
+#include "cuda/device/term_rows.cuh"
 
 namespace nf {
 
@@ -17,20 +18,16 @@ struct PlainScores {
   int64_t batch;
   int64_t dim;
   int64_t width;
-  int64_t first;  // class of w_hat's row 0
-  const int64_t* labels;
-  RowNumbers scale;
-  const double* shift;  // [batch]
-  RowState rows;        // with partial
-  T* e;                 // [batch, stride]
-  int64_t stride;       // a multiple of 8
-  double* partial;      // [2, splits, batch] or null: then S and A are not wanted
-  unsigned* arrivals;   // [one per row block], all 0; with partial
+  int64_t first;   // class of w_hat's row 0
+  TermRows rows;   // of the softmax's term
+  SweepSums sums;  // arrivals: one per block of rows
+  T* e;            // [batch, stride]
+  int64_t stride;  // a multiple of 8
 };
 
 template <class T>
 int64_t plain_splits(int64_t width);
-// E; with `partial`, S and A added to rows.
+// E and its sums.
 template <class T>
 void plain_scores(Queue& queue, const PlainScores<T>& task);
 

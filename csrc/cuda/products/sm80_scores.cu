@@ -1,11 +1,14 @@
-// E = exp(s x_hat w_hat^T - kappa) on tensor cores (mma.sync, compute capability 8.0).
+// Scores x_hat w_hat^T on tensor cores (mma.sync, compute capability 8.0), and what a term makes of them.
 //
 // A block owns kTile rows of x_hat, which stay in shared memory, and walks over some tiles of classes. w_hat
 // streams through kStages buffers of kBlock columns, fetched by asynchronous copies that run ahead across tile
-// borders. A finished tile is turned into E in registers, summed there, and leaves
-// in accesses of 16 bytes without a detour (mma_tile.cuh: dealt_row). Registers are held down so that two
-// blocks share a multiprocessor: while one takes exponentials the other multiplies. Rows and classes beyond
-// the edge are zero, and left out of sums and stores.
+// borders. A finished tile is turned into coefficients in registers, summed there, and leaves in accesses of 16
+// bytes without a detour (mma_tile.cuh: dealt_row). Registers are held down so that two blocks share a
+// multiprocessor: while one takes exponentials the other multiplies; so what rows say to their terms, and the
+// numbers common to all of them, lie in shared memory. Rows and classes beyond the edge are zero, and left out of
+// sums and stores.
+//
+// The softmax's kernels have run on GPUs. Those of the other terms have only been compiled and emulated so far.
 #include <device/arrival.cuh>
 #include <device/exp2.cuh>
 #include <device/shared_memory.cuh>
@@ -37,10 +40,25 @@ struct Shape {
   static constexpr int kAcross = kAcross_;
   static constexpr int kThreads = 4 * kAcross * kWarp;
   static constexpr int kClasses = kAcross * kWarpColumns;
-  static size_t shared(int64_t dim, bool per_row) {
+  static size_t shared(int64_t dim, int numbers_per_row, int numbers) {
     return shared_bytes<Half>(kTile * padded_columns(dim)) + shared_bytes<Half>(kStages * kClasses * kBlock) +
-           shared_bytes<float>(kTile) + shared_bytes<int>(kTile) + (per_row ? shared_bytes<float>(kTile) : 0);
+           shared_bytes<int>(kTile) + numbers_per_row * shared_bytes<float>(kTile) +
+           shared_bytes<float>(numbers);
   }
+};
+
+// What is kept of every row beside its target's place. At 256 columns the shared memory of two blocks has room for
+// one number, which serves the softmax with one scale and the hinges.
+template <class Term>
+constexpr int numbers_per_row(bool scale_per_row) {
+  return int(Term::kSoftmax) + int(Term::kThreshold) + int(scale_per_row);
+}
+
+// exp by the power of two that hardware has; the rows' scale and shift have been multiplied by log2(e).
+constexpr double kLog2E = 1.4426950408889634074;
+struct PowerExp {
+  NF_DEVICE float scaled(float x) const { return exp2_or_zero(x); }
+  NF_DEVICE float natural(float x) const { return exp2_or_zero(x * float(kLog2E)); }
 };
 
 int64_t row_blocks_of(int64_t batch) { return (batch + kTile - 1) / kTile; }
@@ -106,20 +124,24 @@ NF_DEVICE void over_row(float (&mine)[kHeldRows], float* scratch, const Combine&
 }
 
 // kLargestOnly: the first of two passes, for scales outside the fixed shift's window. kPerRow: the scale is a
-// row's own; apart, since at 256 columns the shared memory of two blocks has no room for it.
-template <class S, bool kLargestOnly, bool kPerRow>
+// row's own.
+template <class S, class Term, bool kLargestOnly, bool kPerRow>
 NF_KERNEL_RESIDENT(S::kThreads, S::kAcross == 2 ? 2 : 1)
-score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
-  const double s = kPerRow ? 0.0 : task.scale.at(0);
-  if (kLargestOnly && !kPerRow && math::FixedShift{task.largest_fixed_scale, 0.0}.serves(s)) return;
+score_kernel(ScoreTask task, int64_t tiles_per_block) {
+  const double s = kPerRow ? 0.0 : task.rows.scale.at(0);
+  if (kLargestOnly && !kPerRow && task.window.serves(s)) return;
 
   SharedMemory shared;
   const int x_stride = padded_columns(task.dim), steps = x_stride / kBlock;
   Half* x = shared.take<Half>(kTile * x_stride);
   Half* w = shared.take<Half>(kStages * S::kClasses * kBlock);
-  float* offset = shared.take<float>(kTile);  // of each row, see math::PowerOfTwo; and its target's place
-  int* target = shared.take<int>(kTile);      // among the classes. Registers are dearer than these reads.
-  float* slopes = kPerRow ? shared.take<float>(kTile) : nullptr;
+  // Of each row the target's place among the classes, and its TermRow as far as the term reads it. Registers are
+  // dearer than these reads.
+  int* target = shared.take<int>(kTile);
+  float* shifts = Term::kSoftmax ? shared.take<float>(kTile) : nullptr;
+  float* thresholds = Term::kThreshold ? shared.take<float>(kTile) : nullptr;
+  float* scales = kPerRow ? shared.take<float>(kTile) : nullptr;
+  float* numbers = Term::kNumbers > 0 ? shared.take<float>(Term::kNumbers) : nullptr;
 
   const int64_t row_blocks = (task.batch + kTile - 1) / kTile, splits = block_count() / row_blocks;
   // Neighbouring blocks share their classes, which then come from the L2 cache.
@@ -143,22 +165,23 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
     if (fetch_depth == x_stride) fetch_depth = 0, fetch_class += S::kClasses;
   };
 
-  float sum[kHeldRows], sum_cosine[kHeldRows];
+  float sum[kHeldRows], second[kHeldRows];
 #pragma unroll
   for (int r = 0; r < kHeldRows; ++r) {
     sum[r] = kLargestOnly ? -INFINITY : 0.0f;
-    sum_cosine[r] = 0.0f;
+    second[r] = 0.0f;
   }
-  if (thread_id() < kTile) {  // visible after the first step's barrier
+  constexpr double kUnit = kLargestOnly ? 1.0 : kLog2E;  // the largest logits are plain ones
+  if (thread_id() < kTile) {                             // visible after the first step's barrier
     const int64_t i = first_row + thread_id();
-    offset[thread_id()] = math::power_of_two(s, i < task.batch ? task.shift[i] : 0.0).offset;
-    target[thread_id()] = i < task.batch ? int(target_place(task.labels[i], task.first, task.width)) : -1;
-    if constexpr (kPerRow) {
-      const double own = i < task.batch ? task.scale.at(i) : 0.0;
-      slopes[thread_id()] = kLargestOnly ? float(own) : math::power_of_two(own, 0.0).slope;
-    }
+    const bool exists = i < task.batch;
+    target[thread_id()] = exists ? int(target_place(task.rows.labels[i], task.first, task.width)) : -1;
+    if constexpr (Term::kSoftmax) shifts[thread_id()] = exists ? float(task.rows.shift[i] * kUnit) : 0.0f;
+    if constexpr (Term::kThreshold) thresholds[thread_id()] = exists ? float(task.rows.threshold[i]) : 0.0f;
+    if constexpr (kPerRow) scales[thread_id()] = exists ? float(task.rows.scale.at(i) * kUnit) : 0.0f;
   }
-  const float common_slope = kLargestOnly ? float(s) : math::power_of_two(s, 0.0).slope;
+  if (thread_id() < Term::kNumbers) numbers[thread_id()] = float(task.rows.numbers[thread_id()]);
+  const float common_scale = float(s * kUnit);
 
   for (int depth = 0; depth < x_stride; depth += kBlock)  // lands with the first stage
     fetch_block<kTile, kBlock, S::kThreads>(task.x_hat, first_row, task.batch, depth, task.dim, task.dim,
@@ -181,44 +204,46 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
 #pragma unroll
     for (int r = 0; r < kHeldRows; ++r) {
       const int row = held_row<S>(r);
-      const float row_offset = offset[row], slope = kPerRow ? slopes[row] : common_slope;
-      float part = 0, part_cosine = 0;  // of this tile
+      const math::TermRow<float> of_row{kPerRow ? scales[row] : common_scale,
+                                        Term::kSoftmax ? shifts[row] : 0.0f,
+                                        Term::kThreshold ? thresholds[row] : 0.0f};
+      const Term term(of_row, numbers);
+      float part = 0, part_second = 0;  // of this tile
 #pragma unroll
       for (int n = 0; n < kGroups; ++n) {
         // Of this lane's eight classes here: how many exist, and which of them is the target.
         const int64_t first = tile_first + held_column<S>() + n * 32;
         const int64_t exist = task.width - first;
         const int own = target[row] - int(first);
-        float e[kChunk];
-#pragma unroll
-        for (int k = 0; k < kChunk; ++k) {
-          const float cosine = acc[r / 2][n][k / 2][r % 2 * 2 + k % 2];
-          e[k] = kLargestOnly ? slope * cosine : exp2_or_zero(slope * cosine + row_offset);
-        }
-        if (exist < kChunk || unsigned(own) < kChunk) {
-#pragma unroll
-          for (int k = 0; k < kChunk; ++k)
-            if (k >= exist || k == own) e[k] = kLargestOnly ? -INFINITY : 0.0f;
-        }
-        if constexpr (kLargestOnly) {
-#pragma unroll
-          for (int k = 0; k < kChunk; ++k) sum[r] = e[k] > sum[r] ? e[k] : sum[r];
-        } else {
-          Vector<BFloat16, kChunk> stored;
+        Vector<BFloat16, kChunk> stored;
+        const auto fold = [&]<bool kSome>() {  // kSome: not all of them count
 #pragma unroll
           for (int k = 0; k < kChunk; ++k) {
-            part += e[k];
-            part_cosine += e[k] * acc[r / 2][n][k / 2][r % 2 * 2 + k % 2];
-            stored.at[k] = BFloat16(e[k]);
+            const float cosine = acc[r / 2][n][k / 2][r % 2 * 2 + k % 2];
+            const bool counts = !kSome || (k < exist && k != own);
+            if constexpr (kLargestOnly) {
+              const float logit = of_row.scale * term.logit(cosine);
+              sum[r] = counts && logit > sum[r] ? logit : sum[r];
+            } else {
+              math::Cell<float> cell = term.at(cosine, PowerExp());
+              if (!counts) cell = {};
+              part += cell.value;
+              part_second += cell.second;
+              stored.at[k] = BFloat16(cell.coefficient);
+            }
           }
-          // Rows of E are padded to a multiple of kChunk, so a chunk that begins inside fits.
-          if (task.e != nullptr && exist > 0 && first_row + row < task.batch)
-            store_vector_global<kChunk>(task.e + (first_row + row) * task.stride + first, stored);
-        }
+        };
+        if (exist < kChunk || unsigned(own) < kChunk)
+          fold.template operator()<true>();
+        else
+          fold.template operator()<false>();
+        // Rows of E are padded to a multiple of kChunk, so a chunk that begins inside fits.
+        if (!kLargestOnly && task.e != nullptr && exist > 0 && first_row + row < task.batch)
+          store_vector_global<kChunk>(task.e + (first_row + row) * task.stride + first, stored);
       }
       if constexpr (!kLargestOnly) {
         sum[r] += part;
-        sum_cosine[r] += part_cosine;
+        second[r] += part_second;
       }
     }
   }
@@ -232,24 +257,27 @@ score_exp_kernel(ScoreExp task, int64_t tiles_per_block) {
         [&](int row, float value) {
           if (in_batch(row)) task.largest[split * task.batch + first_row + row] = value;
         });
-  } else if (task.partial != nullptr) {
+  } else if (task.sums.partial != nullptr) {
+    const SweepSums& sums = task.sums;
     const auto add = [](float a, float b) { return a + b; };
     over_row<S>(sum, scratch, add, [&](int row, float value) {
-      if (in_batch(row)) task.partial[split * task.batch + first_row + row] = value;
+      if (in_batch(row)) sums.value(split, first_row + row) = value;
     });
-    over_row<S>(sum_cosine, scratch, add, [&](int row, float value) {
-      if (in_batch(row)) task.partial[(splits + split) * task.batch + first_row + row] = value;
+    over_row<S>(second, scratch, add, [&](int row, float value) {
+      if (in_batch(row)) sums.second(split, splits, first_row + row) = value;
     });
-    if (last_to_arrive(task.arrivals + block_id() % row_blocks, unsigned(splits)) && thread_id() < kTile &&
+    if (last_to_arrive(sums.arrivals + block_id() % row_blocks, unsigned(splits)) && thread_id() < kTile &&
         in_batch(thread_id()))
-      add_partials(task.rows, task.partial, splits, first_row + thread_id());
+      sums.add(splits, first_row + thread_id());
   }
 }
 
 // f.template operator()<S>() with the shape for these columns on this device.
 template <class F>
 auto dispatch_shape(const Queue& queue, int64_t dim, const F& f) {
-  const bool wide = padded_columns(dim) > 256 && Shape<4>::shared(dim, true) <= size_t(queue.shared_limit());
+  constexpr int kMostPerRow = 3;
+  const size_t most = Shape<4>::shared(dim, kMostPerRow, math::kHardNumbers);
+  const bool wide = padded_columns(dim) > 256 && most <= size_t(queue.shared_limit());
   return wide ? f.template operator()<Shape<4>>() : f.template operator()<Shape<2>>();
 }
 
@@ -263,17 +291,20 @@ int64_t tiles_per_block(const Queue& queue, int64_t batch, int64_t dim, int64_t 
   });
 }
 
-template <bool kLargestOnly>
-void run(const char* name, Queue& queue, const ScoreExp& task) {
+template <bool kLargestOnly, class Term>
+void run(const char* name, Queue& queue, const ScoreTask& task) {
   STD_TORCH_CHECK(task.width <= INT32_MAX - 256, name, ": expected at most 2^31 - 257 classes at once, got ",
                   task.width);  // a lane counts them in 32 bits
   const int64_t per_block = tiles_per_block(queue, task.batch, task.dim, task.width);
   const Grid grid{row_blocks_of(task.batch) * score_splits(queue, task.batch, task.dim, task.width)};
   dispatch_shape(queue, task.dim, [&]<class S>() {
-    const bool per_row = task.scale.per_row;
-    launch(name, queue,
-           per_row ? score_exp_kernel<S, kLargestOnly, true> : score_exp_kernel<S, kLargestOnly, false>, grid,
-           S::kThreads, S::shared(task.dim, per_row), task, per_block);
+    const auto with = [&]<bool kPerRow>() {
+      launch(name, queue, score_kernel<S, Term, kLargestOnly, kPerRow>, grid, S::kThreads,
+             S::shared(task.dim, numbers_per_row<Term>(kPerRow), Term::kNumbers), task, per_block);
+    };
+    if constexpr (Term::kSoftmax)  // the others have no scale
+      if (task.rows.scale.per_row) return with.template operator()<true>();
+    with.template operator()<false>();
   });
 }
 
@@ -286,7 +317,14 @@ int64_t score_splits(const Queue& queue, int64_t batch, int64_t dim, int64_t wid
   });
 }
 
-void score_largest(Queue& queue, const ScoreExp& task) { run<true>("score_largest", queue, task); }
-void score_exp(Queue& queue, const ScoreExp& task) { run<false>("score_exp", queue, task); }
+void score_largest(Queue& queue, const ScoreTask& task) {
+  dispatch_term<float>(task.rows.term, [&]<class Term>() {
+    if constexpr (Term::kSoftmax) run<true, Term>("score_largest", queue, task);
+  });
+}
+
+void score_fold(Queue& queue, const ScoreTask& task) {
+  dispatch_term<float>(task.rows.term, [&]<class Term>() { run<false, Term>("score_fold", queue, task); });
+}
 
 }  // namespace nf

@@ -135,14 +135,15 @@ single_sweep_kernel(SingleSweep task, int64_t keys_per_block) {
 
   for (int row = thread_id(); row < kTile; row += S::kThreads) {  // visible after the first step's barrier
     const int64_t i = first_row + row;
-    const double shift = i < task.batch ? task.rows.at(kShift, i) : 0.0;
+    const double shift = i < task.batch ? task.rows.shift[i] : 0.0;
     // -inf: no class but the target so far. Its E is 0 only under a finite offset; any will do.
     const auto power =
-        math::power_of_two(i < task.batch ? task.scale.at(i) : 0.0, shift == -INFINITY ? 0.0 : shift);
+        math::power_of_two(i < task.batch ? task.rows.scale.at(i) : 0.0, shift == -INFINITY ? 0.0 : shift);
     // The slope is kept from 0, where it makes no difference, so that there is a cosine whose E is 0 and which
     // adds 0 to A: what classes get that do not count.
-    buffers.rows[row] = {fabsf(power.slope) < 1e-30f ? 1e-30f : power.slope, power.offset,
-                         i < task.batch ? int(target_place(task.labels[i], task.first, task.width)) : -1};
+    buffers.rows[row] = {
+        fabsf(power.slope) < 1e-30f ? 1e-30f : power.slope, power.offset,
+        i < task.batch ? int(target_place(task.rows.labels[i], task.first, task.width)) : -1};
   }
   fetch_block<kTile, kColumns, S::kThreads>(task.x_hat, first_row, task.batch, 0, task.dim, task.dim,
                                             buffers.q, kColumns, KeyInOrder());  // lands with the first stage
@@ -167,10 +168,9 @@ single_sweep_kernel(SingleSweep task, int64_t keys_per_block) {
       sum_cosine[r] += shuffle_xor(sum_cosine[r], 2);
       const int64_t i = first_row + first_held + 8 * r;
       if (lane_id() % 4 == 0 && i < task.batch) {
-        double* of_row = task.partial + split * task.batch + i;
-        double* cosine_of_row = of_row + splits * task.batch;
-        *of_row = (add ? *of_row : 0.0) + sum[r];
-        *cosine_of_row = (add ? *cosine_of_row : 0.0) + sum_cosine[r];
+        double &of_row = task.sums.value(split, i), &cosine_of_row = task.sums.second(split, splits, i);
+        of_row = (add ? of_row : 0.0) + sum[r];
+        cosine_of_row = (add ? cosine_of_row : 0.0) + sum_cosine[r];
       }
       sum[r] = sum_cosine[r] = 0;
     }
@@ -219,7 +219,7 @@ single_sweep_kernel(SingleSweep task, int64_t keys_per_block) {
         store_vector_global<2>(task.x_partial + (split * task.batch + i) * task.dim + first_column + 8 * p,
                                Vector<float, 2>{{out[r / 2][p][r % 2 * 2], out[r / 2][p][r % 2 * 2 + 1]}});
   }
-  if (!last_to_arrive(task.arrivals + block_id() % row_blocks, unsigned(splits))) return;
+  if (!last_to_arrive(task.sums.arrivals + block_id() % row_blocks, unsigned(splits))) return;
 
   // In the order of the splits, whoever came last.
   const int64_t end_row = first_row + kTile < task.batch ? first_row + kTile : task.batch;
@@ -234,8 +234,7 @@ single_sweep_kernel(SingleSweep task, int64_t keys_per_block) {
     }
     store_vector_global<4>(task.x_sum + at4, total);
   }
-  for (int64_t i = first_row + thread_id(); i < end_row; i += S::kThreads)
-    add_partials(task.rows, task.partial, splits, i);
+  for (int64_t i = first_row + thread_id(); i < end_row; i += S::kThreads) task.sums.add(splits, i);
 }
 
 template <int kColumns>

@@ -5,6 +5,7 @@
 
 #include "cuda/device/class_gradient.cuh"
 #include "cuda/device/row_state.cuh"
+#include "cuda/device/term_rows.cuh"
 
 namespace nf {
 
@@ -17,15 +18,12 @@ struct SingleSweep {
   int64_t batch;
   int64_t dim;
   int64_t width;
-  int64_t first;  // class of w_hat's row 0
-  const int64_t* labels;
-  RowNumbers scale;
-  RowState rows;
-  float* x_partial;    // [splits, batch, dim]
-  double* partial;     // [2, splits, batch]
-  unsigned* arrivals;  // [sweep_row_blocks(batch)], all 0
-  float* x_sum;        // [batch, dim]
-  bool add;            // to x_sum, rather than overwrite it
+  int64_t first;     // class of w_hat's row 0
+  TermRows rows;     // of the softmax's term
+  SweepSums sums;    // arrivals: [sweep_row_blocks(batch)]
+  float* x_partial;  // [splits, batch, dim]
+  float* x_sum;      // [batch, dim]
+  bool add;          // to x_sum, rather than overwrite it
 };
 
 // What a class needs to know of a row of the batch: math::PowerOfTwo, and its label.
@@ -47,7 +45,7 @@ int64_t sweep_row_blocks(int64_t batch);
 // Blocks along the classes, each with its own partial sums.
 int64_t sweep_splits(const Queue& queue, int64_t batch, int64_t dim, int64_t width);
 
-// S and A are added to rows, x_sum is written or added to; the shift is what rows says.
+// S and A are added up, x_sum is written or added to.
 void single_sweep(Queue& queue, const SingleSweep& task);
 
 void sweep_gradient(Queue& queue, const SweepGradient& task);

@@ -17,11 +17,13 @@ enum HardNumber { kA2, kA1, kA0, kG1, kG0, kBelow, kHardNumbers };
 
 template <class T>
 struct HardNegativesTerm {
-  static constexpr bool kSoftmax = true, kSparse = false;
+  static constexpr bool kSoftmax = true, kSparse = false, kThreshold = true;
+  static constexpr int kNumbers = kHardNumbers;
   TermRow<T> row;
   T a2, a1, a0, g1, g0, below;
 
-  NF_HD HardNegativesTerm(const TermRow<T>& of_row, const double* numbers)
+  template <class Number>
+  NF_HD HardNegativesTerm(const TermRow<T>& of_row, const Number* numbers)
       : row(of_row),
         a2(T(numbers[kA2])),
         a1(T(numbers[kA1])),

@@ -31,10 +31,12 @@ NF_HD HingeSlopes hinge_slopes(double grad_distance, double grad_hinges, double 
 
 template <class T, bool kExponential>
 struct HingeTermOf {
-  static constexpr bool kSoftmax = false, kSparse = true;
+  static constexpr bool kSoftmax = false, kSparse = true, kThreshold = true;
+  static constexpr int kNumbers = 0;
   T threshold;
 
-  NF_HD HingeTermOf(const TermRow<T>& row, const double*) : threshold(row.threshold) {}
+  template <class Number>
+  NF_HD HingeTermOf(const TermRow<T>& row, const Number*) : threshold(row.threshold) {}
 
   template <class V, class Exp>
   NF_HD Cell<V> at(V cosine, const Exp& exp) const {

@@ -7,10 +7,12 @@ namespace nf::math {
 
 template <class T>
 struct SoftmaxTerm {
-  static constexpr bool kSoftmax = true, kSparse = false;
+  static constexpr bool kSoftmax = true, kSparse = false, kThreshold = false;
+  static constexpr int kNumbers = 0;
   TermRow<T> row;
 
-  NF_HD SoftmaxTerm(const TermRow<T>& of_row, const double*) : row(of_row) {}
+  template <class Number>
+  NF_HD SoftmaxTerm(const TermRow<T>& of_row, const Number*) : row(of_row) {}
 
   template <class V>
   NF_HD V logit(V cosine) const {

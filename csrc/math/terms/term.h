@@ -5,10 +5,13 @@
 //   second       to the second running sum
 //   coefficient  of x_hat in dW and of w_hat in dX, but for a factor of the row that is known later
 //
-// A term is a struct of the accumulator type T, made of a TermRow, with
+// A term is a struct of the accumulator type T, made of a TermRow and of those numbers, float64 or in a
+// kernel's own copy, with
 //
 //   static constexpr bool kSoftmax   value is E = exp(s f(c) - kappa); then logit(c) is f(c)
 //   static constexpr bool kSparse    most coefficients are 0, exactly, and may be followed as a list
+//   static constexpr bool kThreshold, int kNumbers
+//                                    whether it reads the row's threshold, and how many numbers common to all rows
 //   Cell<V> at(V c, exp)             V is T, or a vector of it: branches are selections
 //
 // and one file of its own. `exp` is one of the types below or what the instruction set has; engine/terms.h

@@ -93,5 +93,6 @@ inline int lowest_bit(unsigned word) {
   if (word == 0) emulation::fail("lowest_bit of 0");
   return __builtin_ctz(word);
 }
+inline int count_bits(unsigned word) { return __builtin_popcount(word); }
 
 }  // namespace nf
