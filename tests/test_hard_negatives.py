@@ -444,6 +444,15 @@ def test_all_ranks_have_one_t_if_asked():
     assert local[0] == float(alone.t) and local[2] == 0.0
 
 
+def test_the_t_of_a_released_checkpoint():
+    """With the margin that it is of; another leaves it in the report."""
+    state = {"kernel": torch.randn(16, 7), "t": torch.tensor([0.25])}
+    head, report = nf.load_head(state, margin=nf.CurricularFace(), layout="features_first")
+    assert float(head.margin.t) == 0.25 and report.stored == {"t": 0.25}
+    head, report = nf.load_head(state, margin=nf.AdaFace(), layout="features_first")
+    assert float(head.margin.mean) == 20.0 and report.stored == {"t": 0.25}
+
+
 # Class-parallel ---------------------------------------------------------------------------------------
 
 
