@@ -9,6 +9,7 @@ from .agents.functions import c_contrastive_loss, c_contrastive_stats, c_triplet
 from .cosine.functions import norm_linear, normalize
 from .distances.functions import inner_distance, pair_contrastive_loss, triplet_loss
 from .softmax.functions import head_parts, normface_loss
+from .softmax.ranking import nearest_class, target_rank
 
 __all__ = [
     "c_contrastive_loss",
@@ -17,9 +18,11 @@ __all__ = [
     "c_triplet_stats",
     "head_parts",
     "inner_distance",
+    "nearest_class",
     "norm_linear",
     "normalize",
     "normface_loss",
     "pair_contrastive_loss",
+    "target_rank",
     "triplet_loss",
 ]

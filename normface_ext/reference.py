@@ -112,6 +112,21 @@ def norm_linear(
     return (scale * cosine(x, weight, eps, normalize_input)).to(x.dtype)
 
 
+def nearest_class(x: Tensor, weight: Tensor, *, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
+    """(argmax_j cos_ij, of equal ones the first, and that cosine), [N] each."""
+    best = cosine(x, weight, eps).detach().max(1)
+    return best.indices, best.values
+
+
+def target_rank(
+    x: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int | None = -100, eps: float = 1e-12
+) -> Tensor:
+    """#{j : cos_ij > cos_iy}, int64 [N]; -1 where the row is ignored."""
+    cosines, kept = cosine(x, weight, eps).detach(), _kept(labels, ignore_index, None)
+    own = cosines.gather(1, labels.long().clamp(0, len(weight) - 1)[:, None])
+    return torch.where(kept, (cosines > own).sum(1), -1)
+
+
 def norm_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, eps: float, normalize_input: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:

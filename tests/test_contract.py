@@ -37,7 +37,10 @@ CHECKED_ELSEWHERE = {
     "cosine_pairs_backward": "test_metric_losses.py",
 }
 #: Ops that are a step of another one, which has the function, the reference and the gradient.
-STEPS = dict.fromkeys(("target_cosine", "hinge_threshold", "hinge_slopes", "hinge_pairs"), "cosine_pairs")
+STEPS = {
+    "target_cosine": "head_sweep",
+    **dict.fromkeys(("hinge_threshold", "hinge_slopes", "hinge_pairs"), "cosine_pairs"),
+}
 #: Ops that users reach under other names.
 FUNCTIONS = {
     "cosine_pairs": "c_contrastive_loss",
@@ -140,7 +143,7 @@ def norm_linear_backward_samples(lane):
         yield {**given, "need_x": i == 0, "need_weight": i == 1, "need_scale": i == 2}
 
 
-def normface_sweep_samples(lane):
+def head_sweep_samples(lane):
     # 8 classes: CUDA kernels pad the stored E to a multiple of that, with whatever lay there.
     x, weight, labels = lane.randn(3, 5), lane.randn(8, 5), lane.tensor([0, 7, -100])
     given = {"x": x, "weight": weight, "labels": labels, "m3_value": 0.1}
@@ -159,10 +162,16 @@ def normface_sweep_samples(lane):
     yield {**given, **shard, **smooth, "weight": weight[:0], "labels": lane.tensor([-1, -1, -100])}
     yield {**given, "scale": lane.tensor([200.0, 8.0, 30.0]), "m2": lane.tensor([0.1, 0.5, 3.0]), "guard": 2}
     yield {**given, "m1": lane.tensor(0.9, torch.float64), "need_margin": True, "straight": True}
+    threshold = lane.tensor([1.5, 0.5, 2.0], torch.float64)
+    numbers = lane.tensor([1.0, 0.3, 0.0, 2.0, 0.3, 1.0], torch.float64)
+    yield {**given, "term": 1, "threshold": threshold / 10, "numbers": numbers, "highest": 2.0}
+    yield {**given, "term": 2, "threshold": threshold, "need_x": False, "sink": 1, "capacity": 3}
+    yield {**given, "term": 3, "threshold": threshold, "store": True, "need_x": False}
+    yield {**given, "term": 2, "threshold": threshold, "need_x": False, "sink": 2, "capacity": 1}
 
 
-def normface_shift_samples(lane):
-    return normface_sweep_samples(lane)
+def head_shift_samples(lane):
+    return head_sweep_samples(lane)
 
 
 def with_results(lane, name, given):
@@ -172,17 +181,16 @@ def with_results(lane, name, given):
     return {**given, **dict(zip(names, op(*arguments(lane, name, given)), strict=True))}
 
 
-def normface_finish_samples(lane):
-    for given in normface_sweep_samples(lane):
+def softmax_finish_samples(lane):
+    for given in head_sweep_samples(lane):
         yield with_results(lane, "head_sweep", given)
 
 
-def normface_backward_samples(lane):
-    for given in normface_finish_samples(lane):
+def head_backward_samples(lane):
+    for given in softmax_finish_samples(lane):
         given = with_results(lane, "softmax_finish", given)
         given["grad_loss"] = torch.ones_like(given["loss"])
-        if given.get("need_x", True):
-            yield given
+        yield {**given, "need_x": True}  # an x_sum that the sweep did not make is made here
         yield {**given, "need_x": False, "need_weight": False}
 
 
@@ -191,7 +199,8 @@ DEFAULTS = {
     "dim": 1, "p": 2, "eps": 1e-12, "normalize_input": True, "scale": None,
     "scale_value": 30.0, "m1": None, "m2": None, "m3": None, "m1_value": 1.0, "m2_value": 0.0,
     "m3_value": 0.0, "need_margin": False, "formula": 0, "guard": 0, "straight": False, "reduction": 1,
-    "ignore_index": -100, "class_chunk": 8,
+    "ignore_index": -100, "class_chunk": 8, "threshold": None, "numbers": None, "term": 0, "lowest": -1.0,
+    "highest": 1.0, "sink": 0, "capacity": 0,
     "store": False, "need_class_sum": False, "total_classes": 8, "is_shard": False, "shift": None,
     "need_x": True, "need_weight": True, "need_scale": True, "kernels": 0,
     "product_precision": torch.float32,
@@ -210,10 +219,10 @@ SAMPLES = {
     "normalize_backward": normalize_backward_samples,
     "norm_linear": norm_linear_samples,
     "norm_linear_backward": norm_linear_backward_samples,
-    "head_sweep": normface_sweep_samples,
-    "head_shift": normface_shift_samples,
-    "softmax_finish": normface_finish_samples,
-    "head_backward": normface_backward_samples,
+    "head_sweep": head_sweep_samples,
+    "head_shift": head_shift_samples,
+    "softmax_finish": softmax_finish_samples,
+    "head_backward": head_backward_samples,
 }
 
 
@@ -239,7 +248,7 @@ def test_opcheck_of_every_sample(lane, name):
 
 
 def test_fakes_know_the_padding_of_odd_class_counts(lane):
-    for given in normface_sweep_samples(lane):
+    for given in head_sweep_samples(lane):
         if given.get("is_shard"):
             continue
         given["weight"], given["labels"] = given["weight"][:5].contiguous(), lane.tensor([0, 4, -100])

@@ -200,7 +200,11 @@ def test_the_module_says_what_it_is():
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
-        ("head", "TypeError: shard_head: expected `head` to be a NormFaceLoss, got ShardedNormFaceLoss"),
+        (
+            "head",
+            "TypeError: shard_head: expected `head` to be a NormFaceLoss, a CContrastiveLoss or a"
+            " CTripletLoss, got ShardedNormFaceLoss",
+        ),
         ("mesh", "TypeError: shard_head: expected `mesh` to be a DeviceMesh, got str"),
         ("2-D", "ValueError: shard_head: expected `mesh` to be 1-D, got 2 dimensions"),
         ("rate", "ValueError: shard_head: expected `sample_rate` in (0, 1], got 0.0"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from normface_ext import reference
+from normface_ext.engine.sweep import TERMS
 from normface_ext.softmax.margins import NO_MARGIN
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
@@ -24,6 +25,7 @@ PROGRAM = r"""
 #include <iostream>
 #include <string>
 #include <vector>
+#include "engine/terms.h"
 #include "math/exp.h"
 #include "math/margins/margin.h"
 #include "math/normalize.h"
@@ -83,11 +85,19 @@ int main() {
       const double first = number(), last = number(), stride = number();
       sweep_exp(uint32_t(first), uint32_t(last), uint32_t(stride));
     } else if (what == "shift_float" || what == "shift_double") {
-      const double s = number(), classes = number();
-      if (what == "shift_float")
-        std::printf("%d %.17g", has_fixed_shift<float>(s, classes), fixed_shift<float>(classes));
-      else
-        std::printf("%d %.17g", has_fixed_shift<double>(s, classes), fixed_shift<double>(classes));
+      const double s = number(), classes = number(), lowest = number(), highest = number();
+      const FixedShift window = what == "shift_float" ? fixed_shift_of<float>(classes, lowest, highest)
+                                                      : fixed_shift_of<double>(classes, lowest, highest);
+      std::printf("%d %.17g", window.serves(s), window.kappa(s));
+    } else if (what == "term") {
+      const double term = number(), cosine = number();
+      const TermRow<double> row{number(), number(), number()};
+      double numbers[kHardNumbers];
+      for (double& v : numbers) v = number();
+      nf::dispatch_term<double>(int64_t(term), [&]<class Term>() {
+        const auto cell = Term(row, numbers).at(cosine, PlainExp());
+        std::printf("%.17g %.17g %.17g", cell.value, cell.second, cell.coefficient);
+      });
     } else if (what == "softmax") {
       const double sum = number(), kappa = number();
       const RowSoftmax row = softmax_row(sum, kappa, number());
@@ -199,8 +209,9 @@ def test_exp_double_is_exact_to_the_last_bits(ask):
 # softmax --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ends", [(-1, 1), (-1, 2), (-1, 1.2), (-3, 1)], ids=str)
 @pytest.mark.parametrize(("what", "low", "high"), [("float", 80.0, 88.72), ("double", 690.0, 709.78)])
-def test_the_shift_keeps_every_term_in_range(ask, what, low, high):
+def test_the_shift_keeps_every_term_in_range(ask, what, low, high, ends):
     """No term so small that s / S overflows, no sum of C terms that does, for every scale with a shift."""
     cases = [
         (s * sign, classes)
@@ -208,19 +219,21 @@ def test_the_shift_keeps_every_term_in_range(ask, what, low, high):
         for sign in (1, -1)
         for classes in (1, 2, 1000, 10_000_000)
     ]
-    answers = ask([(f"shift_{what}", *case) for case in cases])
+    answers = ask([(f"shift_{what}", *case, *ends) for case in cases])
     fixed = 0
     for (scale, classes), (has, kappa) in zip(cases, answers, strict=True):
-        inside = 2 * abs(scale) + math.log(classes) <= low + high - 0.05
+        smallest, largest = sorted(scale * end for end in ends)
         if has:
             fixed += 1
-            assert abs(scale) + kappa <= low + 1e-9, (scale, classes)
-            assert abs(scale) - kappa + math.log(classes) <= high + 1e-9, (scale, classes)
+            assert kappa - smallest <= low + 1e-9, (scale, classes)
+            assert largest - kappa + math.log(classes) <= high + 1e-9, (scale, classes)
         else:
-            assert not inside or abs(scale) + math.log(classes) > 80, (scale, classes)
+            assert largest - smallest + math.log(classes) > low + high - 0.05, (scale, classes)
     assert fixed > 20
-    (has, _) = ask([("shift_float", 76, 1e7)])[0]
-    assert has, "one shift serves s = 76 at ten million classes"
+
+
+def test_one_shift_serves_a_scale_of_76_at_ten_million_classes(ask):
+    assert ask([("shift_float", 76, 1e7, -1, 1)])[0][0]
 
 
 def exact_row(sum_, kappa, z):
@@ -280,6 +293,85 @@ def test_value_and_slopes_of_a_row(ask, m3, smoothing, weights):
     assert value == pytest.approx(float(truth.detach()), rel=1e-13, abs=0)
     assert slope == pytest.approx(float(scale.grad), rel=1e-12, abs=1e-15)
     assert slopes == pytest.approx(cosines.grad.tolist(), rel=1e-12, abs=1e-14)
+
+
+# terms ----------------------------------------------------------------------------------------------
+
+
+#: The six numbers of math/terms/hard_negatives.h.
+NUMBERS = {
+    "curricular": (1, 0.3, 0, 2, 0.3, 1),
+    "fixed": (0, 1.2, 0.2, 0, 1.2, 1),
+    "adaptive": (0, 1, 0.2, 0, 1, 1),
+    "filter": (0, 0, 0, 0, 0, 1),
+}
+UNUSED = (0,) * 6
+#: Name -> number, numbers, threshold, and dvalue / dcosine as a multiple of the coefficient.
+TERM_CASES = {
+    "softmax": (TERMS["softmax"], UNUSED, 0.0, 9.0),
+    **{name: (TERMS["hard_negatives"], six, 0.25, 9.0) for name, six in NUMBERS.items()},
+    "hinge": (TERMS["hinge"], UNUSED, 1.5, 2.0),
+    "exponential hinge": (TERMS["exponential_hinge"], UNUSED, 1.5, 2.0),
+}
+SCALE, KAPPA = 9.0, 1.5
+
+
+def cells(ask, name, cosines):
+    """(value, second, coefficient) of every cosine."""
+    number, six, threshold, _ = TERM_CASES[name]
+    return ask([("term", number, repr(c), SCALE, KAPPA, threshold, *six) for c in cosines])
+
+
+@pytest.mark.parametrize("name", TERM_CASES)
+def test_the_coefficient_of_a_term_is_the_slope_of_its_value(ask, name):
+    step, points = 1e-6, [-0.97 + 0.0613 * i for i in range(32)]
+    found = cells(ask, name, [c + d for c in points for d in (-step, 0, step)])
+    moving = 0
+    for i, c in enumerate(points):
+        (below, *_), (_, _, coefficient), (above, *_) = found[3 * i : 3 * i + 3]
+        slope = TERM_CASES[name][3] * coefficient
+        moving += slope != 0
+        assert slope == pytest.approx((above - below) / (2 * step), rel=1e-6, abs=1e-8), c
+    assert moving >= 10
+
+
+@pytest.mark.parametrize("name", ["softmax", *NUMBERS])
+def test_a_softmax_term_sums_e_and_e_times_its_logit(ask, name):
+    number, (a2, a1, a0, *_), threshold, _ = TERM_CASES[name]
+    for c in (-1.0, -0.3, 0.0, 0.25, 0.2500001, 0.6, 1.0):
+        hard = number == TERMS["hard_negatives"] and c > threshold
+        f = a2 * c * c + a1 * c + a0 if hard else c
+        value, second, _ = cells(ask, name, [c])[0]
+        assert value == pytest.approx(math.exp(SCALE * f - KAPPA), rel=1e-14)
+        assert second == pytest.approx(value * f, rel=1e-14)
+
+
+@pytest.mark.parametrize("name", ["hinge", "exponential hinge"])
+def test_a_hinge_is_exactly_zero_but_where_it_is_active(ask, name):
+    for c in (-1.0, 0.0, 0.25, 0.2500001, 0.6, 1.0):  # the distance of 0.25 is 1.5, the threshold
+        value, active, coefficient = cells(ask, name, [c])[0]
+        if c <= 0.25:
+            assert (value, active, coefficient) == (0, 0, 0), c
+            continue
+        distance = 2 - 2 * c
+        exponential = math.exp(-distance)
+        assert active == 1
+        assert value == pytest.approx(exponential if "exp" in name else 1.5 - distance, rel=1e-14, abs=1e-15)
+        assert coefficient == pytest.approx(exponential if "exp" in name else 1, rel=1e-14)
+
+
+@pytest.mark.parametrize("name", ["curricular", "fixed", "adaptive", "filter"])
+def test_a_cosine_at_its_threshold_is_not_past_it(ask, name):
+    """The class that is as near as the label's own is not a hard one: a tie is no mistake."""
+    at, past = cells(ask, name, [0.25, math.nextafter(0.25, 1)])
+    assert at == pytest.approx(cells(ask, "softmax", [0.25])[0], rel=1e-14)
+    assert past != pytest.approx(at, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", TERM_CASES)
+def test_a_cosine_that_is_nan_shows_in_its_term(ask, name):
+    value, _, coefficient = cells(ask, name, [math.nan])[0]
+    assert math.isnan(value) and (math.isnan(coefficient) or coefficient == 1)
 
 
 # margin ---------------------------------------------------------------------------------------------

@@ -4,27 +4,45 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engine_ops import arguments, call, sweep
 
-from normface_ext.engine import library
+from normface_ext.engine.sweep import SINKS, TERMS
 
 N, D, C = 4, 8, 6
 
-
-def swept(lane):
-    ops, x, weight = library.namespace(), lane.randn(N, D), lane.randn(C, D, seed=1)
-    labels = lane.labels(N, C)
-    names = [a.name for a in ops.head_sweep.default._schema.arguments]
-    given = {
-        "x": x, "weight": weight, "labels": labels, "scale": None, "sample_weight": None,
-        "class_weight": None, "shift": None, "store": False, "need_x": True,
-        "need_class_sum": False, "scale_value": 8.0,
-        "ignore_index": -100, "eps": 1e-12, "class_chunk": C, "kernels": 0, "product_precision": x.dtype,
-        "total_classes": C, "is_shard": False,
-    }  # fmt: skip
-    return ops, given, dict(zip(("rows", "inverse_norm", "x_sum", "class_sum", "stored"),
-                                ops.head_sweep(*[given[n] for n in names]), strict=True))  # fmt: skip
-
-
+SWEEP = {
+    "an unknown term": ("term", len(TERMS)),
+    "a hinge without threshold": ("threshold", {"term": TERMS["hinge"]}),
+    "a threshold of float32": ("threshold", {"term": TERMS["hinge"], "threshold": torch.zeros(N)}),
+    "a short threshold": (
+        "threshold",
+        {"term": TERMS["hinge"], "threshold": torch.zeros(N - 1, dtype=torch.float64)},
+    ),
+    "hard negatives without numbers": (
+        "numbers",
+        {"term": TERMS["hard_negatives"], "threshold": torch.zeros(N, dtype=torch.float64)},
+    ),
+    "five numbers": (
+        "numbers",
+        {
+            "term": TERMS["hard_negatives"],
+            "threshold": torch.zeros(N, dtype=torch.float64),
+            "numbers": torch.zeros(5, dtype=torch.float64),
+        },
+    ),
+    "a range without width": ("lowest", 1.0),
+}
+COLLECTED = {
+    "an unknown sink": ("sink", len(SINKS)),
+    "a capacity without sink": ("capacity", 3),
+    "a negative capacity": ("capacity", {"sink": SINKS["active"], "capacity": -1}),
+    "two hardest": ("capacity", {"sink": SINKS["hardest"], "capacity": 2}),
+    "the stored coefficients of the hardest": (
+        "store",
+        {"sink": SINKS["hardest"], "capacity": 1, "need_x": False, "store": True},
+    ),
+    "the x_sum of the hardest": ("need_x", {"sink": SINKS["hardest"], "capacity": 1}),
+}
 FINISH = {
     "rows of float32": {"rows": torch.Tensor.float},
     "fewer rows": {"rows": lambda t: t[:, :2]},
@@ -39,48 +57,70 @@ BACKWARD = {
 }
 
 
-def call(op, given):
-    return op(*[given[a.name] for a in op.default._schema.arguments])
+def problem(lane):
+    return arguments(lane.randn(N, D), lane.randn(C, D, seed=1), lane.labels(N, C))
+
+
+def refused(lane, op, name, cases):
+    argument, change = cases[name]
+    change = change if isinstance(change, dict) else {argument: change}
+    moved = {k: lane.tensor(v) if isinstance(v, torch.Tensor) else v for k, v in change.items()}
+    with pytest.raises(RuntimeError, match=f"{op}: expected .*`{argument}`"):
+        call(op, {**problem(lane), **moved})
+
+
+@pytest.mark.parametrize("op", ["head_sweep", "head_shift"])
+@pytest.mark.parametrize("name", SWEEP)
+def test_what_the_term_wants(lane, name, op):
+    call(op, problem(lane))
+    refused(lane, op, name, SWEEP)
+
+
+@pytest.mark.parametrize("name", COLLECTED)
+def test_what_a_sink_takes(lane, name):
+    refused(lane, "head_sweep", name, COLLECTED)
 
 
 def finished(lane):
-    ops, given, found = swept(lane)
-    given |= found | {"m1": None, "m2": None, "m3": None, "m1_value": 1.0, "m2_value": 0.0, "m3_value": 0.0,
-                      "formula": 0, "guard": 0, "straight": False, "reduction": 1, "smoothing": 0.0,
-                      "need_margin": False}  # fmt: skip
-    return ops, given
+    given = problem(lane)
+    swept, _, _ = sweep(given)
+    return {
+        **given, **swept._asdict(), "m1": None, "m2": None, "m3": None, "m1_value": 1.0, "m2_value": 0.0,
+        "m3_value": 0.0, "formula": 0, "guard": 0, "straight": False, "reduction": 1, "smoothing": 0.0,
+        "need_margin": False,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FINISH)
 def test_finish(lane, name):
-    ops, given = finished(lane)
-    call(ops.softmax_finish, given)
+    given = finished(lane)
+    call("softmax_finish", given)
     ((argument, change),) = FINISH[name].items()
     with pytest.raises(RuntimeError, match=f"softmax_finish: expected `{argument}` to be contiguous"):
-        call(ops.softmax_finish, {**given, argument: change(given[argument])})
+        call("softmax_finish", {**given, argument: change(given[argument])})
 
 
 @pytest.mark.parametrize("name", BACKWARD)
 def test_backward(lane, name):
-    ops, given = finished(lane)
-    loss, slopes = call(ops.softmax_finish, given)
-    given |= {"grad_loss": torch.ones_like(loss), "slopes": slopes, "need_weight": True, "need_scale": False}
-    call(ops.head_backward, given)
+    given = finished(lane)
+    loss, slopes = call("softmax_finish", given)
+    given |= {"grad_loss": torch.ones_like(loss), "slopes": slopes}
+    call("head_backward", given)
     ((argument, change),) = BACKWARD[name].items()
     with pytest.raises(RuntimeError, match=f"head_backward: expected `{argument}` "):
-        call(ops.head_backward, {**given, argument: change(given[argument])})
+        call("head_backward", {**given, argument: change(given[argument])})
 
 
 def test_gradients_of_another_type(lane):
-    ops, x, weight = library.namespace(), lane.randn(N, D), lane.randn(C, D, seed=1)
+    x, weight = lane.randn(N, D), lane.randn(C, D, seed=1)
     wide = lane.tensor(torch.ones(N, C, dtype=torch.float64))
     given = {"x": x, "weight": weight, "grad": wide, "scale": None, "scale_value": 1.0,
              "normalize_input": True, "eps": 1e-12, "need_x": True, "need_weight": True,
              "need_scale": False}  # fmt: skip
     with pytest.raises(RuntimeError, match="norm_linear_backward: expected `grad` to be contiguous float32"):
-        call(ops.norm_linear_backward, given)
+        call("norm_linear_backward", given)
     with pytest.raises(
         RuntimeError, match="pair_distance_backward: expected `grad` to be contiguous float32"
     ):
-        call(ops.pair_distance_backward, {"grad": wide[:, 0], "a": x, "b": x, "p": 2, "need_a": True,
-                                          "need_b": True})  # fmt: skip
+        call("pair_distance_backward", {"grad": wide[:, 0], "a": x, "b": x, "p": 2, "need_a": True,
+                                        "need_b": True})  # fmt: skip

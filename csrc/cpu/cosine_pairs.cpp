@@ -5,31 +5,10 @@
 
 #include "cpu/agents.h"
 #include "cpu/head.h"
+#include "cpu/row_cosine.h"
+#include "engine/agent_arguments.h"
 
 namespace nf::cpu {
-namespace {
-
-// The cosine of two stored rows to the last digits: float rows multiply exactly in double.
-template <class T>
-double cosine_of(const Rows<T>& x, int64_t i, const Rows<T>& w, int64_t j, double eps) {
-  const int64_t D = x.length;
-  std::vector<T> rows(static_cast<size_t>(2 * D));
-  T *a = rows.data(), *b = a + D;
-  if constexpr (std::is_same_v<T, double>) {
-    T inverse;
-    unit_rows(x, i, 1, eps, a, &inverse);
-    unit_rows(w, j, 1, eps, b, &inverse);
-    return dot_in_double(a, b, D);
-  } else {
-    x.kernel.widen(x.row(i), D, T(1), a);
-    w.kernel.widen(w.row(j), D, T(1), b);
-    const double xx = dot_in_double(a, a, D) + eps, ww = dot_in_double(b, b, D) + eps;
-    if (xx == 0 || ww == 0) return 0;  // zero rows stay zero, under eps = 0 too
-    return dot_in_double(a, b, D) / std::sqrt(xx) / std::sqrt(ww);
-  }
-}
-
-}  // namespace
 
 Tensor target_cosine(const TargetCosineArguments& in) {
   check(in);
@@ -40,10 +19,11 @@ Tensor target_cosine(const TargetCosineArguments& in) {
   double* cosine = data_of<double>(out);
   dispatch_accumulator(in.x.scalar_type(), [&]<class T>() {
     const Rows<T> xs(in.x, D), ws(in.weight, D);
+    const RowCosine<T> cosine_of(xs, ws, in.eps);
     for_rows(N, 4 * D, [&](int64_t i) {
       const int64_t label = given.data[i];
       const bool here = label != in.ignore_index && label != kElsewhere;
-      cosine[i] = here ? cosine_of(xs, i, ws, label, in.eps) : 0.0;
+      cosine[i] = here ? cosine_of(i, label) : 0.0;
     });
   });
   return out;

@@ -1,5 +1,6 @@
 // The sweep on the CPU: prepare the rows, then go over the classes at hand for their sums (head_sweep), or for
 // kappa only (head_shift).
+#include "cpu/row_cosine.h"
 #include "cpu/row_terms.h"
 #include "cpu/sinks.h"
 
@@ -36,12 +37,13 @@ void unit_features(const HeadInputs& in, const Counting<T>& counting, T* x_hat, 
   });
 }
 
-// What a row knows before the sweep: its norm, its weight, and its target's cosine, a dot product in double.
+// What a row knows before the sweep: its norm, its weight, and its target's cosine.
 template <class T>
 void prepare_rows(const HeadInputs& in, const Counting<T>& counting, const ClassWeights<T>& class_weight,
                   T* x_hat, const RowState& rows) {
-  const Rows<T> w(in.weight, in.weight.size(1));
+  const Rows<T> x(in.x, in.x.size(1)), w(in.weight, in.weight.size(1));
   const Labels labels(in.labels);
+  const RowCosine<T> cosine_of(x, w, in.eps);
   std::fill_n(rows.data, kRowFields * rows.batch, 0.0);
   unit_features(in, counting, x_hat, rows[kInverseNorm]);
   for_rows(labels.batch, w.length, [&](int64_t i) {
@@ -49,11 +51,7 @@ void prepare_rows(const HeadInputs& in, const Counting<T>& counting, const Class
     if (rows[kRowWeight][i] == 0) return;
     const bool here = labels.data[i] != kElsewhere;
     rows[kTargetWeight][i] = !class_weight.given ? 1.0 : here ? class_weight[labels.data[i]] : 0.0;
-    if (!here) return;
-    std::vector<T> unit(static_cast<size_t>(w.length));
-    T w_inverse;
-    unit_rows(w, labels.data[i], 1, T(in.eps), unit.data(), &w_inverse);
-    rows[kCosine][i] = dot_in_double(x_hat + i * w.length, unit.data(), w.length);
+    if (here) rows[kCosine][i] = cosine_of(i, labels.data[i]);
   });
 }
 

@@ -28,6 +28,11 @@ struct AccumRows {
   // The first place of the largest c[j] beyond `above`, NaN being the largest of all; -1 where there is none.
   int64_t (*place_of_largest)(const T* c, int64_t n, T above);
   double (*dot)(const T* a, const T* b, int64_t n);
+  // Products and sums in double.
+  struct Products {
+    double aa, bb, ab;
+  };
+  Products (*products)(const T* a, const T* b, int64_t n);
   // y += a x
   void (*axpy)(T a, const T* x, T* y, int64_t n);
   // The p-distance of two rows.

@@ -8,41 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
-
-INK, FAINT, PAPER = "#23272e", "#737b87", "#ffffff"
-PREPARE, SWEEP, FINISH, TARGET = "#2a9d8f", "#3f6fb5", "#c8421c", "#e09f1f"
-
-
-def box(axis, x: float, y: float, width: float, height: float, color: str, title: str) -> None:
-    style = "round,pad=0,rounding_size=0.12"
-    axis.add_patch(
-        FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor=color + "14", edgecolor=color, lw=1.6)
-    )
-    axis.text(x + 0.15, y + height - 0.16, title, color=color, weight="bold", fontsize=13, va="top")
-
-
-def lines(axis, x: float, y: float, texts: list[str], step: float = 0.34, size: float = 10.5) -> None:
-    for i, text in enumerate(texts):
-        axis.text(x, y - i * step, text, color=INK, fontsize=size, va="top")
-
-
-def arrow(axis, start: tuple[float, float], end: tuple[float, float], color: str = INK, bend: float = 0.0):
-    axis.add_patch(
-        FancyArrowPatch(
-            start,
-            end,
-            arrowstyle="-|>",
-            mutation_scale=14,
-            color=color,
-            lw=1.5,
-            connectionstyle=f"arc3,rad={bend}",
-        )
-    )
+from drawing import FAINT, FINISH, INK, PAPER, PREPARE, SWEEP, TARGET, arrow, box, canvas, lines, save
+from matplotlib.patches import Rectangle
 
 
 def sheet(axis, x: float, y: float, tiles: int, current: int) -> None:
@@ -62,15 +29,7 @@ def sheet(axis, x: float, y: float, tiles: int, current: int) -> None:
 
 
 def draw(path: Path) -> None:
-    plt.rcParams.update(
-        {"font.family": "DejaVu Sans", "svg.hashsalt": "fused_head"}
-    )  # the same file each time
-    figure = plt.figure(figsize=(12.6, 6.3), facecolor=PAPER)
-    axis = figure.add_axes((0, 0, 1, 1))
-    axis.set_xlim(0, 12.6)
-    axis.set_ylim(0, 6.3)
-    axis.axis("off")
-
+    figure, axis = canvas("fused_head", 12.6, 6.3)
     axis.text(0.2, 6.08, "forward", color=FAINT, fontsize=12, weight="bold", va="top")
     box(axis, 0.2, 2.95, 3.1, 2.75, PREPARE, "1  prepare")
     lines(axis, 0.35, 5.15, [
@@ -131,8 +90,7 @@ def draw(path: Path) -> None:
     axis.plot([1.75, 10.9], [2.35, 2.35], color=FAINT, lw=1.2)
     arrow(axis, (1.75, 2.35), (1.75, 2.17), FAINT)
     arrow(axis, (6.4, 2.35), (6.4, 2.17), FAINT)
-    figure.savefig(path, facecolor=PAPER, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
+    save(figure, path)
 
 
 if __name__ == "__main__":

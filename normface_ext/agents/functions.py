@@ -13,7 +13,7 @@ from ..engine import checks
 from ..engine.calls import plan_device, product_dtype
 from ..engine.options import takes
 from ..engine.plan import plan
-from ..engine.sweep import SUM, TERMS
+from ..engine.sweep import TERMS
 from . import losses, ops
 from .losses import AgentRows, Losses
 from .ops import AgentSweepOptions
@@ -171,21 +171,22 @@ def agent_stats(
     options: Losses,
     margin: Tensor | None = None,
 ) -> Tensor:
-    given = checked_inputs(op, x, weight, labels, sample_weight, options)
-    return losses.stats(options, *_plain_means(op, given, options, margin))
+    given, options = checked_inputs(op, x, weight, labels, sample_weight, options), plain(options)
+    rows, class_sum = sweep_rows(op, given, options, margin, need_class_sum=needs_class_sum(options))
+    return losses.stats(options, rows, negatives(options, x, weight.shape[0], rows, class_sum))
 
 
 def agent_loss_and_stats(
     op: str, x: Tensor, weight: Tensor, labels: Tensor, options: Losses, margin: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Both, from one sweep where the loss is one of all plain hinges, or of distances."""
-    given = checked_inputs(op, x, weight, labels, None, options)
-    rows, state = sweep_rows(op, given, options, margin, with_sum=isinstance(options, TripletOptions))
+    """Both, from one sweep where the loss is one of all plain hinges, or the statistics are of distances."""
+    given, needed = checked_inputs(op, x, weight, labels, None, options), needs_class_sum(options)
+    rows, class_sum = sweep_rows(op, given, options, margin, need_class_sum=needed)
     loss = losses.loss(options, rows)
     with torch.no_grad():
-        if isinstance(options, TripletOptions) or not (options.hardest_only or options.exp_negative_weight):
-            return loss, losses.stats(options, rows, _negatives(given, options, rows, *state))
-        return loss, losses.stats(options, *_plain_means(op, given, options, margin))
+        if not needed and plain(options) != options:
+            rows, _ = sweep_rows(op, given, plain(options), margin)
+        return loss, losses.stats(options, rows, negatives(options, x, weight.shape[0], rows, class_sum))
 
 
 def swept_rows(
@@ -225,15 +226,25 @@ def checked_inputs(
 
 
 def sweep_rows(
-    op: str, given: AgentInputs, options: Losses, margin: Tensor | None = None, *, with_sum: bool = False
-) -> tuple[AgentRows, list[Tensor]]:
-    """(the rows, [their state [ROW_FIELDS, N], with `with_sum` the sum of the unit agents])"""
+    op: str,
+    given: AgentInputs,
+    options: Losses,
+    margin: Tensor | None = None,
+    *,
+    need_class_sum: bool = False,
+) -> tuple[AgentRows, Tensor | None]:
+    """(the rows, the sum of the unit agents if it is needed)"""
     x, weight, labels, factor = given
     ignored = checks.ignored(options.ignore_index)
     needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    tensor, swept = sweep_options(op, x, weight, len(x), len(weight), ignored, options, needed, margin)
-    target, hinges, *state = ops.agent_hinge(x, weight, labels, tensor, swept, need_class_sum=with_sum)
-    return AgentRows(labels != ignored, factor, target, hinges, ops.hinge_slope(state[0], swept)), state
+    tensor, swept = sweep_options(
+        op, x, weight, x.shape[0], weight.shape[0], ignored, options, needed, margin
+    )
+    target, hinges, state, *class_sum = ops.agent_hinge(
+        x, weight, labels, tensor, swept, need_class_sum=need_class_sum
+    )
+    rows = AgentRows(labels != ignored, factor, target, hinges, ops.hinge_slope(state, swept))
+    return rows, class_sum[0] if need_class_sum else None
 
 
 def sweep_options(
@@ -309,27 +320,26 @@ def list_limits(
     return min(classes // 16, 512), int(batch * classes * LISTED_SHARE)
 
 
-def _plain_means(
-    op: str, given: AgentInputs, options: Losses, margin: Tensor | None
-) -> tuple[AgentRows, Tensor]:
-    """The rows and the means over their other agents, of a sweep for these alone: whatever chooses or weighs
-    terms has no effect."""
-    plain = replace(options, hardest_only=False)
-    if isinstance(plain, ContrastiveOptions):
-        plain = replace(plain, exp_negative_weight=False)
-    rows, state = sweep_rows(op, given, plain, margin, with_sum=isinstance(plain, TripletOptions))
-    return rows, _negatives(given, plain, rows, *state)
+# Statistics ------------------------------------------------------------------------------------------
 
 
-def _negatives(
-    given: AgentInputs, options: Losses, rows: AgentRows, state: Tensor, *class_sum: Tensor
-) -> Tensor:
-    """[N], means over the other agents: of the distances, or of the hinges."""
-    others = given.weight.shape[0] - 1
+def plain(options: Losses) -> Losses:
+    """Without what chooses or weighs terms: it has no effect on the statistics."""
     if isinstance(options, TripletOptions):
-        # d = 2 - 2 c, and the cosines of all agents add up to that with their sum.
-        (total,) = class_sum
-        unit = normalize(given.x.detach().to(total.dtype), eps=options.eps)
-        distances = 2.0 * given.weight.shape[0] - 2.0 * (unit.double() @ total[:-1].double())
-        return (distances - rows.target.detach()) / max(1, others)
-    return state[SUM] / max(1, others)
+        return replace(options, hardest_only=False)
+    return replace(options, hardest_only=False, exp_negative_weight=False)
+
+
+def needs_class_sum(options: Losses) -> bool:
+    """Whether the statistics are of distances to the others, and not of their hinges."""
+    return isinstance(options, TripletOptions)
+
+
+def negatives(options: Losses, x: Tensor, classes: int, rows: AgentRows, class_sum: Tensor | None) -> Tensor:
+    """[N], means over the other agents, without a gradient: of the distances, or of the plain hinges."""
+    if class_sum is None:
+        return rows.hinges.detach() / max(1, classes - 1)
+    # d = 2 - 2 c, and the cosines of all agents add up to that with their sum.
+    unit = normalize(x.detach().to(rows.target.dtype), eps=options.eps)
+    distances = 2.0 * classes - 2.0 * (unit.double() @ class_sum[:-1].double())
+    return (distances - rows.target.detach()) / max(1, classes - 1)

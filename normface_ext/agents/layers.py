@@ -13,7 +13,7 @@ from ..engine.arguments import size
 from ..engine.options import HoldsOptions, holds, takes
 from ..engine.state import Passes, WideState, recomputing
 from . import functions, losses
-from .losses import Losses
+from .losses import AgentRows, Losses
 from .options import (
     ContrastiveLayerKeywords,
     ContrastiveLayerOptions,
@@ -49,11 +49,27 @@ class AgentLoss(HoldsOptions, Agents):
         self.keep_options(options)
 
     def forward(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        return functions.agent_loss(self.LOSS, features, self.weight, labels, sample_weight, self.options)
+        return self._rows_and_loss(features, labels, sample_weight, None)[1]
 
     def stats(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """Two means over the batch, without a gradient, of another sweep: nothing moves by it."""
-        return functions.agent_stats(self.STATS, features, self.weight, labels, sample_weight, self.options)
+        return self._stats(features, labels, sample_weight, None)
+
+    def _rows_and_loss(
+        self, features: Tensor, labels: Tensor, sample_weight: Tensor | None, margin: Tensor | None
+    ) -> tuple[AgentRows, Tensor]:
+        """What is known of the rows, and what is made of it; a `margin` stands in for the options'."""
+        rows = functions.swept_rows(
+            self.LOSS, features, self.weight, labels, sample_weight, self.options, margin
+        )
+        return rows, losses.loss(self.options, rows)
+
+    def _stats(
+        self, features: Tensor, labels: Tensor, sample_weight: Tensor | None, margin: Tensor | None
+    ) -> Tensor:
+        return functions.agent_stats(
+            self.STATS, features, self.weight, labels, sample_weight, self.options, margin
+        )
 
     def extra_repr(self) -> str:
         return ", ".join([f"{self.in_features}, {self.num_classes}", *self.options.shown()])
@@ -123,9 +139,7 @@ class CContrastiveLoss(WideState, AgentLoss):
         if not options.add_intra_mae:
             return super().forward(features, labels, sample_weight)
         mean, again = self._mean_of(labels)
-        rows = functions.swept_rows(
-            self.LOSS, features, self.weight, labels, sample_weight, options, options.neg_margin + mean
-        )
+        rows, loss = self._rows_and_loss(features, labels, sample_weight, options.neg_margin + mean)
         if self.training and not again:
             with torch.no_grad():
                 spread = rows.reduced(losses.positives(options, rows.target), "mean")
@@ -133,7 +147,7 @@ class CContrastiveLoss(WideState, AgentLoss):
                 moved = (0.99 * self.intra_mae + 0.01 * spread).clamp(max=options.max_negative_margin)
                 # One NaN in the running mean would stay for good.
                 self.intra_mae.copy_(torch.where(spread.isfinite(), moved, self.intra_mae))
-        return losses.loss(options, rows)
+        return loss
 
     def _mean_of(self, labels: Tensor) -> tuple[Tensor, bool]:
         """(the mean for a forward pass, whether the pass is one that a backward pass runs again)."""
@@ -149,9 +163,7 @@ class CContrastiveLoss(WideState, AgentLoss):
         sweep: nothing moves by it."""
         options = self.options
         margin = options.neg_margin + self.intra_mae if options.add_intra_mae else None
-        return functions.agent_stats(
-            self.STATS, features, self.weight, labels, sample_weight, options, margin
-        )
+        return self._stats(features, labels, sample_weight, margin)
 
 
 @holds(TripletOptions)

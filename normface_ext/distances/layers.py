@@ -35,6 +35,10 @@ class Agents(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Weight rows uniform on the unit sphere."""
+        self._reset_weight()
+
+    def _reset_weight(self) -> None:
         gaussian_unitball_(self.weight)
 
     def renormalize_(self) -> None:

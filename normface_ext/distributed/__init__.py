@@ -1,11 +1,13 @@
 """Heads whose classes are spread over the ranks of ``torch.distributed``.
 
-:func:`shard_head` makes the class-parallel twin of a ``NormFaceLoss``: every rank keeps some of the classes,
-its weight is a DTensor, and a step gives the loss and the gradients of one process with all of them. The
-ranks exchange the features, three sums per row, and the features' gradient, through the process groups that
-``torchrun`` and ``torch.distributed`` set up; gloo and NCCL both serve.
+:func:`shard_head` makes the class-parallel twin of a ``NormFaceLoss``, a ``CContrastiveLoss`` or a
+``CTripletLoss``: every rank keeps some of the classes, its weight is a DTensor, and a step gives the loss
+and the gradients of one process with all of them. The ranks exchange the features, a few sums per row, and
+the features' gradient, through the process groups that ``torchrun`` and ``torch.distributed`` set up; gloo
+and NCCL both serve.
 """
 
+from .agent_modules import ShardedCContrastiveLoss, ShardedCTripletLoss
 from .agents import c_contrastive_loss, c_triplet_loss
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from .modules import ShardedNormFaceLoss, shard_head
@@ -19,6 +21,8 @@ __all__ = [
     "ClassShard",
     "RowAdamW",
     "RowSGD",
+    "ShardedCContrastiveLoss",
+    "ShardedCTripletLoss",
     "ShardedNormFaceLoss",
     "c_contrastive_loss",
     "c_triplet_loss",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 
 from ..agents import losses, ops
-from ..agents.functions import sweep_options
+from ..agents.functions import needs_class_sum, negatives, plain, sweep_options
 from ..agents.losses import AgentRows, Losses
 from ..agents.ops import AgentSweepOptions
 from ..agents.options import ContrastiveKeywords, ContrastiveOptions, TripletKeywords, TripletOptions
@@ -40,7 +40,7 @@ def _holds_hardest(best: Tensor, shard: ClassShard) -> Tensor:
 
 class _ClassParallelHinge(Function):
     """As ``ops._AgentHinge`` for the rows of all ranks: (target distance, hinges, slopes), [W * each]
-    each, the same on every rank.
+    each, and the class_sum if asked for, the same on every rank.
 
     With ``separate`` the gradients that come back are each rank's own rows' and add up; otherwise they are
     those of one number that all ranks have in common.
@@ -58,30 +58,37 @@ class _ClassParallelHinge(Function):
         separate: bool,
         replicas: int,
         shard: ClassShard,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        need_class_sum: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         agents = weight.contiguous()
         part = target_cosine(batch.x, agents, places, options)
         (cosine,) = add_over_shards([part], shard.group)
         distance, threshold = ops.hinge_threshold(batch.x, agents, places, cosine, margin, options)
         need_gradient = batch.need_x or ctx.needs_input_grad[1]
         swept, collected, options = ops.sweep_hinges(
-            batch.x, agents, places, threshold, options, need_gradient=need_gradient
+            batch.x,
+            agents,
+            places,
+            threshold,
+            options,
+            need_gradient=need_gradient,
+            need_class_sum=need_class_sum,
         )
         sums, mine = swept.rows[: SECOND_SUM + 1], None
         if options.hardest:
             mine = _holds_hardest(collected.values[:, 0], shard)
             sums = torch.where(mine, sums, 0)
         rows = swept.rows.clone()
-        (rows[: SECOND_SUM + 1],) = add_over_shards([sums], shard.group)
+        rows[: SECOND_SUM + 1], class_sum = add_over_shards([sums, swept.class_sum], shard.group)
         slope = ops.hinge_slope(rows, options)
         ctx.save_for_backward(x, weight, batch.x, agents, places, threshold, rows, mine, *collected, *swept)
         ctx.batch, ctx.options, ctx.shard = batch, options, shard
         ctx.separate, ctx.replicas = separate, replicas
-        ctx.mark_non_differentiable(slope)
-        return distance, rows[SUM].to(distance.dtype), slope
+        ctx.mark_non_differentiable(slope, class_sum)
+        return distance, rows[SUM].to(distance.dtype), slope, class_sum
 
     @staticmethod
-    def backward(ctx: Any, grad_distance: Tensor, grad_hinges: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, grad_distance: Tensor, grad_hinges: Tensor, *_: Any) -> Any:
         own, weight, x, agents, places, threshold, rows, mine, *saved = ctx.saved_tensors
         collected, swept = Collected(*saved[:2]), Swept(*saved[2:])
         batch, options, shard = ctx.batch, ctx.options, ctx.shard
@@ -103,29 +110,34 @@ class _ClassParallelHinge(Function):
                 moved = ScatteredRows(dx, batch, shard.group).wait() * ctx.replicas
                 dx = store_as(moved, own.dtype, batch.own(rows[INVERSE_NORM]), options.eps)
         given = dx if own_x else None, dw
-        return *no_second_derivative(options.op, given, *origins), *[None] * 7
+        return *no_second_derivative(options.op, given, *origins), *[None] * 8
 
 
-def _loss(
+class _Rows(NamedTuple):
+    """The rows of all ranks, checked."""
+
+    x: Tensor  # this rank's
+    weight: Tensor
+    batch: Batch
+    places: Tensor
+
+
+def _gathered(
     op: str,
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
     shard: ClassShard,
     sample_weight: Tensor | None,
-    backbone_gradients: str,
-    equal_batches: bool,
     options: Losses,
-) -> Tensor:
-    check_backbone_gradients(op, backbone_gradients)
-    flag(op, "equal_batches", equal_batches)
+    equal_batches: bool,
+) -> _Rows:
     if isinstance(weight, DTensor):
         weight = weight.to_local()  # differentiable
     checks.features_and_shard(op, x, weight, shard.count)
     ignored = checks.ignored(options.ignore_index)
     labels = checks.labels(op, labels, x, shard.num_classes, options.ignore_index)
     factor = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
-    needed = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     batch = gather_rows(
         x, labels, shard.group, ignore_index=ignored, sample_weight=factor, equal_batches=equal_batches
     )
@@ -134,16 +146,75 @@ def _loss(
     places = shard.places(batch.labels, ignored)
     if batch.sample_weight is not None:
         places = torch.where(batch.sample_weight == 0, IGNORED, places)
-    margin, given = sweep_options(
-        op, batch.x, weight, len(places), shard.count, IGNORED, options, needed, is_shard=True
+    return _Rows(x, weight, batch, places)
+
+
+def _swept(
+    op: str,
+    given: _Rows,
+    shard: ClassShard,
+    options: Losses,
+    margin: Tensor | None,
+    *,
+    replicas: int = 1,
+    need_class_sum: bool = False,
+) -> tuple[AgentRows, Tensor | None]:
+    """(the rows of all ranks, the sum of the unit agents of all ranks if it is needed)"""
+    x, weight, batch, places = given
+    needed = torch.is_grad_enabled() and (batch.need_x or weight.requires_grad)
+    tensor, sweep = sweep_options(
+        op, batch.x, weight, len(places), shard.count, IGNORED, options, needed, margin, is_shard=True
     )
-    replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
     x, weight = detach_without_grad(x, weight)
     separate = options.reduction == "none"
-    found = _ClassParallelHinge.apply(x, weight, batch, places, margin, given, separate, replicas, shard)
-    rows = AgentRows(places != IGNORED, batch.sample_weight, *found)
+    *found, class_sum = _ClassParallelHinge.apply(
+        x, weight, batch, places, tensor, sweep, separate, replicas, shard, need_class_sum
+    )
+    return AgentRows(places != IGNORED, batch.sample_weight, *found), class_sum if need_class_sum else None
+
+
+def rows_and_loss(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    shard: ClassShard,
+    sample_weight: Tensor | None,
+    options: Losses,
+    margin: Tensor | None = None,
+    *,
+    backbone_gradients: str,
+    equal_batches: bool,
+) -> tuple[AgentRows, Tensor]:
+    """(the rows of all ranks, the loss) with options that have been checked; a ``margin`` stands in for
+    theirs."""
+    check_backbone_gradients(op, backbone_gradients)
+    flag(op, "equal_batches", equal_batches)
+    given = _gathered(op, x, weight, labels, shard, sample_weight, options, equal_batches)
+    replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
+    rows, _ = _swept(op, given, shard, options, margin, replicas=replicas)
     loss = losses.loss(options, rows)
-    return batch.own(loss) if separate else loss
+    return rows, given.batch.own(loss) if options.reduction == "none" else loss
+
+
+@torch.no_grad()
+def stats(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    shard: ClassShard,
+    sample_weight: Tensor | None,
+    options: Losses,
+    margin: Tensor | None = None,
+    *,
+    equal_batches: bool,
+) -> Tensor:
+    """``functional.c_contrastive_stats`` or ``c_triplet_stats`` of the rows of all ranks."""
+    given = _gathered(op, x, weight, labels, shard, sample_weight, options, equal_batches)
+    options = plain(options)
+    rows, class_sum = _swept(op, given, shard, options, margin, need_class_sum=needs_class_sum(options))
+    return losses.stats(options, rows, negatives(options, given.batch.x, shard.num_classes, rows, class_sum))
 
 
 @takes(ContrastiveOptions)
@@ -189,7 +260,17 @@ def c_contrastive_loss(
     """
     op = "distributed.c_contrastive_loss"
     chosen = ContrastiveOptions.of(op, options)
-    return _loss(op, x, weight, labels, shard, sample_weight, backbone_gradients, equal_batches, chosen)
+    return rows_and_loss(
+        op,
+        x,
+        weight,
+        labels,
+        shard,
+        sample_weight,
+        chosen,
+        backbone_gradients=backbone_gradients,
+        equal_batches=equal_batches,
+    )[1]
 
 
 @takes(TripletOptions)
@@ -210,4 +291,14 @@ def c_triplet_loss(
     """
     op = "distributed.c_triplet_loss"
     chosen = TripletOptions.of(op, options)
-    return _loss(op, x, weight, labels, shard, sample_weight, backbone_gradients, equal_batches, chosen)
+    return rows_and_loss(
+        op,
+        x,
+        weight,
+        labels,
+        shard,
+        sample_weight,
+        chosen,
+        backbone_gradients=backbone_gradients,
+        equal_batches=equal_batches,
+    )[1]

@@ -1,26 +1,28 @@
-"""The class-parallel head as a module: every rank has some of the classes."""
+"""The class-parallel heads as modules: every rank has some of the classes."""
 
 from __future__ import annotations
+
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial
 
+from ..agents.layers import CContrastiveLoss, CTripletLoss
 from ..cosine.functions import scaled_cosine
 from ..cosine.options import LinearOptions
-from ..cosine.rows import unit_rows_
 from ..engine.arguments import RATE, flag, integer, number
 from ..softmax.layers import NormFaceLoss
-from . import softmax
+from . import ranking, softmax
+from .agent_modules import ShardedCContrastiveLoss, ShardedCTripletLoss
 from .sampling import ClassSampler
-from .shard import ClassShard
+from .spread import SpreadClasses, device_of
 
-#: Classes whose initial weights come from one generator: the start does not depend on the number of ranks.
-_INIT_BLOCK = 4096
+Head = NormFaceLoss | CContrastiveLoss | CTripletLoss
 
 
-class ShardedNormFaceLoss(NormFaceLoss):
+class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
     """``NormFaceLoss`` with its classes spread over the ranks of a mesh; made by :func:`shard_head`.
 
     ``weight`` is a DTensor ``Shard(0)`` of [num_classes, D]; optimizers, ``state_dict`` and
@@ -49,42 +51,15 @@ class ShardedNormFaceLoss(NormFaceLoss):
             device="meta",
             dtype=head.weight.dtype,
         )
-        device = _device_of(mesh)
         self.scale = head.scale  # the parameter itself, if it is learned
         if isinstance(head.scale, nn.Parameter) and head.scale.is_meta:
-            first = torch.full((1,), head.first_scale, dtype=head.scale.dtype, device=device)
+            first = torch.full((1,), head.first_scale, dtype=head.scale.dtype, device=device_of(mesh))
             self.scale = nn.Parameter(first, requires_grad=head.scale.requires_grad)
-        self.shard = ClassShard.of(self.num_classes, mesh.get_group())
         self.backbone_gradients, self.equal_batches = backbone_gradients, equal_batches
         self.sampler = None if sample_rate == 1 else ClassSampler(sample_rate, seed)
-        self._seed = seed
-        if head.weight.is_meta:
-            local = torch.empty(self.shard.count, self.in_features, dtype=head.weight.dtype, device=device)
-            self._draw_(local)
-            shape = torch.Size([self.num_classes, self.in_features])
-            weight = DTensor.from_local(
-                local, mesh, [Shard(0)], run_check=False, shape=shape, stride=(self.in_features, 1)
-            )
-        else:
-            weight = distribute_tensor(head.weight.detach(), mesh, [Shard(0)])
-        self.weight = nn.Parameter(weight, requires_grad=head.weight.requires_grad)
+        self._spread(head.weight, mesh, seed)
         self.class_weight, self.margin = head.given_class_weight(), head.given_margin()
         self.training = head.training
-
-    def _draw_(self, local: Tensor) -> None:
-        """Uniform on the unit sphere, the same for any number of ranks; nobody holds other ranks' classes."""
-        shard, width, seed = self.shard, self.in_features, self._seed
-        for begin in range(shard.first - shard.first % _INIT_BLOCK, shard.first + shard.count, _INIT_BLOCK):
-            generator = torch.Generator().manual_seed((seed << 32) + begin // _INIT_BLOCK)
-            block = torch.randn(_INIT_BLOCK, width, generator=generator)
-            first, last = max(begin, shard.first), min(begin + _INIT_BLOCK, shard.first + shard.count)
-            local[first - shard.first : last - shard.first] = block[first - begin : last - begin]
-        unit_rows_(local, self.eps, type(self).__name__)
-
-    def _reset_weight(self) -> None:
-        if isinstance(self.weight, DTensor):  # before that it is a placeholder without memory
-            with torch.no_grad():
-                self._draw_(self.weight.to_local())
 
     def forward(
         self, features: Tensor, labels: Tensor | None = None, sample_weight: Tensor | None = None
@@ -115,27 +90,35 @@ class ShardedNormFaceLoss(NormFaceLoss):
         options = LinearOptions(eps=self.options.eps)
         return scaled_cosine("norm_linear", x, whole, self.bounded_scale(), options)
 
-    def renormalize_(self) -> None:
-        """Overwrites this rank's rows by unit rows; see ``NormFaceLoss.renormalize_``."""
-        weight = self.weight
-        assert isinstance(weight, DTensor)
-        unit_rows_(weight.to_local().detach(), self.eps, type(self).__name__)
-
-    def extra_repr(self) -> str:
-        mine = (
-            f"{self.shard.first}..{self.shard.first + self.shard.count - 1} here"
-            if self.shard.count
-            else "none here"
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """The class of the largest logit of this rank's rows, int64 [N]; of several the first. All ranks call
+        it together; no rank holds all classes."""
+        options = self.present_options()
+        return ranking.nearest_class(
+            type(self).__name__,
+            x,
+            self._local_weight(),
+            self.shard,
+            options.eps,
+            options.workspace,
         )
-        return f"{super().extra_repr()}, classes {mine}"
+
+    def _ranks(self, x: Tensor, labels: Tensor) -> Tensor:
+        options = self.present_options()
+        return ranking.target_rank(
+            type(self).__name__,
+            x,
+            self._local_weight(),
+            labels,
+            self.shard,
+            options.ignore_index,
+            options.eps,
+            options.workspace,
+        )
 
 
-def _device_of(mesh: DeviceMesh) -> torch.device:
-    if mesh.device_type == "cuda":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device(mesh.device_type)
-
-
+@overload
 def shard_head(
     head: NormFaceLoss,
     mesh: DeviceMesh,
@@ -144,17 +127,47 @@ def shard_head(
     seed: int = 0,
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
-) -> ShardedNormFaceLoss:
-    """A class-parallel head out of a ``NormFaceLoss``: rank r of W keeps ceil(C / W) of its classes.
+) -> ShardedNormFaceLoss: ...
+@overload
+def shard_head(
+    head: CContrastiveLoss,
+    mesh: DeviceMesh,
+    *,
+    sample_rate: float = 1.0,
+    seed: int = 0,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+) -> ShardedCContrastiveLoss: ...
+@overload
+def shard_head(
+    head: CTripletLoss,
+    mesh: DeviceMesh,
+    *,
+    sample_rate: float = 1.0,
+    seed: int = 0,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+) -> ShardedCTripletLoss: ...
+def shard_head(
+    head: Head,
+    mesh: DeviceMesh,
+    *,
+    sample_rate: float = 1.0,
+    seed: int = 0,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+) -> ShardedNormFaceLoss | ShardedCContrastiveLoss | ShardedCTripletLoss:
+    """A class-parallel head out of a ``NormFaceLoss``, a ``CContrastiveLoss`` or a ``CTripletLoss``: rank r
+    of W keeps ceil(C / W) of its classes.
 
     Args:
         head: on every rank; the weight of the mesh's first rank is the one that counts. On the "meta"
             device no rank ever holds all classes: the weights are then drawn here, uniform on the unit
             sphere, the same for any number of ranks.
         mesh: 1-D, over the ranks that share the classes; of a larger mesh pass ``mesh["name"]``.
-        sample_rate: below 1, a training step takes part in this share of the negative classes (Partial
-            FC); the rows' own classes are always in. The weight's gradient is sparse then: use
-            ``distributed.RowSGD`` or ``RowAdamW``.
+        sample_rate: below 1, a training step of a ``NormFaceLoss`` takes part in this share of the negative
+            classes (Partial FC); the rows' own classes are always in. The weight's gradient is sparse then:
+            use ``distributed.RowSGD`` or ``RowAdamW``. A loss over agents takes all classes.
         seed: of the initial weights and of the draws, in [0, 2^32); the same on all ranks.
         backbone_gradients: "mean" for backbones under DistributedDataParallel or FSDP, which average
             gradients over ranks; "sum" if they are added.
@@ -165,11 +178,15 @@ def shard_head(
 
     Raises:
         TypeError: head or mesh.
-        ValueError: a mesh that is not 1-D, sample_rate outside (0, 1], seed, backbone_gradients.
+        ValueError: a mesh that is not 1-D, sample_rate outside (0, 1] or below 1 for a loss over agents,
+            seed, backbone_gradients.
     """
     op = "shard_head"
-    if not isinstance(head, NormFaceLoss) or isinstance(head, ShardedNormFaceLoss):
-        raise TypeError(f"{op}: expected `head` to be a NormFaceLoss, got {type(head).__name__}")
+    if not isinstance(head, Head) or isinstance(head, SpreadClasses):
+        raise TypeError(
+            f"{op}: expected `head` to be a NormFaceLoss, a CContrastiveLoss or a CTripletLoss,"
+            f" got {type(head).__name__}"
+        )
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"{op}: expected `mesh` to be a DeviceMesh, got {type(mesh).__name__}")
     if mesh.ndim != 1:
@@ -178,11 +195,20 @@ def shard_head(
     seed = integer(op, "seed", seed, 0, (1 << 32) - 1)
     softmax.check_backbone_gradients(op, backbone_gradients)
     equal_batches = flag(op, "equal_batches", equal_batches)
-    return ShardedNormFaceLoss(
-        head,
-        mesh,
-        sample_rate=sample_rate,
-        seed=seed,
-        backbone_gradients=backbone_gradients,
-        equal_batches=equal_batches,
-    )
+    if isinstance(head, NormFaceLoss):
+        return ShardedNormFaceLoss(
+            head,
+            mesh,
+            sample_rate=sample_rate,
+            seed=seed,
+            backbone_gradients=backbone_gradients,
+            equal_batches=equal_batches,
+        )
+    if sample_rate != 1:
+        raise ValueError(
+            f"{op}: expected `sample_rate` to be 1 for a {type(head).__name__}, got {sample_rate:g}"
+        )
+    rest = mesh, seed, backbone_gradients, equal_batches
+    if isinstance(head, CContrastiveLoss):
+        return ShardedCContrastiveLoss(head, *rest)
+    return ShardedCTripletLoss(head, *rest)

@@ -23,7 +23,7 @@ if importlib.util.find_spec("normface_ext._C") is None:
         "has an installed normface_ext. Build it with `pip install .` or `pip install -e .` in the checkout."
     )
 
-from normface_ext import _C  # noqa: E402  (the check above explains better than Python's own message)
+from normface_ext import _C as _C  # noqa: E402  (the check above explains better than Python's own message)
 
 
 def _load_cuda() -> str | None:

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from normface_ext import _C
-
 from . import memory
 from .calls import accumulator, add_fakes, by_name, kernels, options_of, plan_device
+from .library import _C
 from .plan import Plan
 
 #: A row's fields by name, each with how shards combine: csrc/engine/row_state.h.

@@ -15,7 +15,7 @@ from ..cosine.options import LinearOptions
 from ..engine.arguments import choice, size
 from ..engine.options import holds, takes
 from ..engine.scale import MIN_SCALE
-from . import functions, resize
+from . import functions, ranking, resize
 from .options import HeadKeywords, HeadOptions
 from .presets import PRESETS
 from .state import margin_change, margin_state
@@ -32,7 +32,8 @@ class NormFaceLoss(HoldsTensors):
     """The normalised softmax head and its loss in one: (features [N, D], labels [N]) -> loss.
 
     ``forward`` also takes ``sample_weight`` [N]. Without labels it gives the logits s cos [N, C], without the
-    margin: ``head(x)`` is ``head.logits(x)``; ``head.predict(x)`` the classes [N].
+    margin: ``head(x)`` is ``head.logits(x)``. ``head.predict(x)`` gives the classes [N],
+    ``head.accuracy(x, labels)`` the hits; both without an N x C matrix.
 
     Args:
         in_features: D.
@@ -141,8 +142,32 @@ class NormFaceLoss(HoldsTensors):
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """The class of the largest logit, int64 [N]; of several the first."""
-        return self.logits(x).argmax(1)
+        """The class of the largest logit, int64 [N]; of several the first. Without an N x C matrix: this is
+        ``functional.nearest_class``, the scale being positive."""
+        options = self.present_options()
+        return ranking.nearest_class(x, self.weight, eps=options.eps, workspace=options.workspace)[0]
+
+    @torch.no_grad()
+    def accuracy(self, x: Tensor, labels: Tensor, topk: Sequence[int] = (1, 5)) -> Tensor:
+        """The share of rows whose label is among the k largest logits, for each k: [len(topk)] float64, on
+        x's device.
+
+        Without the margin, and without an N x C matrix. Ignored rows do not count; if none does, it is 0.
+        ``functional.target_rank`` gives the places themselves.
+        """
+        chosen = ranking.topk_argument(type(self).__name__, topk)
+        return ranking.accuracy_of(self._ranks(x, labels), chosen)
+
+    def _ranks(self, x: Tensor, labels: Tensor) -> Tensor:
+        options = self.present_options()
+        return ranking.target_rank(
+            x,
+            self.weight,
+            labels,
+            ignore_index=options.ignore_index,
+            eps=options.eps,
+            workspace=options.workspace,
+        )
 
     def _plain_state(self) -> dict[str, Any]:
         return {**super()._plain_state(), "margin": margin_state(self.options.margin)}

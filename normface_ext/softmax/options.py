@@ -80,3 +80,17 @@ class PartsKeywords(TypedDict, total=False):
     ignore_index: int | None
     eps: float
     workspace: int | None
+
+
+@declared
+@dataclass(frozen=True)
+class NearestOptions(Options):
+    eps: float = option(1e-12, checks.eps)
+    workspace: int | None = option(None, checks.workspace)
+
+
+class NearestKeywords(TypedDict, total=False):
+    """The same for static type checkers."""
+
+    eps: float
+    workspace: int | None

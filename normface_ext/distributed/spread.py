@@ -1,0 +1,80 @@
+"""What class-parallel modules have in common: a weight whose rows are spread over the ranks of a mesh."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from ..cosine.rows import unit_rows_
+from .shard import ClassShard
+
+#: Classes whose initial weights come from one generator: the start does not depend on the number of ranks.
+_INIT_BLOCK = 4096
+
+
+class SpreadClasses(nn.Module):
+    """For a head's class, before its own: ``weight`` [num_classes, in_features] is a DTensor ``Shard(0)``."""
+
+    weight: nn.Parameter
+    in_features: int
+    num_classes: int
+    eps: float
+    shard: ClassShard
+    _seed: int
+
+    def _spread(self, weight: nn.Parameter, mesh: DeviceMesh, seed: int) -> None:
+        """Takes over the weight of a head: the first rank's, or on the meta device one that is drawn here."""
+        self.shard = ClassShard.of(self.num_classes, mesh.get_group())
+        self._seed = seed
+        if weight.is_meta:
+            device = device_of(mesh)
+            local = torch.empty(self.shard.count, self.in_features, dtype=weight.dtype, device=device)
+            self._draw_(local)
+            shape = torch.Size([self.num_classes, self.in_features])
+            spread = DTensor.from_local(
+                local, mesh, [Shard(0)], run_check=False, shape=shape, stride=(self.in_features, 1)
+            )
+        else:
+            spread = distribute_tensor(weight.detach(), mesh, [Shard(0)])
+        self.weight = nn.Parameter(spread, requires_grad=weight.requires_grad)
+
+    def _draw_(self, local: Tensor) -> None:
+        """Uniform on the unit sphere, the same for any number of ranks; nobody holds other ranks' classes."""
+        shard, width, seed = self.shard, self.in_features, self._seed
+        for begin in range(shard.first - shard.first % _INIT_BLOCK, shard.first + shard.count, _INIT_BLOCK):
+            generator = torch.Generator().manual_seed((seed << 32) + begin // _INIT_BLOCK)
+            block = torch.randn(_INIT_BLOCK, width, generator=generator)
+            first, last = max(begin, shard.first), min(begin + _INIT_BLOCK, shard.first + shard.count)
+            local[first - shard.first : last - shard.first] = block[first - begin : last - begin]
+        unit_rows_(local, self.eps, type(self).__name__)
+
+    def _reset_weight(self) -> None:
+        if isinstance(self.weight, DTensor):  # before that it is a placeholder without memory
+            with torch.no_grad():
+                self._draw_(self._local_weight())
+
+    def _local_weight(self) -> Tensor:
+        """This rank's rows, without a gradient."""
+        weight = self.weight
+        assert isinstance(weight, DTensor)
+        return weight.to_local().detach()
+
+    def renormalize_(self) -> None:
+        """Overwrites this rank's rows by unit rows; see ``NormFaceLoss.renormalize_``."""
+        unit_rows_(self._local_weight(), self.eps, type(self).__name__)
+
+    def extra_repr(self) -> str:
+        mine = (
+            f"{self.shard.first}..{self.shard.first + self.shard.count - 1} here"
+            if self.shard.count
+            else "none here"
+        )
+        return f"{super().extra_repr()}, classes {mine}"
+
+
+def device_of(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(mesh.device_type)
