@@ -568,21 +568,32 @@ def test_logits_and_classes_are_those_of_any_head(kind):
     x, _, _ = problem()
     head = nf.NormFaceLoss(16, 7, scale=16.0, dtype=torch.float64, **asked(kind))
     plain = nf.NormFaceLoss(16, 7, scale=16.0, dtype=torch.float64)
-    plain.load_state_dict(head.state_dict(), strict=False) if kind == "filter" else plain.weight.data.copy_(
-        head.weight.data
-    )
+    plain.weight.data.copy_(head.weight.data)
     assert torch.equal(head(x), plain(x)) and torch.equal(head.predict(x), plain.predict(x))
 
 
-@pytest.mark.parametrize("kind", ["filter"])
+@every_kind
 def test_compiled_without_a_break(kind, compile_fully):
-    head = nf.NormFaceLoss(16, 7, scale=16.0, dtype=torch.float64, **asked(kind))
+    """Values and gradients; outside the window of the fixed shift as well."""
+    for scale in (16.0, 1000.0):
+        head = nf.NormFaceLoss(16, 7, scale=scale, dtype=torch.float64, **asked(kind)).eval()
+        x, _, labels = problem()
+        results = []
+        for step in (head, compile_fully(head)):
+            given = x.clone().requires_grad_()
+            head.zero_grad()
+            loss = step(given, labels)
+            loss.backward()
+            results.append([loss.detach(), given.grad, head.weight.grad])
+        assert_equal_to_1e10(*results)
+
+
+@every_kind
+def test_exported(kind):
+    head = nf.NormFaceLoss(16, 7, scale=16.0, dtype=torch.float64, **asked(kind)).eval()
     x, _, labels = problem()
-    step, given = compile_fully(head), x.clone().requires_grad_()
-    found = step(given, labels)
-    found.backward()
-    torch.testing.assert_close(found, head(x, labels))
-    assert given.grad.isfinite().all()
+    program = torch.export.export(head, (x, labels))
+    torch.testing.assert_close(program.module()(x, labels), head(x, labels))
 
 
 def test_the_filter_beside_any_margin(lane):
