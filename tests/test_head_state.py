@@ -264,12 +264,33 @@ class ArcFace(nf.CosFace):
     m: float = 0.3
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Reserved(nf.CosFace):
+    """With names that stand for something else in a state."""
+
+    m: float = 0.3
+    kind: float = 0.0
+    kind_: float = 0.0
+    tensors: float = 0.0
+
+
+def test_numbers_of_any_name():
+    saved = Reserved(0.25, 1.0, 2.0, 3.0)
+    made, other = head(margin=saved), head(margin=Reserved())
+    with pytest.warns(UserWarning, match="Reserved"):
+        other.load_state_dict(made.state_dict())
+    found = other.margin
+    assert (found.m, found.kind, found.kind_, found.tensors) == (0.25, 1.0, 2.0, 3.0)
+
+
 def test_a_batch_margin_gets_what_its_constructor_was_given():
     for saved, mine in (
         (nf.AdaFace(0.2, h=0.5), nf.AdaFace()),
         (nf.MagFace(l_a=5.0), nf.MagFace()),
         (nf.ElasticArcFace(0.25, plus="released"), nf.ElasticArcFace()),
         (nf.ElasticCosFace(0.25, std=0.125, plus=True), nf.ElasticCosFace()),
+        (nf.CurricularFace(0.25, alpha=0.5), nf.CurricularFace()),
+        (nf.MVSoftmax(0.25, kind="am", adaptive=False), nf.MVSoftmax()),
     ):
         made, other = head(margin=saved), head(margin=mine)
         with pytest.warns(UserWarning, match=f"margin {type(mine).__name__}.* replaces ") as caught:

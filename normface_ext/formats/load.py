@@ -234,18 +234,22 @@ class _Own(NamedTuple):
         return None if self.scale is None else min(max(self.scale, self.bounds[0]), self.bounds[1])
 
 
+#: The states of other libraries' heads: their names -> those of ours.
+_STATES = ({"batch_mean": "mean", "batch_std": "std"}, {"t": "t"})
+
+
 def _others_state(found: Found, where: str, stored: Mapping[str, float]) -> _Own:
-    """Lightning's hyper-parameter s, and AdaFace's running mean and deviation of the norms."""
+    """Lightning's hyper-parameter s; AdaFace's mean and deviation of the norms, CurricularFace's t."""
     scale = stored.get("s")
     if scale is not None:
         with reading(where, "a scale in the hyper-parameters"):
             scale = number("load_head", "s", scale, POSITIVE)
-    tensors, owner = found.group.tensors, found.owner
-    if not {"batch_mean", "batch_std"} <= stored.keys():
-        return _Own(scale)
-    return _Own(
-        scale, margin_state={"mean": tensors[f"{owner}batch_mean"], "std": tensors[f"{owner}batch_std"]}
-    )
+    for names in _STATES:
+        state = {ours: found.group.tensors.get(f"{found.owner}{theirs}") for theirs, ours in names.items()}
+        given = {ours: tensor for ours, tensor in state.items() if tensor is not None}
+        if given.keys() == state.keys():
+            return _Own(scale, margin_state=given)
+    return _Own(scale)
 
 
 def _own_state(found: Found, where: str) -> _Own:

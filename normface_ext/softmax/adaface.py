@@ -63,6 +63,7 @@ class AdaFace(FollowingMargin):
     """
 
     uses_norms = True
+    STATE = ("mean", "std")
     CHECKS: ClassVar[dict[str, Check]] = {
         "m": lambda owner, name, value: number(owner, name, value, below(0.0, math.pi)),
         "h": lambda owner, name, value: number(owner, name, value, NOT_NEGATIVE),

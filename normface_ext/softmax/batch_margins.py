@@ -122,6 +122,8 @@ class FollowingMargin(BatchMargin):
     """A margin whose buffers, [1] each, follow the batches: they are moved before they are used, once per
     forward pass in training mode. It has an attribute ``sync``."""
 
+    #: The buffers' names.
+    STATE: ClassVar[tuple[str, ...]]
     sync: str
 
     def __init__(self) -> None:
@@ -138,7 +140,7 @@ class FollowingMargin(BatchMargin):
         if self.training and not again:
             with torch.no_grad():
                 self.follow_rows(rows)
-        state = tuple(self.buffers())
+        state = tuple([getattr(self, name) for name in self.STATE])
         labels = rows.labels if rows.given is None else rows.given
         if self.training and checks.has_values(labels):
             if again:

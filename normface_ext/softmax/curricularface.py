@@ -45,6 +45,7 @@ class CurricularFace(FollowingMargin):
     """
 
     hard_negatives = True
+    STATE = ("t",)
     CHECKS: ClassVar[dict[str, Check]] = {
         "m": lambda owner, name, value: number(owner, name, value, below(0.0, math.pi)),
         "alpha": lambda owner, name, value: number(owner, name, value, Range("in [0, 1]", 0.0, 1.0)),

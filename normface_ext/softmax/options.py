@@ -38,6 +38,8 @@ class HeadOptions(Options):
     def agree(self, op: str) -> None:
         """One thing alone makes other logits of the cosines of other classes, and label smoothing wants them
         as they are."""
+        if self.filter_threshold is None and self.label_smoothing == 0:
+            return
         hard = isinstance(self.margin, BatchMargin) and self.margin.hard_negatives
         if hard and self.filter_threshold is not None:
             raise ValueError(

@@ -13,8 +13,16 @@ from .margins import ArcFace, CombinedMargin, CosFace, Margin, RowMargin
 
 #: Of ours those that a state_dict can bring: values, which hold nothing but their numbers.
 VALUES: tuple[type[Margin], ...] = (CombinedMargin, RowMargin, CosFace, ArcFace)
-#: Entries of a state that are no numbers of the margin.
+#: Entries of a state that are no numbers of the margin. A number of one of these names has "_" after it.
 _KIND, _TENSORS = "kind", "tensors"
+
+
+def _entry(name: str) -> str:
+    return f"{name}_" if name.rstrip("_") in (_KIND, _TENSORS) else name
+
+
+def _name(entry: str) -> str:
+    return entry[:-1] if entry.rstrip("_") in (_KIND, _TENSORS) else entry
 
 
 def tensor_fields(margin: Margin | None) -> tuple[str, ...]:
@@ -32,7 +40,7 @@ def margin_state(margin: Margin | None) -> dict[str, Any] | None:
     names = [name for name in _names(margin) if hasattr(margin, name)]
     values = {name: getattr(margin, name) for name in names}
     state: dict[str, Any] = {_KIND: _kind_of(type(margin))}
-    state |= {name: v for name, v in values.items() if v is None or isinstance(v, (int, float, str))}
+    state |= {_entry(name): v for name, v in values.items() if v is None or isinstance(v, (int, float, str))}
     tensors = [name for name, value in values.items() if isinstance(value, Tensor)]
     return {**state, _TENSORS: tensors} if tensors else state
 
@@ -40,7 +48,7 @@ def margin_state(margin: Margin | None) -> dict[str, Any] | None:
 def _names(margin: Margin) -> list[str]:
     if is_dataclass(margin):
         return [f.name for f in fields(margin)]
-    return [name for name in inspect.signature(type(margin)).parameters if name not in (_KIND, _TENSORS)]
+    return list(inspect.signature(type(margin)).parameters)
 
 
 def _kind_of(kind: type) -> str:
@@ -59,7 +67,7 @@ def shown(state: Mapping[str, Any] | None) -> str:
 
 
 def _numbers(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if name not in (_KIND, _TENSORS)}
+    return {_name(entry): value for entry, value in state.items() if entry not in (_KIND, _TENSORS)}
 
 
 def checked_state(op: str, state: object) -> dict[str, Any] | None:
