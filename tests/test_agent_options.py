@@ -236,18 +236,25 @@ def test_the_options_of_an_op_end_its_arguments():
 
 def test_a_list_is_for_what_it_is_quicker_at():
     """By default where little of much work is active; an explicit limit is obeyed."""
-    share, float32 = functions.LISTED_SHARE, torch.float32
+    shares, float32, much = functions.LISTED_SHARE, torch.float32, 1 << 31
+
+    def limits(device, dtype, workspace, limit, *shape):
+        return functions.list_limits(*shape, device, dtype, workspace, limit)
+
     for device in ("cpu", "cuda"):
-        assert functions.list_limits(32, 64, 100, device, float32, None) == (0, 0)
-        assert functions.list_limits(256, 512, 10_572, device, float32, None) == (
-            512,
-            int(256 * 10_572 * share),
-        )
+        assert limits(device, float32, much, None, 32, 64, 100) == (0, 0)
+        wanted = int(2 * 10_572 * shares[device]), int(256 * 10_572 * shares[device])
+        assert limits(device, float32, much, None, 256, 512, 10_572) == wanted
         for limit, capacity in ((7, 7), (0, 0), (1000, 99)):
-            limits = functions.list_limits(32, 64, 100, device, float32, limit)
-            assert limits == (capacity, 32 * capacity)
-    assert functions.list_limits(256, 512, 10_572, "cuda", torch.bfloat16, None) == (0, 0)
-    assert functions.list_limits(256, 512, 3_200, "cpu", torch.bfloat16, None)[0] == 200
+            assert limits(device, float32, much, limit, 32, 64, 100) == (capacity, 32 * capacity)
+        # A list has an eighth of the workspace.
+        capacity = limits(device, float32, 1 << 20, None, 256, 512, 100_000)[0]
+        assert (
+            256 * capacity * functions.LISTED_BYTES <= 1 << 17 < 256 * (capacity + 1) * functions.LISTED_BYTES
+        )
+    assert limits("cuda", torch.bfloat16, much, None, 256, 512, 10_572) == (0, 0)
+    narrow = limits("cuda", torch.bfloat16, much, None, 1024, 512, 1_000_000)
+    assert narrow == (7812, 4_000_000)
 
 
 @pytest.mark.parametrize(

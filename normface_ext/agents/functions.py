@@ -69,7 +69,7 @@ def c_contrastive_loss(
             0), "sum" or "none".
         sample_weight: [N] factors of the rows' losses, without gradient; the mean divides by their sum over
             the rows that count. A row of weight 0 is an ignored one.
-        active_limit: active classes listed per row, chosen from C by default, 0 for always dense. A list
+        active_limit: active classes listed per row, chosen by default, 0 for always dense. A list
             costs one number read back from the device per step; it is off in traced and captured steps.
         eps, workspace, check_finite: see ``functional.normface_loss``.
 
@@ -273,7 +273,10 @@ def sweep_options(
     capacity = most_listed = 0
     # Following a list needs its length on the host.
     if needed and not options.hardest_only and checks.has_values(x):
-        capacity, most_listed = list_limits(batch, dim, classes, device.type, precision, options.active_limit)
+        shape = batch, dim, classes
+        capacity, most_listed = list_limits(
+            *shape, device.type, precision, made.workspace, options.active_limit
+        )
     return margin if isinstance(margin, Tensor) else None, AgentSweepOptions(
         1.0,
         options.eps,
@@ -291,9 +294,12 @@ def sweep_options(
     )
 
 
-#: What a list may hold for a gradient that follows it to be the quicker one, as a share of all N C cells:
-#: a listed one costs its two products of D alone, at the speed of memory.
-LISTED_SHARE = 1 / 64
+#: What a list may hold for a gradient that follows it to be the quicker one, as a share of all N C cells. A
+#: listed cell is two gathers of D numbers, a dense one its part of three products. On the CPU measured: the
+#: crossover lay between 0.075 (N = 64, C = 85,742) and 0.2 (N = 256, C = 10,572). On CUDA a prediction: 16 D
+#: bytes at 3 TB/s against 6 D operations at the rates below.
+LISTED_SHARE = {"cpu": 1 / 16, "cuda": 1 / 64}
+LISTED_SHARE_16_BITS = 1 / 256  # on CUDA, where tensor cores make the products
 #: What a list costs whatever is in it; on CUDA the host waits to read how long it is.
 LIST_SECONDS = 1e-4
 
@@ -305,17 +311,32 @@ def dense_rate(device: str, precision: torch.dtype) -> float:
     return 375e12 if precision.itemsize == 2 else 5e13
 
 
+#: Bytes of a listed class: its number and its coefficient.
+LISTED_BYTES = 16
+
+
 def list_limits(
-    batch: int, dim: int, classes: int, device: str, precision: torch.dtype, limit: int | None
+    batch: int,
+    dim: int,
+    classes: int,
+    device: str,
+    precision: torch.dtype,
+    workspace: int,
+    limit: int | None,
 ) -> tuple[int, int]:
     """(active classes listed per row, active classes of all rows up to which the gradient follows the lists).
-    An explicit limit is obeyed; else a list is for work that takes longer than it does."""
+    An explicit limit is obeyed; else a list is for work that takes longer than it does, and no larger than an
+    eighth of the workspace."""
     if limit is not None:
         capacity = min(limit, classes - 1)
         return capacity, batch * capacity
     if 4 * batch * dim * classes < LIST_SECONDS * dense_rate(device, precision):
         return 0, 0
-    return min(classes // 16, 512), int(batch * classes * LISTED_SHARE)
+    narrow = device == "cuda" and precision.itemsize == 2
+    share = LISTED_SHARE_16_BITS if narrow else LISTED_SHARE[device]
+    # A row may have more than its share, as long as all together have not.
+    room = workspace // (8 * LISTED_BYTES * max(1, batch))
+    return min(int(2 * classes * share), room), int(batch * classes * share)
 
 
 # Statistics ------------------------------------------------------------------------------------------
