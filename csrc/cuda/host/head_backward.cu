@@ -80,6 +80,7 @@ template <class T>
 void sweep_again(Queue& queue, Head<T> head, const HeadBackwardArguments& in, const RowFactors& factors,
                  const Tensor* dw, const Tensor& x_sum) {
   const int64_t N = head.batch, D = head.dim;
+  if (D == 0) return;  // no gradient has an element
   const bool again = in.stored.numel() == 0, sum = x_sum.numel() > 0;
   if (!again) head.chunk = std::max<int64_t>(1, head.classes);
   const bool at_once = head.single_sweep();
