@@ -12,7 +12,7 @@ import torch
 
 import normface_ext as nf
 from normface_ext import distributed, reference
-from normface_ext.agents import functions, losses, ops, options
+from normface_ext.agents import functions, lists, losses, ops, options
 from normface_ext.engine import calls
 
 F = nf.functional
