@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from kernel_cases.engine_ops import arguments, call, sweep
+from lanes import LANES
 
 from normface_ext.engine.sweep import SINKS, TERMS
 
+HERE = Path(__file__).resolve().parent
 N, D, C = 4, 8, 6
 
 SWEEP = {
@@ -31,6 +40,17 @@ SWEEP = {
         },
     ),
     "a range without width": ("lowest", 1.0),
+    "a range without end": ("lowest", -math.inf),
+    "a softmax with a short threshold": ("threshold", torch.zeros(N - 1, dtype=torch.float64)),
+    "a softmax with five numbers": ("numbers", torch.zeros(5, dtype=torch.float64)),
+    "16-bit products of float64": (
+        "product_precision",
+        {
+            "x": torch.ones(N, D, dtype=torch.float64),
+            "weight": torch.ones(C, D, dtype=torch.float64),
+            "product_precision": torch.bfloat16,
+        },
+    ),
 }
 COLLECTED = {
     "an unknown sink": ("sink", len(SINKS)),
@@ -109,6 +129,104 @@ def test_backward(lane, name):
     ((argument, change),) = BACKWARD[name].items()
     with pytest.raises(RuntimeError, match=f"head_backward: expected `{argument}` "):
         call("head_backward", {**given, argument: change(given[argument])})
+
+
+#: What E of a sweep may have become -> the change.
+STORED = {
+    "of another type": torch.Tensor.double,
+    "with one value less": lambda t: t[:-1],
+    "with one value more": lambda t: torch.cat([t, t[:1]]),
+    "as [N, C]": lambda t: t[: N * C].reshape(N, C),
+}
+
+
+def stored_problem(lane):
+    given = {**problem(lane), "store": True}
+    swept, _, _ = sweep(given)
+    slopes = lane.tensor(torch.ones(4, N, dtype=torch.float64))
+    return {**given, **swept._asdict(), "slopes": slopes, "grad_loss": lane.tensor(1.0)}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_stored_coefficients(lane, name):
+    given = stored_problem(lane)
+    call("head_backward", given)
+    with pytest.raises(RuntimeError, match="head_backward: expected `stored` "):
+        call("head_backward", {**given, "stored": STORED[name](given["stored"])})
+
+
+@pytest.mark.parametrize("width", [0.0, -1.0, C + 1.0, math.nan])
+def test_stored_coefficients_say_how_wide_a_tile_is_on_a_cpu(width):
+    given = stored_problem(LANES[0])
+    given["stored"][-1] = width
+    with pytest.raises(RuntimeError, match="head_backward: expected `stored` to end with"):
+        call("head_backward", given)
+
+
+def listed_problem(lane):
+    classes = lane.tensor(torch.tensor([[0, C], [1, 2], [3, C + 9], [4, 5]]))
+    return {
+        **problem(lane), "factors": lane.randn(N, 2), "classes": classes, "x_inverse": lane.randn(N).abs(),
+        "weight_inverse": lane.randn(C).abs(), "need_x": True, "need_weight": True,
+    }  # fmt: skip
+
+
+#: Ops that follow a number to a class -> (what they are given, which argument, where row 2 has it).
+FOLLOWED = {
+    "stored head_backward": (stored_problem, "labels", 2),
+    "head_backward": (lambda lane: {**stored_problem(lane), "stored": lane.randn(0)}, "labels", 2),
+    "cosine_pairs_backward": (listed_problem, "classes", (2, 1)),
+}
+
+
+def spoilt(lane, name, value):
+    make, argument, place = FOLLOWED[name]
+    given = make(lane)
+    call(name.split()[-1], given)
+    given[argument] = given[argument].clone()
+    given[argument][place] = value
+    return given
+
+
+@pytest.mark.parametrize("value", [-1, -7, -(2**40)])
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_no_class_below_zero_on_a_cpu(name, value):
+    op, argument = name.split()[-1], FOLLOWED[name][1]
+    with pytest.raises(RuntimeError, match=rf"{op}: expected `{argument}` .* got {value} at row 2"):
+        call(op, spoilt(LANES[0], name, value))
+
+
+@pytest.mark.parametrize("label", [C, 2**40])
+def test_no_label_beyond_the_last_class_on_a_cpu(label):
+    given = spoilt(LANES[0], "head_backward", label)
+    with pytest.raises(RuntimeError, match=rf"head_backward: expected `labels` .* got {label} at row 2"):
+        call("head_backward", given)
+    given["slopes"][:, 2] = 0  # then it may be anything
+    assert (call("head_backward", given)[0][2] == 0).all()
+
+
+ABORTS = """
+import sys
+from lanes import LANES
+from test_second_line import call, spoilt
+lane = next(lane for lane in LANES if lane.name == sys.argv[1])
+with lane.active():
+    print([float(grad.sum()) for grad in call(sys.argv[2].split()[-1], spoilt(lane, sys.argv[2], -7))])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_kernels_refuse_a_class_below_zero_by_name(lane, name):
+    """On a GPU this ends the process, see test_contract."""
+    command = [sys.executable, "-c", ABORTS, lane.name, name]
+    paths = os.pathsep.join(map(str, (HERE, HERE.parent / "scripts")))
+    ran = subprocess.run(
+        command, capture_output=True, text=True, cwd="/", env={**os.environ, "PYTHONPATH": paths}
+    )
+    assert ran.returncode != 0, ran.stdout
+    said = ran.stdout + ran.stderr
+    assert re.search(f"{name.split()[-1]}: expected `{FOLLOWED[name][1]}` .* got -7 at row 2", said), said
 
 
 def test_gradients_of_another_type(lane):

@@ -157,6 +157,11 @@ std::tuple<Tensor, Tensor> cosine_pairs_backward(const CosinePairsBackwardArgume
   Tensor dx = partial_gradient_like(in.x, in.need_x, in.is_shard),
          dw = gradient_like(in.weight, in.need_weight);
   const int64_t N = in.x.size(0), D = in.x.size(1), C = in.weight.size(0);
+  const int64_t* classes = data_of<const int64_t>(in.classes);
+  for (int64_t k = 0; k < in.classes.numel(); ++k)
+    if (classes[k] < 0)
+      fail(in.kName, ": expected `classes` of at least 0, got ", classes[k], " at row ",
+           k / in.classes.size(1));
   dispatch_accumulator(in.x.scalar_type(), [&]<class T>() {
     const Rows<T> x(in.x, D), weight(in.weight, D);
     const PairsBackward<T> pairs{x,
@@ -164,7 +169,7 @@ std::tuple<Tensor, Tensor> cosine_pairs_backward(const CosinePairsBackwardArgume
                                  data_of<const T>(in.x_inverse),
                                  data_of<const T>(in.weight_inverse),
                                  data_of<const T>(in.factors),
-                                 data_of<const int64_t>(in.classes),
+                                 classes,
                                  N,
                                  in.classes.size(1),
                                  C,

@@ -62,6 +62,8 @@ pair_scales_kernel(Pairs pairs, const T* __restrict__ x_inverse, const T* __rest
   const int64_t k = block_id() * kThreads + thread_id(), entries = pairs.batch * pairs.listed;
   const bool of_class = k < entries;
   const int64_t r = of_class ? pairs.classes[k] : k - entries;
+  NF_DEVICE_CHECK(r >= 0, "cosine_pairs_backward: expected `classes` of at least 0, got %lld at row %lld",
+                  (long long)r, (long long)(k / pairs.listed));
   const bool here = r < (of_class ? pairs.count : pairs.batch);
   const T inverse = !here ? T(1) : of_class ? w_inverse[r] : x_inverse[r];
   math::RowScale<T> scale{inverse, T(1), T(1)};
