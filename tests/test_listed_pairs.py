@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from engine_ops import arguments, backward, call, sweep, wide
+from kernel_cases.engine_ops import arguments, backward, call, sweep, wide
+from kernel_cases.plain_terms import CASES, unit
 from lanes import DTYPES
-from plain_terms import CASES, unit
 
 from normface_ext.engine.sweep import INVERSE_NORM, SINKS
 from normface_ext.testing import assert_close_to_truth
