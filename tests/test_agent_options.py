@@ -236,10 +236,10 @@ def test_the_options_of_an_op_end_its_arguments():
 
 def test_a_list_is_for_what_it_is_quicker_at():
     """By default where little of much work is active; an explicit limit is obeyed."""
-    shares, float32, much = functions.LISTED_SHARE, torch.float32, 1 << 31
+    shares, float32, much = lists.LISTED_SHARE, torch.float32, 1 << 31
 
     def limits(device, dtype, workspace, limit, *shape):
-        return functions.list_limits(*shape, device, dtype, workspace, limit)
+        return lists.list_limits(*shape, device, dtype, workspace, limit)
 
     for device in ("cpu", "cuda"):
         assert limits(device, float32, much, None, 32, 64, 100) == (0, 0)
@@ -249,9 +249,7 @@ def test_a_list_is_for_what_it_is_quicker_at():
             assert limits(device, float32, much, limit, 32, 64, 100) == (capacity, 32 * capacity)
         # A list has an eighth of the workspace.
         capacity = limits(device, float32, 1 << 20, None, 256, 512, 100_000)[0]
-        assert (
-            256 * capacity * functions.LISTED_BYTES <= 1 << 17 < 256 * (capacity + 1) * functions.LISTED_BYTES
-        )
+        assert 256 * capacity * lists.LISTED_BYTES <= 1 << 17 < 256 * (capacity + 1) * lists.LISTED_BYTES
     assert limits("cuda", torch.bfloat16, much, None, 256, 512, 10_572) == (0, 0)
     narrow = limits("cuda", torch.bfloat16, much, None, 1024, 512, 1_000_000)
     assert narrow == (7812, 4_000_000)

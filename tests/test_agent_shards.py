@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kernel_cases import engine_ops
 
 from normface_ext.agents import functions, ops
 from normface_ext.agents.options import ContrastiveOptions, TripletOptions
@@ -64,11 +65,9 @@ def test_shards_add_up(lane, dtype, mode, capacity, store):
     chosen = kind(**terms, hardest_only=mode == "hardest", active_limit=capacity)
     _, options = functions.sweep_options("", x, weight, BATCH, CLASSES, IGNORED, chosen, True)
     # All in float32: shards in 16 bits would not agree on what is active.
-    options = replace(options, class_chunk=4, kernels=0, product_precision=accumulator(dtype))
-    if not store:
-        options = replace(options, plan=replace(options.plan, algorithm="recompute"))
-    assert options.plan.store == store
     wide = accumulator(dtype)
+    few = engine_ops.arguments(x, weight, labels, class_chunk=4, product_precision=wide)
+    options = replace(options, product_precision=wide, keep=store, **engine_ops.budget(few))
     upstream = [lane.randn(BATCH, dtype=wide, seed=seed) for seed in (5, 6)]
     cosine = target_cosine(x, weight, labels, options)
     whole = Shard(x, weight, labels, None, options)

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from kernel_cases import engine_ops
 from test_head_kernels import CHOICES, PLAIN, choose, cuda_lane  # noqa: F401  (a fixture)
 from test_normface_loss import sample
 
@@ -270,7 +271,7 @@ def test_the_ops_refuse_what_is_no_number(lane):
     with pytest.raises(RuntimeError, match="norm_linear: expected `scale` to be a 0-d floating tensor"):
         ops.norm_linear(x, weight, row, 0.0, True, 1e-12)
     with pytest.raises(RuntimeError, match="head_shift: expected `scale` to be a floating tensor, 0-d or"):
-        ops.head_shift(x, weight, labels, labels[0], -100, 0.0, 1e-12, 3, 3, 0, x.dtype, False)
+        engine_ops.call("head_shift", engine_ops.arguments(x, weight, labels, scale=labels[0]))
 
 
 # One decision about the shift --------------------------------------------------------------------------

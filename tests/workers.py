@@ -25,7 +25,10 @@ WITH_PROCESSES = (
     "test_agent_weights",
     "test_head_shards",
     "test_margin_contract",
+    "test_hard_negatives",
     "test_margin_state",
+    "test_ranking",
+    "test_recipe_margins",
 )
 
 
