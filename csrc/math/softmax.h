@@ -49,8 +49,9 @@ struct PowerOfTwo {
   float offset;
 };
 
+constexpr double kLog2E = 1.4426950408889634074;
+
 NF_HD PowerOfTwo power_of_two(double scale, double kappa) {
-  constexpr double kLog2E = 1.4426950408889634074;
   return {float(scale * kLog2E), float(-kappa * kLog2E)};
 }
 
