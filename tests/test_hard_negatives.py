@@ -361,9 +361,10 @@ def test_no_logit_is_out_of_its_range(kind, t):
 @every_kind
 def test_the_window_of_the_fixed_shift_goes_by_the_range(kind):
     found = said(kind)
-    width = found.highest - found.lowest
-    inside, outside = 2 * (690 + 709 - math.log(7)) / width / 2 * torch.tensor([0.999, 1.001]).double()
     ends = found.lowest, found.highest
+    reach = max(map(abs, ends))
+    room = 690 + 709 - math.log(7) - (math.log(4 * reach) if reach > 1 else 0)
+    inside, outside = room / (found.highest - found.lowest) * torch.tensor([0.999, 1.001]).double()
     assert _C.has_fixed_shift(float(inside), 7, True, *ends)
     assert not _C.has_fixed_shift(float(outside), 7, True, *ends)
     x, weight, labels = problem()
@@ -374,6 +375,34 @@ def test_the_window_of_the_fixed_shift_goes_by_the_range(kind):
             ),
             gradients(lambda x, w, s=scale: expected_loss(Released(kind), x, w, labels, s), x, weight),
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [3, 40])
+def test_collapsed_rows_at_the_end_of_the_window_have_gradients(lane, dtype, classes):
+    """All logits are the largest that f can be: what their slopes make of the sums is a number still."""
+
+    class Steep(nf.BatchMargin):
+        hard_negatives = True
+
+        def of(self, rows):
+            threshold = torch.full_like(rows.cosine, -2.0)
+            return nf.HardNegatives(nf.CosFace(0.35), threshold, (1.0, 1.0, 0.0), (2.0, 1.0), highest=2.0)
+
+    scale = 1.0
+    for step in (8.0, 1.0, 0.125, 0.0078125):
+        while _C.has_fixed_shift(scale + step, classes, False, -1.0, 2.0):
+            scale += step
+    row = torch.arange(1.0, 17.0).to(dtype)
+    x = lane.tensor(row.repeat(4, 1), grad=True)
+    weight = lane.tensor(row.repeat(classes, 1), grad=True)
+    labels = lane.tensor([0, 1, 2, 0])
+    loss = nf.functional.normface_loss(x, weight, labels, scale, margin=Steep())
+    loss.backward()
+    expected = scale * (2 - 0.65) + math.log(classes - 1)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else 1e-2)
+    for grad in (x.grad, weight.grad):  # every direction is radial
+        assert grad.double().abs().max() <= 16 * scale * torch.finfo(dtype).eps
 
 
 # CurricularFace's state -------------------------------------------------------------------------------
@@ -673,6 +702,7 @@ GOOD = nf.HardNegatives(nf.CosFace(0.3), torch.zeros(9), (0.0, 1.0, 0.0), (0.0, 
         (GOOD._replace(threshold=0.3), TypeError, "the threshold of Mine.of` to return a floating tensor"),
         (GOOD._replace(threshold=torch.zeros(8)), ValueError, r"shape \[9\], got shape \[8\]"),
         (GOOD._replace(lowest=1.0), ValueError, "expected `lowest` < `highest` of Mine.of, got 1 and 1"),
+        (GOOD._replace(highest=math.inf), ValueError, "`highest` of Mine.of to be finite, got -1 and inf"),
     ],
 )
 def test_what_such_a_margin_returns(found, error, sentence):

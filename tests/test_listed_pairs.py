@@ -100,6 +100,17 @@ def test_what_is_listed_nowhere_reaches_nothing(lane):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_entries_that_are_no_class_are_unused(lane, dtype):
+    x, weight, classes, factors = problem(lane, dtype)
+    expected = pairs(x, weight, classes, factors)
+    others = lane.tensor(torch.tensor([C + 1, 2**31, 2**62, -1, -C, -(2**31), -(2**63)]))
+    unused = classes == C
+    classes[unused] = others.repeat(C)[: int(unused.sum())]
+    for got, clean in zip(pairs(x, weight, classes, factors), expected, strict=True):
+        assert torch.equal(got, clean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["hinge", "exponential"])
 def test_a_full_list_is_the_dense_gradient(lane, name, dtype):
     case = CASES[name]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from kernel_cases.engine_ops import arguments, call, sweep
+from lanes import LANES
 
 from normface_ext.engine.sweep import SINKS, TERMS
 
+HERE = Path(__file__).resolve().parent
 N, D, C = 4, 8, 6
 
 SWEEP = {
@@ -31,6 +40,17 @@ SWEEP = {
         },
     ),
     "a range without width": ("lowest", 1.0),
+    "a range without end": ("lowest", -math.inf),
+    "a softmax with a short threshold": ("threshold", torch.zeros(N - 1, dtype=torch.float64)),
+    "a softmax with five numbers": ("numbers", torch.zeros(5, dtype=torch.float64)),
+    "16-bit products of float64": (
+        "product_precision",
+        {
+            "x": torch.ones(N, D, dtype=torch.float64),
+            "weight": torch.ones(C, D, dtype=torch.float64),
+            "product_precision": torch.bfloat16,
+        },
+    ),
 }
 COLLECTED = {
     "an unknown sink": ("sink", len(SINKS)),
@@ -109,6 +129,87 @@ def test_backward(lane, name):
     ((argument, change),) = BACKWARD[name].items()
     with pytest.raises(RuntimeError, match=f"head_backward: expected `{argument}` "):
         call("head_backward", {**given, argument: change(given[argument])})
+
+
+#: What E of a sweep may have become -> the change.
+STORED = {
+    "of another type": torch.Tensor.double,
+    "with one value less": lambda t: t[:-1],
+    "with one value more": lambda t: torch.cat([t, t[:1]]),
+    "as [N, C]": lambda t: t[: N * C].reshape(N, C),
+}
+
+
+def stored_problem(lane):
+    given = {**problem(lane), "store": True}
+    swept, _, _ = sweep(given)
+    slopes = lane.tensor(torch.ones(4, N, dtype=torch.float64))
+    return {**given, **swept._asdict(), "slopes": slopes, "grad_loss": lane.tensor(1.0)}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_stored_coefficients(lane, name):
+    given = stored_problem(lane)
+    call("head_backward", given)
+    with pytest.raises(RuntimeError, match="head_backward: expected `stored` "):
+        call("head_backward", {**given, "stored": STORED[name](given["stored"])})
+
+
+@pytest.mark.parametrize("width", [0.0, -1.0, C + 1.0, math.nan])
+def test_stored_coefficients_say_how_wide_a_tile_is_on_a_cpu(width):
+    given = stored_problem(LANES[0])
+    given["stored"][-1] = width
+    with pytest.raises(RuntimeError, match="head_backward: expected `stored` to end with"):
+        call("head_backward", given)
+
+
+#: By name: what the op is given.
+PROBLEMS = {
+    "stored": stored_problem,
+    "made again": lambda lane: {**stored_problem(lane), "stored": lane.randn(0)},
+}
+
+
+def spoilt(lane, name, label):
+    given = PROBLEMS[name](lane)
+    call("head_backward", given)
+    given["labels"] = given["labels"].clone()
+    given["labels"][2] = label
+    return given
+
+
+@pytest.mark.parametrize("label", [-1, -(2**40), C, 2**40])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_labels_of_rows_with_slopes_on_a_cpu(name, label):
+    given = spoilt(LANES[0], name, label)
+    with pytest.raises(RuntimeError, match=rf"head_backward: expected `labels` .* got {label} at row 2"):
+        call("head_backward", given)
+    given["slopes"][:, 2] = 0  # then it may be anything
+    assert (call("head_backward", given)[0][2] == 0).all()
+
+
+ABORTS = """
+import sys
+from lanes import LANES
+from test_second_line import call, spoilt
+lane = next(lane for lane in LANES if lane.name == sys.argv[1])
+with lane.active():
+    print(float(call("head_backward", spoilt(lane, sys.argv[2], -7))[0].sum()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_kernels_refuse_labels_of_rows_with_slopes(lane, name):
+    """On a GPU this ends the process, see test_contract."""
+    command = [sys.executable, "-c", ABORTS, lane.name, name]
+    paths = os.pathsep.join(map(str, (HERE, HERE.parent / "scripts")))
+    ran = subprocess.run(
+        command, capture_output=True, text=True, cwd="/", env={**os.environ, "PYTHONPATH": paths}
+    )
+    assert ran.returncode != 0, ran.stdout
+    said = ran.stdout + ran.stderr
+    assert re.search("head_backward: expected `labels` .* got -7 at row 2", said), said
 
 
 def test_gradients_of_another_type(lane):

@@ -73,11 +73,11 @@ class ByClass {
  public:
   ByClass(const int64_t* classes, int64_t count, int64_t limit) : ends_(size_t(limit) + 2, 0) {
     for (int64_t k = 0; k < count; ++k)
-      if (classes[k] < limit) ++ends_[size_t(classes[k]) + 2];
+      if (is_class(classes[k], limit)) ++ends_[size_t(classes[k]) + 2];
     for (size_t j = 2; j < ends_.size(); ++j) ends_[j] += ends_[j - 1];
     entries_.resize(size_t(ends_.back()));
     for (int64_t k = 0; k < count; ++k)
-      if (classes[k] < limit) entries_[size_t(ends_[size_t(classes[k]) + 1]++)] = k;
+      if (is_class(classes[k], limit)) entries_[size_t(ends_[size_t(classes[k]) + 1]++)] = k;
   }
   const int64_t* begin(int64_t j) const { return entries_.data() + ends_[size_t(j)]; }
   const int64_t* end(int64_t j) const { return begin(j + 1); }
@@ -102,7 +102,7 @@ struct PairsBackward {
       for (int64_t i = first; i < last; ++i) {
         bool any = false;
         for (int64_t k = i * listed; k < (i + 1) * listed; ++k) {
-          if (classes[k] >= all) continue;
+          if (!is_class(classes[k], all)) continue;
           sum.add(classes[k], factors[k]);
           any = true;
         }

@@ -32,6 +32,18 @@ std::vector<RowGradient> row_gradients(const RowSlopes& slopes, const Tensor& gr
   return result;
 }
 
+// The labels of rows with a slope; those of others may be anything.
+void check_targets(const HeadBackwardArguments& in, const Labels& labels,
+                   const std::vector<RowGradient>& gradients) {
+  const int64_t C = in.weight.size(0);
+  for (int64_t i = 0; i < labels.batch; ++i) {
+    const int64_t label = labels.data[i];
+    if (gradients[size_t(i)].any && (label < 0 || label >= C) && !(in.is_shard && label == kElsewhere))
+      fail(in.kName, ": expected `labels` in [0, ", C, ") where a row has slopes, got ", label, " at row ",
+           i);
+  }
+}
+
 template <class T>
 void grad_features(const Rows<T>& x, const Rows<T>& w, const Labels& labels, const T* inverse_norm,
                    const std::vector<RowGradient>& gradients, const RowState& rows, T* x_hat, const T* x_sum,
@@ -152,13 +164,14 @@ struct Backward {
 
 template <class T>
 void backward(const HeadBackwardArguments& in, const Tensor& dx, const Tensor& dw, const Tensor& dscale) {
-  const HeadShape shape = shape_of(in.kName, in, in.stored.numel() > 0);
+  const HeadShape shape = in.stored.numel() > 0 ? shape_of_stored<T>(in) : shape_of(in.kName, in, false);
   const int64_t N = shape.batch, D = shape.dim;
   const Rows<T> xs(in.x, D), ws(in.weight, D);
   const Labels labels(in.labels);
   const RowState rows(in.rows);
   const T* inverse = data_of<const T>(in.inverse_norm);
   const std::vector<RowGradient> gradients = row_gradients<T>(RowSlopes(in.slopes), in.grad_loss);
+  check_targets(in, labels, gradients);
   Buffer<T> x_hat(N * D);
   for_rows(N, D, [&](int64_t i) {
     if (gradients[size_t(i)].any)

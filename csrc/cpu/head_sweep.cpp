@@ -178,9 +178,10 @@ SweepResult run_sweep(const HeadSweepArguments& in) {
                   fresh({C}, wide),
                   in.need_x ? fresh({N, D}, wide) : fresh({0}, wide),
                   fresh({in.need_class_sum ? D + 1 : 0}, wide),
-                  fresh({in.store ? N * C : 0}, wide),
+                  fresh({in.store ? stored_count(in) : 0}, wide),
                   fresh({N, in.capacity}, ScalarType::Long),
                   fresh({N, in.capacity}, wide)};
+  if (in.store) data_of<T>(out.stored)[N * C] = T(shape.chunk);
   const RowState rows(out.rows);
   const RowNumbers scale(in.scale, in.scale_value);
   const ClassWeights<T> class_weight(in.class_weight);

@@ -3,7 +3,8 @@
 //
 // A tile of cosines is one BLAS call, is turned into coefficients in place while it is in cache, and feeds the
 // product that adds up x_sum. Stored coefficients lie tile by tile: those of the tile at class f start at N * f,
-// row-major [N, width].
+// row-major [N, width]. Behind them stands how wide a tile is: it was chosen by the number of threads, which may
+// be another by the time of backward.
 #pragma once
 
 #include "cpu/head.h"

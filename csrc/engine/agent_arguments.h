@@ -12,6 +12,8 @@
 
 namespace nf {
 
+NF_HD bool is_class(int64_t entry, int64_t classes) { return uint64_t(entry) < uint64_t(classes); }
+
 struct AgentOperands {
   Tensor x, weight, labels;
 
@@ -109,8 +111,8 @@ struct HingePairsArguments {
   }
 };
 
-// Gradients of sum over i, k of factors[i, k] cos(x_i, w_classes[i, k]), from the saved inverse norms. Classes
-// from C on are unused, and a row of nothing else gets zeros.
+// Gradients of sum over i, k of factors[i, k] cos(x_i, w_classes[i, k]), from the saved inverse norms. Entries
+// that are no class are unused, and a row of nothing else gets zeros.
 struct CosinePairsBackwardArguments {
   static constexpr const char* kName = "cosine_pairs_backward";
   static constexpr const char* kReturns = "(Tensor grad_x, Tensor grad_weight)";

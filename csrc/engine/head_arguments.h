@@ -9,6 +9,8 @@
 // Empty outputs (numel 0) are results that were not asked for.
 #pragma once
 
+#include <cmath>
+
 #include "engine/op.h"
 #include "engine/row_state.h"
 #include "engine/terms.h"
@@ -152,8 +154,8 @@ struct SoftmaxFinishArguments : HeadOptions {
 };
 
 // Gradients of sum over i of grad_loss_i loss_i (grad_loss [] or [N]), which is linear in `slopes`. x_sum and
-// class_sum are this shard's; an x_sum that the sweep did not make is made here. Of a shard grad_x is in the accumulator type: the gradients of the shards are to
-// be added. grad_scale is float64, of the scale's shape.
+// class_sum are this shard's; an x_sum that the sweep did not make is made here. Of a shard grad_x is in the
+// accumulator type: the gradients of the shards are to be added. grad_scale is float64, of the scale's shape.
 struct HeadBackwardArguments : HeadInputs {
   static constexpr const char* kName = "head_backward";
   static constexpr const char* kReturns = "(Tensor grad_x, Tensor grad_weight, Tensor grad_scale)";
@@ -190,16 +192,19 @@ inline void check_inputs(const char* op, const HeadInputs& in) {
   check_weights(op, "class_weight", in.class_weight, in.x, in.weight.size(0));
   if (in.term < 0 || in.term >= kTerms)
     fail(op, ": expected `term` in [0, ", int(kTerms), "), got ", in.term);
-  if (in.term != kSoftmaxTerm) {
-    if (!in.threshold) fail(op, ": expected `threshold` with term ", in.term, ", got none");
-    check_exact(op, "threshold", *in.threshold, ScalarType::Double, {in.x.size(0)});
-  }
-  if (in.term == kHardNegativesTerm) {
-    if (!in.numbers) fail(op, ": expected `numbers` with term ", in.term, ", got none");
-    check_exact(op, "numbers", *in.numbers, ScalarType::Double, {math::kHardNumbers});
-  }
-  if (!(in.lowest < in.highest))
-    fail(op, ": expected `lowest` below `highest`, got ", in.lowest, " and ", in.highest);
+  if (in.term != kSoftmaxTerm && !in.threshold)
+    fail(op, ": expected `threshold` with term ", in.term, ", got none");
+  if (in.threshold) check_exact(op, "threshold", *in.threshold, ScalarType::Double, {in.x.size(0)});
+  if (in.term == kHardNegativesTerm && !in.numbers)
+    fail(op, ": expected `numbers` with term ", in.term, ", got none");
+  if (in.numbers) check_exact(op, "numbers", *in.numbers, ScalarType::Double, {math::kHardNumbers});
+  if (!(in.lowest < in.highest) || !std::isfinite(in.lowest) || !std::isfinite(in.highest))
+    fail(op, ": expected `lowest` below `highest`, finite both, got ", in.lowest, " and ", in.highest);
+  const bool is_16_bit =
+      in.product_precision == ScalarType::Half || in.product_precision == ScalarType::BFloat16;
+  if (is_16_bit && accumulator(in.x.scalar_type()) == ScalarType::Double)
+    fail(op, ": expected `product_precision` of float64 rows to be float64, got ",
+         name_of(in.product_precision));
 }
 
 inline void check_sweep(const HeadSweepArguments& in) {
@@ -244,8 +249,11 @@ inline void check_backward(const HeadBackwardArguments& in) {
   check_exact(in.kName, "inverse_norm", in.inverse_norm, wide, {C});
   if (in.x_sum.numel() != 0) check_exact(in.kName, "x_sum", in.x_sum, wide, {N, D});
   check_exact(in.kName, "class_sum", in.class_sum, wide, {in.class_sum.numel() > 0 ? D + 1 : 0});
-  if (in.stored.numel() != 0 && in.stored.numel() < N * C)
-    fail(in.kName, ": expected `stored` of at least N * C values or none, got ", in.stored.numel());
+}
+
+// E of the sweep, where it was kept: `count` values, as the device lays them out.
+inline void check_stored(const HeadBackwardArguments& in, ScalarType type, int64_t count) {
+  if (in.stored.numel() != 0) check_exact(in.kName, "stored", in.stored, type, {count});
 }
 
 }  // namespace nf

@@ -114,8 +114,8 @@ constexpr Cost sweep_backward(const ProductShape& s, const DeviceFacts& d) {
 constexpr Cost nothing(const ProductShape&, const DeviceFacts&) { return {0, 0, 0}; }
 
 // Bytes of a row's state, its slopes (row_state.h) and its gradients (cuda/device/backward_kernels.cuh), its
-// counter, and what the single sweep's backward knows of it.
-constexpr int64_t kRowBytes = (int(kRowFields) + int(kSlopeFields) + 7) * 8 + 4 + 16;
+// threshold, its counter, and what the single sweep's backward knows of it.
+constexpr int64_t kRowBytes = (int(kRowFields) + int(kSlopeFields) + 8 + 1) * 8 + 4 + 16;
 
 // `slots` threads take part.
 constexpr Workspace blas_workspace(const ProductShape& s, const DeviceFacts&, int64_t slots) {

@@ -3,7 +3,7 @@
 //
 // A kernel's rate is that of its arithmetic alone: what is left of a measured time when its exponentials and its
 // traffic are taken off. Of the H100's (N = 1024, C = 1,000,000; W of float32):
-//   score_exp        D = 512, 3.68 ms: E written .68, w_hat read .34, exponentials .28; 2.38 ms for 1.05e12
+//   sm80_scores      D = 512, 3.68 ms: E written .68, w_hat read .34, exponentials .28; 2.38 ms for 1.05e12
 //   single_sweep     D = 128, 1.80 ms: w_hat read twice .17, exponentials .28; 1.35 ms for 0.52e12
 //   sweep_gradient   D = 128, 2.33 ms: W read and dW written .65, w_hat .09, exponentials .28; 1.31 ms
 //   weight_gradient  6.5 ms at D = 512, 0.307 ms at 256 x 512 x 85,742: two equations for its arithmetic and the

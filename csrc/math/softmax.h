@@ -22,6 +22,9 @@ struct ExpRange {
 // for every |s| up to the largest one here, with kappa = middle s + offset. Both ends count: no row may lose all
 // of its terms. Whoever has a scale compares it with these numbers: were the logarithm taken on host and device,
 // each with its own last digit, they could disagree at the border.
+//
+// E meets f in A and the slope of f in the coefficients, and their sums over the classes are to be numbers too:
+// beyond [-1, 1] there is room for 4 max |f|, the most that the slope of a quadratic f is on [-1, 1] (Markov).
 struct FixedShift {
   double largest_scale;
   double middle;  // of the range
@@ -33,7 +36,9 @@ struct FixedShift {
 
 template <class T>
 NF_HD FixedShift fixed_shift_of(double classes, double lowest = -1.0, double highest = 1.0) {
-  const double log_classes = std::log(classes), low = ExpRange<T>::kLow, high = ExpRange<T>::kHigh;
+  const double log_classes = std::log(classes), low = ExpRange<T>::kLow;
+  const double reach = std::fmax(std::fabs(lowest), std::fabs(highest));
+  const double high = ExpRange<T>::kHigh - (reach > 1.0 ? std::log(4.0 * reach) : 0.0);
   return {(low + high - log_classes) / (highest - lowest), 0.5 * (lowest + highest),
           0.5 * (low - high + log_classes)};
 }
@@ -44,8 +49,9 @@ struct PowerOfTwo {
   float offset;
 };
 
+constexpr double kLog2E = 1.4426950408889634074;
+
 NF_HD PowerOfTwo power_of_two(double scale, double kappa) {
-  constexpr double kLog2E = 1.4426950408889634074;
   return {float(scale * kLog2E), float(-kappa * kLog2E)};
 }
 

@@ -54,14 +54,15 @@ def _head_sweep_fake(
     wide = accumulator(x.dtype)
     (batch, dim), classes = x.shape, weight.shape[0]
     cuda = plan_device(x).type == "cuda"
-    row = -(-classes // 8) * 8 if cuda else classes  # E in memory: csrc/cuda/host/head.cuh
+    # E in memory: csrc/cuda/host/head.cuh, csrc/cpu/row_terms.h
+    kept = batch * (-(-classes // 8) * 8) if cuda else batch * classes + 1
     stored = torch.bfloat16 if cuda and product_precision.itemsize == 2 else wide
     return (
         x.new_empty([len(ROW_FIELDS), batch], dtype=torch.float64),
         x.new_empty([classes], dtype=wide),
         x.new_empty([batch, dim] if need_x else [0], dtype=wide),
         x.new_empty([dim + 1 if need_class_sum else 0], dtype=wide),
-        x.new_empty([batch * row if store else 0], dtype=stored),
+        x.new_empty([kept if store else 0], dtype=stored),
         x.new_empty([batch, capacity], dtype=torch.int64),
         x.new_empty([batch, capacity], dtype=wide),
     )

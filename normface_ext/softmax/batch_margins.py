@@ -10,6 +10,7 @@ cost nothing beside the head's N x C.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeGuard
 
@@ -187,6 +188,11 @@ def _checked_negatives(op: str, source: str, found: object, rows: Rows) -> HardN
         raise TypeError(
             f"{op}: expected the `target` of {source} to be a margin of numbers, such as a RowMargin, got"
             f" {shown(found.target)}"
+        )
+    if not (math.isfinite(found.lowest) and math.isfinite(found.highest)):
+        raise ValueError(
+            f"{op}: expected `lowest` and `highest` of {source} to be finite, got {found.lowest:g} and"
+            f" {found.highest:g}"
         )
     if not found.lowest < found.highest:
         raise ValueError(

@@ -31,7 +31,8 @@ struct FeatureGradients {
   StoredArray x, w;       // [N, D], [C, D]
   const T* inverse_norm;  // [C]
   const int64_t* labels;  // [N]
-  int64_t batch, dim;
+  int64_t batch, dim, classes;
+  bool is_shard;
   const double* gradients;  // [kGradientFields, N]
   const T* x_sum;           // [N, D]
   const T* class_sum;       // [D] or null
@@ -106,6 +107,11 @@ row_gradients_kernel(RowGradients<T> task) {
   const bool ignored = others == 0.0 && target == 0.0 && uniform == 0.0 && scale == 0.0;
   math::RowScale<double> of_row{};
   if (!ignored) {
+    const int64_t label = features.labels[i];
+    NF_DEVICE_CHECK(
+        (label >= 0 && label < features.classes) || (features.is_shard && label == kElsewhere),
+        "head_backward: expected `labels` in [0, %lld) where a row has slopes, got %lld at row %lld",
+        (long long)features.classes, (long long)label, (long long)i);
     of_row = feature_scale_again<T>(features.x, i, features.dim, features.eps, rows.at(kInverseNorm, i));
     const double g = double(task.grad_loss[task.per_row ? i : 0]);
     others *= g, target *= g, uniform *= g, scale *= g;

@@ -3,14 +3,14 @@
 
 #include <device/exp2.cuh>
 
-namespace nf {
+#include "math/softmax.h"
 
-constexpr double kLog2E = 1.4426950408889634074;
+namespace nf {
 
 // The rows' scale and shift have been multiplied by log2(e).
 struct PowerExp {
   NF_DEVICE float scaled(float x) const { return exp2_or_zero(x); }
-  NF_DEVICE float natural(float x) const { return exp2_or_zero(x * float(kLog2E)); }
+  NF_DEVICE float natural(float x) const { return exp2_or_zero(x * float(math::kLog2E)); }
 };
 
 }  // namespace nf

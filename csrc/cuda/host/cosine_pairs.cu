@@ -62,7 +62,7 @@ pair_scales_kernel(Pairs pairs, const T* __restrict__ x_inverse, const T* __rest
   const int64_t k = block_id() * kThreads + thread_id(), entries = pairs.batch * pairs.listed;
   const bool of_class = k < entries;
   const int64_t r = of_class ? pairs.classes[k] : k - entries;
-  const bool here = r < (of_class ? pairs.count : pairs.batch);
+  const bool here = is_class(r, of_class ? pairs.count : pairs.batch);
   const T inverse = !here ? T(1) : of_class ? w_inverse[r] : x_inverse[r];
   math::RowScale<T> scale{inverse, T(1), T(1)};
   for (unsigned left = warp_ballot(!math::inverse_serves(inverse)); left != 0; left &= left - 1) {
@@ -83,7 +83,7 @@ pairs_features_kernel(Pairs pairs, const T* __restrict__ factors, PairScales<T> 
   if (i >= pairs.batch) return;  // the whole warp leaves
   bool mine = false;
   for (int64_t k = lane_id(); k < pairs.listed; k += kWarp)
-    mine = mine || pairs.classes[i * pairs.listed + k] < pairs.count;
+    mine = mine || is_class(pairs.classes[i * pairs.listed + k], pairs.count);
   if (!warp_any(mine)) {  // an ignored row, above all: whatever it holds, NaN included, has no gradient
     clear_row<T>(i, dim, dx);
     return;
@@ -95,7 +95,7 @@ pairs_features_kernel(Pairs pairs, const T* __restrict__ factors, PairScales<T> 
 #pragma unroll 1
         for (int64_t k = i * pairs.listed; k < (i + 1) * pairs.listed; ++k) {
           const int64_t j = pairs.classes[k];
-          if (j < pairs.count) sum.add(factors[k] * scales.unit(pairs.w.load<T>(j * dim + d), k));
+          if (is_class(j, pairs.count)) sum.add(factors[k] * scales.unit(pairs.w.load<T>(j * dim + d), k));
         }
         return sum.value();
       },
@@ -116,7 +116,7 @@ struct ClassEntries {
 NF_KERNEL(kThreads)
 count_entries_kernel(Pairs pairs, ClassEntries entries) {
   const int64_t k = block_id() * kThreads + thread_id();
-  if (k >= pairs.batch * pairs.listed || pairs.classes[k] >= pairs.count) return;
+  if (k >= pairs.batch * pairs.listed || !is_class(pairs.classes[k], pairs.count)) return;
   entries.within[k] = atomic_add(entries.count + pairs.classes[k], 1);
 }
 
@@ -124,7 +124,8 @@ count_entries_kernel(Pairs pairs, ClassEntries entries) {
 NF_KERNEL(kThreads)
 reserve_places_kernel(Pairs pairs, ClassEntries entries) {
   const int64_t k = block_id() * kThreads + thread_id();
-  if (k >= pairs.batch * pairs.listed || pairs.classes[k] >= pairs.count || entries.within[k] != 0) return;
+  if (k >= pairs.batch * pairs.listed || !is_class(pairs.classes[k], pairs.count) || entries.within[k] != 0)
+    return;
   const int64_t j = pairs.classes[k];
   entries.begin[j] = atomic_add(entries.taken, int64_t(entries.count[j]));
 }
@@ -133,7 +134,7 @@ reserve_places_kernel(Pairs pairs, ClassEntries entries) {
 NF_KERNEL(kThreads)
 place_entries_kernel(Pairs pairs, ClassEntries entries) {
   const int64_t k = block_id() * kThreads + thread_id();
-  if (k >= pairs.batch * pairs.listed || pairs.classes[k] >= pairs.count) return;
+  if (k >= pairs.batch * pairs.listed || !is_class(pairs.classes[k], pairs.count)) return;
   entries.places[entries.begin[pairs.classes[k]] + entries.within[k]] = k;
 }
 
@@ -146,7 +147,7 @@ pairs_weight_kernel(Pairs pairs, ClassEntries entries, const T* __restrict__ fac
                 dim = pairs.dim;
   if (own >= total) return;  // the whole warp leaves, here and below
   const int64_t j = pairs.classes[own];
-  if (j >= pairs.count || entries.within[own] != 0) return;
+  if (!is_class(j, pairs.count) || entries.within[own] != 0) return;
   const int64_t begin = entries.begin[j], end = begin + entries.count[j];
   for (int64_t at = begin + lane_id(); at < end; at += kWarp) {
     const int64_t k = entries.places[at];

@@ -135,6 +135,7 @@ void backward(Queue& queue, const HeadBackwardArguments& in, const Tensor& dx, c
   const bool make_sum = in.need_x && in.x_sum.numel() == 0 && N * D > 0;
   const Held held = make_sum ? Held::kE : Held::kNothing;
   const Head<T> head(in, launch_of(in.kName, queue, in, in.stored.numel() > 0, held));
+  check_stored(in, head.other, N * Chunk{0, head.classes}.stride());
   const bool again = (in.need_weight || make_sum) && in.stored.numel() == 0;
   const RowFactors factors{head.buffer(kGradientFields, N, ScalarType::Double),
                            head.buffer(again ? N : 0, D, head.score),
@@ -149,6 +150,8 @@ void backward(Queue& queue, const HeadBackwardArguments& in, const Tensor& dx, c
                                data_of<const int64_t>(in.labels),
                                N,
                                D,
+                               head.classes,
+                               in.is_shard,
                                gradients,
                                data_of<const T>(make_sum ? own_sum : in.x_sum),
                                data_of<const T>(in.class_sum),

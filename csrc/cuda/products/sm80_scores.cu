@@ -76,8 +76,8 @@ score_kernel(ScoreTask task, int64_t tiles_per_block) {
     sum[r] = kLargestOnly ? -INFINITY : 0.0f;
     second[r] = 0.0f;
   }
-  constexpr double kUnit = kLargestOnly ? 1.0 : kLog2E;  // the largest logits are plain ones
-  if (thread_id() < kTile) {                             // visible after the first step's barrier
+  constexpr double kUnit = kLargestOnly ? 1.0 : math::kLog2E;  // the largest logits are plain ones
+  if (thread_id() < kTile) {                                   // visible after the first step's barrier
     const int64_t i = first_row + thread_id();
     const bool exists = i < task.batch;
     target[thread_id()] = exists ? int(target_place(task.rows.labels[i], task.first, task.width)) : -1;
