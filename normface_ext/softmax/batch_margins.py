@@ -136,6 +136,8 @@ class FollowingMargin(BatchMargin):
 
     def present(self, rows: Rows) -> tuple[Tensor, ...]:
         """The buffers for these rows, moved by them first; those it had, for a pass that is run again."""
+        if rows.labels.is_meta:  # shapes only: nothing to follow
+            return tuple([getattr(self, name).to("meta") for name in self.STATE])
         again = self.recomputing()
         if self.training and not again:
             with torch.no_grad():
