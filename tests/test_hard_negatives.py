@@ -673,6 +673,28 @@ GOOD = nf.HardNegatives(nf.CosFace(0.3), torch.zeros(9), (0.0, 1.0, 0.0), (0.0, 
         (GOOD._replace(threshold=0.3), TypeError, "the threshold of Mine.of` to return a floating tensor"),
         (GOOD._replace(threshold=torch.zeros(8)), ValueError, r"shape \[9\], got shape \[8\]"),
         (GOOD._replace(lowest=1.0), ValueError, "expected `lowest` < `highest` of Mine.of, got 1 and 1"),
+        (GOOD._replace(highest=math.inf), ValueError, "expected `highest of Mine.of` to be finite, got inf"),
+        (GOOD._replace(below="1"), TypeError, "expected `below of Mine.of` to be a number, got str"),
+        (GOOD._replace(logit=(1.0, 0.0)), ValueError, "`logit of Mine.of` to be 3 numbers, got 2"),
+        (GOOD._replace(slope=(0.0, 1.0, 0.0)), ValueError, "`slope of Mine.of` to be 2 numbers, got 3"),
+        (GOOD._replace(slope=1.0), ValueError, "`slope of Mine.of` to be 2 numbers, got 1.0"),
+        (
+            GOOD._replace(slope=(0.0, "1")),
+            TypeError,
+            "`slope of Mine.of` to be numbers or tensors of one, got",
+        ),
+        (GOOD._replace(logit=(0.0, math.nan, 0.0)), ValueError, "`logit of Mine.of` to be finite, got nan"),
+        (
+            GOOD._replace(slope=(0.0, torch.zeros(2))),
+            ValueError,
+            r"of one element, got torch.float32 of shape \[2\]",
+        ),
+        (GOOD._replace(slope=(0.0, torch.tensor(1))), ValueError, "of one element, got torch.int64 of shape"),
+        (
+            GOOD._replace(slope=(0.0, torch.ones(1, device="meta"))),
+            ValueError,
+            r"`slope of Mine.of` on the device of `x` \(cpu\), got meta",
+        ),
     ],
 )
 def test_what_such_a_margin_returns(found, error, sentence):

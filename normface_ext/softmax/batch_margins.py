@@ -21,7 +21,7 @@ from ..engine import checks
 from ..engine.arguments import shown
 from ..engine.options import Check
 from ..engine.state import Passes, WideState, recomputing
-from .hard_negatives import HardNegatives
+from .hard_negatives import HardNegatives, check_numbers
 from .margins import Margin
 
 #: Target cosines [N] float64 -> psi [N] float64, differentiable.
@@ -190,10 +190,7 @@ def _checked_negatives(op: str, source: str, found: object, rows: Rows) -> HardN
             f"{op}: expected the `target` of {source} to be a margin of numbers, such as a RowMargin, got"
             f" {shown(found.target)}"
         )
-    if not found.lowest < found.highest:
-        raise ValueError(
-            f"{op}: expected `lowest` < `highest` of {source}, got {found.lowest:g} and {found.highest:g}"
-        )
+    check_numbers(op, source, found, rows.labels.device)
     _of_rows(op, f"the threshold of {source}", found.threshold, rows)
     return found
 
