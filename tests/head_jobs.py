@@ -15,6 +15,13 @@ import normface_ext as nf
 from normface_ext import distributed as nfd
 
 CLASSES = 9
+#: Heads that are copied, with a state of each kind.
+COPIED = {
+    "softmax": lambda: nf.NormFaceLoss(DIM, CLASSES, learn_scale=True, scale=7.0),
+    "curricular": lambda: nf.NormFaceLoss(DIM, CLASSES, scale=7.0, margin=nf.CurricularFace(alpha=0.5)),
+    "contrastive": lambda: nf.CContrastiveLoss(DIM, CLASSES, add_intra_mae=True),
+    "triplet": lambda: nf.CTripletLoss(DIM, CLASSES),
+}
 
 
 def logits_and_gradients(rank, world):
@@ -130,3 +137,29 @@ def drawn_where_it_lies(rank, world, kind):
     head.to_empty(device="cpu")
     head.reset_parameters()
     return full(head.weight.detach())
+
+
+def copied(rank, world, kind):
+    """Whether a copy of a trained head goes on as the head does, and leaves it alone."""
+    torch.manual_seed(0)
+    head = nfd.shard_head(COPIED[kind](), mesh_of(world))
+    x, _, labels = problem(CLASSES, 12, torch.float32)
+    mine = rows_of(rank, world, 12, True)
+
+    def step(layer):
+        optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+        losses = []
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = layer(x[mine], labels[mine])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    step(head)
+    before = {key: full(value.detach()).clone() for key, value in head.state_dict().items()}
+    other = step(copy.deepcopy(head))
+    after = {key: full(value.detach()) for key, value in head.state_dict().items()}
+    kept = all(torch.equal(after[key], value) for key, value in before.items())
+    return kept, torch.equal(step(head), other)

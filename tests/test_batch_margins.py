@@ -267,3 +267,23 @@ def test_under_no_grad_a_training_step_moves_the_state():
     with torch.no_grad():
         head(*problem()[::2])
     assert float(head.margin.mean) != 20.0
+
+
+@every_kind
+def test_features_without_values(kind):
+    """Shapes come out, and a state that is elsewhere stays as it is."""
+    head = nf.NormFaceLoss(16, 7, margin=KINDS[kind](), device="meta")
+    before = [state.clone() for state in head.margin.buffers()]
+    x = torch.empty(5, 16, device="meta", requires_grad=True)
+    loss = head(x, torch.empty(5, dtype=torch.int64, device="meta"))
+    loss.backward()
+    assert loss.is_meta and loss.shape == () and x.grad.is_meta
+    assert all(map(torch.equal, head.margin.buffers(), before))
+
+
+@pytest.mark.parametrize("margin", [nf.AdaFace, nf.CurricularFace])
+@pytest.mark.parametrize("device", ["nowhere", 3.5])
+def test_what_is_no_device(margin, device):
+    sentence = rf"{margin.__name__}: expected `device` to be a device, got {device!r}"
+    with pytest.raises(ValueError, match=sentence):
+        margin(device=device)

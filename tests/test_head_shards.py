@@ -77,3 +77,9 @@ def test_weights_are_drawn_where_they_lie(kind):
     torch.testing.assert_close(first, second)
     torch.testing.assert_close(first.norm(dim=1), torch.ones(jobs.CLASSES))
     assert first.unique(dim=0).shape[0] == jobs.CLASSES
+
+
+@pytest.mark.parametrize("kind", jobs.COPIED)
+def test_a_copy_goes_on_as_the_head_does(kind):
+    """As torch.optim.swa_utils.AveragedModel copies it."""
+    assert ranks(2).run(jobs.copied, kind) == [(True, True)] * 2

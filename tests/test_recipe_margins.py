@@ -175,6 +175,12 @@ def test_another_number_of_classes_is_refused():
         KappaFace().collect(x[:, :3], labels)
 
 
+def test_features_without_values():
+    head = nf.NormFaceLoss(4, 2, margin=nf.recipes.KappaFace([1, 2], 4), device="meta")
+    loss = head(torch.empty(3, 4, device="meta"), torch.empty(3, dtype=torch.int64, device="meta"))
+    assert loss.is_meta and loss.shape == () and head.margin.margins.tolist() == [0.8, 0.8]
+
+
 def test_ldam_weighs_the_classes_from_an_epoch_on():
     x, weight, labels = problem()
     head = nf.recipes.LDAM(16, 7, COUNTS, reweight_from=3, dtype=torch.float64)
@@ -225,6 +231,7 @@ BAD = [
     (lambda: KappaFace(T=-1), ValueError, r"KappaFace: expected `T` to be finite and >= 0"),
     (lambda: KappaFace(sync="all"), ValueError, r"KappaFace: expected `sync` to be one of local, global"),
     (lambda: nf.recipes.KappaFace([1, 0], 4), ValueError, r"KappaFace: expected `counts` to be finite"),
+    (lambda: KappaFace(device="nowhere"), ValueError, r"KappaFace: expected `device` to be a device, got"),
     (lambda: nf.recipes.LDAM(4, 3, [1, 2]), ValueError, r"LDAM: expected `counts` to have shape \[3\]"),
     (lambda: ldam(beta=2), ValueError, r"drw_weights: expected `beta` in \[0, 1\], got 2"),
     (lambda: ldam(reweight_from=-1), ValueError, r"LDAM: expected `reweight_from` >= 0"),

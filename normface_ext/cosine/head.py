@@ -42,7 +42,7 @@ class ScaledHead(HoldsScale):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        device = None if device is None else checks.device(owner, device)
+        device = checks.device_or_none(owner, device)
         dtype = None if dtype is None else checks.floating_dtype(owner, dtype)
         least = number(owner, "min_scale", min_scale, POSITIVE)
         self._bounds = self._ordered(least, self._most(max_scale))

@@ -29,7 +29,7 @@ class Agents(nn.Module):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        device = None if device is None else checks.device(owner, device)
+        device = checks.device_or_none(owner, device)
         dtype = None if dtype is None else checks.floating_dtype(owner, dtype)
         self.weight = nn.Parameter(torch.empty(classes, features, device=device, dtype=dtype))
         self.reset_parameters()

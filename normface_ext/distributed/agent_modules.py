@@ -63,6 +63,7 @@ class ShardedCContrastiveLoss(_Sharded, CContrastiveLoss):
     ``torch.distributed.checkpoint`` take it as it is. ``forward`` and ``stats`` are called by all ranks
     together, with the rows of each; see ``distributed.c_contrastive_loss`` for what they return and what it
     costs. With ``add_intra_mae`` the running mean is over the rows of all ranks, the same on each.
+    ``copy.deepcopy`` makes a loss among the same ranks.
     """
 
     def __init__(

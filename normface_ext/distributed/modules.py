@@ -28,7 +28,8 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
     ``weight`` is a DTensor ``Shard(0)`` of [num_classes, D]; optimizers, ``state_dict`` and
     ``torch.distributed.checkpoint`` take it as it is. ``forward`` is called by all ranks together, with the
     rows of each; see ``distributed.normface_loss`` for what it returns and what it costs. In eval mode all
-    classes take part.
+    classes take part. So are ``logits``, ``predict`` and ``accuracy``, and those give what is found of this
+    rank's rows alone. ``copy.deepcopy`` makes a head among the same ranks.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,10 @@ class ClassShard:
     def of(cls, num_classes: int, group: ProcessGroup) -> ClassShard:
         first, count = shard_range(num_classes, dist.get_world_size(group), dist.get_rank(group))
         return cls(num_classes, first, count, group)
+
+    def __deepcopy__(self, memo: Any) -> ClassShard:
+        """Itself: a copy of a head is among the same ranks, whose group cannot be copied."""
+        return self
 
     def places(self, labels: Tensor, ignore_index: int) -> Tensor:
         """Global labels [N] -> places in this shard, ELSEWHERE, or IGNORED.

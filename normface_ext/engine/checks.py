@@ -111,6 +111,10 @@ def device(op: str, value: object) -> torch.device:
         raise ValueError(f"{op}: expected `device` to be a device, got {arguments.shown(value)}") from None
 
 
+def device_or_none(op: str, value: object) -> torch.device | None:
+    return None if value is None else device(op, value)
+
+
 # Tensors.
 
 

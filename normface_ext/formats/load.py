@@ -87,7 +87,7 @@ def load_head(
     order = None if layout is None else choice(op, "layout", layout, LAYOUTS)
     if entry is not None and not isinstance(entry, str):
         raise TypeError(f"{op}: expected `entry` to be a string, got {type(entry).__name__}")
-    device = None if device is None else checks.device(op, device)
+    device = checks.device_or_none(op, device)
 
     def source(content: Any, where: str, file: str) -> _Source:
         return _Source(where, content, *choose(content, where, file, format, entry, order))

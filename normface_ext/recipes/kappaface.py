@@ -99,6 +99,7 @@ class KappaFace(BatchMargin):
         self.m, self.T, self.gamma, self.sync = m, T, gamma, sync
         images = image_counts("KappaFace", counts)
         features = size("KappaFace", "in_features", in_features)
+        device = checks.device_or_none("KappaFace", device)
         self._rarity = ((math.pi / LONGEST * images / images.max()).cos() + 1) / 2
         classes = images.shape[0]
         self.register_buffer("margins", torch.empty(classes, dtype=torch.float64, device=device))
@@ -116,7 +117,8 @@ class KappaFace(BatchMargin):
         labels = torch.where(rows.counts, rows.labels, 0)
         if checks.readable(labels):
             checks.label_range("KappaFace", labels, self.margins.shape[0], None)
-        return RowMargin(m2=self.margins[labels], guard="none")
+        margins = self.margins.to(labels.device)  # elsewhere only if these are on the meta device
+        return RowMargin(m2=margins[labels], guard="none")
 
     @torch.no_grad()
     def collect(self, features: Tensor, labels: Tensor, ignore_index: int | None = -100) -> None:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..engine import checks
 from ..engine.arguments import NOT_NEGATIVE, Range, below, choice, number
 from ..engine.options import Check
 from .batch_margins import FollowingMargin, Rows
@@ -87,6 +88,7 @@ class AdaFace(FollowingMargin):
     ) -> None:
         super().__init__()
         self.m, self.h, self.t_alpha, self.sync = m, h, t_alpha, sync
+        device = checks.device_or_none(type(self).__name__, device)
         # Not 0-d: torch.compile takes a 0-d float64 of the CPU for a number, and loses what is written to it.
         self.register_buffer("mean", torch.empty(1, dtype=torch.float64, device=device))
         self.register_buffer("std", torch.empty(1, dtype=torch.float64, device=device))

@@ -22,7 +22,7 @@ from ..engine import checks
 from ..engine.arguments import shown
 from ..engine.options import Check
 from ..engine.state import Passes, WideState, recomputing
-from .hard_negatives import HardNegatives
+from .hard_negatives import HardNegatives, check_numbers
 from .margins import Margin
 
 #: Target cosines [N] float64 -> psi [N] float64, differentiable.
@@ -137,6 +137,8 @@ class FollowingMargin(BatchMargin):
 
     def present(self, rows: Rows) -> tuple[Tensor, ...]:
         """The buffers for these rows, moved by them first; those it had, for a pass that is run again."""
+        if rows.labels.is_meta:  # shapes only: nothing to follow
+            return tuple([getattr(self, name).to("meta") for name in self.STATE])
         again = self.recomputing()
         if self.training and not again:
             with torch.no_grad():
@@ -189,15 +191,7 @@ def _checked_negatives(op: str, source: str, found: object, rows: Rows) -> HardN
             f"{op}: expected the `target` of {source} to be a margin of numbers, such as a RowMargin, got"
             f" {shown(found.target)}"
         )
-    if not (math.isfinite(found.lowest) and math.isfinite(found.highest)):
-        raise ValueError(
-            f"{op}: expected `lowest` and `highest` of {source} to be finite, got {found.lowest:g} and"
-            f" {found.highest:g}"
-        )
-    if not found.lowest < found.highest:
-        raise ValueError(
-            f"{op}: expected `lowest` < `highest` of {source}, got {found.lowest:g} and {found.highest:g}"
-        )
+    check_numbers(op, source, found, rows.labels.device)
     _of_rows(op, f"the threshold of {source}", found.threshold, rows)
     return found
 

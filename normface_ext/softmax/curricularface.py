@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..engine import checks
 from ..engine.arguments import Range, below, choice, number
 from ..engine.options import Check
 from .batch_margins import FollowingMargin, Rows
@@ -65,6 +66,7 @@ class CurricularFace(FollowingMargin):
     ) -> None:
         super().__init__()
         self.m, self.alpha, self.sync = m, alpha, sync
+        device = checks.device_or_none(type(self).__name__, device)
         # Not 0-d: torch.compile takes a 0-d float64 of the CPU for a number, and loses what is written to it.
         self.register_buffer("t", torch.empty(1, dtype=torch.float64, device=device))
         self.reset_parameters()

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..engine import checks
+from ..engine.arguments import number, shown
 from .margins import Margin
 
 #: A number, or a tensor of one on the rows' device, without gradient.
@@ -58,3 +60,32 @@ def filtered(target: Margin, threshold: float, labels: Tensor) -> HardNegatives:
     images of one person under two labels)."""
     rows = torch.full(labels.shape, threshold, dtype=torch.float64, device=labels.device)
     return HardNegatives(target, rows, (0.0, 0.0, 0.0), (0.0, 0.0), highest=max(0.0, threshold))
+
+
+def check_numbers(op: str, source: str, found: HardNegatives, device: torch.device) -> None:
+    """Raises where the numbers that `source` returned are none, or not as many as there are places."""
+    for name, count in (("logit", 3), ("slope", 2)):
+        values: object = getattr(found, name)
+        if not isinstance(values, (tuple, list)) or len(values) != count:
+            got = len(values) if isinstance(values, (tuple, list)) else shown(values)
+            raise ValueError(f"{op}: expected `{name} of {source}` to be {count} numbers, got {got}")
+        for value in values:
+            _check_coefficient(op, f"{name} of {source}", value, device)
+    for name in ("below", "lowest", "highest"):
+        number(op, f"{name} of {source}", getattr(found, name))
+    if not found.lowest < found.highest:
+        raise ValueError(
+            f"{op}: expected `lowest` < `highest` of {source}, got {found.lowest:g} and {found.highest:g}"
+        )
+
+
+def _check_coefficient(op: str, name: str, value: object, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        number(op, name, value, kind="numbers or tensors of one")
+    elif value.numel() != 1 or value.dtype not in checks.FLOATING:
+        raise ValueError(
+            f"{op}: expected `{name}` to be numbers or floating tensors of one element,"
+            f" got {value.dtype} of shape {list(value.shape)}"
+        )
+    elif value.device != device:
+        raise ValueError(f"{op}: expected `{name}` on the device of `x` ({device}), got {value.device}")
