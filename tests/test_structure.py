@@ -86,7 +86,7 @@ def test_at_most_six_floors_from_functional_to_the_call():
 
 @pytest.mark.parametrize("name", ["engine", "cosine", "distances", "softmax", "agents", "sigmoid"])
 def test_families_stand_on_each_other_in_one_direction(name):
-    """engine below cosine, that below distances, those below three heads; the rest above them."""
+    """engine below cosine, that below distances, those below the three kinds of loss; the rest above them."""
     below = {
         "engine": set(),
         "cosine": {"engine"},
