@@ -23,6 +23,7 @@ from .engine.library import build_info
 from .engine.plan import Plan, plan
 from .mirror import MirrorFace
 from .optim import parameter_groups
+from .sigmoid.layers import SphereFace2Loss
 from .softmax.adaface import AdaFace
 from .softmax.batch_margins import BatchMargin, Rows
 from .softmax.class_margins import class_margins, ldam_margins
@@ -61,6 +62,7 @@ __all__ = [
     "Plan",
     "RowMargin",
     "Rows",
+    "SphereFace2Loss",
     "TripletLoss",
     "build_info",
     "caffe",

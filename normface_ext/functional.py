@@ -8,6 +8,7 @@ IndexError (labels) with a sentence "op: expected `argument` to ..., got ...".
 from .agents.functions import c_contrastive_loss, c_contrastive_stats, c_triplet_loss, c_triplet_stats
 from .cosine.functions import norm_linear, normalize
 from .distances.functions import inner_distance, pair_contrastive_loss, triplet_loss
+from .sigmoid.functions import sphereface2_loss
 from .softmax.functions import head_parts, normface_loss
 from .softmax.ranking import nearest_class, target_rank
 
@@ -23,6 +24,7 @@ __all__ = [
     "normalize",
     "normface_loss",
     "pair_contrastive_loss",
+    "sphereface2_loss",
     "target_rank",
     "triplet_loss",
 ]

@@ -23,6 +23,7 @@ from .agents.options import (
     TripletOptions,
 )
 from .engine.options import takes
+from .sigmoid.options import SphereFace2Keywords, SphereFace2Options
 from .softmax.batch_margins import BatchMargin, Psi, Rows, straightened
 from .softmax.hard_negatives import HardNegatives, filtered
 from .softmax.margins import NO_MARGIN, ArcFace, CombinedMargin, CosFace, Margin
@@ -517,6 +518,41 @@ def c_triplet_stats(
     parts = target, (distances.sum(1) - target) / max(1, distances.shape[1] - 1)
     kept = _kept(labels, o.ignore_index, sample_weight)
     return torch.stack([_reduce(part, kept, "mean", sample_weight) for part in parts]).detach()
+
+
+def sigmoid_logits(cos: Tensor, scale: float, offset: float | Tensor, t: int, straight: bool) -> Tensor:
+    """z = r g(c) + offset of every cell, g(c) = 2 ((c + 1) / 2)^t - 1, of slope 1 where it is straight."""
+    g = 2 * ((cos + 1) / 2) ** t - 1
+    return scale * (cos + (g - cos).detach() if straight else g) + offset
+
+
+@takes(SphereFace2Options)
+def sphereface2_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: float | Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    **options: Unpack[SphereFace2Keywords],
+) -> Tensor:
+    """loss_i = W [alpha softplus(-z_iy) + (1 - alpha) sum_{j != y} softplus(z_ij)] (SphereFace2, form C)."""
+    o = SphereFace2Options.of("sphereface2_loss", options)
+    kept = _kept(labels, o.ignore_index, sample_weight)
+    cos = cosine(_counting(x, kept), weight, o.eps)
+    b = bias.reshape(()).to(cos.dtype) if isinstance(bias, Tensor) else bias
+    straight = o.margin_gradient == "straight"
+    safe = labels.clamp(0, weight.shape[0] - 1)[:, None]
+    target = sigmoid_logits(cos.gather(1, safe)[:, 0], o.r, b - o.r * o.m, o.t, straight)
+    others = sigmoid_logits(cos, o.r, b + o.r * o.m, o.t, straight).scatter(1, safe, -torch.inf)
+    each = o.alpha * _softplus(-target) + (1 - o.alpha) * _softplus(others).sum(1)
+    return _reduce(
+        (50 / o.r if o.loss_weight is None else o.loss_weight) * each, kept, o.reduction, sample_weight
+    )
+
+
+def _softplus(z: Tensor) -> Tensor:
+    return torch.logaddexp(z, torch.zeros_like(z))
 
 
 def pair_contrastive_loss(

@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     build = runpy.run_path(str(ROOT / "setup.py"))  # the flags of the real build
     nvcc = build["find_nvcc"]()
     if nvcc is None or shutil.which("c++filt") is None:
-        raise SystemExit("ptxas_report: nvcc or c++filt not found")
+        raise SystemExit("ptxas_report: nvcc or c++filt not found (or NORMFACE_CUDA=0)")
     folders = [str(ROOT / "csrc"), str(ROOT / "csrc" / "cuda")]
     headers = [build["package_dir"]("torch") / "include"]
     command = [nvcc, *build["NVCC_FLAGS"], *build["include_flags"](folders, headers)]

@@ -37,7 +37,7 @@ TESTS_OF_FILES = {
     "normface_ext/_checkout.py": ["test_install"],
     **{
         f"normface_ext/{family}/__init__.py": [ALWAYS]
-        for family in ("agents", "cosine", "distances", "engine", "softmax")
+        for family in ("agents", "cosine", "distances", "engine", "sigmoid", "softmax")
     },
     "csrc/schemas.h": ["test_contract"],
     "csrc/engine/op.h": [ALWAYS, "test_contract"],

@@ -68,7 +68,7 @@ def test_checkpoints_fit_any_number_of_ranks(name, tmp_path):
 
 
 def test_what_is_refused():
-    heads = "a NormFaceLoss, a CContrastiveLoss or a CTripletLoss"
+    heads = "a NormFaceLoss, a CContrastiveLoss, a CTripletLoss or a SphereFace2Loss"
     starts = [
         "ValueError: shard_head: expected `sample_rate` to be 1 for a CTripletLoss, got 0.5",
         "ValueError: shard_head: expected `sample_rate` to be 1 for a CContrastiveLoss, got 0.5",

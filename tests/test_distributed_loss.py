@@ -204,8 +204,8 @@ def test_the_module_says_what_it_is():
     [
         (
             "head",
-            "TypeError: shard_head: expected `head` to be a NormFaceLoss, a CContrastiveLoss or a"
-            " CTripletLoss, got ShardedNormFaceLoss",
+            "TypeError: shard_head: expected `head` to be a NormFaceLoss, a CContrastiveLoss, a CTripletLoss"
+            " or a SphereFace2Loss, got ShardedNormFaceLoss",
         ),
         ("mesh", "TypeError: shard_head: expected `mesh` to be a DeviceMesh, got str"),
         ("2-D", "ValueError: shard_head: expected `mesh` to be 1-D, got 2 dimensions"),

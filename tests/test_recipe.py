@@ -87,6 +87,21 @@ def test_the_page_names_three_places():
     assert {step["file"] for step in steps()} == PLACES and len(steps()) == 7
 
 
+def test_the_term_shown_is_the_one_there():
+    (shown,) = re.findall(
+        r"^```cpp\n(template <class T>\nstruct HardNegativesTerm .*?)^```$", PAGE, re.M | re.S
+    )
+    assert shown in (ROOT / "csrc/math/terms/hard_negatives.h").read_text(encoding="utf-8")
+
+
+def test_every_file_that_the_recipes_name_is_there():
+    """A path with a folder, or a file beside it in the same room."""
+    recipes = PAGE[PAGE.index("## A fused margin") : PAGE.index("## A margin that looks")]
+    recipes += PAGE[PAGE.index("## A term") :]
+    for name in re.findall(r"`([\w/.]+\.(?:h|cu|cuh|cpp|py|json))`", recipes):
+        assert any(ROOT.glob(f"**/{name}")) or name.startswith("NAME") or "/NAME." in name, name
+
+
 @pytest.mark.slow
 def test_a_margin_by_the_recipe(tmp_path):
     checkout, site = tmp_path / "checkout", tmp_path / "site"

@@ -39,6 +39,15 @@ SWEEP = {
             "numbers": torch.zeros(5, dtype=torch.float64),
         },
     ),
+    "a softmax with a threshold": ("threshold", {"threshold": torch.zeros(N, dtype=torch.float64)}),
+    "a hinge with numbers": (
+        "numbers",
+        {
+            "term": TERMS["hinge"],
+            "threshold": torch.zeros(N, dtype=torch.float64),
+            "numbers": torch.zeros(6, dtype=torch.float64),
+        },
+    ),
     "a range without width": ("lowest", 1.0),
     "a range without end": ("lowest", -math.inf),
     "a softmax with a short threshold": ("threshold", torch.zeros(N - 1, dtype=torch.float64)),

@@ -11,7 +11,7 @@ import touched
 
 FAMILIES = (
     "cosine", "softmax", "agents", "distances", "distributed", "caffe", "evaluation", "engine", "formats",
-    "recipes",
+    "recipes", "sigmoid",
 )  # fmt: skip
 PACKAGE = touched.PACKAGE
 
@@ -84,15 +84,16 @@ def test_at_most_six_floors_from_functional_to_the_call():
     assert 2 < floors(f"{PACKAGE}.functional") <= 6
 
 
-@pytest.mark.parametrize("name", ["engine", "cosine", "distances", "softmax", "agents"])
+@pytest.mark.parametrize("name", ["engine", "cosine", "distances", "softmax", "agents", "sigmoid"])
 def test_families_stand_on_each_other_in_one_direction(name):
-    """engine below cosine, that below distances, those below softmax and agents; the rest above them."""
+    """engine below cosine, that below distances, those below the three kinds of loss; the rest above them."""
     below = {
         "engine": set(),
         "cosine": {"engine"},
         "distances": {"engine", "cosine"},
         "softmax": {"engine", "cosine"},
         "agents": {"engine", "cosine", "distances"},
+        "sigmoid": {"engine", "cosine", "distances"},
     }[name]
     for module in modules():
         if family(module) == name:

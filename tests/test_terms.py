@@ -24,6 +24,7 @@ from normface_ext.engine.sweep import (
     SHIFT,
     SINKS,
     SUM,
+    TERMS,
 )
 from normface_ext.testing import assert_close_to_truth
 
@@ -33,6 +34,11 @@ SKIPPED, WEIGHTLESS = 4, 6
 #: First classes of the shards; the third is empty.
 BOUNDS = [0, 7, 15, 15, C]
 ADDED = [place for place, rule in enumerate(ROW_FIELDS.values()) if rule == "sum"]
+
+
+def test_every_term_is_among_the_cases():
+    missing = set(TERMS) - {case.term for case in CASES.values()}
+    assert missing == set(), "missing in scripts/kernel_cases/plain_terms.py"
 
 
 def between(cosines):

@@ -59,7 +59,7 @@ template <class T>
 struct RowTerms {
   typename AccumRows<T>::Fold fold;
   typename AccumRows<T>::Largest largest;
-  const double* numbers;  // [kHardNumbers] or null
+  const double* numbers;  // [kNumbers of the term] or null
   std::vector<math::TermRow<T>> rows;
 
   template <class Counts, class Shift>

@@ -20,7 +20,7 @@ struct AccumRows {
   // Cosines -> coefficients of a term in place, c[j], j < n; returns the sums of its values.
   using Fold = Sums (*)(T* c, int64_t n, const math::TermRow<T>& row, const double* numbers);
   Fold fold[kTerms];
-  // The largest s f(c[j]) of a softmax's term; -inf for n = 0.
+  // The largest s f(c[j]) of a softmax's term, null for the others; -inf for n = 0.
   using Largest = T (*)(const T* c, int64_t n, const math::TermRow<T>& row, const double* numbers);
   Largest largest[kTerms];
   // The places first + j of the c[j] != 0, NaN included, in order, and those c[j]; returns how many. One more

@@ -5,7 +5,7 @@
 // in this shard, or -1 where the target is elsewhere, and weight may be empty. x [N, D], weight [C, D],
 // labels [N] int64; sample_weight [N] and class_weight [C] in the accumulator dtype. The scale, m1, m2 and m3
 // are floats, or floating tensors [] or [N] on the device of x, which stand for the `..._value` then.
-// threshold [N] and numbers [kHardNumbers], float64, are what the `term` (terms.h) wants of them.
+// threshold [N] and numbers [kNumbers], float64, are what the `term` (terms.h) wants of them.
 // Empty outputs (numel 0) are results that were not asked for.
 #pragma once
 
@@ -192,12 +192,17 @@ inline void check_inputs(const char* op, const HeadInputs& in) {
   check_weights(op, "class_weight", in.class_weight, in.x, in.weight.size(0));
   if (in.term < 0 || in.term >= kTerms)
     fail(op, ": expected `term` in [0, ", int(kTerms), "), got ", in.term);
-  if (in.term != kSoftmaxTerm && !in.threshold)
-    fail(op, ": expected `threshold` with term ", in.term, ", got none");
-  if (in.threshold) check_exact(op, "threshold", *in.threshold, ScalarType::Double, {in.x.size(0)});
-  if (in.term == kHardNegativesTerm && !in.numbers)
-    fail(op, ": expected `numbers` with term ", in.term, ", got none");
-  if (in.numbers) check_exact(op, "numbers", *in.numbers, ScalarType::Double, {math::kHardNumbers});
+  // In the accumulator of either kind a term wants the same.
+  dispatch_term<float>(in.term, [&]<class Term>() {
+    const auto given = [&](const char* name, const std::optional<Tensor>& t, bool wanted, int64_t size) {
+      if (wanted != t.has_value())
+        fail(op, ": expected ", wanted ? "" : "no ", "`", name, "` with the term ", kTermNames[in.term],
+             ", got ", wanted ? "none" : "one");
+      if (wanted) check_exact(op, name, *t, ScalarType::Double, {size});
+    };
+    given("threshold", in.threshold, Term::kThreshold, in.x.size(0));
+    given("numbers", in.numbers, Term::kNumbers > 0, Term::kNumbers);
+  });
   if (!(in.lowest < in.highest) || !std::isfinite(in.lowest) || !std::isfinite(in.highest))
     fail(op, ": expected `lowest` below `highest`, finite both, got ", in.lowest, " and ", in.highest);
   const bool is_16_bit =

@@ -4,12 +4,14 @@
 
 #include "math/terms/hard_negatives.h"
 #include "math/terms/hinge.h"
+#include "math/terms/sigmoid.h"
 #include "math/terms/softmax.h"
 
 namespace nf {
 
-enum Term { kSoftmaxTerm, kHardNegativesTerm, kHingeTerm, kExponentialHingeTerm, kTerms };
-constexpr const char* kTermNames[kTerms] = {"softmax", "hard_negatives", "hinge", "exponential_hinge"};
+enum Term { kSoftmaxTerm, kHardNegativesTerm, kHingeTerm, kExponentialHingeTerm, kSigmoidTerm, kTerms };
+constexpr const char* kTermNames[kTerms] = {"softmax", "hard_negatives", "hinge", "exponential_hinge",
+                                            "sigmoid"};
 
 // f.template operator()<Term>() for the term of that number; Term<T> is a struct of math/terms.
 template <class T, class F>
@@ -21,6 +23,8 @@ auto dispatch_term(int64_t term, const F& f) {
       return f.template operator()<math::HingeTerm<T>>();
     case kExponentialHingeTerm:
       return f.template operator()<math::ExponentialHingeTerm<T>>();
+    case kSigmoidTerm:
+      return f.template operator()<math::SigmoidTerm<T>>();
     default:
       return f.template operator()<math::SoftmaxTerm<T>>();
   }

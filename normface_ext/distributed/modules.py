@@ -13,13 +13,15 @@ from ..agents.layers import CContrastiveLoss, CTripletLoss
 from ..cosine.functions import scaled_cosine
 from ..cosine.options import LinearOptions
 from ..engine.arguments import RATE, flag, integer, number
+from ..sigmoid.layers import SphereFace2Loss
 from ..softmax.layers import NormFaceLoss
 from . import ranking, softmax
 from .agent_modules import ShardedCContrastiveLoss, ShardedCTripletLoss
 from .sampling import ClassSampler
+from .sigmoid_modules import ShardedSphereFace2Loss
 from .spread import SpreadClasses, device_of
 
-Head = NormFaceLoss | CContrastiveLoss | CTripletLoss
+Head = NormFaceLoss | CContrastiveLoss | CTripletLoss | SphereFace2Loss
 
 
 class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
@@ -149,6 +151,16 @@ def shard_head(
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
 ) -> ShardedCTripletLoss: ...
+@overload
+def shard_head(
+    head: SphereFace2Loss,
+    mesh: DeviceMesh,
+    *,
+    sample_rate: float = 1.0,
+    seed: int = 0,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+) -> ShardedSphereFace2Loss: ...
 def shard_head(
     head: Head,
     mesh: DeviceMesh,
@@ -157,9 +169,9 @@ def shard_head(
     seed: int = 0,
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
-) -> ShardedNormFaceLoss | ShardedCContrastiveLoss | ShardedCTripletLoss:
-    """A class-parallel head out of a ``NormFaceLoss``, a ``CContrastiveLoss`` or a ``CTripletLoss``: rank r
-    of W keeps ceil(C / W) of its classes.
+) -> ShardedNormFaceLoss | ShardedCContrastiveLoss | ShardedCTripletLoss | ShardedSphereFace2Loss:
+    """A class-parallel head out of a ``NormFaceLoss``, a ``CContrastiveLoss``, a ``CTripletLoss`` or a
+    ``SphereFace2Loss``: rank r of W keeps ceil(C / W) of its classes.
 
     Args:
         head: on every rank; the weight of the mesh's first rank is the one that counts. On the "meta"
@@ -168,25 +180,25 @@ def shard_head(
         mesh: 1-D, over the ranks that share the classes; of a larger mesh pass ``mesh["name"]``.
         sample_rate: below 1, a training step of a ``NormFaceLoss`` takes part in this share of the negative
             classes (Partial FC); the rows' own classes are always in. The weight's gradient is sparse then:
-            use ``distributed.RowSGD`` or ``RowAdamW``. A loss over agents takes all classes.
+            use ``distributed.RowSGD`` or ``RowAdamW``. The other heads take all classes.
         seed: of the initial weights and of the draws, in [0, 2^32); the same on all ranks.
         backbone_gradients: "mean" for backbones under DistributedDataParallel or FSDP, which average
             gradients over ranks; "sum" if they are added.
         equal_batches: see ``distributed.normface_loss``.
 
-    The scale parameter of a head that learns it stays one parameter per rank; its gradient is the same on
-    all of them.
+    The scale parameter of a head that learns it, and SphereFace2's b, stays one parameter per rank; its
+    gradient is the same on all of them.
 
     Raises:
         TypeError: head or mesh.
-        ValueError: a mesh that is not 1-D, sample_rate outside (0, 1] or below 1 for a loss over agents,
+        ValueError: a mesh that is not 1-D, sample_rate outside (0, 1] or below 1 for another head,
             seed, backbone_gradients.
     """
     op = "shard_head"
     if not isinstance(head, Head) or isinstance(head, SpreadClasses):
         raise TypeError(
-            f"{op}: expected `head` to be a NormFaceLoss, a CContrastiveLoss or a CTripletLoss,"
-            f" got {type(head).__name__}"
+            f"{op}: expected `head` to be a NormFaceLoss, a CContrastiveLoss, a CTripletLoss or a"
+            f" SphereFace2Loss, got {type(head).__name__}"
         )
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"{op}: expected `mesh` to be a DeviceMesh, got {type(mesh).__name__}")
@@ -212,4 +224,6 @@ def shard_head(
     rest = mesh, seed, backbone_gradients, equal_batches
     if isinstance(head, CContrastiveLoss):
         return ShardedCContrastiveLoss(head, *rest)
+    if isinstance(head, SphereFace2Loss):
+        return ShardedSphereFace2Loss(head, *rest)
     return ShardedCTripletLoss(head, *rest)

@@ -126,6 +126,7 @@ class ClassParallelLoss(Function):
             batch.sample_weight,
             class_weight,
             options,
+            op="normface_loss",
             need_x=batch.need_x,
             need_weight=need_weight,
             shift=shift,

@@ -278,18 +278,19 @@ def head_sweep_in_memory(
     class_weight: Tensor | None,
     options: Options,
     *,
+    op: str,
     need_x: bool,
     need_weight: bool,
     shift: Tensor | None = None,
     term: TermInputs = NO_INPUTS,
 ) -> tuple[Swept, Options]:
-    """``head_sweep`` as :func:`in_memory`."""
+    """``head_sweep`` as :func:`in_memory`; `op` is who asks, for a warning."""
 
     def sweep(given: Options) -> Swept:
         arguments = x, weight, labels, scale, sample_weight, class_weight, given
         return head_sweep(*arguments, need_x=need_x, need_weight=need_weight, shift=shift, term=term)
 
-    return in_memory("normface_loss", x, weight, options, sweep, store=need_weight)
+    return in_memory(op, x, weight, options, sweep, store=need_weight)
 
 
 def head_shift(

@@ -10,7 +10,6 @@ cost nothing beside the head's N x C.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeGuard
 

@@ -115,6 +115,7 @@ class _NormFaceLoss(Function):
             sample_weight,
             class_weight,
             options,
+            op="normface_loss",
             need_x=need_x,
             need_weight=need_weight,
             term=TermInputs(threshold, numbers),

@@ -40,6 +40,7 @@ class _HeadParts(Function):
             sample_weight,
             class_weight,
             options,
+            op="normface_loss",
             need_x=need_x,
             need_weight=need_weight,
             term=sweep.TermInputs(threshold, numbers),

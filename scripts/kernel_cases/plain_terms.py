@@ -21,7 +21,7 @@ class Case:
     """A term, and what it wants. ``slope`` is d value / d cosine as a multiple of the coefficient."""
 
     term: str
-    numbers: tuple[float, ...] | None = None  # csrc/math/terms/hard_negatives.h
+    numbers: tuple[float, ...] | None = None  # csrc/math/terms/hard_negatives.h, sigmoid.h
     ends: tuple[float, float] = (-1.0, 1.0)
     scale: float = 8.0
 
@@ -30,18 +30,27 @@ class Case:
         return self.term in ("softmax", "hard_negatives")
 
     @property
+    def has_threshold(self) -> bool:
+        return self.term not in ("softmax", "sigmoid")
+
+    @property
+    def sparse(self) -> bool:
+        """Most coefficients are 0."""
+        return self.term in ("hinge", "exponential_hinge")
+
+    @property
     def slope(self) -> float:
-        return self.scale if self.softmax else 2.0
+        return self.scale if self.softmax else 2.0 if self.sparse else 1.0
 
     def options(self, lane: Lane, threshold: Tensor | None) -> dict[str, object]:
-        six = None if self.numbers is None else torch.tensor(self.numbers, dtype=torch.float64)
-        return self.options_of(None if six is None else lane.tensor(six), threshold)
+        common = None if self.numbers is None else torch.tensor(self.numbers, dtype=torch.float64)
+        return self.options_of(None if common is None else lane.tensor(common), threshold)
 
     def options_of(self, numbers: Tensor | None, threshold: Tensor | None) -> dict[str, object]:
         return {
             "term": TERMS[self.term], "numbers": numbers,
             "scale_value": self.scale, "lowest": self.ends[0], "highest": self.ends[1],
-            "threshold": None if self.term == "softmax" else threshold,
+            "threshold": threshold if self.has_threshold else None,
         }  # fmt: skip
 
 
@@ -53,6 +62,8 @@ CASES = {
     "filter": Case("hard_negatives", (0, 0, 0, 0, 0, 1)),
     "hinge": Case("hinge"),
     "exponential": Case("exponential_hinge"),
+    "sigmoid": Case("sigmoid", (6.0, 0.5, 3, 0)),
+    "sigmoid without a bend": Case("sigmoid", (40.0, -3.0, 1, 0)),
 }
 
 
@@ -75,6 +86,12 @@ def cells(case: Case, cosine: Tensor, threshold: Tensor, kappa: Tensor) -> tuple
             slope = torch.where(cosine > t, g1 * cosine + g0, torch.full_like(cosine, below))
         e = torch.exp(case.scale * f - kappa)
         return e, e * f, e * slope
+    if case.term == "sigmoid":
+        assert case.numbers is not None
+        r, offset, power, straight = case.numbers
+        z = r * (2 * ((cosine + 1) / 2) ** power - 1) + offset
+        slope = r if straight else r * power * ((cosine + 1) / 2) ** (power - 1)
+        return torch.logaddexp(z, torch.zeros_like(z)), z.sigmoid(), z.sigmoid() * slope
     distance = 2 - 2 * cosine
     active = (~(t - distance <= 0)).to(cosine.dtype)
     value = torch.exp(-distance) if case.term == "exponential_hinge" else t - distance

@@ -26,7 +26,6 @@ template <class Term>
 constexpr int numbers_per_row(bool scale_per_row) {
   return int(Term::kSoftmax) + int(Term::kThreshold) + int(scale_per_row);
 }
-static_assert(tiles::Sm80Scores::kMostNumbers == math::kHardNumbers);
 
 // kLargestOnly: the first of two passes, for scales outside the fixed shift's window. kPerRow: the scale is a
 // row's own.
@@ -192,6 +191,9 @@ int64_t tiles_per_block(const Queue& queue, int64_t batch, int64_t dim, int64_t 
 
 template <bool kLargestOnly, class Term>
 void run(Queue& queue, const ScoreTask& task) {
+  static_assert(numbers_per_row<Term>(Term::kSoftmax) <= tiles::Sm80Scores::kMostPerRow &&
+                    Term::kNumbers <= tiles::Sm80Scores::kMostNumbers,
+                "a term says more than engine/tiles.h has shared memory for");
   STD_TORCH_CHECK(task.width <= INT32_MAX - 256,
                   "sm80_scores: expected at most 2^31 - 257 classes at once, got ",
                   task.width);  // a lane counts them in 32 bits

@@ -17,7 +17,7 @@ enum HardNumber { kA2, kA1, kA0, kG1, kG0, kBelow, kHardNumbers };
 
 template <class T>
 struct HardNegativesTerm {
-  static constexpr bool kSoftmax = true, kSparse = false, kThreshold = true;
+  static constexpr bool kSoftmax = true, kThreshold = true;
   static constexpr int kNumbers = kHardNumbers;
   TermRow<T> row;
   T a2, a1, a0, g1, g0, below;

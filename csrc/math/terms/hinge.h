@@ -31,7 +31,7 @@ NF_HD HingeSlopes hinge_slopes(double grad_distance, double grad_hinges, double 
 
 template <class T, bool kExponential>
 struct HingeTermOf {
-  static constexpr bool kSoftmax = false, kSparse = true, kThreshold = true;
+  static constexpr bool kSoftmax = false, kThreshold = true;
   static constexpr int kNumbers = 0;
   T threshold;
 

@@ -7,7 +7,7 @@ namespace nf::math {
 
 template <class T>
 struct SoftmaxTerm {
-  static constexpr bool kSoftmax = true, kSparse = false, kThreshold = false;
+  static constexpr bool kSoftmax = true, kThreshold = false;
   static constexpr int kNumbers = 0;
   TermRow<T> row;
 

@@ -9,7 +9,6 @@
 // kernel's own copy, with
 //
 //   static constexpr bool kSoftmax   value is E = exp(s f(c) - kappa); then logit(c) is f(c)
-//   static constexpr bool kSparse    most coefficients are 0, exactly, and may be followed as a list
 //   static constexpr bool kThreshold, int kNumbers
 //                                    whether it reads the row's threshold, and how many numbers common to all rows
 //   Cell<V> at(V c, exp)             V is T, or a vector of it: branches are selections

@@ -1,0 +1,1 @@
+"""Heads that ask of every class a yes or no of its own: SphereFace2."""
