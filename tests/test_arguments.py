@@ -260,3 +260,16 @@ def test_symbolic_sizes_are_not_made_fixed():
     size = ShapeEnv().create_unbacked_symint()
     torch._check(size >= 0)
     assert arguments.integer("op", "n", size, 0) is size
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("op", ["normface_loss", "c_contrastive_loss", "c_triplet_loss", "target_rank"])
+def test_sparse_tensors_are_refused(op, place):
+    given = [X, W, Y]
+    given[place] = given[place].to_sparse()
+    more = [16.0] if op == "normface_loss" else []
+    sentence = (
+        rf"^{op}: expected `{('x', 'weight', 'labels')[place]}` to be a dense Tensor, got torch.sparse_coo$"
+    )
+    with pytest.raises(TypeError, match=sentence):
+        getattr(F, op)(*given, *more)

@@ -617,6 +617,16 @@ def test_compiled_without_a_break(kind, compile_fully):
         assert_equal_to_1e10(*results)
 
 
+@pytest.mark.parametrize("kind", ["arc", "am"])
+def test_made_within_a_compiled_step(kind, compile_fully):
+    """As an argument of the function it may be made where it is used."""
+
+    def loss(x, weight, labels):
+        return nf.functional.normface_loss(x, weight, labels, 16.0, margin=nf.MVSoftmax(0.3, kind=kind))
+
+    torch.testing.assert_close(compile_fully(loss)(*problem()), loss(*problem()))
+
+
 @every_kind
 def test_exported(kind):
     head = nf.NormFaceLoss(16, 7, scale=16.0, dtype=torch.float64, **asked(kind)).eval()

@@ -20,9 +20,7 @@ from ..softmax.margins import Margin
 from ..softmax.options import HeadKeywords, HeadOptions
 from ..softmax.rows import rows_of
 from .batch_margins import margin_of_rows, rows_of_all, with_regularizer
-from .collectives import (
-    gather_rows,
-)
+from .collectives import gather_rows
 from .sampling import ClassSampler
 from .shard import IGNORED, ClassShard
 from .softmax_op import OP, ClassParallelLoss, margin_of_all

@@ -46,6 +46,10 @@ def below(low: float, high: float) -> Range:
     return Range(f"in [{low:g}, {high:g})", low, math.nextafter(high, low))
 
 
+SHARE = Range("in [0, 1]", 0.0, 1.0)
+ANGLE = below(0.0, math.pi)
+
+
 def shown(value: object) -> str:
     """A value for a sentence: never pages long, and never an error of its own."""
     if isinstance(value, int) and value.bit_length() > 128:

@@ -28,6 +28,8 @@ def tensor(op: str, name: str, value: object) -> Tensor:
         raise TypeError(f"{op}: expected `{name}` to be a Tensor, got {type(value).__name__}")
     if is_dtensor(value):
         raise TypeError(f"{op}: expected `{name}` to be a plain Tensor, got a DTensor")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: expected `{name}` to be a dense Tensor, got {value.layout}")
     return value
 
 

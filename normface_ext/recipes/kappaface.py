@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..cosine.functions import normalize
 from ..engine import checks
-from ..engine.arguments import NOT_NEGATIVE, Range, below, choice, number, size
+from ..engine.arguments import ANGLE, NOT_NEGATIVE, SHARE, choice, number, size
 from ..engine.calls import accumulator
 from ..engine.options import Check
 from ..engine.state import recomputing
@@ -71,9 +71,9 @@ class KappaFace(BatchMargin):
     """
 
     CHECKS: ClassVar[dict[str, Check]] = {
-        "m": lambda owner, name, value: number(owner, name, value, below(0.0, math.pi)),
+        "m": lambda owner, name, value: number(owner, name, value, ANGLE),
         "T": lambda owner, name, value: number(owner, name, value, NOT_NEGATIVE),
-        "gamma": lambda owner, name, value: number(owner, name, value, Range("in [0, 1]", 0.0, 1.0)),
+        "gamma": lambda owner, name, value: number(owner, name, value, SHARE),
         "sync": lambda owner, name, value: choice(owner, name, value, ("local", "global")),
     }
     m: float

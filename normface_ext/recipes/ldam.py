@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.arguments import INT64_MAX, Range, integer, number, size
+from ..engine.arguments import INT64_MAX, SHARE, integer, number, size
 from ..softmax.class_margins import image_counts, ldam_margins
 from ..softmax.layers import NormFaceLoss
 from ..softmax.margins import CosFace
-
-BETA = Range("in [0, 1]", 0.0, 1.0)
 
 
 def drw_weights(counts: Tensor | Sequence[int], beta: float = 0.9999) -> Tensor:
@@ -32,7 +30,7 @@ def drw_weights(counts: Tensor | Sequence[int], beta: float = 0.9999) -> Tensor:
         TypeError, ValueError: an argument out of range.
     """
     images = image_counts("drw_weights", counts)
-    beta = number("drw_weights", "beta", beta, BETA)
+    beta = number("drw_weights", "beta", beta, SHARE)
     if beta == 0:
         return torch.ones_like(images)
     # (1 - beta) is common to all and drops out of the mean of 1.

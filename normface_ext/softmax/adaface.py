@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..engine import checks
-from ..engine.arguments import NOT_NEGATIVE, Range, below, choice, number
+from ..engine.arguments import ANGLE, NOT_NEGATIVE, SHARE, choice, number
 from ..engine.options import Check
 from .batch_margins import FollowingMargin, Rows
 from .margins import RowMargin
@@ -66,9 +65,9 @@ class AdaFace(FollowingMargin):
     uses_norms = True
     STATE = ("mean", "std")
     CHECKS: ClassVar[dict[str, Check]] = {
-        "m": lambda owner, name, value: number(owner, name, value, below(0.0, math.pi)),
+        "m": lambda owner, name, value: number(owner, name, value, ANGLE),
         "h": lambda owner, name, value: number(owner, name, value, NOT_NEGATIVE),
-        "t_alpha": lambda owner, name, value: number(owner, name, value, Range("in [0, 1]", 0.0, 1.0)),
+        "t_alpha": lambda owner, name, value: number(owner, name, value, SHARE),
         "sync": lambda owner, name, value: choice(owner, name, value, ("local", "global")),
     }
     m: float

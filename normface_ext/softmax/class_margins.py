@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..engine.arguments import POSITIVE, below, number
+from ..engine.arguments import ANGLE, POSITIVE, below, number
 
 
 def ldam_margins(counts: Tensor | Sequence[int], max_m: float = 0.5) -> Tensor:
@@ -45,7 +45,7 @@ def class_margins(counts: Tensor | Sequence[int], low: float = 0.05, high: float
         TypeError, ValueError: an argument out of range.
     """
     rarity = _rarity("class_margins", counts)
-    low = number("class_margins", "low", low, below(0.0, math.pi))
+    low = number("class_margins", "low", low, ANGLE)
     high = number("class_margins", "high", high, below(low, math.pi))
     above = rarity - rarity.min()
     largest = above.max()

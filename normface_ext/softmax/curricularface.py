@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..engine import checks
-from ..engine.arguments import Range, below, choice, number
+from ..engine.arguments import ANGLE, SHARE, choice, number
 from ..engine.options import Check
 from .batch_margins import FollowingMargin, Rows
 from .hard_negatives import HardNegatives, added_angle
@@ -48,8 +47,8 @@ class CurricularFace(FollowingMargin):
     hard_negatives = True
     STATE = ("t",)
     CHECKS: ClassVar[dict[str, Check]] = {
-        "m": lambda owner, name, value: number(owner, name, value, below(0.0, math.pi)),
-        "alpha": lambda owner, name, value: number(owner, name, value, Range("in [0, 1]", 0.0, 1.0)),
+        "m": lambda owner, name, value: number(owner, name, value, ANGLE),
+        "alpha": lambda owner, name, value: number(owner, name, value, SHARE),
         "sync": lambda owner, name, value: choice(owner, name, value, ("local", "global")),
     }
     m: float

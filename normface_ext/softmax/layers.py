@@ -47,9 +47,10 @@ class NormFaceLoss(HoldsTensors):
             learned, so the ``state_dict`` has none, and ``to_empty`` does not empty it.
         device, dtype: of the parameters.
 
-    ``margin``, ``reduction``, ``ignore_index``, ``eps``, ``class_weight``, ``label_smoothing``, ``workspace``
-    and ``check_finite`` are those of ``functional.normface_loss``. These and ``scale``, ``min_scale`` and
-    ``max_scale`` are attributes, checked when they are set as here.
+    ``margin``, ``margin_gradient``, ``filter_threshold``, ``reduction``, ``ignore_index``, ``eps``,
+    ``class_weight``, ``label_smoothing``, ``workspace`` and ``check_finite`` are those of
+    ``functional.normface_loss``. These and ``scale``, ``min_scale`` and ``max_scale`` are attributes, checked
+    when they are set as here.
 
     Tensors of a margin become the head's: a Parameter, which is learned, its parameter, another a buffer as
     class_weight is one; ``ArcFace``'s m is ``margin_m``.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..engine.arguments import NOT_NEGATIVE, POSITIVE, Range, below, number
+from ..engine.arguments import ANGLE, NOT_NEGATIVE, POSITIVE, Range, below, number
 from ..engine.options import Check
 from .batch_margins import BatchMargin, Rows
 from .margins import RowMargin
@@ -36,8 +36,8 @@ class MagFace(BatchMargin):
 
     uses_norms = True
     CHECKS: ClassVar[dict[str, Check]] = {
-        "l_margin": lambda owner, name, value: number(owner, name, value, below(0.0, math.pi)),
-        "u_margin": lambda owner, name, value: number(owner, name, value, below(0.0, math.pi)),
+        "l_margin": lambda owner, name, value: number(owner, name, value, ANGLE),
+        "u_margin": lambda owner, name, value: number(owner, name, value, ANGLE),
         "l_a": lambda owner, name, value: number(owner, name, value, POSITIVE),
         "u_a": lambda owner, name, value: number(owner, name, value, POSITIVE),
         "lambda_g": lambda owner, name, value: number(owner, name, value, NOT_NEGATIVE),

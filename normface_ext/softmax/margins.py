@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..engine import checks
-from ..engine.arguments import FINITE, POSITIVE, Range, below, choice, number
+from ..engine.arguments import ANGLE, FINITE, POSITIVE, Range, below, choice, number
 
 #: What a number may be; a tensor's values are not looked at.
-LIMITS = {"m1": POSITIVE, "m2": below(0.0, math.pi), "m3": below(0.0, math.inf)}
+LIMITS = {"m1": POSITIVE, "m2": ANGLE, "m3": below(0.0, math.inf)}
 #: ``guard`` -> the code of ``math::Guard`` in csrc/math/margins/margin.h
 GUARDS = {None: 0, "shift": 1, "join": 2, "easy": 3, "none": 4}
 

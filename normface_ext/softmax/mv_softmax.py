@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
-from ..engine.arguments import NOT_NEGATIVE, below, choice, flag, number
+from ..engine.arguments import ANGLE, NOT_NEGATIVE, choice, flag, number
 from ..engine.options import Check
 from .batch_margins import BatchMargin, Rows
 from .hard_negatives import HardNegatives, added_angle
@@ -35,7 +34,7 @@ class MVSoftmax(BatchMargin):
 
     hard_negatives = True
     CHECKS: ClassVar[dict[str, Check]] = {
-        "m": lambda owner, name, value: number(owner, name, value, below(0.0, math.pi)),
+        "m": lambda owner, name, value: number(owner, name, value, ANGLE),
         "t": lambda owner, name, value: number(owner, name, value, NOT_NEGATIVE),
         "kind": lambda owner, name, value: choice(owner, name, value, ("arc", "am")),
         "adaptive": flag,
