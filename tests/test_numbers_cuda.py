@@ -339,24 +339,8 @@ def test_a_row_of_many_classes(cuda_lane):  # noqa: F811
     lane, classes = cuda_lane, 12_480
     x, weight = lane.randn(4, 8, dtype=torch.bfloat16), lane.randn(classes, 8, seed=1)
     shift = lane.tensor(torch.tensor([0.4, 0.9, 1.3, -0.2], dtype=torch.float64))
-    rows = library.namespace().head_sweep(
-        x,
-        weight,
-        lane.labels(4, classes),
-        None,
-        None,
-        None,
-        shift,
-        store=False,
-        need_x=True,
-        need_class_sum=False,
-        ignore_index=-100,
-        scale_value=0.0,  # E is exp(-shift), whatever the cosines are
-        eps=1e-12,
-        total_classes=classes,
-        workspace=1 << 30,
-        product="sm80_single_sweep",
-        product_precision=torch.bfloat16,
-        is_shard=False,
-    )[0]
+    given = engine_ops.arguments(x, weight, lane.labels(4, classes), shift=shift)
+    scale = {"scale_value": 0.0}  # E is exp(-shift), whatever the cosines are
+    swept, _, _ = engine_ops.sweep({**given, **scale, "workspace": 1 << 30, "product": "sm80_single_sweep"})
+    rows = swept.rows
     close(rows[0] / (classes - 1), (-shift).exp(), 1e-6)

@@ -93,6 +93,12 @@ class Problem:
         """What plain torch computes in, and its operands' dtype: as coarse as this lane may be."""
         return {"dtype": wide(self.x), "operand": None if self.lane.widens else self.dtype}
 
+    @property
+    def met(self):
+        """The same of what coefficients meet: bfloat16 where the scores' operands are float16, too."""
+        narrow = self.dtype.itemsize == 2 and not self.lane.widens
+        return {**self.coarse, "operand": torch.bfloat16 if narrow else self.coarse["operand"]}
+
     def close_stored(self, got, truth, plain, name):
         """The same for coefficients as the products take them: on a GPU in bfloat16 for 16-bit operands."""
         if self.dtype.itemsize == 2 and not self.lane.widens:
@@ -137,7 +143,8 @@ def test_sums_and_gradients(lane, name, dtype, need_x, store):
     torch.testing.assert_close(rows[INVERSE_NORM][counts], norms[counts], rtol=4e-7, atol=0)
     assert (rows[COSINE][~counts] == 0).all() and (rows[SHIFT][~counts] == 0).all()
     if need_x:
-        problem.close(swept.x_sum, truth.x_sum, plain.x_sum, "x_sum", counts)
+        met = problem.plain(rows[SHIFT], **problem.met)
+        problem.close(swept.x_sum, truth.x_sum, met.x_sum, "x_sum", counts)
     dx, dw, ds = backward(given, swept, problem.slopes, problem.upstream)
     assert dx.dtype == dw.dtype == dtype and ds.numel() == 0
     assert (dx[~counts] == 0).all()
