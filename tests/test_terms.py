@@ -291,7 +291,9 @@ def test_shards_add_up(lane, name, dtype, store, sink):
     terms = sum(part[0].abs() for part in each).amax()
     together, rounding = torch.stack([part[0] for part in each]).sum(0), torch.finfo(dtype).eps
     assert (together - dx).abs().max() <= rounding * dx.abs().max() + 64 * eps * terms
-    assert (torch.cat([part[1] for part in each]) - dw).abs().max() <= 8 * rounding * dw.abs().max()
+    # Products of other shapes round their cosines otherwise, and a term makes several times as much of that.
+    most = dw.abs().max()
+    assert (torch.cat([part[1] for part in each]) - dw).abs().max() <= (8 * rounding + 64 * eps) * most
 
 
 @pytest.mark.parametrize("sink", SINKS)

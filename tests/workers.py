@@ -29,6 +29,7 @@ WITH_PROCESSES = (
     "test_margin_state",
     "test_ranking",
     "test_recipe_margins",
+    "test_sphereface2",
 )
 
 
