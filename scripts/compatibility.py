@@ -174,7 +174,7 @@ def compile_against(include: Path, version: str) -> None:
     compiler = os.environ.get("CXX", "c++")
     plain = [compiler, *common, *system_flags, *(f'-D{name}=""' for name in macros), "-fsyntax-only"]
     commands = [
-        [*plain, str(path)] for path in (ROOT / "csrc" / "ops.cpp", *(ROOT / "csrc/cpu").glob("*.cpp"))
+        [*plain, str(path)] for path in (*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc/cpu").glob("*.cpp"))
     ]
     emulated = [
         f"-I{ROOT / 'tests' / 'emulation'}",
