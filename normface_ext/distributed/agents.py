@@ -20,7 +20,7 @@ from ..engine.arguments import flag
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative
 from ..engine.options import takes
 from ..engine.sweep import INVERSE_NORM, SECOND_SUM, SUM, Collected, Swept, target_cosine
-from .collectives import Batch, ScatteredRows, add_over_shards, gather_rows, largest_over_shards
+from .collectives import Batch, ScatteredRows, add_over_shards, gather_rows, key_of_largest
 from .shard import IGNORED, ClassShard
 from .softmax import check_backbone_gradients
 from .softmax_op import store_as
@@ -30,12 +30,9 @@ if TYPE_CHECKING:
 
 
 def _holds_hardest(best: Tensor, shard: ClassShard) -> Tensor:
-    """Where this rank has the largest cosine of all ranks; of equal ones the first rank has it. NaN is larger
-    than anything here, as within a shard."""
-    best = torch.where(best.isnan(), torch.inf, best)
-    place = torch.full_like(best, -dist.get_rank(shard.group))
-    candidate = place.where(best == largest_over_shards(best, shard.group), -torch.inf)
-    return largest_over_shards(candidate, shard.group) == place
+    """Where this rank has the largest cosine of all ranks; of equal ones the first rank has it."""
+    rank = dist.get_rank(shard.group)
+    return key_of_largest(best, torch.full_like(best, rank), shard.group) == rank
 
 
 class _ClassParallelHinge(Function):

@@ -185,6 +185,14 @@ def largest_over_shards(value: Tensor, group: ProcessGroup) -> Tensor:
     return largest
 
 
+def key_of_largest(value: Tensor, key: Tensor, group: ProcessGroup) -> Tensor:
+    """For each row the `key`, float64 [N], of the rank whose value [N] is the largest: the smallest key
+    where several have it. NaN is larger than anything here, as within a shard."""
+    value = torch.where(value.isnan(), torch.inf, value)
+    held = value == largest_over_shards(value, group)
+    return -largest_over_shards(torch.where(held, -key.double(), -torch.inf), group)
+
+
 class ScatteredRows:
     """The sum over ranks of a [W * each, D] gradient, on its way: `wait` gives this rank's rows [N, D].
 

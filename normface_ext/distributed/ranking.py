@@ -10,7 +10,7 @@ from torch import Tensor
 from ..engine import checks
 from ..engine.sweep import target_cosine
 from ..softmax.ranking import hardest, nearer, ranking_options
-from .collectives import add_over_shards, gather_rows, largest_over_shards
+from .collectives import add_over_shards, gather_rows, key_of_largest
 from .shard import IGNORED, ClassShard
 
 
@@ -23,11 +23,8 @@ def nearest_class(
     none = torch.full([x.shape[0]], IGNORED, dtype=torch.int64, device=x.device)
     batch = gather_rows(x.detach(), none, shard.group, ignore_index=IGNORED)
     classes, cosines = hardest(batch.x, weight, ranking_options(batch.x, weight, eps, None, workspace))
-    best = torch.where(cosines.isnan(), torch.inf, cosines.double())  # NaN is the largest
-    mine = best == largest_over_shards(best, shard.group)
-    # Of the ranks that have it the first, whose classes are the first.
-    candidate = torch.where(mine & (classes < shard.count), -(classes + shard.first).double(), -torch.inf)
-    return batch.own(-largest_over_shards(candidate, shard.group)).long()
+    # A rank without classes has -inf, which is nowhere the largest.
+    return batch.own(key_of_largest(cosines, classes + shard.first, shard.group)).long()
 
 
 @torch.no_grad()
