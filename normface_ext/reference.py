@@ -256,7 +256,7 @@ def loss_of_parts(
     smoothing needs, is <x_hat, sum_j u_j w_hat_j>."""
     counts = row_weight != 0
     psi = torch.where(counts, psi, 0)
-    from_target = torch.logaddexp(log_sum_others - scale * psi, torch.zeros_like(psi))  # -log p_y
+    from_target = _softplus(log_sum_others - scale * psi)  # -log p_y
     losses: Tensor
     if label_smoothing > 0:
         assert cosine_with_sum is not None

@@ -16,3 +16,8 @@ def weighted(losses: Tensor, total_weight: Tensor, reduction: str) -> Tensor:
     empty = total_weight == 0
     # Chosen before the division too: one by 0 has no gradient but NaN.
     return torch.where(empty, 0, losses.sum() / torch.where(empty, 1, total_weight))
+
+
+def softplus(z: Tensor) -> Tensor:
+    """ln(1 + e^z), exact also past 20, where torch's own leaves off."""
+    return torch.logaddexp(z, torch.zeros_like(z))

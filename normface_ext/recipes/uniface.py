@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..engine.calls import accumulator
 from ..engine.options import holds, takes
+from ..engine.reduce import softplus
 from ..engine.state import WideState
 from .batch import Recipe
 from .options import UniFaceKeywords, UniFaceOptions
@@ -80,10 +81,5 @@ class UniFace(WideState, Recipe):
         logits = chosen.scale * batch.cosines(chosen.eps) - self.bias.to(batch.x.dtype)
         target = logits.gather(1, batch.columns)[:, 0] - chosen.scale * chosen.margin
         others = logits.scatter(1, batch.columns, -math.inf)  # of which the softplus is 0, and its slope
-        losses = _softplus(-target) + chosen.negative_weight * _softplus(others).sum(1)
+        losses = softplus(-target) + chosen.negative_weight * softplus(others).sum(1)
         return batch.reduced(losses, chosen.reduction)
-
-
-def _softplus(z: Tensor) -> Tensor:
-    """ln(1 + e^z), exact also past 20, where torch's own leaves off."""
-    return torch.logaddexp(z, torch.zeros_like(z))

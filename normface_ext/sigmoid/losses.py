@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.reduce import weighted
+from ..engine.reduce import softplus, weighted
 from .options import SphereFace2Options
 
 
@@ -43,8 +43,7 @@ def loss(options: SphereFace2Options, rows: SigmoidRows, bias: float | Tensor) -
     """float64; `bias` a number or a 0-d tensor."""
     logit = options.r * (_similarity(options, rows.cosine) - options.m) + bias
     weight = 50 / options.r if options.loss_weight is None else options.loss_weight
-    missed = torch.logaddexp(-logit, torch.zeros_like(logit))  # softplus, exact also past 20
-    each = weight * (options.alpha * missed + (1 - options.alpha) * rows.others)
+    each = weight * (options.alpha * softplus(-logit) + (1 - options.alpha) * rows.others)
     counts = rows.weight != 0
     losses = torch.where(counts, rows.weight * torch.where(counts, each, 0.0), 0.0)
     return weighted(losses, rows.weight.sum(), options.reduction)
