@@ -127,7 +127,7 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
   std::optional<ActiveList<T>> active;
   std::optional<Hardest<T>> hardest;
   if (in.sink == kActiveList) active.emplace(shape, in.capacity);
-  if (in.sink == kHardest) hardest.emplace(shape);
+  if (in.sink == kHardest || in.need_largest) hardest.emplace(shape);
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
     T* unit = w_hat.data + slot * shape.chunk * D;
     T* e = stored != nullptr ? stored + N * tile.first : scores.data + slot * N * shape.chunk;
@@ -141,7 +141,8 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
       }
     }
     score_tile(shape, x_hat, unit, tile, e);
-    if (hardest) return hardest->take(slot, labels, tile, rows, e);
+    if (hardest) hardest->take(slot, labels, tile, rows, e);
+    if (in.sink == kHardest) return;
     double* sum = sums.data + slot * 2 * N;
     fold_tile(labels, terms, tile, e, [&](int64_t i, const auto& part) {
       sum[i] += part.value;
@@ -154,7 +155,9 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
   int64_t* listed = data_of<int64_t>(out.listed);
   T* found = data_of<T>(out.found);
   if (active) active->finish(listed, found);
-  if (hardest)
+  if (hardest) hardest->join();
+  if (in.need_largest) hardest->put_cosines(rows[kLargestCosine]);
+  if (in.sink == kHardest)
     hardest->finish(terms, listed, found, [&](int64_t i, const auto& part) {
       sums.data[i] = part.value;
       sums.data[N + i] = part.second;

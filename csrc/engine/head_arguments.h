@@ -60,17 +60,18 @@ struct HeadInputs : SweepOptions {
 
 // rows [kRowFields, N] float64, inverse_norm [C] that of the weight, x_sum [N, D] = sum over the other classes
 // of e_j w_hat_j, class_sum [D + 1] = sum of class_weight_j w_hat_j and of class_weight_j, which label
-// smoothing needs, stored the coefficients e of every tile when `store`. shift [N] float64 is the kappa to use
-// instead of the one that head_shift would find. listed [N, capacity] are the classes that the `sink` (terms.h)
-// collects, C where there is none; found [N, capacity] their coefficients, 0 beside a C, or the cosine of the
-// hardest, -inf where there is no other class; then a row's sums are what the term makes of that one cell.
+// smoothing needs, stored the coefficients e of every tile when `store`. `need_largest` fills kLargestCosine of
+// the rows that count, -inf where there is no other class. shift [N] float64 is the kappa to use instead of the
+// one that head_shift would find. listed [N, capacity] are the classes that the `sink` (terms.h) collects, C
+// where there is none; found [N, capacity] their coefficients, 0 beside a C, or the cosine of the hardest, -inf
+// where there is no other class; then a row's sums are what the term makes of that one cell.
 struct HeadSweepArguments : HeadInputs {
   static constexpr const char* kName = "head_sweep";
   static constexpr const char* kReturns =
       "(Tensor rows, Tensor inverse_norm, Tensor x_sum, Tensor class_sum, Tensor stored, Tensor listed, "
       "Tensor found)";
   std::optional<Tensor> sample_weight, shift;
-  bool store, need_x, need_class_sum;
+  bool store, need_x, need_class_sum, need_largest;
   int64_t sink, capacity;
   int64_t ignore_index;
 
@@ -88,6 +89,7 @@ struct HeadSweepArguments : HeadInputs {
     f("store", store);
     f("need_x", need_x);
     f("need_class_sum", need_class_sum);
+    f("need_largest", need_largest);
     f("sink", sink);
     f("capacity", capacity);
     f("ignore_index", ignore_index);

@@ -21,6 +21,7 @@ _PLACES = {name: place for place, name in enumerate(ROW_FIELDS)}
 SUM, SECOND_SUM, COSINE = _PLACES["sum"], _PLACES["second_sum"], _PLACES["cosine"]
 TARGET_WEIGHT, SHIFT = _PLACES["target_weight"], _PLACES["shift"]
 INVERSE_NORM, ROW_WEIGHT = _PLACES["inverse_norm"], _PLACES["row_weight"]
+LARGEST = _PLACES["largest"]
 #: The slopes of a row's loss by name, those along the margin's numbers last.
 SLOPES: list[str] = _C.slope_fields()
 ALL_SLOPES, SLOPE_FIELDS = len(SLOPES), SLOPES.index("m1")
@@ -175,6 +176,7 @@ def head_sweep(
     *,
     need_x: bool,
     need_weight: bool,
+    need_largest: bool = False,
     shift: Tensor | None = None,
     term: TermInputs = NO_INPUTS,
 ) -> Swept:
@@ -191,6 +193,7 @@ def head_sweep(
         options.keep and need_weight,
         need_x,
         options.smoothing > 0,
+        need_largest,
         SINKS["none"],
         0,
         *_sweep_options(options),
@@ -216,6 +219,7 @@ def head_sweep_collecting(
     capacity: int,
     store: bool,
     need_class_sum: bool = False,
+    need_largest: bool = False,
 ) -> tuple[Swept, Collected]:
     """The same without x_sum, and what the sink collects."""
     *swept, classes, values = kernels(x, weight).head_sweep(
@@ -230,6 +234,7 @@ def head_sweep_collecting(
         store,
         False,
         need_class_sum,
+        need_largest,
         SINKS[sink],
         capacity,
         *_sweep_options(options),
@@ -281,14 +286,27 @@ def head_sweep_in_memory(
     op: str,
     need_x: bool,
     need_weight: bool,
+    need_largest: bool = False,
     shift: Tensor | None = None,
     term: TermInputs = NO_INPUTS,
 ) -> tuple[Swept, Options]:
     """``head_sweep`` as :func:`in_memory`; `op` is who asks, for a warning."""
 
     def sweep(given: Options) -> Swept:
-        arguments = x, weight, labels, scale, sample_weight, class_weight, given
-        return head_sweep(*arguments, need_x=need_x, need_weight=need_weight, shift=shift, term=term)
+        return head_sweep(
+            x,
+            weight,
+            labels,
+            scale,
+            sample_weight,
+            class_weight,
+            given,
+            need_x=need_x,
+            need_weight=need_weight,
+            need_largest=need_largest,
+            shift=shift,
+            term=term,
+        )
 
     return in_memory(op, x, weight, options, sweep, store=need_weight)
 

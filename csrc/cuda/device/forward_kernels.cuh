@@ -26,6 +26,7 @@ struct PrepareRows {
   const double* given_shift;      // [N] or null
   const double* given_threshold;  // [N] or null
   Factors<T> sample_weight, class_weight;
+  bool largest;  // will be filled
   RowState rows;
   StoredArray x_hat;   // [N, D], operand type
   double* threshold;   // [N], with given_threshold
@@ -51,6 +52,7 @@ NF_DEVICE void prepare_row(const PrepareRows<T>& task, int64_t i) {
   if (lane_id() != 0) return;
   task.arrivals[i] = 0;
   for (int field = 0; field < kRowFields; ++field) rows.at(RowField(field), i) = 0;
+  if (task.largest) rows.at(kLargestCosine, i) = -INFINITY;  // of no class so far
   const double scale = task.scale.at(i);
   rows.at(kShift, i) = ignored                       ? 0.0
                        : task.given_shift != nullptr ? task.given_shift[i]

@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t kColumnsPerBlock = 4096;
 
-// O is the type of the coefficients. Blocks: rows x splits.
-template <class T, class O, class Term>
+// O is the type of the coefficients. kLargest: the largest cosine as well. Blocks: rows x splits.
+template <class T, class O, class Term, bool kLargest>
 NF_KERNEL(kThreads)
 fold_scores_kernel(FoldScores<T> task) {
   SharedMemory shared;
@@ -22,21 +22,27 @@ fold_scores_kernel(FoldScores<T> task) {
   const int64_t target = target_place(task.rows.labels[i], task.first, task.width);
   const Term term(task.rows.template at<T>(i), task.rows.numbers);
   O* e = static_cast<O*>(task.e);
-  T value = 0, second = 0;
+  T value = 0, second = 0, largest = -T(INFINITY);
   for (int64_t j = begin + thread_id(); j < end; j += kThreads) {
-    math::Cell<T> cell = term.at(task.scores[i * task.stride + j], math::PlainExp());
+    const T cosine = task.scores[i * task.stride + j];
+    math::Cell<T> cell = term.at(cosine, math::PlainExp());
     if (j == target) cell = {};
+    if (kLargest && j != target) largest = math::larger(largest, cosine);
     if (e != nullptr) e[i * task.stride + j] = O(cell.coefficient);
     value += cell.value;
     second += cell.second;
   }
   if (task.sums.partial == nullptr) return;
   const double total = block_sum(double(value), scratch), total_second = block_sum(double(second), scratch);
+  double best = 0;
+  if constexpr (kLargest) best = block_largest(double(largest), scratch);
   if (thread_id() == 0) {
     task.sums.value(split, i) = total;
     task.sums.second(split, splits, i) = total_second;
+    if constexpr (kLargest) task.sums.largest_cosine(split, splits, i) = best;
   }
-  if (last_to_arrive(task.sums.arrivals + i, unsigned(splits)) && thread_id() == 0) task.sums.add(splits, i);
+  if (last_to_arrive(task.sums.arrivals + i, unsigned(splits)) && thread_id() == 0)
+    task.sums.template add<kLargest>(splits, i);
 }
 
 }  // namespace
@@ -47,8 +53,10 @@ template <class T>
 void fold_scores(Queue& queue, const FoldScores<T>& task) {
   const auto run = [&]<class O>() {
     dispatch_term<T>(task.rows.term, [&]<class Term>() {
-      launch("fold_scores", queue, fold_scores_kernel<T, O, Term>, Grid{task.batch, fold_splits(task.width)},
-             kThreads, shared_bytes<double>(kThreads / kWarp), task);
+      launch("fold_scores", queue,
+             task.sums.largest ? fold_scores_kernel<T, O, Term, true> : fold_scores_kernel<T, O, Term, false>,
+             Grid{task.batch, fold_splits(task.width)}, kThreads, shared_bytes<double>(kThreads / kWarp),
+             task);
     });
   };
   if constexpr (std::is_same_v<T, float>)
