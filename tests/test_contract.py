@@ -175,6 +175,7 @@ def head_sweep_samples(lane):
     yield {**given, "term": 2, "threshold": threshold, "need_x": False, "sink": 1, "capacity": 3}
     yield {**given, "term": 3, "threshold": threshold, "store": True, "need_x": False}
     yield {**given, "term": 2, "threshold": threshold, "need_x": False, "sink": 2, "capacity": 1}
+    yield {**given, "need_largest": True}
 
 
 def head_shift_samples(lane):
@@ -208,7 +209,7 @@ DEFAULTS = {
     "m3_value": 0.0, "need_margin": False, "formula": 0, "guard": 0, "straight": False, "reduction": 1,
     "ignore_index": -100, "workspace": 1 << 30, "product": "auto", "threshold": None, "numbers": None,
     "term": 0, "lowest": -1.0, "highest": 1.0, "sink": 0, "capacity": 0,
-    "store": False, "need_class_sum": False, "total_classes": 8, "is_shard": False, "shift": None,
+    "store": False, "need_class_sum": False, "need_largest": False, "total_classes": 8, "is_shard": False, "shift": None,
     "need_x": True, "need_weight": True, "need_scale": True,
     "product_precision": torch.float32,
     "sample_weight": None, "class_weight": None, "smoothing": 0.0,

@@ -167,7 +167,7 @@ def test_opcheck(lane, sink, partial, exponential):
         for known in (cosine, None):
             options = (None, 1.9, False, IGNORE, 1e-12, partial)
             _, threshold = checked(op.hinge_threshold.default, x, shard, given, known, *options)
-        options = (False, False, False, sweep.SINKS[sink], capacity)
+        options = (False, False, False, False, sweep.SINKS[sink], capacity)
         options += (IGNORE, 1.0, 1e-12, max(1, len(shard)), term, -1.0, 1.0)
         options += (1 << 20, "auto", torch.float32, partial)
         inputs = (x, shard, given, None, threshold, *[None] * 4)

@@ -27,10 +27,16 @@ constexpr int numbers_per_row(bool scale_per_row) {
   return int(Term::kSoftmax) + int(Term::kThreshold) + int(scale_per_row);
 }
 
+// Blocks that share a multiprocessor. With the largest cosines the six numbers of hard negatives leave no register
+// to the second.
+template <class S, class Term, bool kLargest>
+constexpr int kResident =
+    S::kAcross == 2 && !(kLargest && Term::kNumbers == tiles::Sm80Scores::kMostNumbers) ? 2 : 1;
+
 // kLargestOnly: the first of two passes, for scales outside the fixed shift's window. kPerRow: the scale is a
 // row's own. kLargest: the largest cosine as well.
 template <class S, class Term, bool kLargestOnly, bool kPerRow, bool kLargest>
-NF_KERNEL_RESIDENT(S::kThreads, S::kAcross == 2 ? 2 : 1)
+NF_KERNEL_RESIDENT(S::kThreads, (kResident<S, Term, kLargest>))
 score_kernel(ScoreTask task, int64_t tiles_per_block) {
   const double s = kPerRow ? 0.0 : task.rows.scale.at(0);
   if (kLargestOnly && !kPerRow && task.window.serves(s)) return;
@@ -130,12 +136,13 @@ score_kernel(ScoreTask task, int64_t tiles_per_block) {
               const float logit = of_row.scale * term.logit(cosine);
               sum[r] = counts && logit > sum[r] ? logit : sum[r];
             } else {
+              if constexpr (kLargest)
+                if (counts) largest[r] = math::larger(largest[r], cosine);
               math::Cell<float> cell = term.at(cosine, PowerExp());
               if (!counts) cell = {};
               part += cell.value;
               part_second += cell.second;
               stored.at[k] = BFloat16(cell.coefficient);
-              if constexpr (kLargest) largest[r] = counts ? math::larger(largest[r], cosine) : largest[r];
             }
           }
         };
