@@ -21,6 +21,7 @@ from .cosine.rows import gaussian_unitball_
 from .distances.layers import InnerDistance, PairContrastiveLoss, TripletLoss
 from .engine.library import build_info
 from .engine.plan import Plan, plan
+from .engine.statistics import Statistics
 from .mirror import MirrorFace
 from .optim import parameter_groups
 from .sigmoid.layers import SphereFace2Loss
@@ -63,6 +64,7 @@ __all__ = [
     "RowMargin",
     "Rows",
     "SphereFace2Loss",
+    "Statistics",
     "TripletLoss",
     "build_info",
     "caffe",

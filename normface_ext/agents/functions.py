@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from ..cosine.functions import normalize
 from ..engine import checks
+from ..engine.arguments import flag
 from ..engine.calls import plan_device, product_dtype
 from ..engine.options import takes
 from ..engine.plan import products
-from ..engine.sweep import TERMS
+from ..engine.statistics import Found, Statistics, given_back
+from ..engine.sweep import COSINE, LARGEST, TERMS
 from . import losses, ops
 from .lists import list_limits
 from .losses import AgentRows, Losses
@@ -24,6 +26,26 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@overload
+def c_contrastive_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    return_statistics: Literal[False] = False,
+    **options: Unpack[ContrastiveKeywords],
+) -> Tensor: ...
+@overload
+def c_contrastive_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    return_statistics: Literal[True],
+    **options: Unpack[ContrastiveKeywords],
+) -> tuple[Tensor, Statistics]: ...
 @takes(ContrastiveOptions)
 def c_contrastive_loss(
     x: Tensor,
@@ -31,8 +53,9 @@ def c_contrastive_loss(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    return_statistics: bool = False,
     **options: Unpack[ContrastiveKeywords],
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Statistics]:
     """loss_i = w+ min(T, (d_iy - m+)_+) + w- sum_{j != y} (m- - d_ij)_+, d_ij = |x_i/|x_i| - w_j/|w_j||^2.
 
     The contrastive loss against class agents (paper section 4; Caffe GeneralContrastiveLoss on top of
@@ -72,14 +95,14 @@ def c_contrastive_loss(
             the rows that count. A row of weight 0 is an ignored one.
         active_limit: active classes listed per row, chosen by default, 0 for always dense. A list
             costs one number read back from the device per step; it is off in traced and captured steps.
-        eps, workspace, check_finite: see ``functional.normface_loss``.
+        return_statistics, eps, workspace, check_finite: see ``functional.normface_loss``.
 
     Inside autocast on CUDA the products' operands are in its dtype, unless they are float64; gradients have
     the dtypes of x and weight.
 
     Returns:
         A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise. Second derivatives
-        raise.
+        raise. With ``return_statistics`` (loss, Statistics).
 
     Raises:
         TypeError: dtypes, types.
@@ -87,7 +110,8 @@ def c_contrastive_loss(
         IndexError: a label out of range.
     """
     chosen = ContrastiveOptions.of("c_contrastive_loss", options)
-    return agent_loss("c_contrastive_loss", x, weight, labels, sample_weight, chosen)
+    statistics = flag("c_contrastive_loss", "return_statistics", return_statistics)
+    return given_back(agent_loss("c_contrastive_loss", x, weight, labels, sample_weight, chosen, statistics))
 
 
 @takes(ContrastiveOptions)
@@ -110,6 +134,26 @@ def c_contrastive_stats(
     return agent_stats("c_contrastive_stats", x, weight, labels, sample_weight, chosen)
 
 
+@overload
+def c_triplet_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    return_statistics: Literal[False] = False,
+    **options: Unpack[TripletKeywords],
+) -> Tensor: ...
+@overload
+def c_triplet_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    return_statistics: Literal[True],
+    **options: Unpack[TripletKeywords],
+) -> tuple[Tensor, Statistics]: ...
 @takes(TripletOptions)
 def c_triplet_loss(
     x: Tensor,
@@ -117,8 +161,9 @@ def c_triplet_loss(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    return_statistics: bool = False,
     **options: Unpack[TripletKeywords],
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Statistics]:
     """loss_i = w- sum_{j != y} (m + d_iy - d_ij)_+, d_ij = |x_i/|x_i| - w_j/|w_j||^2.
 
     The triplet loss against class agents (paper section 4; Caffe GeneralTripletLoss), with distances that are
@@ -138,7 +183,8 @@ def c_triplet_loss(
     ``caffe.general_triplet_loss``. It returns and raises what ``c_contrastive_loss`` does.
     """
     chosen = TripletOptions.of("c_triplet_loss", options)
-    return agent_loss("c_triplet_loss", x, weight, labels, sample_weight, chosen)
+    statistics = flag("c_triplet_loss", "return_statistics", return_statistics)
+    return given_back(agent_loss("c_triplet_loss", x, weight, labels, sample_weight, chosen, statistics))
 
 
 @takes(TripletOptions)
@@ -156,10 +202,17 @@ def c_triplet_stats(
 
 
 def agent_loss(
-    op: str, x: Tensor, weight: Tensor, labels: Tensor, sample_weight: Tensor | None, options: Losses
-) -> Tensor:
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor | None,
+    options: Losses,
+    statistics: bool,
+) -> Found:
     """The loss with options that have been checked."""
-    return losses.loss(options, swept_rows(op, x, weight, labels, sample_weight, options))
+    rows = swept_rows(op, x, weight, labels, sample_weight, options, need_largest=statistics)
+    return losses.loss(options, rows), losses.statistics(options, rows) if statistics else None
 
 
 @torch.no_grad()
@@ -198,9 +251,12 @@ def swept_rows(
     sample_weight: Tensor | None,
     options: Losses,
     margin: Tensor | None = None,
+    *,
+    need_largest: bool = False,
 ) -> AgentRows:
     """What is known of the rows. A ``margin`` stands in for the options'."""
-    return sweep_rows(op, checked_inputs(op, x, weight, labels, sample_weight, options), options, margin)[0]
+    given = checked_inputs(op, x, weight, labels, sample_weight, options)
+    return sweep_rows(op, given, options, margin, need_largest=need_largest)[0]
 
 
 class AgentInputs(NamedTuple):
@@ -233,6 +289,7 @@ def sweep_rows(
     margin: Tensor | None = None,
     *,
     need_class_sum: bool = False,
+    need_largest: bool = False,
 ) -> tuple[AgentRows, Tensor | None]:
     """(the rows, the sum of the unit agents if it is needed)"""
     x, weight, labels, factor = given
@@ -242,9 +299,11 @@ def sweep_rows(
         op, x, weight, x.shape[0], weight.shape[0], ignored, options, needed, margin
     )
     target, hinges, state, *class_sum = ops.agent_hinge(
-        x, weight, labels, tensor, swept, need_class_sum=need_class_sum
+        x, weight, labels, tensor, swept, need_class_sum=need_class_sum, need_largest=need_largest
     )
     rows = AgentRows(labels != ignored, factor, target, hinges, ops.hinge_slope(state, swept))
+    if need_largest:
+        rows = rows._replace(cosine=state[COSINE], largest=state[LARGEST])
     return rows, class_sum[0] if need_class_sum else None
 
 

@@ -133,6 +133,7 @@ def sweep_hinges(
     *,
     need_gradient: bool,
     need_class_sum: bool = False,
+    need_largest: bool = False,
 ) -> tuple[Swept, Collected, AgentSweepOptions]:
     """The hinges of all rows, and what their backward has to be given: the options too."""
     sink = "hardest" if options.hardest else "active" if options.capacity > 0 else "none"
@@ -150,6 +151,7 @@ def sweep_hinges(
             capacity=capacity,
             store=keep and given.keep,
             need_class_sum=need_class_sum,
+            need_largest=need_largest,
         )
 
     (swept, collected), options = in_memory(options.op, x, weight, options, sweep, store=keep)
@@ -212,6 +214,7 @@ class _AgentHinge(Function):
         margin: Tensor | None,
         options: AgentSweepOptions,
         need_class_sum: bool,
+        need_largest: bool,
     ) -> tuple[Tensor, ...]:
         features, agents, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
         need_gradient = any(ctx.needs_input_grad[:2])
@@ -224,6 +227,7 @@ class _AgentHinge(Function):
             options,
             need_gradient=need_gradient,
             need_class_sum=need_class_sum,
+            need_largest=need_largest,
         )
         constant = (swept.rows, swept.class_sum) if need_class_sum else (swept.rows,)
         if need_gradient:
@@ -252,7 +256,7 @@ class _AgentHinge(Function):
             )
         origins = grad_distance, grad_hinges, x, weight
         given = asked(needed, gradients)
-        return *no_second_derivative(options.op, given, *origins), None, None, None, None
+        return *no_second_derivative(options.op, given, *origins), *[None] * 5
 
 
 def agent_hinge(
@@ -263,9 +267,12 @@ def agent_hinge(
     options: AgentSweepOptions,
     *,
     need_class_sum: bool = False,
+    need_largest: bool = False,
 ) -> tuple[Tensor, ...]:
     """(distance to the label's agent [N], sum of the hinges [N], rows [ROW_FIELDS, N]), and with
     `need_class_sum` that."""
     x, weight = detach_without_grad(x, weight)
-    result: tuple[Tensor, ...] = _AgentHinge.apply(x, weight, labels, margin, options, need_class_sum)
+    result: tuple[Tensor, ...] = _AgentHinge.apply(
+        x, weight, labels, margin, options, need_class_sum, need_largest
+    )
     return result

@@ -25,7 +25,12 @@ class _Sharded(SpreadClasses, AgentLoss):
         self.training = head.training
 
     def _rows_and_loss(
-        self, features: Tensor, labels: Tensor, sample_weight: Tensor | None, margin: Tensor | None
+        self,
+        features: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None,
+        margin: Tensor | None,
+        need_largest: bool,
     ) -> tuple[AgentRows, Tensor]:
         return agents.rows_and_loss(
             f"distributed.{self.LOSS}",
@@ -38,6 +43,7 @@ class _Sharded(SpreadClasses, AgentLoss):
             margin,
             backbone_gradients=self.backbone_gradients,
             equal_batches=self.equal_batches,
+            need_largest=need_largest,
         )
 
     def _stats(

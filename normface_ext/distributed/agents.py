@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,25 @@ from ..engine import checks
 from ..engine.arguments import flag
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative
 from ..engine.options import takes
-from ..engine.sweep import INVERSE_NORM, SECOND_SUM, SUM, Collected, Swept, target_cosine
-from .collectives import Batch, ScatteredRows, add_over_shards, gather_rows, key_of_largest
+from ..engine.statistics import Statistics
+from ..engine.sweep import (
+    COSINE,
+    INVERSE_NORM,
+    LARGEST,
+    SECOND_SUM,
+    SUM,
+    Collected,
+    Swept,
+    target_cosine,
+)
+from .collectives import (
+    Batch,
+    ScatteredRows,
+    add_over_shards,
+    gather_rows,
+    key_of_largest,
+    largest_of_all,
+)
 from .shard import IGNORED, ClassShard
 from .softmax import check_backbone_gradients
 from .softmax_op import store_as
@@ -37,7 +54,7 @@ def _holds_hardest(best: Tensor, shard: ClassShard) -> Tensor:
 
 class _ClassParallelHinge(Function):
     """As ``ops._AgentHinge`` for the rows of all ranks: (target distance, hinges, slopes), [W * each]
-    each, and the class_sum if asked for, the same on every rank.
+    each, and the class_sum and the rows' state if asked for, the same on every rank.
 
     With ``separate`` the gradients that come back are each rank's own rows' and add up; otherwise they are
     those of one number that all ranks have in common.
@@ -56,7 +73,8 @@ class _ClassParallelHinge(Function):
         replicas: int,
         shard: ClassShard,
         need_class_sum: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        need_largest: bool,
+    ) -> tuple[Tensor, ...]:
         agents = weight.contiguous()
         part = target_cosine(batch.x, agents, places, options)
         (cosine,) = add_over_shards([part], shard.group)
@@ -70,6 +88,7 @@ class _ClassParallelHinge(Function):
             options,
             need_gradient=need_gradient,
             need_class_sum=need_class_sum,
+            need_largest=need_largest,
         )
         sums, mine = swept.rows[: SECOND_SUM + 1], None
         if options.hardest:
@@ -81,8 +100,13 @@ class _ClassParallelHinge(Function):
         ctx.save_for_backward(x, weight, batch.x, agents, places, threshold, rows, mine, *collected, *swept)
         ctx.batch, ctx.options, ctx.shard = batch, options, shard
         ctx.separate, ctx.replicas = separate, replicas
-        ctx.mark_non_differentiable(slope, class_sum)
-        return distance, rows[SUM].to(distance.dtype), slope, class_sum
+        constant = [slope, class_sum]
+        if need_largest:
+            known = largest_of_all(rows, shard.group)
+            known[COSINE] = cosine
+            constant.append(known)
+        ctx.mark_non_differentiable(*constant)
+        return distance, rows[SUM].to(distance.dtype), *constant
 
     @staticmethod
     def backward(ctx: Any, grad_distance: Tensor, grad_hinges: Tensor, *_: Any) -> Any:
@@ -107,7 +131,7 @@ class _ClassParallelHinge(Function):
                 moved = ScatteredRows(dx, batch, shard.group).wait() * ctx.replicas
                 dx = store_as(moved, own.dtype, batch.own(rows[INVERSE_NORM]), options.eps)
         given = dx if own_x else None, dw
-        return *no_second_derivative(options.op, given, *origins), *[None] * 8
+        return *no_second_derivative(options.op, given, *origins), *[None] * 9
 
 
 class _Rows(NamedTuple):
@@ -155,6 +179,7 @@ def _swept(
     *,
     replicas: int = 1,
     need_class_sum: bool = False,
+    need_largest: bool = False,
 ) -> tuple[AgentRows, Tensor | None]:
     """(the rows of all ranks, the sum of the unit agents of all ranks if it is needed)"""
     x, weight, batch, places = given
@@ -164,10 +189,13 @@ def _swept(
     )
     x, weight = detach_without_grad(x, weight)
     separate = options.reduction == "none"
-    *found, class_sum = _ClassParallelHinge.apply(
-        x, weight, batch, places, tensor, sweep, separate, replicas, shard, need_class_sum
+    target, hinges, slope, class_sum, *state = _ClassParallelHinge.apply(
+        x, weight, batch, places, tensor, sweep, separate, replicas, shard, need_class_sum, need_largest
     )
-    return AgentRows(places != IGNORED, batch.sample_weight, *found), class_sum if need_class_sum else None
+    rows = AgentRows(places != IGNORED, batch.sample_weight, target, hinges, slope)
+    if need_largest:
+        rows = rows._replace(cosine=state[0][COSINE], largest=state[0][LARGEST])
+    return rows, class_sum if need_class_sum else None
 
 
 def rows_and_loss(
@@ -182,6 +210,7 @@ def rows_and_loss(
     *,
     backbone_gradients: str,
     equal_batches: bool,
+    need_largest: bool,
 ) -> tuple[AgentRows, Tensor]:
     """(the rows of all ranks, the loss) with options that have been checked; a ``margin`` stands in for
     theirs."""
@@ -189,7 +218,7 @@ def rows_and_loss(
     flag(op, "equal_batches", equal_batches)
     given = _gathered(op, x, weight, labels, shard, sample_weight, options, equal_batches)
     replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
-    rows, _ = _swept(op, given, shard, options, margin, replicas=replicas)
+    rows, _ = _swept(op, given, shard, options, margin, replicas=replicas, need_largest=need_largest)
     loss = losses.loss(options, rows)
     return rows, given.batch.own(loss) if options.reduction == "none" else loss
 
@@ -214,6 +243,32 @@ def stats(
     return losses.stats(options, rows, negatives(options, given.batch.x, shard.num_classes, rows, class_sum))
 
 
+@overload
+def c_contrastive_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    shard: ClassShard,
+    *,
+    sample_weight: Tensor | None = None,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+    return_statistics: Literal[False] = False,
+    **options: Unpack[ContrastiveKeywords],
+) -> Tensor: ...
+@overload
+def c_contrastive_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    shard: ClassShard,
+    *,
+    sample_weight: Tensor | None = None,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+    return_statistics: Literal[True],
+    **options: Unpack[ContrastiveKeywords],
+) -> tuple[Tensor, Statistics]: ...
 @takes(ContrastiveOptions)
 def c_contrastive_loss(
     x: Tensor,
@@ -224,8 +279,9 @@ def c_contrastive_loss(
     sample_weight: Tensor | None = None,
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
+    return_statistics: bool = False,
     **options: Unpack[ContrastiveKeywords],
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Statistics]:
     """``functional.c_contrastive_loss`` of the rows of all ranks over the classes of all ranks.
 
     Every rank of ``shard.group`` calls it with its own rows and its own agents, and the same options. It is
@@ -241,7 +297,7 @@ def c_contrastive_loss(
         hardest_only: of equally hard negatives the first rank's counts.
         check_finite: see ``distributed.normface_loss``.
         backbone_gradients: see ``distributed.normface_loss``.
-        equal_batches: likewise.
+        equal_batches, return_statistics: likewise.
 
     The others are those of ``functional.c_contrastive_loss``. They mean the rows of all ranks; ``workspace``
     and ``active_limit`` are those of each rank.
@@ -249,7 +305,7 @@ def c_contrastive_loss(
     Returns:
         For "mean" and "sum" the loss over the rows of all ranks, the same bits on every rank; backward has
         to be called on all of them, with the same upstream gradient. For "none" [N], of this rank's rows.
-        Second derivatives raise.
+        Second derivatives raise. With ``return_statistics`` (loss, Statistics).
 
     Raises:
         TypeError, ValueError, IndexError: as ``functional.c_contrastive_loss``.
@@ -257,7 +313,8 @@ def c_contrastive_loss(
     """
     op = "distributed.c_contrastive_loss"
     chosen = ContrastiveOptions.of(op, options)
-    return rows_and_loss(
+    statistics = flag(op, "return_statistics", return_statistics)
+    rows, loss = rows_and_loss(
         op,
         x,
         weight,
@@ -267,9 +324,37 @@ def c_contrastive_loss(
         chosen,
         backbone_gradients=backbone_gradients,
         equal_batches=equal_batches,
-    )[1]
+        need_largest=statistics,
+    )
+    return (loss, losses.statistics(chosen, rows)) if statistics else loss
 
 
+@overload
+def c_triplet_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    shard: ClassShard,
+    *,
+    sample_weight: Tensor | None = None,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+    return_statistics: Literal[False] = False,
+    **options: Unpack[TripletKeywords],
+) -> Tensor: ...
+@overload
+def c_triplet_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    shard: ClassShard,
+    *,
+    sample_weight: Tensor | None = None,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+    return_statistics: Literal[True],
+    **options: Unpack[TripletKeywords],
+) -> tuple[Tensor, Statistics]: ...
 @takes(TripletOptions)
 def c_triplet_loss(
     x: Tensor,
@@ -280,15 +365,17 @@ def c_triplet_loss(
     sample_weight: Tensor | None = None,
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
+    return_statistics: bool = False,
     **options: Unpack[TripletKeywords],
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Statistics]:
     """``functional.c_triplet_loss`` of the rows of all ranks over the classes of all ranks.
 
     As :func:`c_contrastive_loss` here, with the options of ``functional.c_triplet_loss``.
     """
     op = "distributed.c_triplet_loss"
     chosen = TripletOptions.of(op, options)
-    return rows_and_loss(
+    statistics = flag(op, "return_statistics", return_statistics)
+    rows, loss = rows_and_loss(
         op,
         x,
         weight,
@@ -298,4 +385,6 @@ def c_triplet_loss(
         chosen,
         backbone_gradients=backbone_gradients,
         equal_batches=equal_batches,
-    )[1]
+        need_largest=statistics,
+    )
+    return (loss, losses.statistics(chosen, rows)) if statistics else loss

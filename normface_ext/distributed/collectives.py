@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..engine import checks
+from ..engine.sweep import LARGEST
 from .shard import ClassShard
 
 # torch 2.13 gave both collectives new names and warns of the old ones.
@@ -183,6 +184,14 @@ def largest_over_shards(value: Tensor, group: ProcessGroup) -> Tensor:
     with explained("the all-reduce of maxima", group):
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     return largest
+
+
+def largest_of_all(rows: Tensor, group: ProcessGroup) -> Tensor:
+    """A copy of the rows' state [ROW_FIELDS, N] with their largest cosines over all shards. NaN is larger
+    than anything here, as within a shard: infinity stands for it."""
+    rows, own = rows.clone(), rows[LARGEST]
+    rows[LARGEST] = largest_over_shards(torch.where(own.isnan(), torch.inf, own), group)
+    return rows
 
 
 def key_of_largest(value: Tensor, key: Tensor, group: ProcessGroup) -> Tensor:

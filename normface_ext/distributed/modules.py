@@ -13,6 +13,7 @@ from ..agents.layers import CContrastiveLoss, CTripletLoss
 from ..cosine.functions import scaled_cosine
 from ..cosine.options import LinearOptions
 from ..engine.arguments import RATE, flag, integer, number
+from ..engine.statistics import Statistics, given_back
 from ..sigmoid.layers import SphereFace2Loss
 from ..softmax.layers import NormFaceLoss
 from . import ranking, softmax
@@ -65,11 +66,16 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
         self.training = head.training
 
     def forward(
-        self, features: Tensor, labels: Tensor | None = None, sample_weight: Tensor | None = None
-    ) -> Tensor:
+        self,
+        features: Tensor,
+        labels: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        *,
+        return_statistics: bool = False,
+    ) -> Tensor | tuple[Tensor, Statistics]:
         if labels is None:
-            return self._without_labels(features, sample_weight)
-        return softmax.sharded_loss(
+            return self._without_labels(features, sample_weight, return_statistics)
+        found = softmax.sharded_loss(
             features,
             self.weight,
             labels,
@@ -82,7 +88,9 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
             sample=self.sampler if self.training else None,
             backbone_gradients=self.backbone_gradients,
             equal_batches=self.equal_batches,
+            statistics=flag(type(self).__name__, "return_statistics", return_statistics),
         )
+        return given_back(found)
 
     def logits(self, x: Tensor) -> Tensor:
         """s cos(x_i, w_j) [N, num_classes] of this rank's rows, called by all ranks together: each of them

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..engine import checks
 from ..engine.arguments import choice, flag, number
 from ..engine.autograd import detach_without_grad
 from ..engine.options import takes
+from ..engine.statistics import Found, Statistics, given_back, statistics_of
 from ..softmax.arguments import loss_options, told_apart
 from ..softmax.batch_margins import BatchMargin
 from ..softmax.hard_negatives import HardNegatives
@@ -33,6 +34,40 @@ def check_backbone_gradients(op: str, value: str) -> None:
     choice(op, "backbone_gradients", value, ("mean", "sum"))
 
 
+@overload
+def normface_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    shard: ClassShard,
+    *,
+    sample_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    largest_scale: float | None = None,
+    sample: ClassSampler | None = None,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+    return_statistics: Literal[False] = False,
+    **options: Unpack[HeadKeywords],
+) -> Tensor: ...
+@overload
+def normface_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    shard: ClassShard,
+    *,
+    sample_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    largest_scale: float | None = None,
+    sample: ClassSampler | None = None,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+    return_statistics: Literal[True],
+    **options: Unpack[HeadKeywords],
+) -> tuple[Tensor, Statistics]: ...
 @takes(HeadOptions)
 def normface_loss(
     x: Tensor,
@@ -47,8 +82,9 @@ def normface_loss(
     sample: ClassSampler | None = None,
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
+    return_statistics: bool = False,
     **options: Unpack[HeadKeywords],
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Statistics]:
     """``functional.normface_loss`` of the rows of all ranks over the classes of all ranks.
 
     Every rank of ``shard.group`` calls it with its own rows and its own classes, and the same options.
@@ -73,6 +109,8 @@ def normface_loss(
             the features themselves is wanted.
         equal_batches: every rank has the same N, and x needs a gradient on all of them or on none; saves a
             collective of 16 bytes and its wait.
+        return_statistics: also return the ``Statistics`` of the rows of all ranks, the same on each; one more
+            all-reduce, of a float64 per row. With ``sample`` the accuracy is among the classes drawn.
 
     The others are those of ``functional.normface_loss``, but a scale per row, [N], is refused: here it is a
     float or a tensor of one element.
@@ -80,6 +118,7 @@ def normface_loss(
     Returns:
         For "mean" and "sum" the loss over the rows of all ranks, the same bits on every rank; backward has
         to be called on all of them, with the same upstream gradient. For "none" [N], of this rank's rows.
+        With ``return_statistics`` (loss, Statistics).
 
     Raises:
         TypeError, ValueError, IndexError: as ``functional.normface_loss``.
@@ -87,7 +126,7 @@ def normface_loss(
     """
     check_backbone_gradients(OP, backbone_gradients)
     flag(OP, "equal_batches", equal_batches)
-    return sharded_loss(
+    found = sharded_loss(
         x,
         weight,
         labels,
@@ -100,7 +139,9 @@ def normface_loss(
         sample=sample,
         backbone_gradients=backbone_gradients,
         equal_batches=equal_batches,
+        statistics=flag(OP, "return_statistics", return_statistics),
     )
+    return given_back(found)
 
 
 def sharded_loss(
@@ -117,7 +158,8 @@ def sharded_loss(
     sample: ClassSampler | None,
     backbone_gradients: str,
     equal_batches: bool,
-) -> Tensor:
+    statistics: bool,
+) -> Found:
     """``normface_loss`` with options that have been checked."""
     local = weight.to_local() if isinstance(weight, DTensor) else weight
     checks.features_and_shard(OP, x, local, shard.count)
@@ -169,7 +211,7 @@ def sharded_loss(
     given = loss_options(scale_value, options, x, local, batch.x.shape[0], max(1, classes), numbers, term)
     given = replace(given, ignore_index=IGNORED, total_classes=shard.num_classes, is_shard=True)
     x, weight = detach_without_grad(x, weight)
-    loss: Tensor = ClassParallelLoss.apply(
+    result = ClassParallelLoss.apply(
         x,
         weight,
         scale_tensor,
@@ -183,9 +225,20 @@ def sharded_loss(
         largest_scale,
         replicas,
         shard,
+        statistics,
     )
+    loss, *means = result if statistics else (result,)
+    given_statistics = statistics_of((means[0], means[1])) if statistics else None
     if of_batch is None or told is None:
-        return loss
+        return loss, given_statistics
     return with_regularizer(
-        OP, loss, of_batch, told, row_weight, options.reduction, replicas, batch, shard.group
+        OP,
+        (loss, given_statistics),
+        of_batch,
+        told,
+        row_weight,
+        options.reduction,
+        replicas,
+        batch,
+        shard.group,
     )

@@ -21,6 +21,7 @@ from .collectives import (
     ScatteredRows,
     add_over_shards,
     gather_row_gradients,
+    largest_of_all,
     largest_over_shards,
 )
 from .shard import ClassShard
@@ -112,7 +113,8 @@ class ClassParallelLoss(Function):
         largest_scale: float | None,
         replicas: int,
         shard: ClassShard,
-    ) -> Tensor:
+        statistics: bool,
+    ) -> Any:
         need_weight = ctx.needs_input_grad[1]
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         classes = local.contiguous() if rows is None else local.index_select(0, rows)
@@ -129,6 +131,7 @@ class ClassParallelLoss(Function):
             op="normface_loss",
             need_x=batch.need_x,
             need_weight=need_weight,
+            need_largest=statistics,
             shift=shift,
             term=term,
         )
@@ -136,11 +139,11 @@ class ClassParallelLoss(Function):
         fields = 3 if class_weight is None else 4
         sums, class_sum = add_over_shards([swept.rows[:fields], swept.class_sum], shard.group)
         swept.rows[:fields] = sums
-        margin = m1, m2, m3
+        margin, class_sum = (m1, m2, m3), class_sum.to(swept.class_sum.dtype)
         loss, slopes = ops.softmax_finish(
             swept.rows,
             batch.x,
-            class_sum.to(swept.class_sum.dtype),
+            class_sum,
             scale,
             margin,
             options,
@@ -162,10 +165,17 @@ class ClassParallelLoss(Function):
         )
         ctx.batch, ctx.options, ctx.replicas, ctx.shard = batch, options, replicas, shard
         ctx.weight_shape, ctx.first = weight.shape, shard.first if isinstance(weight, DTensor) else 0
-        return batch.own(loss).clone() if options.reduction == 0 else loss
+        mine = batch.own(loss).clone() if options.reduction == 0 else loss
+        if not statistics:
+            return mine
+        rows = largest_of_all(swept.rows, shard.group)
+        weighted = class_weight is not None
+        means = ops.means_of_rows(rows, batch.x, class_sum, scale, margin, options, weighted=weighted)
+        ctx.mark_non_differentiable(*means)
+        return mine, *means
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor, *rest: Any) -> Any:
         mine, weight, scale, m1, m2, m3, *saved = ctx.saved_tensors
         x, classes, places, class_weight, rows, threshold, numbers, slopes, *swept = saved
         own_x, need_weight, need_scale = ctx.needs_input_grad[:3]
@@ -206,7 +216,7 @@ class ClassParallelLoss(Function):
             dw = torch.sparse_coo_tensor(
                 (rows + ctx.first)[None], dw, ctx.weight_shape, is_coalesced=True, check_invariants=False
             )
-        return dx, dw, *others, *[None] * 10
+        return dx, dw, *others, *[None] * 11
 
 
 def store_as(gradient: Tensor, dtype: torch.dtype, inverse_norm: Tensor, eps: float) -> Tensor:

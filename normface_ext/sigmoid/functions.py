@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..engine import checks
-from ..engine.arguments import number
+from ..engine.arguments import flag, number
 from ..engine.calls import plan_device, product_dtype
 from ..engine.options import takes
 from ..engine.plan import products
+from ..engine.statistics import Found, Statistics, given_back
 from ..engine.sweep import TERMS
 from . import losses, ops
 from .losses import SigmoidRows
@@ -21,6 +22,28 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@overload
+def sphereface2_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: float | Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    return_statistics: Literal[False] = False,
+    **options: Unpack[SphereFace2Keywords],
+) -> Tensor: ...
+@overload
+def sphereface2_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: float | Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    return_statistics: Literal[True],
+    **options: Unpack[SphereFace2Keywords],
+) -> tuple[Tensor, Statistics]: ...
 @takes(SphereFace2Options)
 def sphereface2_loss(
     x: Tensor,
@@ -29,8 +52,9 @@ def sphereface2_loss(
     bias: float | Tensor,
     *,
     sample_weight: Tensor | None = None,
+    return_statistics: bool = False,
     **options: Unpack[SphereFace2Keywords],
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Statistics]:
     """loss_i = W [alpha softplus(-z_iy) + (1 - alpha) sum_{j != y} softplus(z_ij)], every class a yes or no.
 
     z_iy = r (g(c_iy) - m) + b, z_ij = r (g(c_ij) + m) + b, g(c) = 2 ((c + 1) / 2)^t - 1: SphereFace2 in its
@@ -54,21 +78,23 @@ def sphereface2_loss(
             target and for the others, as OpenSphere does.
         reduction: "mean" over the rows that are not ignored (0 when there is none, or their weights sum to
             0), "sum" or "none".
-        ignore_index, eps, workspace, check_finite: see ``functional.normface_loss``.
+        return_statistics, ignore_index, eps, workspace, check_finite: see ``functional.normface_loss``.
 
     Inside autocast on CUDA the products' operands are in its dtype, unless they are float64; gradients have
     the dtypes of x, weight and bias.
 
     Returns:
         A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise. Second derivatives
-        raise.
+        raise. With ``return_statistics`` (loss, Statistics).
 
     Raises:
         TypeError: dtypes, types.
         ValueError: shapes, devices, values; with ``check_finite`` rows that are not finite, by their numbers.
         IndexError: a label out of range.
     """
-    return head_loss(x, weight, labels, bias, sample_weight, SphereFace2Options.of(ops.OP, options))
+    statistics = flag(ops.OP, "return_statistics", return_statistics)
+    chosen = SphereFace2Options.of(ops.OP, options)
+    return given_back(head_loss(x, weight, labels, bias, sample_weight, chosen, statistics=statistics))
 
 
 def head_loss(
@@ -78,7 +104,9 @@ def head_loss(
     bias: float | Tensor,
     sample_weight: Tensor | None,
     options: SphereFace2Options,
-) -> Tensor:
+    *,
+    statistics: bool,
+) -> Found:
     """The loss with options that have been checked."""
     op = ops.OP
     checks.features_and_weight(op, x, weight)
@@ -90,8 +118,12 @@ def head_loss(
         checks.finite_operands(op, x, weight, kept, sample_weight=factor)
         checks.finite_rows(op, "bias", b)
     given = sweep_options(x, weight, x.shape[0], weight.shape[0], options)
-    cosine, others, row_weight = ops.sigmoid_rows(x, weight, offset_of(b, options), labels, factor, given)
-    return rounded(losses.loss(options, SigmoidRows(row_weight, cosine, others), b), x)
+    cosine, others, row_weight, *state = ops.sigmoid_rows(
+        x, weight, offset_of(b, options), labels, factor, given, need_largest=statistics
+    )
+    rows = SigmoidRows(row_weight, cosine, others)
+    loss = rounded(losses.loss(options, rows, b), x)
+    return loss, losses.statistics(options, rows, b, state[0], x.dtype) if statistics else None
 
 
 def bias_of(op: str, value: object, x: Tensor) -> Tensor:

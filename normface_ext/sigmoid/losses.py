@@ -8,7 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..engine.calls import accumulator
 from ..engine.reduce import softplus, weighted
+from ..engine.statistics import LEFT_TO_LEARN, Statistics, hits, means_of, statistics_of
+from ..engine.sweep import COSINE, LARGEST, SECOND_SUM
 from .options import SphereFace2Options
 
 
@@ -41,12 +44,33 @@ def balanced_bias(options: SphereFace2Options, classes: int) -> float:
 
 def loss(options: SphereFace2Options, rows: SigmoidRows, bias: float | Tensor) -> Tensor:
     """float64; `bias` a number or a 0-d tensor."""
-    logit = options.r * (_similarity(options, rows.cosine) - options.m) + bias
-    weight = 50 / options.r if options.loss_weight is None else options.loss_weight
-    each = weight * (options.alpha * softplus(-logit) + (1 - options.alpha) * rows.others)
+    each = _losses(options, rows, _logit(options, rows, bias))
     counts = rows.weight != 0
     losses = torch.where(counts, rows.weight * torch.where(counts, each, 0.0), 0.0)
     return weighted(losses, rows.weight.sum(), options.reduction)
+
+
+@torch.no_grad()
+def statistics(
+    options: SphereFace2Options, rows: SigmoidRows, bias: float | Tensor, state: Tensor, dtype: torch.dtype
+) -> Statistics:
+    """From what the sweep found of the rows, with their largest cosines; `dtype` is the features'."""
+    logit = _logit(options, rows, bias)
+    wrong = torch.maximum(torch.sigmoid(-logit), state[SECOND_SUM])  # the label's no, the others' yeses
+    hit = hits(state[COSINE], state[LARGEST], accumulator(dtype))
+    losses, learns = _losses(options, rows, logit), ~(wrong <= LEFT_TO_LEARN)
+    return statistics_of(means_of(rows.weight != 0, losses, rows.cosine, hit, learns))
+
+
+def _logit(options: SphereFace2Options, rows: SigmoidRows, bias: float | Tensor) -> Tensor:
+    """z of the target."""
+    return options.r * (_similarity(options, rows.cosine) - options.m) + bias
+
+
+def _losses(options: SphereFace2Options, rows: SigmoidRows, logit: Tensor) -> Tensor:
+    """[N], without the rows' weights."""
+    weight = 50 / options.r if options.loss_weight is None else options.loss_weight
+    return weight * (options.alpha * softplus(-logit) + (1 - options.alpha) * rows.others)
 
 
 def _similarity(options: SphereFace2Options, cosine: Tensor) -> Tensor:

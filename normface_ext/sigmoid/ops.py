@@ -57,7 +57,8 @@ def known(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _SigmoidRows(Function):
-    """(target cosine, sum of the others, weight); the weight without gradient."""
+    """(target cosine, sum of the others, weight), and with `need_largest` the rows' state; these without
+    gradient."""
 
     @staticmethod
     def forward(
@@ -68,6 +69,7 @@ class _SigmoidRows(Function):
         labels: Tensor,
         sample_weight: Tensor | None,
         options: SigmoidOptions,
+        need_largest: bool,
     ) -> tuple[Tensor, ...]:
         labels, term = labels.contiguous(), term_of(offset, options)
         need_x, need_weight = ctx.needs_input_grad[:2]
@@ -82,16 +84,18 @@ class _SigmoidRows(Function):
             op=OP,
             need_x=need_x,
             need_weight=need_weight,
+            need_largest=need_largest,
             term=term,
         )
         ctx.save_for_backward(x, weight, offset, labels, term.numbers, *swept)
         ctx.options = options
         cosine, others, row_weight = known(swept.rows)
-        ctx.mark_non_differentiable(row_weight)
-        return cosine, others, row_weight
+        constant = (row_weight, swept.rows.clone()) if need_largest else (row_weight,)
+        ctx.mark_non_differentiable(*constant)
+        return cosine, others, *constant
 
     @staticmethod
-    def backward(ctx: Any, g_cosine: Tensor, g_others: Tensor, _: Tensor) -> Any:
+    def backward(ctx: Any, g_cosine: Tensor, g_others: Tensor, *rest: Any) -> Any:
         x, weight, offset, labels, numbers, *saved = ctx.saved_tensors
         swept, needed = sweep.Swept(*saved), ctx.needs_input_grad[:3]
         with torch.no_grad():
@@ -109,7 +113,7 @@ class _SigmoidRows(Function):
                 sweep.TermInputs(None, numbers),
             )
             given = asked(needed, (dx, dw, offset_gradient(swept.rows, g_others)))
-        return *no_second_derivative(OP, given, g_cosine, g_others, x, weight, offset), None, None, None
+        return *no_second_derivative(OP, given, g_cosine, g_others, x, weight, offset), *[None] * 4
 
 
 def sigmoid_rows(
@@ -119,10 +123,13 @@ def sigmoid_rows(
     labels: Tensor,
     sample_weight: Tensor | None,
     options: SigmoidOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(target cosine, sum of softplus over the other classes, weight) of the rows, [N] float64."""
+    *,
+    need_largest: bool = False,
+) -> tuple[Tensor, ...]:
+    """(target cosine, sum of softplus over the other classes, weight) of the rows, [N] float64; with
+    `need_largest` their state [ROW_FIELDS, N], too."""
     x, weight = detach_without_grad(x, weight)
-    result: tuple[Tensor, Tensor, Tensor] = _SigmoidRows.apply(
-        x, weight, offset, labels, sample_weight, options
+    result: tuple[Tensor, ...] = _SigmoidRows.apply(
+        x, weight, offset, labels, sample_weight, options, need_largest
     )
     return result

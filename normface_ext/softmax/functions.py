@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from ..engine import sweep
+from ..engine.arguments import flag
 from ..engine.options import takes
 from ..engine.reduce import weighted
+from ..engine.statistics import Found, Statistics, given_back, statistics_of, with_more
 from ..reference import HeadParts, loss_of_parts
 from . import ops
 from .arguments import HeadInputs, checked_inputs, loss_options, margin_arguments, told_apart
@@ -20,11 +22,36 @@ from .margins import Margin
 from .options import HeadKeywords, HeadOptions, PartsKeywords, PartsOptions
 from .parts import head_parts as parts_op
 from .rows import rows_of, with_cosines
+from .statistics import means_of_losses
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@overload
+def normface_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    return_statistics: Literal[False] = False,
+    **options: Unpack[HeadKeywords],
+) -> Tensor: ...
+@overload
+def normface_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float | Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    return_statistics: Literal[True],
+    **options: Unpack[HeadKeywords],
+) -> tuple[Tensor, Statistics]: ...
 @takes(HeadOptions)
 def normface_loss(
     x: Tensor,
@@ -34,8 +61,9 @@ def normface_loss(
     *,
     sample_weight: Tensor | None = None,
     class_weight: Tensor | None = None,
+    return_statistics: bool = False,
     **options: Unpack[HeadKeywords],
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Statistics]:
     """loss_i = -log softmax_j(s psi(cos_ij))[y_i], fused: no N x C matrix beyond the workspace budget.
 
     Equals ``F.cross_entropy(s * F.linear(F.normalize(x), F.normalize(weight)), labels)`` up to the
@@ -70,6 +98,7 @@ def normface_loss(
             divides by the sum of sample_weight_i * class_weight_(y_i) over the rows that count.
         label_smoothing: a in [0, 1): the target gets 1 - a, and a / C goes to every class, weighted by
             class_weight, as in ``F.cross_entropy``. 0 where other classes' logits are not s cos.
+        return_statistics: also return the ``Statistics`` of the step, from the same sweep over the classes.
         workspace: bytes allowed beyond inputs and gradients; see ``normface_ext.plan``. Where they cannot be
             had, a smaller plan takes over, with a RuntimeWarning.
         check_finite: look for NaN and infinity first, in the rows that count, in the weight, in the
@@ -78,7 +107,8 @@ def normface_loss(
 
     Returns:
         A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise. The gradient of
-        the weight is accumulated in float32 and has the weight's dtype. Second derivatives raise.
+        the weight is accumulated in float32 and has the weight's dtype. Second derivatives raise. With
+        ``return_statistics`` (loss, Statistics).
 
     Raises:
         TypeError: dtypes, types.
@@ -87,8 +117,11 @@ def normface_loss(
         IndexError: a label out of range, naming the row (on CUDA the kernel prints the row and aborts,
             since a check here would stall the GPU).
     """
-    op = "normface_loss"
-    return head_loss(op, x, weight, labels, scale, sample_weight, class_weight, HeadOptions.of(op, options))
+    op, statistics = "normface_loss", flag("normface_loss", "return_statistics", return_statistics)
+    chosen = HeadOptions.of(op, options)
+    return given_back(
+        head_loss(op, x, weight, labels, scale, sample_weight, class_weight, chosen, statistics=statistics)
+    )
 
 
 def head_loss(
@@ -100,12 +133,14 @@ def head_loss(
     sample_weight: Tensor | None,
     class_weight: Tensor | None,
     options: HeadOptions,
-) -> Tensor:
+    *,
+    statistics: bool,
+) -> Found:
     """``normface_loss`` with options that have been checked."""
     inputs = checked_inputs(op, x, weight, labels, scale, sample_weight, class_weight, options)
     if isinstance(options.margin, BatchMargin):
-        return _of_batch(op, x, weight, labels, scale, inputs, options, options.margin)
-    return _fused(op, x, weight, inputs, options, options.margin)
+        return _of_batch(op, x, weight, labels, scale, inputs, options, options.margin, statistics)
+    return _fused(op, x, weight, inputs, options, options.margin, statistics)
 
 
 def _fused(
@@ -115,7 +150,8 @@ def _fused(
     inputs: HeadInputs,
     options: HeadOptions,
     found: Margin | HardNegatives | None,
-) -> Tensor:
+    statistics: bool,
+) -> Found:
     straight = options.margin_gradient == "straight"
     target, term = told_apart(found, options, inputs.labels)
     margin, numbers = margin_arguments(op, target, inputs.labels, weight.shape[0], straight)
@@ -139,6 +175,7 @@ def _fused(
         inputs.class_weight,
         given,
         term.inputs,
+        statistics=statistics,
     )
 
 
@@ -151,23 +188,25 @@ def _of_batch(
     inputs: HeadInputs,
     options: HeadOptions,
     margin: BatchMargin,
-) -> Tensor:
+    statistics: bool,
+) -> Found:
     """With a margin that looks at the batch first."""
     rows = rows_of(op, x, inputs.labels, labels, inputs.sample_weight, options, margin)
     if margin.hard_negatives:
         rows = with_cosines(rows, x, weight, inputs.labels, options)
     found = margin_of(op, margin, rows)
     if isinstance(found, (Margin, HardNegatives)):
-        loss = _fused(op, x, weight, inputs, options, found)
+        loss, told = _fused(op, x, weight, inputs, options, found, statistics)
     else:
         psi = straightened(found) if rows.straight else found
         given = inputs.labels, scale, psi, inputs.sample_weight, inputs.class_weight
-        loss = loss_of_psi(x, weight, *given, options, op=op)
+        loss, told = loss_of_psi(x, weight, *given, options, op=op, statistics=statistics)
     more = regularizer_of(op, margin, rows)
     if more is None:
-        return loss
+        return loss, told
     weights = rows_weight(rows, inputs.sample_weight)
-    return loss + weighted(weighed(more, weights), weights.sum(), options.reduction).to(loss.dtype)
+    loss = loss + weighted(weighed(more, weights), weights.sum(), options.reduction).to(loss.dtype)
+    return loss, told and with_more(told, torch.where(rows.counts, more.detach(), 0).sum())
 
 
 @takes(PartsOptions)
@@ -230,6 +269,7 @@ class Parts(NamedTuple):
     target_weight: Tensor  # the class weight of the label, without smoothing and class weights 1
     cosine_with_sum: Tensor | None  # <x_hat, sum_j u_j w_hat_j>, with smoothing
     weight_sum: Tensor | float  # sum u
+    state: Tensor  # of the rows: engine.sweep.ROW_FIELDS
 
 
 def parts(
@@ -241,6 +281,8 @@ def parts(
     sample_weight: Tensor | None,
     class_weight: Tensor | None,
     options: HeadOptions,
+    *,
+    need_largest: bool = False,
 ) -> Parts:
     """The parts of ``normface_loss`` with these options, whatever the margin; checks what it is given."""
     inputs = checked_inputs(op, x, weight, labels, scale, sample_weight, class_weight, options)
@@ -248,7 +290,15 @@ def parts(
     term = told_apart(None, options, inputs.labels)[1]
     given = loss_options(inputs.scale_value, options, x, weight, x.shape[0], classes, term=term)
     cosine, log_sum, with_sum, state = parts_op(
-        x, weight, inputs.scale, inputs.labels, inputs.sample_weight, inputs.class_weight, given, term.inputs
+        x,
+        weight,
+        inputs.scale,
+        inputs.labels,
+        inputs.sample_weight,
+        inputs.class_weight,
+        given,
+        term.inputs,
+        need_largest=need_largest,
     )
     row_weight = state[sweep.ROW_WEIGHT]
     return Parts(
@@ -260,6 +310,7 @@ def parts(
         state[sweep.TARGET_WEIGHT],
         with_sum if options.label_smoothing > 0 else None,
         float(classes) if inputs.class_weight is None else inputs.class_weight.double().sum(),
+        state,
     )
 
 
@@ -274,21 +325,46 @@ def loss_of_psi(
     options: HeadOptions,
     *,
     op: str = "normface_loss",
-) -> Tensor:
+    statistics: bool = False,
+) -> Found:
     """``normface_loss`` with options that have been checked, and with a psi made in torch instead of a
     margin: of the target cosines [N] (float64, with gradient; 0 where the row does not count)."""
-    made = parts(op, x, weight, labels, scale, sample_weight, class_weight, options)
-    loss = loss_of_parts(
-        made.target_cosine,
-        made.log_sum_others,
-        psi(made.target_cosine),
-        made.scale,
-        made.row_weight,
-        made.target_weight,
-        classes=weight.shape[0],
-        reduction=options.reduction,
-        label_smoothing=options.label_smoothing,
-        weight_sum=made.weight_sum,
-        cosine_with_sum=made.cosine_with_sum,
+    made = parts(
+        op,
+        x,
+        weight,
+        labels,
+        scale,
+        sample_weight,
+        class_weight,
+        options,
+        need_largest=statistics,
     )
-    return loss if x.dtype == torch.float64 else loss.float()
+    of_target = psi(made.target_cosine)
+
+    def loss_of_rows(
+        row_weight: Tensor, target_weight: Tensor, reduction: str, smoothing: float = options.label_smoothing
+    ) -> Tensor:
+        return loss_of_parts(
+            made.target_cosine,
+            made.log_sum_others,
+            of_target,
+            made.scale,
+            row_weight,
+            target_weight,
+            classes=weight.shape[0],
+            reduction=reduction,
+            label_smoothing=smoothing,
+            weight_sum=made.weight_sum,
+            cosine_with_sum=made.cosine_with_sum,
+        )
+
+    loss = loss_of_rows(made.row_weight, made.target_weight, options.reduction)
+    loss = loss if x.dtype == torch.float64 else loss.float()
+    if not statistics:
+        return loss, None
+    with torch.no_grad():
+        each = made.counts.double()
+        losses = loss_of_rows(each, made.target_weight, "none")
+        surprise = loss_of_rows(each, each, "none", 0.0)
+        return loss, statistics_of(means_of_losses(made.counts, losses, surprise, made.state, x.dtype))

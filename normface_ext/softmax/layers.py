@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from .. import theory
 from ..cosine.functions import scaled_cosine
 from ..cosine.options import LinearOptions
-from ..engine.arguments import choice, size
+from ..engine.arguments import choice, flag, size
 from ..engine.options import holds, takes
 from ..engine.scale import MIN_SCALE
+from ..engine.statistics import Statistics, given_back
 from . import functions, ranking, resize
 from .options import HeadKeywords, HeadOptions
 from .presets import PRESETS
@@ -31,8 +32,9 @@ Head = TypeVar("Head", bound="NormFaceLoss")
 class NormFaceLoss(HoldsTensors):
     """The normalised softmax head and its loss in one: (features [N, D], labels [N]) -> loss.
 
-    ``forward`` also takes ``sample_weight`` [N]. Without labels it gives the logits s cos [N, C], without the
-    margin: ``head(x)`` is ``head.logits(x)``. ``head.predict(x)`` gives the classes [N],
+    ``forward`` also takes ``sample_weight`` [N], and with ``return_statistics=True`` gives (loss,
+    ``Statistics``), from the same sweep over the classes. Without labels it gives the logits s cos [N, C],
+    without the margin: ``head(x)`` is ``head.logits(x)``. ``head.predict(x)`` gives the classes [N],
     ``head.accuracy(x, labels)`` the hits; both without an N x C matrix.
 
     Args:
@@ -112,26 +114,37 @@ class NormFaceLoss(HoldsTensors):
         return cls(in_features, num_classes, **{**recipe(), **changes})
 
     def forward(
-        self, features: Tensor, labels: Tensor | None = None, sample_weight: Tensor | None = None
-    ) -> Tensor:
+        self,
+        features: Tensor,
+        labels: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        *,
+        return_statistics: bool = False,
+    ) -> Tensor | tuple[Tensor, Statistics]:
         if labels is None:
-            return self._without_labels(features, sample_weight)
-        return functions.head_loss(
-            "normface_loss",
-            features,
-            self.weight,
-            labels,
-            self.bounded_scale(),
-            sample_weight,
-            self.class_weight,
-            self.present_options(),
+            return self._without_labels(features, sample_weight, return_statistics)
+        return given_back(
+            functions.head_loss(
+                "normface_loss",
+                features,
+                self.weight,
+                labels,
+                self.bounded_scale(),
+                sample_weight,
+                self.class_weight,
+                self.present_options(),
+                statistics=flag(type(self).__name__, "return_statistics", return_statistics),
+            )
         )
 
-    def _without_labels(self, features: Tensor, sample_weight: Tensor | None) -> Tensor:
+    def _without_labels(
+        self, features: Tensor, sample_weight: Tensor | None, return_statistics: bool
+    ) -> Tensor:
+        owner = type(self).__name__
         if sample_weight is not None:
-            raise ValueError(
-                f"{type(self).__name__}: expected `labels` together with `sample_weight`, got None"
-            )
+            raise ValueError(f"{owner}: expected `labels` together with `sample_weight`, got None")
+        if flag(owner, "return_statistics", return_statistics):
+            raise ValueError(f"{owner}: expected `labels` together with `return_statistics`, got None")
         return self.logits(features)
 
     def logits(self, x: Tensor) -> Tensor:

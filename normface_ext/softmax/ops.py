@@ -3,7 +3,7 @@ checks, no defaults."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,16 +12,20 @@ from torch.autograd import Function
 
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative
 from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of
+from ..engine.statistics import Means, Statistics, statistics_of
 from ..engine.sweep import (
     ALL_SLOPES,
     NO_INPUTS,
+    ROW_WEIGHT,
     SLOPE_FIELDS,
+    TARGET_WEIGHT,
     SweepOptions,
     Swept,
     TermInputs,
     head_backward,
     head_sweep_in_memory,
 )
+from .statistics import means_of_losses
 
 #: m1, m2 and m3, where they are tensors: [] or [N].
 MarginTensors = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -72,6 +76,28 @@ def softmax_finish(
     return result
 
 
+def means_of_rows(
+    rows: Tensor,
+    x: Tensor,
+    class_sum: Tensor,
+    scale: Tensor | None,
+    margin: MarginTensors,
+    options: LossOptions,
+    *,
+    weighted: bool,
+) -> Means:
+    """What the statistics are made of, from sums over all classes; `weighted` by class."""
+    told, counts, each = replace(options, reduction=0), rows[ROW_WEIGHT] != 0, rows.clone()
+    each[ROW_WEIGHT] = counts.to(rows.dtype)
+    losses, _ = softmax_finish(each, x, class_sum, scale, margin, told)
+    surprise = losses  # -ln p_y
+    if weighted or options.smoothing > 0:
+        each[TARGET_WEIGHT] = 1.0
+        told = replace(told, smoothing=0.0)
+        surprise, _ = softmax_finish(each, x, class_sum.new_empty(0), scale, margin, told)
+    return means_of_losses(counts, losses, surprise, rows, x.dtype)
+
+
 def margin_gradients(
     grad_loss: Tensor, slopes: Tensor, margin: MarginTensors, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
@@ -89,6 +115,8 @@ def margin_gradients(
 
 
 class _NormFaceLoss(Function):
+    """The loss, and without gradient what its statistics are made of, where they are wanted."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -104,7 +132,8 @@ class _NormFaceLoss(Function):
         threshold: Tensor | None,
         numbers: Tensor | None,
         options: LossOptions,
-    ) -> Tensor:
+        statistics: bool,
+    ) -> Any:
         labels, margin = labels.contiguous(), (m1, m2, m3)
         need_x, need_weight = ctx.needs_input_grad[:2]
         swept, options = head_sweep_in_memory(
@@ -118,6 +147,7 @@ class _NormFaceLoss(Function):
             op="normface_loss",
             need_x=need_x,
             need_weight=need_weight,
+            need_largest=statistics,
             term=TermInputs(threshold, numbers),
         )
         loss, slopes = softmax_finish(
@@ -132,10 +162,17 @@ class _NormFaceLoss(Function):
         told = labels, class_weight, threshold, numbers
         ctx.save_for_backward(x, weight, scale, *margin, *told, slopes, *swept)
         ctx.options = options
-        return loss
+        if not statistics:
+            return loss
+        weighted = class_weight is not None
+        means = means_of_rows(
+            swept.rows, x.contiguous(), swept.class_sum, scale, margin, options, weighted=weighted
+        )
+        ctx.mark_non_differentiable(*means)
+        return loss, *means
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor, *rest: Any) -> Any:
         x, weight, scale, m1, m2, m3, labels, class_weight, *saved = ctx.saved_tensors
         threshold, numbers, slopes, *swept = saved
         needed = ctx.needs_input_grad[:3]
@@ -156,7 +193,7 @@ class _NormFaceLoss(Function):
             of_margin = margin_gradients(grad_loss, slopes, (m1, m2, m3), ctx.needs_input_grad[3:6])
         given = (*asked(needed, gradients), *of_margin)
         raising = no_second_derivative("normface_loss", given, grad_loss, x, weight, scale, m1, m2, m3)
-        return *raising, *[None] * 6
+        return *raising, *[None] * 7
 
 
 def normface_loss(
@@ -169,9 +206,14 @@ def normface_loss(
     class_weight: Tensor | None,
     options: LossOptions,
     term: TermInputs = NO_INPUTS,
-) -> Tensor:
+    *,
+    statistics: bool = False,
+) -> tuple[Tensor, Statistics | None]:
     x, weight = detach_without_grad(x, weight)
-    result: Tensor = _NormFaceLoss.apply(
-        x, weight, scale, *margin, labels, sample_weight, class_weight, *term, options
+    result = _NormFaceLoss.apply(
+        x, weight, scale, *margin, labels, sample_weight, class_weight, *term, options, statistics
     )
-    return result
+    if not statistics:
+        return result, None
+    loss, *means = result
+    return loss, statistics_of((means[0], means[1]))

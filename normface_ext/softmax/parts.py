@@ -29,6 +29,7 @@ class _HeadParts(Function):
         threshold: Tensor | None,
         numbers: Tensor | None,
         options: ops.LossOptions,
+        need_largest: bool,
     ) -> tuple[Tensor, ...]:
         labels = labels.contiguous()
         need_x, need_weight = ctx.needs_input_grad[:2]
@@ -43,6 +44,7 @@ class _HeadParts(Function):
             op="normface_loss",
             need_x=need_x,
             need_weight=need_weight,
+            need_largest=need_largest,
             term=sweep.TermInputs(threshold, numbers),
         )
         rows = swept.rows
@@ -83,7 +85,7 @@ class _HeadParts(Function):
             )
         given = asked(needed, gradients)
         origins = g_cosine, g_log_sum, g_with_sum, x, weight, scale
-        return *no_second_derivative("head_parts", given, *origins), *[None] * 6
+        return *no_second_derivative("head_parts", given, *origins), *[None] * 7
 
 
 def _with_class_sum(x: Tensor, class_sum: Tensor, counts: Tensor, options: ops.LossOptions) -> Tensor:
@@ -105,10 +107,12 @@ def head_parts(
     class_weight: Tensor | None,
     options: ops.LossOptions,
     term: sweep.TermInputs = sweep.NO_INPUTS,
+    *,
+    need_largest: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(c_y [N], ln S_o [N], with smoothing <x_hat, U> [N], the rows' state [ROW_FIELDS, N]), float64."""
     x, weight = detach_without_grad(x, weight)
     result: tuple[Tensor, Tensor, Tensor, Tensor] = _HeadParts.apply(
-        x, weight, scale, labels, sample_weight, class_weight, *term, options
+        x, weight, scale, labels, sample_weight, class_weight, *term, options, need_largest
     )
     return result
