@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .agents.options import (
     TripletOptions,
 )
 from .engine.options import takes
+from .engine.statistics import LEFT_TO_LEARN, Statistics
 from .sigmoid.options import SphereFace2Keywords, SphereFace2Options
 from .softmax.batch_margins import BatchMargin, Psi, Rows, straightened
 from .softmax.hard_negatives import HardNegatives, filtered
@@ -30,6 +31,9 @@ from .softmax.margins import NO_MARGIN, ArcFace, CombinedMargin, CosFace, Margin
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+#: A loss, or with ``return_statistics`` (loss, Statistics).
+Result = Tensor | Any
 
 #: sin(theta) is held at this floor, which keeps value and slope finite at cos theta = +-1.
 SIN_FLOOR = 1e-4
@@ -270,6 +274,26 @@ def loss_of_parts(
     return _weighted(losses, (row_weight * target_weight).sum(), reduction)
 
 
+@torch.no_grad()
+def statistics(cos: Tensor, labels: Tensor, kept: Tensor, losses: Tensor, active: Tensor) -> Statistics:
+    """Plain means over the rows that count, from all cosines [N, C] and the rows' own losses [N]."""
+    number, safe = kept.sum(), labels.long().clamp(0, cos.shape[1] - 1)[:, None]
+    own = cos.gather(1, safe)
+    nearer = (~(cos <= own)).scatter(1, safe, False)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(kept, values.double(), 0).sum() / number.clamp_min(1)
+
+    target = own[:, 0].double()
+    angle = torch.rad2deg(target.clamp(-1, 1).acos())
+    return Statistics(mean(losses), mean(target), mean(angle), mean(~nearer.any(1)), mean(active), number)
+
+
+def _learns(probability: Tensor) -> Tensor:
+    """Whether what is not yet where it belongs is worth learning; NaN is."""
+    return ~(probability <= LEFT_TO_LEARN)
+
+
 def _weighted(losses: Tensor, total_weight: Tensor, reduction: str) -> Tensor:
     """The mean divides by the sum of the weights, and is 0 where that is 0."""
     if reduction == "none":
@@ -300,7 +324,8 @@ def normface_loss(
     sample_weight: Tensor | None = None,
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
-) -> Tensor:
+    return_statistics: bool = False,
+) -> Result:
     """loss_i = -log softmax_j(s psi(c_ij))[y_i], psi on the target column only (paper section 3.2).
 
     With class weights u and smoothing a: (1 - a) u_y loss_iy + a/C sum_j u_j loss_ij. The mean divides by the
@@ -333,15 +358,19 @@ def normface_loss(
     of_class = cos.new_ones(weight.shape[0]) if class_weight is None else class_weight.to(cos.dtype)
     of_row = cos.new_ones(x.shape[0]) if sample_weight is None else sample_weight.to(cos.dtype)
     of_target = of_class[safe.squeeze(1)]
-    losses = (1 - label_smoothing) * of_target * every.gather(1, safe).squeeze(1)
+    surprise = every.gather(1, safe).squeeze(1)
+    each = (1 - label_smoothing) * of_target * surprise
     if label_smoothing > 0:
-        losses = losses + label_smoothing / weight.shape[0] * (every * of_class).sum(1)
-    losses = torch.where(kept, of_row * losses, 0)
+        each = each + label_smoothing / weight.shape[0] * (every * of_class).sum(1)
+    losses = torch.where(kept, of_row * each, 0)
     loss = _weighted(losses, torch.where(kept, of_row * of_target, 0).sum(), reduction)
-    if more is None:
+    if more is not None:
+        weights = torch.where(kept, of_row.double(), 0)
+        loss = loss + _weighted(weights * more, weights.sum(), reduction).to(loss.dtype)
+        each = each + more
+    if not return_statistics:
         return loss
-    weights = torch.where(kept, of_row.double(), 0)
-    return loss + _weighted(weights * more, weights.sum(), reduction).to(loss.dtype)
+    return loss, statistics(cos, labels, kept, each, _learns(-torch.expm1(-surprise)))
 
 
 def inner_distance(
@@ -407,12 +436,15 @@ def c_contrastive_loss(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    return_statistics: bool = False,
     **options: Unpack[ContrastiveKeywords],
-) -> Tensor:
+) -> Result:
     """loss_i = w+ min(T, (d_iy - m+)_+) + w- sum_{j != y} (m- - d_ij)_+ (paper section 4)."""
     o = ContrastiveOptions.of("c_contrastive_loss", options)
     distances = _agent_distances(x, weight, labels, sample_weight, o)
-    return contrastive_of_distances(distances, labels, sample_weight=sample_weight, **options)
+    return contrastive_of_distances(
+        distances, labels, sample_weight=sample_weight, return_statistics=return_statistics, **options
+    )
 
 
 @takes(ContrastiveOptions)
@@ -421,15 +453,20 @@ def contrastive_of_distances(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    return_statistics: bool = False,
     **options: Unpack[ContrastiveKeywords],
-) -> Tensor:
+) -> Result:
     """``c_contrastive_loss`` of given distances [N, C]."""
     o = ContrastiveOptions.of("contrastive_of_distances", options)
     kept = _kept(labels, o.ignore_index, sample_weight)
-    target, others = _split(_counting(_wide(distances), kept), labels)
-    positive = (target - o.pos_margin).clamp(0, o.positive_outlier_thresh)
+    every = _counting(_wide(distances), kept)
+    target, others = _split(every, labels)
+    excess = target - o.pos_margin
+    positive = excess.clamp(0, o.positive_outlier_thresh)
+    pulled = ~((excess <= 0) | (excess > o.positive_outlier_thresh))
     if o.max_positive_only and len(labels):
         best = torch.where(kept, positive, -torch.inf).argmax()
+        pulled &= torch.arange(len(labels), device=labels.device) == best
         positive = torch.where(torch.arange(len(labels), device=labels.device) == best, positive, 0)
     if o.hardest_only:
         others = others.gather(1, others.argmin(1, keepdim=True))
@@ -437,13 +474,15 @@ def contrastive_of_distances(
     terms = (-others).exp() if o.exp_negative_weight else o.neg_margin - others
     dropped = (target > o.positive_upper_bound) & o.positive_first
     terms = torch.where(active & kept[:, None] & ~dropped[:, None], terms, 0)
+    learns = (pulled & (o.pos_weight != 0)) | ((terms != 0).any(1) & (o.neg_weight != 0))
     if o.normalize_negative is not None:
         slopes = terms if o.exp_negative_weight else (terms != 0).to(terms.dtype)
         mean = _reduce(slopes.sum(1).detach(), kept, "mean", sample_weight)
         size = abs(o.neg_weight) * mean.abs() / o.normalize_negative
         terms = terms / torch.where((size > o.pos_weight) & (size > 0), size, 1)
     losses = o.pos_weight * positive + o.neg_weight * terms.sum(1)
-    return _reduce(losses, kept, o.reduction, sample_weight)
+    loss = _reduce(losses, kept, o.reduction, sample_weight)
+    return (loss, statistics(1 - every / 2, labels, kept, losses, learns)) if return_statistics else loss
 
 
 @takes(ContrastiveOptions)
@@ -471,12 +510,15 @@ def c_triplet_loss(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    return_statistics: bool = False,
     **options: Unpack[TripletKeywords],
-) -> Tensor:
+) -> Result:
     """loss_i = w- sum_{j != y} (m + d_iy - d_ij)_+ [+ w+ d_iy] (paper section 4)."""
     o = TripletOptions.of("c_triplet_loss", options)
     distances = _agent_distances(x, weight, labels, sample_weight, o)
-    return triplet_of_distances(distances, labels, sample_weight=sample_weight, **options)
+    return triplet_of_distances(
+        distances, labels, sample_weight=sample_weight, return_statistics=return_statistics, **options
+    )
 
 
 @takes(TripletOptions)
@@ -485,21 +527,26 @@ def triplet_of_distances(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    return_statistics: bool = False,
     **options: Unpack[TripletKeywords],
-) -> Tensor:
+) -> Result:
     """``c_triplet_loss`` of given distances [N, C]."""
     o = TripletOptions.of("triplet_of_distances", options)
     kept = _kept(labels, o.ignore_index, sample_weight)
-    target, others = _split(_counting(_wide(distances), kept), labels)
+    every = _counting(_wide(distances), kept)
+    target, others = _split(every, labels)
     if o.hardest_only:
         others = others.gather(1, others.argmin(1, keepdim=True))
     excess = o.margin + target[:, None] - others
     terms = torch.where(~(excess <= 0), excess, 0)
     dropped = (target > o.positive_upper_bound) & o.positive_first
-    losses = o.neg_weight * torch.where(dropped, 0, terms.sum(1))
+    negatives = torch.where(dropped, 0, terms.sum(1))
+    losses, learns = o.neg_weight * negatives, (negatives != 0) & (o.neg_weight != 0)
     if o.add_center_loss:
         losses = losses + o.pos_weight * target
-    return _reduce(losses, kept, o.reduction, sample_weight)
+        learns = learns | (~(target <= 0) & (o.pos_weight != 0))
+    loss = _reduce(losses, kept, o.reduction, sample_weight)
+    return (loss, statistics(1 - every / 2, labels, kept, losses, learns)) if return_statistics else loss
 
 
 @takes(TripletOptions)
@@ -534,8 +581,9 @@ def sphereface2_loss(
     bias: float | Tensor,
     *,
     sample_weight: Tensor | None = None,
+    return_statistics: bool = False,
     **options: Unpack[SphereFace2Keywords],
-) -> Tensor:
+) -> Result:
     """loss_i = W [alpha softplus(-z_iy) + (1 - alpha) sum_{j != y} softplus(z_ij)] (SphereFace2, form C)."""
     o = SphereFace2Options.of("sphereface2_loss", options)
     kept = _kept(labels, o.ignore_index, sample_weight)
@@ -546,9 +594,12 @@ def sphereface2_loss(
     target = sigmoid_logits(cos.gather(1, safe)[:, 0], o.r, b - o.r * o.m, o.t, straight)
     others = sigmoid_logits(cos, o.r, b + o.r * o.m, o.t, straight).scatter(1, safe, -torch.inf)
     each = o.alpha * _softplus(-target) + (1 - o.alpha) * _softplus(others).sum(1)
-    return _reduce(
-        (50 / o.r if o.loss_weight is None else o.loss_weight) * each, kept, o.reduction, sample_weight
-    )
+    losses = (50 / o.r if o.loss_weight is None else o.loss_weight) * each
+    loss = _reduce(losses, kept, o.reduction, sample_weight)
+    if not return_statistics:
+        return loss
+    learns = _learns(torch.sigmoid(-target)) | _learns(others.sigmoid().sum(1))
+    return loss, statistics(cos, labels, kept, losses, learns)
 
 
 def _softplus(z: Tensor) -> Tensor:
