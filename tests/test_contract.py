@@ -207,7 +207,7 @@ DEFAULTS = {
     "scale_value": 30.0, "m1": None, "m2": None, "m3": None, "m1_value": 1.0, "m2_value": 0.0,
     "m3_value": 0.0, "need_margin": False, "formula": 0, "guard": 0, "straight": False, "reduction": 1,
     "ignore_index": -100, "workspace": 1 << 30, "product": "auto", "threshold": None, "numbers": None,
-    "term": 0, "lowest": -1.0, "highest": 1.0, "sink": 0, "capacity": 0,
+    "term": 0, "lowest": -1.0, "highest": 1.0, "centers": 1, "sink": 0, "capacity": 0,
     "store": False, "need_class_sum": False, "total_classes": 8, "is_shard": False, "shift": None,
     "need_x": True, "need_weight": True, "need_scale": True,
     "product_precision": torch.float32,

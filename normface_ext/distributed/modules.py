@@ -25,12 +25,12 @@ Head = NormFaceLoss | CContrastiveLoss | CTripletLoss | SphereFace2Loss
 class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
     """``NormFaceLoss`` with its classes spread over the ranks of a mesh; made by :func:`shard_head`.
 
-    ``weight`` is a DTensor ``Shard(0)`` of [num_classes, D], with ``sub_centers`` K of [num_classes, K, D], so
-    that no class is split; optimizers, ``state_dict`` and
-    ``torch.distributed.checkpoint`` take it as it is. ``forward`` is called by all ranks together, with the
-    rows of each; see ``distributed.normface_loss`` for what it returns and what it costs. In eval mode all
-    classes take part. So are ``logits``, ``predict`` and ``accuracy``, and those give what is found of this
-    rank's rows alone. ``copy.deepcopy`` makes a head among the same ranks.
+    ``weight`` is a DTensor ``Shard(0)`` of [num_classes, D], with ``sub_centers`` K of [num_classes, K, D] so
+    that no class is split; optimizers, ``state_dict`` and ``torch.distributed.checkpoint`` take it as it is.
+    ``forward`` is called by all ranks together, with the rows of each; see ``distributed.normface_loss`` for
+    what it returns and what it costs. In eval mode all classes take part. So are ``logits``, ``predict``,
+    ``accuracy`` and ``centers_of``, and those give what is found of this rank's rows alone.
+    ``copy.deepcopy`` makes a head among the same ranks.
     """
 
     def __init__(

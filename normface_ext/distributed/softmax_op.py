@@ -91,7 +91,8 @@ class ClassParallelLoss(Function):
     """As ``ops._NormFaceLoss``, with the row sums added over shards between the stages.
 
     ``weight`` is the shard [C_local, D], or [C_local, centers, D]; with ``rows`` [K] only those of its
-    classes take part, and its gradient is a sparse tensor of them (``first`` says what its row 0 is called there).
+    classes take part, and its gradient is a sparse tensor of them (``first`` says what its row 0 is called
+    there).
     """
 
     @staticmethod

@@ -12,11 +12,6 @@ import torch
 from torch import Tensor
 
 from ..engine import checks, sweep
-from ..engine.arguments import size
-
-
-def sub_centers(op: str, name: str, value: object) -> int:
-    return size(op, name, value)
 
 
 def class_count(op: str, weight: Tensor, centers: int) -> int:
@@ -34,7 +29,7 @@ def class_count(op: str, weight: Tensor, centers: int) -> int:
 
 def by_class(rows: Tensor, centers: int) -> Tensor:
     """[C centers, ...] -> [C, centers, ...], a view: what is spread over ranks, by its classes."""
-    return rows.unflatten(0, (-1, centers))
+    return rows.view(rows.shape[0] // centers, centers, *rows.shape[1:])
 
 
 def as_rows(of_classes: Tensor) -> Tensor:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from ..engine import checks
-from ..engine.arguments import Range, choice, flag, number
+from ..engine.arguments import Range, choice, flag, number, size
 from ..engine.options import Options, declared, option
 from .batch_margins import BatchMargin
-from .centers import sub_centers
 from .margins import Margin, margin_argument
 
 _COSINES = Range("in [-1, 1]", -1.0, 1.0)
@@ -29,7 +28,7 @@ class HeadOptions(Options):
     margin: Margin | None = option(None, margin_argument)
     margin_gradient: str = option("exact", margin_gradient)
     filter_threshold: float | None = option(None, filter_threshold)
-    sub_centers: int = option(1, sub_centers)
+    sub_centers: int = option(1, size)
     reduction: str = option("mean", checks.reduction)
     ignore_index: int | None = option(-100, checks.ignore_index)
     eps: float = option(1e-12, checks.eps)
@@ -79,7 +78,7 @@ class HeadKeywords(TypedDict, total=False):
 @declared
 @dataclass(frozen=True)
 class PartsOptions(Options):
-    sub_centers: int = option(1, sub_centers)
+    sub_centers: int = option(1, size)
     ignore_index: int | None = option(-100, checks.ignore_index)
     eps: float = option(1e-12, checks.eps)
     workspace: int | None = option(None, checks.workspace)
@@ -97,7 +96,7 @@ class PartsKeywords(TypedDict, total=False):
 @declared
 @dataclass(frozen=True)
 class NearestOptions(Options):
-    sub_centers: int = option(1, sub_centers)
+    sub_centers: int = option(1, size)
     eps: float = option(1e-12, checks.eps)
     workspace: int | None = option(None, checks.workspace)
 
