@@ -31,6 +31,7 @@ CHECKED_ELSEWHERE = {
     "pair_distance": "test_inner_distance.py",
     "pair_distance_backward": "test_inner_distance.py",
     "target_cosine": "test_metric_losses.py",
+    "target_center": "test_sub_centers.py",
     "hinge_threshold": "test_metric_losses.py",
     "hinge_slopes": "test_metric_losses.py",
     "hinge_pairs": "test_metric_losses.py",
@@ -39,6 +40,7 @@ CHECKED_ELSEWHERE = {
 #: Ops that are a step of another one, which has the function, the reference and the gradient.
 STEPS = {
     "target_cosine": "head_sweep",
+    "target_center": "head_sweep",
     **dict.fromkeys(("hinge_threshold", "hinge_slopes", "hinge_pairs"), "cosine_pairs"),
 }
 #: Ops that users reach under other names.
