@@ -58,6 +58,8 @@ std::string sentence(Refusal refusal, const Product& p, const ProductShape& s, c
       return "is the softmax's only";
     case Refusal::kHeld:
       return "leaves too little in memory";
+    case Refusal::kCenters:
+      return "does not write the scores, of which those of a class's centers are compared";
     case Refusal::kType:
       return "does not take operands of " + std::to_string(s.item) + " bytes";
     case Refusal::kAlignment:
@@ -92,9 +94,9 @@ py::dict described(const Way& way, const ProductShape& s, const DeviceFacts& d) 
 
 // The way that nf.plan() tells and the ops take; its chunk is 0 where not even one class fits, and then its bytes
 // are the least that would do.
-py::dict chosen_way(int64_t batch, int64_t dim, int64_t classes, int64_t item, bool softmax,
+py::dict chosen_way(int64_t batch, int64_t dim, int64_t classes, int64_t item, bool softmax, int64_t centers,
                     const Facts& facts, int64_t budget) {
-  const ProductShape s{batch, dim, classes, item, softmax};
+  const ProductShape s{batch, dim, classes, item, softmax, Held::kNothing, centers};
   const DeviceFacts d = facts_of(facts);
   const StoreRule rule = store_rule(kProducts, s, d);
   const bool store = rule(batch, classes, budget);
@@ -102,9 +104,9 @@ py::dict chosen_way(int64_t batch, int64_t dim, int64_t classes, int64_t item, b
 }
 
 // Every way there is on such a device.
-py::list all_ways(int64_t batch, int64_t dim, int64_t classes, int64_t item, bool softmax, const Facts& facts,
-                  int64_t budget) {
-  const ProductShape s{batch, dim, classes, item, softmax};
+py::list all_ways(int64_t batch, int64_t dim, int64_t classes, int64_t item, bool softmax, int64_t centers,
+                  const Facts& facts, int64_t budget) {
+  const ProductShape s{batch, dim, classes, item, softmax, Held::kNothing, centers};
   const DeviceFacts d = facts_of(facts);
   py::list ways;
   for (const Product& p : kProducts) {
@@ -119,8 +121,9 @@ py::list all_ways(int64_t batch, int64_t dim, int64_t classes, int64_t item, boo
 }
 
 // The coefficients of StoreRule: (parts of a byte, memory, later, cells in the cache).
-py::tuple rule_of(int64_t dim, int64_t item, bool softmax, const Facts& facts) {
-  const StoreRule rule = store_rule(kProducts, {0, dim, 0, item, softmax}, facts_of(facts));
+py::tuple rule_of(int64_t dim, int64_t item, bool softmax, int64_t centers, const Facts& facts) {
+  const ProductShape shape{0, dim, 0, item, softmax, Held::kNothing, centers};
+  const StoreRule rule = store_rule(kProducts, shape, facts_of(facts));
   const auto listed = [](const Polynomial* p, int count) {
     py::tuple all(static_cast<size_t>(count));
     for (int k = 0; k < count; ++k)

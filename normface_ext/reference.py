@@ -105,6 +105,11 @@ def cosine(x: Tensor, weight: Tensor, eps: float = 1e-12, normalize_input: bool 
     return x @ _unit(weight, 1, 2, eps)[0].t()
 
 
+def _pooled(cosines: Tensor, sub_centers: int) -> Tensor:
+    """Of a class the nearest of its centres, of equal ones the first: [N, C K] -> [N, C]."""
+    return cosines.view(len(cosines), -1, sub_centers).max(2).values
+
+
 def norm_linear(
     x: Tensor,
     weight: Tensor,
@@ -117,18 +122,27 @@ def norm_linear(
     return (scale * cosine(x, weight, eps, normalize_input)).to(x.dtype)
 
 
-def nearest_class(x: Tensor, weight: Tensor, *, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
+def nearest_class(
+    x: Tensor, weight: Tensor, *, sub_centers: int = 1, eps: float = 1e-12
+) -> tuple[Tensor, Tensor]:
     """(argmax_j cos_ij, of equal ones the first, and that cosine), [N] each."""
-    best = cosine(x, weight, eps).detach().max(1)
+    best = _pooled(cosine(x, weight, eps).detach(), sub_centers).max(1)
     return best.indices, best.values
 
 
 def target_rank(
-    x: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int | None = -100, eps: float = 1e-12
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sub_centers: int = 1,
+    ignore_index: int | None = -100,
+    eps: float = 1e-12,
 ) -> Tensor:
     """#{j : cos_ij > cos_iy}, int64 [N]; -1 where the row is ignored."""
-    cosines, kept = cosine(x, weight, eps).detach(), _kept(labels, ignore_index, None)
-    own = cosines.gather(1, labels.long().clamp(0, len(weight) - 1)[:, None])
+    cosines = _pooled(cosine(x, weight, eps).detach(), sub_centers)
+    kept = _kept(labels, ignore_index, None)
+    own = cosines.gather(1, labels.long().clamp(0, cosines.shape[1] - 1)[:, None])
     return torch.where(kept, (cosines > own).sum(1), -1)
 
 
@@ -222,14 +236,15 @@ def head_parts(
     labels: Tensor,
     scale: float | Tensor,
     *,
+    sub_centers: int = 1,
     ignore_index: int | None = -100,
     eps: float = 1e-12,
 ) -> HeadParts:
     """(c_y, ln sum_{j != y} exp(s c_j), which rows count), in float64; 0 where a row does not count."""
     kept = _kept(labels, ignore_index, None)
-    cos = cosine(_counting(x.double(), kept), weight.double(), eps)
-    own = labels.clamp(0, weight.shape[0] - 1)[:, None]
-    others = torch.arange(weight.shape[0], device=labels.device) != own  # [N, C]
+    cos = _pooled(cosine(_counting(x.double(), kept), weight.double(), eps), sub_centers)
+    own = labels.clamp(0, cos.shape[1] - 1)[:, None]
+    others = torch.arange(cos.shape[1], device=labels.device) != own  # [N, C]
     rest = cos[others].view(cos.shape[0], -1)
     logits = _column(scale) * rest
     return HeadParts(
@@ -318,6 +333,7 @@ def normface_loss(
     margin: Margin | None = None,
     margin_gradient: str = "exact",
     filter_threshold: float | None = None,
+    sub_centers: int = 1,
     reduction: str = "mean",
     ignore_index: int | None = -100,
     eps: float = 1e-12,
@@ -334,8 +350,8 @@ def normface_loss(
     """
     kept = _kept(labels, ignore_index, sample_weight)
     counting = _counting(x, kept)
-    cos = cosine(counting, weight, eps)
-    safe = labels.clamp(0, weight.shape[0] - 1)[:, None]
+    cos = _pooled(cosine(counting, weight, eps), sub_centers)
+    safe = labels.clamp(0, cos.shape[1] - 1)[:, None]
     own = cos.gather(1, safe).squeeze(1)
     chosen: Margin | Psi | HardNegatives = margin or NO_MARGIN
     more = None

@@ -31,6 +31,7 @@ CHECKED_ELSEWHERE = {
     "pair_distance": "test_inner_distance.py",
     "pair_distance_backward": "test_inner_distance.py",
     "target_cosine": "test_metric_losses.py",
+    "target_center": "test_sub_centers.py",
     "hinge_threshold": "test_metric_losses.py",
     "hinge_slopes": "test_metric_losses.py",
     "hinge_pairs": "test_metric_losses.py",
@@ -39,6 +40,7 @@ CHECKED_ELSEWHERE = {
 #: Ops that are a step of another one, which has the function, the reference and the gradient.
 STEPS = {
     "target_cosine": "head_sweep",
+    "target_center": "head_sweep",
     **dict.fromkeys(("hinge_threshold", "hinge_slopes", "hinge_pairs"), "cosine_pairs"),
 }
 #: Ops that users reach under other names.
@@ -208,7 +210,7 @@ DEFAULTS = {
     "scale_value": 30.0, "m1": None, "m2": None, "m3": None, "m1_value": 1.0, "m2_value": 0.0,
     "m3_value": 0.0, "need_margin": False, "formula": 0, "guard": 0, "straight": False, "reduction": 1,
     "ignore_index": -100, "workspace": 1 << 30, "product": "auto", "threshold": None, "numbers": None,
-    "term": 0, "lowest": -1.0, "highest": 1.0, "sink": 0, "capacity": 0,
+    "term": 0, "lowest": -1.0, "highest": 1.0, "centers": 1, "sink": 0, "capacity": 0,
     "store": False, "need_class_sum": False, "need_largest": False, "total_classes": 8,
     "is_shard": False, "shift": None,
     "need_x": True, "need_weight": True, "need_scale": True,

@@ -69,12 +69,13 @@ void largest_logits(const HeadShape& shape, const HeadInputs& in, const RowTerms
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
     T* unit = w_hat.data + slot * shape.chunk * D;
     T* tile_scores = scores.data + slot * N * shape.chunk;
-    unit_rows(w, tile.first, tile.width, T(in.eps), unit, inverse.data + slot * shape.chunk);
+    unit_rows(w, tile, T(in.eps), unit, inverse.data + slot * shape.chunk);
     score_tile(shape, x_hat, unit, tile, tile_scores);
+    PooledRow<T> pooled(tile);
     for (int64_t i = 0; i < N; ++i) {
       T& best = largest.data[slot * N + i];
+      const T* row = pooled.of(tile_scores + i * tile.width);
       around_target(labels.data[i], tile, [&](int64_t begin, int64_t end) {
-        const T* row = tile_scores + i * tile.width;
         best = std::max(best, terms.largest(row + begin, end - begin, terms.rows[size_t(i)], terms.numbers));
       });
     }
@@ -131,7 +132,7 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
     T* unit = w_hat.data + slot * shape.chunk * D;
     T* e = stored != nullptr ? stored + N * tile.first : scores.data + slot * N * shape.chunk;
-    unit_rows(w, tile.first, tile.width, T(in.eps), unit, inverse_norm + tile.first);
+    unit_rows(w, tile, T(in.eps), unit, inverse_norm + tile.first);
     if (class_sum != nullptr) {
       T* sum = class_sums.data + slot * (D + 1);
       for (int64_t j = 0; j < tile.width; ++j) {

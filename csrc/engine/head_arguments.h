@@ -6,6 +6,11 @@
 // labels [N] int64; sample_weight [N] and class_weight [C] in the accumulator dtype. The scale, m1, m2 and m3
 // are floats, or floating tensors [] or [N] on the device of x, which stand for the `..._value` then.
 // threshold [N] and numbers [kNumbers], float64, are what the `term` (terms.h) wants of them.
+//
+// A class may have several `centers`: then weight is [C centers, D], the rows of class j being j centers + k, and a
+// label is a row of it, the one that target_center finds. No row of the label's class is a cell; of any other class
+// the one nearest to x_i is (math/centers.h), and the coefficients of the others are 0. "Classes" below are rows
+// of weight, but for total_classes.
 // Empty outputs (numel 0) are results that were not asked for.
 #pragma once
 
@@ -34,6 +39,7 @@ struct HeadOptions {
 struct SweepOptions : HeadOptions {
   int64_t term;            // Term
   double lowest, highest;  // range of what the term makes of a cosine, for the shift
+  int64_t centers;         // of a class
   int64_t workspace;       // bytes beyond inputs and gradients
   std::string product;     // "auto", or a name of products.h
   ScalarType product_precision;
@@ -45,6 +51,7 @@ struct SweepOptions : HeadOptions {
     f("term", term);
     f("lowest", lowest);
     f("highest", highest);
+    f("centers", centers);
     f("workspace", workspace);
     f("product", product);
     f("product_precision", product_precision);
@@ -190,6 +197,7 @@ struct HeadBackwardArguments : HeadInputs {
 inline void check_inputs(const char* op, const HeadInputs& in) {
   check_head(op, in.x, in.weight, in.is_shard ? 0 : 1);
   check_labels(op, in.labels, in.x.size(0));
+  check_centers(op, in.centers, in.weight);
   check_row_numbers(op, "scale", in.scale, in.x);
   check_weights(op, "class_weight", in.class_weight, in.x, in.weight.size(0));
   if (in.term < 0 || in.term >= kTerms)
@@ -224,6 +232,8 @@ inline void check_sweep(const HeadSweepArguments& in) {
       (in.sink == kHardest && in.capacity != 1))
     fail(in.kName, ": expected `capacity` of at least 0, 0 without a sink, 1 for the hardest; got ",
          in.capacity);
+  if (in.centers > 1 && (in.sink != kNoSink || in.need_class_sum))
+    fail(in.kName, ": expected neither a `sink` nor `need_class_sum` with ", in.centers, " `centers`");
   if (in.sink == kHardest && (in.store || in.need_x))
     fail(in.kName,
          ": expected neither `store` nor `need_x` with the hardest, whose gradient is that of one class");

@@ -49,6 +49,9 @@ constexpr const char* kSlopeNames[kAllSlopes] = {"others", "target", "uniform", 
 // Instead of a label: the row counts, and its target is a class of another shard.
 constexpr long long kElsewhere = -1;
 
+// The label of a row that does not count, where labels have become rows of the weight (target_center).
+constexpr long long kIgnored = -2;
+
 // The place of a label's class among the `width` classes from `first` on, -1 where it is not there. What
 // stands for no class (an ignored row) may be any int64, whose difference to `first` need not exist.
 NF_HD int64_t target_place(int64_t label, int64_t first, int64_t width) {

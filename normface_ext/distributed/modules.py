@@ -10,8 +10,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial
 
 from ..agents.layers import CContrastiveLoss, CTripletLoss
-from ..cosine.functions import scaled_cosine
-from ..cosine.options import LinearOptions
 from ..engine.arguments import RATE, flag, integer, number
 from ..engine.statistics import Statistics, given_back
 from ..sigmoid.layers import SphereFace2Loss
@@ -28,11 +26,12 @@ Head = NormFaceLoss | CContrastiveLoss | CTripletLoss | SphereFace2Loss
 class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
     """``NormFaceLoss`` with its classes spread over the ranks of a mesh; made by :func:`shard_head`.
 
-    ``weight`` is a DTensor ``Shard(0)`` of [num_classes, D]; optimizers, ``state_dict`` and
-    ``torch.distributed.checkpoint`` take it as it is. ``forward`` is called by all ranks together, with the
-    rows of each; see ``distributed.normface_loss`` for what it returns and what it costs. In eval mode all
-    classes take part. So are ``logits``, ``predict`` and ``accuracy``, and those give what is found of this
-    rank's rows alone. ``copy.deepcopy`` makes a head among the same ranks.
+    ``weight`` is a DTensor ``Shard(0)`` of [num_classes, D], with ``sub_centers`` K of [num_classes, K, D] so
+    that no class is split; optimizers, ``state_dict`` and ``torch.distributed.checkpoint`` take it as it is.
+    ``forward`` is called by all ranks together, with the rows of each; see ``distributed.normface_loss`` for
+    what it returns and what it costs. In eval mode all classes take part. So are ``logits``, ``predict``,
+    ``accuracy`` and ``centers_of``, and those give what is found of this rank's rows alone.
+    ``copy.deepcopy`` makes a head among the same ranks.
     """
 
     def __init__(
@@ -98,8 +97,7 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
         weight = self.weight
         assert isinstance(weight, DTensor)
         whole = weight.full_tensor(grad_placements=[Partial()])
-        options = LinearOptions(eps=self.options.eps)
-        return scaled_cosine("norm_linear", x, whole, self.bounded_scale(), options)
+        return self._logits(x, softmax.local_rows(type(self).__name__, whole, self.options.sub_centers))
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
@@ -109,23 +107,35 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
         return ranking.nearest_class(
             type(self).__name__,
             x,
-            self._local_weight(),
+            self._local_rows(),
             self.shard,
             options.eps,
             options.workspace,
+            options.sub_centers,
         )
+
+    def _local_rows(self) -> Tensor:
+        return softmax.local_rows(type(self).__name__, self._local_weight(), self.options.sub_centers)
+
+    @torch.no_grad()
+    def centers_of(self, x: Tensor, labels: Tensor) -> Tensor:
+        """``NormFaceLoss.centers_of`` of this rank's rows; all ranks call it together."""
+        options, owner = self.present_options(), type(self).__name__
+        given = options.sub_centers, options.ignore_index, options.eps
+        return ranking.nearest_center(owner, x, self._local_rows(), labels, self.shard, *given)
 
     def _ranks(self, x: Tensor, labels: Tensor) -> Tensor:
         options = self.present_options()
         return ranking.target_rank(
             type(self).__name__,
             x,
-            self._local_weight(),
+            self._local_rows(),
             labels,
             self.shard,
             options.ignore_index,
             options.eps,
             options.workspace,
+            options.sub_centers,
         )
 
 

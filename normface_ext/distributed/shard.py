@@ -10,11 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..engine.sweep import ELSEWHERE
+# For what is no place in a shard: the user's own ignored index may be any number, that of ELSEWHERE too.
+from ..engine.sweep import ELSEWHERE, IGNORED
 
-#: The label of a row that does not count, once labels are places in a shard. The user's own ignored index
-#: may be any number, that of ELSEWHERE too.
-IGNORED = -2
+__all__ = ["IGNORED", "ClassShard", "shard_range"]
 
 
 @dataclass(frozen=True)

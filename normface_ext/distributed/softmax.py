@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, overload
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -16,6 +17,7 @@ from ..engine.options import takes
 from ..engine.statistics import Found, Statistics, given_back, statistics_of
 from ..softmax.arguments import loss_options, told_apart
 from ..softmax.batch_margins import BatchMargin
+from ..softmax.centers import as_rows, for_each_row, nearest_rows
 from ..softmax.hard_negatives import HardNegatives
 from ..softmax.margins import Margin
 from ..softmax.options import HeadKeywords, HeadOptions
@@ -32,6 +34,19 @@ if TYPE_CHECKING:
 
 def check_backbone_gradients(op: str, value: str) -> None:
     choice(op, "backbone_gradients", value, ("mean", "sum"))
+
+
+def local_rows(op: str, weight: Tensor, centers: int) -> Tensor:
+    """This rank's rows, whole classes of `centers`, of a weight whose classes are spread over ranks."""
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    if centers == 1:
+        return local
+    if local.dim() != 3 or local.shape[1] != centers:
+        raise ValueError(
+            f"{op}: expected `weight` to be [classes, sub_centers={centers}, D], got shape"
+            f" {list(local.shape)}"
+        )
+    return as_rows(local)
 
 
 @overload
@@ -94,7 +109,8 @@ def normface_loss(
 
     Args:
         x: [N, D] this rank's features, N as it likes.
-        weight: [shard.count, D] its classes, or a DTensor ``Shard(0)`` of [num_classes, D].
+        weight: [shard.count, D] its classes, or a DTensor ``Shard(0)`` of [num_classes, D]. With
+            ``sub_centers`` K [shard.count, K, D] or a DTensor of [num_classes, K, D]: a class is on one rank.
         labels: [N] int64 or int32, global, in [0, num_classes) or ``ignore_index``.
         class_weight: [num_classes], the same on all ranks.
         check_finite: look for NaN and infinity first, in the rows of all ranks that count, in sample_weight,
@@ -161,8 +177,8 @@ def sharded_loss(
     statistics: bool,
 ) -> Found:
     """``normface_loss`` with options that have been checked."""
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
-    checks.features_and_shard(OP, x, local, shard.count)
+    local, centers = local_rows(OP, weight, options.sub_centers), options.sub_centers
+    checks.features_and_shard(OP, x, local, shard.count * centers)
     ignored = checks.ignored(options.ignore_index)
     given_labels, labels = labels, checks.labels(OP, labels, x, shard.num_classes, options.ignore_index)
     scale_tensor, scale_value = checks.scale(OP, scale, x)
@@ -188,12 +204,13 @@ def sharded_loss(
     if options.check_finite:
         batch.check_finite(OP, local, shard, ignored, scale_tensor)
     places = shard.places(batch.labels, ignored)
+    nearest = nearest_rows(batch.x, local, places, centers, IGNORED, options.eps, is_shard=True)
     of_batch = options.margin if isinstance(options.margin, BatchMargin) else None
     found: Margin | HardNegatives | None = options.margin
     told = None
     if of_batch is not None:
         if of_batch.hard_negatives:
-            told = rows_of_all(OP, of_batch, batch, local, places, shard, given_labels, options)
+            told = rows_of_all(OP, of_batch, batch, local, nearest, shard, given_labels, options)
         else:
             told = rows_of(OP, x, labels, given_labels, row_weight, options, of_batch, shard.group)
         found = margin_of_rows(OP, of_batch, told)
@@ -202,6 +219,11 @@ def sharded_loss(
     if sample is not None:
         rows, places = sample.draw(places, shard)
         factors = None if factors is None else factors[rows]
+        if centers > 1:
+            drawn = places * centers + nearest % centers
+            nearest = torch.where(places >= 0, drawn, places)
+        else:
+            nearest = places
     elif isinstance(weight, DTensor):
         weight = weight.to_local()  # differentiable; a sparse gradient goes past it
     classes = shard.count if rows is None else rows.shape[0]
@@ -217,8 +239,8 @@ def sharded_loss(
         scale_tensor,
         *margin,
         batch,
-        places,
-        None if factors is None else factors.contiguous(),
+        nearest,
+        None if factors is None else for_each_row(factors.contiguous(), centers),
         rows,
         *term.inputs,
         given,

@@ -14,6 +14,7 @@ from ..engine import sweep
 from ..engine.autograd import no_second_derivative
 from ..softmax import ops
 from ..softmax.arguments import Numbers, margin_arguments
+from ..softmax.centers import as_rows, by_class
 from ..softmax.margins import Margin
 from ..softmax.options import HeadOptions
 from .collectives import (
@@ -90,8 +91,9 @@ def margin_of_all(
 class ClassParallelLoss(Function):
     """As ``ops._NormFaceLoss``, with the row sums added over shards between the stages.
 
-    ``weight`` is the shard [C_local, D]; with ``rows`` [K] only those of its classes take part, and its
-    gradient is a sparse tensor of them (``first`` says what its row 0 is called there).
+    ``weight`` is the shard [C_local, D], or [C_local, centers, D]; with ``rows`` [K] only those of its
+    classes take part, and its gradient is a sparse tensor of them (``first`` says what its row 0 is called
+    there).
     """
 
     @staticmethod
@@ -118,6 +120,8 @@ class ClassParallelLoss(Function):
         need_weight = ctx.needs_input_grad[1]
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         classes = local.contiguous() if rows is None else local.index_select(0, rows)
+        if options.centers > 1:
+            classes = as_rows(classes)
         term = sweep.TermInputs(threshold, numbers)
         shift = _shared_shift(batch.x, classes, places, scale, options, term, largest_scale, shard)
         swept, options = sweep.head_sweep_in_memory(
@@ -212,6 +216,8 @@ class ClassParallelLoss(Function):
             of_margin = ops.margin_gradients(grad_loss, slopes, (m1, m2, m3), ctx.needs_input_grad[3:6])
         given = (dx if own_x else None, dw, ds if need_scale else None, *of_margin)
         dx, dw, *others = no_second_derivative("normface_loss", given, *origins)
+        if dw is not None and options.centers > 1:
+            dw = by_class(dw, options.centers)
         if dw is not None and rows is not None:
             dw = torch.sparse_coo_tensor(
                 (rows + ctx.first)[None], dw, ctx.weight_shape, is_coalesced=True, check_invariants=False

@@ -29,6 +29,7 @@ ALL_SLOPES, SLOPE_FIELDS = len(SLOPES), SLOPES.index("m1")
 TERMS: dict[str, int] = {name: number for number, name in enumerate(_C.terms())}
 SINKS: dict[str, int] = {name: number for number, name in enumerate(_C.sinks())}
 ELSEWHERE = -1  # instead of a label: the target is a class of another shard
+IGNORED = -2  # the label of a row that does not count, where labels have become rows of the weight
 
 
 class TermInputs(NamedTuple):
@@ -96,10 +97,15 @@ def _target_cosine_fake(*, x: Tensor, **_: Any) -> Tensor:
     return x.new_empty([x.shape[0]], dtype=torch.float64)
 
 
+def _target_center_fake(*, labels: Tensor, **_: Any) -> Tensor:
+    return labels.new_empty([labels.shape[0]])
+
+
 add_fakes(
     by_name(
         {
             "target_cosine": _target_cosine_fake,
+            "target_center": _target_center_fake,
             "head_sweep": _head_sweep_fake,
             "head_shift": _head_shift_fake,
             "head_backward": _head_backward_fake,
@@ -126,6 +132,7 @@ class SweepOptions:
     lowest: float = -1.0
     highest: float = 1.0
     is_shard: bool = False  # one shard of the classes of several
+    centers: int = 1  # of a class: rows of the weight, and labels are rows as well
 
 
 Options = TypeVar("Options", bound=SweepOptions)
@@ -163,6 +170,22 @@ def target_cosine(x: Tensor, weight: Tensor, labels: Tensor, options: SweepOptio
     """cos(x_i, w_labels[i]), [N] float64, without a gradient of its own; 0 where the class is not here."""
     cosine: Tensor = kernels(x, weight).target_cosine(x, weight, labels, *_cosine_options(options))
     return cosine
+
+
+def target_center(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    centers: int,
+    ignore_index: int,
+    eps: float,
+    *,
+    is_shard: bool = False,
+) -> Tensor:
+    """The row of the weight [C centers, D] nearest to x_i among those of its label's class, int64 [N],
+    without a gradient; ELSEWHERE where the class is not here, IGNORED where the row does not count."""
+    place: Tensor = kernels(x, weight).target_center(x, weight, labels, ignore_index, eps, is_shard, centers)
+    return place
 
 
 def head_sweep(
@@ -260,7 +283,7 @@ def in_memory(
         return sweep(options), options
     (batch, dim), classes, device = x.shape, max(1, weight.shape[0]), plan_device(x)
     softmax = options.term == TERMS["softmax"]
-    step = batch, max(1, dim), classes, options.product_precision, device, softmax
+    step = batch, max(1, dim), classes, options.product_precision, device, softmax, options.centers
     if not memory.is_refused(step, options.workspace):
         try:
             return sweep(options), options

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import checks
-from ..engine.arguments import FINITE, POSITIVE, choice, number
+from ..engine.arguments import FINITE, POSITIVE, choice, number, size
 from ..engine.extra_state import unpack
 from ..engine.files import clip, file_name, quoted, reading
 from ..engine.scale import MIN_SCALE, bounds_of
+from ..softmax.centers import class_count
 from ..softmax.layers import NormFaceLoss
 from ..softmax.margins import Margin
 from ..softmax.state import checked_state, margin_of, shown
@@ -48,6 +49,7 @@ def load_head(
     layout: str | None = None,
     scale: float | Tensor | str | None = None,
     margin: Margin | None = None,
+    sub_centers: int | None = None,
     device: torch.device | str | None = None,
 ) -> LoadedHead:
     """The head of a checkpoint as a ``NormFaceLoss``, and a report of what was found.
@@ -67,10 +69,12 @@ def load_head(
         scale: s of the head, in the place of a stored one. Without either it is that of ``NormFaceLoss``.
         margin: of the head, in the place of a stored one. A margin with a state, such as AdaFace's mean and
             deviation of the norms, gets what of it is in the file.
+        sub_centers: K of a head with K neighbouring rows for each class (``SubCenterArcFaceLoss`` of
+            pytorch-metric-learning, InsightFace's sub-center ArcFace). Only the file of a ``NormFaceLoss``
+            says so; without this, each row of another is a class.
         device: of the head.
 
     The weight keeps its dtype, and its rows their lengths. A bias is left out, as a normalised head has none.
-    Of sub-centres (``SubCenterArcFaceLoss``) no file tells: each is a class here.
 
     Returns:
         (head, report): the report says which format, entry and layout it was, and what was left out.
@@ -88,17 +92,18 @@ def load_head(
     if entry is not None and not isinstance(entry, str):
         raise TypeError(f"{op}: expected `entry` to be a string, got {type(entry).__name__}")
     device = checks.device_or_none(op, device)
+    centers = None if sub_centers is None else size(op, "sub_centers", sub_centers)
 
     def source(content: Any, where: str, file: str) -> _Source:
         return _Source(where, content, *choose(content, where, file, format, entry, order))
 
     if isinstance(path_or_state_dict, Mapping):
         sources = [source(path_or_state_dict, "state_dict", "")]
-        return _built(_weight(sources), sources, (), scale, margin, device)
+        return _built(_weight(sources), sources, (), scale, margin, centers, device)
     paths = paths_of(_checked_paths(path_or_state_dict), format)
     sources = _of_files(paths, lambda path: source(read_tensors(path), file_name(path), path.name))
     files = tuple(each.where for each in sources)
-    return _built(_weight(sources), sources, files, scale, margin, device)
+    return _built(_weight(sources), sources, files, scale, margin, centers, device)
 
 
 def _checked_paths(given: object) -> Any:
@@ -156,6 +161,7 @@ def _built(
     files: tuple[str, ...],
     scale: float | Tensor | str | None,
     margin: Margin | None,
+    centers: int | None,
     device: torch.device | None,
 ) -> LoadedHead:
     where, content, found, groups = sources[0]
@@ -166,7 +172,9 @@ def _built(
     used = {found.name, *(found.owner + name for name in (*stored, *own.entries))}
     used |= {found.owner + name for name in own.margin_entries}
     given, margin = own.first_scale if scale is None else scale, own.margin if margin is None else margin
-    classes, features = weight.shape
+    centers, features = own.sub_centers if centers is None else centers, weight.shape[1]
+    with reading(where, f"{centers} rows for each class in {quoted(found.path, 80)}"):
+        classes = class_count("load_head", weight, centers)
     with torch.random.fork_rng(devices=[]):  # of the head's own weight, which one class is enough for
         head = NormFaceLoss(
             features,
@@ -175,6 +183,7 @@ def _built(
             learn_scale=own.learned,
             min_scale=own.bounds[0],
             max_scale=None if own.bounds[1] == math.inf else own.bounds[1],
+            sub_centers=centers,
             device="cpu",
             dtype=weight.dtype,
         )
@@ -220,6 +229,7 @@ class _Own(NamedTuple):
     margin_text: str = ""
     margin_entries: tuple[str, ...] = ()
     stored_bounds: tuple[float, float] | None = None
+    sub_centers: int = 1
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -266,6 +276,7 @@ def _own_state(found: Found, where: str) -> _Own:
         bounds = bounds_of("load_head", values["bounds"]) if "bounds" in values else None
         if scale is not None and scale.numel() != 1:
             raise ValueError(f"a scale of shape {list(scale.shape)}")
+        centers = size("load_head", "sub_centers", values.get("sub_centers", 1))
         value = values.get("scale") if scale is None else scale.item()
         if value is not None:
             value = number("load_head", "scale", value, POSITIVE if scale is None else FINITE)
@@ -273,7 +284,8 @@ def _own_state(found: Found, where: str) -> _Own:
     state = {name.removeprefix(under): each for name, each in tensors.items() if name.startswith(under)}
     said = shown(given) if "margin" in values else ""
     entries = entries if margin is not None else ()
-    return _Own(value, scale is not None, margin, state, ("scale", "_extra_state"), said, entries, bounds)
+    used = "scale", "_extra_state"
+    return _Own(value, scale is not None, margin, state, used, said, entries, bounds, centers)
 
 
 def _notes(found: Found, ranks: int, head: NormFaceLoss, own: _Own, scale: object) -> tuple[str, ...]:

@@ -12,19 +12,23 @@ from ..engine.calls import plan_device, product_dtype
 from ..engine.plan import products
 from ..engine.sweep import NO_INPUTS, TERMS, TermInputs
 from . import ops
+from .centers import class_count, for_each_row, ignored_row, nearest_rows
 from .hard_negatives import HardNegatives, filtered
 from .margins import GUARDS, NO_MARGIN, Margin, of_rows
 from .options import HeadOptions
 
 
 class HeadInputs(NamedTuple):
-    """A head's arguments, checked."""
+    """A head's arguments, checked. The kernels know of rows of the weight, which are the classes where a
+    class is one row: `places` are the labels as such rows, and class_weight has a number for each."""
 
     scale: Tensor | None
     scale_value: float
     labels: Tensor
     sample_weight: Tensor | None
     class_weight: Tensor | None
+    classes: int
+    places: Tensor
 
 
 def checked_inputs(
@@ -38,7 +42,8 @@ def checked_inputs(
     options: HeadOptions,
 ) -> HeadInputs:
     checks.features_and_weight(op, x, weight)
-    classes, ignored = weight.shape[0], checks.ignored(options.ignore_index)
+    centers, ignored = options.sub_centers, checks.ignored(options.ignore_index)
+    classes = class_count(op, weight, centers)
     labels = checks.labels(op, labels, x, classes, options.ignore_index)
     scale_tensor, scale_value = checks.scale(op, scale, x, per_row=True)
     row_weight = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
@@ -47,7 +52,9 @@ def checked_inputs(
     if scale_tensor is not None and scale_tensor.dim() == 1:  # a row that does not count may hold anything
         scale_tensor = torch.where(checks.weighed(labels != ignored, row_weight), scale_tensor, 0)
     of_class = checks.weights(op, "class_weight", class_weight, x, classes)
-    return HeadInputs(scale_tensor, scale_value, labels, row_weight, of_class)
+    places = nearest_rows(x, weight, labels, centers, options.ignore_index, options.eps)
+    of_class = for_each_row(of_class, centers)
+    return HeadInputs(scale_tensor, scale_value, labels, row_weight, of_class, classes, places)
 
 
 #: m1, m2, m3, the formula's and the guard's codes and straightness, where the margin is none.
@@ -122,21 +129,23 @@ def loss_options(
     term: Term = PLAIN,
 ) -> ops.LossOptions:
     """What the kernels are told of a head of `classes` classes."""
-    precision = product_dtype(x, weight)
+    precision, centers = product_dtype(x, weight), options.sub_centers
     m1, m2, m3, formula, guard, straight = margin
     softmax = term.number == TERMS["softmax"]
-    made = products(batch, x.shape[1], classes, precision, plan_device(x), options.workspace, softmax=softmax)
+    step = batch, x.shape[1], classes, precision, plan_device(x), options.workspace
+    made = products(*step, softmax=softmax, centers=centers)
     return ops.LossOptions(
         scale_value,
         options.eps,
         classes,
         *made,
         precision,
-        checks.ignored(options.ignore_index),
+        ignored_row(centers, options.ignore_index),
         options.label_smoothing,
         term=term.number,
         lowest=term.lowest,
         highest=term.highest,
+        centers=centers,
         reduction=checks.REDUCTIONS[options.reduction],
         m1_value=m1,
         m2_value=m2,

@@ -73,7 +73,8 @@ def normface_loss(
 
     Args:
         x: [N, D] features.
-        weight: [C, D], on x's device; float64 only together with float64.
+        weight: [C, D], on x's device; float64 only together with float64. [C * sub_centers, D] with
+            ``sub_centers``.
         labels: [N] int64 or int32 in [0, C) or ``ignore_index``.
         scale: s, a float, or a tensor with or without gradient: 0-d or [1], or [N], a scale per row. The
             learned scale of a head, ``head.scale``, is used within its bounds; a tensor computed from a
@@ -88,6 +89,10 @@ def normface_loss(
         filter_threshold: the logit of another class whose cosine is past it, in [-1, 1], is 0 and pushes
             nothing: it may be the same person under a second label (arcface_torch's inter-class filter;
             0.4 there). Not together with a margin that changes others' logits itself.
+        sub_centers: K rows of the weight for each class, row j K + k being centre k of class j (Sub-center
+            ArcFace, Deng et al. 2020; arcface_torch, pytorch-metric-learning). cos_ij is the largest of the
+            class's K, the label's included, and its gradient is the nearest centre's alone, of equal ones the
+            first's. Margins, thresholds and weights act on that cosine. Not together with label_smoothing.
         reduction: "mean" over the rows that are not ignored (0 when there is none, or their weights sum to
             0), "sum" or "none".
         ignore_index: rows with this label count neither in the loss nor in the mean, and get no
@@ -154,14 +159,14 @@ def _fused(
 ) -> Found:
     straight = options.margin_gradient == "straight"
     target, term = told_apart(found, options, inputs.labels)
-    margin, numbers = margin_arguments(op, target, inputs.labels, weight.shape[0], straight)
+    margin, numbers = margin_arguments(op, target, inputs.labels, inputs.classes, straight)
     given = loss_options(
         inputs.scale_value,
         options,
         x,
         weight,
         x.shape[0],
-        weight.shape[0],
+        inputs.classes,
         numbers,
         term,
     )
@@ -170,7 +175,7 @@ def _fused(
         weight,
         inputs.scale,
         margin,
-        inputs.labels,
+        inputs.places,
         inputs.sample_weight,
         inputs.class_weight,
         given,
@@ -193,14 +198,13 @@ def _of_batch(
     """With a margin that looks at the batch first."""
     rows = rows_of(op, x, inputs.labels, labels, inputs.sample_weight, options, margin)
     if margin.hard_negatives:
-        rows = with_cosines(rows, x, weight, inputs.labels, options)
+        rows = with_cosines(rows, x, weight, inputs.places, options)
     found = margin_of(op, margin, rows)
     if isinstance(found, (Margin, HardNegatives)):
         loss, told = _fused(op, x, weight, inputs, options, found, statistics)
     else:
         psi = straightened(found) if rows.straight else found
-        given = inputs.labels, scale, psi, inputs.sample_weight, inputs.class_weight
-        loss, told = loss_of_psi(x, weight, *given, options, op=op, statistics=statistics)
+        loss, told = _of_psi(x, weight, inputs, psi, options, statistics)
     more = regularizer_of(op, margin, rows)
     if more is None:
         return loss, told
@@ -229,6 +233,7 @@ def head_parts(
         x: [N, D] features.
         weight: [C, D], on x's device; float64 only together with float64.
         labels: [N] int64 or int32 in [0, C) or ``ignore_index``.
+        sub_centers: as in ``normface_loss``; c_j is the largest of a class's.
         scale: s, as in ``normface_loss``.
         ignore_index: rows with this label do not count: both numbers are 0 and have no gradient, whatever
             the row holds. None: there are none.
@@ -253,7 +258,12 @@ def head_parts(
         scale,
         None,
         None,
-        HeadOptions(ignore_index=given.ignore_index, eps=given.eps, workspace=given.workspace),
+        HeadOptions(
+            sub_centers=given.sub_centers,
+            ignore_index=given.ignore_index,
+            eps=given.eps,
+            workspace=given.workspace,
+        ),
     )
     return HeadParts(made.target_cosine, made.log_sum_others, made.counts)
 
@@ -286,14 +296,19 @@ def parts(
 ) -> Parts:
     """The parts of ``normface_loss`` with these options, whatever the margin; checks what it is given."""
     inputs = checked_inputs(op, x, weight, labels, scale, sample_weight, class_weight, options)
-    classes = weight.shape[0]
+    return _parts(x, weight, inputs, options, need_largest=need_largest)
+
+
+def _parts(
+    x: Tensor, weight: Tensor, inputs: HeadInputs, options: HeadOptions, *, need_largest: bool
+) -> Parts:
     term = told_apart(None, options, inputs.labels)[1]
-    given = loss_options(inputs.scale_value, options, x, weight, x.shape[0], classes, term=term)
+    given = loss_options(inputs.scale_value, options, x, weight, x.shape[0], inputs.classes, term=term)
     cosine, log_sum, with_sum, state = parts_op(
         x,
         weight,
         inputs.scale,
-        inputs.labels,
+        inputs.places,
         inputs.sample_weight,
         inputs.class_weight,
         given,
@@ -309,7 +324,7 @@ def parts(
         row_weight,
         state[sweep.TARGET_WEIGHT],
         with_sum if options.label_smoothing > 0 else None,
-        float(classes) if inputs.class_weight is None else inputs.class_weight.double().sum(),
+        float(inputs.classes) if inputs.class_weight is None else inputs.class_weight.double().sum(),
         state,
     )
 
@@ -329,17 +344,19 @@ def loss_of_psi(
 ) -> Found:
     """``normface_loss`` with options that have been checked, and with a psi made in torch instead of a
     margin: of the target cosines [N] (float64, with gradient; 0 where the row does not count)."""
-    made = parts(
-        op,
-        x,
-        weight,
-        labels,
-        scale,
-        sample_weight,
-        class_weight,
-        options,
-        need_largest=statistics,
-    )
+    inputs = checked_inputs(op, x, weight, labels, scale, sample_weight, class_weight, options)
+    return _of_psi(x, weight, inputs, psi, options, statistics)
+
+
+def _of_psi(
+    x: Tensor,
+    weight: Tensor,
+    inputs: HeadInputs,
+    psi: Callable[[Tensor], Tensor],
+    options: HeadOptions,
+    statistics: bool,
+) -> Found:
+    made = _parts(x, weight, inputs, options, need_largest=statistics)
     of_target = psi(made.target_cosine)
 
     def loss_of_rows(
@@ -352,7 +369,7 @@ def loss_of_psi(
             made.scale,
             row_weight,
             target_weight,
-            classes=weight.shape[0],
+            classes=inputs.classes,
             reduction=reduction,
             label_smoothing=smoothing,
             weight_sum=made.weight_sum,

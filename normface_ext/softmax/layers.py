@@ -13,10 +13,12 @@ from .. import theory
 from ..cosine.functions import scaled_cosine
 from ..cosine.options import LinearOptions
 from ..engine.arguments import choice, flag, size
+from ..engine.extra_state import unpack
 from ..engine.options import holds, takes
 from ..engine.scale import MIN_SCALE
 from ..engine.statistics import Statistics, given_back
 from . import functions, ranking, resize
+from .centers import pooled
 from .options import HeadKeywords, HeadOptions
 from .presets import PRESETS
 from .state import margin_change, margin_state
@@ -39,7 +41,8 @@ class NormFaceLoss(HoldsTensors):
 
     Args:
         in_features: D.
-        num_classes: C; ``weight`` is [C, D], rows uniform on the unit sphere.
+        num_classes: C; ``weight`` is [C, D], rows uniform on the unit sphere. With ``sub_centers`` K it is
+            [C * K, D], row j K + k being centre k of class j; K stays what it was made with.
         scale: s, a number or a tensor of one; or "auto": the smallest scale whose loss bound is
             ``theory.AUTO_SCALE_BOUND``, and with a margin at least 64 (``theory.auto_scale``). It goes by
             the margin that the constructor is given: one that is set later does not change the scale.
@@ -49,8 +52,8 @@ class NormFaceLoss(HoldsTensors):
             learned, so the ``state_dict`` has none, and ``to_empty`` does not empty it.
         device, dtype: of the parameters.
 
-    ``margin``, ``margin_gradient``, ``filter_threshold``, ``reduction``, ``ignore_index``, ``eps``,
-    ``class_weight``, ``label_smoothing``, ``workspace`` and ``check_finite`` are those of
+    ``margin``, ``margin_gradient``, ``filter_threshold``, ``sub_centers``, ``reduction``, ``ignore_index``,
+    ``eps``, ``class_weight``, ``label_smoothing``, ``workspace`` and ``check_finite`` are those of
     ``functional.normface_loss``. These and ``scale``, ``min_scale`` and ``max_scale`` are attributes, checked
     when they are set as here.
 
@@ -92,7 +95,8 @@ class NormFaceLoss(HoldsTensors):
             if scale != "auto":
                 raise ValueError(f"{owner}: expected `scale` to be a number or 'auto', got {scale!r}")
             scale = theory.auto_scale(num_classes, chosen.margin)
-        super().__init__(num_classes, in_features, scale, learn_scale, min_scale, max_scale, device, dtype)
+        rows = num_classes * chosen.sub_centers
+        super().__init__(rows, in_features, scale, learn_scale, min_scale, max_scale, device, dtype)
         self.in_features, self.num_classes = in_features, num_classes
         self.keep_tensors(chosen, class_weight)
 
@@ -149,17 +153,26 @@ class NormFaceLoss(HoldsTensors):
 
     def logits(self, x: Tensor) -> Tensor:
         """s cos(x_i, w_j) [N, C], differentiable, without the margin: ``functional.norm_linear`` of this
-        head, and its dtypes."""
-        return scaled_cosine(
-            "norm_linear", x, self.weight, self.bounded_scale(), LinearOptions(eps=self.options.eps)
-        )
+        head, and its dtypes. Of several sub-centres the largest, out of an [N, C * sub_centers] matrix."""
+        return self._logits(x, self.weight)
+
+    def _logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        options = LinearOptions(eps=self.options.eps)
+        scaled = scaled_cosine("norm_linear", x, weight, self.bounded_scale(), options)
+        return pooled(scaled, self.options.sub_centers)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """The class of the largest logit, int64 [N]; of several the first. Without an N x C matrix: this is
         ``functional.nearest_class``, the scale being positive."""
         options = self.present_options()
-        return ranking.nearest_class(x, self.weight, eps=options.eps, workspace=options.workspace)[0]
+        return ranking.nearest_class(
+            x,
+            self.weight,
+            sub_centers=options.sub_centers,
+            eps=options.eps,
+            workspace=options.workspace,
+        )[0]
 
     @torch.no_grad()
     def accuracy(self, x: Tensor, labels: Tensor, topk: Sequence[int] = (1, 5)) -> Tensor:
@@ -178,13 +191,36 @@ class NormFaceLoss(HoldsTensors):
             x,
             self.weight,
             labels,
+            sub_centers=options.sub_centers,
             ignore_index=options.ignore_index,
             eps=options.eps,
             workspace=options.workspace,
         )
 
+    @torch.no_grad()
+    def centers_of(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Which of its class's ``sub_centers`` each row is nearest to, int64 [N] in [0, K), of equal ones the
+        first; -1 where the row is ignored. The centre that wins most often is where a class's clean images
+        gather."""
+        options, owner = self.present_options(), type(self).__name__
+        given = options.sub_centers, options.ignore_index, options.eps
+        return ranking.nearest_center(owner, x, self.weight, labels, *given)
+
     def _plain_state(self) -> dict[str, Any]:
-        return {**super()._plain_state(), "margin": margin_state(self.options.margin)}
+        state = {**super()._plain_state(), "margin": margin_state(self.options.margin)}
+        centers = self.options.sub_centers
+        return state if centers == 1 else {**state, "sub_centers": centers}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        extra, owner = state_dict.get(f"{prefix}_extra_state"), type(self).__name__
+        values = {} if extra is None else unpack(owner, extra)
+        centers = self.options.sub_centers
+        if values and (given := values.get("sub_centers", 1)) != centers:
+            raise ValueError(
+                f"{owner}: expected a state_dict of sub_centers={centers}, got one of {given}: the same rows"
+                " of the weight would be other classes"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _take_plain_state(self, values: dict[str, Any]) -> list[str]:
         if "margin" not in values:
@@ -198,8 +234,9 @@ class NormFaceLoss(HoldsTensors):
         return said + [change.said] * bool(change.said)
 
     def weight_for(self, labels: Tensor) -> Tensor:
-        """The unit rows w_y / |w_y| [N, D] of labels [N], differentiable. IndexError for a label out of range
-        (on CUDA the device's own)."""
+        """The unit rows w_y / |w_y| [N, D] of labels [N], differentiable; [N, K, D], those of all K
+        sub-centres, where a class has several. IndexError for a label out of range (on CUDA the device's
+        own)."""
         return resize.weight_for(self, labels)
 
     def resize_classes(
@@ -225,13 +262,16 @@ class NormFaceLoss(HoldsTensors):
                 with none. Adam counts its steps for all rows together, so a new row's first ones
                 are up to (1 - beta1) / sqrt(1 - beta2) times as long as at the start of a training.
             init: of new rows. "random" as the constructor; "imprint": the normalised mean of the class's
-                normalised features (Qi et al. 2018).
+                normalised features (Qi et al. 2018). Of several sub-centres the first is that mean, and the
+                others stand a tenth of a radian or less from it at random: equal ones would stay equal, and
+                only the first of them would ever be trained.
             features: [N, D] for "imprint", some of each new class; rows of other classes do not matter.
             labels: [N] of them, in the new numbering.
             generator: of the random rows, of any device.
 
-        A gradient that waits for its step follows. ``class_weight`` is 1 for a new class, and a margin with
-        a number per class has its mean there. A fixed scale stays, also one that was "auto".
+        Sub-centres go with their class, and a gradient that waits for its step follows. ``class_weight`` is 1
+        for a new class, and a margin with a number per class has its mean there. A fixed scale stays, also
+        one that was "auto".
 
         Raises:
             TypeError: arguments; a head whose classes are spread over ranks; an optimizer without rows.

@@ -17,12 +17,15 @@ from ..cosine.functions import normalize
 from ..cosine.rows import gaussian_unitball_
 from ..engine import checks
 from ..engine.arguments import choice, integer, size
+from .centers import as_rows, by_class
 from .margins import Margin
 
 if TYPE_CHECKING:
     from .layers import NormFaceLoss
 
 INITS = ("random", "imprint")
+#: How long what is added at random to a class's direction is, where its sub-centres are to differ.
+_APART = 0.1
 #: What an optimizer starts a new row with, from its group and the row, where that is not 0.
 _FIRST_STATE: Mapping[str, Callable[[dict[str, Any], Tensor], Any]] = {
     "step_size": lambda group, rows: group["lr"],  # Rprop
@@ -53,14 +56,15 @@ def resize_classes(
         raise ValueError(f"{op}: expected `init` to be 'imprint' where `features` or `labels` are given")
     new = (source < 0).nonzero()[:, 0]
     if init == "imprint" and len(new):
-        first = _imprinted(op, head, features, labels, new, len(source))
+        first = _imprinted(op, head, features, labels, new, len(source), generator)
     else:
-        first = _drawn(len(new), weight, generator)
+        first = _drawn(len(new) * head.options.sub_centers, weight, generator)
     if torch.equal(source, torch.arange(head.num_classes)):
         return
     rows = _Rows(op, source, new, head.num_classes, optimizers)
+    first = by_class(first.to(weight.dtype), head.options.sub_centers)
     with torch.no_grad():
-        change = rows.change(weight, first.to(weight.dtype))
+        change = rows.change(weight, first)
         class_weight = None if head.class_weight is None else rows.of(head.class_weight, 1.0)
         margin = head.options.margin
         margins = {
@@ -84,6 +88,9 @@ def weight_for(head: NormFaceLoss, labels: Tensor) -> Tensor:
     checks.same_device(op, "labels", checked, "weight", weight)
     if checks.readable(checked):
         checks.label_range(op, checked, head.num_classes, None)
+    centers = head.options.sub_centers
+    if centers > 1:
+        return normalize(by_class(weight, centers).index_select(0, checked), dim=2, eps=head.eps)
     return normalize(weight.index_select(0, checked), dim=1, eps=head.eps)
 
 
@@ -147,9 +154,16 @@ def _drawn(count: int, weight: Tensor, generator: torch.Generator | None) -> Ten
 
 
 def _imprinted(
-    op: str, head: NormFaceLoss, features: Tensor | None, labels: Tensor | None, new: Tensor, classes: int
+    op: str,
+    head: NormFaceLoss,
+    features: Tensor | None,
+    labels: Tensor | None,
+    new: Tensor,
+    classes: int,
+    generator: torch.Generator | None,
 ) -> Tensor:
-    """[len(new), D]: of each new class the normalised mean of its normalised features.
+    """[len(new) K, D]: of each new class the normalised mean of its normalised features, and K - 1 directions
+    near it.
 
     In float64 and on the CPU, where the sum has an order.
     """
@@ -179,6 +193,11 @@ def _imprinted(
             shown = ", ".join(map(str, wrong[:4])) + f" and {len(wrong) - 4} more" * (len(wrong) > 4)
             raise ValueError(f"{op}: expected {sentence} for {shown}")
     directions: Tensor = sums / sums.norm(dim=1, keepdim=True)
+    centers = head.options.sub_centers
+    if centers > 1:
+        apart = _APART * _drawn(len(new) * centers, directions, generator).view(len(new), centers, -1)
+        apart[:, 0] = 0
+        directions = normalize(as_rows(directions[:, None] + apart), dim=1, eps=head.eps)
     return directions.to(head.weight.device)
 
 
@@ -205,11 +224,13 @@ class _Rows:
         self.optimizers = optimizers
 
     def of(self, old: Tensor, first: Tensor | float) -> Tensor:
-        """[n, ...] out of [C, ...]; new rows are `first`, one each or one for all."""
+        """[n k, ...] out of [C k, ...], k rows of a class together; those of new ones are `first`,
+        [new, k, ...] or one number for all."""
         source, new = self.source.to(old.device), self.new.to(old.device)
-        rows = old.detach().index_select(0, source.clamp(min=0))
+        of_classes = by_class(old.detach(), old.shape[0] // self.classes)
+        rows = of_classes.index_select(0, source.clamp(min=0))
         rows[new] = first.to(rows) if isinstance(first, Tensor) else first
-        return rows
+        return as_rows(rows)
 
     def change(self, old: Tensor, first: Tensor | float) -> _Change:
         """What becomes of a tensor with a row per class, in the optimizers too; nothing is changed yet."""
@@ -241,13 +262,14 @@ class _Rows:
                 )
             if isinstance(value, Tensor) and self._has_rows(name, value, old):
                 first = _FIRST_STATE.get(name, lambda group, rows: 0.0)
-                state[name] = self.of(value, first(group, values[self.new.to(values.device)]))
+                of_classes = by_class(values, old.shape[0] // self.classes)
+                state[name] = self.of(value, first(group, of_classes[self.new.to(values.device)]))
         return state
 
     def _has_rows(self, name: str, value: Tensor, old: Tensor) -> bool:
         if name in _PER_FEATURE:
             return False
-        one_each = value.dim() in (1, 2) and value.shape[0] == self.classes == value.numel()
+        one_each = value.dim() in (1, 2) and value.shape[0] == old.shape[0] == value.numel()
         return value.shape == old.shape or one_each
 
 

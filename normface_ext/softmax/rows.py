@@ -10,6 +10,7 @@ from torch import Tensor
 from ..cosine.functions import normalize
 from ..engine import checks, sweep
 from .batch_margins import BatchMargin, Rows
+from .centers import ignored_row
 from .options import HeadOptions
 
 
@@ -34,9 +35,10 @@ def rows_of(
     return Rows(labels, counts, norms, options.margin_gradient == "straight", group, given)
 
 
-def with_cosines(rows: Rows, x: Tensor, weight: Tensor, labels: Tensor, options: HeadOptions) -> Rows:
-    told = sweep.CosineOptions(checks.ignored(options.ignore_index), options.eps)
+def with_cosines(rows: Rows, x: Tensor, weight: Tensor, places: Tensor, options: HeadOptions) -> Rows:
+    """`places`: the labels as rows of the weight."""
+    told = sweep.CosineOptions(ignored_row(options.sub_centers, options.ignore_index), options.eps)
     cosine = sweep.target_cosine(
-        x.detach().contiguous(), weight.detach().contiguous(), labels.contiguous(), told
+        x.detach().contiguous(), weight.detach().contiguous(), places.contiguous(), told
     )
     return rows._replace(cosine=torch.where(rows.counts, cosine, 0))

@@ -82,7 +82,9 @@ struct Sweep {
     if (head.plain_products()) return;
     if (!head.tensor_cores()) {
       head.make_scores(of, x_hat, w_hat, scores);
-      update_shift(queue, {data_of<const T>(scores), of.width, of.stride(), 1, true, of.first}, x_sum);
+      update_shift(queue,
+                   {data_of<const T>(scores), of.width, of.stride(), 1, true, of.first, head.in.centers},
+                   x_sum);
       return;
     }
     if constexpr (std::is_same_v<T, float>) {
@@ -92,7 +94,7 @@ struct Sweep {
       ScoreTask task = head.score_task(of, x_hat, w_hat, terms, {rows, nullptr, nullptr});
       task.largest = data_of<float>(largest);
       score_largest(queue, task);
-      update_shift(queue, {task.largest, splits, 1, head.batch, false, 0}, x_sum);
+      update_shift(queue, {task.largest, splits, 1, head.batch, false, 0, 1}, x_sum);
     }
   }
 
