@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor, Partial
 
 from ..agents.layers import CContrastiveLoss, CTripletLoss
 from ..cosine.functions import scaled_cosine
-from ..cosine.options import LinearOptions
 from ..engine.arguments import RATE, flag, integer, number
 from ..sigmoid.layers import SphereFace2Loss
 from ..softmax.layers import NormFaceLoss
@@ -90,8 +89,7 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
         weight = self.weight
         assert isinstance(weight, DTensor)
         whole = weight.full_tensor(grad_placements=[Partial()])
-        options = LinearOptions(eps=self.options.eps)
-        return scaled_cosine("norm_linear", x, whole, self.bounded_scale(), options)
+        return scaled_cosine("norm_linear", x, whole, self.bounded_scale(), self.linear_options())
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
