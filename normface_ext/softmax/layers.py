@@ -50,8 +50,8 @@ class NormFaceLoss(HoldsTensors):
 
     ``margin``, ``margin_gradient``, ``filter_threshold``, ``reduction``, ``ignore_index``, ``eps``,
     ``class_weight``, ``label_smoothing``, ``workspace``, ``check_finite`` and ``normalize_input`` are those
-    of ``functional.normface_loss``. These and ``scale``, ``min_scale`` and ``max_scale`` are attributes, checked
-    when they are set as here.
+    of ``functional.normface_loss``. These and ``scale``, ``min_scale`` and ``max_scale`` are attributes,
+    checked when they are set as here.
 
     Tensors of a margin become the head's: a Parameter, which is learned, its parameter, another a buffer as
     class_weight is one; ``ArcFace``'s m is ``margin_m``.
