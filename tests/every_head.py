@@ -47,7 +47,11 @@ class Head(NamedTuple):
 
     def make(self, dim: int, classes: int, dtype: torch.dtype = torch.float64) -> nn.Module:
         # Without eps, so that short features have the cosines of the formula.
-        given = {"scale": self.scale, "eps": 0.0} if self.softmax else {"eps": 0.0}
+        given = (
+            {"scale": self.scale, "min_scale": min(self.scale, 0.01), "eps": 0.0}
+            if self.softmax
+            else {"eps": 0.0}
+        )
         return self.kind(dim, classes, dtype=dtype, **given, **self.options()).eval()
 
     def loss(self, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
