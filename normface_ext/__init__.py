@@ -27,6 +27,7 @@ from .optim import parameter_groups
 from .sigmoid.layers import SphereFace2Loss
 from .softmax.adaface import AdaFace
 from .softmax.batch_margins import BatchMargin, Rows
+from .softmax.circle import CircleSoftmax
 from .softmax.class_margins import class_margins, ldam_margins
 from .softmax.curricularface import CurricularFace
 from .softmax.elasticface import ElasticArcFace, ElasticCosFace
@@ -35,6 +36,7 @@ from .softmax.layers import NormFaceLoss
 from .softmax.magface import MagFace
 from .softmax.margins import ArcFace, CombinedMargin, CosFace, RowMargin
 from .softmax.mv_softmax import MVSoftmax
+from .softmax.sphereface import SphereFace
 
 if TYPE_CHECKING:
     from . import caffe, distributed, evaluation, formats
@@ -46,6 +48,7 @@ __all__ = [
     "BatchMargin",
     "CContrastiveLoss",
     "CTripletLoss",
+    "CircleSoftmax",
     "CombinedMargin",
     "CosFace",
     "CurricularFace",
@@ -63,6 +66,7 @@ __all__ = [
     "Plan",
     "RowMargin",
     "Rows",
+    "SphereFace",
     "SphereFace2Loss",
     "Statistics",
     "TripletLoss",

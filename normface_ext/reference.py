@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 #: A loss, or with ``return_statistics`` (loss, Statistics).
 Result = Tensor | Any
 
-#: sin(theta) is held at this floor, which keeps value and slope finite at cos theta = +-1.
+#: In slopes sin(theta) is held at this floor, which keeps them finite at cos theta = +-1.
 SIN_FLOOR = 1e-4
 
 
@@ -163,8 +163,11 @@ def norm_linear_backward(
 
 
 def _angle(cos: Tensor) -> Tensor:
-    """theta = arccos c; sin theta is held at its floor."""
-    return torch.atan2(((1 - cos) * (1 + cos)).clamp_min(SIN_FLOOR**2).sqrt(), cos)
+    """theta = arccos c, with the slopes of an angle whose sine is held at its floor."""
+    room = (1 - cos) * (1 + cos)
+    held = torch.atan2(room.clamp_min(SIN_FLOOR**2).sqrt(), cos)
+    exact = torch.atan2(room.detach().clamp_min(0).sqrt(), cos.detach())
+    return held + (exact - held).detach()
 
 
 def _combined(cos: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, guard: str | None) -> Tensor:
@@ -190,10 +193,30 @@ def _held(cos: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, guard: str | None) ->
     return (_angle(cos.clamp(edge - 1, 1 - edge)) + m2).clamp(edge, math.pi - edge).cos() - m3
 
 
+def _circle(cos: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, guard: str | None) -> Tensor:
+    """[1 + m3 - c]_+ (c - 1 + m3); of the bracket's slope, m2 (Circle loss at class level)."""
+    bracket = (1 + m3 - cos).clamp_min(0)
+    return (bracket.detach() + m2 * (bracket - bracket.detach())) * (cos - 1 + m3)
+
+
+def phi(cos: Tensor, m: float | Tensor) -> Tensor:
+    """(-1)^k cos(m theta) - 2 k, k = floor(m theta / pi), of cosines: SphereFace's, falling all the way."""
+    angle = m * _angle(cos)
+    k = (angle.detach() / math.pi).floor()
+    return (1 - 2 * (k % 2)) * angle.cos() - 2 * k
+
+
+def _sphere(cos: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, guard: str | None) -> Tensor:
+    """(m2 c + phi(theta)) / (1 + m2), m1 the margin (SphereFace)."""
+    return (m2 * cos + phi(cos, m1)) / (1 + m2)
+
+
 #: The formulas of margins, by their numbers in csrc/math/margins/margin.h.
 FORMULAS: dict[int, Callable[[Tensor, Tensor, Tensor, Tensor, str | None], Tensor]] = {
     0: _combined,
     1: _held,
+    2: _circle,
+    3: _sphere,
 }
 
 
@@ -340,9 +363,12 @@ def normface_loss(
     sample_weight: Tensor | None = None,
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
+    normalize_input: bool = True,
     return_statistics: bool = False,
 ) -> Result:
     """loss_i = -log softmax_j(s psi(c_ij))[y_i], psi on the target column only (paper section 3.2).
+
+    Without ``normalize_input`` s is s |x_i|.
 
     With class weights u and smoothing a: (1 - a) u_y loss_iy + a/C sum_j u_j loss_ij. The mean divides by the
     sum of the weights, and is 0 where that is 0. A margin with a state moves it here as it does elsewhere.
@@ -351,13 +377,16 @@ def normface_loss(
     kept = _kept(labels, ignore_index, sample_weight)
     counting = _counting(x, kept)
     cos = _pooled(cosine(counting, weight, eps), sub_centers)
+    if not normalize_input:
+        scale = scale * (_wide(counting).square().sum(1) + eps).sqrt()
     safe = labels.clamp(0, cos.shape[1] - 1)[:, None]
     own = cos.gather(1, safe).squeeze(1)
     chosen: Margin | Psi | HardNegatives = margin or NO_MARGIN
     more = None
     if isinstance(margin, BatchMargin):
         norms = _wide(counting).double().square().sum(1).add(eps).sqrt() if margin.uses_norms else None
-        known = torch.where(kept, own.detach().double(), 0) if margin.hard_negatives else None
+        told = margin.hard_negatives and margin.uses_cosines
+        known = torch.where(kept, own.detach().double(), 0) if told else None
         rows = Rows(labels, kept, norms, margin_gradient == "straight", cosine=known)
         chosen, more = margin.of(rows), margin.regularizer(rows)
     others = cos
@@ -583,9 +612,20 @@ def c_triplet_stats(
     return torch.stack([_reduce(part, kept, "mean", sample_weight) for part in parts]).detach()
 
 
-def sigmoid_logits(cos: Tensor, scale: float, offset: float | Tensor, t: int, straight: bool) -> Tensor:
-    """z = r g(c) + offset of every cell, g(c) = 2 ((c + 1) / 2)^t - 1, of slope 1 where it is straight."""
-    g = 2 * ((cos + 1) / 2) ** t - 1
+def turned(cos: Tensor, angle: float) -> Tensor:
+    """cos(theta + angle), past pi too. The slope of sin theta is 0 where that is below its floor."""
+    room = (1 - cos) * (1 + cos)
+    free = room > SIN_FLOOR**2
+    sine = torch.where(free, torch.where(free, room, 1).sqrt(), room.detach().clamp_min(0).sqrt())
+    return cos * math.cos(angle) - sine * math.sin(angle)
+
+
+def sigmoid_logits(
+    cos: Tensor, similar: Tensor, scale: float, offset: float | Tensor, t: int, straight: bool
+) -> Tensor:
+    """z = r g(u) + offset of every cell, g(u) = 2 ((u + 1) / 2)^t - 1, u what a margin makes of the cosine;
+    of slope r in the cosine where it is straight."""
+    g = 2 * ((similar + 1) / 2) ** t - 1
     return scale * (cos + (g - cos).detach() if straight else g) + offset
 
 
@@ -600,15 +640,21 @@ def sphereface2_loss(
     return_statistics: bool = False,
     **options: Unpack[SphereFace2Keywords],
 ) -> Result:
-    """loss_i = W [alpha softplus(-z_iy) + (1 - alpha) sum_{j != y} softplus(z_ij)] (SphereFace2, form C)."""
+    """loss_i = W [alpha softplus(-z_iy) + (1 - alpha) sum_{j != y} softplus(z_ij)] (SphereFace2, C and A)."""
     o = SphereFace2Options.of("sphereface2_loss", options)
     kept = _kept(labels, o.ignore_index, sample_weight)
     cos = cosine(_counting(x, kept), weight, o.eps)
     b = bias.reshape(()).to(cos.dtype) if isinstance(bias, Tensor) else bias
     straight = o.margin_gradient == "straight"
     safe = labels.clamp(0, weight.shape[0] - 1)[:, None]
-    target = sigmoid_logits(cos.gather(1, safe)[:, 0], o.r, b - o.r * o.m, o.t, straight)
-    others = sigmoid_logits(cos, o.r, b + o.r * o.m, o.t, straight).scatter(1, safe, -torch.inf)
+    own = cos.gather(1, safe)[:, 0]
+    u_target, u_others, offset = own, cos, o.r * o.m
+    if o.form == "A":
+        past = own < -math.cos(o.m)
+        u_target = torch.where(past, own - 1 + math.cos(o.m), turned(own, o.m))
+        u_others, offset = turned(cos, -o.m), 0.0
+    target = sigmoid_logits(own, u_target, o.r, b - offset, o.t, straight)
+    others = sigmoid_logits(cos, u_others, o.r, b + offset, o.t, straight).scatter(1, safe, -torch.inf)
     each = o.alpha * _softplus(-target) + (1 - o.alpha) * _softplus(others).sum(1)
     losses = (50 / o.r if o.loss_weight is None else o.loss_weight) * each
     loss = _reduce(losses, kept, o.reduction, sample_weight)

@@ -25,6 +25,9 @@ FORMS = {
     "no bend": {"t": 1, "r": 16.0, "alpha": 0.3},
     "even power": {"t": 4, "m": 0.0},
     "a strong bend": {"t": 13, "margin_gradient": "straight"},
+    "angle": {"form": "A", "r": 32.0, "m": 0.15, "loss_weight": 1.0},
+    "large angle": {"form": "A", "m": 2.0, "r": 8.0, "t": 2},
+    "straight angle": {"form": "A", "margin_gradient": "straight"},
 }
 every_form = pytest.mark.parametrize("form", FORMS)
 OPTIONS = {
@@ -42,21 +45,30 @@ def plus(z):
 
 
 def expected_loss(
-    x, weight, labels, b, *, alpha=0.7, r=40.0, m=0.4, t=3, loss_weight=None, margin_gradient="exact",
-    reduction="mean", sample_weight=None,
+    x, weight, labels, b, *, alpha=0.7, r=40.0, m=0.4, t=3, form="C", loss_weight=None,
+    margin_gradient="exact", reduction="mean", sample_weight=None,
 ):  # fmt: skip
     """One product of h per power, one sigmoid question per class; rows left out that do not count."""
     factors = torch.ones(len(x), dtype=torch.float64) if sample_weight is None else sample_weight
     kept = (labels != -100) & (factors != 0)
     y = F.one_hot(labels[kept], len(weight)).bool()
     cos = F.normalize(x[kept]) @ F.normalize(weight).T
-    g = torch.ones_like(cos)
-    for _ in range(t):
-        g = g * (cos + 1) / 2
-    g = 2 * g - 1
-    if margin_gradient == "straight":
-        g = g.detach() - cos.detach() + cos
-    positive, negative = r * (g - m) + b, r * (g + m) + b
+
+    def g(c):
+        g = torch.ones_like(c)
+        for _ in range(t):
+            g = g * (c + 1) / 2
+        g = 2 * g - 1
+        return g.detach() - cos.detach() + cos if margin_gradient == "straight" else g
+
+    if form == "C":
+        positive, negative = r * (g(cos) - m) + b, r * (g(cos) + m) + b
+    else:
+        inside = cos.abs() < 1  # at the ends the square root has no slope that is a number
+        sin = torch.where(inside, 1 - cos.square(), 1).sqrt() * inside
+        th, mmm = math.cos(math.pi - m), 1 + math.cos(math.pi - m)
+        added = torch.where(cos > th, cos * math.cos(m) - sin * math.sin(m), cos - mmm)
+        positive, negative = r * g(added) + b, r * g(cos * math.cos(m) + sin * math.sin(m)) + b
     each = torch.where(y, alpha * plus(-positive), (1 - alpha) * plus(negative)).sum(1)
     each = (50 / r if loss_weight is None else loss_weight) * each * factors[kept]
     if reduction == "none":

@@ -54,11 +54,13 @@ def rows_of_all(
     margin.follow(op, batch.x.device)
     kept = batch.labels != checks.ignored(options.ignore_index)
     counts = checks.weighed(kept, batch.sample_weight)
-    told = sweep.CosineOptions(IGNORED, options.eps, is_shard=True)
-    mine = sweep.target_cosine(batch.x, weight.detach().contiguous(), places, told)
-    (cosine,) = add_over_shards([mine], shard.group)
     straight = options.margin_gradient == "straight"
-    cosine = torch.where(counts, cosine, 0)
+    cosine = None
+    if margin.uses_cosines:
+        told = sweep.CosineOptions(IGNORED, options.eps, is_shard=True)
+        mine = sweep.target_cosine(batch.x, weight.detach().contiguous(), places, told)
+        (cosine,) = add_over_shards([mine], shard.group)
+        cosine = torch.where(counts, cosine, 0)
     return Rows(batch.labels, counts, None, straight, None, given, cosine, of_all=True)
 
 

@@ -21,12 +21,12 @@ from ..softmax.centers import as_rows, for_each_row, nearest_rows
 from ..softmax.hard_negatives import HardNegatives
 from ..softmax.margins import Margin
 from ..softmax.options import HeadKeywords, HeadOptions
-from ..softmax.rows import rows_of
+from ..softmax.rows import counted, norms_of, rows_of
 from .batch_margins import margin_of_rows, rows_of_all, with_regularizer
 from .collectives import gather_rows
 from .sampling import ClassSampler
 from .shard import IGNORED, ClassShard
-from .softmax_op import OP, ClassParallelLoss, margin_of_all
+from .softmax_op import OP, ClassParallelLoss, RowsOfAll, margin_of_all
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -116,7 +116,7 @@ def normface_loss(
         check_finite: look for NaN and infinity first, in the rows of all ranks that count, in sample_weight,
             in the weight and in the scale; raised on all ranks. One more collective, of 8 bytes.
         largest_scale: a bound on a scale tensor: with it the host need not read the tensor to see whether
-            the fixed shift serves.
+            the fixed shift serves. Not used without ``normalize_input``.
         sample: a ``ClassSampler``, to train on the rows' own classes and a random part of the others. The
             weight's gradient is then sparse.
         backbone_gradients: "mean" if the backbone's gradients are averaged over the ranks afterwards, as
@@ -230,6 +230,11 @@ def sharded_loss(
     replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
     of_all = told is not None and told.of_all
     margin, numbers = margin_of_all(target, labels, batch, options, replicas, shard, of_all=of_all)
+    if not options.normalize_input:
+        mine = norms_of(x, counted(labels, row_weight, options), options.eps)
+        lengths = RowsOfAll.apply(mine, batch, replicas, shard)
+        scale_tensor = lengths * (scale_value if scale_tensor is None else scale_tensor.double())
+        largest_scale = None  # how long features are nobody knows before
     given = loss_options(scale_value, options, x, local, batch.x.shape[0], max(1, classes), numbers, term)
     given = replace(given, ignore_index=IGNORED, total_classes=shard.num_classes, is_shard=True)
     x, weight = detach_without_grad(x, weight)

@@ -45,21 +45,22 @@ def _shared_shift(
     bound = options.scale_value if scale is None else largest_scale
     if bound is None:
         assert scale is not None
-        bound = float(scale.detach())
+        # Of scales per row the largest; there may be no row.
+        bound = float(scale.detach().abs().amax()) if scale.numel() else 0.0
     ends = options.lowest, options.highest
     if _C.has_fixed_shift(bound, shard.num_classes, x.dtype == torch.float64, *ends):
         return None
     return largest_over_shards(sweep.head_shift(x, weight, labels, scale, options, term), shard.group)
 
 
-class _RowsOfAll(Function):
+class RowsOfAll(Function):
     """Numbers of this rank's rows [N] -> those of all ranks' rows. Every rank has the whole gradient of its
     own rows' numbers; like the features' it is multiplied by the ranks that average it."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, batch: Batch, replicas: int, shard: ClassShard) -> Tensor:
         ctx.batch, ctx.replicas = batch, replicas
-        return gather_row_gradients(value, batch, shard.group, "the rows' margins")
+        return gather_row_gradients(value, batch, shard.group, "numbers of the rows")
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -83,7 +84,7 @@ def margin_of_all(
         return margin_arguments(OP, margin, batch.labels, shard.num_classes, straight)
     mine, numbers = margin_arguments(OP, margin, labels, shard.num_classes, straight)
     m1, m2, m3 = (
-        m if m is None or m.dim() == 0 else _RowsOfAll.apply(m, batch, replicas, shard) for m in mine
+        m if m is None or m.dim() == 0 else RowsOfAll.apply(m, batch, replicas, shard) for m in mine
     )
     return (m1, m2, m3), numbers
 

@@ -59,8 +59,10 @@ def sphereface2_loss(
 
     z_iy = r (g(c_iy) - m) + b, z_ij = r (g(c_ij) + m) + b, g(c) = 2 ((c + 1) / 2)^t - 1: SphereFace2 in its
     form C (Wen et al., *SphereFace2: Binary Classification is All You Need for Deep Face Recognition*, ICLR
-    2022). Fused as ``normface_loss`` is: no N x C matrix beyond the workspace. No z is too large for it, and
-    no cosine from -1 to 1 is a corner. Runs are bit-identical from one to the next.
+    2022). In form A the margin is an angle: z_iy = r g(cos(theta_iy + m)) + b and z_ij = r g(cos(theta_ij -
+    m)) + b; past theta + m = pi the target's cosine goes on as c - 1 + cos m. Fused as ``normface_loss`` is:
+    no N x C matrix beyond the workspace. No z is too large for it, and no cosine from -1 to 1 is a corner.
+    Runs are bit-identical from one to the next.
 
     Args:
         x: [N, D] features.
@@ -71,11 +73,12 @@ def sphereface2_loss(
             the rows that count. A row of weight 0 is an ignored one.
         alpha: in (0, 1), the target's share of the loss.
         r: above 0, the scale.
-        m: at least 0, the margin.
+        m: at least 0, the margin; in form A in [0, pi).
         t: how strongly g bends, a whole number from 1 on: 1 is no bend, g(c) = c.
+        form: "C", a margin of the similarity, or "A", one of the angle.
         loss_weight: W. None: 50 / r, as in OpenSphere; wespeaker has 1.
-        margin_gradient: "exact" differentiates g, as wespeaker does. "straight" takes its slope as 1, for the
-            target and for the others, as OpenSphere does.
+        margin_gradient: "exact" differentiates g and form A's angles, as wespeaker does. "straight" takes the
+            slopes of z in the cosines as r, for the target and for the others, as OpenSphere does.
         reduction: "mean" over the rows that are not ignored (0 when there is none, or their weights sum to
             0), "sum" or "none".
         return_statistics, ignore_index, eps, workspace, check_finite: see ``functional.normface_loss``.
@@ -141,8 +144,8 @@ def bias_of(op: str, value: object, x: Tensor) -> Tensor:
 
 
 def offset_of(bias: Tensor, options: SphereFace2Options) -> Tensor:
-    """What the others' logits are beside r g(c)."""
-    return bias + options.r * options.m
+    """What the others' logits are beside r g."""
+    return bias + options.r * options.m if options.form == "C" else bias
 
 
 def rounded(loss: Tensor, x: Tensor) -> Tensor:
@@ -163,8 +166,9 @@ def sweep_options(
         *made,
         precision,
         checks.ignored(options.ignore_index),
-        term=TERMS["sigmoid"],
+        term=TERMS["sigmoid" if options.form == "C" else "angular_sigmoid"],
         r=options.r,
         power=options.t,
         straight=options.margin_gradient == "straight",
+        angle=None if options.form == "C" else options.m,
     )

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..distances.layers import Agents
-from ..engine.arguments import flag, size
+from ..engine.arguments import choice, flag, size
 from ..engine.calls import accumulator
 from ..engine.options import HoldsOptions, holds, takes
 from ..engine.state import WideState
 from ..engine.statistics import Statistics, given_back
 from . import functions, losses
 from .options import SphereFace2LayerKeywords, SphereFace2LayerOptions
+from .presets import PRESETS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+Head = TypeVar("Head", bound="SphereFace2Loss")
 
 
 @holds(SphereFace2LayerOptions)
@@ -62,6 +65,23 @@ class SphereFace2Loss(WideState, HoldsOptions, Agents):
         first = torch.empty(1, dtype=accumulator(self.weight.dtype), device=self.weight.device)
         self.bias = nn.Parameter(first)
         self._reset_bias()
+
+    @classmethod
+    def preset(cls: type[Head], name: str, in_features: int, num_classes: int, **changes: Any) -> Head:
+        """The head as a library has it.
+
+        Args:
+            name: a key of ``sigmoid.presets.PRESETS``: "opensphere" (the authors', form C, the straight
+                gradient), "wespeaker-c", "wespeaker-a" (r 32, W 1, b 0 at first; m 0.2 in form C, 0.15 in A).
+            in_features: D.
+            num_classes: C.
+            changes: arguments of the constructor, in the place of the recipe's or beside them.
+
+        Raises:
+            ValueError: an unknown name; and what the constructor raises.
+        """
+        recipe = PRESETS[choice(f"{cls.__name__}.preset", "name", name, PRESETS)]
+        return cls(in_features, num_classes, **{**recipe, **changes})
 
     def wide_state(self) -> list[Tensor]:
         # b, and its gradient, which has b's dtype.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +19,21 @@ OP = "sphereface2_loss"
 
 @dataclass(eq=False)
 class SigmoidOptions(sweep.SweepOptions):
-    """With the term's numbers that have no gradient: csrc/math/terms/sigmoid.h."""
+    """With the term's numbers that have no gradient: csrc/math/terms/sigmoid.h. `angle`: form A's margin."""
 
     r: float = 1.0
     power: int = 1
     straight: bool = False
+    angle: float | None = None
 
 
 def term_of(offset: Tensor, options: SigmoidOptions) -> sweep.TermInputs:
-    """The four numbers; `offset` 0-d float64. The device writes them: nothing is copied from the host."""
-    scale, power, straight = (
-        torch.full_like(offset, value) for value in (options.r, options.power, float(options.straight))
-    )
-    return sweep.TermInputs(None, torch.stack([scale, offset, power, straight]))
+    """The numbers; `offset` 0-d float64. The device writes them: nothing is copied from the host."""
+    after = [options.power, float(options.straight)]
+    if options.angle is not None:
+        after += [math.cos(options.angle), math.sin(options.angle)]
+    scale, *rest = (torch.full_like(offset, value) for value in (options.r, *after))
+    return sweep.TermInputs(None, torch.stack([scale, offset, *rest]))
 
 
 def slopes_of(rows: Tensor, g_cosine: Tensor, g_others: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Rows(NamedTuple):
         group: the ranks of a class-parallel head, of whose rows these are a part; None elsewhere.
         given: the labels as the caller gave them: by their memory a pass that runs again is known.
         cosine: the target cosines [N] float64, without gradient, and 0 where a row does not count; None
-            unless the margin has ``hard_negatives``.
+            unless the margin has ``hard_negatives`` and ``uses_cosines``.
         of_all: these are the rows of all ranks of a class-parallel head, in the order of the ranks and with
             padding that does not count. So it is with ``hard_negatives``.
     """
@@ -68,6 +68,8 @@ class BatchMargin(WideState, Margin):
     uses_norms = False
     #: Whether ``of`` returns ``HardNegatives``; it is told the target cosines then.
     hard_negatives = False
+    #: Whether with ``hard_negatives`` it wants the target cosines, ``rows.cosine``; they cost N dot products.
+    uses_cosines = True
     formula = -1  # it has none: what ``of`` returns has
     #: What attributes may be, by name: (class, name, value) -> the value as it is kept. They are checked
     #: whenever they are set, in a constructor as later.
@@ -120,7 +122,7 @@ class BatchMargin(WideState, Margin):
 
 class FollowingMargin(BatchMargin):
     """A margin whose buffers, [1] each, follow the batches: they are moved before they are used, once per
-    forward pass in training mode. It has an attribute ``sync``."""
+    forward pass in training mode. One that asks for ``totals`` has an attribute ``sync``."""
 
     #: The buffers' names.
     STATE: ClassVar[tuple[str, ...]]

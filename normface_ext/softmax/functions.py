@@ -21,7 +21,7 @@ from .hard_negatives import HardNegatives
 from .margins import Margin
 from .options import HeadKeywords, HeadOptions, PartsKeywords, PartsOptions
 from .parts import head_parts as parts_op
-from .rows import rows_of, with_cosines
+from .rows import counted, norms_of, rows_of, with_cosines
 from .statistics import means_of_losses
 
 if TYPE_CHECKING:
@@ -81,8 +81,9 @@ def normface_loss(
             learned scale is not bounded: use ``head.bounded_scale()``.
         margin: psi on the target cosine: ``CosFace``, ``ArcFace``, ``CombinedMargin``, ``RowMargin``, whose
             numbers may be tensors with gradient; one that looks at the batch first, ``AdaFace``, ``MagFace``,
-            ``ElasticArcFace``, ``ElasticCosFace`` or a ``BatchMargin`` of yours; one that changes the logits
-            of other classes as well, ``CurricularFace`` or ``MVSoftmax``; or ``None``.
+            ``ElasticArcFace``, ``ElasticCosFace``, ``SphereFace`` or a ``BatchMargin`` of yours; one that
+            changes the logits of other classes as well, ``CurricularFace``, ``MVSoftmax`` or
+            ``CircleSoftmax``; or ``None``.
         margin_gradient: "exact" differentiates psi. "straight" takes d psi / d cos as 1, as arcface_torch and
             CVLface do: psi is a constant shift of the cosine, and the margin's tensors get no gradient. What
             a margin makes of other classes has its own slopes in either case.
@@ -109,6 +110,9 @@ def normface_loss(
         check_finite: look for NaN and infinity first, in the rows that count, in the weight, in the
             scale and in sample_weight: one more reading of them, and on CUDA a wait of the host. Without it
             such a row makes the loss and the weight's gradient NaN; other rows' own gradients stay right.
+        normalize_input: False leaves the features as long as they are: the logits are s |x_i| cos_ij, with
+            s |x_i| psi for the label (SphereFace), and the gradient goes through the length too. The
+            regular place for s is 1 then.
 
     Returns:
         A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise. The gradient of
@@ -143,9 +147,19 @@ def head_loss(
 ) -> Found:
     """``normface_loss`` with options that have been checked."""
     inputs = checked_inputs(op, x, weight, labels, scale, sample_weight, class_weight, options)
+    if not options.normalize_input:
+        scale = _scale_of_rows(x, inputs, options)
+        inputs = inputs._replace(scale=scale)
     if isinstance(options.margin, BatchMargin):
         return _of_batch(op, x, weight, labels, scale, inputs, options, options.margin, statistics)
     return _fused(op, x, weight, inputs, options, options.margin, statistics)
+
+
+def _scale_of_rows(x: Tensor, inputs: HeadInputs, options: HeadOptions) -> Tensor:
+    """s |x_i| [N] float64: the scales of cosines that make the logits those of features as they are."""
+    counts = counted(inputs.labels, inputs.sample_weight, options)
+    scale = inputs.scale_value if inputs.scale is None else inputs.scale.double()
+    return torch.where(counts, scale * norms_of(x, counts, options.eps), 0)
 
 
 def _fused(
@@ -197,7 +211,7 @@ def _of_batch(
 ) -> Found:
     """With a margin that looks at the batch first."""
     rows = rows_of(op, x, inputs.labels, labels, inputs.sample_weight, options, margin)
-    if margin.hard_negatives:
+    if margin.hard_negatives and margin.uses_cosines:
         rows = with_cosines(rows, x, weight, inputs.places, options)
     found = margin_of(op, margin, rows)
     if isinstance(found, (Margin, HardNegatives)):

@@ -44,8 +44,9 @@ class NormFaceLoss(HoldsTensors):
         num_classes: C; ``weight`` is [C, D], rows uniform on the unit sphere. With ``sub_centers`` K it is
             [C * K, D], row j K + k being centre k of class j; K stays what it was made with.
         scale: s, a number or a tensor of one; or "auto": the smallest scale whose loss bound is
-            ``theory.AUTO_SCALE_BOUND``, and with a margin at least 64 (``theory.auto_scale``). It goes by
-            the margin that the constructor is given: one that is set later does not change the scale.
+            ``theory.AUTO_SCALE_BOUND``, and with a margin at least 64 (``theory.auto_scale``), or 1 without
+            ``normalize_input``. It goes by the margin that the constructor is given: one that is set later
+            does not change the scale.
         learn_scale: make s a parameter [1], used within [min_scale, max_scale]. It needs no weight decay:
             ``parameter_groups`` gives it a group without.
         class_weight: [C], becomes a buffer on the weight's device. It is an option of the loss, not what is
@@ -53,9 +54,9 @@ class NormFaceLoss(HoldsTensors):
         device, dtype: of the parameters.
 
     ``margin``, ``margin_gradient``, ``filter_threshold``, ``sub_centers``, ``reduction``, ``ignore_index``,
-    ``eps``, ``class_weight``, ``label_smoothing``, ``workspace`` and ``check_finite`` are those of
-    ``functional.normface_loss``. These and ``scale``, ``min_scale`` and ``max_scale`` are attributes, checked
-    when they are set as here.
+    ``eps``, ``class_weight``, ``label_smoothing``, ``workspace``, ``check_finite`` and ``normalize_input``
+    are those of ``functional.normface_loss``. These and ``scale``, ``min_scale`` and ``max_scale`` are
+    attributes, checked when they are set as here.
 
     Tensors of a margin become the head's: a Parameter, which is learned, its parameter, another a buffer as
     class_weight is one; ``ArcFace``'s m is ``margin_m``.
@@ -94,7 +95,7 @@ class NormFaceLoss(HoldsTensors):
         if isinstance(scale, str):
             if scale != "auto":
                 raise ValueError(f"{owner}: expected `scale` to be a number or 'auto', got {scale!r}")
-            scale = theory.auto_scale(num_classes, chosen.margin)
+            scale = theory.auto_scale(num_classes, chosen.margin) if chosen.normalize_input else 1.0
         rows = num_classes * chosen.sub_centers
         super().__init__(rows, in_features, scale, learn_scale, min_scale, max_scale, device, dtype)
         self.in_features, self.num_classes = in_features, num_classes
@@ -106,7 +107,10 @@ class NormFaceLoss(HoldsTensors):
 
         Args:
             name: a key of ``softmax.presets.PRESETS``: "arcface" (s = 64, ``ArcFace(0.5)``), "cosface"
-                (s = 64, ``CosFace(0.35)``), "normface" (no margin, s learned, from "auto" on).
+                (s = 64, ``CosFace(0.35)``), "normface" (no margin, s learned, from "auto" on), "circle"
+                (s = 256, ``CircleSoftmax(0.25)``), "sphereface" (features as long as they are, s = 1,
+                ``SphereFace()``), "sphereface-opensphere" (s = 30, m 1.7 without a blend, the straight
+                gradient).
             in_features: D.
             num_classes: C.
             changes: arguments of the constructor, in the place of the recipe's or beside them.
@@ -152,14 +156,17 @@ class NormFaceLoss(HoldsTensors):
         return self.logits(features)
 
     def logits(self, x: Tensor) -> Tensor:
-        """s cos(x_i, w_j) [N, C], differentiable, without the margin: ``functional.norm_linear`` of this
-        head, and its dtypes. Of several sub-centres the largest, out of an [N, C * sub_centers] matrix."""
+        """s cos(x_i, w_j) [N, C], or s <x_i, w_j> / |w_j| without ``normalize_input``; differentiable,
+        without the margin: ``functional.norm_linear`` of this head, and its dtypes. Of several sub-centres
+        the largest, out of an [N, C * sub_centers] matrix."""
         return self._logits(x, self.weight)
 
     def _logits(self, x: Tensor, weight: Tensor) -> Tensor:
-        options = LinearOptions(eps=self.options.eps)
-        scaled = scaled_cosine("norm_linear", x, weight, self.bounded_scale(), options)
+        scaled = scaled_cosine("norm_linear", x, weight, self.bounded_scale(), self.linear_options())
         return pooled(scaled, self.options.sub_centers)
+
+    def linear_options(self) -> LinearOptions:
+        return LinearOptions(self.options.normalize_input, self.options.eps)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
@@ -281,7 +288,10 @@ class NormFaceLoss(HoldsTensors):
         resize.resize_classes(self, n, keep, optimizer, init, features, labels, generator)
 
     def loss_lower_bound(self) -> float:
-        """The paper's bound at the present scale: print it beside the loss (host sync on CUDA)."""
+        """The paper's bound at the present scale: print it beside the loss (host sync on CUDA). 0 without
+        ``normalize_input``, since no length of a feature is the last."""
+        if not self.options.normalize_input:
+            return 0.0
         return theory.loss_lower_bound(self.num_classes, self.scale_value())
 
     def extra_repr(self) -> str:

@@ -44,6 +44,8 @@ class Margin:
     m2: float | Tensor
     m3: float | Tensor
     guard: str | None = None
+    #: What ``scale="auto"`` is at least.
+    least_scale: ClassVar[float] = 64.0
     #: What a 1-D tensor counts: the rows of the batch, or the classes.
     per_row: ClassVar[bool] = False
     #: The number of what psi is in the tables of csrc/math/margins/margin.h and ``reference.FORMULAS``.

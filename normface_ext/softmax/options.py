@@ -35,6 +35,7 @@ class HeadOptions(Options):
     label_smoothing: float = option(0.0, checks.smoothing)
     workspace: int | None = option(None, checks.workspace)
     check_finite: bool = option(False, flag)
+    normalize_input: bool = option(True, flag)
 
     def agree(self, op: str) -> None:
         """One thing alone makes other logits of the cosines of other classes, and label smoothing wants them
@@ -73,6 +74,7 @@ class HeadKeywords(TypedDict, total=False):
     label_smoothing: float
     workspace: int | None
     check_finite: bool
+    normalize_input: bool
 
 
 @declared

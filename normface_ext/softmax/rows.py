@@ -26,13 +26,21 @@ def rows_of(
 ) -> Rows:
     """What the margin is told of these rows; `given`: the labels before they were checked."""
     margin.follow(op, x.device)
-    counts = checks.weighed(labels != checks.ignored(options.ignore_index), row_weight)
-    norms = None
-    if margin.uses_norms:
-        counted = torch.where(counts[:, None], x, 1)
-        norms = normalize(counted, eps=options.eps, return_norm=True)[1].squeeze(1).double()
-        norms = torch.where(counts, norms, 1)
+    counts = counted(labels, row_weight, options)
+    norms = norms_of(x, counts, options.eps) if margin.uses_norms else None
     return Rows(labels, counts, norms, options.margin_gradient == "straight", group, given)
+
+
+def counted(labels: Tensor, row_weight: Tensor | None, options: HeadOptions) -> Tensor:
+    """Which rows count, [N] bool."""
+    return checks.weighed(labels != checks.ignored(options.ignore_index), row_weight)
+
+
+def norms_of(x: Tensor, counts: Tensor, eps: float) -> Tensor:
+    """|x| [N] float64, with gradient; 1 where a row does not count, whatever it holds."""
+    finite = torch.where(counts[:, None], x, 1)
+    norms = normalize(finite, eps=eps, return_norm=True)[1].squeeze(1).double()
+    return torch.where(counts, norms, 1)
 
 
 def with_cosines(rows: Rows, x: Tensor, weight: Tensor, places: Tensor, options: HeadOptions) -> Rows:
