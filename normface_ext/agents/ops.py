@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine.autograd import asked, detach_without_grad, no_second_derivative
+from ..engine.autograd import asked, detach_without_grad
 from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of
+from ..engine.curvature import twice_by_tiles
 from ..engine.sweep import (
     SECOND_SUM,
     SLOPE_FIELDS,
@@ -25,6 +26,7 @@ from ..engine.sweep import (
     head_sweep_collecting,
     in_memory,
 )
+from .formula import HingeFormula
 
 OTHERS = SLOPES.index("others")
 
@@ -250,9 +252,13 @@ class _AgentHinge(Function):
                 options,
                 needed,
             )
-        origins = grad_distance, grad_hinges, x, weight
         given = asked(needed, gradients)
-        return *no_second_derivative(options.op, given, *origins), None, None, None, None
+
+        def formula() -> HingeFormula:
+            hardest = collected.classes[:, 0] if options.hardest else None
+            return HingeFormula(labels, threshold, hardest, swept.rows, options)
+
+        return *twice_by_tiles(given, formula, (grad_distance, grad_hinges), x, weight), *[None] * 4
 
 
 def agent_hinge(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import reference
-from ..engine.autograd import asked, first_by_kernel
+from ..engine.autograd import asked, by_formula, first_by_kernel
 from ..engine.calls import accumulator, add_fakes, by_name, kernels
 
 
@@ -59,7 +59,7 @@ class _Normalize(Function):
         def formula(grad_y: Tensor | None, grad_norm: Tensor | None, x: Tensor) -> tuple[Tensor]:
             return (reference.normalize_backward(grad_y, grad_norm, x, *arguments),)
 
-        (dx,) = first_by_kernel(kernel, formula, grad_y, grad_norm, x)
+        (dx,) = first_by_kernel(kernel, by_formula(formula), grad_y, grad_norm, x)
         return dx, None, None, None
 
 
@@ -135,7 +135,7 @@ class _NormLinear(Function):
             s = torch.tensor(scale_value, dtype=accumulator(x.dtype)) if scale is None else scale
             return reference.norm_linear_backward(grad, x, weight, s, eps, normalize_input)
 
-        return *first_by_kernel(kernel, formula, grad, *ctx.saved_tensors), None, None, None
+        return *first_by_kernel(kernel, by_formula(formula), grad, *ctx.saved_tensors), None, None, None
 
 
 def norm_linear(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine.autograd import asked, detach_without_grad, no_second_derivative
+from ..engine.autograd import asked, detach_without_grad, first_by_kernel, no_second_derivative
 from ..engine.calls import accumulator, add_fakes, by_name, kernels
+from .formula import inner_distance_again, pair_distance_again
 
 
 def _gradients_fake(a: Tensor, b: Tensor, need_a: bool, need_b: bool) -> tuple[Tensor, Tensor]:
@@ -45,12 +46,14 @@ class _InnerDistance(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         near, x, weight, labels = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
-        with torch.no_grad():
+
+        def kernel(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
             gradients = kernels(x, weight).inner_distance_backward(
                 grad.contiguous(), near, x.contiguous(), weight.contiguous(), labels, *needed, ctx.p
             )
-        given = asked(needed, gradients)
-        return *no_second_derivative("inner_distance", given, grad, x, weight), None, None
+            return asked(needed, gradients)
+
+        return *first_by_kernel(kernel, inner_distance_again(labels, ctx.p), grad, x, weight), None, None
 
 
 def inner_distance(x: Tensor, weight: Tensor, labels: Tensor | None, p: int) -> Tensor:
@@ -85,12 +88,14 @@ class _PairDistance(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         a, b = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
-        with torch.no_grad():
+
+        def kernel(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
             gradients = kernels(a, b).pair_distance_backward(
                 grad.contiguous(), a.contiguous(), b.contiguous(), *needed, ctx.p
             )
-        given = asked(needed, gradients)
-        return *no_second_derivative("pair_distance", given, grad, a, b), None
+            return asked(needed, gradients)
+
+        return *first_by_kernel(kernel, pair_distance_again(ctx.p), grad, a, b), None
 
 
 def pair_distance(a: Tensor, b: Tensor, p: int) -> Tensor:

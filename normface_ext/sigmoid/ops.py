@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..engine import sweep
-from ..engine.autograd import asked, detach_without_grad, no_second_derivative
+from ..engine.autograd import asked, detach_without_grad
 from ..engine.calls import accumulator
+from ..engine.curvature import twice_by_tiles
+from .formula import SigmoidFormula
 
 OP = "sphereface2_loss"
 
@@ -109,7 +111,11 @@ class _SigmoidRows(Function):
                 sweep.TermInputs(None, numbers),
             )
             given = asked(needed, (dx, dw, offset_gradient(swept.rows, g_others)))
-        return *no_second_derivative(OP, given, g_cosine, g_others, x, weight, offset), None, None, None
+
+        def formula() -> SigmoidFormula:
+            return SigmoidFormula(OP, labels, swept.rows, ctx.options)
+
+        return *twice_by_tiles(given, formula, (g_cosine, g_others), x, weight, offset), *[None] * 3
 
 
 def sigmoid_rows(

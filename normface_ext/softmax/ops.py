@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine.autograd import asked, detach_without_grad, no_second_derivative
+from ..engine.autograd import asked, detach_without_grad
 from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of
+from ..engine.curvature import twice_by_tiles
 from ..engine.sweep import (
     ALL_SLOPES,
     NO_INPUTS,
@@ -22,6 +23,7 @@ from ..engine.sweep import (
     head_backward,
     head_sweep_in_memory,
 )
+from .formula import LossFormula
 
 #: m1, m2 and m3, where they are tensors: [] or [N].
 MarginTensors = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -138,7 +140,7 @@ class _NormFaceLoss(Function):
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         x, weight, scale, m1, m2, m3, labels, class_weight, *saved = ctx.saved_tensors
         threshold, numbers, slopes, *swept = saved
-        needed = ctx.needs_input_grad[:3]
+        needed, term = ctx.needs_input_grad[:3], TermInputs(threshold, numbers)
         with torch.no_grad():
             gradients = head_backward(
                 grad_loss,
@@ -151,12 +153,15 @@ class _NormFaceLoss(Function):
                 Swept(*swept),
                 ctx.options,
                 needed,
-                TermInputs(threshold, numbers),
+                term,
             )
             of_margin = margin_gradients(grad_loss, slopes, (m1, m2, m3), ctx.needs_input_grad[3:6])
+
+        def formula() -> LossFormula:
+            return LossFormula("normface_loss", labels, class_weight, term, swept[0], ctx.options)
+
         given = (*asked(needed, gradients), *of_margin)
-        raising = no_second_derivative("normface_loss", given, grad_loss, x, weight, scale, m1, m2, m3)
-        return *raising, *[None] * 6
+        return *twice_by_tiles(given, formula, (grad_loss,), x, weight, scale, m1, m2, m3), *[None] * 6
 
 
 def normface_loss(

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..engine import sweep
-from ..engine.autograd import asked, detach_without_grad, no_second_derivative
+from ..engine.autograd import asked, detach_without_grad
 from ..engine.calls import accumulator, kernels
+from ..engine.curvature import twice_by_tiles
 from . import ops
+from .formula import PartsFormula
 
 
 class _HeadParts(Function):
@@ -60,6 +62,7 @@ class _HeadParts(Function):
     def backward(ctx: Any, g_cosine: Tensor, g_log_sum: Tensor, g_with_sum: Tensor, _: Tensor) -> Any:
         x, weight, scale, labels, class_weight, threshold, numbers, *swept = ctx.saved_tensors
         options, needed = ctx.options, ctx.needs_input_grad[:3]
+        term = sweep.TermInputs(threshold, numbers)
         rows = swept[0]
         with torch.no_grad():
             s = options.scale_value if scale is None else scale.double()
@@ -79,11 +82,15 @@ class _HeadParts(Function):
                 sweep.Swept(*swept),
                 options,
                 needed,
-                sweep.TermInputs(threshold, numbers),
+                term,
             )
         given = asked(needed, gradients)
-        origins = g_cosine, g_log_sum, g_with_sum, x, weight, scale
-        return *no_second_derivative("head_parts", given, *origins), *[None] * 6
+
+        def formula() -> PartsFormula:
+            return PartsFormula("head_parts", labels, class_weight, term, rows, options)
+
+        upstream = g_cosine, g_log_sum, g_with_sum
+        return *twice_by_tiles(given, formula, upstream, x, weight, scale), *[None] * 6
 
 
 def _with_class_sum(x: Tensor, class_sum: Tensor, counts: Tensor, options: ops.LossOptions) -> Tensor:
