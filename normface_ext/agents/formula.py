@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class HingeFormula:
-    """The target's distance and the sum of the hinges, [N] each; there are no numbers. What is active is held."""
+    """The target's distance and the sum of the hinges, [N] each, of what is active now. No numbers."""
 
     labels: Tensor
     threshold: Tensor  # [N], of distances
