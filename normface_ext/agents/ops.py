@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..engine import transforms
 from ..engine.autograd import asked, detach_without_grad
 from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of
 from ..engine.curvature import twice_by_tiles
@@ -272,6 +273,10 @@ def agent_hinge(
 ) -> tuple[Tensor, ...]:
     """(distance to the label's agent [N], sum of the hinges [N], rows [ROW_FIELDS, N]), and with
     `need_class_sum` that."""
+    rest = options, need_class_sum
+    if transforms.watched():
+        tensors = x, weight, labels, margin
+        return transforms.through(options.op, _AgentHinge, tensors, rest, inputs=2, outputs=2)
     x, weight = detach_without_grad(x, weight)
-    result: tuple[Tensor, ...] = _AgentHinge.apply(x, weight, labels, margin, options, need_class_sum)
+    result: tuple[Tensor, ...] = _AgentHinge.apply(x, weight, labels, margin, *rest)
     return result

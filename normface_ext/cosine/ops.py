@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import reference
+from ..engine import transforms
 from ..engine.autograd import asked, by_formula, first_by_kernel
 from ..engine.calls import accumulator, add_fakes, by_name, kernels
 
@@ -64,7 +65,11 @@ class _Normalize(Function):
 
 
 def normalize(x: Tensor, dim: int, p: int, eps: float) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = _Normalize.apply(x, dim, p, eps)
+    result: tuple[Tensor, Tensor]
+    if transforms.watched():  # the formula is plain torch, which every transform follows to any order
+        result = reference.normalize(x, dim, p, eps, return_norm=True)  # type: ignore[assignment]
+    else:
+        result = _Normalize.apply(x, dim, p, eps)
     return result
 
 
@@ -146,6 +151,9 @@ def norm_linear(
     normalize_input: bool,
     eps: float,
 ) -> Tensor:
+    if transforms.watched():
+        s = scale_value if scale is None else scale
+        return reference.norm_linear(x, weight, s, normalize_input=normalize_input, eps=eps)
     result: Tensor = _NormLinear.apply(x, weight, scale, scale_value, normalize_input, eps)
     return result
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..engine import transforms
 from ..engine.autograd import asked, detach_without_grad, first_by_kernel, no_second_derivative
 from ..engine.calls import accumulator, add_fakes, by_name, kernels
 from .formula import inner_distance_again, pair_distance_again
@@ -58,6 +59,8 @@ class _InnerDistance(Function):
 
 def inner_distance(x: Tensor, weight: Tensor, labels: Tensor | None, p: int) -> Tensor:
     """With ``labels`` the weight's gradient counts the cells (i, labels[i]) only."""
+    if transforms.watched():
+        return transforms.through("inner_distance", _InnerDistance, (x, weight, labels), (p,), inputs=2)[0]
     x, weight = detach_without_grad(x, weight)
     result: Tensor = _InnerDistance.apply(x, weight, labels, p)
     return result
@@ -99,6 +102,8 @@ class _PairDistance(Function):
 
 
 def pair_distance(a: Tensor, b: Tensor, p: int) -> Tensor:
+    if transforms.watched():
+        return transforms.through("pair_distance", _PairDistance, (a, b), (p,), inputs=2)[0]
     result: Tensor = _PairDistance.apply(a, b, p)
     return result
 
@@ -123,6 +128,7 @@ class _WithGradient(Function):
 
 
 def with_gradient(op: str, distances: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    transforms.refuse(op)
     result: Tensor = _WithGradient.apply(op, distances, value, gradient)
     return result
 

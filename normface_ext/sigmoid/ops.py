@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine import sweep
+from ..engine import sweep, transforms
 from ..engine.autograd import asked, detach_without_grad
 from ..engine.calls import accumulator
 from ..engine.curvature import twice_by_tiles
@@ -127,8 +127,11 @@ def sigmoid_rows(
     options: SigmoidOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(target cosine, sum of softplus over the other classes, weight) of the rows, [N] float64."""
-    x, weight = detach_without_grad(x, weight)
-    result: tuple[Tensor, Tensor, Tensor] = _SigmoidRows.apply(
-        x, weight, offset, labels, sample_weight, options
-    )
+    result: tuple[Tensor, Tensor, Tensor]
+    told = offset, labels, sample_weight
+    if transforms.watched():
+        result = transforms.through(OP, _SigmoidRows, (x, weight, *told), (options,), inputs=3, outputs=2)  # type: ignore[assignment]
+    else:
+        x, weight = detach_without_grad(x, weight)
+        result = _SigmoidRows.apply(x, weight, *told, options)
     return result

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from ..engine import transforms
 from ..engine.autograd import asked, detach_without_grad
 from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of
 from ..engine.curvature import twice_by_tiles
@@ -175,8 +176,10 @@ def normface_loss(
     options: LossOptions,
     term: TermInputs = NO_INPUTS,
 ) -> Tensor:
+    told = labels, sample_weight, class_weight, *term
+    if transforms.watched():
+        tensors = x, weight, scale, *margin, *told
+        return transforms.through("normface_loss", _NormFaceLoss, tensors, (options,), inputs=6)[0]
     x, weight = detach_without_grad(x, weight)
-    result: Tensor = _NormFaceLoss.apply(
-        x, weight, scale, *margin, labels, sample_weight, class_weight, *term, options
-    )
+    result: Tensor = _NormFaceLoss.apply(x, weight, scale, *margin, *told, options)
     return result

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine import sweep
+from ..engine import sweep, transforms
 from ..engine.autograd import asked, detach_without_grad
 from ..engine.calls import accumulator, kernels
 from ..engine.curvature import twice_by_tiles
@@ -114,8 +114,12 @@ def head_parts(
     term: sweep.TermInputs = sweep.NO_INPUTS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(c_y [N], ln S_o [N], with smoothing <x_hat, U> [N], the rows' state [ROW_FIELDS, N]), float64."""
-    x, weight = detach_without_grad(x, weight)
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = _HeadParts.apply(
-        x, weight, scale, labels, sample_weight, class_weight, *term, options
-    )
+    result: tuple[Tensor, Tensor, Tensor, Tensor]
+    told = labels, sample_weight, class_weight, *term
+    if transforms.watched():
+        tensors = x, weight, scale, *told
+        result = transforms.through("head_parts", _HeadParts, tensors, (options,), inputs=3, outputs=3)  # type: ignore[assignment]
+    else:
+        x, weight = detach_without_grad(x, weight)
+        result = _HeadParts.apply(x, weight, scale, *told, options)
     return result
