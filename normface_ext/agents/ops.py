@@ -233,7 +233,8 @@ class _AgentHinge(Function):
             ctx.save_for_backward(x, weight, labels, threshold, *collected, *swept)
             ctx.options = options
             ctx.mark_non_differentiable(*constant)
-        return distance, swept.rows[SUM].to(distance.dtype), *constant
+        # A copy in float64 too: a view of the rows would be one result inside another.
+        return distance, swept.rows[SUM].to(distance.dtype, copy=True), *constant
 
     @staticmethod
     def backward(ctx: Any, grad_distance: Tensor, grad_hinges: Tensor, *_: Any) -> Any:

@@ -89,6 +89,14 @@ def constant(name: str, call: Callable[..., Tensor], tensors: Given, rest: tuple
 # On plain tensors -----------------------------------------------------------------------------------
 
 
+def _with_memory(values: Given) -> Given:
+    """Forward mode has zeros without memory, which no kernel can read."""
+    return tuple(
+        torch.zeros(t.shape, dtype=t.dtype, device=t.device) if t is not None and t._is_zerotensor() else t
+        for t in values
+    )
+
+
 def _run(op: Op, tensors: Given, of: Mask) -> tuple[Given, tuple[Tensor, ...]]:
     """(the inputs as leaves of a graph, those `of` which a gradient is wanted; the results)"""
     leaves = tuple(
@@ -234,6 +242,7 @@ class _Gradients(_Looped):
 
     @staticmethod
     def forward(op: Op, of: Mask, *given: Tensor | None) -> Any:
+        given = _with_memory(given)
         return _gradients_of(op, of, given[: op.outputs], given[op.outputs :])
 
     @staticmethod
@@ -264,6 +273,7 @@ class _Second(_Looped):
 
     @staticmethod
     def forward(op: Op, of: Mask, *given: Tensor | None) -> Any:
+        given = _with_memory(given)
         tensors, along = given[op.outputs : -op.inputs], given[-op.inputs :]
         return _second_of(op, of, given[: op.outputs], tensors, along)
 
@@ -281,6 +291,7 @@ class _Along(_OfResults):
 
     @staticmethod
     def forward(op: Op, of: Mask, *given: Tensor | None) -> Any:
+        given = _with_memory(given)
         return _along_of(op, given[: -op.inputs], given[-op.inputs :])
 
     @staticmethod
