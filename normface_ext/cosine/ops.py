@@ -52,7 +52,8 @@ class _Normalize(Function):
 
         def kernel(grad_y: Tensor | None, grad_norm: Tensor | None, x: Tensor) -> tuple[Tensor]:
             if grad_y is not None and grad_y.stride() != x.stride():
-                grad_y = torch.empty_like(x).copy_(grad_y)
+                # As the gradient makes it, which may be a batch of them (is_grads_batched).
+                grad_y = grad_y.new_empty_strided(x.shape, x.stride()).copy_(grad_y)
             if grad_norm is not None:
                 grad_norm = grad_norm.contiguous()
             return (kernels(x).normalize_backward(grad_y, grad_norm, x, norm.detach(), *arguments),)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..engine import checks
+from ..engine import checks, transforms
 from ..engine.arguments import choice, flag, number
 from ..engine.autograd import detach_without_grad
 from ..engine.options import takes
@@ -119,6 +119,7 @@ def sharded_loss(
     equal_batches: bool,
 ) -> Tensor:
     """``normface_loss`` with options that have been checked."""
+    transforms.refuse(OP)
     local = weight.to_local() if isinstance(weight, DTensor) else weight
     checks.features_and_shard(OP, x, local, shard.count)
     ignored = checks.ignored(options.ignore_index)

@@ -35,8 +35,8 @@ def refuse(op: str) -> None:
     """For what has backward gradients alone."""
     if watched():
         raise RuntimeError(
-            f"{op}: expected no torch.func transform and no forward-mode derivatives around it, which are not"
-            " available here"
+            f"{op}: expected no torch.func transform and no forward-mode derivatives around it, of which"
+            " it has none; it has first gradients by backward()"
         )
 
 
@@ -89,8 +89,15 @@ def constant(name: str, call: Callable[..., Tensor], tensors: Given, rest: tuple
 # On plain tensors -----------------------------------------------------------------------------------
 
 
-def _with_memory(values: Given) -> Given:
-    """Forward mode has zeros without memory, which no kernel can read."""
+def _plain(op: Op, values: Given) -> Given:
+    """The values for kernels: forward mode has zeros without memory, and torch.autograd.functional batches of
+    its own, which know nothing of the loop."""
+    batch = torch._C._dispatch_key_parse("Batched")
+    if any(t is not None and torch._C._dispatch_keys(t).has(batch) for t in values):
+        raise RuntimeError(
+            f"{op.name}: expected no `vectorize` with forward mode of torch.autograd.functional, which is not"
+            " available; use torch.func.jacfwd"
+        )
     return tuple(
         torch.zeros(t.shape, dtype=t.dtype, device=t.device) if t is not None and t._is_zerotensor() else t
         for t in values
@@ -242,7 +249,7 @@ class _Gradients(_Looped):
 
     @staticmethod
     def forward(op: Op, of: Mask, *given: Tensor | None) -> Any:
-        given = _with_memory(given)
+        given = _plain(op, given)
         return _gradients_of(op, of, given[: op.outputs], given[op.outputs :])
 
     @staticmethod
@@ -273,7 +280,7 @@ class _Second(_Looped):
 
     @staticmethod
     def forward(op: Op, of: Mask, *given: Tensor | None) -> Any:
-        given = _with_memory(given)
+        given = _plain(op, given)
         tensors, along = given[op.outputs : -op.inputs], given[-op.inputs :]
         return _second_of(op, of, given[: op.outputs], tensors, along)
 
@@ -291,7 +298,7 @@ class _Along(_OfResults):
 
     @staticmethod
     def forward(op: Op, of: Mask, *given: Tensor | None) -> Any:
-        given = _with_memory(given)
+        given = _plain(op, given)
         return _along_of(op, given[: -op.inputs], given[-op.inputs :])
 
     @staticmethod
