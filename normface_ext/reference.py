@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .agents.options import (
@@ -665,7 +666,7 @@ def sphereface2_loss(
 
 
 def _softplus(z: Tensor) -> Tensor:
-    return torch.logaddexp(z, torch.zeros_like(z))
+    return -F.logsigmoid(-z)
 
 
 def pair_contrastive_loss(

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine.autograd import asked, detach_without_grad, no_second_derivative
+from ..engine import transforms
+from ..engine.autograd import asked, detach_without_grad
 from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of
+from ..engine.curvature import twice_by_tiles
 from ..engine.sweep import (
     SECOND_SUM,
     SLOPE_FIELDS,
@@ -25,6 +27,7 @@ from ..engine.sweep import (
     head_sweep_collecting,
     in_memory,
 )
+from .formula import HingeFormula
 
 OTHERS = SLOPES.index("others")
 
@@ -234,7 +237,8 @@ class _AgentHinge(Function):
             ctx.save_for_backward(x, weight, labels, threshold, *collected, *swept)
             ctx.options = options
             ctx.mark_non_differentiable(*constant)
-        return distance, swept.rows[SUM].to(distance.dtype), *constant
+        # A copy in float64 too: a view of the rows would be one result inside another.
+        return distance, swept.rows[SUM].to(distance.dtype, copy=True), *constant
 
     @staticmethod
     def backward(ctx: Any, grad_distance: Tensor, grad_hinges: Tensor, *_: Any) -> Any:
@@ -254,9 +258,13 @@ class _AgentHinge(Function):
                 options,
                 needed,
             )
-        origins = grad_distance, grad_hinges, x, weight
         given = asked(needed, gradients)
-        return *no_second_derivative(options.op, given, *origins), *[None] * 5
+
+        def formula() -> HingeFormula:
+            hardest = collected.classes[:, 0] if options.hardest else None
+            return HingeFormula(labels, threshold, hardest, swept.rows, options)
+
+        return *twice_by_tiles(given, formula, (grad_distance, grad_hinges), x, weight), *[None] * 5
 
 
 def agent_hinge(
@@ -271,8 +279,10 @@ def agent_hinge(
 ) -> tuple[Tensor, ...]:
     """(distance to the label's agent [N], sum of the hinges [N], rows [ROW_FIELDS, N]), and with
     `need_class_sum` that."""
+    rest = options, need_class_sum, need_largest
+    if transforms.watched():
+        tensors = x, weight, labels, margin
+        return transforms.through(options.op, _AgentHinge, tensors, rest, inputs=2, outputs=2)
     x, weight = detach_without_grad(x, weight)
-    result: tuple[Tensor, ...] = _AgentHinge.apply(
-        x, weight, labels, margin, options, need_class_sum, need_largest
-    )
+    result: tuple[Tensor, ...] = _AgentHinge.apply(x, weight, labels, margin, *rest)
     return result

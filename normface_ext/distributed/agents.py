@@ -15,7 +15,7 @@ from ..agents.functions import needs_class_sum, negatives, plain, sweep_options
 from ..agents.losses import AgentRows, Losses
 from ..agents.ops import AgentSweepOptions
 from ..agents.options import ContrastiveKeywords, ContrastiveOptions, TripletKeywords, TripletOptions
-from ..engine import checks
+from ..engine import checks, transforms
 from ..engine.arguments import flag
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative
 from ..engine.options import takes
@@ -214,6 +214,7 @@ def rows_and_loss(
 ) -> tuple[AgentRows, Tensor]:
     """(the rows of all ranks, the loss) with options that have been checked; a ``margin`` stands in for
     theirs."""
+    transforms.refuse(op)
     check_backbone_gradients(op, backbone_gradients)
     flag(op, "equal_batches", equal_batches)
     given = _gathered(op, x, weight, labels, shard, sample_weight, options, equal_batches)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 
-from ..engine import checks, sweep
+from ..engine import checks, sweep, transforms
 from ..engine.arguments import flag
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative
 from ..engine.calls import accumulator
@@ -224,6 +224,7 @@ def sharded_loss(
     statistics: bool,
 ) -> Found:
     """The loss with options that have been checked."""
+    transforms.refuse(OP)
     check_backbone_gradients(OP, backbone_gradients)
     flag(OP, "equal_batches", equal_batches)
     if isinstance(weight, DTensor):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..engine import checks
+from ..engine import checks, transforms
 from ..engine.arguments import choice, flag, number
 from ..engine.autograd import detach_without_grad
 from ..engine.options import takes
@@ -177,6 +177,7 @@ def sharded_loss(
     statistics: bool,
 ) -> Found:
     """``normface_loss`` with options that have been checked."""
+    transforms.refuse(OP)
     local, centers = local_rows(OP, weight, options.sub_centers), options.sub_centers
     checks.features_and_shard(OP, x, local, shard.count * centers)
     ignored = checks.ignored(options.ignore_index)

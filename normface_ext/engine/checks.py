@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from . import arguments
+from . import arguments, transforms
 from .arguments import INT64_MAX, INT64_MIN, choice, integer, number
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -210,8 +210,9 @@ def label_rows(op: str, value: object, x: Tensor) -> Tensor:
 
 def has_values(value: Tensor) -> bool:
     """Whether a tensor's values can be read at all: not of a fake or meta tensor, nor while compiling or
-    while a CUDA graph is captured."""
-    return not (torch.compiler.is_compiling() or value.is_meta or is_fake(value) or capturing(value))
+    while a CUDA graph is captured, nor of a batch under torch.func.vmap."""
+    unknown = torch.compiler.is_compiling() or value.is_meta or is_fake(value) or capturing(value)
+    return not (unknown or transforms.batched(value))
 
 
 def capturing(value: Tensor) -> bool:
@@ -270,6 +271,8 @@ def finite_rows(
     sentence = f"{op}: expected `{name}` to be finite, got NaN or infinity"
     if torch.compiler.is_compiling() or capturing(value):
         torch._assert_async(~bad.any(), sentence)
+    elif transforms.batched(value):
+        raise ValueError(f"{op}: expected `check_finite` False under torch.func.vmap, got True")
     elif has_values(value) and bad.any():
         if bad.dim() == 0:
             raise ValueError(sentence)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import memory
+from . import memory, transforms
 from .calls import accumulator, add_fakes, by_name, kernels, options_of, plan_device
 from .library import _C
 from .plan import Products
@@ -168,7 +168,12 @@ class CosineOptions(NamedTuple):
 
 def target_cosine(x: Tensor, weight: Tensor, labels: Tensor, options: SweepOptions | CosineOptions) -> Tensor:
     """cos(x_i, w_labels[i]), [N] float64, without a gradient of its own; 0 where the class is not here."""
-    cosine: Tensor = kernels(x, weight).target_cosine(x, weight, labels, *_cosine_options(options))
+    told = _cosine_options(options)
+    if transforms.watched():
+        return transforms.constant(
+            "target_cosine", kernels(x, weight).target_cosine, (x, weight, labels), told
+        )
+    cosine: Tensor = kernels(x, weight).target_cosine(x, weight, labels, *told)
     return cosine
 
 

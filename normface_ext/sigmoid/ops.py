@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine import sweep
-from ..engine.autograd import asked, detach_without_grad, no_second_derivative
+from ..engine import sweep, transforms
+from ..engine.autograd import asked, detach_without_grad
 from ..engine.calls import accumulator
+from ..engine.curvature import twice_by_tiles
+from .formula import SigmoidFormula
 
 OP = "sphereface2_loss"
 
@@ -116,7 +118,11 @@ class _SigmoidRows(Function):
                 sweep.TermInputs(None, numbers),
             )
             given = asked(needed, (dx, dw, offset_gradient(swept.rows, g_others)))
-        return *no_second_derivative(OP, given, g_cosine, g_others, x, weight, offset), *[None] * 4
+
+        def formula() -> SigmoidFormula:
+            return SigmoidFormula(OP, labels, swept.rows, ctx.options)
+
+        return *twice_by_tiles(given, formula, (g_cosine, g_others), x, weight, offset), *[None] * 4
 
 
 def sigmoid_rows(
@@ -131,8 +137,9 @@ def sigmoid_rows(
 ) -> tuple[Tensor, ...]:
     """(target cosine, sum of softplus over the other classes, weight) of the rows, [N] float64; with
     `need_largest` their state [ROW_FIELDS, N], too."""
+    told, rest = (offset, labels, sample_weight), (options, need_largest)
+    if transforms.watched():
+        return transforms.through(OP, _SigmoidRows, (x, weight, *told), rest, inputs=3, outputs=2)
     x, weight = detach_without_grad(x, weight)
-    result: tuple[Tensor, ...] = _SigmoidRows.apply(
-        x, weight, offset, labels, sample_weight, options, need_largest
-    )
+    result: tuple[Tensor, ...] = _SigmoidRows.apply(x, weight, *told, *rest)
     return result

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..engine import checks
+from ..engine import checks, transforms
 from ..engine.arguments import shown
 from ..engine.options import Check
 from ..engine.state import Passes, WideState, recomputing
@@ -140,6 +140,11 @@ class FollowingMargin(BatchMargin):
         """The buffers for these rows, moved by them first; those it had, for a pass that is run again."""
         if rows.labels.is_meta:  # shapes only: nothing to follow
             return tuple([getattr(self, name).to("meta") for name in self.STATE])
+        if self.training and transforms.watched():
+            raise RuntimeError(
+                f"{type(self).__name__}: expected eval() under transforms of torch.func and forward-mode"
+                " derivatives, which let no state move, got training mode"
+            )
         again = self.recomputing()
         if self.training and not again:
             with torch.no_grad():

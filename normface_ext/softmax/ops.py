@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine.autograd import asked, detach_without_grad, no_second_derivative
+from ..engine import transforms
+from ..engine.autograd import asked, detach_without_grad
 from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of
+from ..engine.curvature import twice_by_tiles
 from ..engine.statistics import Means, Statistics, statistics_of
 from ..engine.sweep import (
     ALL_SLOPES,
@@ -25,6 +27,7 @@ from ..engine.sweep import (
     head_backward,
     head_sweep_in_memory,
 )
+from .formula import LossFormula
 from .statistics import means_of_losses
 
 #: m1, m2 and m3, where they are tensors: [] or [N].
@@ -175,7 +178,7 @@ class _NormFaceLoss(Function):
     def backward(ctx: Any, grad_loss: Tensor, *rest: Any) -> Any:
         x, weight, scale, m1, m2, m3, labels, class_weight, *saved = ctx.saved_tensors
         threshold, numbers, slopes, *swept = saved
-        needed = ctx.needs_input_grad[:3]
+        needed, term = ctx.needs_input_grad[:3], TermInputs(threshold, numbers)
         with torch.no_grad():
             gradients = head_backward(
                 grad_loss,
@@ -188,12 +191,15 @@ class _NormFaceLoss(Function):
                 Swept(*swept),
                 ctx.options,
                 needed,
-                TermInputs(threshold, numbers),
+                term,
             )
             of_margin = margin_gradients(grad_loss, slopes, (m1, m2, m3), ctx.needs_input_grad[3:6])
+
+        def formula() -> LossFormula:
+            return LossFormula("normface_loss", labels, class_weight, term, swept[0], ctx.options)
+
         given = (*asked(needed, gradients), *of_margin)
-        raising = no_second_derivative("normface_loss", given, grad_loss, x, weight, scale, m1, m2, m3)
-        return *raising, *[None] * 7
+        return *twice_by_tiles(given, formula, (grad_loss,), x, weight, scale, m1, m2, m3), *[None] * 7
 
 
 def normface_loss(
@@ -209,11 +215,12 @@ def normface_loss(
     *,
     statistics: bool = False,
 ) -> tuple[Tensor, Statistics | None]:
-    x, weight = detach_without_grad(x, weight)
-    result = _NormFaceLoss.apply(
-        x, weight, scale, *margin, labels, sample_weight, class_weight, *term, options, statistics
-    )
-    if not statistics:
-        return result, None
-    loss, *means = result
-    return loss, statistics_of((means[0], means[1]))
+    told, rest = (labels, sample_weight, class_weight, *term), (options, statistics)
+    if transforms.watched():
+        tensors = x, weight, scale, *margin, *told
+        found = transforms.through("normface_loss", _NormFaceLoss, tensors, rest, inputs=6)
+    else:
+        x, weight = detach_without_grad(x, weight)
+        result = _NormFaceLoss.apply(x, weight, scale, *margin, *told, *rest)
+        found = result if statistics else (result,)
+    return found[0], statistics_of((found[1], found[2])) if statistics else None

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine import sweep
-from ..engine.autograd import asked, detach_without_grad, no_second_derivative
+from ..engine import sweep, transforms
+from ..engine.autograd import asked, detach_without_grad
 from ..engine.calls import accumulator, kernels
+from ..engine.curvature import twice_by_tiles
 from . import ops
+from .formula import PartsFormula
 
 
 class _HeadParts(Function):
@@ -62,6 +64,7 @@ class _HeadParts(Function):
     def backward(ctx: Any, g_cosine: Tensor, g_log_sum: Tensor, g_with_sum: Tensor, _: Tensor) -> Any:
         x, weight, scale, labels, class_weight, threshold, numbers, *swept = ctx.saved_tensors
         options, needed = ctx.options, ctx.needs_input_grad[:3]
+        term = sweep.TermInputs(threshold, numbers)
         rows = swept[0]
         with torch.no_grad():
             s = options.scale_value if scale is None else scale.double()
@@ -81,11 +84,15 @@ class _HeadParts(Function):
                 sweep.Swept(*swept),
                 options,
                 needed,
-                sweep.TermInputs(threshold, numbers),
+                term,
             )
         given = asked(needed, gradients)
-        origins = g_cosine, g_log_sum, g_with_sum, x, weight, scale
-        return *no_second_derivative("head_parts", given, *origins), *[None] * 7
+
+        def formula() -> PartsFormula:
+            return PartsFormula("head_parts", labels, class_weight, term, rows, options)
+
+        upstream = g_cosine, g_log_sum, g_with_sum
+        return *twice_by_tiles(given, formula, upstream, x, weight, scale), *[None] * 7
 
 
 def _with_class_sum(x: Tensor, class_sum: Tensor, counts: Tensor, options: ops.LossOptions) -> Tensor:
@@ -111,8 +118,12 @@ def head_parts(
     need_largest: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(c_y [N], ln S_o [N], with smoothing <x_hat, U> [N], the rows' state [ROW_FIELDS, N]), float64."""
-    x, weight = detach_without_grad(x, weight)
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = _HeadParts.apply(
-        x, weight, scale, labels, sample_weight, class_weight, *term, options, need_largest
-    )
+    result: tuple[Tensor, Tensor, Tensor, Tensor]
+    told, rest = (labels, sample_weight, class_weight, *term), (options, need_largest)
+    if transforms.watched():
+        tensors = x, weight, scale, *told
+        result = transforms.through("head_parts", _HeadParts, tensors, rest, inputs=3, outputs=3)  # type: ignore[assignment]
+    else:
+        x, weight = detach_without_grad(x, weight)
+        result = _HeadParts.apply(x, weight, scale, *told, *rest)
     return result
