@@ -65,6 +65,8 @@ def eps(op: str, name: str, value: object) -> float:
 
 def exponent(op: str, name: str, value: object) -> int:
     """`p`: 1 or 2, also as a float (torch's own default is 2.0)."""
+    if type(value) is int and (value == 2 or value == 1):
+        return value
     try:
         p = number(op, name, value)
     except (TypeError, ValueError):

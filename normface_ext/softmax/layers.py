@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import theory
-from ..cosine.functions import scaled_cosine
 from ..cosine.options import LinearOptions
 from ..engine.arguments import choice, size
 from ..engine.options import holds, takes
@@ -137,9 +136,10 @@ class NormFaceLoss(HoldsTensors):
     def logits(self, x: Tensor) -> Tensor:
         """s cos(x_i, w_j) [N, C], differentiable, without the margin: ``functional.norm_linear`` of this
         head, and its dtypes."""
-        return scaled_cosine(
-            "norm_linear", x, self.weight, self.bounded_scale(), LinearOptions(eps=self.options.eps)
-        )
+        return self.scaled_cosine(x)
+
+    def linear_options(self) -> LinearOptions:
+        return LinearOptions(eps=self.options.eps)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
