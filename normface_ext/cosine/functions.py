@@ -118,9 +118,13 @@ def scaled_cosine(
     scale_tensor, scale_value = checks.scale(op, scale, x)
     x, normalize_input, eps = autocast(x), options.normalize_input, options.eps
     if graphs.leaving():
-        # Where there is no autocast the graph is not to hear of it.
-        lowered = torch.is_autocast_enabled(x.device.type)
-        with full_precision(x) if lowered else nullcontext():
-            cosine = plain.cosine(x, weight, normalize_input, eps)
+        cosine = plain_cosine(x, weight, normalize_input, eps)
         return (cosine * (scale_value if scale_tensor is None else scale_tensor)).to(x.dtype)
     return ops.norm_linear(x, weight, scale_tensor, scale_value, normalize_input, eps)
+
+
+def plain_cosine(x: Tensor, weight: Tensor, normalize_input: bool, eps: float) -> Tensor:
+    """The cosines [N, C] for a graph that leaves, in float32 at least; of arguments that were checked."""
+    # Where there is no autocast the graph is not to hear of it.
+    with full_precision(x) if torch.is_autocast_enabled(x.device.type) else nullcontext():
+        return plain.cosine(x, weight, normalize_input, eps)

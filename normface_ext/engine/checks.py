@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from . import arguments
+from . import arguments, graphs
 from .arguments import INT64_MAX, INT64_MIN, choice, integer, number
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -25,7 +25,9 @@ def is_dtensor(value: Tensor) -> bool:
 
 def tensor(op: str, name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: expected `{name}` to be a Tensor, got {type(value).__name__}")
+        raise TypeError(
+            f"{op}: expected `{name}` to be a Tensor, got {type(value).__name__}{graphs.advice(value)}"
+        )
     if is_dtensor(value):
         raise TypeError(f"{op}: expected `{name}` to be a plain Tensor, got a DTensor")
     if value.layout is not torch.strided:

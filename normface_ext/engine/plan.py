@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _C
-from . import checks, library
+from . import checks, graphs, library
 from .arguments import integer
 
 GIB = 1 << 30
@@ -311,6 +311,8 @@ def products(
         budget = workspace
     if _asked is not None and (given := _as_asked(_asked, batch, dim, classes, dtype, device, budget)):
         return given
+    if graphs.exporting():
+        return Products(False, budget, "auto")  # one program for all batches, that keeps nothing for later
     excess = _least(memory, batch, classes) - parts * budget
     if later:  # E in the cache, or not the slower way
         beyond = batch * classes - cache_cells

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..engine import checks
+from ..cosine.functions import plain_cosine
+from ..engine import checks, graphs
 from ..engine.arguments import integer
 from ..engine.options import takes
 from ..engine.sweep import (
@@ -52,6 +53,10 @@ def nearest_class(x: Tensor, weight: Tensor, **options: Unpack[NearestKeywords])
     op = "nearest_class"
     checks.features_and_weight(op, x, weight)
     given = NearestOptions.of(op, options)
+    if graphs.leaving():
+        cosine = plain_cosine(x, weight, True, given.eps)
+        nearest = cosine.argmax(1)
+        return nearest, cosine.gather(1, nearest[:, None])[:, 0]
     return hardest(x, weight, ranking_options(x, weight, given.eps, None, given.workspace))
 
 
