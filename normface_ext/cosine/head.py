@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from ..engine import checks
+from ..engine import checks, graphs
 from ..engine.arguments import POSITIVE, flag, number
 from ..engine.extra_state import pack, unpack
 from ..engine.scale import MIN_SCALE, HoldsScale, bounds_of, in_dtype, one_number, one_parameter
+from .functions import norm_linear, scaled_cosine
+from .options import LinearOptions
 from .rows import gaussian_unitball_, unit_rows_
 
 
@@ -153,6 +156,20 @@ class ScaledHead(HoldsScale):
         sharded = checks.is_dtensor(value) or (own is not None and checks.is_dtensor(own))
         known = sharded or self._loading or hasattr(value, "scale_bounds")
         return not known and checks.has_values(value)
+
+    def linear_options(self) -> LinearOptions:
+        """Those of ``norm_linear``, with which this makes its logits."""
+        raise NotImplementedError
+
+    def scaled_cosine(self, x: Tensor) -> Tensor:
+        """s cos(x_i, w_j), [N, C]."""
+        options = self.linear_options()
+        if isinstance(x, Proxy):
+            scale = self.scale  # a Proxy, too, where it is learned
+            if not isinstance(scale, float):
+                scale = graphs.recorded(checks.bounded, scale, *self.scale_bounds())
+            return norm_linear(x, self.weight, scale, **vars(options))
+        return scaled_cosine("norm_linear", x, self.weight, self.bounded_scale(), options)
 
     # State --------------------------------------------------------------------------------------------
 

@@ -10,9 +10,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial
 
 from ..agents.layers import CContrastiveLoss, CTripletLoss
+from ..cosine.functions import scaled_cosine
 from ..engine.arguments import RATE, flag, integer, number
 from ..engine.statistics import Statistics, given_back
 from ..sigmoid.layers import SphereFace2Loss
+from ..softmax.centers import pooled
 from ..softmax.layers import NormFaceLoss
 from . import ranking, softmax
 from .agent_modules import ShardedCContrastiveLoss, ShardedCTripletLoss
@@ -97,7 +99,10 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
         weight = self.weight
         assert isinstance(weight, DTensor)
         whole = weight.full_tensor(grad_placements=[Partial()])
-        return self._logits(x, softmax.local_rows(type(self).__name__, whole, self.options.sub_centers))
+        centers = self.options.sub_centers
+        rows = softmax.local_rows(type(self).__name__, whole, centers)
+        scaled = scaled_cosine("norm_linear", x, rows, self.bounded_scale(), self.linear_options())
+        return pooled(scaled, centers)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from . import graphs
+
 
 class _Once(Function):
     """The first ``count`` of the tensors, as a function of all that raises when it is differentiated."""
@@ -110,8 +112,11 @@ def by_formula(formula: Any) -> Again:
 
 def detach_without_grad(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors; detached where autograd does not record. A Function is told there, too, that parameters
-    need a gradient, and would keep for a backward that cannot come what only that needs."""
-    return tensors if torch.is_grad_enabled() else tuple(t.detach() for t in tensors)
+    need a gradient, and would keep for a backward that cannot come what only that needs. torch.jit.trace
+    compares the graphs that it gets with and without."""
+    if torch.is_grad_enabled() or graphs.tracing():
+        return tensors
+    return tuple(t.detach() for t in tensors)
 
 
 def asked(needed: tuple[bool, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

@@ -47,6 +47,11 @@ def autocast(x: Tensor) -> Tensor:
     return x if dtype is None else x.to(dtype)
 
 
+def full_precision(x: Tensor) -> torch.autocast:
+    """Products of these operands in their own dtype."""
+    return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
+
+
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """dtype of the operands of a head's products: the autocast dtype on CUDA inside autocast, else the
     narrower of the two inputs'. CPU kernels widen 16-bit operands to float32 whatever this says."""

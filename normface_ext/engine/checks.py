@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from . import arguments, transforms
+from . import arguments, graphs, transforms
 from .arguments import INT64_MAX, INT64_MIN, choice, integer, number
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -25,7 +25,9 @@ def is_dtensor(value: Tensor) -> bool:
 
 def tensor(op: str, name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: expected `{name}` to be a Tensor, got {type(value).__name__}")
+        raise TypeError(
+            f"{op}: expected `{name}` to be a Tensor, got {type(value).__name__}{graphs.advice(value)}"
+        )
     if is_dtensor(value):
         raise TypeError(f"{op}: expected `{name}` to be a plain Tensor, got a DTensor")
     if value.layout is not torch.strided:
@@ -65,6 +67,8 @@ def eps(op: str, name: str, value: object) -> float:
 
 def exponent(op: str, name: str, value: object) -> int:
     """`p`: 1 or 2, also as a float (torch's own default is 2.0)."""
+    if type(value) is int and (value == 2 or value == 1):
+        return value
     try:
         p = number(op, name, value)
     except (TypeError, ValueError):

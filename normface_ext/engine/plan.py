@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _C
-from . import checks, library
+from . import checks, graphs, library
 from .arguments import integer
 
 GIB = 1 << 30
@@ -318,6 +318,8 @@ def products(
     rows = classes * centers
     if _asked is not None and (given := _as_asked(_asked, batch, dim, rows, dtype, device, budget, centers)):
         return given
+    if graphs.exporting():
+        return Products(False, budget, "auto")  # one program for all batches, that keeps nothing for later
     excess = _least(memory, batch, rows) - parts * budget
     if later:  # E in the cache, or not the slower way
         beyond = batch * rows - cache_cells

@@ -210,15 +210,21 @@ def regularizer_of(op: str, margin: BatchMargin, rows: Rows) -> Tensor | None:
 
 def _of_rows(op: str, source: str, value: object, rows: Rows) -> Tensor:
     """A number per row."""
-    wanted = f"{op}: expected `{source}` to return a floating tensor of shape [{len(rows.labels)}]"
+    labels = rows.labels
+
+    def wanted() -> (
+        str
+    ):  # made where it is said: a trace whose batch is in a sentence is for that batch alone
+        return f"{op}: expected `{source}` to return a floating tensor of shape [{len(labels)}]"
+
     if not isinstance(value, Tensor):
-        raise TypeError(f"{wanted}, got {shown(value)}")
+        raise TypeError(f"{wanted()}, got {shown(value)}")
     if value.dtype not in checks.FLOATING:
-        raise TypeError(f"{wanted}, got {value.dtype}")
-    if value.shape != rows.labels.shape:
-        raise ValueError(f"{wanted}, got shape {list(value.shape)}")
-    if value.device != rows.labels.device:
-        raise ValueError(f"{wanted} on {rows.labels.device}, got {value.device}")
+        raise TypeError(f"{wanted()}, got {value.dtype}")
+    if value.shape != labels.shape:
+        raise ValueError(f"{wanted()}, got shape {list(value.shape)}")
+    if value.device != labels.device:
+        raise ValueError(f"{wanted()} on {labels.device}, got {value.device}")
     return value
 
 

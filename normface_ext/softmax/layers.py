@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import theory
-from ..cosine.functions import scaled_cosine
 from ..cosine.options import LinearOptions
 from ..engine.arguments import choice, flag, size
 from ..engine.extra_state import unpack
@@ -159,11 +158,7 @@ class NormFaceLoss(HoldsTensors):
         """s cos(x_i, w_j) [N, C], or s <x_i, w_j> / |w_j| without ``normalize_input``; differentiable,
         without the margin: ``functional.norm_linear`` of this head, and its dtypes. Of several sub-centres
         the largest, out of an [N, C * sub_centers] matrix."""
-        return self._logits(x, self.weight)
-
-    def _logits(self, x: Tensor, weight: Tensor) -> Tensor:
-        scaled = scaled_cosine("norm_linear", x, weight, self.bounded_scale(), self.linear_options())
-        return pooled(scaled, self.options.sub_centers)
+        return pooled(self.scaled_cosine(x), self.options.sub_centers)
 
     def linear_options(self) -> LinearOptions:
         return LinearOptions(self.options.normalize_input, self.options.eps)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..engine import checks
+from ..cosine.functions import plain_cosine
+from ..engine import checks, graphs
 from ..engine.arguments import integer
 from ..engine.options import takes
 from ..engine.sweep import (
@@ -22,7 +23,7 @@ from ..engine.sweep import (
     target_cosine,
 )
 from .arguments import loss_options
-from .centers import class_count, nearest_rows
+from .centers import class_count, nearest_rows, pooled
 from .ops import LossOptions
 from .options import HeadOptions, NearestKeywords, NearestOptions, PartsKeywords, PartsOptions
 
@@ -54,6 +55,10 @@ def nearest_class(x: Tensor, weight: Tensor, **options: Unpack[NearestKeywords])
     checks.features_and_weight(op, x, weight)
     given = NearestOptions.of(op, options)
     class_count(op, weight, given.sub_centers)
+    if graphs.leaving():
+        cosine = pooled(plain_cosine(x, weight, True, given.eps), given.sub_centers)
+        nearest = cosine.argmax(1)
+        return nearest, cosine.gather(1, nearest[:, None])[:, 0]
     rows, cosines = hardest(x, weight, ranking_options(x, weight, given.eps, None, given.workspace))
     return (rows if given.sub_centers == 1 else rows // given.sub_centers), cosines
 
