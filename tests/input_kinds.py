@@ -104,15 +104,27 @@ def _function_maker(function: Callable[..., Any]) -> Any:
     return lambda beside, device: lambda **given: function(**given, **beside)
 
 
-def _layer_maker(layer: type[nn.Module]) -> Any:
-    def make(beside: Mapping[str, Any], device: torch.device) -> nn.Module:
-        wanted = inspect.signature(layer).parameters.values()
-        sizes = {p.name: SIZES[p.name] for p in wanted if p.default is p.empty and p.name in SIZES}
-        with torch.random.fork_rng([]):
-            torch.manual_seed(5)
-            return layer(**sizes, **beside).to(device)
+def made(layer: type[nn.Module], **options: Any) -> nn.Module:
+    """A layer or a margin of the samples' sizes, the same at every call."""
+    wanted = inspect.signature(layer).parameters.values()
+    sizes = {p.name: SIZES[p.name] for p in wanted if p.default is p.empty and p.name in SIZES}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(5)
+        return layer(**sizes, **options)
 
-    return make
+
+def forward_samples(layer: type[nn.Module]) -> dict[str, Tensor]:
+    """What its forward is given: all it needs, and labels."""
+    tensors = _tensors(layer.forward).items()
+    return {
+        n: SAMPLES[n]()
+        for n, p in tensors
+        if p.default is p.empty or (n == "labels" and layer is not nf.InnerDistance)
+    }
+
+
+def _layer_maker(layer: type[nn.Module]) -> Any:
+    return lambda beside, device: made(layer, **beside).to(device)
 
 
 def layers() -> dict[str, type[nn.Module]]:
@@ -125,6 +137,16 @@ def layers() -> dict[str, type[nn.Module]]:
         and issubclass(value, nn.Module)
         and value.forward is not nn.Module.forward
         and name not in HANDING_ON
+    }
+
+
+def margins() -> dict[str, type[nn.Module]]:
+    """The public margins that are modules, whose forward nobody calls."""
+    found = {name: getattr(place, name) for place in (nf, nf.recipes) for name in place.__all__}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, type) and issubclass(value, nf.BatchMargin) and value is not nf.BatchMargin
     }
 
 

@@ -4,7 +4,6 @@ names the op and the argument. Functions, layers and arguments are found by them
 from __future__ import annotations
 
 import re
-import tempfile
 
 import pytest
 import torch
@@ -162,14 +161,14 @@ def test_named_tensors_are_refused():
 
 @pytest.fixture(scope="module")
 def mesh():
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        yield dist.device_mesh.init_device_mesh("cpu", (1,))
-        dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
 
 
 @every_call
 def test_a_dtensor_is_refused_and_told_what_to_do(call, mesh):
+    """What lies here would be read as if it were the whole."""
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     sample = call.samples(torch.device("cpu"))[call.argument]
