@@ -436,25 +436,6 @@ def test_a_refused_call_leaves_its_inputs_alone():
         assert torch.equal(given[name], value) and given[name]._version == 0
 
 
-def test_distributed_tensors_are_refused(tmp_path):
-    """A DTensor's local shard would be read as if it were the whole (field notes, CCE 31)."""
-    import torch.distributed as dist
-    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        shard = DTensor.from_local(torch.randn(5, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
-        for op, name in ((loss, "normface_loss"), (linear, "norm_linear")):
-            with pytest.raises(
-                TypeError, match=sentence(f"{name}: expected `weight` to be a plain Tensor, got a DTensor")
-            ):
-                op(weight=shard)
-        with pytest.raises(TypeError, match=r"^normalize: expected `x` to be a plain Tensor, got a DTensor$"):
-            normalize(shard)
-    finally:
-        dist.destroy_process_group()
-
-
 def test_a_cuda_tensor_without_cuda_kernels_gets_the_reason(monkeypatch):
     """The kernels of the wrong device must not be reached; tensors here are fakes on a fake GPU."""
     monkeypatch.setattr(library, "_cuda_reason", "`_cuda` was not built (a reason)")

@@ -16,7 +16,7 @@ from ..engine.extra_state import pack, unpack
 from ..engine.scale import MIN_SCALE, HoldsScale, bounds_of, in_dtype, one_number, one_parameter
 from .functions import norm_linear, scaled_cosine
 from .options import LinearOptions
-from .rows import gaussian_unitball_, unit_rows_
+from .rows import draw_weight_, renormalize_weight_
 
 
 class ScaledHead(HoldsScale):
@@ -67,7 +67,7 @@ class ScaledHead(HoldsScale):
             self.scale = self.first_scale
 
     def _reset_weight(self) -> None:
-        gaussian_unitball_(self.weight)
+        draw_weight_(self)
 
     # The scale ----------------------------------------------------------------------------------------
 
@@ -237,9 +237,10 @@ class ScaledHead(HoldsScale):
 
         Not needed for the output, which depends on the directions only; see
         ``caffe.renormalize_after_step``. A row with NaN or infinity raises ValueError on the CPU, with
-        nothing changed, and is left alone on CUDA.
+        nothing changed, and is left alone on CUDA. A parametrized weight is set through its parametrization;
+        ValueError where that cannot give unit rows.
         """
-        unit_rows_(self.weight, self.eps, type(self).__name__)
+        renormalize_weight_(self, self.eps, type(self).__name__)
 
     def scale_repr(self) -> list[str]:
         """Without a word to other ranks, who may not be printing."""

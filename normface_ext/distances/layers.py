@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..cosine.rows import gaussian_unitball_, unit_rows_
+from ..cosine.rows import draw_weight_, renormalize_weight_
 from ..engine import checks
 from ..engine.arguments import size
 from ..engine.options import HoldsOptions, holds, takes
@@ -39,11 +39,11 @@ class Agents(nn.Module):
         self._reset_weight()
 
     def _reset_weight(self) -> None:
-        gaussian_unitball_(self.weight)
+        draw_weight_(self)
 
     def renormalize_(self) -> None:
         """Overwrites the weight by its unit rows; see ``caffe.renormalize_after_step``."""
-        unit_rows_(self.weight, self.eps, type(self).__name__)
+        renormalize_weight_(self, self.eps, type(self).__name__)
 
 
 @holds(DistanceOptions)

@@ -18,20 +18,41 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
+#: Kinds of tensors that no kernel takes, and what to do instead. By the name of their class: to import the
+#: classes takes long, and who has one has done so.
+FOREIGN = {
+    "DTensor": "a DTensor: give what this rank has of it, .to_local(), or all of it, .full_tensor(); the head"
+    " of normface_ext.distributed.shard_head takes plain features, and has logits(x), predict(x) and"
+    " accuracy(x, labels)",
+    "MaskedTensor": "a MaskedTensor: give .to_tensor(value), or .get_data() and rows that are ignored",
+    "UninitializedParameter": "an UninitializedParameter: run its lazy module once first",
+    "UninitializedBuffer": "an UninitializedBuffer: run its lazy module once first",
+}
+#: Named tensors went with torch 2.13; Dynamo never took them.
+_has_names: Callable[[Tensor], bool] | None = getattr(Tensor, "has_names", None)
+
+
 def is_dtensor(value: Tensor) -> bool:
-    """By name: to import the class takes long, and who has one has done so."""
+    """By name, as in ``FOREIGN``."""
     return type(value).__name__ == "DTensor"
 
 
 def tensor(op: str, name: str, value: object) -> Tensor:
+    """A plain tensor: what every op's tensors have to be. Dtype, shape and device are for others to check."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{op}: expected `{name}` to be a Tensor, got {type(value).__name__}{graphs.advice(value)}"
         )
-    if is_dtensor(value):
-        raise TypeError(f"{op}: expected `{name}` to be a plain Tensor, got a DTensor")
+    if type(value).__name__ in FOREIGN:
+        raise TypeError(f"{op}: expected `{name}` to be a plain Tensor, got {FOREIGN[type(value).__name__]}")
     if value.layout is not torch.strided:
         raise TypeError(f"{op}: expected `{name}` to be a dense Tensor, got {value.layout}")
+    if value.is_nested:
+        raise TypeError(f"{op}: expected `{name}` to be a dense Tensor, got a nested one")
+    if _has_names is not None and not torch.compiler.is_compiling() and _has_names(value):
+        raise TypeError(
+            f"{op}: expected `{name}` without names, got a named tensor: .rename(None) drops them"
+        )
     return value
 
 
