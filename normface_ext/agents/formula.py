@@ -28,6 +28,7 @@ class HingeFormula:
 
     def __post_init__(self) -> None:
         self.op, self.eps, self.workspace = self.options.op, self.options.eps, self.options.workspace
+        self.centers = self.options.centers
         self.counts = self.rows[sweep.ROW_WEIGHT] != 0
 
     def sums(self, cosine: Tensor, tile: Tile, numbers: Numbers) -> tuple[Tensor, ...]:

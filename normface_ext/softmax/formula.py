@@ -39,6 +39,7 @@ class PartsFormula:
     def __post_init__(self) -> None:
         rows = self.rows
         self.eps, self.workspace = self.options.eps, self.options.workspace
+        self.centers = self.options.centers
         self.counts = rows[sweep.ROW_WEIGHT] != 0
         self.others = self.counts & (rows[sweep.SUM] != 0)  # else there is no other class
         self.log_sum = torch.where(self.others, rows[sweep.SUM].log() + rows[sweep.SHIFT], 0.0)
