@@ -22,7 +22,6 @@ from .margins import Margin
 from .options import HeadKeywords, HeadOptions, PartsKeywords, PartsOptions
 from .parts import head_parts as parts_op
 from .rows import counted, norms_of, rows_of, with_cosines
-from .statistics import means_of_losses
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -398,4 +397,4 @@ def _of_psi(
         each = made.counts.double()
         losses = loss_of_rows(each, made.target_weight, "none")
         surprise = loss_of_rows(each, each, "none", 0.0)
-        return loss, statistics_of(means_of_losses(made.counts, losses, surprise, made.state, x.dtype))
+        return loss, statistics_of(ops.means_of_losses(made.counts, losses, surprise, made.state, x.dtype))

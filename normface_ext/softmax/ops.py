@@ -3,6 +3,7 @@ checks, no defaults."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +15,11 @@ from ..engine import transforms
 from ..engine.autograd import asked, detach_without_grad
 from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of
 from ..engine.curvature import twice_by_tiles
-from ..engine.statistics import Means, Statistics, statistics_of
+from ..engine.statistics import LEFT_TO_LEARN, Means, Statistics, hits, means_of, statistics_of
 from ..engine.sweep import (
     ALL_SLOPES,
+    COSINE,
+    LARGEST,
     NO_INPUTS,
     ROW_WEIGHT,
     SLOPE_FIELDS,
@@ -28,11 +31,12 @@ from ..engine.sweep import (
     head_sweep_in_memory,
 )
 from .formula import LossFormula
-from .statistics import means_of_losses
 
 #: m1, m2 and m3, where they are tensors: [] or [N].
 MarginTensors = tuple[Tensor | None, Tensor | None, Tensor | None]
 NUMBERS: MarginTensors = (None, None, None)
+#: -ln p of a row whose 1 - p is LEFT_TO_LEARN.
+_LEARNED = -math.log1p(-LEFT_TO_LEARN)
 
 
 def _softmax_finish_fake(*, x: Tensor, need_margin: bool, reduction: int, **_: Any) -> tuple[Tensor, Tensor]:
@@ -99,6 +103,15 @@ def means_of_rows(
         told = replace(told, smoothing=0.0)
         surprise, _ = softmax_finish(each, x, class_sum.new_empty(0), scale, margin, told)
     return means_of_losses(counts, losses, surprise, rows, x.dtype)
+
+
+def means_of_losses(
+    counts: Tensor, losses: Tensor, surprise: Tensor, state: Tensor, dtype: torch.dtype
+) -> Means:
+    """From the rows' losses and their -ln p_y, [N] each, and what the sweep found of them, with their largest
+    cosines; `dtype` is the features'."""
+    hit = hits(state[COSINE], state[LARGEST], accumulator(dtype))
+    return means_of(counts, losses, state[COSINE], hit, ~(surprise <= _LEARNED))
 
 
 def margin_gradients(
