@@ -24,6 +24,7 @@ def unit(x: Tensor, dim: int, p: int, eps: float) -> Tuple[Tensor, Tensor]:  # n
     least = eps if p == 1 else math.sqrt(eps)
     largest = x.detach().abs().amax(dim, keepdim=True).clamp_min(least)
     size = torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
+    # A quotient of tensors: that of a number is a product with the inverse, which may overflow.
     scaled, floor = x / size, torch.full_like(size, least) / size
     if p == 1:
         norm = scaled.abs().sum(dim, keepdim=True) + floor
