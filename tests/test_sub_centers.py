@@ -198,7 +198,7 @@ def test_equal_centres_have_equal_cosines(batch, dim, classes, dtype):
 
 @pytest.mark.parametrize("centers", [2, 3])
 def test_cosines_of_one_and_minus_one(lane, centers):
-    """A feature is one of its class's centres, or opposite to one of another: finite, as the specification."""
+    """A feature is one of its class's centres, or opposite to one of another: finite as specified."""
     x, weight, labels = sample(lane, 8, 12, 4, centers)
     labels = lane.tensor(torch.arange(8) % 4)
     x = weight.view(4, centers, -1)[labels, centers - 1].clone()
