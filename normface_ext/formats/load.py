@@ -17,7 +17,6 @@ from ..engine.arguments import FINITE, POSITIVE, choice, number, size
 from ..engine.extra_state import unpack
 from ..engine.files import clip, file_name, quoted, reading
 from ..engine.scale import MIN_SCALE, bounds_of
-from ..softmax.centers import class_count
 from ..softmax.layers import NormFaceLoss
 from ..softmax.margins import Margin
 from ..softmax.state import checked_state, margin_of, shown
@@ -99,11 +98,11 @@ def load_head(
 
     if isinstance(path_or_state_dict, Mapping):
         sources = [source(path_or_state_dict, "state_dict", "")]
-        return _built(_weight(sources), sources, (), scale, margin, centers, device)
+        return _built(sources, (), scale, margin, centers, device)
     paths = paths_of(_checked_paths(path_or_state_dict), format)
     sources = _of_files(paths, lambda path: source(read_tensors(path), file_name(path), path.name))
     files = tuple(each.where for each in sources)
-    return _built(_weight(sources), sources, files, scale, margin, centers, device)
+    return _built(sources, files, scale, margin, centers, device)
 
 
 def _checked_paths(given: object) -> Any:
@@ -127,8 +126,8 @@ def _of_files(paths: Sequence[Path], read: Callable[[Path], _Source]) -> list[_S
     return [first, *map(read, paths[1:])]
 
 
-def _weight(sources: Sequence[_Source]) -> Tensor:
-    """[C, D], a copy."""
+def _weight(sources: Sequence[_Source], centers: int) -> Tensor:
+    """[C, D], a copy; [C centers, D]."""
     parts = []
     for where, _, found, _ in sources:
         rows = found.rows.detach()
@@ -143,7 +142,9 @@ def _weight(sources: Sequence[_Source]) -> Tensor:
                 )
             )
         parts.append((where, rows))
-    weight = joined(parts, evenly=sources[0].found.format == "insightface" and len(parts) > 1)
+    weight = joined(
+        parts, evenly=sources[0].found.format == "insightface" and len(parts) > 1, centers=centers
+    )
     least, most = weight.aminmax(dim=1)  # of a row; isfinite would take the weight's memory twice
     finite = least.isfinite() & most.isfinite()
     if not finite.all():
@@ -156,7 +157,6 @@ def _weight(sources: Sequence[_Source]) -> Tensor:
 
 
 def _built(
-    weight: Tensor,
     sources: Sequence[_Source],
     files: tuple[str, ...],
     scale: float | Tensor | str | None,
@@ -172,9 +172,9 @@ def _built(
     used = {found.name, *(found.owner + name for name in (*stored, *own.entries))}
     used |= {found.owner + name for name in own.margin_entries}
     given, margin = own.first_scale if scale is None else scale, own.margin if margin is None else margin
-    centers, features = own.sub_centers if centers is None else centers, weight.shape[1]
-    with reading(where, f"{centers} rows for each class in {quoted(found.path, 80)}"):
-        classes = class_count("load_head", weight, centers)
+    centers = own.sub_centers if centers is None else centers
+    weight = _weight(sources, centers)
+    classes, features = weight.shape[0] // centers, weight.shape[1]
     with torch.random.fork_rng(devices=[]):  # of the head's own weight, which one class is enough for
         head = NormFaceLoss(
             features,
