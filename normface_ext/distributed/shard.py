@@ -58,3 +58,9 @@ def shard_range(num_classes: int, world_size: int, rank: int) -> tuple[int, int]
     each = -(-num_classes // world_size)
     first = min(rank * each, num_classes)
     return first, min(each, num_classes - first)
+
+
+def owners(classes: Tensor, num_classes: int, world_size: int, rank: int) -> tuple[Tensor, int]:
+    """(the rank that has each of ``classes``, the first class of ``rank``)."""
+    each = -(-num_classes // world_size)
+    return classes // each, shard_range(num_classes, world_size, rank)[0]

@@ -14,6 +14,9 @@ from .margins import Margin
 from .options import HeadOptions
 from .state import tensor_fields, with_tensors
 
+#: What a class-parallel head has in its state_dict that draws its classes.
+_DRAWS = ("sampler.seed", "sampler.step")
+
 
 class HoldsTensors(HoldsOptions, ScaledHead):
     """A head whose ``class_weight`` is a buffer that no state_dict has, as is a tensor of its margin that is
@@ -109,6 +112,9 @@ class HoldsTensors(HoldsOptions, ScaledHead):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(f"{prefix}class_weight", None)  # earlier versions had it there
+        if "sampler" not in self._modules:  # a head that takes all classes draws none
+            for name in _DRAWS:
+                state_dict.pop(f"{prefix}{name}", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._refill(self._constants())
         self._follow_margin()
