@@ -196,6 +196,14 @@ def key_of_largest(value: Tensor, key: Tensor, group: ProcessGroup) -> Tensor:
     return -largest_over_shards(torch.where(held, -key.double(), -torch.inf), group)
 
 
+def from_first(value: Tensor, group: ProcessGroup) -> Tensor:
+    """What the group's first rank has; of the same shape and dtype on all."""
+    value = value.clone()
+    with explained("the broadcast from the first rank", group):
+        dist.broadcast(value, dist.get_global_rank(group, 0), group=group)
+    return value
+
+
 class ScatteredRows:
     """The sum over ranks of a [W * each, D] gradient, on its way: `wait` gives this rank's rows [N, D].
 

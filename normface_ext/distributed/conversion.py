@@ -76,7 +76,7 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
     Args:
         optimizer: any of ``torch.optim``'s that keeps its state by parameter.
-        state: it stays as it is.
+        state: the same on every rank.
 
     Raises:
         TypeError: optimizer, or a state that is none.
@@ -116,7 +116,8 @@ def _of_rank(op: str, key: str, value: object, parameter: Tensor) -> object:
     value = sharded_layout(value, parameter)
     if value.shape[0] != parameter.shape[0]:
         raise ValueError(
-            f"{op}: expected `{key}` to have {parameter.shape[0]} rows, as its parameter, got {value.shape[0]}"
+            f"{op}: expected `{key}` to have the {parameter.shape[0]} rows of its parameter, got"
+            f" {value.shape[0]}"
         )
     return _rows_here(value, parameter)
 

@@ -17,6 +17,7 @@ from ..sigmoid.layers import SphereFace2Loss
 from ..softmax.layers import NormFaceLoss
 from . import ranking, softmax
 from .agent_modules import ShardedCContrastiveLoss, ShardedCTripletLoss
+from .resize import SpreadResizing
 from .sampling import ClassSampler
 from .sigmoid_modules import ShardedSphereFace2Loss
 from .spread import SpreadClasses, device_of
@@ -50,7 +51,8 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
             scale=head.first_scale,
             min_scale=head.min_scale,
             max_scale=None if head.max_scale == float("inf") else head.max_scale,
-            **{**vars(head.options), "margin": head.given_margin()},
+            # The margin comes last, so that its parameters do: optimizers know them by their order.
+            **{**vars(head.options), "margin": None},
             device="meta",
             dtype=head.weight.dtype,
         )
@@ -119,6 +121,9 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
             options.eps,
             options.workspace,
         )
+
+    def _resizing(self) -> SpreadResizing:
+        return SpreadResizing(self)
 
 
 @overload

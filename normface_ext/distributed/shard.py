@@ -35,6 +35,15 @@ class ClassShard:
         first, count = shard_range(num_classes, dist.get_world_size(group), dist.get_rank(group))
         return cls(num_classes, first, count, group)
 
+    @property
+    def after(self) -> int:
+        """The first class after this rank's."""
+        return self.first + self.count
+
+    @property
+    def world(self) -> int:
+        return dist.get_world_size(self.group)
+
     def __deepcopy__(self, memo: Any) -> ClassShard:
         """Itself: a copy of a head is among the same ranks, whose group cannot be copied."""
         return self

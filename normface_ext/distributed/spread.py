@@ -75,8 +75,8 @@ class SpreadClasses(nn.Module):
         """The weight, under both of the names that DistributedDataParallel has for it."""
         if not any(p.requires_grad for name, p in self.named_parameters() if name != "weight"):
             raise RuntimeError(
-                f"{type(self).__name__}: expected no DistributedDataParallel around a class-parallel head that"
-                " learns its weight alone, which needs none: call the head itself"
+                f"{type(self).__name__}: expected no DistributedDataParallel around a class-parallel head"
+                " that learns its weight alone, which needs none: call the head itself"
             )
         return ["weight", ".weight"]
 

@@ -1,4 +1,4 @@
-"""Class-parallel heads inside models that DistributedDataParallel or FSDP2 wrap: whose parameters are whose."""
+"""Class-parallel heads inside models that DistributedDataParallel or FSDP2 wrap: what they leave alone."""
 
 from __future__ import annotations
 

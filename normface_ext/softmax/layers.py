@@ -187,7 +187,7 @@ class NormFaceLoss(HoldsTensors):
     def weight_for(self, labels: Tensor) -> Tensor:
         """The unit rows w_y / |w_y| [N, D] of labels [N], differentiable. IndexError for a label out of range
         (on CUDA the device's own)."""
-        return resize.weight_for(self, labels)
+        return resize.weight_for(self._resizing(), labels)
 
     def resize_classes(
         self,
@@ -225,7 +225,10 @@ class NormFaceLoss(HoldsTensors):
             ValueError: arguments; an optimizer without the weight; a new class without features.
             IndexError: a label out of range.
         """
-        resize.resize_classes(self, n, keep, optimizer, init, features, labels, generator)
+        resize.resize_classes(self._resizing(), n, keep, optimizer, init, features, labels, generator)
+
+    def _resizing(self) -> resize.Resizing:
+        return resize.Resizing(self)
 
     def loss_lower_bound(self) -> float:
         """The paper's bound at the present scale: print it beside the loss (host sync on CUDA)."""
