@@ -91,5 +91,5 @@ def test_a_sampled_head_grows():
 
 def test_no_rank_has_the_whole_weight():
     for peak, own in ranks(3).run(jobs.grown_where_nothing_is_whole, 30_000, 128):
-        # Its new rows, blocks on their way, and the order of the classes. The whole weight is three times own.
+        # Its new rows, blocks on their way, the order of the classes. The whole weight is three times own.
         assert own < peak < 2 * own
