@@ -151,8 +151,10 @@ class HoldsTensors(HoldsOptions, ScaledHead):
         self._follow_margin()
 
     def _follow_margin(self) -> None:
-        """The options' margin has the tensors that the head has."""
-        if self._margin_fields:
+        """The options' margin has the tensors that the head has; not those of which a rank has a part, as
+        fully_shard puts them there between two passes."""
+        held = [getattr(self, f"margin_{name}", None) for name in self._margin_fields]
+        if held and not any(tensor is not None and checks.is_dtensor(tensor) for tensor in held):
             object.__setattr__(self, "options", self.present_options())
 
     def present_options(self) -> HeadOptions:
