@@ -14,6 +14,7 @@ from ..engine import checks, graphs
 from ..engine.arguments import POSITIVE, flag, number
 from ..engine.extra_state import pack, unpack
 from ..engine.scale import MIN_SCALE, HoldsScale, bounds_of, in_dtype, one_number, one_parameter
+from ..engine.state import explain_spread
 from .functions import norm_linear, scaled_cosine
 from .options import LinearOptions
 from .rows import draw_weight_, renormalize_weight_
@@ -217,14 +218,18 @@ class ScaledHead(HoldsScale):
         local_metadata: dict[str, Any],
         strict: bool,
         missing_keys: list[str],
-        *args: Any,
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
+        explain_spread(self, state_dict, prefix, local_metadata, error_msgs)
         given = state_dict.get(f"{prefix}scale")
         if isinstance(given, Tensor) and given.dim() == 0:  # one number, however it was saved
             state_dict[f"{prefix}scale"] = given.reshape(1)
         self._loading = True
         try:
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
         finally:
             del self._loading
         if f"{prefix}_extra_state" in missing_keys:  # then there is nothing to restore

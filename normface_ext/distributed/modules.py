@@ -18,6 +18,7 @@ from ..softmax.centers import pooled
 from ..softmax.layers import NormFaceLoss
 from . import ranking, softmax
 from .agent_modules import ShardedCContrastiveLoss, ShardedCTripletLoss
+from .resize import SpreadResizing
 from .sampling import ClassSampler
 from .sigmoid_modules import ShardedSphereFace2Loss
 from .spread import SpreadClasses, device_of
@@ -30,10 +31,12 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
 
     ``weight`` is a DTensor ``Shard(0)`` of [num_classes, D], with ``sub_centers`` K of [num_classes, K, D] so
     that no class is split; optimizers, ``state_dict`` and ``torch.distributed.checkpoint`` take it as it is.
-    ``forward`` is called by all ranks together, with the rows of each; see ``distributed.normface_loss`` for
-    what it returns and what it costs. In eval mode all classes take part. So are ``logits``, ``predict``,
-    ``accuracy`` and ``centers_of``, and those give what is found of this rank's rows alone.
-    ``copy.deepcopy`` makes a head among the same ranks.
+    ``load_state_dict`` also takes the state of one process, which every rank has, and each of them its rows
+    of it; ``distributed.full_state_dict`` is the way back. ``forward`` is called by all ranks together, with
+    the rows of each; see ``distributed.normface_loss`` for what it returns and what it costs. In eval mode
+    all classes take part. So are ``logits``, ``predict``, ``accuracy``, ``centers_of`` and ``weight_for``,
+    and those give what is found of this rank's rows alone, and ``resize_classes``. ``copy.deepcopy`` makes a
+    head among the same ranks. DistributedDataParallel around it leaves the weight alone.
     """
 
     def __init__(
@@ -52,7 +55,8 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
             scale=head.first_scale,
             min_scale=head.min_scale,
             max_scale=None if head.max_scale == float("inf") else head.max_scale,
-            **{**vars(head.options), "margin": head.given_margin()},
+            # The margin comes last, so that its parameters do: optimizers know them by their order.
+            **{**vars(head.options), "margin": None},
             device="meta",
             dtype=head.weight.dtype,
         )
@@ -142,6 +146,9 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
             options.workspace,
             options.sub_centers,
         )
+
+    def _resizing(self) -> SpreadResizing:
+        return SpreadResizing(self)
 
 
 @overload

@@ -7,6 +7,8 @@ was drawn before, so a run that resumes, on any number of ranks, goes on as it w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -72,6 +74,20 @@ class ClassSampler(nn.Module):
             return rows, places
         position = drawn.cumsum(0) - 1
         return rows, torch.where(here, position[places.clamp(min=0)], places)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+        own = {f"{prefix}{name}" for name in self._buffers}
+        if not own & state_dict.keys():  # of a head that took all classes: there is nothing to resume
+            missing_keys[:] = [key for key in missing_keys if key not in own]
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"

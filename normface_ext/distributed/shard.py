@@ -34,6 +34,15 @@ class ClassShard:
         first, count = shard_range(num_classes, dist.get_world_size(group), dist.get_rank(group))
         return cls(num_classes, first, count, group)
 
+    @property
+    def after(self) -> int:
+        """The first class after this rank's."""
+        return self.first + self.count
+
+    @property
+    def world(self) -> int:
+        return dist.get_world_size(self.group)
+
     def __deepcopy__(self, memo: Any) -> ClassShard:
         """Itself: a copy of a head is among the same ranks, whose group cannot be copied."""
         return self
@@ -57,3 +66,9 @@ def shard_range(num_classes: int, world_size: int, rank: int) -> tuple[int, int]
     each = -(-num_classes // world_size)
     first = min(rank * each, num_classes)
     return first, min(each, num_classes - first)
+
+
+def owners(classes: Tensor, num_classes: int, world_size: int, rank: int) -> tuple[Tensor, int]:
+    """(the rank that has each of ``classes``, the first class of ``rank``)."""
+    each = -(-num_classes // world_size)
+    return classes // each, shard_range(num_classes, world_size, rank)[0]

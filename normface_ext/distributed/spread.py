@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ..cosine.rows import unit_rows_
+from .conversion import spread_state, with_rows
 from .shard import ClassShard
 
 #: Classes whose initial weights come from one generator: the start does not depend on the number of ranks.
 _INIT_BLOCK = 4096
+#: Where DistributedDataParallel looks, at the module that it gets, for what is none of its business.
+DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
 
 class SpreadClasses(nn.Module):
@@ -34,9 +39,7 @@ class SpreadClasses(nn.Module):
             of_class = self._of_class(weight)
             local = torch.empty(self.shard.count, *of_class, dtype=weight.dtype, device=device)
             self._draw_(local)
-            shape = torch.Size([self.num_classes, *of_class])
-            strides = torch.empty(shape, device="meta").stride()
-            spread = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=strides)
+            spread = with_rows(local, self.num_classes, mesh)
         else:
             of_classes = weight.detach().view(self.num_classes, *self._of_class(weight))
             spread = distribute_tensor(of_classes, mesh, [Shard(0)])
@@ -64,11 +67,26 @@ class SpreadClasses(nn.Module):
             with torch.no_grad():
                 self._draw_(self._local_weight())
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Of a weight that is whole in the state_dict every rank takes its rows."""
+        spread_state(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _local_weight(self) -> Tensor:
         """This rank's rows, without a gradient."""
         weight = self.weight
         assert isinstance(weight, DTensor)
         return weight.to_local().detach()
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """The weight, under both of the names that DistributedDataParallel has for it."""
+        if not any(p.requires_grad for name, p in self.named_parameters() if name != "weight"):
+            raise RuntimeError(
+                f"{type(self).__name__}: expected no DistributedDataParallel around a class-parallel head"
+                " that learns its weight alone, which needs none: call the head itself"
+            )
+        return ["weight", ".weight"]
 
     def renormalize_(self) -> None:
         """Overwrites this rank's rows by unit rows; see ``NormFaceLoss.renormalize_``."""

@@ -89,8 +89,8 @@ def save_head(
         raise TypeError(f"{op}: expected `head` to be a NormFaceLoss, got {type(head).__name__}")
     if checks.is_dtensor(head.weight):
         raise TypeError(
-            f"{op}: expected `head` of one process, got {type(head).__name__}: load its full state_dict"
-            " into a NormFaceLoss first"
+            f"{op}: expected `head` of one process, got {type(head).__name__}: load its"
+            " distributed.full_state_dict into a NormFaceLoss first"
         )
     if head.weight.is_meta:
         raise ValueError(f"{op}: expected `head` with values, got one on the meta device")

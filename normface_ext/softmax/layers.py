@@ -238,8 +238,9 @@ class NormFaceLoss(HoldsTensors):
     def weight_for(self, labels: Tensor) -> Tensor:
         """The unit rows w_y / |w_y| [N, D] of labels [N], differentiable; [N, K, D], those of all K
         sub-centres, where a class has several. IndexError for a label out of range (on CUDA the device's
-        own)."""
-        return resize.weight_for(self, labels)
+        own). All ranks of a class-parallel head call it together, each with its own labels; the gradient of
+        the weight is that of the sum over the ranks."""
+        return resize.weight_for(self._resizing(), labels)
 
     def resize_classes(
         self,
@@ -275,12 +276,20 @@ class NormFaceLoss(HoldsTensors):
         for a new class, and a margin with a number per class has its mean there. A fixed scale stays, also
         one that was "auto".
 
+        All ranks of a class-parallel head call it together with the same arguments, of ``features`` and
+        ``labels`` each with its own, which may be none. Rows move to the rank that has them then, in parts,
+        so that no rank ever has all. New random rows are those of one process on the CPU, by the generator of
+        the first rank. An error on one rank is one on all.
+
         Raises:
-            TypeError: arguments; a head whose classes are spread over ranks; an optimizer without rows.
+            TypeError: arguments; a head that fully_shard has spread over ranks; an optimizer without rows.
             ValueError: arguments; an optimizer without the weight; a new class without features.
             IndexError: a label out of range.
         """
-        resize.resize_classes(self, n, keep, optimizer, init, features, labels, generator)
+        resize.resize_classes(self._resizing(), n, keep, optimizer, init, features, labels, generator)
+
+    def _resizing(self) -> resize.Resizing:
+        return resize.Resizing(self)
 
     def loss_lower_bound(self) -> float:
         """The paper's bound at the present scale: print it beside the loss (host sync on CUDA). 0 without
