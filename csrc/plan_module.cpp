@@ -136,8 +136,8 @@ py::tuple rule_of(int64_t dim, int64_t item, bool softmax, int64_t centers, cons
 
 // What a product holds with so many classes at once, without E kept.
 int64_t workspace_bytes(const std::string& name, int64_t batch, int64_t dim, int64_t classes, int64_t item,
-                        const Facts& facts, int64_t chunk) {
-  const ProductShape s{batch, dim, classes, item};
+                        const Facts& facts, int64_t chunk, int64_t centers) {
+  const ProductShape s{batch, dim, classes, item, true, Held::kNothing, centers};
   const DeviceFacts d = facts_of(facts);
   for (const Product& p : kProducts)
     if (name == p.name && p.cuda == d.cuda)
@@ -154,7 +154,8 @@ void define_plan(py::module_& m) {
   m.def("chosen_way", &chosen_way, "The way of a step over the classes (csrc/engine/plan.h).");
   m.def("all_ways", &all_ways, "Every way of that step, with what speaks against it.");
   m.def("store_rule", &rule_of, "Polynomials in N and C that say whether E is kept.");
-  m.def("workspace_bytes", &workspace_bytes,
+  m.def("workspace_bytes", &workspace_bytes, py::arg("name"), py::arg("batch"), py::arg("dim"),
+        py::arg("classes"), py::arg("item"), py::arg("facts"), py::arg("chunk"), py::arg("centers") = 1,
         "Bytes that a product holds with so many classes at once and no E.");
 }
 

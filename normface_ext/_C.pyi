@@ -23,5 +23,5 @@ def store_rule(
     dim: int, item: int, softmax: bool, centers: int, facts: _Facts
 ) -> tuple[int, tuple[_Polynomial, ...], tuple[_Polynomial, ...], int]: ...
 def workspace_bytes(
-    name: str, batch: int, dim: int, classes: int, item: int, facts: _Facts, chunk: int
+    name: str, batch: int, dim: int, classes: int, item: int, facts: _Facts, chunk: int, centers: int = 1
 ) -> int: ...

@@ -123,10 +123,12 @@ constexpr Workspace blas_workspace(const ProductShape& s, const DeviceFacts&, in
   // x_hat and its weighted copy, x_sum, an accumulator per thread; the rows' state, and every thread's sums and
   // largest cosine; norms of W.
   const int64_t row = (3 + slots) * s.dim * item + kRowBytes + 32 * slots;
-  // Per class of a tile and thread: unit weights, their gradient, and a column of scores.
+  // Per class of a tile and thread: unit weights, their gradient, and a column of scores; of several centres a row's
+  // cosines and coefficients by class as well.
+  const int64_t klass = 2 * s.dim * item + (s.centers > 1 ? item : 0);
   return {.fixed = {{0, kParts * item, kParts * row, 0}, {}},
           .count = 1,
-          .per_class = {0, 0, kParts * slots * item, kParts * slots * 2 * s.dim * item},
+          .per_class = {0, 0, kParts * slots * item, kParts * slots * klass},
           .stored = kParts * item};
 }
 

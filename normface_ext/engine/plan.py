@@ -362,5 +362,5 @@ def _as_asked(
     store = row["keeps_e"] if asked.store is None else asked.store
     if asked.chunk is not None and not store:
         step = batch, dim, rows, operand_bytes(device, dtype), facts(device)
-        budget = _C.workspace_bytes(asked.product, *step, min(asked.chunk * centers, rows))
+        budget = _C.workspace_bytes(asked.product, *step, min(asked.chunk * centers, rows), centers)
     return Products(store, budget, asked.product)

@@ -148,10 +148,10 @@ def _weight(sources: Sequence[_Source], centers: int) -> Tensor:
     least, most = weight.aminmax(dim=1)  # of a row; isfinite would take the weight's memory twice
     finite = least.isfinite() & most.isfinite()
     if not finite.all():
-        row, (where, _, found, _) = int((~finite).nonzero()[0]), sources[0]
+        (where, _, found, _), of_class = sources[0], int((~finite).nonzero()[0]) // centers
         raise ValueError(
             f"{where}: expected finite numbers in {quoted(found.path, 80)}, got NaN or infinity for class"
-            f" {row}"
+            f" {of_class}"
         )
     return weight
 

@@ -43,7 +43,8 @@ def budget(given: dict[str, Any]) -> dict[str, object]:
     item = operand_bytes(device, given["product_precision"])
     sizes = x.shape[0], max(1, x.shape[1]), max(1, classes), item
     chunk = min(given["class_chunk"], max(1, classes))
-    return {"workspace": _C.workspace_bytes(product, *sizes, facts(device), chunk), "product": product}
+    of_step = *sizes, facts(device), chunk, given["centers"]
+    return {"workspace": _C.workspace_bytes(product, *of_step), "product": product}
 
 
 def sweep(given: dict[str, object]) -> tuple[Swept, Tensor, Tensor]:
