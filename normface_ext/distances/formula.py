@@ -1,4 +1,4 @@
-"""The gradients of the distances in plain torch: what their second derivatives are made of."""
+"""The distances in plain torch: what their second derivatives are made of."""
 
 from __future__ import annotations
 
@@ -68,6 +68,12 @@ def _of_signs(grad: Tensor, x: Tensor, weight: Tensor, along: Given, labels: Ten
             kept = cells if labels is None else torch.where(labels[:, None] == classes, cells, 0)
             found[:, classes] -= kept
     return found.to(grad.dtype)
+
+
+def pair_distance(a: Tensor, b: Tensor, p: int) -> Tensor:
+    wide = accumulator(a.dtype)
+    difference = a.to(wide) - b.to(wide)
+    return (difference.square() if p == 2 else difference.abs()).sum(1)
 
 
 def pair_distance_again(p: int) -> Again:

@@ -11,7 +11,7 @@ from torch.autograd import Function
 from ..engine import transforms
 from ..engine.autograd import asked, detach_without_grad, first_by_kernel, no_second_derivative
 from ..engine.calls import accumulator, add_fakes, by_name, kernels
-from .formula import inner_distance_again, pair_distance_again
+from . import formula
 
 
 def _gradients_fake(a: Tensor, b: Tensor, need_a: bool, need_b: bool) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,11 @@ class _InnerDistance(Function):
             )
             return asked(needed, gradients)
 
-        return *first_by_kernel(kernel, inner_distance_again(labels, ctx.p), grad, x, weight), None, None
+        return (
+            *first_by_kernel(kernel, formula.inner_distance_again(labels, ctx.p), grad, x, weight),
+            None,
+            None,
+        )
 
 
 def inner_distance(x: Tensor, weight: Tensor, labels: Tensor | None, p: int) -> Tensor:
@@ -98,12 +102,12 @@ class _PairDistance(Function):
             )
             return asked(needed, gradients)
 
-        return *first_by_kernel(kernel, pair_distance_again(ctx.p), grad, a, b), None
+        return *first_by_kernel(kernel, formula.pair_distance_again(ctx.p), grad, a, b), None
 
 
 def pair_distance(a: Tensor, b: Tensor, p: int) -> Tensor:
-    if transforms.watched():
-        return transforms.through("pair_distance", _PairDistance, (a, b), (p,), inputs=2)[0]
+    if transforms.watched():  # plain torch, which every transform follows to any order
+        return formula.pair_distance(a, b, p)
     result: Tensor = _PairDistance.apply(a, b, p)
     return result
 

@@ -9,6 +9,7 @@ same ones. A batched operand means a loop over the batch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -24,11 +25,16 @@ Mask = tuple[bool, ...]
 
 
 def watched() -> bool:
-    """Whether a transform of torch.func looks on, or a level of forward-mode derivatives is open. While
-    compiling, the compiler follows the plain Function."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether a transform of torch.func looks on, or a level of forward-mode derivatives is open."""
+    return _watched()
+
+
+def _watched() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# The compiler asks while it traces, when the transforms of what it traces are on, and guards on them.
+_watched._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refuse(op: str) -> None:
@@ -72,6 +78,9 @@ def through(
 ) -> tuple[Tensor, ...]:
     """``function.apply(*tensors, *rest)`` as a tuple, for transforms to follow."""
 
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg=f"{name}: torch.compile follows no transform of torch.func through it")
+
     def call(*given: Tensor | None) -> tuple[Tensor, ...]:
         made = function.apply(*given, *rest)
         return made if isinstance(made, tuple) else (made,)
@@ -84,6 +93,13 @@ def constant(name: str, call: Callable[..., Tensor], tensors: Given, rest: tuple
     """``call(*tensors, *rest)``, which has no gradient."""
     made: Tensor = _Call.apply(Op(name, lambda *given: (call(*given, *rest),), 0, 0), (), *tensors)[0]
     return made
+
+
+def _eagerly(call: Callable[..., Any], *given: Any) -> Any:
+    """Out of the compiler's sight, which looks away from the frame around this, and no further: a compiled
+    Function is not differentiable twice."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return call(*given) if dynamo is None else dynamo.disable(call)(*given)
 
 
 # On plain tensors -----------------------------------------------------------------------------------
@@ -229,7 +245,7 @@ class _Call(_OfResults):
 
     @staticmethod
     def forward(op: Op, of: Mask, *tensors: Tensor | None) -> Any:
-        return op.call(*tensors)
+        return _eagerly(op.call, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
@@ -250,7 +266,7 @@ class _Gradients(_Looped):
     @staticmethod
     def forward(op: Op, of: Mask, *given: Tensor | None) -> Any:
         given = _plain(op, given)
-        return _gradients_of(op, of, given[: op.outputs], given[op.outputs :])
+        return _eagerly(_gradients_of, op, of, given[: op.outputs], given[op.outputs :])
 
     @staticmethod
     def backward(ctx: Any, *along: Tensor | None) -> Any:
@@ -282,7 +298,7 @@ class _Second(_Looped):
     def forward(op: Op, of: Mask, *given: Tensor | None) -> Any:
         given = _plain(op, given)
         tensors, along = given[op.outputs : -op.inputs], given[-op.inputs :]
-        return _second_of(op, of, given[: op.outputs], tensors, along)
+        return _eagerly(_second_of, op, of, given[: op.outputs], tensors, along)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -299,7 +315,7 @@ class _Along(_OfResults):
     @staticmethod
     def forward(op: Op, of: Mask, *given: Tensor | None) -> Any:
         given = _plain(op, given)
-        return _along_of(op, given[: -op.inputs], given[-op.inputs :])
+        return _eagerly(_along_of, op, given[: -op.inputs], given[-op.inputs :])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
