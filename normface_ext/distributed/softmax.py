@@ -158,7 +158,7 @@ def sharded_loss(
     target, term = told_apart(found, options, batch.labels)
     rows = None
     if sample is not None:
-        rows, places = sample.draw(places, shard)
+        rows, places = sample.draw(places, shard, given_labels)
         factors = None if factors is None else factors[rows]
     elif isinstance(weight, DTensor):
         weight = weight.to_local()  # differentiable; a sparse gradient goes past it
