@@ -218,7 +218,7 @@ def sharded_loss(
     target, term = told_apart(found, options, batch.labels)
     rows = None
     if sample is not None:
-        rows, places = sample.draw(places, shard)
+        rows, places = sample.draw(places, shard, given_labels)
         factors = None if factors is None else factors[rows]
         if centers > 1:
             drawn = places * centers + nearest % centers
