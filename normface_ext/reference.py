@@ -271,11 +271,13 @@ def loss_of_parts(
 
 
 def _weighted(losses: Tensor, total_weight: Tensor, reduction: str) -> Tensor:
-    """The mean divides by the sum of the weights, and is 0 where that is 0."""
+    """The mean divides by the sum of the weights, and is 0 where that is 0; "batchmean" by the number of rows."""
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
+    if reduction == "batchmean":
+        return losses.sum() / max(1, len(losses))
     empty = total_weight == 0
     return torch.where(empty, 0, losses.sum() / torch.where(empty, 1, total_weight))
 

@@ -244,7 +244,7 @@ def sweep_rows(
     target, hinges, state, *class_sum = ops.agent_hinge(
         x, weight, labels, tensor, swept, need_class_sum=need_class_sum
     )
-    rows = AgentRows(labels != ignored, factor, target, hinges, ops.hinge_slope(state, swept))
+    rows = AgentRows(labels != ignored, factor, target, hinges, ops.hinge_slope(state, swept), x.shape[0])
     return rows, class_sum[0] if need_class_sum else None
 
 

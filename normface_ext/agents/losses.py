@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.reduce import weighted
+from ..engine.reduce import over_rows, weighted
 from .options import ContrastiveOptions, TripletOptions
 
 
@@ -22,6 +22,7 @@ class AgentRows(NamedTuple):
     target: Tensor  # distance to the label's agent
     hinges: Tensor  # what the loss takes of the hinges of the other agents
     slope: Tensor  # sum of the slopes of those, perhaps in float64
+    count: int | Tensor | None = None  # rows that were given, of all ranks: what "batchmean" divides by
 
     def reduced(self, values: Tensor, reduction: str) -> Tensor:
         if self.factor is not None:
@@ -32,6 +33,9 @@ class AgentRows(NamedTuple):
         if reduction == "none":
             return values
         total = values.sum()
+        if reduction == "batchmean":
+            assert self.count is not None
+            return over_rows(total, self.count)
         return total if reduction == "sum" else total / self.kept.sum().clamp_min(1)
 
 

@@ -136,7 +136,13 @@ def _gathered(
     labels = checks.labels(op, labels, x, shard.num_classes, options.ignore_index)
     factor = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
     batch = gather_rows(
-        x, labels, shard.group, ignore_index=ignored, sample_weight=factor, equal_batches=equal_batches
+        x,
+        labels,
+        shard.group,
+        ignore_index=ignored,
+        sample_weight=factor,
+        equal_batches=equal_batches,
+        counted=options.reduction == "batchmean",
     )
     if options.check_finite:
         batch.check_finite(op, weight, shard, ignored)
@@ -167,7 +173,8 @@ def _swept(
     *found, class_sum = _ClassParallelHinge.apply(
         x, weight, batch, places, tensor, sweep, separate, replicas, shard, need_class_sum
     )
-    return AgentRows(places != IGNORED, batch.sample_weight, *found), class_sum if need_class_sum else None
+    rows = AgentRows(places != IGNORED, batch.sample_weight, *found, batch.count)
+    return rows, class_sum if need_class_sum else None
 
 
 def rows_and_loss(

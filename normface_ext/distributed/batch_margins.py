@@ -89,10 +89,10 @@ def with_regularizer(
         return loss
     if rows.of_all:
         weights = rows_weight(rows, batch.sample_weight)
-        every = weighted(weighed(more, weights), weights.sum(), reduction)
+        every = weighted(weighed(more, weights), weights.sum(), reduction, batch.count)
         return loss + (batch.own(every) if reduction == "none" else every).to(loss.dtype)
     weights = rows_weight(rows, sample_weight)
     (total,) = add_over_shards([weights.sum()], group)
-    mine = weighted(weighed(more, weights), total, reduction)
+    mine = weighted(weighed(more, weights), total, reduction, batch.count)
     summed: Tensor = _SumOverRanks.apply(mine, None if reduction == "none" else group, replicas)
     return loss + summed.to(loss.dtype)

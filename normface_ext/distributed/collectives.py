@@ -52,6 +52,7 @@ class Batch:
         mine: rows of this rank, without padding.
         rank: of this process in the group.
         need_x: the features of some rank need a gradient, so that all ranks have to scatter it.
+        count: the rows of all ranks without padding, if it was asked for.
     """
 
     x: Tensor
@@ -61,6 +62,7 @@ class Batch:
     mine: int
     rank: int
     need_x: bool
+    count: int | Tensor | None = None
 
     def check_finite(
         self, op: str, weight: Tensor, shard: ClassShard, ignore_index: int, scale: Tensor | None = None
@@ -100,6 +102,7 @@ def gather_rows(
     ignore_index: int,
     sample_weight: Tensor | None = None,
     equal_batches: bool = False,
+    counted: bool = False,
 ) -> Batch:
     """The batches of all ranks, in one all-gather of bytes: features, label and weight of a row together.
 
@@ -108,6 +111,8 @@ def gather_rows(
         equal_batches: the caller's word that N is the same on all ranks, and that x needs a gradient on all
             of them or on none, which saves asking (a collective of 16 bytes, and on CUDA a wait of the
             host).
+        counted: the batch is to know how many rows there are, which costs a collective of 8 bytes unless the
+            batches are equal.
     """
     world, rank, mine = dist.get_world_size(group), dist.get_rank(group), x.shape[0]
     each, need_x = mine, x.requires_grad and torch.is_grad_enabled()
@@ -116,6 +121,10 @@ def gather_rows(
     columns = [(x.detach(), 0), (labels[:, None], ignore_index)]
     if sample_weight is not None:
         columns.append((sample_weight[:, None], 0))
+    count: int | Tensor | None = None
+    if counted:
+        own = torch.full((), mine, dtype=torch.float64, device=x.device)
+        count = world * mine if equal_batches else add_over_shards([own], group)[0]
     pieces = [_bytes(column, each, filler) for column, filler in columns]
     packed = torch.cat(pieces, dim=1)
     everyone = torch.empty((world * each, packed.shape[1]), dtype=torch.uint8, device=x.device)
@@ -136,6 +145,7 @@ def gather_rows(
         mine,
         rank,
         need_x,
+        count,
     )
 
 

@@ -195,7 +195,13 @@ def sharded_loss(
     factor = checks.weights(OP, "sample_weight", sample_weight, x, x.shape[0])
     b = bias_of(OP, bias, x)
     batch = gather_rows(
-        x, labels, shard.group, ignore_index=ignored, sample_weight=factor, equal_batches=equal_batches
+        x,
+        labels,
+        shard.group,
+        ignore_index=ignored,
+        sample_weight=factor,
+        equal_batches=equal_batches,
+        counted=options.reduction == "batchmean",
     )
     if options.check_finite:
         batch.check_finite(OP, weight, shard, ignored)
@@ -215,5 +221,5 @@ def sharded_loss(
     cosine, others, row_weight = _ClassParallelRows.apply(
         own, weight, offset_of(b, options), batch, places, given, separate, replicas, shard
     )
-    loss = rounded(losses.loss(options, SigmoidRows(row_weight, cosine, others), b), x)
+    loss = rounded(losses.loss(options, SigmoidRows(row_weight, cosine, others), b, batch.count), x)
     return batch.own(loss) if separate else loss

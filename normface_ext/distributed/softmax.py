@@ -13,6 +13,7 @@ from ..engine import checks
 from ..engine.arguments import choice, flag, number
 from ..engine.autograd import detach_without_grad
 from ..engine.options import takes
+from ..engine.reduce import over_rows
 from ..softmax.arguments import loss_options, told_apart
 from ..softmax.batch_margins import BatchMargin
 from ..softmax.hard_negatives import HardNegatives
@@ -142,6 +143,7 @@ def sharded_loss(
         ignore_index=ignored,
         sample_weight=row_weight,
         equal_batches=equal_batches,
+        counted=options.reduction == "batchmean",
     )
     if options.check_finite:
         batch.check_finite(OP, local, shard, ignored, scale_tensor)
@@ -184,6 +186,8 @@ def sharded_loss(
         replicas,
         shard,
     )
+    if batch.count is not None:
+        loss = over_rows(loss, batch.count)
     if of_batch is None or told is None:
         return loss
     return with_regularizer(

@@ -15,7 +15,8 @@ from . import arguments
 from .arguments import INT64_MAX, INT64_MIN, choice, integer, number
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+#: With the kernels' number. "batchmean" is a sum to them, which the number of rows divides afterwards.
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2, "batchmean": 2}
 
 
 def is_dtensor(value: Tensor) -> bool:

@@ -39,14 +39,19 @@ def balanced_bias(options: SphereFace2Options, classes: int) -> float:
     return math.log(k) / 2 - middle - lean
 
 
-def loss(options: SphereFace2Options, rows: SigmoidRows, bias: float | Tensor) -> Tensor:
-    """float64; `bias` a number or a 0-d tensor."""
+def loss(
+    options: SphereFace2Options,
+    rows: SigmoidRows,
+    bias: float | Tensor,
+    count: int | Tensor | None = None,
+) -> Tensor:
+    """float64; `bias` a number or a 0-d tensor, `count` the rows that "batchmean" divides by."""
     logit = options.r * (_similarity(options, rows.cosine) - options.m) + bias
     weight = 50 / options.r if options.loss_weight is None else options.loss_weight
     each = weight * (options.alpha * softplus(-logit) + (1 - options.alpha) * rows.others)
     counts = rows.weight != 0
     losses = torch.where(counts, rows.weight * torch.where(counts, each, 0.0), 0.0)
-    return weighted(losses, rows.weight.sum(), options.reduction)
+    return weighted(losses, rows.weight.sum(), options.reduction, count)
 
 
 def _similarity(options: SphereFace2Options, cosine: Tensor) -> Tensor:

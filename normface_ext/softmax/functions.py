@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..engine import sweep
 from ..engine.options import takes
-from ..engine.reduce import weighted
+from ..engine.reduce import over_rows, weighted
 from ..reference import HeadParts, loss_of_parts
 from . import ops
 from .arguments import HeadInputs, checked_inputs, loss_options, margin_arguments, told_apart
@@ -129,7 +129,7 @@ def _fused(
         numbers,
         term,
     )
-    return ops.normface_loss(
+    loss = ops.normface_loss(
         x,
         weight,
         inputs.scale,
@@ -140,6 +140,7 @@ def _fused(
         given,
         term.inputs,
     )
+    return over_rows(loss, x.shape[0]) if options.reduction == "batchmean" else loss
 
 
 def _of_batch(
