@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -270,8 +271,41 @@ def loss_of_parts(
     return _weighted(losses, (row_weight * target_weight).sum(), reduction)
 
 
+class _Rows(NamedTuple):
+    """The rows of a loss. With labels_b each stands there twice, first all with labels, then all with
+    labels_b, and lam shares its weight out."""
+
+    x: Tensor
+    labels: Tensor
+    sample_weight: Tensor | None
+    share: Tensor | None  # how much of a row each is
+
+    def joined(self, made: Tensor, reduction: str) -> Tensor:
+        """What a loss makes of these rows, as what it makes of the rows that were given."""
+        if self.share is None or reduction not in ("none", "batchmean"):
+            return made
+        return made.view(2, -1).sum(0) if reduction == "none" else 2 * made  # it was divided by 2 N
+
+
+def _rows(
+    x: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor | None,
+    labels_b: Tensor | None,
+    lam: float | Tensor | None,
+    ignore_index: int | None,
+) -> _Rows:
+    if labels_b is None:
+        return _Rows(x, labels, sample_weight, None)
+    of_first = torch.as_tensor(lam, dtype=_wide(x).dtype, device=x.device).expand(len(x))
+    share, both = torch.cat([of_first, 1 - of_first]), torch.cat([labels, labels_b])
+    weight = share if sample_weight is None else share * sample_weight.repeat(2)
+    alone = ~_kept(both, ignore_index, weight).view(2, -1).all(0).repeat(2)
+    return _Rows(torch.cat([x, x]), both, weight, torch.where(alone, 1, share))
+
+
 def _weighted(losses: Tensor, total_weight: Tensor, reduction: str) -> Tensor:
-    """The mean divides by the sum of the weights, and is 0 where that is 0; "batchmean" by the number of rows."""
+    """The mean divides by the sum of the weights, and is 0 where that is 0; "batchmean" by N."""
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -302,13 +336,24 @@ def normface_loss(
     sample_weight: Tensor | None = None,
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
 ) -> Tensor:
     """loss_i = -log softmax_j(s psi(c_ij))[y_i], psi on the target column only (paper section 3.2).
 
     With class weights u and smoothing a: (1 - a) u_y loss_iy + a/C sum_j u_j loss_ij. The mean divides by the
     sum of the weights, and is 0 where that is 0. A margin with a state moves it here as it does elsewhere.
+    With labels_b it is lam_i loss(x_i, labels_i) + (1 - lam_i) loss(x_i, labels_b_i).
     Hard negatives, a margin's own or those past ``filter_threshold``, have f(c_ij) for c_ij.
     """
+    given = _rows(x, labels, sample_weight, labels_b, lam, ignore_index)
+    if given.share is not None:  # numbers of each row are those of both its labels
+        scale = torch.cat([scale, scale]) if isinstance(scale, Tensor) and scale.dim() == 1 else scale
+        if margin is not None and margin.per_row:
+            tensors = {f.name: getattr(margin, f.name) for f in fields(margin)}  # type: ignore[arg-type]
+            doubled = {n: t.repeat(2) for n, t in tensors.items() if isinstance(t, Tensor) and t.dim() == 1}
+            margin = replace(margin, **doubled)  # type: ignore[type-var]
+    x, labels, sample_weight, _ = given
     kept = _kept(labels, ignore_index, sample_weight)
     counting = _counting(x, kept)
     cos = cosine(counting, weight, eps)
@@ -319,7 +364,7 @@ def normface_loss(
     if isinstance(margin, BatchMargin):
         norms = _wide(counting).double().square().sum(1).add(eps).sqrt() if margin.uses_norms else None
         known = torch.where(kept, own.detach().double(), 0) if margin.hard_negatives else None
-        rows = Rows(labels, kept, norms, margin_gradient == "straight", cosine=known)
+        rows = Rows(labels, kept, norms, margin_gradient == "straight", cosine=known, share=given.share)
         chosen, more = margin.of(rows), margin.regularizer(rows)
     others = cos
     if filter_threshold is not None:
@@ -340,10 +385,10 @@ def normface_loss(
         losses = losses + label_smoothing / weight.shape[0] * (every * of_class).sum(1)
     losses = torch.where(kept, of_row * losses, 0)
     loss = _weighted(losses, torch.where(kept, of_row * of_target, 0).sum(), reduction)
-    if more is None:
-        return loss
-    weights = torch.where(kept, of_row.double(), 0)
-    return loss + _weighted(weights * more, weights.sum(), reduction).to(loss.dtype)
+    if more is not None:
+        weights = torch.where(kept, of_row.double(), 0)
+        loss = loss + _weighted(weights * more, weights.sum(), reduction).to(loss.dtype)
+    return given.joined(loss, reduction)
 
 
 def inner_distance(
@@ -409,12 +454,16 @@ def c_contrastive_loss(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[ContrastiveKeywords],
 ) -> Tensor:
     """loss_i = w+ min(T, (d_iy - m+)_+) + w- sum_{j != y} (m- - d_ij)_+ (paper section 4)."""
     o = ContrastiveOptions.of("c_contrastive_loss", options)
-    distances = _agent_distances(x, weight, labels, sample_weight, o)
-    return contrastive_of_distances(distances, labels, sample_weight=sample_weight, **options)
+    given = _rows(x, labels, sample_weight, labels_b, lam, o.ignore_index)
+    distances = _agent_distances(given.x, weight, given.labels, given.sample_weight, o)
+    made = contrastive_of_distances(distances, given.labels, sample_weight=given.sample_weight, **options)
+    return given.joined(made, o.reduction)
 
 
 @takes(ContrastiveOptions)
@@ -473,12 +522,16 @@ def c_triplet_loss(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[TripletKeywords],
 ) -> Tensor:
     """loss_i = w- sum_{j != y} (m + d_iy - d_ij)_+ [+ w+ d_iy] (paper section 4)."""
     o = TripletOptions.of("c_triplet_loss", options)
-    distances = _agent_distances(x, weight, labels, sample_weight, o)
-    return triplet_of_distances(distances, labels, sample_weight=sample_weight, **options)
+    given = _rows(x, labels, sample_weight, labels_b, lam, o.ignore_index)
+    distances = _agent_distances(given.x, weight, given.labels, given.sample_weight, o)
+    made = triplet_of_distances(distances, given.labels, sample_weight=given.sample_weight, **options)
+    return given.joined(made, o.reduction)
 
 
 @takes(TripletOptions)
@@ -536,10 +589,14 @@ def sphereface2_loss(
     bias: float | Tensor,
     *,
     sample_weight: Tensor | None = None,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[SphereFace2Keywords],
 ) -> Tensor:
     """loss_i = W [alpha softplus(-z_iy) + (1 - alpha) sum_{j != y} softplus(z_ij)] (SphereFace2, form C)."""
     o = SphereFace2Options.of("sphereface2_loss", options)
+    given = _rows(x, labels, sample_weight, labels_b, lam, o.ignore_index)
+    x, labels, sample_weight, _ = given
     kept = _kept(labels, o.ignore_index, sample_weight)
     cos = cosine(_counting(x, kept), weight, o.eps)
     b = bias.reshape(()).to(cos.dtype) if isinstance(bias, Tensor) else bias
@@ -548,9 +605,8 @@ def sphereface2_loss(
     target = sigmoid_logits(cos.gather(1, safe)[:, 0], o.r, b - o.r * o.m, o.t, straight)
     others = sigmoid_logits(cos, o.r, b + o.r * o.m, o.t, straight).scatter(1, safe, -torch.inf)
     each = o.alpha * _softplus(-target) + (1 - o.alpha) * _softplus(others).sum(1)
-    return _reduce(
-        (50 / o.r if o.loss_weight is None else o.loss_weight) * each, kept, o.reduction, sample_weight
-    )
+    losses = (50 / o.r if o.loss_weight is None else o.loss_weight) * each
+    return given.joined(_reduce(losses, kept, o.reduction, sample_weight), o.reduction)
 
 
 def _softplus(z: Tensor) -> Tensor:

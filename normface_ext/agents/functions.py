@@ -11,6 +11,7 @@ from torch import Tensor
 from ..cosine.functions import normalize
 from ..engine import checks
 from ..engine.calls import plan_device, product_dtype
+from ..engine.mixing import both_labels, check_finite, joined
 from ..engine.options import takes
 from ..engine.plan import products
 from ..engine.sweep import TERMS
@@ -31,6 +32,8 @@ def c_contrastive_loss(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[ContrastiveKeywords],
 ) -> Tensor:
     """loss_i = w+ min(T, (d_iy - m+)_+) + w- sum_{j != y} (m- - d_ij)_+, d_ij = |x_i/|x_i| - w_j/|w_j||^2.
@@ -67,9 +70,11 @@ def c_contrastive_loss(
         ignore_index: rows with this label count nowhere and get no gradient, whatever they and the weight
             hold. None: there are none.
         reduction: "mean" over the rows that are not ignored (0 when there is none, or their weights sum to
-            0), "sum" or "none".
+            0), "sum", "none", or "batchmean": the sum divided by N, ignored rows and all.
         sample_weight: [N] factors of the rows' losses, without gradient; the mean divides by their sum over
             the rows that count. A row of weight 0 is an ignored one.
+        labels_b, lam: second labels [N], and the first ones' share, as in ``functional.normface_loss``. Each
+            row stands in the batch twice for it, with its share as its weight: twice the products.
         active_limit: active classes listed per row, chosen by default, 0 for always dense. A list
             costs one number read back from the device per step; it is off in traced and captured steps.
         eps, workspace, check_finite: see ``functional.normface_loss``.
@@ -87,7 +92,8 @@ def c_contrastive_loss(
         IndexError: a label out of range.
     """
     chosen = ContrastiveOptions.of("c_contrastive_loss", options)
-    return agent_loss("c_contrastive_loss", x, weight, labels, sample_weight, chosen)
+    labelled = labels, sample_weight, chosen, None, labels_b, lam
+    return rows_and_loss("c_contrastive_loss", x, weight, *labelled)[1]
 
 
 @takes(ContrastiveOptions)
@@ -117,6 +123,8 @@ def c_triplet_loss(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[TripletKeywords],
 ) -> Tensor:
     """loss_i = w- sum_{j != y} (m + d_iy - d_ij)_+, d_ij = |x_i/|x_i| - w_j/|w_j||^2.
@@ -138,7 +146,8 @@ def c_triplet_loss(
     ``caffe.general_triplet_loss``. It returns and raises what ``c_contrastive_loss`` does.
     """
     chosen = TripletOptions.of("c_triplet_loss", options)
-    return agent_loss("c_triplet_loss", x, weight, labels, sample_weight, chosen)
+    labelled = labels, sample_weight, chosen, None, labels_b, lam
+    return rows_and_loss("c_triplet_loss", x, weight, *labelled)[1]
 
 
 @takes(TripletOptions)
@@ -155,11 +164,29 @@ def c_triplet_stats(
     return agent_stats("c_triplet_stats", x, weight, labels, sample_weight, chosen)
 
 
-def agent_loss(
-    op: str, x: Tensor, weight: Tensor, labels: Tensor, sample_weight: Tensor | None, options: Losses
-) -> Tensor:
-    """The loss with options that have been checked."""
-    return losses.loss(options, swept_rows(op, x, weight, labels, sample_weight, options))
+def rows_and_loss(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor | None,
+    options: Losses,
+    margin: Tensor | None = None,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+) -> tuple[AgentRows, Tensor]:
+    """(the rows, the loss) with options that have been checked; a ``margin`` stands in for theirs. With two
+    labels the rows stand there twice."""
+    if labels_b is None and lam is None:
+        rows = swept_rows(op, x, weight, labels, sample_weight, options, margin)
+        return rows, losses.loss(options, rows)
+    checks.features_and_weight(op, x, weight)
+    both = both_labels(op, x, labels, labels_b, lam, sample_weight, weight.shape[0], options.ignore_index)
+    if options.check_finite:
+        check_finite(op, x, weight, both, sample_weight)
+        options = replace(options, check_finite=False)
+    rows = swept_rows(op, torch.cat([x, x]), weight, both.labels, both.weight, options, margin)
+    return rows, joined(losses.loss(options, rows), options.reduction)
 
 
 @torch.no_grad()

@@ -48,21 +48,33 @@ class AgentLoss(HoldsOptions, Agents):
         self.in_features, self.num_classes = features, classes
         self.keep_options(options)
 
-    def forward(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        return self._rows_and_loss(features, labels, sample_weight, None)[1]
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None = None,
+        *,
+        labels_b: Tensor | None = None,
+        lam: float | Tensor | None = None,
+    ) -> Tensor:
+        return self._rows_and_loss(features, labels, sample_weight, None, labels_b, lam)[1]
 
     def stats(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """Two means over the batch, without a gradient, of another sweep: nothing moves by it."""
         return self._stats(features, labels, sample_weight, None)
 
     def _rows_and_loss(
-        self, features: Tensor, labels: Tensor, sample_weight: Tensor | None, margin: Tensor | None
+        self,
+        features: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None,
+        margin: Tensor | None,
+        labels_b: Tensor | None,
+        lam: float | Tensor | None,
     ) -> tuple[AgentRows, Tensor]:
         """What is known of the rows, and what is made of it; a `margin` stands in for the options'."""
-        rows = functions.swept_rows(
-            self.LOSS, features, self.weight, labels, sample_weight, self.options, margin
-        )
-        return rows, losses.loss(self.options, rows)
+        given = labels, sample_weight, self.options, margin, labels_b, lam
+        return functions.rows_and_loss(self.LOSS, features, self.weight, *given)
 
     def _stats(
         self, features: Tensor, labels: Tensor, sample_weight: Tensor | None, margin: Tensor | None
@@ -79,7 +91,8 @@ class AgentLoss(HoldsOptions, Agents):
 class CContrastiveLoss(WideState, AgentLoss):
     """C-contrastive loss with agents of its own: (features [N, D], labels [N]) -> loss.
 
-    ``forward`` also takes ``sample_weight`` [N]; ``stats`` takes the same and returns
+    ``forward`` also takes ``sample_weight`` [N], and ``labels_b`` [N] with ``lam``; ``stats`` takes
+    features, labels and ``sample_weight`` and returns
     [mean positive hinge, mean negative hinge], see ``functional.c_contrastive_stats``.
 
     Args:
@@ -134,12 +147,21 @@ class CContrastiveLoss(WideState, AgentLoss):
         if "intra_mae" in self._buffers:
             self.intra_mae.zero_()
 
-    def forward(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None = None,
+        *,
+        labels_b: Tensor | None = None,
+        lam: float | Tensor | None = None,
+    ) -> Tensor:
         options = self.options
         if not options.add_intra_mae:
-            return super().forward(features, labels, sample_weight)
+            return super().forward(features, labels, sample_weight, labels_b=labels_b, lam=lam)
         mean, again = self._mean_of(labels)
-        rows, loss = self._rows_and_loss(features, labels, sample_weight, options.neg_margin + mean)
+        margin = options.neg_margin + mean
+        rows, loss = self._rows_and_loss(features, labels, sample_weight, margin, labels_b, lam)
         if self.training and not again:
             with torch.no_grad():
                 spread = rows.reduced(losses.positives(options, rows.target), "mean")
@@ -170,7 +192,8 @@ class CContrastiveLoss(WideState, AgentLoss):
 class CTripletLoss(AgentLoss):
     """C-triplet loss with agents of its own: (features [N, D], labels [N]) -> loss.
 
-    ``forward`` also takes ``sample_weight`` [N]; ``stats`` takes the same and returns
+    ``forward`` also takes ``sample_weight`` [N], and ``labels_b`` [N] with ``lam``; ``stats`` takes
+    features, labels and ``sample_weight`` and returns
     [mean distance to the label's agent, to the others], see ``functional.c_triplet_stats``.
 
     Args:

@@ -22,7 +22,7 @@ class AgentRows(NamedTuple):
     target: Tensor  # distance to the label's agent
     hinges: Tensor  # what the loss takes of the hinges of the other agents
     slope: Tensor  # sum of the slopes of those, perhaps in float64
-    count: int | Tensor | None = None  # rows that were given, of all ranks: what "batchmean" divides by
+    given: int | Tensor | None = None  # rows that were given, of all ranks: what "batchmean" divides by
 
     def reduced(self, values: Tensor, reduction: str) -> Tensor:
         if self.factor is not None:
@@ -34,8 +34,8 @@ class AgentRows(NamedTuple):
             return values
         total = values.sum()
         if reduction == "batchmean":
-            assert self.count is not None
-            return over_rows(total, self.count)
+            assert self.given is not None
+            return over_rows(total, self.given)
         return total if reduction == "sum" else total / self.kept.sum().clamp_min(1)
 
 

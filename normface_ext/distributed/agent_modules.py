@@ -25,7 +25,13 @@ class _Sharded(SpreadClasses, AgentLoss):
         self.training = head.training
 
     def _rows_and_loss(
-        self, features: Tensor, labels: Tensor, sample_weight: Tensor | None, margin: Tensor | None
+        self,
+        features: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None,
+        margin: Tensor | None,
+        labels_b: Tensor | None,
+        lam: float | Tensor | None,
     ) -> tuple[AgentRows, Tensor]:
         return agents.rows_and_loss(
             f"distributed.{self.LOSS}",
@@ -36,6 +42,8 @@ class _Sharded(SpreadClasses, AgentLoss):
             sample_weight,
             self.options,
             margin,
+            labels_b,
+            lam,
             backbone_gradients=self.backbone_gradients,
             equal_batches=self.equal_batches,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,13 +18,14 @@ from ..agents.ops import AgentSweepOptions
 from ..agents.options import ContrastiveKeywords, ContrastiveOptions, TripletKeywords, TripletOptions
 from ..engine import checks
 from ..engine.arguments import flag
-from ..engine.autograd import asked, detach_without_grad, no_second_derivative
+from ..engine.autograd import asked, detach_without_grad, no_second_derivative, store_as
+from ..engine.mixing import joined
 from ..engine.options import takes
 from ..engine.sweep import INVERSE_NORM, SECOND_SUM, SUM, Collected, Swept, target_cosine
 from .collectives import Batch, ScatteredRows, add_over_shards, gather_rows, key_of_largest
+from .mixing import both_labels_of_all
 from .shard import IGNORED, ClassShard
 from .softmax import check_backbone_gradients
-from .softmax_op import store_as
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -173,7 +175,7 @@ def _swept(
     *found, class_sum = _ClassParallelHinge.apply(
         x, weight, batch, places, tensor, sweep, separate, replicas, shard, need_class_sum
     )
-    rows = AgentRows(places != IGNORED, batch.sample_weight, *found, batch.count)
+    rows = AgentRows(places != IGNORED, batch.sample_weight, *found)._replace(given=batch.count)
     return rows, class_sum if need_class_sum else None
 
 
@@ -186,14 +188,32 @@ def rows_and_loss(
     sample_weight: Tensor | None,
     options: Losses,
     margin: Tensor | None = None,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     *,
     backbone_gradients: str,
     equal_batches: bool,
 ) -> tuple[AgentRows, Tensor]:
     """(the rows of all ranks, the loss) with options that have been checked; a ``margin`` stands in for
-    theirs."""
+    theirs. With two labels the rows stand there twice."""
     check_backbone_gradients(op, backbone_gradients)
     flag(op, "equal_batches", equal_batches)
+    if labels_b is not None or lam is not None:
+        told = options.ignore_index, options.check_finite, equal_batches
+        both = both_labels_of_all(op, x, weight, labels, labels_b, lam, sample_weight, shard, *told)
+        rows, loss = rows_and_loss(
+            op,
+            torch.cat([x, x]),
+            weight,
+            both.labels,
+            shard,
+            both.weight,
+            replace(options, check_finite=False),
+            margin,
+            backbone_gradients=backbone_gradients,
+            equal_batches=equal_batches,
+        )
+        return rows, joined(loss, options.reduction)
     given = _gathered(op, x, weight, labels, shard, sample_weight, options, equal_batches)
     replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
     rows, _ = _swept(op, given, shard, options, margin, replicas=replicas)
@@ -231,6 +251,8 @@ def c_contrastive_loss(
     sample_weight: Tensor | None = None,
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[ContrastiveKeywords],
 ) -> Tensor:
     """``functional.c_contrastive_loss`` of the rows of all ranks over the classes of all ranks.
@@ -272,6 +294,9 @@ def c_contrastive_loss(
         shard,
         sample_weight,
         chosen,
+        None,
+        labels_b,
+        lam,
         backbone_gradients=backbone_gradients,
         equal_batches=equal_batches,
     )[1]
@@ -287,6 +312,8 @@ def c_triplet_loss(
     sample_weight: Tensor | None = None,
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[TripletKeywords],
 ) -> Tensor:
     """``functional.c_triplet_loss`` of the rows of all ranks over the classes of all ranks.
@@ -303,6 +330,9 @@ def c_triplet_loss(
         shard,
         sample_weight,
         chosen,
+        None,
+        labels_b,
+        lam,
         backbone_gradients=backbone_gradients,
         equal_batches=equal_batches,
     )[1]

@@ -94,5 +94,7 @@ def with_regularizer(
     weights = rows_weight(rows, sample_weight)
     (total,) = add_over_shards([weights.sum()], group)
     mine = weighted(weighed(more, weights), total, reduction, batch.count)
+    if rows.share is not None and reduction == "none":
+        mine = mine.view(2, -1).sum(0)
     summed: Tensor = _SumOverRanks.apply(mine, None if reduction == "none" else group, replicas)
     return loss + summed.to(loss.dtype)

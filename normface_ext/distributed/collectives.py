@@ -108,6 +108,7 @@ def gather_rows(
 
     Args:
         x: [N, D], any N, and D and dtype the same on all ranks. labels: [N] int64. sample_weight: [N].
+            Of both there may be several of a row, [N, K], and so there are in the batch then.
         equal_batches: the caller's word that N is the same on all ranks, and that x needs a gradient on all
             of them or on none, which saves asking (a collective of 16 bytes, and on CUDA a wait of the
             host).
@@ -118,9 +119,10 @@ def gather_rows(
     each, need_x = mine, x.requires_grad and torch.is_grad_enabled()
     if not equal_batches:
         each, need_x = _agreed(mine, need_x, x.device, group)
-    columns = [(x.detach(), 0), (labels[:, None], ignore_index)]
+    single = labels.dim() == 1
+    columns = [(x.detach(), 0), (labels[:, None] if single else labels, ignore_index)]
     if sample_weight is not None:
-        columns.append((sample_weight[:, None], 0))
+        columns.append((sample_weight[:, None] if single else sample_weight, 0))
     count: int | Tensor | None = None
     if counted:
         own = torch.full((), mine, dtype=torch.float64, device=x.device)
@@ -137,10 +139,12 @@ def gather_rows(
         else column.new_empty(world * each, column.shape[1])
         for part, (column, _) in zip(parts, columns, strict=True)
     ]
+    if single:
+        unpacked[1:] = [part[:, 0].contiguous() for part in unpacked[1:]]
     return Batch(
         unpacked[0],
-        unpacked[1][:, 0].contiguous(),
-        unpacked[2][:, 0].contiguous() if sample_weight is not None else None,
+        unpacked[1],
+        unpacked[2] if sample_weight is not None else None,
         each,
         mine,
         rank,

@@ -65,10 +65,16 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
         self.training = head.training
 
     def forward(
-        self, features: Tensor, labels: Tensor | None = None, sample_weight: Tensor | None = None
+        self,
+        features: Tensor,
+        labels: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        *,
+        labels_b: Tensor | None = None,
+        lam: float | Tensor | None = None,
     ) -> Tensor:
         if labels is None:
-            return self._without_labels(features, sample_weight)
+            return self._without_labels(features, sample_weight=sample_weight, labels_b=labels_b, lam=lam)
         return softmax.sharded_loss(
             features,
             self.weight,
@@ -78,6 +84,8 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
             sample_weight,
             self.class_weight,
             self.present_options(),
+            labels_b=labels_b,
+            lam=lam,
             largest_scale=None if self.max_scale == float("inf") else self.max_scale,
             sample=self.sampler if self.training else None,
             backbone_gradients=self.backbone_gradients,

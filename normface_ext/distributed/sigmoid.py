@@ -13,17 +13,18 @@ from torch.distributed.tensor import DTensor
 
 from ..engine import checks, sweep
 from ..engine.arguments import flag
-from ..engine.autograd import asked, detach_without_grad, no_second_derivative
+from ..engine.autograd import asked, detach_without_grad, no_second_derivative, store_as
 from ..engine.calls import accumulator
+from ..engine.mixing import joined
 from ..engine.options import takes
 from ..sigmoid import losses, ops
 from ..sigmoid.functions import bias_of, offset_of, rounded, sweep_options
 from ..sigmoid.losses import SigmoidRows
 from ..sigmoid.options import SphereFace2Keywords, SphereFace2Options
 from .collectives import Batch, ScatteredRows, add_over_shards, gather_rows
+from .mixing import both_labels_of_all
 from .shard import IGNORED, ClassShard
 from .softmax import check_backbone_gradients
-from .softmax_op import store_as
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -132,6 +133,8 @@ def sphereface2_loss(
     sample_weight: Tensor | None = None,
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[SphereFace2Keywords],
 ) -> Tensor:
     """``functional.sphereface2_loss`` of the rows of all ranks over the classes of all ranks.
@@ -167,6 +170,8 @@ def sphereface2_loss(
         shard,
         sample_weight,
         SphereFace2Options.of(OP, options),
+        labels_b,
+        lam,
         backbone_gradients=backbone_gradients,
         equal_batches=equal_batches,
     )
@@ -180,13 +185,32 @@ def sharded_loss(
     shard: ClassShard,
     sample_weight: Tensor | None,
     options: SphereFace2Options,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     *,
     backbone_gradients: str,
     equal_batches: bool,
 ) -> Tensor:
-    """The loss with options that have been checked."""
+    """The loss with options that have been checked. With two labels the rows stand there twice."""
     check_backbone_gradients(OP, backbone_gradients)
     flag(OP, "equal_batches", equal_batches)
+    if labels_b is not None or lam is not None:
+        told = options.ignore_index, options.check_finite, equal_batches
+        both = both_labels_of_all(OP, x, weight, labels, labels_b, lam, sample_weight, shard, *told)
+        if options.check_finite:
+            checks.finite_rows(OP, "bias", bias_of(OP, bias, x))
+        made = sharded_loss(
+            torch.cat([x, x]),
+            weight,
+            both.labels,
+            bias,
+            shard,
+            both.weight,
+            replace(options, check_finite=False),
+            backbone_gradients=backbone_gradients,
+            equal_batches=equal_batches,
+        )
+        return joined(made, options.reduction)
     if isinstance(weight, DTensor):
         weight = weight.to_local()  # differentiable
     checks.features_and_shard(OP, x, weight, shard.count)

@@ -40,7 +40,15 @@ class ShardedSphereFace2Loss(SpreadClasses, SphereFace2Loss):
             self._reset_bias()
         self.training = head.training
 
-    def forward(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None = None,
+        *,
+        labels_b: Tensor | None = None,
+        lam: float | Tensor | None = None,
+    ) -> Tensor:
         return sigmoid.sharded_loss(
             features,
             self.weight,
@@ -49,6 +57,8 @@ class ShardedSphereFace2Loss(SpreadClasses, SphereFace2Loss):
             self.shard,
             sample_weight,
             self.options,
+            labels_b,
+            lam,
             backbone_gradients=self.backbone_gradients,
             equal_batches=self.equal_batches,
         )

@@ -21,7 +21,8 @@ from ..softmax.margins import Margin
 from ..softmax.options import HeadKeywords, HeadOptions
 from ..softmax.rows import rows_of
 from .batch_margins import margin_of_rows, rows_of_all, with_regularizer
-from .collectives import gather_rows
+from .collectives import gather_row_gradients, gather_rows
+from .mixed import Step, mixed_loss
 from .sampling import ClassSampler
 from .shard import IGNORED, ClassShard
 from .softmax_op import OP, ClassParallelLoss, margin_of_all
@@ -48,6 +49,8 @@ def normface_loss(
     sample: ClassSampler | None = None,
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[HeadKeywords],
 ) -> Tensor:
     """``functional.normface_loss`` of the rows of all ranks over the classes of all ranks.
@@ -72,6 +75,8 @@ def normface_loss(
             DistributedDataParallel and FSDP do: the features' gradient is multiplied by the number of ranks,
             so that the average is the gradient of the loss. "sum" if they are added, or if the gradient of
             the features themselves is wanted.
+        labels_b, lam: second labels [N] of this rank's rows, and the first ones' share; on all ranks or on
+            none. Features travel once for both, and one all-reduce more has the target cosines.
         equal_batches: every rank has the same N, and x needs a gradient on all of them or on none; saves a
             collective of 16 bytes and its wait.
 
@@ -97,6 +102,8 @@ def normface_loss(
         sample_weight,
         class_weight,
         HeadOptions.of(OP, options),
+        labels_b=labels_b,
+        lam=lam,
         largest_scale=largest_scale,
         sample=sample,
         backbone_gradients=backbone_gradients,
@@ -114,12 +121,22 @@ def sharded_loss(
     class_weight: Tensor | None,
     options: HeadOptions,
     *,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    share: Tensor | None = None,
     largest_scale: float | None,
     sample: ClassSampler | None,
     backbone_gradients: str,
     equal_batches: bool,
 ) -> Tensor:
-    """``normface_loss`` with options that have been checked."""
+    """``normface_loss`` with options that have been checked. With a `share` [N] the rows stand there twice,
+    once for each of their labels (``engine.mixing``)."""
+    if labels_b is not None or lam is not None:
+        step = Step(largest_scale, sample, backbone_gradients, equal_batches)
+        labelled = labels, labels_b, lam
+        return mixed_loss(
+            x, weight, *labelled, scale, shard, sample_weight, class_weight, options, step, sharded_loss
+        )
     local = weight.to_local() if isinstance(weight, DTensor) else weight
     checks.features_and_shard(OP, x, local, shard.count)
     ignored = checks.ignored(options.ignore_index)
@@ -154,6 +171,10 @@ def sharded_loss(
     if of_batch is not None:
         if of_batch.hard_negatives:
             told = rows_of_all(OP, of_batch, batch, local, places, shard, given_labels, options)
+            if share is not None:
+                told = told._replace(
+                    share=gather_row_gradients(share, batch, shard.group, "the rows' shares")
+                )
         else:
             told = rows_of(OP, x, labels, given_labels, row_weight, options, of_batch, shard.group)
         found = margin_of_rows(OP, of_batch, told)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from .. import _C
 from ..engine import sweep
-from ..engine.autograd import no_second_derivative
+from ..engine.autograd import no_second_derivative, store_as
 from ..softmax import ops
 from ..softmax.arguments import Numbers, margin_arguments
 from ..softmax.margins import Margin
@@ -28,7 +28,7 @@ from .shard import ClassShard
 OP = "distributed.normface_loss"
 
 
-def _shared_shift(
+def shared_shift(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -50,7 +50,7 @@ def _shared_shift(
     return largest_over_shards(sweep.head_shift(x, weight, labels, scale, options, term), shard.group)
 
 
-class _RowsOfAll(Function):
+class RowsOfAll(Function):
     """Numbers of this rank's rows [N] -> those of all ranks' rows. Every rank has the whole gradient of its
     own rows' numbers; like the features' it is multiplied by the ranks that average it."""
 
@@ -81,7 +81,7 @@ def margin_of_all(
         return margin_arguments(OP, margin, batch.labels, shard.num_classes, straight)
     mine, numbers = margin_arguments(OP, margin, labels, shard.num_classes, straight)
     m1, m2, m3 = (
-        m if m is None or m.dim() == 0 else _RowsOfAll.apply(m, batch, replicas, shard) for m in mine
+        m if m is None or m.dim() == 0 else RowsOfAll.apply(m, batch, replicas, shard) for m in mine
     )
     return (m1, m2, m3), numbers
 
@@ -117,7 +117,7 @@ class ClassParallelLoss(Function):
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         classes = local.contiguous() if rows is None else local.index_select(0, rows)
         term = sweep.TermInputs(threshold, numbers)
-        shift = _shared_shift(batch.x, classes, places, scale, options, term, largest_scale, shard)
+        shift = shared_shift(batch.x, classes, places, scale, options, term, largest_scale, shard)
         swept, options = sweep.head_sweep_in_memory(
             batch.x,
             classes,
@@ -207,13 +207,3 @@ class ClassParallelLoss(Function):
                 (rows + ctx.first)[None], dw, ctx.weight_shape, is_coalesced=True, check_invariants=False
             )
         return dx, dw, *others, *[None] * 10
-
-
-def store_as(gradient: Tensor, dtype: torch.dtype, inverse_norm: Tensor, eps: float) -> Tensor:
-    """To the features' dtype. In float16 the rows whose norm is mostly eps, zero rows above all, are held at
-    the largest half (math::ruled_by_eps); an overflow elsewhere stays one, for a GradScaler to see."""
-    if dtype == torch.float16:
-        largest = torch.finfo(dtype).max
-        ruled = inverse_norm.pow(-2) <= 2 * eps
-        gradient = torch.where(ruled[:, None], gradient.clamp(-largest, largest), gradient)
-    return gradient.to(dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def over_rows(total: Tensor, count: int | Tensor) -> Tensor:
-    """"batchmean" of the sum of the losses: divided by the number of rows given, 0 where there is none. In a
+    """ "batchmean" of the sum of the losses: divided by the number of rows given, 0 where there is none. In a
     class-parallel head that is the number of all ranks, which may be a tensor."""
     return total / (count.to(total.dtype).clamp_min(1) if isinstance(count, Tensor) else max(1, count))
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class SphereFace2Loss(WideState, HoldsOptions, Agents):
     """SphereFace2: (features [N, D], labels [N]) -> loss, with a weight and one learned b.
 
-    ``forward`` also takes ``sample_weight`` [N]. b is the parameter ``bias`` [1], float32 or wider whatever
+    ``forward`` also takes ``sample_weight`` [N], and ``labels_b`` [N] with ``lam``, see
+    ``functional.sphereface2_loss``. b is the parameter ``bias`` [1], float32 or wider whatever
     the weight's dtype. Weight decay is not for it.
 
     Args:
@@ -77,8 +78,17 @@ class SphereFace2Loss(WideState, HoldsOptions, Agents):
             self.bias, losses.balanced_bias(self.options, self.num_classes) if first is None else first
         )
 
-    def forward(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        return functions.head_loss(features, self.weight, labels, self.bias, sample_weight, self.options)
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None = None,
+        *,
+        labels_b: Tensor | None = None,
+        lam: float | Tensor | None = None,
+    ) -> Tensor:
+        given = features, self.weight, labels, self.bias, sample_weight, self.options
+        return functions.head_loss(*given, labels_b, lam)
 
     def extra_repr(self) -> str:
         return ", ".join([f"{self.in_features}, {self.num_classes}", *self.options.shown()])

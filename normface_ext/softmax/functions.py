@@ -14,9 +14,10 @@ from ..engine.reduce import over_rows, weighted
 from ..reference import HeadParts, loss_of_parts
 from . import ops
 from .arguments import HeadInputs, checked_inputs, loss_options, margin_arguments, told_apart
-from .batch_margins import BatchMargin, margin_of, regularizer_of, rows_weight, straightened, weighed
+from .batch_margins import BatchMargin, Psi, margin_of, regularizer_of, rows_weight, straightened, weighed
 from .hard_negatives import HardNegatives
 from .margins import Margin
+from .mixed import mixed_loss
 from .options import HeadKeywords, HeadOptions, PartsKeywords, PartsOptions
 from .parts import head_parts as parts_op
 from .rows import rows_of, with_cosines
@@ -34,6 +35,8 @@ def normface_loss(
     *,
     sample_weight: Tensor | None = None,
     class_weight: Tensor | None = None,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[HeadKeywords],
 ) -> Tensor:
     """loss_i = -log softmax_j(s psi(cos_ij))[y_i], fused: no N x C matrix beyond the workspace budget.
@@ -61,13 +64,18 @@ def normface_loss(
             nothing: it may be the same person under a second label (arcface_torch's inter-class filter;
             0.4 there). Not together with a margin that changes others' logits itself.
         reduction: "mean" over the rows that are not ignored (0 when there is none, or their weights sum to
-            0), "sum" or "none".
+            0), "sum", "none", or "batchmean": the sum divided by N, ignored rows and all.
         ignore_index: rows with this label count neither in the loss nor in the mean, and get no
             gradient, whatever they and the weight hold: NaN in them reaches nothing. None: there are none.
         eps: inside both norms, see ``normalize``.
         sample_weight: [N] factors of the rows' losses, without gradient. A row of weight 0 is an ignored one.
         class_weight: [C] factors of the classes, without gradient, as in ``F.cross_entropy``: the mean
             divides by the sum of sample_weight_i * class_weight_(y_i) over the rows that count.
+        labels_b: [N] second labels, as mixup and cutmix make them, together with ``lam``: the loss is
+            lam_i loss(x_i, labels_i) + (1 - lam_i) loss(x_i, labels_b_i). A label that is ignored takes its
+            share along: the mean divides by the sum of the weights of what counts. One product serves both
+            labels; hard negatives, a filter, and a margin that is a function of the cosine take two.
+        lam: in [0, 1], a number or a tensor [] or [N] without gradient.
         label_smoothing: a in [0, 1): the target gets 1 - a, and a / C goes to every class, weighted by
             class_weight, as in ``F.cross_entropy``. 0 where other classes' logits are not s cos.
         workspace: bytes allowed beyond inputs and gradients; see ``normface_ext.plan``. Where they cannot be
@@ -88,7 +96,8 @@ def normface_loss(
             since a check here would stall the GPU).
     """
     op = "normface_loss"
-    return head_loss(op, x, weight, labels, scale, sample_weight, class_weight, HeadOptions.of(op, options))
+    chosen = HeadOptions.of(op, options)
+    return head_loss(op, x, weight, labels, scale, sample_weight, class_weight, chosen, labels_b, lam)
 
 
 def head_loss(
@@ -100,11 +109,18 @@ def head_loss(
     sample_weight: Tensor | None,
     class_weight: Tensor | None,
     options: HeadOptions,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
 ) -> Tensor:
     """``normface_loss`` with options that have been checked."""
+    if labels_b is not None or lam is not None:
+        labelled = labels, labels_b, lam
+        return mixed_loss(
+            op, x, weight, *labelled, scale, sample_weight, class_weight, options, one_label=_of_found
+        )
     inputs = checked_inputs(op, x, weight, labels, scale, sample_weight, class_weight, options)
     if isinstance(options.margin, BatchMargin):
-        return _of_batch(op, x, weight, labels, scale, inputs, options, options.margin)
+        return _of_batch(op, x, weight, labels, inputs, options, options.margin)
     return _fused(op, x, weight, inputs, options, options.margin)
 
 
@@ -143,12 +159,28 @@ def _fused(
     return over_rows(loss, x.shape[0]) if options.reduction == "batchmean" else loss
 
 
+def _of_found(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    inputs: HeadInputs,
+    options: HeadOptions,
+    found: Margin | HardNegatives | Psi | None,
+) -> Tensor:
+    """With what a margin has said of the rows."""
+    if found is None or isinstance(found, (Margin, HardNegatives)):
+        return _fused(op, x, weight, inputs, options, found)
+    psi = straightened(found) if options.margin_gradient == "straight" else found
+    scale = inputs.scale_value if inputs.scale is None else inputs.scale
+    given = inputs.labels, scale, psi, inputs.sample_weight, inputs.class_weight
+    return loss_of_psi(x, weight, *given, options, op=op)
+
+
 def _of_batch(
     op: str,
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
-    scale: float | Tensor,
     inputs: HeadInputs,
     options: HeadOptions,
     margin: BatchMargin,
@@ -157,13 +189,7 @@ def _of_batch(
     rows = rows_of(op, x, inputs.labels, labels, inputs.sample_weight, options, margin)
     if margin.hard_negatives:
         rows = with_cosines(rows, x, weight, inputs.labels, options)
-    found = margin_of(op, margin, rows)
-    if isinstance(found, (Margin, HardNegatives)):
-        loss = _fused(op, x, weight, inputs, options, found)
-    else:
-        psi = straightened(found) if rows.straight else found
-        given = inputs.labels, scale, psi, inputs.sample_weight, inputs.class_weight
-        loss = loss_of_psi(x, weight, *given, options, op=op)
+    loss = _of_found(op, x, weight, inputs, options, margin_of(op, margin, rows))
     more = regularizer_of(op, margin, rows)
     if more is None:
         return loss

@@ -31,7 +31,8 @@ Head = TypeVar("Head", bound="NormFaceLoss")
 class NormFaceLoss(HoldsTensors):
     """The normalised softmax head and its loss in one: (features [N, D], labels [N]) -> loss.
 
-    ``forward`` also takes ``sample_weight`` [N]. Without labels it gives the logits s cos [N, C], without the
+    ``forward`` also takes ``sample_weight`` [N], and ``labels_b`` [N] with ``lam``, second labels, as
+    ``functional.normface_loss`` has them. Without labels it gives the logits s cos [N, C], without the
     margin: ``head(x)`` is ``head.logits(x)``. ``head.predict(x)`` gives the classes [N],
     ``head.accuracy(x, labels)`` the hits; both without an N x C matrix.
 
@@ -112,10 +113,16 @@ class NormFaceLoss(HoldsTensors):
         return cls(in_features, num_classes, **{**recipe(), **changes})
 
     def forward(
-        self, features: Tensor, labels: Tensor | None = None, sample_weight: Tensor | None = None
+        self,
+        features: Tensor,
+        labels: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        *,
+        labels_b: Tensor | None = None,
+        lam: float | Tensor | None = None,
     ) -> Tensor:
         if labels is None:
-            return self._without_labels(features, sample_weight)
+            return self._without_labels(features, sample_weight=sample_weight, labels_b=labels_b, lam=lam)
         return functions.head_loss(
             "normface_loss",
             features,
@@ -125,13 +132,14 @@ class NormFaceLoss(HoldsTensors):
             sample_weight,
             self.class_weight,
             self.present_options(),
+            labels_b,
+            lam,
         )
 
-    def _without_labels(self, features: Tensor, sample_weight: Tensor | None) -> Tensor:
-        if sample_weight is not None:
-            raise ValueError(
-                f"{type(self).__name__}: expected `labels` together with `sample_weight`, got None"
-            )
+    def _without_labels(self, features: Tensor, **given: object) -> Tensor:
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{type(self).__name__}: expected `labels` together with `{name}`, got None")
         return self.logits(features)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..cosine.functions import normalize
 from ..engine import checks, sweep
+from ..engine.mixing import BothLabels
 from .batch_margins import BatchMargin, Rows
 from .options import HeadOptions
 
@@ -26,12 +27,33 @@ def rows_of(
     """What the margin is told of these rows; `given`: the labels before they were checked."""
     margin.follow(op, x.device)
     counts = checks.weighed(labels != checks.ignored(options.ignore_index), row_weight)
+    norms = _norms(x, counts, options.eps) if margin.uses_norms else None
+    return Rows(labels, counts, norms, options.margin_gradient == "straight", group, given)
+
+
+def rows_of_both(
+    op: str,
+    x: Tensor,
+    both: BothLabels,
+    given: Tensor,
+    options: HeadOptions,
+    margin: BatchMargin,
+    group: Any = None,
+) -> Rows:
+    """The same of N rows x with two labels each: they stand there twice, with the share of each."""
+    margin.follow(op, x.device)
     norms = None
     if margin.uses_norms:
-        counted = torch.where(counts[:, None], x, 1)
-        norms = normalize(counted, eps=options.eps, return_norm=True)[1].squeeze(1).double()
-        norms = torch.where(counts, norms, 1)
-    return Rows(labels, counts, norms, options.margin_gradient == "straight", group, given)
+        once = _norms(x, both.counts.view(2, -1).any(0), options.eps)
+        norms = torch.where(both.counts, torch.cat([once, once]), 1)
+    straight = options.margin_gradient == "straight"
+    return Rows(both.labels, both.counts, norms, straight, group, given, share=both.share)
+
+
+def _norms(x: Tensor, counts: Tensor, eps: float) -> Tensor:
+    counted = torch.where(counts[:, None], x, 1)
+    norms = normalize(counted, eps=eps, return_norm=True)[1].squeeze(1).double()
+    return torch.where(counts, norms, 1)
 
 
 def with_cosines(rows: Rows, x: Tensor, weight: Tensor, labels: Tensor, options: HeadOptions) -> Rows:
