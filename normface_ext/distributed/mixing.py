@@ -32,9 +32,8 @@ def both_labels_of_all(
     both = both_labels(op, x, labels, labels_b, lam, sample_weight, shard.num_classes, ignore_index)
     if check_finite:
         ignored = checks.ignored(ignore_index)
-        counted = torch.where(
-            both.counts.view(2, -1).any(0), ignored + 1 if ignored < 0 else ignored - 1, ignored
-        )
+        other = ignored + 1 if ignored < 0 else ignored - 1  # any label of a row that counts
+        counted = torch.where(both.counts.view(2, -1).any(0), other, ignored)
         given = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
         rows = gather_rows(
             x.detach(),

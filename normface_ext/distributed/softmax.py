@@ -172,9 +172,8 @@ def sharded_loss(
         if of_batch.hard_negatives:
             told = rows_of_all(OP, of_batch, batch, local, places, shard, given_labels, options)
             if share is not None:
-                told = told._replace(
-                    share=gather_row_gradients(share, batch, shard.group, "the rows' shares")
-                )
+                shares = gather_row_gradients(share, batch, shard.group, "the rows' shares")
+                told = told._replace(share=shares)
         else:
             told = rows_of(OP, x, labels, given_labels, row_weight, options, of_batch, shard.group)
         found = margin_of_rows(OP, of_batch, told)

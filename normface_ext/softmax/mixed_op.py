@@ -105,7 +105,7 @@ def cosine_gradients(
     x_inverse: Tensor,
     weight_inverse: Tensor,
     eps: float,
-    needed: tuple[bool, bool],
+    needed: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor]:
     """Of sum_i factor_i cos(x_i, w_classes[i]) in x [N, D] and in the rows w_classes[i], [N, D] each, in x's
     dtype, a float32 or a float64. A negative class is none."""
