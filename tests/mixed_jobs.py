@@ -85,7 +85,8 @@ def upstream():
 
 
 def loss_and_gradients(rank, world, kind, reduction, ragged, sample_rate=1.0):
-    """(loss, dx of this rank, dweight in full, what else is learned and moved)."""
+    """(loss, dx of this rank, dweight in full, what else is learned and moved); with sampled classes dweight is
+    that of the classes of this rank."""
     x, weight, *given = problem()
     mine = rows_of(rank, world, BATCH, ragged)
     head = nfd.shard_head(
@@ -112,7 +113,7 @@ def rows_that_are_not_finite(rank, world):
     """What check_finite says where a row of the last rank holds NaN, and one that does not count on the
     first."""
     x, weight, *given = problem()
-    mine = rows_of(rank, world, BATCH, True)
+    mine = rows_of(rank, world, BATCH, False)
     labels, labels_b, lam, factor = (value[mine] for value in given)
     x = x[mine].clone()
     if rank == 0:
