@@ -43,7 +43,7 @@ HEADS = {
 
 
 def problem():
-    """(x, weight, labels, labels_b, lam, sample_weight): one label of a row is ignored, the other, or both."""
+    """(x, weight, labels, labels_b, lam, sample_weight): of some one is ignored, or both are."""
     x, weight, labels = plain_problem(CLASSES, BATCH, torch.float64)
     generator = torch.Generator().manual_seed(3)
     labels_b = torch.randint(CLASSES, (BATCH,), generator=generator)
@@ -85,8 +85,8 @@ def upstream():
 
 
 def loss_and_gradients(rank, world, kind, reduction, ragged, sample_rate=1.0):
-    """(loss, dx of this rank, dweight in full, what else is learned and moved); with sampled classes dweight is
-    that of the classes of this rank."""
+    """(loss, dx of this rank, dweight in full, what else is learned and moved); with sampled classes dweight
+    is that of the classes of this rank."""
     x, weight, *given = problem()
     mine = rows_of(rank, world, BATCH, ragged)
     head = nfd.shard_head(
