@@ -614,7 +614,13 @@ def _softplus(z: Tensor) -> Tensor:
 
 
 def pair_contrastive_loss(
-    a: Tensor, b: Tensor, same: Tensor, *, margin: float = 1.0, reduction: str = "mean"
+    a: Tensor,
+    b: Tensor,
+    same: Tensor,
+    *,
+    margin: float = 1.0,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
 ) -> Tensor:
     """loss_i = 1/2 (d^2 where same, (margin - d)_+^2 elsewhere), d = |a_i - b_i| (Hadsell et al. 2006)."""
     squared = (_wide(a) - _wide(b)).square().sum(1)
@@ -622,16 +628,24 @@ def pair_contrastive_loss(
     apart = squared != 0
     distance = torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
     losses = torch.where(same.bool(), squared, (margin - distance).clamp_min(0).square()) / 2
-    return _reduce(losses, torch.ones_like(same, dtype=torch.bool), reduction)
+    kept = torch.ones_like(same, dtype=torch.bool) if sample_weight is None else sample_weight != 0
+    return _reduce(losses, kept, reduction, sample_weight)
 
 
 def triplet_loss(
-    anchor: Tensor, positive: Tensor, negative: Tensor, *, margin: float = 0.2, reduction: str = "mean"
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    margin: float = 0.2,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
 ) -> Tensor:
     """loss_i = (margin + |a_i - p_i|^2 - |a_i - n_i|^2)_+ (FaceNet, 2015)."""
     a, p, n = _wide(anchor), _wide(positive), _wide(negative)
     losses = (margin + (a - p).square().sum(1) - (a - n).square().sum(1)).clamp_min(0)
-    return _reduce(losses, torch.ones_like(losses, dtype=torch.bool), reduction)
+    kept = torch.ones_like(losses, dtype=torch.bool) if sample_weight is None else sample_weight != 0
+    return _reduce(losses, kept, reduction, sample_weight)
 
 
 _margin = margin  # `margin` is a keyword of normface_loss

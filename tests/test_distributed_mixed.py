@@ -7,7 +7,7 @@ import pytest
 import torch
 from ranks import ranks
 
-from normface_ext.softmax import mixed
+from normface_ext.softmax import functions
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -36,7 +36,7 @@ def compare(results, expected):
 @pytest.fixture(autouse=True)
 def one_product(monkeypatch):
     """The shards have one product whatever the size; so has the head they are compared with."""
-    monkeypatch.setattr(mixed, "SMALL", 0)
+    monkeypatch.setattr(functions, "SMALL", 0)
 
 
 @pytest.mark.parametrize("kind", jobs.HEADS)

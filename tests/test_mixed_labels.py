@@ -13,7 +13,7 @@ from lanes import DTYPES
 
 import normface_ext as nf
 from normface_ext import reference
-from normface_ext.softmax import mixed
+from normface_ext.softmax import functions
 
 ROWS, DIM, CLASSES = 12, 16, 9
 WIDE = torch.float64
@@ -49,13 +49,13 @@ def on(lane, margin):
 @pytest.fixture(params=["one product", "two"])
 def products(request, monkeypatch):
     """However small the weight is: by one product for both labels, or with every row twice."""
-    monkeypatch.setattr(mixed, "SMALL", 0 if request.param == "one product" else 1 << 62)
+    monkeypatch.setattr(functions, "SMALL", 0 if request.param == "one product" else 1 << 62)
     return request.param
 
 
 @pytest.fixture
 def one_product(monkeypatch):
-    monkeypatch.setattr(mixed, "SMALL", 0)
+    monkeypatch.setattr(functions, "SMALL", 0)
 
 
 def problem(lane, dtype=WIDE):

@@ -314,6 +314,13 @@ def factors(op: str, name: str, value: object, count: int) -> Tensor:
     return checked
 
 
+#: Why losses of rows with no softmax of the kernels have no such options (``Options.WHY_NOT``).
+NO_SOFTMAX = {
+    "class_weight": "it is a factor of the row's loss, as sample_weight=class_weight[labels] is",
+    "label_smoothing": "its loss is no cross entropy: there is no distribution over the classes to smooth",
+}
+
+
 def weights(op: str, name: str, value: object, x: Tensor, count: int) -> Tensor | None:
     """Constant factors [count], in the accumulator dtype of x."""
     if value is None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cosine.functions import normalize
+from ..cosine.ops import normalize
 from ..engine import checks, sweep
 from ..engine.mixing import BothLabels
 from .batch_margins import BatchMargin, Rows
@@ -52,7 +52,7 @@ def rows_of_both(
 
 def _norms(x: Tensor, counts: Tensor, eps: float) -> Tensor:
     counted = torch.where(counts[:, None], x, 1)
-    norms = normalize(counted, eps=eps, return_norm=True)[1].squeeze(1).double()
+    norms = normalize(counted.contiguous(), 1, 2, eps)[1].squeeze(1).double()
     return torch.where(counts, norms, 1)
 
 
