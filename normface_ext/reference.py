@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -333,12 +334,47 @@ def _learns(probability: Tensor) -> Tensor:
     return ~(probability <= LEFT_TO_LEARN)
 
 
+class _Rows(NamedTuple):
+    """The rows of a loss. With labels_b each stands there twice, first all with labels, then all with
+    labels_b, and lam shares its weight out."""
+
+    x: Tensor
+    labels: Tensor
+    sample_weight: Tensor | None
+    share: Tensor | None  # how much of a row each is
+
+    def joined(self, made: Tensor, reduction: str) -> Tensor:
+        """What a loss makes of these rows, as what it makes of the rows that were given."""
+        if self.share is None or reduction not in ("none", "batchmean"):
+            return made
+        return made.view(2, -1).sum(0) if reduction == "none" else 2 * made  # it was divided by 2 N
+
+
+def _rows(
+    x: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor | None,
+    labels_b: Tensor | None,
+    lam: float | Tensor | None,
+    ignore_index: int | None,
+) -> _Rows:
+    if labels_b is None:
+        return _Rows(x, labels, sample_weight, None)
+    of_first = torch.as_tensor(lam, dtype=_wide(x).dtype, device=x.device).expand(len(x))
+    share, both = torch.cat([of_first, 1 - of_first]), torch.cat([labels, labels_b])
+    weight = share if sample_weight is None else share * sample_weight.repeat(2)
+    alone = ~_kept(both, ignore_index, weight).view(2, -1).all(0).repeat(2)
+    return _Rows(torch.cat([x, x]), both, weight, torch.where(alone, 1, share))
+
+
 def _weighted(losses: Tensor, total_weight: Tensor, reduction: str) -> Tensor:
-    """The mean divides by the sum of the weights, and is 0 where that is 0."""
+    """The mean divides by the sum of the weights, and is 0 where that is 0; "batchmean" by N."""
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
+    if reduction == "batchmean":
+        return losses.sum() / max(1, len(losses))
     empty = total_weight == 0
     return torch.where(empty, 0, losses.sum() / torch.where(empty, 1, total_weight))
 
@@ -365,6 +401,8 @@ def normface_loss(
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     normalize_input: bool = True,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     return_statistics: bool = False,
 ) -> Result:
     """loss_i = -log softmax_j(s psi(c_ij))[y_i], psi on the target column only (paper section 3.2).
@@ -373,8 +411,17 @@ def normface_loss(
 
     With class weights u and smoothing a: (1 - a) u_y loss_iy + a/C sum_j u_j loss_ij. The mean divides by the
     sum of the weights, and is 0 where that is 0. A margin with a state moves it here as it does elsewhere.
+    With labels_b it is lam_i loss(x_i, labels_i) + (1 - lam_i) loss(x_i, labels_b_i).
     Hard negatives, a margin's own or those past ``filter_threshold``, have f(c_ij) for c_ij.
     """
+    given = _rows(x, labels, sample_weight, labels_b, lam, ignore_index)
+    if given.share is not None:  # numbers of each row are those of both its labels
+        scale = torch.cat([scale, scale]) if isinstance(scale, Tensor) and scale.dim() == 1 else scale
+        if margin is not None and margin.per_row:
+            tensors = {f.name: getattr(margin, f.name) for f in fields(margin)}  # type: ignore[arg-type]
+            doubled = {n: t.repeat(2) for n, t in tensors.items() if isinstance(t, Tensor) and t.dim() == 1}
+            margin = replace(margin, **doubled)  # type: ignore[type-var]
+    x, labels, sample_weight, _ = given
     kept = _kept(labels, ignore_index, sample_weight)
     counting = _counting(x, kept)
     cos = _pooled(cosine(counting, weight, eps), sub_centers)
@@ -388,7 +435,7 @@ def normface_loss(
         norms = _wide(counting).double().square().sum(1).add(eps).sqrt() if margin.uses_norms else None
         told = margin.hard_negatives and margin.uses_cosines
         known = torch.where(kept, own.detach().double(), 0) if told else None
-        rows = Rows(labels, kept, norms, margin_gradient == "straight", cosine=known)
+        rows = Rows(labels, kept, norms, margin_gradient == "straight", cosine=known, share=given.share)
         chosen, more = margin.of(rows), margin.regularizer(rows)
     others = cos
     if filter_threshold is not None:
@@ -415,7 +462,7 @@ def normface_loss(
         loss = loss + _weighted(weights * more, weights.sum(), reduction).to(loss.dtype)
         each = each + more
     if not return_statistics:
-        return loss
+        return given.joined(loss, reduction)
     return loss, statistics(cos, labels, kept, each, _learns(-torch.expm1(-surprise)))
 
 
@@ -482,15 +529,23 @@ def c_contrastive_loss(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     return_statistics: bool = False,
     **options: Unpack[ContrastiveKeywords],
 ) -> Result:
     """loss_i = w+ min(T, (d_iy - m+)_+) + w- sum_{j != y} (m- - d_ij)_+ (paper section 4)."""
     o = ContrastiveOptions.of("c_contrastive_loss", options)
-    distances = _agent_distances(x, weight, labels, sample_weight, o)
-    return contrastive_of_distances(
-        distances, labels, sample_weight=sample_weight, return_statistics=return_statistics, **options
+    given = _rows(x, labels, sample_weight, labels_b, lam, o.ignore_index)
+    distances = _agent_distances(given.x, weight, given.labels, given.sample_weight, o)
+    made = contrastive_of_distances(
+        distances,
+        given.labels,
+        sample_weight=given.sample_weight,
+        return_statistics=return_statistics,
+        **options,
     )
+    return made if return_statistics else given.joined(made, o.reduction)
 
 
 @takes(ContrastiveOptions)
@@ -556,15 +611,23 @@ def c_triplet_loss(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     return_statistics: bool = False,
     **options: Unpack[TripletKeywords],
 ) -> Result:
     """loss_i = w- sum_{j != y} (m + d_iy - d_ij)_+ [+ w+ d_iy] (paper section 4)."""
     o = TripletOptions.of("c_triplet_loss", options)
-    distances = _agent_distances(x, weight, labels, sample_weight, o)
-    return triplet_of_distances(
-        distances, labels, sample_weight=sample_weight, return_statistics=return_statistics, **options
+    given = _rows(x, labels, sample_weight, labels_b, lam, o.ignore_index)
+    distances = _agent_distances(given.x, weight, given.labels, given.sample_weight, o)
+    made = triplet_of_distances(
+        distances,
+        given.labels,
+        sample_weight=given.sample_weight,
+        return_statistics=return_statistics,
+        **options,
     )
+    return made if return_statistics else given.joined(made, o.reduction)
 
 
 @takes(TripletOptions)
@@ -638,11 +701,15 @@ def sphereface2_loss(
     bias: float | Tensor,
     *,
     sample_weight: Tensor | None = None,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     return_statistics: bool = False,
     **options: Unpack[SphereFace2Keywords],
 ) -> Result:
     """loss_i = W [alpha softplus(-z_iy) + (1 - alpha) sum_{j != y} softplus(z_ij)] (SphereFace2, C and A)."""
     o = SphereFace2Options.of("sphereface2_loss", options)
+    given = _rows(x, labels, sample_weight, labels_b, lam, o.ignore_index)
+    x, labels, sample_weight, _ = given
     kept = _kept(labels, o.ignore_index, sample_weight)
     cos = cosine(_counting(x, kept), weight, o.eps)
     b = bias.reshape(()).to(cos.dtype) if isinstance(bias, Tensor) else bias
@@ -660,7 +727,7 @@ def sphereface2_loss(
     losses = (50 / o.r if o.loss_weight is None else o.loss_weight) * each
     loss = _reduce(losses, kept, o.reduction, sample_weight)
     if not return_statistics:
-        return loss
+        return given.joined(loss, o.reduction)
     learns = _learns(torch.sigmoid(-target)) | _learns(others.sigmoid().sum(1))
     return loss, statistics(cos, labels, kept, losses, learns)
 
@@ -670,7 +737,13 @@ def _softplus(z: Tensor) -> Tensor:
 
 
 def pair_contrastive_loss(
-    a: Tensor, b: Tensor, same: Tensor, *, margin: float = 1.0, reduction: str = "mean"
+    a: Tensor,
+    b: Tensor,
+    same: Tensor,
+    *,
+    margin: float = 1.0,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
 ) -> Tensor:
     """loss_i = 1/2 (d^2 where same, (margin - d)_+^2 elsewhere), d = |a_i - b_i| (Hadsell et al. 2006)."""
     squared = (_wide(a) - _wide(b)).square().sum(1)
@@ -678,16 +751,24 @@ def pair_contrastive_loss(
     apart = squared != 0
     distance = torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
     losses = torch.where(same.bool(), squared, (margin - distance).clamp_min(0).square()) / 2
-    return _reduce(losses, torch.ones_like(same, dtype=torch.bool), reduction)
+    kept = torch.ones_like(same, dtype=torch.bool) if sample_weight is None else sample_weight != 0
+    return _reduce(losses, kept, reduction, sample_weight)
 
 
 def triplet_loss(
-    anchor: Tensor, positive: Tensor, negative: Tensor, *, margin: float = 0.2, reduction: str = "mean"
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    margin: float = 0.2,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
 ) -> Tensor:
     """loss_i = (margin + |a_i - p_i|^2 - |a_i - n_i|^2)_+ (FaceNet, 2015)."""
     a, p, n = _wide(anchor), _wide(positive), _wide(negative)
     losses = (margin + (a - p).square().sum(1) - (a - n).square().sum(1)).clamp_min(0)
-    return _reduce(losses, torch.ones_like(losses, dtype=torch.bool), reduction)
+    kept = torch.ones_like(losses, dtype=torch.bool) if sample_weight is None else sample_weight != 0
+    return _reduce(losses, kept, reduction, sample_weight)
 
 
 _margin = margin  # `margin` is a keyword of normface_loss

@@ -12,9 +12,10 @@ from ..cosine.functions import normalize
 from ..engine import checks
 from ..engine.arguments import flag
 from ..engine.calls import plan_device, product_dtype
+from ..engine.mixing import both_labels, check_finite, joined, no_statistics
 from ..engine.options import takes
 from ..engine.plan import products
-from ..engine.statistics import Found, Statistics, given_back
+from ..engine.statistics import Statistics
 from ..engine.sweep import COSINE, LARGEST, TERMS
 from . import losses, ops
 from .lists import list_limits
@@ -34,6 +35,8 @@ def c_contrastive_loss(
     *,
     sample_weight: Tensor | None = None,
     return_statistics: Literal[False] = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[ContrastiveKeywords],
 ) -> Tensor: ...
 @overload
@@ -44,6 +47,8 @@ def c_contrastive_loss(
     *,
     sample_weight: Tensor | None = None,
     return_statistics: Literal[True],
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[ContrastiveKeywords],
 ) -> tuple[Tensor, Statistics]: ...
 @takes(ContrastiveOptions)
@@ -54,6 +59,8 @@ def c_contrastive_loss(
     *,
     sample_weight: Tensor | None = None,
     return_statistics: bool = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[ContrastiveKeywords],
 ) -> Tensor | tuple[Tensor, Statistics]:
     """loss_i = w+ min(T, (d_iy - m+)_+) + w- sum_{j != y} (m- - d_ij)_+, d_ij = |x_i/|x_i| - w_j/|w_j||^2.
@@ -90,9 +97,11 @@ def c_contrastive_loss(
         ignore_index: rows with this label count nowhere and get no gradient, whatever they and the weight
             hold. None: there are none.
         reduction: "mean" over the rows that are not ignored (0 when there is none, or their weights sum to
-            0), "sum" or "none".
+            0), "sum", "none", or "batchmean": the sum divided by N, ignored rows and all.
         sample_weight: [N] factors of the rows' losses, without gradient; the mean divides by their sum over
             the rows that count. A row of weight 0 is an ignored one.
+        labels_b, lam: second labels [N], and the first ones' share, as in ``functional.normface_loss``. Each
+            row stands in the batch twice for it, with its share as its weight: twice the products.
         active_limit: active classes listed per row, chosen by default, 0 for always dense. A list
             costs one number read back from the device per step; it is off in traced and captured steps.
         return_statistics, eps, workspace, check_finite: see ``functional.normface_loss``.
@@ -110,8 +119,10 @@ def c_contrastive_loss(
         IndexError: a label out of range.
     """
     chosen = ContrastiveOptions.of("c_contrastive_loss", options)
-    statistics = flag("c_contrastive_loss", "return_statistics", return_statistics)
-    return given_back(agent_loss("c_contrastive_loss", x, weight, labels, sample_weight, chosen, statistics))
+    op, statistics = "c_contrastive_loss", flag("c_contrastive_loss", "return_statistics", return_statistics)
+    labelled = labels, sample_weight, chosen, None, labels_b, lam
+    rows, loss = rows_and_loss(op, x, weight, *labelled, need_largest=statistics)
+    return (loss, losses.statistics(chosen, rows)) if statistics else loss
 
 
 @takes(ContrastiveOptions)
@@ -142,6 +153,8 @@ def c_triplet_loss(
     *,
     sample_weight: Tensor | None = None,
     return_statistics: Literal[False] = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[TripletKeywords],
 ) -> Tensor: ...
 @overload
@@ -152,6 +165,8 @@ def c_triplet_loss(
     *,
     sample_weight: Tensor | None = None,
     return_statistics: Literal[True],
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[TripletKeywords],
 ) -> tuple[Tensor, Statistics]: ...
 @takes(TripletOptions)
@@ -162,6 +177,8 @@ def c_triplet_loss(
     *,
     sample_weight: Tensor | None = None,
     return_statistics: bool = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[TripletKeywords],
 ) -> Tensor | tuple[Tensor, Statistics]:
     """loss_i = w- sum_{j != y} (m + d_iy - d_ij)_+, d_ij = |x_i/|x_i| - w_j/|w_j||^2.
@@ -183,8 +200,10 @@ def c_triplet_loss(
     ``caffe.general_triplet_loss``. It returns and raises what ``c_contrastive_loss`` does.
     """
     chosen = TripletOptions.of("c_triplet_loss", options)
-    statistics = flag("c_triplet_loss", "return_statistics", return_statistics)
-    return given_back(agent_loss("c_triplet_loss", x, weight, labels, sample_weight, chosen, statistics))
+    op, statistics = "c_triplet_loss", flag("c_triplet_loss", "return_statistics", return_statistics)
+    labelled = labels, sample_weight, chosen, None, labels_b, lam
+    rows, loss = rows_and_loss(op, x, weight, *labelled, need_largest=statistics)
+    return (loss, losses.statistics(chosen, rows)) if statistics else loss
 
 
 @takes(TripletOptions)
@@ -201,18 +220,32 @@ def c_triplet_stats(
     return agent_stats("c_triplet_stats", x, weight, labels, sample_weight, chosen)
 
 
-def agent_loss(
+def rows_and_loss(
     op: str,
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
     sample_weight: Tensor | None,
     options: Losses,
-    statistics: bool,
-) -> Found:
-    """The loss with options that have been checked."""
-    rows = swept_rows(op, x, weight, labels, sample_weight, options, need_largest=statistics)
-    return losses.loss(options, rows), losses.statistics(options, rows) if statistics else None
+    margin: Tensor | None = None,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    *,
+    need_largest: bool = False,
+) -> tuple[AgentRows, Tensor]:
+    """(the rows, the loss) with options that have been checked; a ``margin`` stands in for theirs. With two
+    labels the rows stand there twice."""
+    if labels_b is None and lam is None:
+        rows = swept_rows(op, x, weight, labels, sample_weight, options, margin, need_largest=need_largest)
+        return rows, losses.loss(options, rows)
+    no_statistics(op, need_largest)
+    checks.features_and_weight(op, x, weight)
+    both = both_labels(op, x, labels, labels_b, lam, sample_weight, weight.shape[0], options.ignore_index)
+    if options.check_finite:
+        check_finite(op, x, weight, both, sample_weight)
+        options = replace(options, check_finite=False)
+    rows = swept_rows(op, torch.cat([x, x]), weight, both.labels, both.weight, options, margin)
+    return rows, joined(losses.loss(options, rows), options.reduction)
 
 
 @torch.no_grad()
@@ -301,7 +334,7 @@ def sweep_rows(
     target, hinges, state, *class_sum = ops.agent_hinge(
         x, weight, labels, tensor, swept, need_class_sum=need_class_sum, need_largest=need_largest
     )
-    rows = AgentRows(labels != ignored, factor, target, hinges, ops.hinge_slope(state, swept))
+    rows = AgentRows(labels != ignored, factor, target, hinges, ops.hinge_slope(state, swept), x.shape[0])
     if need_largest:
         rows = rows._replace(cosine=state[COSINE], largest=state[LARGEST])
     return rows, class_sum[0] if need_class_sum else None

@@ -56,9 +56,11 @@ class AgentLoss(HoldsOptions, Agents):
         sample_weight: Tensor | None = None,
         *,
         return_statistics: bool = False,
+        labels_b: Tensor | None = None,
+        lam: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Statistics]:
         statistics = flag(type(self).__name__, "return_statistics", return_statistics)
-        rows, loss = self._rows_and_loss(features, labels, sample_weight, None, statistics)
+        rows, loss = self._rows_and_loss(features, labels, sample_weight, None, labels_b, lam, statistics)
         return self._with_statistics(rows, loss, statistics)
 
     def _with_statistics(
@@ -76,12 +78,13 @@ class AgentLoss(HoldsOptions, Agents):
         labels: Tensor,
         sample_weight: Tensor | None,
         margin: Tensor | None,
+        labels_b: Tensor | None,
+        lam: float | Tensor | None,
         need_largest: bool,
     ) -> tuple[AgentRows, Tensor]:
         """What is known of the rows, and what is made of it; a `margin` stands in for the options'."""
-        arguments = features, self.weight, labels, sample_weight, self.options, margin
-        rows = functions.swept_rows(self.LOSS, *arguments, need_largest=need_largest)
-        return rows, losses.loss(self.options, rows)
+        given = labels, sample_weight, self.options, margin, labels_b, lam
+        return functions.rows_and_loss(self.LOSS, features, self.weight, *given, need_largest=need_largest)
 
     def _stats(
         self, features: Tensor, labels: Tensor, sample_weight: Tensor | None, margin: Tensor | None
@@ -98,8 +101,9 @@ class AgentLoss(HoldsOptions, Agents):
 class CContrastiveLoss(WideState, AgentLoss):
     """C-contrastive loss with agents of its own: (features [N, D], labels [N]) -> loss.
 
-    ``forward`` also takes ``sample_weight`` [N], and with ``return_statistics=True`` gives (loss,
-    ``Statistics``); ``stats`` takes features, labels and weights and returns
+    ``forward`` also takes ``sample_weight`` [N], and ``labels_b`` [N] with ``lam``; with
+    ``return_statistics=True`` it gives (loss, ``Statistics``). ``stats`` takes features, labels and
+    ``sample_weight`` and returns
     [mean positive hinge, mean negative hinge], see ``functional.c_contrastive_stats``.
 
     Args:
@@ -161,14 +165,23 @@ class CContrastiveLoss(WideState, AgentLoss):
         sample_weight: Tensor | None = None,
         *,
         return_statistics: bool = False,
+        labels_b: Tensor | None = None,
+        lam: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Statistics]:
         options = self.options
         if not options.add_intra_mae:
-            return super().forward(features, labels, sample_weight, return_statistics=return_statistics)
+            return super().forward(
+                features,
+                labels,
+                sample_weight,
+                return_statistics=return_statistics,
+                labels_b=labels_b,
+                lam=lam,
+            )
         statistics = flag(type(self).__name__, "return_statistics", return_statistics)
         mean, again = self._mean_of(labels)
         margin = options.neg_margin + mean
-        rows, loss = self._rows_and_loss(features, labels, sample_weight, margin, statistics)
+        rows, loss = self._rows_and_loss(features, labels, sample_weight, margin, labels_b, lam, statistics)
         if self.training and not again:
             with torch.no_grad():
                 spread = rows.reduced(losses.positives(options, rows.target), "mean")
@@ -199,8 +212,9 @@ class CContrastiveLoss(WideState, AgentLoss):
 class CTripletLoss(AgentLoss):
     """C-triplet loss with agents of its own: (features [N, D], labels [N]) -> loss.
 
-    ``forward`` also takes ``sample_weight`` [N], and with ``return_statistics=True`` gives (loss,
-    ``Statistics``); ``stats`` takes features, labels and weights and returns
+    ``forward`` also takes ``sample_weight`` [N], and ``labels_b`` [N] with ``lam``; with
+    ``return_statistics=True`` it gives (loss, ``Statistics``). ``stats`` takes features, labels and
+    ``sample_weight`` and returns
     [mean distance to the label's agent, to the others], see ``functional.c_triplet_stats``.
 
     Args:

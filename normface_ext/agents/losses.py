@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.reduce import weighted
+from ..engine.reduce import over_rows, weighted
 from ..engine.statistics import Statistics, hits, means_of, statistics_of
 from .options import ContrastiveOptions, TripletOptions
 
@@ -23,6 +23,7 @@ class AgentRows(NamedTuple):
     target: Tensor  # distance to the label's agent
     hinges: Tensor  # what the loss takes of the hinges of the other agents
     slope: Tensor  # sum of the slopes of those, perhaps in float64
+    given: int | Tensor | None = None  # rows that were given, of all ranks: what "batchmean" divides by
     cosine: Tensor | None = None  # to the label's agent, and the largest to another, where the statistics
     largest: Tensor | None = None  # are wanted: float64, without gradient
 
@@ -35,6 +36,9 @@ class AgentRows(NamedTuple):
         if reduction == "none":
             return values
         total = values.sum()
+        if reduction == "batchmean":
+            assert self.given is not None
+            return over_rows(total, self.given)
         return total if reduction == "sum" else total / self.kept.sum().clamp_min(1)
 
 

@@ -88,6 +88,8 @@ class TripletTermKeywords(AgentTermKeywords, total=False):
 class AgentOptions(Options):
     """How both losses go over the agents, and what they make of the rows."""
 
+    WHY_NOT = checks.NO_SOFTMAX
+
     ignore_index: int | None = option(-100, checks.ignore_index)
     reduction: str = option("mean", checks.reduction)
     eps: float = option(1e-12, checks.eps)

@@ -107,7 +107,8 @@ class InnerDistance(HoldsOptions, Agents):
 class PairContrastiveLoss(HoldsOptions):
     """(a [N, D], b [N, D], same [N]) -> loss; see ``functional.pair_contrastive_loss``.
 
-    The margin is one of the distance itself, and the factor 1/2 is the paper's.
+    The margin is one of the distance itself, and the factor 1/2 is the paper's. ``forward`` also takes
+    ``sample_weight`` [N].
     """
 
     options: PairOptions
@@ -117,8 +118,8 @@ class PairContrastiveLoss(HoldsOptions):
         super().__init__()
         self.keep_options(PairOptions.of(type(self).__name__, options))
 
-    def forward(self, a: Tensor, b: Tensor, same: Tensor) -> Tensor:
-        return functions.contrastive("pair_contrastive_loss", a, b, same, self.options)
+    def forward(self, a: Tensor, b: Tensor, same: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        return functions.contrastive("pair_contrastive_loss", a, b, same, sample_weight, self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(self.options.shown())
@@ -128,7 +129,8 @@ class PairContrastiveLoss(HoldsOptions):
 class TripletLoss(HoldsOptions):
     """(anchor, positive, negative), each [N, D] -> loss; see ``functional.triplet_loss``.
 
-    Distances are squared and without a factor 1/2, as in the paper.
+    Distances are squared and without a factor 1/2, as in the paper. ``forward`` also takes ``sample_weight``
+    [N].
     """
 
     options: RowTripletOptions
@@ -138,8 +140,10 @@ class TripletLoss(HoldsOptions):
         super().__init__()
         self.keep_options(RowTripletOptions.of(type(self).__name__, options))
 
-    def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-        return functions.triplet("triplet_loss", anchor, positive, negative, self.options)
+    def forward(
+        self, anchor: Tensor, positive: Tensor, negative: Tensor, sample_weight: Tensor | None = None
+    ) -> Tensor:
+        return functions.triplet("triplet_loss", anchor, positive, negative, sample_weight, self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(self.options.shown())

@@ -30,6 +30,8 @@ class _Sharded(SpreadClasses, AgentLoss):
         labels: Tensor,
         sample_weight: Tensor | None,
         margin: Tensor | None,
+        labels_b: Tensor | None,
+        lam: float | Tensor | None,
         need_largest: bool,
     ) -> tuple[AgentRows, Tensor]:
         return agents.rows_and_loss(
@@ -41,6 +43,8 @@ class _Sharded(SpreadClasses, AgentLoss):
             sample_weight,
             self.options,
             margin,
+            labels_b,
+            lam,
             backbone_gradients=self.backbone_gradients,
             equal_batches=self.equal_batches,
             need_largest=need_largest,

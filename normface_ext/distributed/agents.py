@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
@@ -17,7 +18,8 @@ from ..agents.ops import AgentSweepOptions
 from ..agents.options import ContrastiveKeywords, ContrastiveOptions, TripletKeywords, TripletOptions
 from ..engine import checks, transforms
 from ..engine.arguments import flag
-from ..engine.autograd import asked, detach_without_grad, no_second_derivative
+from ..engine.autograd import asked, detach_without_grad, no_second_derivative, store_as
+from ..engine.mixing import joined, no_statistics
 from ..engine.options import takes
 from ..engine.statistics import Statistics
 from ..engine.sweep import (
@@ -38,9 +40,9 @@ from .collectives import (
     key_of_largest,
     largest_of_all,
 )
+from .mixing import both_labels_of_all
 from .shard import IGNORED, ClassShard
 from .softmax import check_backbone_gradients
-from .softmax_op import store_as
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -160,7 +162,13 @@ def _gathered(
     labels = checks.labels(op, labels, x, shard.num_classes, options.ignore_index)
     factor = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
     batch = gather_rows(
-        x, labels, shard.group, ignore_index=ignored, sample_weight=factor, equal_batches=equal_batches
+        x,
+        labels,
+        shard.group,
+        ignore_index=ignored,
+        sample_weight=factor,
+        equal_batches=equal_batches,
+        counted=options.reduction == "batchmean",
     )
     if options.check_finite:
         batch.check_finite(op, weight, shard, ignored)
@@ -192,7 +200,7 @@ def _swept(
     target, hinges, slope, class_sum, *state = _ClassParallelHinge.apply(
         x, weight, batch, places, tensor, sweep, separate, replicas, shard, need_class_sum, need_largest
     )
-    rows = AgentRows(places != IGNORED, batch.sample_weight, target, hinges, slope)
+    rows = AgentRows(places != IGNORED, batch.sample_weight, target, hinges, slope, batch.count)
     if need_largest:
         rows = rows._replace(cosine=state[0][COSINE], largest=state[0][LARGEST])
     return rows, class_sum if need_class_sum else None
@@ -207,16 +215,36 @@ def rows_and_loss(
     sample_weight: Tensor | None,
     options: Losses,
     margin: Tensor | None = None,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     *,
     backbone_gradients: str,
     equal_batches: bool,
     need_largest: bool,
 ) -> tuple[AgentRows, Tensor]:
     """(the rows of all ranks, the loss) with options that have been checked; a ``margin`` stands in for
-    theirs."""
+    theirs. With two labels the rows stand there twice."""
     transforms.refuse(op)
     check_backbone_gradients(op, backbone_gradients)
     flag(op, "equal_batches", equal_batches)
+    if labels_b is not None or lam is not None:
+        no_statistics(op, need_largest)
+        told = options.ignore_index, options.check_finite, equal_batches
+        both = both_labels_of_all(op, x, weight, labels, labels_b, lam, sample_weight, shard, *told)
+        rows, loss = rows_and_loss(
+            op,
+            torch.cat([x, x]),
+            weight,
+            both.labels,
+            shard,
+            both.weight,
+            replace(options, check_finite=False),
+            margin,
+            backbone_gradients=backbone_gradients,
+            equal_batches=equal_batches,
+            need_largest=False,
+        )
+        return rows, joined(loss, options.reduction)
     given = _gathered(op, x, weight, labels, shard, sample_weight, options, equal_batches)
     replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
     rows, _ = _swept(op, given, shard, options, margin, replicas=replicas, need_largest=need_largest)
@@ -255,6 +283,8 @@ def c_contrastive_loss(
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
     return_statistics: Literal[False] = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[ContrastiveKeywords],
 ) -> Tensor: ...
 @overload
@@ -268,6 +298,8 @@ def c_contrastive_loss(
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
     return_statistics: Literal[True],
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[ContrastiveKeywords],
 ) -> tuple[Tensor, Statistics]: ...
 @takes(ContrastiveOptions)
@@ -281,6 +313,8 @@ def c_contrastive_loss(
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
     return_statistics: bool = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[ContrastiveKeywords],
 ) -> Tensor | tuple[Tensor, Statistics]:
     """``functional.c_contrastive_loss`` of the rows of all ranks over the classes of all ranks.
@@ -323,6 +357,9 @@ def c_contrastive_loss(
         shard,
         sample_weight,
         chosen,
+        None,
+        labels_b,
+        lam,
         backbone_gradients=backbone_gradients,
         equal_batches=equal_batches,
         need_largest=statistics,
@@ -341,6 +378,8 @@ def c_triplet_loss(
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
     return_statistics: Literal[False] = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[TripletKeywords],
 ) -> Tensor: ...
 @overload
@@ -354,6 +393,8 @@ def c_triplet_loss(
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
     return_statistics: Literal[True],
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[TripletKeywords],
 ) -> tuple[Tensor, Statistics]: ...
 @takes(TripletOptions)
@@ -367,6 +408,8 @@ def c_triplet_loss(
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
     return_statistics: bool = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[TripletKeywords],
 ) -> Tensor | tuple[Tensor, Statistics]:
     """``functional.c_triplet_loss`` of the rows of all ranks over the classes of all ranks.
@@ -384,6 +427,9 @@ def c_triplet_loss(
         shard,
         sample_weight,
         chosen,
+        None,
+        labels_b,
+        lam,
         backbone_gradients=backbone_gradients,
         equal_batches=equal_batches,
         need_largest=statistics,

@@ -94,11 +94,13 @@ def with_regularizer(
     plain = torch.where(rows.counts, more.detach(), 0).double().sum()
     if rows.of_all:
         weights = rows_weight(rows, batch.sample_weight)
-        every = weighted(weighed(more, weights), weights.sum(), reduction)
+        every = weighted(weighed(more, weights), weights.sum(), reduction, batch.count)
         loss = loss + (batch.own(every) if reduction == "none" else every).to(loss.dtype)
         return loss, statistics and with_more(statistics, plain)
     weights = rows_weight(rows, sample_weight)
     total, plain = add_over_shards([weights.sum(), plain], group)
-    mine = weighted(weighed(more, weights), total, reduction)
+    mine = weighted(weighed(more, weights), total, reduction, batch.count)
+    if rows.share is not None and reduction == "none":
+        mine = mine.view(2, -1).sum(0)
     summed: Tensor = _SumOverRanks.apply(mine, None if reduction == "none" else group, replicas)
     return loss + summed.to(loss.dtype), statistics and with_more(statistics, plain)

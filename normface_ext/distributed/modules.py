@@ -20,6 +20,7 @@ from . import ranking, softmax
 from .agent_modules import ShardedCContrastiveLoss, ShardedCTripletLoss
 from .resize import SpreadResizing
 from .sampling import ClassSampler
+from .shard import local_rows
 from .sigmoid_modules import ShardedSphereFace2Loss
 from .spread import SpreadClasses, device_of
 
@@ -77,9 +78,12 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
         sample_weight: Tensor | None = None,
         *,
         return_statistics: bool = False,
+        labels_b: Tensor | None = None,
+        lam: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Statistics]:
         if labels is None:
-            return self._without_labels(features, sample_weight, return_statistics)
+            given = {"sample_weight": sample_weight, "labels_b": labels_b, "lam": lam}
+            return self._without_labels(features, return_statistics, **given)
         found = softmax.sharded_loss(
             features,
             self.weight,
@@ -89,6 +93,8 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
             sample_weight,
             self.class_weight,
             self.present_options(),
+            labels_b=labels_b,
+            lam=lam,
             largest_scale=None if self.max_scale == float("inf") else self.max_scale,
             sample=self.sampler if self.training else None,
             backbone_gradients=self.backbone_gradients,
@@ -104,7 +110,7 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
         assert isinstance(weight, DTensor)
         whole = weight.full_tensor(grad_placements=[Partial()])
         centers = self.options.sub_centers
-        rows = softmax.local_rows(type(self).__name__, whole, centers)
+        rows = local_rows(type(self).__name__, whole, centers)
         scaled = scaled_cosine("norm_linear", x, rows, self.bounded_scale(), self.linear_options())
         return pooled(scaled, centers)
 
@@ -124,7 +130,7 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
         )
 
     def _local_rows(self) -> Tensor:
-        return softmax.local_rows(type(self).__name__, self._local_weight(), self.options.sub_centers)
+        return local_rows(type(self).__name__, self._local_weight(), self.options.sub_centers)
 
     @torch.no_grad()
     def centers_of(self, x: Tensor, labels: Tensor) -> Tensor:

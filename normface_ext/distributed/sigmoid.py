@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from ..engine import checks, sweep, transforms
 from ..engine.arguments import flag
-from ..engine.autograd import asked, detach_without_grad, no_second_derivative
+from ..engine.autograd import asked, detach_without_grad, no_second_derivative, store_as
 from ..engine.calls import accumulator
+from ..engine.mixing import joined, no_statistics
 from ..engine.options import takes
 from ..engine.statistics import Found, Statistics, given_back
 from ..sigmoid import losses, ops
@@ -22,9 +23,9 @@ from ..sigmoid.functions import bias_of, offset_of, rounded, sweep_options
 from ..sigmoid.losses import SigmoidRows
 from ..sigmoid.options import SphereFace2Keywords, SphereFace2Options
 from .collectives import Batch, ScatteredRows, add_over_shards, gather_rows, largest_of_all
+from .mixing import both_labels_of_all
 from .shard import IGNORED, ClassShard
 from .softmax import check_backbone_gradients
-from .softmax_op import store_as
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -139,6 +140,8 @@ def sphereface2_loss(
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
     return_statistics: Literal[False] = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[SphereFace2Keywords],
 ) -> Tensor: ...
 @overload
@@ -153,6 +156,8 @@ def sphereface2_loss(
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
     return_statistics: Literal[True],
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[SphereFace2Keywords],
 ) -> tuple[Tensor, Statistics]: ...
 @takes(SphereFace2Options)
@@ -167,6 +172,8 @@ def sphereface2_loss(
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
     return_statistics: bool = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[SphereFace2Keywords],
 ) -> Tensor | tuple[Tensor, Statistics]:
     """``functional.sphereface2_loss`` of the rows of all ranks over the classes of all ranks.
@@ -203,6 +210,8 @@ def sphereface2_loss(
         shard,
         sample_weight,
         SphereFace2Options.of(OP, options),
+        labels_b,
+        lam,
         backbone_gradients=backbone_gradients,
         equal_batches=equal_batches,
         statistics=flag(OP, "return_statistics", return_statistics),
@@ -218,15 +227,36 @@ def sharded_loss(
     shard: ClassShard,
     sample_weight: Tensor | None,
     options: SphereFace2Options,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     *,
     backbone_gradients: str,
     equal_batches: bool,
     statistics: bool,
 ) -> Found:
-    """The loss with options that have been checked."""
+    """The loss with options that have been checked. With two labels the rows stand there twice."""
     transforms.refuse(OP)
     check_backbone_gradients(OP, backbone_gradients)
     flag(OP, "equal_batches", equal_batches)
+    if labels_b is not None or lam is not None:
+        no_statistics(OP, statistics)
+        told = options.ignore_index, options.check_finite, equal_batches
+        both = both_labels_of_all(OP, x, weight, labels, labels_b, lam, sample_weight, shard, *told)
+        if options.check_finite:
+            checks.finite_rows(OP, "bias", bias_of(OP, bias, x))
+        made, _ = sharded_loss(
+            torch.cat([x, x]),
+            weight,
+            both.labels,
+            bias,
+            shard,
+            both.weight,
+            replace(options, check_finite=False),
+            backbone_gradients=backbone_gradients,
+            equal_batches=equal_batches,
+            statistics=False,
+        )
+        return joined(made, options.reduction), None
     if isinstance(weight, DTensor):
         weight = weight.to_local()  # differentiable
     checks.features_and_shard(OP, x, weight, shard.count)
@@ -235,7 +265,13 @@ def sharded_loss(
     factor = checks.weights(OP, "sample_weight", sample_weight, x, x.shape[0])
     b = bias_of(OP, bias, x)
     batch = gather_rows(
-        x, labels, shard.group, ignore_index=ignored, sample_weight=factor, equal_batches=equal_batches
+        x,
+        labels,
+        shard.group,
+        ignore_index=ignored,
+        sample_weight=factor,
+        equal_batches=equal_batches,
+        counted=options.reduction == "batchmean",
     )
     if options.check_finite:
         batch.check_finite(OP, weight, shard, ignored)
@@ -256,7 +292,7 @@ def sharded_loss(
         own, weight, offset_of(b, options), batch, places, given, separate, replicas, shard, statistics
     )
     rows = SigmoidRows(row_weight, cosine, others)
-    loss = rounded(losses.loss(options, rows, b), x)
+    loss = rounded(losses.loss(options, rows, b, batch.count), x)
     return (
         batch.own(loss) if separate else loss,
         losses.statistics(options, rows, b, state[0], x.dtype) if statistics else None,

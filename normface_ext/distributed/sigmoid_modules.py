@@ -49,6 +49,8 @@ class ShardedSphereFace2Loss(SpreadClasses, SphereFace2Loss):
         sample_weight: Tensor | None = None,
         *,
         return_statistics: bool = False,
+        labels_b: Tensor | None = None,
+        lam: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Statistics]:
         found = sigmoid.sharded_loss(
             features,
@@ -58,6 +60,8 @@ class ShardedSphereFace2Loss(SpreadClasses, SphereFace2Loss):
             self.shard,
             sample_weight,
             self.options,
+            labels_b,
+            lam,
             backbone_gradients=self.backbone_gradients,
             equal_batches=self.equal_batches,
             statistics=flag(type(self).__name__, "return_statistics", return_statistics),

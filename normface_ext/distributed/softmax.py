@@ -13,19 +13,22 @@ from torch.distributed.tensor import DTensor
 from ..engine import checks, transforms
 from ..engine.arguments import choice, flag, number
 from ..engine.autograd import detach_without_grad
+from ..engine.mixing import no_statistics
 from ..engine.options import takes
+from ..engine.reduce import over_rows
 from ..engine.statistics import Found, Statistics, given_back, statistics_of
 from ..softmax.arguments import loss_options, told_apart
 from ..softmax.batch_margins import BatchMargin
-from ..softmax.centers import as_rows, for_each_row, nearest_rows
+from ..softmax.centers import for_each_row, nearest_rows
 from ..softmax.hard_negatives import HardNegatives
 from ..softmax.margins import Margin
 from ..softmax.options import HeadKeywords, HeadOptions
 from ..softmax.rows import counted, norms_of, rows_of
 from .batch_margins import margin_of_rows, rows_of_all, with_regularizer
-from .collectives import gather_rows
+from .collectives import gather_row_gradients, gather_rows
+from .mixed import Step, mixed_loss
 from .sampling import ClassSampler
-from .shard import IGNORED, ClassShard
+from .shard import IGNORED, ClassShard, local_rows
 from .softmax_op import OP, ClassParallelLoss, RowsOfAll, margin_of_all
 
 if TYPE_CHECKING:
@@ -34,19 +37,6 @@ if TYPE_CHECKING:
 
 def check_backbone_gradients(op: str, value: str) -> None:
     choice(op, "backbone_gradients", value, ("mean", "sum"))
-
-
-def local_rows(op: str, weight: Tensor, centers: int) -> Tensor:
-    """This rank's rows, whole classes of `centers`, of a weight whose classes are spread over ranks."""
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
-    if centers == 1:
-        return local
-    if local.dim() != 3 or local.shape[1] != centers:
-        raise ValueError(
-            f"{op}: expected `weight` to be [classes, sub_centers={centers}, D], got shape"
-            f" {list(local.shape)}"
-        )
-    return as_rows(local)
 
 
 @overload
@@ -64,6 +54,8 @@ def normface_loss(
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
     return_statistics: Literal[False] = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[HeadKeywords],
 ) -> Tensor: ...
 @overload
@@ -81,6 +73,8 @@ def normface_loss(
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
     return_statistics: Literal[True],
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[HeadKeywords],
 ) -> tuple[Tensor, Statistics]: ...
 @takes(HeadOptions)
@@ -98,6 +92,8 @@ def normface_loss(
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
     return_statistics: bool = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[HeadKeywords],
 ) -> Tensor | tuple[Tensor, Statistics]:
     """``functional.normface_loss`` of the rows of all ranks over the classes of all ranks.
@@ -123,6 +119,8 @@ def normface_loss(
             DistributedDataParallel and FSDP do: the features' gradient is multiplied by the number of ranks,
             so that the average is the gradient of the loss. "sum" if they are added, or if the gradient of
             the features themselves is wanted.
+        labels_b, lam: second labels [N] of this rank's rows, and the first ones' share; on all ranks or on
+            none. Features travel once for both, and one all-reduce more has the target cosines.
         equal_batches: every rank has the same N, and x needs a gradient on all of them or on none; saves a
             collective of 16 bytes and its wait.
         return_statistics: also return the ``Statistics`` of the rows of all ranks, the same on each; one more
@@ -151,6 +149,8 @@ def normface_loss(
         sample_weight,
         class_weight,
         HeadOptions.of(OP, options),
+        labels_b=labels_b,
+        lam=lam,
         largest_scale=largest_scale,
         sample=sample,
         backbone_gradients=backbone_gradients,
@@ -170,14 +170,35 @@ def sharded_loss(
     class_weight: Tensor | None,
     options: HeadOptions,
     *,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    share: Tensor | None = None,
     largest_scale: float | None,
     sample: ClassSampler | None,
     backbone_gradients: str,
     equal_batches: bool,
     statistics: bool,
 ) -> Found:
-    """``normface_loss`` with options that have been checked."""
+    """``normface_loss`` with options that have been checked. With a `share` [N] the rows stand there twice,
+    once for each of their labels (``engine.mixing``)."""
     transforms.refuse(OP)
+    if labels_b is not None or lam is not None:
+        no_statistics(OP, statistics)
+        step = Step(largest_scale, sample, backbone_gradients, equal_batches)
+        return mixed_loss(
+            x,
+            weight,
+            labels,
+            labels_b,
+            lam,
+            scale,
+            shard,
+            sample_weight,
+            class_weight,
+            options,
+            step,
+            sharded_loss,
+        ), None
     local, centers = local_rows(OP, weight, options.sub_centers), options.sub_centers
     checks.features_and_shard(OP, x, local, shard.count * centers)
     ignored = checks.ignored(options.ignore_index)
@@ -201,6 +222,7 @@ def sharded_loss(
         ignore_index=ignored,
         sample_weight=row_weight,
         equal_batches=equal_batches,
+        counted=options.reduction == "batchmean",
     )
     if options.check_finite:
         batch.check_finite(OP, local, shard, ignored, scale_tensor)
@@ -212,6 +234,9 @@ def sharded_loss(
     if of_batch is not None:
         if of_batch.hard_negatives:
             told = rows_of_all(OP, of_batch, batch, local, nearest, shard, given_labels, options)
+            if share is not None:
+                shares = gather_row_gradients(share, batch, shard.group, "the rows' shares")
+                told = told._replace(share=shares)
         else:
             told = rows_of(OP, x, labels, given_labels, row_weight, options, of_batch, shard.group)
         found = margin_of_rows(OP, of_batch, told)
@@ -256,6 +281,8 @@ def sharded_loss(
         statistics,
     )
     loss, *means = result if statistics else (result,)
+    if batch.count is not None:
+        loss = over_rows(loss, batch.count)
     given_statistics = statistics_of((means[0], means[1])) if statistics else None
     if of_batch is None or told is None:
         return loss, given_statistics

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from .. import _C
 from ..engine import sweep
-from ..engine.autograd import no_second_derivative
+from ..engine.autograd import no_second_derivative, store_as
 from ..softmax import ops
 from ..softmax.arguments import Numbers, margin_arguments
 from ..softmax.centers import as_rows, by_class
@@ -30,7 +30,7 @@ from .shard import ClassShard
 OP = "distributed.normface_loss"
 
 
-def _shared_shift(
+def shared_shift(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -124,7 +124,7 @@ class ClassParallelLoss(Function):
         if options.centers > 1:
             classes = as_rows(classes)
         term = sweep.TermInputs(threshold, numbers)
-        shift = _shared_shift(batch.x, classes, places, scale, options, term, largest_scale, shard)
+        shift = shared_shift(batch.x, classes, places, scale, options, term, largest_scale, shard)
         swept, options = sweep.head_sweep_in_memory(
             batch.x,
             classes,
@@ -224,13 +224,3 @@ class ClassParallelLoss(Function):
                 (rows + ctx.first)[None], dw, ctx.weight_shape, is_coalesced=True, check_invariants=False
             )
         return dx, dw, *others, *[None] * 11
-
-
-def store_as(gradient: Tensor, dtype: torch.dtype, inverse_norm: Tensor, eps: float) -> Tensor:
-    """To the features' dtype. In float16 the rows whose norm is mostly eps, zero rows above all, are held at
-    the largest half (math::ruled_by_eps); an overflow elsewhere stays one, for a GradScaler to see."""
-    if dtype == torch.float16:
-        largest = torch.finfo(dtype).max
-        ruled = inverse_norm.pow(-2) <= 2 * eps
-        gradient = torch.where(ruled[:, None], gradient.clamp(-largest, largest), gradient)
-    return gradient.to(dtype)

@@ -122,3 +122,13 @@ def detach_without_grad(*tensors: Tensor) -> tuple[Tensor, ...]:
 def asked(needed: tuple[bool, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """The gradients that were asked for."""
     return tuple(g if need else None for need, g in zip(needed, gradients, strict=True))
+
+
+def store_as(gradient: Tensor, dtype: torch.dtype, inverse_norm: Tensor, eps: float) -> Tensor:
+    """To the features' dtype. In float16 the rows whose norm is mostly eps, zero rows above all, are held at
+    the largest half (math::ruled_by_eps); an overflow elsewhere stays one, for a GradScaler to see."""
+    if dtype == torch.float16:
+        largest = torch.finfo(dtype).max
+        ruled = inverse_norm.pow(-2) <= 2 * eps
+        gradient = torch.where(ruled[:, None], gradient.clamp(-largest, largest), gradient)
+    return gradient.to(dtype)

@@ -36,6 +36,8 @@ class Options:
 
     #: By name; filled for every subclass by ``declared``.
     CHECKS: ClassVar[Mapping[str, Check]] = {}
+    #: What others have and these have not, by name: why, and what to do instead.
+    WHY_NOT: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def of(cls: type[Self], op: str, given: Mapping[str, object]) -> Self:
@@ -43,7 +45,8 @@ class Options:
         checks, kept = cls.CHECKS, {}
         for name, value in given.items():
             if name not in checks:
-                raise TypeError(f"{op}: got an unexpected keyword argument `{name}`")
+                why = f": {cls.WHY_NOT[name]}" if name in cls.WHY_NOT else ""
+                raise TypeError(f"{op}: got an unexpected keyword argument `{name}`{why}")
             kept[name] = checks[name](op, name, value)
         made = cls(**kept)
         made.agree(op)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..engine import checks
 from ..engine.arguments import flag, number
 from ..engine.calls import plan_device, product_dtype
+from ..engine.mixing import both_labels, check_finite, joined, no_statistics
 from ..engine.options import takes
 from ..engine.plan import products
 from ..engine.statistics import Found, Statistics, given_back
@@ -31,6 +33,8 @@ def sphereface2_loss(
     *,
     sample_weight: Tensor | None = None,
     return_statistics: Literal[False] = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[SphereFace2Keywords],
 ) -> Tensor: ...
 @overload
@@ -42,6 +46,8 @@ def sphereface2_loss(
     *,
     sample_weight: Tensor | None = None,
     return_statistics: Literal[True],
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[SphereFace2Keywords],
 ) -> tuple[Tensor, Statistics]: ...
 @takes(SphereFace2Options)
@@ -53,6 +59,8 @@ def sphereface2_loss(
     *,
     sample_weight: Tensor | None = None,
     return_statistics: bool = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[SphereFace2Keywords],
 ) -> Tensor | tuple[Tensor, Statistics]:
     """loss_i = W [alpha softplus(-z_iy) + (1 - alpha) sum_{j != y} softplus(z_ij)], every class a yes or no.
@@ -79,8 +87,10 @@ def sphereface2_loss(
         loss_weight: W. None: 50 / r, as in OpenSphere; wespeaker has 1.
         margin_gradient: "exact" differentiates g and form A's angles, as wespeaker does. "straight" takes the
             slopes of z in the cosines as r, for the target and for the others, as OpenSphere does.
+        labels_b, lam: second labels [N], and the first ones' share, as in ``functional.normface_loss``. Each
+            row stands in the batch twice for it: twice the products.
         reduction: "mean" over the rows that are not ignored (0 when there is none, or their weights sum to
-            0), "sum" or "none".
+            0), "sum", "none", or "batchmean": the sum divided by N, ignored rows and all.
         return_statistics, ignore_index, eps, workspace, check_finite: see ``functional.normface_loss``.
 
     Inside autocast on CUDA the products' operands are in its dtype, unless they are float64; gradients have
@@ -97,7 +107,8 @@ def sphereface2_loss(
     """
     statistics = flag(ops.OP, "return_statistics", return_statistics)
     chosen = SphereFace2Options.of(ops.OP, options)
-    return given_back(head_loss(x, weight, labels, bias, sample_weight, chosen, statistics=statistics))
+    labelled = labels, bias, sample_weight, chosen, labels_b, lam
+    return given_back(head_loss(x, weight, *labelled, statistics=statistics))
 
 
 def head_loss(
@@ -107,12 +118,24 @@ def head_loss(
     bias: float | Tensor,
     sample_weight: Tensor | None,
     options: SphereFace2Options,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     *,
     statistics: bool,
 ) -> Found:
     """The loss with options that have been checked."""
     op = ops.OP
     checks.features_and_weight(op, x, weight)
+    if labels_b is not None or lam is not None:
+        classes, ignored = weight.shape[0], options.ignore_index
+        both = both_labels(op, x, labels, labels_b, lam, sample_weight, classes, ignored)
+        if options.check_finite:
+            check_finite(op, x, weight, both, sample_weight)
+            checks.finite_rows(op, "bias", bias_of(op, bias, x))
+        no_statistics(op, statistics)
+        told = both.labels, bias, both.weight, replace(options, check_finite=False)
+        made, _ = head_loss(torch.cat([x, x]), weight, *told, statistics=False)
+        return joined(made, options.reduction), None
     labels = checks.labels(op, labels, x, weight.shape[0], options.ignore_index)
     factor = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
     b = bias_of(op, bias, x)

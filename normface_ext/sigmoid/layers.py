@@ -27,8 +27,9 @@ Head = TypeVar("Head", bound="SphereFace2Loss")
 class SphereFace2Loss(WideState, HoldsOptions, Agents):
     """SphereFace2: (features [N, D], labels [N]) -> loss, with a weight and one learned b.
 
-    ``forward`` also takes ``sample_weight`` [N], and with ``return_statistics=True`` gives (loss,
-    ``Statistics``). b is the parameter ``bias`` [1], float32 or wider whatever
+    ``forward`` also takes ``sample_weight`` [N], and ``labels_b`` [N] with ``lam``, see
+    ``functional.sphereface2_loss``; with ``return_statistics=True`` it gives (loss, ``Statistics``). b is the
+    parameter ``bias`` [1], float32 or wider whatever
     the weight's dtype. Weight decay is not for it.
 
     Args:
@@ -106,10 +107,12 @@ class SphereFace2Loss(WideState, HoldsOptions, Agents):
         sample_weight: Tensor | None = None,
         *,
         return_statistics: bool = False,
+        labels_b: Tensor | None = None,
+        lam: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Statistics]:
         statistics = flag(type(self).__name__, "return_statistics", return_statistics)
-        arguments = features, self.weight, labels, self.bias, sample_weight, self.options
-        return given_back(functions.head_loss(*arguments, statistics=statistics))
+        given = features, self.weight, labels, self.bias, sample_weight, self.options, labels_b, lam
+        return given_back(functions.head_loss(*given, statistics=statistics))
 
     def extra_repr(self) -> str:
         return ", ".join([f"{self.in_features}, {self.num_classes}", *self.options.shown()])

@@ -57,12 +57,17 @@ def _at_cosine_0(options: SphereFace2Options) -> tuple[float, float]:
     )
 
 
-def loss(options: SphereFace2Options, rows: SigmoidRows, bias: float | Tensor) -> Tensor:
-    """float64; `bias` a number or a 0-d tensor."""
+def loss(
+    options: SphereFace2Options,
+    rows: SigmoidRows,
+    bias: float | Tensor,
+    count: int | Tensor | None = None,
+) -> Tensor:
+    """float64; `bias` a number or a 0-d tensor, `count` the rows that "batchmean" divides by."""
     each = _losses(options, rows, _logit(options, rows, bias))
     counts = rows.weight != 0
     losses = torch.where(counts, rows.weight * torch.where(counts, each, 0.0), 0.0)
-    return weighted(losses, rows.weight.sum(), options.reduction)
+    return weighted(losses, rows.weight.sum(), options.reduction, count)
 
 
 @torch.no_grad()

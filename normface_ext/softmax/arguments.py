@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..engine import checks
 from ..engine.calls import plan_device, product_dtype
+from ..engine.mixing import BothLabels, both_labels, check_finite
 from ..engine.plan import products
 from ..engine.sweep import NO_INPUTS, TERMS, TermInputs
 from . import ops
@@ -55,6 +56,35 @@ def checked_inputs(
     places = nearest_rows(x, weight, labels, centers, options.ignore_index, options.eps)
     of_class = for_each_row(of_class, centers)
     return HeadInputs(scale_tensor, scale_value, labels, row_weight, of_class, classes, places)
+
+
+def mixed_inputs(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    labels: tuple[Tensor, Tensor | None, float | Tensor | None],
+    scale: float | Tensor,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    options: HeadOptions,
+) -> tuple[HeadInputs, BothLabels]:
+    """The same of rows with two labels: (labels, labels_b, lam). Labels and weights are [2N], a scale per row
+    is [N]."""
+    checks.features_and_weight(op, x, weight)
+    centers, ignored = options.sub_centers, options.ignore_index
+    classes = class_count(op, weight, centers)
+    both = both_labels(op, x, *labels, sample_weight, classes, ignored)
+    scale_tensor, scale_value = checks.scale(op, scale, x, per_row=True)
+    of_class = checks.weights(op, "class_weight", class_weight, x, classes)
+    if options.check_finite:
+        check_finite(op, x, weight, both, sample_weight, scale_tensor)
+    if scale_tensor is not None and scale_tensor.dim() == 1:
+        scale_tensor = torch.where(both.any_counts(), scale_tensor, 0)
+    places = both.labels
+    if centers > 1:
+        places = nearest_rows(torch.cat([x, x]), weight, places, centers, ignored, options.eps)
+    told = both.labels, both.weight, for_each_row(of_class, centers), classes, places
+    return HeadInputs(scale_tensor, scale_value, *told), both
 
 
 #: m1, m2, m3, the formula's and the guard's codes and straightness, where the margin is none.

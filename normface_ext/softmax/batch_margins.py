@@ -44,6 +44,9 @@ class Rows(NamedTuple):
             unless the margin has ``hard_negatives`` and ``uses_cosines``.
         of_all: these are the rows of all ranks of a class-parallel head, in the order of the ranks and with
             padding that does not count. So it is with ``hard_negatives``.
+        share: None, or where every row has two labels, so that it stands here twice, first all rows with one
+            and then all with the other: how much of a row each is, [N]. What is summed over the batch weighs
+            by it, and what is drawn for a row is drawn once (``once_per_row``).
     """
 
     labels: Tensor
@@ -54,6 +57,13 @@ class Rows(NamedTuple):
     given: Tensor | None = None
     cosine: Tensor | None = None
     of_all: bool = False
+    share: Tensor | None = None
+
+    def once_per_row(self, draw: Callable[[int], Tensor]) -> Tensor:
+        """``draw(number of rows)`` for every row, the same one where a row stands here twice."""
+        if self.share is None:
+            return draw(self.labels.shape[0])
+        return draw(self.labels.shape[0] // 2).repeat(2)
 
 
 class BatchMargin(WideState, Margin):
@@ -159,7 +169,10 @@ class FollowingMargin(BatchMargin):
         return state
 
     def totals(self, rows: Rows, follows: Tensor, *values: Tensor) -> Tensor:
-        """The sums of values [N] over the rows that `follows` [N] has, of all ranks where so it is to be."""
+        """The sums of values [N] over the rows that `follows` [N] has, each once, of all ranks where so it is
+        to be."""
+        if rows.share is not None:
+            values = tuple([rows.share * value for value in values])
         sums = torch.stack([torch.where(follows, value, 0).sum() for value in values])
         asked = self.sync == "global" and dist.is_available() and dist.is_initialized()
         if rows.group is not None or (asked and not rows.of_all):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .ops import LossOptions
 
 _GUARD_NAMES = {code: name for name, code in GUARDS.items()}
-_REDUCTION_NAMES = {code: name for name, code in checks.REDUCTIONS.items()}
+_REDUCTION_NAMES = {checks.REDUCTIONS[name]: name for name in ("none", "mean", "sum")}
 
 
 @dataclass(eq=False)

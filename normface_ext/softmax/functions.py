@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ..engine import sweep
+from ..engine import sweep, transforms
 from ..engine.arguments import flag
+from ..engine.mixing import BothLabels, joined, no_statistics
 from ..engine.options import takes
-from ..engine.reduce import weighted
+from ..engine.reduce import over_rows, weighted
 from ..engine.statistics import Found, Statistics, given_back, statistics_of, with_more
 from ..reference import HeadParts, loss_of_parts
-from . import ops
-from .arguments import HeadInputs, checked_inputs, loss_options, margin_arguments, told_apart
+from . import mixed_op, ops
+from .arguments import HeadInputs, checked_inputs, loss_options, margin_arguments, mixed_inputs, told_apart
 from .batch_margins import BatchMargin, margin_of, regularizer_of, rows_weight, straightened, weighed
 from .hard_negatives import HardNegatives
 from .margins import Margin
+from .mixed import OfMargin, mixed_loss
 from .options import HeadKeywords, HeadOptions, PartsKeywords, PartsOptions
 from .parts import head_parts as parts_op
 from .rows import counted, norms_of, rows_of, with_cosines
@@ -37,6 +39,8 @@ def normface_loss(
     sample_weight: Tensor | None = None,
     class_weight: Tensor | None = None,
     return_statistics: Literal[False] = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[HeadKeywords],
 ) -> Tensor: ...
 @overload
@@ -49,6 +53,8 @@ def normface_loss(
     sample_weight: Tensor | None = None,
     class_weight: Tensor | None = None,
     return_statistics: Literal[True],
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[HeadKeywords],
 ) -> tuple[Tensor, Statistics]: ...
 @takes(HeadOptions)
@@ -61,6 +67,8 @@ def normface_loss(
     sample_weight: Tensor | None = None,
     class_weight: Tensor | None = None,
     return_statistics: bool = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[HeadKeywords],
 ) -> Tensor | tuple[Tensor, Statistics]:
     """loss_i = -log softmax_j(s psi(cos_ij))[y_i], fused: no N x C matrix beyond the workspace budget.
@@ -94,13 +102,18 @@ def normface_loss(
             class's K, the label's included, and its gradient is the nearest centre's alone, of equal ones the
             first's. Margins, thresholds and weights act on that cosine. Not together with label_smoothing.
         reduction: "mean" over the rows that are not ignored (0 when there is none, or their weights sum to
-            0), "sum" or "none".
+            0), "sum", "none", or "batchmean": the sum divided by N, ignored rows and all.
         ignore_index: rows with this label count neither in the loss nor in the mean, and get no
             gradient, whatever they and the weight hold: NaN in them reaches nothing. None: there are none.
         eps: inside both norms, see ``normalize``.
         sample_weight: [N] factors of the rows' losses, without gradient. A row of weight 0 is an ignored one.
         class_weight: [C] factors of the classes, without gradient, as in ``F.cross_entropy``: the mean
             divides by the sum of sample_weight_i * class_weight_(y_i) over the rows that count.
+        labels_b: [N] second labels, as mixup and cutmix make them, together with ``lam``: the loss is
+            lam_i loss(x_i, labels_i) + (1 - lam_i) loss(x_i, labels_b_i). A label that is ignored takes its
+            share along: the mean divides by the sum of the weights of what counts. One product serves both
+            labels; hard negatives, a filter, and a margin that is a function of the cosine take two.
+        lam: in [0, 1], a number or a tensor [] or [N] without gradient.
         label_smoothing: a in [0, 1): the target gets 1 - a, and a / C goes to every class, weighted by
             class_weight, as in ``F.cross_entropy``. 0 where other classes' logits are not s cos.
         return_statistics: also return the ``Statistics`` of the step, from the same sweep over the classes.
@@ -126,10 +139,8 @@ def normface_loss(
             since a check here would stall the GPU).
     """
     op, statistics = "normface_loss", flag("normface_loss", "return_statistics", return_statistics)
-    chosen = HeadOptions.of(op, options)
-    return given_back(
-        head_loss(op, x, weight, labels, scale, sample_weight, class_weight, chosen, statistics=statistics)
-    )
+    labelled = labels, scale, sample_weight, class_weight, HeadOptions.of(op, options), labels_b, lam
+    return given_back(head_loss(op, x, weight, *labelled, statistics=statistics))
 
 
 def head_loss(
@@ -141,24 +152,36 @@ def head_loss(
     sample_weight: Tensor | None,
     class_weight: Tensor | None,
     options: HeadOptions,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     *,
     statistics: bool,
 ) -> Found:
     """``normface_loss`` with options that have been checked."""
+    if labels_b is not None or lam is not None:
+        no_statistics(op, statistics)
+        labelled = labels, labels_b, lam
+        given, both = mixed_inputs(op, x, weight, labelled, scale, sample_weight, class_weight, options)
+        if not options.normalize_input:
+            given = given._replace(scale=_scale_of_rows(x, given, both.any_counts(), options.eps))
+
+        def loss_of(margin: OfMargin) -> Tensor:
+            return _of_both(op, x, weight, given, both, options, margin)
+
+        return mixed_loss(op, x, weight, labels, given, both, options, loss_of), None
     inputs = checked_inputs(op, x, weight, labels, scale, sample_weight, class_weight, options)
     if not options.normalize_input:
-        scale = _scale_of_rows(x, inputs, options)
-        inputs = inputs._replace(scale=scale)
+        counts = counted(inputs.labels, inputs.sample_weight, options)
+        inputs = inputs._replace(scale=_scale_of_rows(x, inputs, counts, options.eps))
     if isinstance(options.margin, BatchMargin):
-        return _of_batch(op, x, weight, labels, scale, inputs, options, options.margin, statistics)
+        return _of_batch(op, x, weight, labels, inputs, options, options.margin, statistics)
     return _fused(op, x, weight, inputs, options, options.margin, statistics)
 
 
-def _scale_of_rows(x: Tensor, inputs: HeadInputs, options: HeadOptions) -> Tensor:
+def _scale_of_rows(x: Tensor, inputs: HeadInputs, counts: Tensor, eps: float) -> Tensor:
     """s |x_i| [N] float64: the scales of cosines that make the logits those of features as they are."""
-    counts = counted(inputs.labels, inputs.sample_weight, options)
     scale = inputs.scale_value if inputs.scale is None else inputs.scale.double()
-    return torch.where(counts, scale * norms_of(x, counts, options.eps), 0)
+    return torch.where(counts, scale * norms_of(x, counts, eps), 0)
 
 
 def _fused(
@@ -183,7 +206,7 @@ def _fused(
         numbers,
         term,
     )
-    return ops.normface_loss(
+    loss, told = ops.normface_loss(
         x,
         weight,
         inputs.scale,
@@ -195,6 +218,56 @@ def _fused(
         term.inputs,
         statistics=statistics,
     )
+    return over_rows(loss, x.shape[0]) if options.reduction == "batchmean" else loss, told
+
+
+def _of_margin(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    inputs: HeadInputs,
+    options: HeadOptions,
+    margin: OfMargin,
+    statistics: bool,
+) -> Found:
+    """With what a margin has said of the rows."""
+    if margin is None or isinstance(margin, (Margin, HardNegatives)):
+        return _fused(op, x, weight, inputs, options, margin, statistics)
+    psi = straightened(margin) if options.margin_gradient == "straight" else margin
+    return _of_psi(x, weight, inputs, psi, options, statistics)
+
+
+#: Up to so many numbers in the weight a second product costs less than what one product has to tell apart:
+#: some forty operations on [N] and [N, D]. Measured on the CPU with 64 rows; with more of them it is less.
+SMALL = 1 << 16
+
+
+def _of_both(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    given: HeadInputs,
+    both: BothLabels,
+    options: HeadOptions,
+    margin: OfMargin,
+) -> Tensor:
+    """Of rows with two labels, with what a margin has said. Where the margin changes the target alone, one
+    product can serve both; where what other classes are depends on the label, each row is there twice."""
+    scale, rows = given.scale, x.shape[0]
+    apart = options.filter_threshold is not None or options.sub_centers > 1 or transforms.watched()
+    if apart or weight.numel() <= SMALL or not (margin is None or isinstance(margin, Margin)):
+        if scale is not None and scale.dim() == 1:
+            given = given._replace(scale=scale.repeat(2))
+        made, _ = _of_margin(op, torch.cat([x, x]), weight, given, options, margin, False)
+        return joined(made, options.reduction)
+    tensors, numbers = margin_arguments(
+        op, margin, both.labels, given.classes, options.margin_gradient == "straight"
+    )
+    told = loss_options(given.scale_value, options, x, weight, rows, given.classes, numbers)
+    loss = mixed_op.mixed_loss(
+        x, weight, scale, tensors, both.labels, both.counts, both.weight, given.class_weight, told
+    )
+    return over_rows(loss, rows) if options.reduction == "batchmean" else loss
 
 
 def _of_batch(
@@ -202,7 +275,6 @@ def _of_batch(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
-    scale: float | Tensor,
     inputs: HeadInputs,
     options: HeadOptions,
     margin: BatchMargin,
@@ -212,12 +284,7 @@ def _of_batch(
     rows = rows_of(op, x, inputs.labels, labels, inputs.sample_weight, options, margin)
     if margin.hard_negatives and margin.uses_cosines:
         rows = with_cosines(rows, x, weight, inputs.places, options)
-    found = margin_of(op, margin, rows)
-    if isinstance(found, (Margin, HardNegatives)):
-        loss, told = _fused(op, x, weight, inputs, options, found, statistics)
-    else:
-        psi = straightened(found) if rows.straight else found
-        loss, told = _of_psi(x, weight, inputs, psi, options, statistics)
+    loss, told = _of_margin(op, x, weight, inputs, options, margin_of(op, margin, rows), statistics)
     more = regularizer_of(op, margin, rows)
     if more is None:
         return loss, told

@@ -33,9 +33,10 @@ Head = TypeVar("Head", bound="NormFaceLoss")
 class NormFaceLoss(HoldsTensors):
     """The normalised softmax head and its loss in one: (features [N, D], labels [N]) -> loss.
 
-    ``forward`` also takes ``sample_weight`` [N], and with ``return_statistics=True`` gives (loss,
-    ``Statistics``), from the same sweep over the classes. Without labels it gives the logits s cos [N, C],
-    without the margin: ``head(x)`` is ``head.logits(x)``. ``head.predict(x)`` gives the classes [N],
+    ``forward`` also takes ``sample_weight`` [N], and ``labels_b`` [N] with ``lam``, second labels, as
+    ``functional.normface_loss`` has them; with ``return_statistics=True`` it gives (loss, ``Statistics``),
+    from the same sweep over the classes. Without labels it gives the logits s cos [N, C], without the margin:
+    ``head(x)`` is ``head.logits(x)``. ``head.predict(x)`` gives the classes [N],
     ``head.accuracy(x, labels)`` the hits; both without an N x C matrix.
 
     Args:
@@ -127,9 +128,12 @@ class NormFaceLoss(HoldsTensors):
         sample_weight: Tensor | None = None,
         *,
         return_statistics: bool = False,
+        labels_b: Tensor | None = None,
+        lam: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Statistics]:
         if labels is None:
-            return self._without_labels(features, sample_weight, return_statistics)
+            given = {"sample_weight": sample_weight, "labels_b": labels_b, "lam": lam}
+            return self._without_labels(features, return_statistics, **given)
         return given_back(
             functions.head_loss(
                 "normface_loss",
@@ -140,18 +144,18 @@ class NormFaceLoss(HoldsTensors):
                 sample_weight,
                 self.class_weight,
                 self.present_options(),
+                labels_b,
+                lam,
                 statistics=flag(type(self).__name__, "return_statistics", return_statistics),
             )
         )
 
-    def _without_labels(
-        self, features: Tensor, sample_weight: Tensor | None, return_statistics: bool
-    ) -> Tensor:
+    def _without_labels(self, features: Tensor, return_statistics: bool, **given: object) -> Tensor:
         owner = type(self).__name__
-        if sample_weight is not None:
-            raise ValueError(f"{owner}: expected `labels` together with `sample_weight`, got None")
-        if flag(owner, "return_statistics", return_statistics):
-            raise ValueError(f"{owner}: expected `labels` together with `return_statistics`, got None")
+        wanted = flag(owner, "return_statistics", return_statistics)
+        for name, value in {**given, "return_statistics": wanted or None}.items():
+            if value is not None:
+                raise ValueError(f"{owner}: expected `labels` together with `{name}`, got None")
         return self.logits(features)
 
     def logits(self, x: Tensor) -> Tensor:
