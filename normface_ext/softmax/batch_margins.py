@@ -85,6 +85,18 @@ class BatchMargin(WideState, Margin):
     #: whenever they are set, in a constructor as later.
     CHECKS: ClassVar[Mapping[str, Check]] = {}
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.__module__.partition(".")[0] == __name__.partition(".")[0]:
+            # One among the hyper-parameters of a checkpoint loads with weights_only=True.
+            torch.serialization.add_safe_globals([cls, Passes])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, or of a file, of which nobody knows who wrote it."""
+        super().__setstate__(state)
+        for name in self.CHECKS:
+            self.checked(name, getattr(self, name, None))
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, self.checked(name, value) if name in self.CHECKS else value)
 
