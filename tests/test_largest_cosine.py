@@ -9,7 +9,7 @@ from kernel_cases.plain_terms import CASES, IGNORED, unit
 from lanes import DTYPES
 
 from normface_ext.engine.calls import plan_device
-from normface_ext.engine.sweep import LARGEST, ROW_FIELDS, SINKS
+from normface_ext.engine.row_state import LARGEST, ROW_FIELDS, SINKS
 
 N, D, C = 9, 16, 45
 #: Every product but the single sweep, which has no room for it: (name, operands of 16 bits).

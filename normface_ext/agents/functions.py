@@ -15,8 +15,8 @@ from ..engine.calls import plan_device, product_dtype
 from ..engine.mixing import both_labels, check_finite, joined, no_statistics
 from ..engine.options import takes
 from ..engine.plan import products
+from ..engine.row_state import COSINE, LARGEST, TERMS
 from ..engine.statistics import Statistics
-from ..engine.sweep import COSINE, LARGEST, TERMS
 from . import losses, ops
 from .lists import list_limits
 from .losses import AgentRows, Losses

@@ -11,7 +11,7 @@ from torch.fx import Proxy
 
 from ..engine import checks, graphs
 from ..engine.arguments import flag, integer
-from ..engine.calls import autocast, full_precision
+from ..engine.dtypes import autocast, full_precision
 from ..engine.options import takes
 from . import ops, plain
 from .options import LinearKeywords, LinearOptions

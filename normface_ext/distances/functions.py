@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..cosine.ops import normalize as unit_rows
 from ..engine import checks
-from ..engine.calls import accumulator
+from ..engine.dtypes import accumulator
 from ..engine.options import takes
 from . import ops
 from .options import DistanceKeywords, DistanceOptions, PairOptions, RowLossKeywords, RowTripletOptions

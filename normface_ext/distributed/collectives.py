@@ -20,7 +20,7 @@ from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
 from ..engine import checks
-from ..engine.sweep import LARGEST
+from ..engine.row_state import LARGEST
 from .shard import ClassShard, owners
 
 # torch 2.13 gave both collectives new names and warns of the old ones.

@@ -17,9 +17,9 @@ from ..engine.autograd import detach_without_grad
 from ..engine.mixing import BothLabels, joined
 from ..engine.reduce import over_rows
 from ..engine.statistics import Found
-from ..softmax import ops
 from ..softmax.arguments import Numbers, loss_options, margin_arguments
 from ..softmax.batch_margins import BatchMargin
+from ..softmax.loss_options import MarginTensors
 from ..softmax.margins import Margin
 from ..softmax.mixed import of_doubled
 from ..softmax.options import HeadOptions
@@ -150,7 +150,7 @@ def _margin_of_all(
     options: HeadOptions,
     replicas: int,
     shard: ClassShard,
-) -> tuple[ops.MarginTensors, Numbers]:
+) -> tuple[MarginTensors, Numbers]:
     """``margin_arguments`` of the rows of all ranks; numbers per row come from their ranks."""
     straight = options.margin_gradient == "straight"
     if margin is None or not margin.per_row:

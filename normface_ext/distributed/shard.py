@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 # For what is no place in a shard: the user's own ignored index may be any number, that of ELSEWHERE too.
-from ..engine.sweep import ELSEWHERE, IGNORED
+from ..engine.row_state import ELSEWHERE, IGNORED
 from ..softmax.centers import as_rows
 
 __all__ = ["IGNORED", "ClassShard", "shard_range"]

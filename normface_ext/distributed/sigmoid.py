@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 
-from ..engine import checks, sweep, transforms
+from ..engine import checks, row_state, sweep, transforms
 from ..engine.arguments import flag
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative, store_as
-from ..engine.calls import accumulator
+from ..engine.dtypes import accumulator
 from ..engine.mixing import joined, no_statistics
 from ..engine.options import takes
 from ..engine.statistics import Found, Statistics, given_back
@@ -69,7 +69,7 @@ class _ClassParallelRows(Function):
             need_largest=need_largest,
             term=term,
         )
-        added = [sweep.SUM, sweep.SECOND_SUM, sweep.COSINE]
+        added = [row_state.SUM, row_state.SECOND_SUM, row_state.COSINE]
         (swept.rows[added],) = add_over_shards([swept.rows[added]], shard.group)
         ctx.save_for_backward(x, weight, offset, batch.x, classes, places, term.numbers, *swept)
         ctx.batch, ctx.options, ctx.shard = batch, options, shard
@@ -103,12 +103,12 @@ class _ClassParallelRows(Function):
                 swept,
                 ctx.options,
                 (*needed, False),
-                sweep.TermInputs(None, numbers),
+                row_state.TermInputs(None, numbers),
             )
             mine = None
             if batch.need_x:
                 moved = ScatteredRows(dx, batch, shard.group).wait() * ctx.replicas
-                norms = batch.own(swept.rows[sweep.INVERSE_NORM])
+                norms = batch.own(swept.rows[row_state.INVERSE_NORM])
                 mine = store_as(moved, own.dtype, norms, ctx.options.eps)
         of_others = asked((need_weight, need_offset), (dw, of_offset))
         given = mine if own_x else None, *of_others

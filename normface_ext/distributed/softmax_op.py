@@ -10,11 +10,12 @@ from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 
 from .. import _C
-from ..engine import sweep
+from ..engine import row_state, sweep
 from ..engine.autograd import no_second_derivative, store_as
 from ..softmax import ops
 from ..softmax.arguments import Numbers, margin_arguments
 from ..softmax.centers import as_rows, by_class
+from ..softmax.loss_options import LossOptions, MarginTensors
 from ..softmax.margins import Margin
 from ..softmax.options import HeadOptions
 from .collectives import (
@@ -35,8 +36,8 @@ def shared_shift(
     weight: Tensor,
     labels: Tensor,
     scale: Tensor | None,
-    options: ops.LossOptions,
-    term: sweep.TermInputs,
+    options: LossOptions,
+    term: row_state.TermInputs,
     largest_scale: float | None,
     shard: ClassShard,
 ) -> Tensor | None:
@@ -76,7 +77,7 @@ def margin_of_all(
     shard: ClassShard,
     *,
     of_all: bool = False,
-) -> tuple[ops.MarginTensors, Numbers]:
+) -> tuple[MarginTensors, Numbers]:
     """``margin_arguments`` of the rows of all ranks; numbers per row come from their ranks, unless they are
     those `of_all`."""
     straight = options.margin_gradient == "straight"
@@ -112,7 +113,7 @@ class ClassParallelLoss(Function):
         rows: Tensor | None,
         threshold: Tensor | None,
         numbers: Tensor | None,
-        options: ops.LossOptions,
+        options: LossOptions,
         largest_scale: float | None,
         replicas: int,
         shard: ClassShard,
@@ -123,7 +124,7 @@ class ClassParallelLoss(Function):
         classes = local.contiguous() if rows is None else local.index_select(0, rows)
         if options.centers > 1:
             classes = as_rows(classes)
-        term = sweep.TermInputs(threshold, numbers)
+        term = row_state.TermInputs(threshold, numbers)
         shift = shared_shift(batch.x, classes, places, scale, options, term, largest_scale, shard)
         swept, options = sweep.head_sweep_in_memory(
             batch.x,
@@ -202,7 +203,7 @@ class ClassParallelLoss(Function):
                     sweep.Swept(*swept),
                     options,
                     needed,
-                    sweep.TermInputs(threshold, numbers),
+                    row_state.TermInputs(threshold, numbers),
                 )
 
         # The features' gradient travels while the weight's is computed.
@@ -211,7 +212,7 @@ class ClassParallelLoss(Function):
         dw: Tensor | None = gradients(False, True, False)[1] if need_weight else None
         dx = None
         if moving is not None:
-            norms = batch.own(swept[0][sweep.INVERSE_NORM])
+            norms = batch.own(swept[0][row_state.INVERSE_NORM])
             dx = store_as(moving.wait() * ctx.replicas, x.dtype, norms, options.eps)
         with torch.no_grad():
             of_margin = ops.margin_gradients(grad_loss, slopes, (m1, m2, m3), ctx.needs_input_grad[3:6])

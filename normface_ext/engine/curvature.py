@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import reference
 from .autograd import Again, Given, first_by_kernel, no_third_derivative
-from .calls import accumulator
+from .dtypes import accumulator
 
 #: Matrices of a tile's size that live at once, and such of its classes' size.
 _OF_CELLS, _OF_CLASSES = 24, 12

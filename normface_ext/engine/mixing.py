@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import checks
 from .arguments import SHARE, number
-from .calls import accumulator
+from .dtypes import accumulator
 
 
 class BothLabels(NamedTuple):

@@ -11,7 +11,7 @@ from ..cosine.functions import norm_linear
 from ..distances.layers import Agents
 from ..engine import checks
 from ..engine.arguments import INT64_MAX, integer, size
-from ..engine.calls import accumulator, full_precision
+from ..engine.dtypes import accumulator, full_precision
 from ..engine.options import HoldsOptions
 from ..engine.reduce import weighted
 from .options import BatchOptions

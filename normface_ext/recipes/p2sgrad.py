@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..cosine.functions import normalize
-from ..engine.calls import full_precision
+from ..engine.dtypes import full_precision
 from ..engine.options import holds, takes
 from .batch import Recipe
 from .options import P2SGradKeywords, P2SGradOptions

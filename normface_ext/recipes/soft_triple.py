@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cosine.functions import normalize
 from ..engine.arguments import size
-from ..engine.calls import full_precision
+from ..engine.dtypes import full_precision
 from ..engine.options import holds, takes
 from .batch import Recipe
 from .options import SoftTripleKeywords, SoftTripleOptions

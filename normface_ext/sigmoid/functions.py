@@ -14,8 +14,8 @@ from ..engine.calls import plan_device, product_dtype
 from ..engine.mixing import both_labels, check_finite, joined, no_statistics
 from ..engine.options import takes
 from ..engine.plan import products
+from ..engine.row_state import TERMS
 from ..engine.statistics import Found, Statistics, given_back
-from ..engine.sweep import TERMS
 from . import losses, ops
 from .losses import SigmoidRows
 from .options import SphereFace2Keywords, SphereFace2Options

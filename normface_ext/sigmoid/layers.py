@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..distances.layers import Agents
 from ..engine.arguments import choice, flag, size
-from ..engine.calls import accumulator
+from ..engine.dtypes import accumulator
 from ..engine.options import HoldsOptions, holds, takes
 from ..engine.state import WideState
 from ..engine.statistics import Statistics, given_back

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..engine.calls import accumulator
+from ..engine.dtypes import accumulator
 from ..engine.reduce import softplus, weighted
+from ..engine.row_state import COSINE, LARGEST, SECOND_SUM
 from ..engine.statistics import LEFT_TO_LEARN, Statistics, hits, means_of, statistics_of
-from ..engine.sweep import COSINE, LARGEST, SECOND_SUM
 from .options import SphereFace2Options
 
 Similarity = TypeVar("Similarity", float, Tensor)

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine import sweep, transforms
+from ..engine import row_state, sweep, transforms
 from ..engine.autograd import asked, detach_without_grad
-from ..engine.calls import accumulator
 from ..engine.curvature import twice_by_tiles
+from ..engine.dtypes import accumulator
 from .formula import SigmoidFormula
 
 OP = "sphereface2_loss"
 
 
 @dataclass(eq=False)
-class SigmoidOptions(sweep.SweepOptions):
+class SigmoidOptions(row_state.SweepOptions):
     """With the term's numbers that have no gradient: csrc/math/terms/sigmoid.h. `angle`: form A's margin."""
 
     r: float = 1.0
@@ -29,35 +29,35 @@ class SigmoidOptions(sweep.SweepOptions):
     angle: float | None = None
 
 
-def term_of(offset: Tensor, options: SigmoidOptions) -> sweep.TermInputs:
+def term_of(offset: Tensor, options: SigmoidOptions) -> row_state.TermInputs:
     """The numbers; `offset` 0-d float64. The device writes them: nothing is copied from the host."""
     after = [options.power, float(options.straight)]
     if options.angle is not None:
         after += [math.cos(options.angle), math.sin(options.angle)]
     scale, *rest = (torch.full_like(offset, value) for value in (options.r, *after))
-    return sweep.TermInputs(None, torch.stack([scale, offset, *rest]))
+    return row_state.TermInputs(None, torch.stack([scale, offset, *rest]))
 
 
 def slopes_of(rows: Tensor, g_cosine: Tensor, g_others: Tensor) -> Tensor:
     """What the gradients are linear in, [SLOPE_FIELDS, N] float64."""
     none = torch.zeros_like(g_cosine)
     slopes = {"others": g_others, "target": g_cosine}
-    stacked = torch.stack([slopes.get(name, none) for name in sweep.SLOPES[: sweep.SLOPE_FIELDS]])
-    return torch.where(rows[sweep.ROW_WEIGHT] != 0, stacked, 0.0)
+    stacked = torch.stack([slopes.get(name, none) for name in row_state.SLOPES[: row_state.SLOPE_FIELDS]])
+    return torch.where(rows[row_state.ROW_WEIGHT] != 0, stacked, 0.0)
 
 
 def offset_gradient(rows: Tensor, g_others: Tensor) -> Tensor:
     """The second sum of a row is what the first is multiplied by as the offset moves."""
-    return torch.where(rows[sweep.ROW_WEIGHT] != 0, g_others * rows[sweep.SECOND_SUM], 0.0).sum()
+    return torch.where(rows[row_state.ROW_WEIGHT] != 0, g_others * rows[row_state.SECOND_SUM], 0.0).sum()
 
 
 def known(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(target cosine, sum of the others, weight) of the rows, [N] float64; 0 where a row does not count."""
-    counts = rows[sweep.ROW_WEIGHT] != 0
+    counts = rows[row_state.ROW_WEIGHT] != 0
     return (
-        torch.where(counts, rows[sweep.COSINE], 0.0),
-        torch.where(counts, rows[sweep.SUM], 0.0),
-        rows[sweep.ROW_WEIGHT].clone(),
+        torch.where(counts, rows[row_state.COSINE], 0.0),
+        torch.where(counts, rows[row_state.SUM], 0.0),
+        rows[row_state.ROW_WEIGHT].clone(),
     )
 
 
@@ -115,7 +115,7 @@ class _SigmoidRows(Function):
                 swept,
                 ctx.options,
                 (*needed[:2], False),
-                sweep.TermInputs(None, numbers),
+                row_state.TermInputs(None, numbers),
             )
             given = asked(needed, (dx, dw, offset_gradient(swept.rows, g_others)))
 

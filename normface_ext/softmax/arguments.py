@@ -11,10 +11,10 @@ from ..engine import checks
 from ..engine.calls import plan_device, product_dtype
 from ..engine.mixing import BothLabels, both_labels, check_finite
 from ..engine.plan import products
-from ..engine.sweep import NO_INPUTS, TERMS, TermInputs
-from . import ops
+from ..engine.row_state import NO_INPUTS, TERMS, TermInputs
 from .centers import class_count, for_each_row, ignored_row, nearest_rows
 from .hard_negatives import HardNegatives, filtered
+from .loss_options import NUMBERS, LossOptions, MarginTensors
 from .margins import GUARDS, NO_MARGIN, Margin, of_rows
 from .options import HeadOptions
 
@@ -94,11 +94,11 @@ Numbers = tuple[float, float, float, int, int, bool]
 
 def margin_arguments(
     op: str, margin: Margin | None, labels: Tensor, classes: int, straight: bool
-) -> tuple[ops.MarginTensors, Numbers]:
+) -> tuple[MarginTensors, Numbers]:
     """A margin for the rows whose labels these are: its tensors, [] or [N], and its numbers (0 where there is
     a tensor), formula, guard and straightness."""
     if margin is None:
-        return ops.NUMBERS, NO_NUMBERS
+        return NUMBERS, NO_NUMBERS
     tensors: list[Tensor | None] = []
     numbers: list[float] = []
     for name, value in zip(("m1", "m2", "m3"), margin.numbers(), strict=True):
@@ -157,14 +157,14 @@ def loss_options(
     classes: int,
     margin: Numbers = NO_NUMBERS,
     term: Term = PLAIN,
-) -> ops.LossOptions:
+) -> LossOptions:
     """What the kernels are told of a head of `classes` classes."""
     precision, centers = product_dtype(x, weight), options.sub_centers
     m1, m2, m3, formula, guard, straight = margin
     softmax = term.number == TERMS["softmax"]
     step = batch, x.shape[1], classes, precision, plan_device(x), options.workspace
     made = products(*step, softmax=softmax, centers=centers)
-    return ops.LossOptions(
+    return LossOptions(
         scale_value,
         options.eps,
         classes,

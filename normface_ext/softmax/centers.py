@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..engine import checks, sweep
+from ..engine import checks, row_state, sweep
 
 
 def class_count(op: str, weight: Tensor, centers: int) -> int:
@@ -63,7 +63,7 @@ def nearest_rows(
 
 def ignored_row(centers: int, ignore_index: int | None) -> int:
     """What ``nearest_rows`` says of a row that is ignored."""
-    return checks.ignored(ignore_index) if centers == 1 else sweep.IGNORED
+    return checks.ignored(ignore_index) if centers == 1 else row_state.IGNORED
 
 
 def for_each_row(class_weight: Tensor | None, centers: int) -> Tensor | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ..engine import sweep, transforms
+from ..engine import row_state, transforms
 from ..engine.arguments import flag
 from ..engine.mixing import BothLabels, joined, no_statistics
 from ..engine.options import takes
@@ -359,7 +359,7 @@ class Parts(NamedTuple):
     target_weight: Tensor  # the class weight of the label, without smoothing and class weights 1
     cosine_with_sum: Tensor | None  # <x_hat, sum_j u_j w_hat_j>, with smoothing
     weight_sum: Tensor | float  # sum u
-    state: Tensor  # of the rows: engine.sweep.ROW_FIELDS
+    state: Tensor  # of the rows: engine.row_state.ROW_FIELDS
 
 
 def parts(
@@ -395,14 +395,14 @@ def _parts(
         term.inputs,
         need_largest=need_largest,
     )
-    row_weight = state[sweep.ROW_WEIGHT]
+    row_weight = state[row_state.ROW_WEIGHT]
     return Parts(
         cosine,
         log_sum,
         row_weight != 0,
         inputs.scale_value if inputs.scale is None else inputs.scale,
         row_weight,
-        state[sweep.TARGET_WEIGHT],
+        state[row_state.TARGET_WEIGHT],
         with_sum if options.label_smoothing > 0 else None,
         float(inputs.classes) if inputs.class_weight is None else inputs.class_weight.double().sum(),
         state,

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..engine.mixing import BothLabels, joined
 from ..engine.reduce import weighted
-from .arguments import HeadInputs
 from .batch_margins import BatchMargin, Psi, margin_of, regularizer_of, weighed
 from .hard_negatives import HardNegatives
 from .margins import Margin, of_rows
 from .options import HeadOptions
 from .rows import rows_of_both, with_cosines
 from .state import tensor_fields, with_tensors
+
+if TYPE_CHECKING:
+    from .arguments import HeadInputs
 
 #: What a margin has said of the rows.
 OfMargin = Margin | HardNegatives | Psi | None

@@ -4,7 +4,7 @@ checks, no defaults."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +13,10 @@ from torch.autograd import Function
 
 from ..engine import transforms
 from ..engine.autograd import asked, detach_without_grad
-from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of
+from ..engine.calls import add_fakes, by_name, kernels, options_of
 from ..engine.curvature import twice_by_tiles
-from ..engine.statistics import LEFT_TO_LEARN, Means, Statistics, hits, means_of, statistics_of
-from ..engine.sweep import (
+from ..engine.dtypes import accumulator
+from ..engine.row_state import (
     ALL_SLOPES,
     COSINE,
     LARGEST,
@@ -24,17 +24,13 @@ from ..engine.sweep import (
     ROW_WEIGHT,
     SLOPE_FIELDS,
     TARGET_WEIGHT,
-    SweepOptions,
-    Swept,
     TermInputs,
-    head_backward,
-    head_sweep_in_memory,
 )
+from ..engine.statistics import LEFT_TO_LEARN, Means, Statistics, hits, means_of, statistics_of
+from ..engine.sweep import Swept, head_backward, head_sweep_in_memory
 from .formula import LossFormula
+from .loss_options import NUMBERS, LossOptions, MarginTensors
 
-#: m1, m2 and m3, where they are tensors: [] or [N].
-MarginTensors = tuple[Tensor | None, Tensor | None, Tensor | None]
-NUMBERS: MarginTensors = (None, None, None)
 #: -ln p of a row whose 1 - p is LEFT_TO_LEARN.
 _LEARNED = -math.log1p(-LEFT_TO_LEARN)
 
@@ -48,19 +44,6 @@ def _softmax_finish_fake(*, x: Tensor, need_margin: bool, reduction: int, **_: A
 
 
 add_fakes(by_name({"softmax_finish": _softmax_finish_fake}))
-
-
-@dataclass(eq=False)
-class LossOptions(SweepOptions):
-    """With those of ``softmax_finish``."""
-
-    reduction: int = 1
-    m1_value: float = 1.0
-    m2_value: float = 0.0
-    m3_value: float = 0.0
-    formula: int = 0
-    guard: int = 0
-    straight: bool = False
 
 
 _finish_options = options_of("softmax_finish", LossOptions)

@@ -13,18 +13,11 @@ from ..cosine.functions import plain_cosine
 from ..engine import checks, graphs
 from ..engine.arguments import integer
 from ..engine.options import takes
-from ..engine.sweep import (
-    ELSEWHERE,
-    ROW_WEIGHT,
-    SECOND_SUM,
-    TERMS,
-    TermInputs,
-    head_sweep_collecting,
-    target_cosine,
-)
+from ..engine.row_state import ELSEWHERE, ROW_WEIGHT, SECOND_SUM, TERMS, TermInputs
+from ..engine.sweep import head_sweep_collecting, target_cosine
 from .arguments import loss_options
 from .centers import class_count, nearest_rows, pooled
-from .ops import LossOptions
+from .loss_options import LossOptions
 from .options import HeadOptions, NearestKeywords, NearestOptions, PartsKeywords, PartsOptions
 
 if TYPE_CHECKING:

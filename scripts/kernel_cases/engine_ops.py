@@ -14,7 +14,8 @@ from normface_ext import _C
 from normface_ext.engine import library
 from normface_ext.engine.calls import plan_device
 from normface_ext.engine.plan import facts, operand_bytes
-from normface_ext.engine.sweep import INVERSE_NORM, Swept
+from normface_ext.engine.row_state import INVERSE_NORM
+from normface_ext.engine.sweep import Swept
 
 
 def arguments(x: Tensor, weight: Tensor, labels: Tensor, **given: object) -> dict[str, object]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normface_ext.engine.calls import plan_device
-from normface_ext.engine.sweep import LARGEST, SECOND_SUM, SHIFT, SINKS, SUM
+from normface_ext.engine.row_state import LARGEST, SECOND_SUM, SHIFT, SINKS, SUM
 
 from . import engine_ops, plain_terms
 from .case import Case, Results, labels, randn
