@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..engine import checks
 from ..engine.sweep import target_cosine
-from ..softmax.centers import nearest_rows
 from ..softmax.ranking import hardest, nearer, ranking_options
+from ..softmax.rows import nearest_rows
 from .collectives import add_over_shards, gather_rows, key_of_largest
 from .shard import IGNORED, ClassShard
 

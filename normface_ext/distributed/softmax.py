@@ -19,11 +19,11 @@ from ..engine.reduce import over_rows
 from ..engine.statistics import Found, Statistics, given_back, statistics_of
 from ..softmax.arguments import loss_options, told_apart
 from ..softmax.batch_margins import BatchMargin
-from ..softmax.centers import for_each_row, nearest_rows
+from ..softmax.centers import for_each_row
 from ..softmax.hard_negatives import HardNegatives
 from ..softmax.margins import Margin
 from ..softmax.options import HeadKeywords, HeadOptions
-from ..softmax.rows import counted, norms_of, rows_of
+from ..softmax.rows import counted, nearest_rows, norms_of, rows_of
 from .batch_margins import margin_of_rows, rows_of_all, with_regularizer
 from .collectives import gather_row_gradients, gather_rows
 from .mixed import Step, mixed_loss

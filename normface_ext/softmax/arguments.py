@@ -12,11 +12,12 @@ from ..engine.calls import plan_device, product_dtype
 from ..engine.mixing import BothLabels, both_labels, check_finite
 from ..engine.plan import products
 from ..engine.row_state import NO_INPUTS, TERMS, TermInputs
-from .centers import class_count, for_each_row, ignored_row, nearest_rows
+from .centers import class_count, for_each_row, ignored_row
 from .hard_negatives import HardNegatives, filtered
 from .loss_options import NUMBERS, LossOptions, MarginTensors
 from .margins import GUARDS, NO_MARGIN, Margin, of_rows
 from .options import HeadOptions
+from .rows import nearest_rows
 
 
 class HeadInputs(NamedTuple):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..engine import checks, row_state, sweep
+from ..engine import checks, row_state
 
 
 def class_count(op: str, weight: Tensor, centers: int) -> int:
@@ -35,30 +35,6 @@ def by_class(rows: Tensor, centers: int) -> Tensor:
 def as_rows(of_classes: Tensor) -> Tensor:
     """[C, centers, ...] -> [C centers, ...], a view where it can be one."""
     return of_classes.flatten(0, 1)
-
-
-def nearest_rows(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    centers: int,
-    ignore_index: int | None,
-    eps: float,
-    *,
-    is_shard: bool = False,
-) -> Tensor:
-    """Labels [N] as rows of the weight: themselves, where a class is one row."""
-    if centers == 1:
-        return labels
-    return sweep.target_center(
-        x.detach().contiguous(),
-        weight.detach().contiguous(),
-        labels.contiguous(),
-        centers,
-        checks.ignored(ignore_index),
-        eps,
-        is_shard=is_shard,
-    )
 
 
 def ignored_row(centers: int, ignore_index: int | None) -> int:

@@ -16,9 +16,10 @@ from ..engine.options import takes
 from ..engine.row_state import ELSEWHERE, ROW_WEIGHT, SECOND_SUM, TERMS, TermInputs
 from ..engine.sweep import head_sweep_collecting, target_cosine
 from .arguments import loss_options
-from .centers import class_count, nearest_rows, pooled
+from .centers import class_count, pooled
 from .loss_options import LossOptions
 from .options import HeadOptions, NearestKeywords, NearestOptions, PartsKeywords, PartsOptions
+from .rows import nearest_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

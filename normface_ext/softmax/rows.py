@@ -15,6 +15,30 @@ from .centers import ignored_row
 from .options import HeadOptions
 
 
+def nearest_rows(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    centers: int,
+    ignore_index: int | None,
+    eps: float,
+    *,
+    is_shard: bool = False,
+) -> Tensor:
+    """Labels [N] as rows of the weight: themselves, where a class is one row."""
+    if centers == 1:
+        return labels
+    return sweep.target_center(
+        x.detach().contiguous(),
+        weight.detach().contiguous(),
+        labels.contiguous(),
+        centers,
+        checks.ignored(ignore_index),
+        eps,
+        is_shard=is_shard,
+    )
+
+
 def rows_of(
     op: str,
     x: Tensor,

@@ -25,7 +25,8 @@ def arguments(x: Tensor, weight: Tensor, labels: Tensor, **given: object) -> dic
         "sample_weight": None, "class_weight": None, "shift": None, "store": False, "need_x": True,
         "need_class_sum": False, "need_largest": False, "sink": 0, "capacity": 0, "ignore_index": -100,
         "scale_value": 8.0, "eps": 1e-12, "total_classes": max(1, classes), "term": 0, "lowest": -1.0,
-        "highest": 1.0, "centers": 1, "class_chunk": max(1, classes), "product_precision": x.dtype, "is_shard": False,
+        "highest": 1.0, "centers": 1, "class_chunk": max(1, classes), "product_precision": x.dtype,
+        "is_shard": False,
         "need_weight": True, "need_scale": False, **given,
     }  # fmt: skip
 
