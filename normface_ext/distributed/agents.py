@@ -19,7 +19,7 @@ from ..agents.options import ContrastiveKeywords, ContrastiveOptions, TripletKey
 from ..engine import checks
 from ..engine.arguments import flag
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative, store_as
-from ..engine.mixing import joined
+from ..engine.mixing import joined, twice
 from ..engine.options import takes
 from ..engine.sweep import INVERSE_NORM, SECOND_SUM, SUM, Collected, Swept, target_cosine
 from .collectives import Batch, ScatteredRows, add_over_shards, gather_rows, key_of_largest
@@ -203,7 +203,7 @@ def rows_and_loss(
         both = both_labels_of_all(op, x, weight, labels, labels_b, lam, sample_weight, shard, *told)
         rows, loss = rows_and_loss(
             op,
-            torch.cat([x, x]),
+            twice(x),
             weight,
             both.labels,
             shard,

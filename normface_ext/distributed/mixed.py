@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from ..engine import checks
 from ..engine.arguments import number
 from ..engine.autograd import detach_without_grad
-from ..engine.mixing import BothLabels, joined
+from ..engine.mixing import BothLabels, joined, twice
 from ..engine.reduce import over_rows
 from ..softmax import ops
 from ..softmax.arguments import Numbers, loss_options, margin_arguments
@@ -66,7 +66,7 @@ def mixed_loss(
     hard = isinstance(margin, BatchMargin) and margin.hard_negatives
     if hard or options.filter_threshold is not None:
         doubled = replace(options, margin=margin, check_finite=False)
-        rows = torch.cat([x, x]), weight, both.labels, scale, shard, both.weight, class_weight, doubled
+        rows = twice(x), weight, both.labels, scale, shard, both.weight, class_weight, doubled
         return joined(one_label(*rows, share=both.share, **step._asdict()), options.reduction)
     if step.sample is not None and options.label_smoothing > 0:
         raise ValueError(

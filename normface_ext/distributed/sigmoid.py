@@ -15,7 +15,7 @@ from ..engine import checks, sweep
 from ..engine.arguments import flag
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative, store_as
 from ..engine.calls import accumulator
-from ..engine.mixing import joined
+from ..engine.mixing import joined, twice
 from ..engine.options import takes
 from ..sigmoid import losses, ops
 from ..sigmoid.functions import bias_of, offset_of, rounded, sweep_options
@@ -200,7 +200,7 @@ def sharded_loss(
         if options.check_finite:
             checks.finite_rows(OP, "bias", bias_of(OP, bias, x))
         made = sharded_loss(
-            torch.cat([x, x]),
+            twice(x),
             weight,
             both.labels,
             bias,

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..engine import checks
 from ..engine.arguments import number
 from ..engine.calls import plan_device, product_dtype
-from ..engine.mixing import both_labels, check_finite, joined
+from ..engine.mixing import both_labels, check_finite, joined, twice
 from ..engine.options import takes
 from ..engine.plan import products
 from ..engine.sweep import TERMS
@@ -98,7 +98,7 @@ def head_loss(
             check_finite(op, x, weight, both, sample_weight)
             checks.finite_rows(op, "bias", bias_of(op, bias, x))
         made = head_loss(
-            torch.cat([x, x]), weight, both.labels, bias, both.weight, replace(options, check_finite=False)
+            twice(x), weight, both.labels, bias, both.weight, replace(options, check_finite=False)
         )
         return joined(made, options.reduction)
     labels = checks.labels(op, labels, x, weight.shape[0], options.ignore_index)
