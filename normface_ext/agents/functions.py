@@ -12,7 +12,7 @@ from ..cosine.functions import normalize
 from ..engine import checks
 from ..engine.arguments import flag
 from ..engine.calls import plan_device, product_dtype
-from ..engine.mixing import both_labels, check_finite, joined, no_statistics
+from ..engine.mixing import both_labels, check_finite, joined, no_statistics, twice
 from ..engine.options import takes
 from ..engine.plan import products
 from ..engine.row_state import COSINE, LARGEST, TERMS
@@ -244,7 +244,7 @@ def rows_and_loss(
     if options.check_finite:
         check_finite(op, x, weight, both, sample_weight)
         options = replace(options, check_finite=False)
-    rows = swept_rows(op, torch.cat([x, x]), weight, both.labels, both.weight, options, margin)
+    rows = swept_rows(op, twice(x), weight, both.labels, both.weight, options, margin)
     return rows, joined(losses.loss(options, rows), options.reduction)
 
 

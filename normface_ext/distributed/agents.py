@@ -19,7 +19,7 @@ from ..agents.options import ContrastiveKeywords, ContrastiveOptions, TripletKey
 from ..engine import checks, transforms
 from ..engine.arguments import flag
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative, store_as
-from ..engine.mixing import joined, no_statistics
+from ..engine.mixing import joined, no_statistics, twice
 from ..engine.options import takes
 from ..engine.row_state import COSINE, INVERSE_NORM, LARGEST, SECOND_SUM, SUM
 from ..engine.statistics import Statistics
@@ -225,7 +225,7 @@ def rows_and_loss(
         both = both_labels_of_all(op, x, weight, labels, labels_b, lam, sample_weight, shard, *told)
         rows, loss = rows_and_loss(
             op,
-            torch.cat([x, x]),
+            twice(x),
             weight,
             both.labels,
             shard,

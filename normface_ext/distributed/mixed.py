@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from ..engine import checks
 from ..engine.arguments import number
 from ..engine.autograd import detach_without_grad
-from ..engine.mixing import BothLabels, joined
+from ..engine.mixing import BothLabels, joined, twice
 from ..engine.reduce import over_rows
 from ..engine.statistics import Found
 from ..softmax.arguments import Numbers, loss_options, margin_arguments
@@ -68,7 +68,7 @@ def mixed_loss(
     apart = options.filter_threshold is not None or options.sub_centers > 1 or not options.normalize_input
     if hard or apart:
         doubled = replace(options, margin=margin, check_finite=False)
-        rows = torch.cat([x, x]), weight, both.labels, scale, shard, both.weight, class_weight, doubled
+        rows = twice(x), weight, both.labels, scale, shard, both.weight, class_weight, doubled
         made, _ = one_label(*rows, share=both.share, statistics=False, **step._asdict())
         return joined(made, options.reduction)
     if step.sample is not None and options.label_smoothing > 0:

@@ -15,7 +15,7 @@ from ..engine import checks, row_state, sweep, transforms
 from ..engine.arguments import flag
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative, store_as
 from ..engine.dtypes import accumulator
-from ..engine.mixing import joined, no_statistics
+from ..engine.mixing import joined, no_statistics, twice
 from ..engine.options import takes
 from ..engine.statistics import Found, Statistics, given_back
 from ..sigmoid import losses, ops
@@ -245,7 +245,7 @@ def sharded_loss(
         if options.check_finite:
             checks.finite_rows(OP, "bias", bias_of(OP, bias, x))
         made, _ = sharded_loss(
-            torch.cat([x, x]),
+            twice(x),
             weight,
             both.labels,
             bias,

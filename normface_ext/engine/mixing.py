@@ -7,10 +7,11 @@ takes its share along, and lam = 1 is the row with its first label.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from . import checks
 from .arguments import SHARE, number
@@ -106,6 +107,29 @@ def check_finite(
     checks.finite_operands(op, x, weight, counts, scale)
     if sample_weight is not None:
         checks.finite_rows(op, "sample_weight", sample_weight, counts)
+
+
+class _Twice(Function):
+    """The gradients of both halves in 16 bits are added in float32. What is held at the largest half (a row
+    whose norm is mostly eps: math::ruled_by_eps) stays held."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.cat([x, x])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        largest = torch.finfo(gradient.dtype).max
+        one, two = gradient.float().chunk(2)
+        held = (one.abs() == largest) | (two.abs() == largest)
+        total = one + two
+        return torch.where(held, total.clamp(-largest, largest), total).to(gradient.dtype)
+
+
+def twice(x: Tensor) -> Tensor:
+    """[x; x], [2N, D]."""
+    result: Tensor = _Twice.apply(x) if x.dtype.itemsize == 2 else torch.cat([x, x])
+    return result
 
 
 def joined(made: Tensor, reduction: str) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..engine import checks
 from ..engine.arguments import flag, number
 from ..engine.calls import plan_device, product_dtype
-from ..engine.mixing import both_labels, check_finite, joined, no_statistics
+from ..engine.mixing import both_labels, check_finite, joined, no_statistics, twice
 from ..engine.options import takes
 from ..engine.plan import products
 from ..engine.row_state import TERMS
@@ -134,7 +134,7 @@ def head_loss(
             checks.finite_rows(op, "bias", bias_of(op, bias, x))
         no_statistics(op, statistics)
         told = both.labels, bias, both.weight, replace(options, check_finite=False)
-        made, _ = head_loss(torch.cat([x, x]), weight, *told, statistics=False)
+        made, _ = head_loss(twice(x), weight, *told, statistics=False)
         return joined(made, options.reduction), None
     labels = checks.labels(op, labels, x, weight.shape[0], options.ignore_index)
     factor = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
