@@ -138,6 +138,8 @@ class ScaledHead(HoldsScale):
             return
         number_in_bounds = self._within(one_number(owner, name, value))
         if not self.learn_scale:
+            if "scale" in self.__dict__:
+                self.scale_was_set = True
             super().__setattr__(name, number_in_bounds)  # type: ignore[arg-type]
             return
         learned, own = self.scale, self._parameters.get("scale")
