@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import checks
+from . import checks, transforms
 from .arguments import SHARE, number
 from .dtypes import accumulator
 
@@ -128,7 +128,9 @@ class _Twice(Function):
 
 def twice(x: Tensor) -> Tensor:
     """[x; x], [2N, D]."""
-    result: Tensor = _Twice.apply(x) if x.dtype.itemsize == 2 else torch.cat([x, x])
+    result: Tensor = (
+        _Twice.apply(x) if x.dtype.itemsize == 2 and not transforms.watched() else torch.cat([x, x])
+    )
     return result
 
 
