@@ -335,6 +335,7 @@ def test_a_class_is_never_split(lane):
     torch.testing.assert_close(small, nf.functional.normface_loss(x, weight, labels, 20.0, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch, dim, classes, centers", [(20, 16, 60, 3), (9, 40, 30, 8), (17, 8, 10, 70)])
 @pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
