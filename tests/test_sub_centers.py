@@ -16,6 +16,7 @@ import normface_ext as nf
 from normface_ext import reference
 from normface_ext.engine import library
 from normface_ext.engine.calls import plan_device
+from normface_ext.testing import peak_bytes
 
 IGNORE = -100
 
@@ -332,6 +333,32 @@ def test_a_class_is_never_split(lane):
     options = {"sub_centers": 7, "reduction": "none"}
     small = nf.functional.normface_loss(x, weight, labels, 20.0, workspace=least, **options)
     torch.testing.assert_close(small, nf.functional.normface_loss(x, weight, labels, 20.0, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch, dim, classes, centers", [(20, 16, 60, 3), (9, 40, 30, 8), (17, 8, 10, 70)])
+@pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
+def test_no_more_memory_than_the_plan_says(lane, dtype, batch, dim, classes, centers, part):
+    x, weight, labels = sample(lane, batch, dim, classes, centers, dtype)
+    x.requires_grad_(), weight.requires_grad_()
+    step = batch, dim, classes, dtype, plan_device(x)
+    stored = nf.plan(*step, workspace=1 << 40, sub_centers=centers)
+    with pytest.raises(ValueError, match="of at least") as caught:
+        nf.plan(*step, workspace=1, sub_centers=centers)
+    least = int(str(caught.value).split("at least ")[1].split()[0])
+    budget = int(least + part * (stored.workspace_bytes - least))
+    plan = nf.plan(*step, workspace=budget, sub_centers=centers)
+    assert stored.store and (plan.store or part < 1)
+
+    def run():
+        options = {"workspace": budget, "sub_centers": centers}
+        nf.functional.normface_loss(x, weight, labels, 30.0, **options).backward()
+        x.grad = weight.grad = None
+
+    run()
+    gradients = (x.numel() + weight.numel()) * x.element_size()
+    assert peak_bytes(run) - gradients <= plan.workspace_bytes + 4096, str(plan)
 
 
 def test_which_products_can(capsys):
