@@ -78,3 +78,16 @@ def collectives_of_a_step(rank, world):
             sharded(x[mine], labels[mine], return_statistics=asked)
         found.append([name for name, _ in calls])
     return tuple(found)
+
+
+def sampled(rank, world):
+    """(statistics of a step with few of the other classes, with all)"""
+    x, weight, labels = problem()
+    mine = rows_of(rank, world, ROWS, False)
+    head = nf.NormFaceLoss(DIM, CLASSES, scale=9.0).double()
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    few, every = (
+        nfd.shard_head(copy.deepcopy(head), mesh_of(world), sample_rate=rate) for rate in (0.1, 1.0)
+    )
+    return tuple(h(x[mine], labels[mine], return_statistics=True)[1] for h in (few, every))

@@ -41,6 +41,7 @@ def test_shards_take_the_maximum():
     assert ROW_FIELDS["largest"] == "max"
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("chunk", [C, 7])

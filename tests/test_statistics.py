@@ -91,6 +91,7 @@ def of(name, x, weight, labels, module=F, **given):
     )
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_they_are_those_of_the_reference(lane, name, dtype):
@@ -115,6 +116,7 @@ def test_both_sides_of_active_are_seen(lane):
         assert any(CASES[name][0] == function for name in some), seen
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradients_are_the_same_bits(lane, name):
     given = problem(lane, torch.float32)
@@ -155,6 +157,7 @@ def test_class_weights_are_of_the_loss_alone(lane, name):
     assert got.loss != plain.loss and got[1:] == plain[1:]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", CASES)
 def test_no_rows(lane, name):
     x, weight, labels = problem(lane, torch.float32)
@@ -163,6 +166,7 @@ def test_no_rows(lane, name):
         assert [float(value) for value in got] == [0.0] * 6
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", CASES)
 def test_one_class(lane, name):
     x, weight, labels = problem(lane, torch.float64, classes=1)
@@ -286,6 +290,14 @@ def test_of_the_rows_of_all_ranks(world):
         for name, ours in got.items():
             alike(ours, wanted[name], 1e-12)
             assert ours.rows == statistics_jobs.ROWS - 1
+
+
+def test_of_the_classes_drawn():
+    """A step of sampled classes: rows and angles are of all, and fewer others are nearer than the label's."""
+    for sampled, whole in ranks(2).run(statistics_jobs.sampled):
+        assert torch.allclose(torch.stack(sampled[1:3]), torch.stack(whole[1:3]), rtol=1e-12)
+        assert sampled.rows == whole.rows and sampled.accuracy >= whole.accuracy
+        assert sampled.loss < whole.loss
 
 
 def test_one_more_collective():

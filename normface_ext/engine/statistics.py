@@ -28,8 +28,8 @@ class Statistics(NamedTuple):
             ``NormFaceLoss.accuracy`` of k = 1 has it, among the classes that take part. Cosines that differ
             by less than their rounding stand in any order; one that is NaN counts as larger.
         active: the share of rows that still learn. Of a softmax: 1 - p_y > 0.01. Of the losses over agents:
-            any term, the target's too, is above 0 and has a slope. Of SphereFace2: the label's no, or the
-            others' yeses together, have a probability above 0.01. NaN counts.
+            any term, the target's too, is above 0 and has a slope. Of SphereFace2: the label's no has a
+            probability above 0.01, or more than 0.01 yeses of other classes are expected. NaN counts.
         rows: how many rows count, int64.
     """
 

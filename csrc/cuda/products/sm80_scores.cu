@@ -8,7 +8,8 @@
 // numbers common to all of them, lie in shared memory. Rows and classes beyond the edge are zero, and left out of
 // sums and stores.
 //
-// The softmax's kernels have run on GPUs. Those of the other terms have only been compiled and emulated so far.
+// The softmax's kernels have run on GPUs. Those of the other terms, and all that find the largest cosines, have
+// only been compiled and emulated so far.
 #include <device/arrival.cuh>
 #include <device/vector.cuh>
 
