@@ -66,7 +66,7 @@ def mixed_loss(
     hard = isinstance(margin, BatchMargin) and margin.hard_negatives
     if hard or options.filter_threshold is not None:
         doubled = replace(options, margin=margin, check_finite=False)
-        rows = twice(x), weight, both.labels, scale, shard, both.weight, class_weight, doubled
+        rows = twice(x, options.eps), weight, both.labels, scale, shard, both.weight, class_weight, doubled
         return joined(one_label(*rows, share=both.share, **step._asdict()), options.reduction)
     if step.sample is not None and options.label_smoothing > 0:
         raise ValueError(

@@ -98,7 +98,12 @@ def head_loss(
             check_finite(op, x, weight, both, sample_weight)
             checks.finite_rows(op, "bias", bias_of(op, bias, x))
         made = head_loss(
-            twice(x), weight, both.labels, bias, both.weight, replace(options, check_finite=False)
+            twice(x, options.eps),
+            weight,
+            both.labels,
+            bias,
+            both.weight,
+            replace(options, check_finite=False),
         )
         return joined(made, options.reduction)
     labels = checks.labels(op, labels, x, weight.shape[0], options.ignore_index)

@@ -202,7 +202,7 @@ def _of_both(
     if hard or classes * dim <= SMALL:
         if scale is not None and scale.dim() == 1:
             given = given._replace(scale=scale.repeat(2))
-        made = _of_found(op, twice(x), weight, given, options, found)
+        made = _of_found(op, twice(x, options.eps), weight, given, options, found)
         return joined(made, options.reduction)
     assert found is None or isinstance(found, Margin)
     margin, numbers = margin_arguments(op, found, both.labels, classes, straight)
