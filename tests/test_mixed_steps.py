@@ -35,7 +35,9 @@ def test_a_step_compiles_without_a_break(name, dynamic, products):
     torch._dynamo.reset()
     head, twin = HEADS[name](), None
     twin = copy.deepcopy(head)
-    step = torch.compile(lambda *given, **more: head(*given, **more), fullgraph=True, dynamic=dynamic)
+    step = torch.compile(
+        lambda *given, **more: head(*given, **more), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
     for rows in (ROWS, ROWS - 3):
         x, lam = torch.randn(rows, DIM, requires_grad=True), torch.rand(rows)
         same = x.detach().clone().requires_grad_()

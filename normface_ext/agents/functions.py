@@ -244,7 +244,7 @@ def rows_and_loss(
     if options.check_finite:
         check_finite(op, x, weight, both, sample_weight)
         options = replace(options, check_finite=False)
-    rows = swept_rows(op, twice(x), weight, both.labels, both.weight, options, margin)
+    rows = swept_rows(op, twice(x, options.eps), weight, both.labels, both.weight, options, margin)
     return rows, joined(losses.loss(options, rows), options.reduction)
 
 

@@ -225,7 +225,7 @@ def rows_and_loss(
         both = both_labels_of_all(op, x, weight, labels, labels_b, lam, sample_weight, shard, *told)
         rows, loss = rows_and_loss(
             op,
-            twice(x),
+            twice(x, options.eps),
             weight,
             both.labels,
             shard,

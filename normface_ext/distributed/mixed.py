@@ -68,7 +68,7 @@ def mixed_loss(
     apart = options.filter_threshold is not None or options.sub_centers > 1 or not options.normalize_input
     if hard or apart:
         doubled = replace(options, margin=margin, check_finite=False)
-        rows = twice(x), weight, both.labels, scale, shard, both.weight, class_weight, doubled
+        rows = twice(x, options.eps), weight, both.labels, scale, shard, both.weight, class_weight, doubled
         made, _ = one_label(*rows, share=both.share, statistics=False, **step._asdict())
         return joined(made, options.reduction)
     if step.sample is not None and options.label_smoothing > 0:

@@ -245,7 +245,7 @@ def sharded_loss(
         if options.check_finite:
             checks.finite_rows(OP, "bias", bias_of(OP, bias, x))
         made, _ = sharded_loss(
-            twice(x),
+            twice(x, options.eps),
             weight,
             both.labels,
             bias,

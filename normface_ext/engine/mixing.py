@@ -15,6 +15,7 @@ from torch.autograd import Function
 
 from . import checks, transforms
 from .arguments import SHARE, number
+from .autograd import store_as
 from .dtypes import accumulator
 
 
@@ -110,27 +111,26 @@ def check_finite(
 
 
 class _Twice(Function):
-    """The gradients of both halves in 16 bits are added in float32. What is held at the largest half (a row
-    whose norm is mostly eps: math::ruled_by_eps) stays held."""
+    """The gradients of both halves in 16 bits are added in float32 before they are rounded."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.eps = eps
         return torch.cat([x, x])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        largest = torch.finfo(gradient.dtype).max
-        one, two = gradient.float().chunk(2)
-        held = (one.abs() == largest) | (two.abs() == largest)
-        total = one + two
-        return torch.where(held, total.clamp(-largest, largest), total).to(gradient.dtype)
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        total = gradient.float().view(2, *x.shape).sum(0)
+        return store_as(total, x.dtype, (x.float().square().sum(1) + ctx.eps).rsqrt(), ctx.eps), None
 
 
-def twice(x: Tensor) -> Tensor:
-    """[x; x], [2N, D]."""
-    result: Tensor = (
-        _Twice.apply(x) if x.dtype.itemsize == 2 and not transforms.watched() else torch.cat([x, x])
-    )
+def twice(x: Tensor, eps: float) -> Tensor:
+    """[x; x], [2N, D], of rows that will be normalised with this eps."""
+    if x.dtype.itemsize > 2 or transforms.watched():
+        return torch.cat([x, x])
+    result: Tensor = _Twice.apply(x, eps)
     return result
 
 

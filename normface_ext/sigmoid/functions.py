@@ -134,7 +134,7 @@ def head_loss(
             checks.finite_rows(op, "bias", bias_of(op, bias, x))
         no_statistics(op, statistics)
         told = both.labels, bias, both.weight, replace(options, check_finite=False)
-        made, _ = head_loss(twice(x), weight, *told, statistics=False)
+        made, _ = head_loss(twice(x, options.eps), weight, *told, statistics=False)
         return joined(made, options.reduction), None
     labels = checks.labels(op, labels, x, weight.shape[0], options.ignore_index)
     factor = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])

@@ -258,7 +258,7 @@ def _of_both(
     if apart or weight.numel() <= SMALL or not (margin is None or isinstance(margin, Margin)):
         if scale is not None and scale.dim() == 1:
             given = given._replace(scale=scale.repeat(2))
-        made, _ = _of_margin(op, twice(x), weight, given, options, margin, False)
+        made, _ = _of_margin(op, twice(x, options.eps), weight, given, options, margin, False)
         return joined(made, options.reduction)
     tensors, numbers = margin_arguments(
         op, margin, both.labels, given.classes, options.margin_gradient == "straight"
