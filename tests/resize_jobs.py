@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from distributed_jobs import DIM, full, mesh_of, rows_of
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 import normface_ext as nf
 from normface_ext import distributed as nfd
@@ -240,6 +241,24 @@ def sampled(rank, world):
     head(x[mine], labels[mine]).backward()
     optimizer.step()
     return said, counts, after, full(head.weight.detach()).isfinite().all().item()
+
+
+def among_a_part(rank, world):
+    """Ranks 1 and 2 share a head, rank 0 has none of it: its state, after it grew, and rows of it."""
+    mesh = DeviceMesh("cpu", torch.arange(1, world))
+    if rank == 0:
+        return None
+    single = single_head()
+    head = nfd.shard_head(copy.deepcopy(single), mesh)
+    for layer in (single, head):
+        layer.resize_classes(13, generator=torch.Generator().manual_seed(1))
+    rows = head.weight_for(torch.tensor([0, 12])[:rank])
+    return (
+        nfd.full_state_dict(head),
+        dict(single.state_dict()),
+        rows.detach(),
+        single.weight_for(torch.tensor([0, 12])[:rank]).detach(),
+    )
 
 
 def grown_where_nothing_is_whole(rank, world, classes, dim):

@@ -28,6 +28,7 @@ def same(found, state):
 
 
 @pytest.mark.parametrize("kind", jobs.HEADS)
+@pytest.mark.covering(1)
 def test_a_state_of_one_process_goes_to_ranks_and_back(kind):
     net, _, _ = trained(kind)
     state = net.state_dict()
@@ -78,6 +79,7 @@ def test_a_state_that_only_the_first_rank_has():
     ("kind", "optimizer"),
     [*(("learned", name) for name in jobs.OPTIMIZERS), ("sphereface2", "adam"), ("contrastive", "momentum")],
 )
+@pytest.mark.covering(1)
 def test_training_goes_on_through_ranks_as_without(kind, optimizer):
     """Three steps in one process, three on two ranks, three on three, three in one process again."""
     whole, its, losses = trained(kind, optimizer, range(12))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ def single_layout(whole: Tensor, parameter: Tensor) -> Tensor:
     return whole
 
 
-def is_spread(tensor: Tensor) -> bool:
+def is_spread(tensor: object) -> TypeGuard[DTensor]:
     """Whether its rows are spread as a class-parallel head's."""
     return isinstance(tensor, DTensor) and tensor.device_mesh.ndim == 1 and tensor.placements == (Shard(0),)
 
@@ -40,9 +41,8 @@ def with_rows(mine: Tensor, rows: int, mesh: DeviceMesh) -> DTensor:
     return DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
-def _rows_here(whole: Tensor, parameter: Tensor) -> DTensor:
+def _rows_here(whole: Tensor, parameter: DTensor) -> DTensor:
     """This rank's rows of what every rank has whole, as it has those of a spread parameter."""
-    assert isinstance(parameter, DTensor)
     mesh = parameter.device_mesh
     first, count = shard_range(whole.shape[0], mesh.size(), mesh.get_local_rank())
     # A copy: with a view the whole would be kept.
@@ -109,7 +109,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _of_rank(op: str, key: str, value: object, parameter: Tensor) -> object:
+def _of_rank(op: str, key: str, value: object, parameter: DTensor) -> object:
     """What of a parameter's state belongs to this rank: its rows, or all where it has none."""
     if not isinstance(value, Tensor) or value.dim() == 0 or isinstance(value, DTensor):
         return value
@@ -128,10 +128,10 @@ def _of_rank(op: str, key: str, value: object, parameter: Tensor) -> object:
 def full_state_dict(owner: nn.Module | Optimizer) -> dict[str, Any]:
     """The ``state_dict()`` of a module or an optimizer with whole tensors, as one process has it.
 
-    All ranks call it together. The first gets plain tensors in host memory, copies that nothing moves any
-    more; the others get {}. Rows come from one rank after another: beside what it returns the first has no
-    more in memory than another's part, the others nothing. What is spread otherwise than by rows every rank
-    has whole for a moment.
+    All ranks call it together. The first of the ranks that share the classes gets plain tensors in host
+    memory, copies that nothing moves any more; the others get {}. Rows come from one rank after another:
+    beside what it returns the first has no more in memory than another's part, the others nothing. What is
+    spread otherwise than by rows every rank has whole for a moment.
 
     What it returns loads into a head of one process, or into a class-parallel one on any number of ranks,
     by ``load_state_dict``, on every rank with the same; that of an optimizer by
@@ -144,26 +144,40 @@ def full_state_dict(owner: nn.Module | Optimizer) -> dict[str, Any]:
         TypeError: owner.
         RuntimeError: a rank died or came too late.
     """
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    state: dict[str, Any] = {}
     if isinstance(owner, nn.Module):
-        parameters = dict(owner.named_parameters(remove_duplicate=False))
-        for name, value in owner.state_dict().items():
-            state[name] = _whole(value, parameters.get(name), first)
+        given, rest = {"": owner.state_dict()}, {}
+        parameters: dict[tuple[Any, str], Tensor] = {}
+        parameters |= {("", name): p for name, p in owner.named_parameters(remove_duplicate=False)}
     elif isinstance(owner, Optimizer):
-        given = owner.state_dict()
-        names = [name for group in given["param_groups"] for name in group["params"]]
-        found = dict(zip(names, _parameters(owner), strict=True))
-        state = copy.deepcopy({key: value for key, value in given.items() if key != "state"})
-        state["state"] = {
-            name: {key: _whole(value, found.get(name), first) for key, value in values.items()}
-            for name, values in given["state"].items()
+        rest = owner.state_dict()
+        given = rest.pop("state")
+        names = [name for group in rest["param_groups"] for name in group["params"]]
+        parameters = {
+            (name, key): p
+            for name, p in zip(names, _parameters(owner), strict=True)
+            for key in given.get(name, {})
         }
     else:
         raise TypeError(
             f"full_state_dict: expected `owner` to be a Module or an Optimizer, got {type(owner).__name__}"
         )
-    return state if first else {}
+    first = _is_first(value for values in given.values() for value in values.values())
+    state = {
+        name: {key: _whole(value, parameters.get((name, key)), first) for key, value in values.items()}
+        for name, values in given.items()
+    }
+    if not first:
+        return {}
+    return state[""] if isinstance(owner, nn.Module) else {"state": state, **copy.deepcopy(rest)}
+
+
+def _is_first(values: Iterable[object]) -> bool:
+    """Whether this rank is the first of those that have the rows of the values; of all, where no rows are
+    spread."""
+    spread = [value for value in values if is_spread(value)]
+    if not spread:
+        return not dist.is_initialized() or dist.get_rank() == 0
+    return all(value.device_mesh.get_local_rank() == 0 for value in spread)
 
 
 @torch.no_grad()
@@ -180,9 +194,8 @@ def _whole(value: Any, parameter: Tensor | None, wanted: bool) -> Any:
     return tensor.to("cpu", copy=True) if wanted else None
 
 
-def _joined(tensor: Tensor) -> Tensor | None:
+def _joined(tensor: DTensor) -> Tensor | None:
     """The rows of all ranks on the first of their mesh; None on the others."""
-    assert isinstance(tensor, DTensor)
     mesh = tensor.device_mesh
     group, rank = mesh.get_group(), mesh.get_local_rank()
     mine = tensor.to_local().contiguous()

@@ -29,13 +29,13 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
     """``NormFaceLoss`` with its classes spread over the ranks of a mesh; made by :func:`shard_head`.
 
     ``weight`` is a DTensor ``Shard(0)`` of [num_classes, D]; optimizers, ``state_dict`` and
-    ``torch.distributed.checkpoint`` take it as it is. ``load_state_dict`` also takes the state of one process,
-    which every rank has, and each of them its rows of it; ``distributed.full_state_dict`` is the way back.
-    ``forward`` is called by all ranks together, with the rows of each; see ``distributed.normface_loss`` for
-    what it returns and what it costs. In eval mode all classes take part. So are ``logits``, ``predict``,
-    ``accuracy`` and ``weight_for``, and those give what is found of this rank's rows alone, and
-    ``resize_classes``. ``copy.deepcopy`` makes a head among the same ranks. DistributedDataParallel around it
-    leaves the weight alone.
+    ``torch.distributed.checkpoint`` take it as it is. ``load_state_dict`` also takes the state of one
+    process, which every rank has, and each of them its rows of it; ``distributed.full_state_dict`` is the way
+    back. ``forward`` is called by all ranks together, with the rows of each; see
+    ``distributed.normface_loss`` for what it returns and what it costs. In eval mode all classes take part.
+    So are ``logits``, ``predict``, ``accuracy`` and ``weight_for``, and those give what is found of this
+    rank's rows alone, and ``resize_classes``. ``copy.deepcopy`` makes a head among the same ranks.
+    DistributedDataParallel around it leaves the weight alone.
     """
 
     def __init__(

@@ -222,9 +222,9 @@ class NormFaceLoss(HoldsTensors):
         a number per class has its mean there. A fixed scale stays, also one that was "auto".
 
         All ranks of a class-parallel head call it together with the same arguments, of ``features`` and
-        ``labels`` each with its own, which may be none. Rows move to the rank that has them then, in parts, so
-        that no rank ever has all. New random rows are those of one process on the CPU, by the generator of
-        the first rank. An error on one rank is one on all.
+        ``labels`` each with its own, which may be none. Rows move to the rank that has them then, in parts,
+        so that no rank ever has all. New random rows are those of one process on the CPU, by the generator
+        of the first rank. An error on one rank is one on all.
 
         Raises:
             TypeError: arguments; a head that fully_shard has spread over ranks; an optimizer without rows.
