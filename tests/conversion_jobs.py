@@ -7,7 +7,13 @@ import copy
 import torch
 from distributed_jobs import DIM, full, mesh_of, rows_of
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -124,12 +130,20 @@ def troubles(rank, world, state):
     return said
 
 
-def from_the_first(rank, world, state):
-    """By torch's own way, where only the first rank has the state."""
+def by_torchs_own_way(rank, world, state, optimizer_state):
+    """What torch.distributed.checkpoint makes of states that only the first rank has, whole again by us and by
+    it."""
     net = sharded(net_of("learned", seed=1), "learned", world)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(net, dict(state) if rank == 0 else {}, options=options)
-    return nfd.full_state_dict(net)
+    optimizer = OPTIMIZERS["adam"](net.parameters())
+    given = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(net, dict(state) if rank == 0 else {}, options=given)
+    set_optimizer_state_dict(net, optimizer, dict(optimizer_state) if rank == 0 else {}, options=given)
+    wanted = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    theirs = (
+        get_model_state_dict(net, options=wanted),
+        get_optimizer_state_dict(net, optimizer, options=wanted),
+    )
+    return nfd.full_state_dict(net), nfd.full_state_dict(optimizer), *theirs
 
 
 def goes_on(rank, world, kind, optimizer, states, steps):

@@ -8,6 +8,7 @@ import conversion_jobs as jobs
 import pytest
 import torch
 from ranks import ranks
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import normface_ext as nf
 from normface_ext import distributed as nfd
@@ -69,10 +70,13 @@ def test_what_does_not_fit_is_said_as_torch_says_it():
         ]
 
 
-def test_a_state_that_only_the_first_rank_has():
-    state = trained("learned")[0].state_dict()
-    found, *_ = ranks(2).run(jobs.from_the_first, state)
-    same(found, state)
+def test_states_that_only_the_first_rank_has():
+    net, chosen, _ = trained("learned", "adam")
+    named = get_optimizer_state_dict(net, chosen)
+    (state, ours, theirs, by_name), *_ = ranks(2).run(jobs.by_torchs_own_way, net.state_dict(), named)
+    same(state, net.state_dict()), same(theirs, net.state_dict())
+    torch.testing.assert_close(ours, chosen.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(by_name["state"], named["state"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
