@@ -131,8 +131,8 @@ def troubles(rank, world, state):
 
 
 def by_torchs_own_way(rank, world, state, optimizer_state):
-    """What torch.distributed.checkpoint makes of states that only the first rank has, whole again by us and by
-    it."""
+    """What torch.distributed.checkpoint makes of states that only the first rank has, whole again by us and
+    by it."""
     net = sharded(net_of("learned", seed=1), "learned", world)
     optimizer = OPTIMIZERS["adam"](net.parameters())
     given = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

@@ -20,6 +20,7 @@ from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
 from ..engine import checks
+from ..engine.row_state import LARGEST
 from .shard import ClassShard, owners
 
 # torch 2.13 gave both collectives new names and warns of the old ones.
@@ -55,6 +56,7 @@ class Batch:
         mine: rows of this rank, without padding.
         rank: of this process in the group.
         need_x: the features of some rank need a gradient, so that all ranks have to scatter it.
+        count: the rows of all ranks without padding, if it was asked for.
     """
 
     x: Tensor
@@ -64,6 +66,7 @@ class Batch:
     mine: int
     rank: int
     need_x: bool
+    count: int | Tensor | None = None
 
     def check_finite(
         self, op: str, weight: Tensor, shard: ClassShard, ignore_index: int, scale: Tensor | None = None
@@ -103,22 +106,31 @@ def gather_rows(
     ignore_index: int,
     sample_weight: Tensor | None = None,
     equal_batches: bool = False,
+    counted: bool = False,
 ) -> Batch:
     """The batches of all ranks, in one all-gather of bytes: features, label and weight of a row together.
 
     Args:
         x: [N, D], any N, and D and dtype the same on all ranks. labels: [N] int64. sample_weight: [N].
+            Of both there may be several of a row, [N, K], and so there are in the batch then.
         equal_batches: the caller's word that N is the same on all ranks, and that x needs a gradient on all
             of them or on none, which saves asking (a collective of 16 bytes, and on CUDA a wait of the
             host).
+        counted: the batch is to know how many rows there are, which costs a collective of 8 bytes unless the
+            batches are equal.
     """
     world, rank, mine = dist.get_world_size(group), dist.get_rank(group), x.shape[0]
     each, need_x = mine, x.requires_grad and torch.is_grad_enabled()
     if not equal_batches:
         each, need_x = _agreed(mine, need_x, x.device, group)
-    columns = [(x.detach(), 0), (labels[:, None], ignore_index)]
+    single = labels.dim() == 1
+    columns = [(x.detach(), 0), (labels[:, None] if single else labels, ignore_index)]
     if sample_weight is not None:
-        columns.append((sample_weight[:, None], 0))
+        columns.append((sample_weight[:, None] if single else sample_weight, 0))
+    count: int | Tensor | None = None
+    if counted:
+        own = torch.full((), mine, dtype=torch.float64, device=x.device)
+        count = world * mine if equal_batches else add_over_shards([own], group)[0]
     pieces = [_bytes(column, each, filler) for column, filler in columns]
     packed = torch.cat(pieces, dim=1)
     everyone = torch.empty((world * each, packed.shape[1]), dtype=torch.uint8, device=x.device)
@@ -131,14 +143,17 @@ def gather_rows(
         else column.new_empty(world * each, column.shape[1])
         for part, (column, _) in zip(parts, columns, strict=True)
     ]
+    if single:
+        unpacked[1:] = [part[:, 0].contiguous() for part in unpacked[1:]]
     return Batch(
         unpacked[0],
-        unpacked[1][:, 0].contiguous(),
-        unpacked[2][:, 0].contiguous() if sample_weight is not None else None,
+        unpacked[1],
+        unpacked[2] if sample_weight is not None else None,
         each,
         mine,
         rank,
         need_x,
+        count,
     )
 
 
@@ -186,6 +201,14 @@ def largest_over_shards(value: Tensor, group: ProcessGroup) -> Tensor:
     with explained("the all-reduce of maxima", group):
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     return largest
+
+
+def largest_of_all(rows: Tensor, group: ProcessGroup) -> Tensor:
+    """A copy of the rows' state [ROW_FIELDS, N] with their largest cosines over all shards. NaN is larger
+    than anything here, as within a shard: infinity stands for it."""
+    rows, own = rows.clone(), rows[LARGEST]
+    rows[LARGEST] = largest_over_shards(torch.where(own.isnan(), torch.inf, own), group)
+    return rows
 
 
 def key_of_largest(value: Tensor, key: Tensor, group: ProcessGroup) -> Tensor:

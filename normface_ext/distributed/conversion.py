@@ -14,18 +14,23 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
+from ..softmax.centers import as_rows, by_class
 from .collectives import explained
 from .shard import shard_range
 
 
 def sharded_layout(whole: Tensor, parameter: Tensor) -> Tensor:
     """What one process has for a parameter, or for an optimizer's state of it, as ranks that spread it lay it
-    out: what a rank has are rows of that."""
+    out: what a rank has are rows of that, and the sub-centres of a class [C * K, ...] are one row of it."""
+    if parameter.dim() == 3 and whole.dim() > 0 and whole.shape[0] == parameter.shape[0] * parameter.shape[1]:
+        return by_class(whole, parameter.shape[1])
     return whole
 
 
 def single_layout(whole: Tensor, parameter: Tensor) -> Tensor:
     """The way back from :func:`sharded_layout`."""
+    if parameter.dim() == 3 and whole.shape[:2] == parameter.shape[:2]:
+        return as_rows(whole)
     return whole
 
 

@@ -63,7 +63,7 @@ class SpreadCarrier(Carrier):
         rows = mine.new_empty(self.here.count, *old.shape[1:])
         for places, route in self._ways():
             rows[places] = route.fetch(mine)
-        rows[self._places] = first.to(rows) if isinstance(first, Tensor) else first
+        self.begin(rows, self._places, first)
         return with_rows(rows, self.here.num_classes, old.device_mesh)
 
     def _ways(self) -> list[tuple[Tensor, Route]]:
@@ -134,9 +134,10 @@ class SpreadResizing(Resizing):
         """This rank's new rows. All are drawn on every rank, a block at a time, by the first rank's
         generator: they are those of one process. A generator that was at the same place goes on from the
         same place, as it does there."""
-        weight, count = self.head.weight, len(asked.carrier.new)
-        wanted = self._mine(asked)
-        found = torch.empty(wanted.stop - wanted.start, weight.shape[1], dtype=weight.dtype)
+        weight, centers = self.head.weight, self.head.options.sub_centers
+        count, width = len(asked.carrier.new) * centers, weight.shape[-1]
+        wanted = slice(self._mine(asked).start * centers, self._mine(asked).stop * centers)
+        found = torch.empty(wanted.stop - wanted.start, width, dtype=weight.dtype)
         if not count:
             return found
         own = torch.default_generator if generator is None else generator
@@ -145,7 +146,7 @@ class SpreadResizing(Resizing):
         drawing = torch.Generator(own.device)
         drawing.set_state(state)
         for begin, end in _blocks(count):
-            block = torch.empty(end - begin, weight.shape[1], dtype=weight.dtype, device=own.device)
+            block = torch.empty(end - begin, width, dtype=weight.dtype, device=own.device)
             gaussian_unitball_(block, generator=drawing)
             first, after = max(begin, wanted.start), min(end, wanted.stop)
             if first < after:

@@ -77,7 +77,12 @@ class _Pass:
         own = self.labels()
         if own is None or own.shape != labels.shape:
             return False
-        return own.data_ptr() == labels.data_ptr() and self.version == labels._version
+        return own.data_ptr() == labels.data_ptr() and self.version == _version(labels)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it has been changed; a tensor of inference mode does not count that."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class Passes:
@@ -92,7 +97,7 @@ class Passes:
 
     def add(self, labels: Tensor, state: Tensor) -> None:
         kept = [p for p in self._passes if p.labels() is not None and not (p.again and p.had(labels))]
-        self._passes = deque([*kept, _Pass(weakref.ref(labels), labels._version, state)], MOST)
+        self._passes = deque([*kept, _Pass(weakref.ref(labels), _version(labels), state)], MOST)
 
     def state(self, owner: str, labels: Tensor) -> Tensor:
         """That of the pass that is run again; RuntimeError where it could be more than one or is none."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .centers import as_rows, by_class
+
 #: What an optimizer starts a new row with, from its group and the row, where that is not 0.
 _FIRST_STATE: Mapping[str, Callable[[dict[str, Any], Tensor], Any]] = {
     "step_size": lambda group, rows: group["lr"],  # Rprop
@@ -30,15 +32,21 @@ class Carrier:
         self.optimizers = optimizers
 
     def of(self, old: Tensor, first: Tensor | float) -> Tensor:
-        """[n, ...] out of [C, ...]; new rows are `first`, one each or one for all."""
+        """[n k, ...] out of [C k, ...], k rows of a class together; new rows are `first`, one each or one for
+        all."""
         source, new = self.source.to(old.device), self.new.to(old.device)
-        rows = old.detach().index_select(0, source.clamp(min=0))
-        rows[new] = first.to(rows) if isinstance(first, Tensor) else first
-        return rows
+        rows = by_class(old.detach(), old.shape[0] // self.classes).index_select(0, source.clamp(min=0))
+        self.begin(rows, new, first)
+        return as_rows(rows)
+
+    @staticmethod
+    def begin(rows: Tensor, places: Tensor, first: Tensor | float) -> None:
+        """The rows of new classes, at their places in [n, k, ...] or [n, ...]."""
+        rows[places] = first.to(rows).view(-1, *rows.shape[1:]) if isinstance(first, Tensor) else first
 
     def new_rows(self, values: Tensor) -> Tensor:
-        """Those of [n, ...] that `of` takes as `first`."""
-        return values[self.new.to(values.device)]
+        """Those of [n k, ...] that `of` takes as `first`."""
+        return as_rows(by_class(values, values.shape[0] // len(self.source))[self.new.to(values.device)])
 
     def check(self, old: Tensor) -> None:
         """Raises where `change` could not be made."""
@@ -82,7 +90,7 @@ class Carrier:
     def has_rows(self, name: str, value: Tensor, old: Tensor) -> bool:
         if name in _PER_FEATURE:
             return False
-        one_each = value.dim() in (1, 2) and value.shape[0] == self.classes == value.numel()
+        one_each = value.dim() in (1, 2) and value.shape[0] == old.shape[0] == value.numel()
         return value.shape == old.shape or one_each
 
 

@@ -18,6 +18,7 @@ from ..cosine.rows import gaussian_unitball_
 from ..engine import checks
 from ..engine.arguments import choice, integer, size
 from .carry import Carrier
+from .centers import as_rows, by_class
 from .margins import Margin
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ Checked = TypeVar("Checked")
 INITS = ("random", "imprint")
 #: New classes that are imprinted at a time.
 BLOCK = 1 << 14
+#: How long what is added at random to a class's direction is, where its sub-centres are to differ.
+_APART = 0.1
 
 
 class Asked(NamedTuple):
@@ -67,10 +70,10 @@ class Resizing:
         return Carrier(op, source, new, classes, optimizers)
 
     def drawn(self, asked: Asked, generator: torch.Generator | None) -> Tensor:
-        """The new rows, uniform on the unit sphere, as the constructor draws them."""
-        weight = self.head.weight
+        """Rows of new classes, [new * K, D], uniform on the unit sphere, as the constructor draws them."""
+        weight, count = self.head.weight, len(asked.carrier.new) * self.head.options.sub_centers
         device = weight.device if generator is None else generator.device
-        rows = torch.empty(len(asked.carrier.new), weight.shape[1], dtype=weight.dtype, device=device)
+        rows = torch.empty(count, weight.shape[1], dtype=weight.dtype, device=device)
         return gaussian_unitball_(rows, generator=generator).to(weight.device)
 
     def summed(self, sums: Tensor) -> Tensor:
@@ -89,8 +92,9 @@ class Resizing:
             checks.label_range(op, labels, self.head.num_classes, None)
 
     def rows(self, labels: Tensor) -> Tensor:
-        """The weight's rows of labels [N]."""
-        return self.head.weight.index_select(0, labels)
+        """The weight's rows of labels, [N, D] or [N, K, D]."""
+        weight, centers = self.head.weight, self.head.options.sub_centers
+        return (by_class(weight, centers) if centers > 1 else weight).index_select(0, labels)
 
 
 def resize_classes(
@@ -124,7 +128,7 @@ def resize_classes(
 
     asked = way.agreed(check)
     way.check_same(op, asked)
-    first = way.drawn(asked, generator) if asked.labelled is None else _imprinted(op, way, asked)
+    first = way.drawn(asked, generator) if asked.labelled is None else _imprinted(op, way, asked, generator)
     if not asked.changes:
         return
     rows, classes = asked.carrier, len(asked.carrier.source)
@@ -157,7 +161,7 @@ def weight_for(way: Resizing, labels: Tensor) -> Tensor:
         way.check_labels(op, checked)
         return checked
 
-    return normalize(way.rows(way.agreed(check)), dim=1, eps=head.eps)
+    return normalize(way.rows(way.agreed(check)), dim=-1, eps=head.eps)
 
 
 def _source(op: str, n: int, keep: Sequence[int | None] | Tensor | None, classes: int) -> Tensor:
@@ -232,8 +236,9 @@ def _labelled(
     return Labelled(normalize(x[counts], dim=1, eps=head.eps), place[counts])
 
 
-def _imprinted(op: str, way: Resizing, asked: Asked) -> Tensor:
-    """Of each new class the normalised mean of its normalised features."""
+def _imprinted(op: str, way: Resizing, asked: Asked, generator: torch.Generator | None) -> Tensor:
+    """[new * K, D]: of each new class the normalised mean of its normalised features, and K - 1 directions
+    near it."""
     assert asked.labelled is not None
     (units, place), new, found = asked.labelled, asked.carrier.new, []
     width = units.shape[1]
@@ -253,7 +258,12 @@ def _imprinted(op: str, way: Resizing, asked: Asked) -> Tensor:
                 shown = ", ".join(map(str, wrong[:4])) + f" and {len(wrong) - 4} more" * (len(wrong) > 4)
                 raise ValueError(f"{op}: expected {sentence} for {shown}")
         found.append((sums / norms)[way.kept(asked, begin, begin + len(classes))])
-    return torch.cat(found).to(way.head.weight.device)
+    directions, centers = torch.cat(found), way.head.options.sub_centers
+    if centers > 1:
+        apart = _APART * by_class(way.drawn(asked, generator).to(directions), centers)
+        apart[:, 0] = 0
+        directions = normalize(as_rows(directions[:, None] + apart), dim=1, eps=way.head.eps)
+    return directions.to(way.head.weight.device)
 
 
 def _per_class(margin: Margin | None, classes: int) -> Iterator[tuple[str, Tensor]]:

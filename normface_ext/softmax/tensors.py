@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..cosine.head import ScaledHead
 from ..engine import checks
+from ..engine.arguments import shown
 from ..engine.options import HoldsOptions
 from .margins import Margin
 from .options import HeadOptions
@@ -45,6 +46,11 @@ class HoldsTensors(HoldsOptions, ScaledHead):
                 value = self._kept(name, value)
             elif name == "margin" and isinstance(value, Margin):
                 self.check_margin(value, self.num_classes)
+            elif name == "sub_centers" and value != self.options.sub_centers:
+                raise ValueError(
+                    f"{type(self).__name__}: expected `sub_centers` to stay {self.options.sub_centers}, by"
+                    f" which the rows of the weight belong to classes, got {shown(value)}"
+                )
         super().__setattr__(name, value)
         if name.removeprefix("margin_") in self._margin_fields:
             self._follow_margin()
