@@ -95,26 +95,34 @@ def both(world, optimizer="momentum", **options):
     return single, its, head, ours
 
 
+def rows_of_all(tensor):
+    """Whole, and sub-centres as the rows that they are in one process."""
+    whole = full(tensor.detach()).clone()
+    return whole.flatten(0, 1) if whole.dim() == 3 else whole
+
+
 def numbers(head, optimizer):
     """All there is of a head and its optimizer, whole."""
-    found = {name: full(value.detach()).clone() for name, value in head.named_parameters()}
+    found = {name: rows_of_all(value) for name, value in head.named_parameters()}
     found["class_weight"], found["classes"] = head.class_weight, torch.tensor(head.num_classes)
     for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         for name, value in optimizer.state.get(parameter, {}).items():
-            found[f"{index} {name}"] = full(value).clone() if isinstance(value, torch.Tensor) else value
+            found[f"{index} {name}"] = rows_of_all(value) if isinstance(value, torch.Tensor) else value
     return found
 
 
-def resized(rank, world, optimizer, keep, blocks):
+def resized(rank, world, optimizer, keep, blocks, centers=1):
     """(head, optimizer) of the ranks and of one process right after, and after two more steps."""
     n, source = KEEPS[keep]
-    single, its, head, ours = both(world, optimizer)
+    single, its, head, ours = both(world, optimizer, sub_centers=centers)
     its.zero_grad(), ours.zero_grad()
     single.resize_classes(n, source, its, generator=torch.Generator().manual_seed(5))
     with small_blocks(*blocks):
         head.resize_classes(n, source, ours, generator=torch.Generator().manual_seed(5))
     pairs = [(numbers(head, ours), numbers(single, its))]
-    assert head.weight.shape == (n, DIM) and head.shard.num_classes == n
+    assert (
+        head.weight.shape == ((n, DIM) if centers == 1 else (n, centers, DIM)) and head.shard.num_classes == n
+    )
     assert head.weight.to_local().shape[0] == head.shard.count
     for seed in (7, 8):
         step(single, its, seed)

@@ -81,7 +81,13 @@ def test_states_that_only_the_first_rank_has():
 
 @pytest.mark.parametrize(
     ("kind", "optimizer"),
-    [*(("learned", name) for name in jobs.OPTIMIZERS), ("sphereface2", "adam"), ("contrastive", "momentum")],
+    [
+        *(("learned", name) for name in jobs.OPTIMIZERS),
+        ("sphereface2", "adam"),
+        ("contrastive", "momentum"),
+        ("sub-centres", "adam"),
+        ("sub-centres", "row adamw"),
+    ],
 )
 @pytest.mark.covering(1)
 def test_training_goes_on_through_ranks_as_without(kind, optimizer):
@@ -94,11 +100,18 @@ def test_training_goes_on_through_ranks_as_without(kind, optimizer):
         found += of_first
     net = jobs.net_of(kind, seed=2)
     chosen = jobs.OPTIMIZERS[optimizer](net.parameters())
-    net.load_state_dict(states[0]), chosen.load_state_dict(states[1])
+    net.load_state_dict(states[0])
+    jobs.load_optimizer(optimizer, chosen, states[1])
     found += jobs.train(net, chosen, range(9, 12))
     torch.testing.assert_close(found, losses, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dict(net.state_dict()), dict(whole.state_dict()), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(chosen.state_dict(), its.state_dict(), rtol=1e-3, atol=1e-5)
+
+
+def test_layouts_of_sub_centres_and_of_convolutions():
+    shapes, _ = ranks(2).run(jobs.with_a_convolution)
+    for name, rows in (("body.weight", (4, 3, 2)), ("head.weight", (3 * jobs.CLASSES, jobs.DIM))):
+        assert shapes[name] == (rows, {"exp_avg": rows, "exp_avg_sq": rows, "row_step": rows[:1]})
 
 
 def test_a_sampled_head_draws_on_where_it_was():

@@ -30,6 +30,14 @@ def test_a_resized_head_is_that_of_one_process(world, optimizer, keep):
         close(trained, whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("keep", ["grow", "all at once", "fewer than ranks"])
+def test_a_resized_head_of_sub_centres_is_that_of_one_process(keep):
+    found = ranks(2).run(jobs.resized, "adamw", keep, BLOCKS["many"], 3)
+    for (right_after, expected), (trained, whole) in found:
+        close(right_after, expected, rtol=0, atol=1e-7)
+        close(trained, whole, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 3, 16, 37, 50])
 @pytest.mark.covering(1)

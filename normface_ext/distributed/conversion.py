@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -16,22 +16,37 @@ from torch.optim import Optimizer
 
 from ..softmax.centers import as_rows, by_class
 from .collectives import explained
-from .shard import shard_range
+from .shard import ClassShard, shard_range
 
 
 def sharded_layout(whole: Tensor, parameter: Tensor) -> Tensor:
     """What one process has for a parameter, or for an optimizer's state of it, as ranks that spread it lay it
-    out: what a rank has are rows of that, and the sub-centres of a class [C * K, ...] are one row of it."""
-    if parameter.dim() == 3 and whole.dim() > 0 and whole.shape[0] == parameter.shape[0] * parameter.shape[1]:
-        return by_class(whole, parameter.shape[1])
+    out: what a rank has are rows of that, and the sub-centres of a class [C * K, ...] are one row of it. So
+    is a class's number of steps, which is that of each of its centres."""
+    if parameter.dim() == 3 and whole.dim() in (1, 2):
+        classes, centers = parameter.shape[:2]
+        if centers > 1 and whole.shape[0] == classes * centers:
+            return by_class(whole, centers)[:, 0] if whole.dim() == 1 else by_class(whole, centers)
     return whole
 
 
-def single_layout(whole: Tensor, parameter: Tensor) -> Tensor:
-    """The way back from :func:`sharded_layout`."""
-    if parameter.dim() == 3 and whole.shape[:2] == parameter.shape[:2]:
-        return as_rows(whole)
-    return whole
+def single_layout(values: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """The way back from :func:`sharded_layout`, of all that an optimizer has for a parameter of one
+    process."""
+    found = dict(values)
+    tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+    if parameter.dim() != 2:
+        return found
+    for shape in {value.shape for value in tensors.values() if value.dim() == 3}:
+        classes, centers, _ = shape
+        if classes * centers != parameter.shape[0]:
+            continue
+        for key, value in tensors.items():
+            if value.shape == shape:
+                found[key] = as_rows(value)
+            elif value.shape == (classes,):
+                found[key] = value.repeat_interleave(centers)
+    return found
 
 
 def is_spread(tensor: object) -> TypeGuard[DTensor]:
@@ -71,8 +86,8 @@ def spread_state(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> 
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict(state)``, where the state is of one process and the optimizer has
-    parameters whose rows are spread: each rank takes its rows of it.
+    """``optimizer.load_state_dict(state)``, from one process to ranks that spread parameters by rows, each of
+    which takes its rows of it, or from such ranks to others or to one process.
 
     Called on every rank with the same state, as ``optimizer.state_dict()`` of one process or
     :func:`full_state_dict` gives it; of one that ``torch.load(path, mmap=True)`` opens this rank's rows alone
@@ -100,13 +115,13 @@ def spread_optimizer_state(op: str, optimizer: Optimizer, state: dict[str, Any])
         raise TypeError(f"{op}: expected `state` to be an optimizer's state_dict on every rank, got {got}")
     ours = _parameters(optimizer)
     theirs = [name for group in state["param_groups"] for name in group["params"]]
-    spread = {name: p for name, p in zip(theirs, ours, strict=False) if is_spread(p)}
-    found = {
-        name: {key: _of_rank(op, key, value, spread[name]) for key, value in values.items()}
-        if name in spread
-        else values
-        for name, values in state["state"].items()
-    }
+    known, found = dict(zip(theirs, ours, strict=False)), {}
+    for name, values in state["state"].items():
+        parameter = known.get(name)
+        if is_spread(parameter):
+            found[name] = {key: _of_rank(op, key, value, parameter) for key, value in values.items()}
+        else:
+            found[name] = values if parameter is None else single_layout(values, parameter)
     return {**state, "state": found}
 
 
@@ -140,7 +155,7 @@ def full_state_dict(owner: nn.Module | Optimizer) -> dict[str, Any]:
 
     What it returns loads into a head of one process, or into a class-parallel one on any number of ranks,
     by ``load_state_dict``, on every rank with the same; that of an optimizer by
-    :func:`load_optimizer_state`.
+    :func:`load_optimizer_state`, which knows the layouts of sub-centres.
 
     Args:
         owner: an ``nn.Module``, which may have heads and a backbone, or an ``Optimizer``.
@@ -151,29 +166,28 @@ def full_state_dict(owner: nn.Module | Optimizer) -> dict[str, Any]:
     """
     if isinstance(owner, nn.Module):
         given, rest = {"": owner.state_dict()}, {}
-        parameters: dict[tuple[Any, str], Tensor] = {}
-        parameters |= {("", name): p for name, p in owner.named_parameters(remove_duplicate=False)}
     elif isinstance(owner, Optimizer):
         rest = owner.state_dict()
         given = rest.pop("state")
-        names = [name for group in rest["param_groups"] for name in group["params"]]
-        parameters = {
-            (name, key): p
-            for name, p in zip(names, _parameters(owner), strict=True)
-            for key in given.get(name, {})
-        }
     else:
         raise TypeError(
             f"full_state_dict: expected `owner` to be a Module or an Optimizer, got {type(owner).__name__}"
         )
     first = _is_first(value for values in given.values() for value in values.values())
     state = {
-        name: {key: _whole(value, parameters.get((name, key)), first) for key, value in values.items()}
-        for name, values in given.items()
+        name: {key: _whole(value, first) for key, value in values.items()} for name, values in given.items()
     }
     if not first:
         return {}
-    return state[""] if isinstance(owner, nn.Module) else {"state": state, **copy.deepcopy(rest)}
+    if isinstance(owner, Optimizer):
+        return {"state": state, **copy.deepcopy(rest)}
+    found = state[""]
+    for prefix, module in owner.named_modules():
+        key = f"{prefix}.weight" if prefix else "weight"
+        # Of sub-centres, whose classes are not split.
+        if isinstance(getattr(module, "shard", None), ClassShard) and found[key].dim() == 3:
+            found[key] = as_rows(found[key])
+    return found
 
 
 def _is_first(values: Iterable[object]) -> bool:
@@ -186,14 +200,13 @@ def _is_first(values: Iterable[object]) -> bool:
 
 
 @torch.no_grad()
-def _whole(value: Any, parameter: Tensor | None, wanted: bool) -> Any:
+def _whole(value: Any, wanted: bool) -> Any:
     """A tensor's copy in host memory where it is wanted, and None elsewhere; another value as it is."""
     if not isinstance(value, Tensor):
         return value
     tensor = value.detach()
     if is_spread(tensor):
-        whole = _joined(tensor)
-        return whole if whole is None or parameter is None else single_layout(whole, parameter)
+        return _joined(tensor)
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     return tensor.to("cpu", copy=True) if wanted else None
