@@ -7,7 +7,14 @@ import copy
 import torch
 from distributed_jobs import DIM, full, mesh_of, rows_of
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,6 +45,10 @@ HEADS = {
     "adaface": (lambda: nf.NormFaceLoss(DIM, CLASSES, scale=7.0, margin=nf.AdaFace(t_alpha=0.5)), {}),
     "sampled": (lambda: nf.NormFaceLoss(DIM, CLASSES, scale=8.0), {"sample_rate": 0.5, "seed": 3}),
     "bfloat16": (lambda: nf.NormFaceLoss(DIM, CLASSES, scale=8.0, dtype=torch.bfloat16), {}),
+    "sub-centres": (
+        lambda: nf.NormFaceLoss(DIM, CLASSES, scale=7.0, sub_centers=3, margin=nf.ArcFace(0.2)),
+        {},
+    ),
     "contrastive": (lambda: nf.CContrastiveLoss(DIM, CLASSES, add_intra_mae=True), {}),
     "triplet": (lambda: nf.CTripletLoss(DIM, CLASSES), {}),
     "sphereface2": (lambda: nf.SphereFace2Loss(DIM, CLASSES), {}),
@@ -86,7 +97,7 @@ def through(rank, world, kind, state, assign):
     weight = net["head"].weight
     assert isinstance(weight, DTensor) and isinstance(weight, nn.Parameter) and weight.requires_grad
     # No more than its own rows, and nothing of what was given is changed by it.
-    share = -(-CLASSES // world) * DIM * weight.element_size()
+    share = -(-CLASSES // world) * weight.shape[1:].numel() * weight.element_size()
     own = weight.to_local().detach().untyped_storage().nbytes() <= share
     with torch.no_grad():
         weight.mul_(1)
@@ -124,12 +135,48 @@ def troubles(rank, world, state):
     return said
 
 
-def from_the_first(rank, world, state):
-    """By torch's own way, where only the first rank has the state."""
+def by_torchs_own_way(rank, world, state, optimizer_state):
+    """What torch.distributed.checkpoint makes of states that only the first rank has, whole again by us and
+    by it."""
     net = sharded(net_of("learned", seed=1), "learned", world)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(net, dict(state) if rank == 0 else {}, options=options)
-    return nfd.full_state_dict(net)
+    optimizer = OPTIMIZERS["adam"](net.parameters())
+    given = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(net, dict(state) if rank == 0 else {}, options=given)
+    set_optimizer_state_dict(net, optimizer, dict(optimizer_state) if rank == 0 else {}, options=given)
+    wanted = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    theirs = (
+        get_model_state_dict(net, options=wanted),
+        get_optimizer_state_dict(net, optimizer, options=wanted),
+    )
+    return nfd.full_state_dict(net), nfd.full_state_dict(optimizer), *theirs
+
+
+def with_a_convolution(rank, world):
+    """Shapes of whole states of a model that FSDP2 spreads, whose weight [O, I, k] is none of sub-centres."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"body": nn.Conv1d(3, 4, 2), "head": HEADS["sub-centres"][0]()})
+    net["head"] = nfd.shard_head(net["head"], mesh_of(world))
+    fully_shard(net["body"], mesh=mesh_of(world))
+    optimizer = nfd.RowAdamW(net.parameters())
+    optimizer.prepare()
+    state, its = nfd.full_state_dict(net), nfd.full_state_dict(optimizer)
+    single = nn.ModuleDict({"body": nn.Conv1d(3, 4, 2), "head": HEADS["sub-centres"][0]()})
+    back = nfd.RowAdamW(single.parameters())
+    if rank == 0:
+        single.load_state_dict(state)
+        back.load_state_dict(its)
+    shapes = {
+        name: (p.shape, {k: v.shape for k, v in back.state[p].items()})
+        for name, p in single.named_parameters()
+    }
+    return shapes if rank == 0 else None
+
+
+def load_optimizer(name, optimizer, state):
+    if name.startswith("row"):
+        optimizer.load_state_dict(state)
+    else:
+        nfd.load_optimizer_state(optimizer, state)
 
 
 def goes_on(rank, world, kind, optimizer, states, steps):
@@ -138,10 +185,7 @@ def goes_on(rank, world, kind, optimizer, states, steps):
     net = sharded(net_of(kind, seed=1), kind, world)
     chosen = OPTIMIZERS[optimizer](net.parameters())
     net.load_state_dict(states[0])
-    if optimizer.startswith("row"):
-        chosen.load_state_dict(states[1])
-    else:
-        nfd.load_optimizer_state(chosen, states[1])
+    load_optimizer(optimizer, chosen, states[1])
     body = DistributedDataParallel(net["body"])
     losses = train(net, chosen, steps, rows_of(rank, world, BATCH, ragged=False), body)
     return losses, (nfd.full_state_dict(net), nfd.full_state_dict(chosen))

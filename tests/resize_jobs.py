@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from distributed_jobs import DIM, full, mesh_of, rows_of
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 import normface_ext as nf
 from normface_ext import distributed as nfd
@@ -94,26 +95,34 @@ def both(world, optimizer="momentum", **options):
     return single, its, head, ours
 
 
+def rows_of_all(tensor):
+    """Whole, and sub-centres as the rows that they are in one process."""
+    whole = full(tensor.detach()).clone()
+    return whole.flatten(0, 1) if whole.dim() == 3 else whole
+
+
 def numbers(head, optimizer):
     """All there is of a head and its optimizer, whole."""
-    found = {name: full(value.detach()).clone() for name, value in head.named_parameters()}
+    found = {name: rows_of_all(value) for name, value in head.named_parameters()}
     found["class_weight"], found["classes"] = head.class_weight, torch.tensor(head.num_classes)
     for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         for name, value in optimizer.state.get(parameter, {}).items():
-            found[f"{index} {name}"] = full(value).clone() if isinstance(value, torch.Tensor) else value
+            found[f"{index} {name}"] = rows_of_all(value) if isinstance(value, torch.Tensor) else value
     return found
 
 
-def resized(rank, world, optimizer, keep, blocks):
+def resized(rank, world, optimizer, keep, blocks, centers=1):
     """(head, optimizer) of the ranks and of one process right after, and after two more steps."""
     n, source = KEEPS[keep]
-    single, its, head, ours = both(world, optimizer)
+    single, its, head, ours = both(world, optimizer, sub_centers=centers)
     its.zero_grad(), ours.zero_grad()
     single.resize_classes(n, source, its, generator=torch.Generator().manual_seed(5))
     with small_blocks(*blocks):
         head.resize_classes(n, source, ours, generator=torch.Generator().manual_seed(5))
     pairs = [(numbers(head, ours), numbers(single, its))]
-    assert head.weight.shape == (n, DIM) and head.shard.num_classes == n
+    assert (
+        head.weight.shape == ((n, DIM) if centers == 1 else (n, centers, DIM)) and head.shard.num_classes == n
+    )
     assert head.weight.to_local().shape[0] == head.shard.count
     for seed in (7, 8):
         step(single, its, seed)
@@ -240,6 +249,24 @@ def sampled(rank, world):
     head(x[mine], labels[mine]).backward()
     optimizer.step()
     return said, counts, after, full(head.weight.detach()).isfinite().all().item()
+
+
+def among_a_part(rank, world):
+    """Ranks 1 and 2 share a head, rank 0 has none of it: its state, after it grew, and rows of it."""
+    mesh = DeviceMesh("cpu", torch.arange(1, world))
+    if rank == 0:
+        return None
+    single = single_head()
+    head = nfd.shard_head(copy.deepcopy(single), mesh)
+    for layer in (single, head):
+        layer.resize_classes(13, generator=torch.Generator().manual_seed(1))
+    rows = head.weight_for(torch.tensor([0, 12])[:rank])
+    return (
+        nfd.full_state_dict(head),
+        dict(single.state_dict()),
+        rows.detach(),
+        single.weight_for(torch.tensor([0, 12])[:rank]).detach(),
+    )
 
 
 def grown_where_nothing_is_whole(rank, world, classes, dim):

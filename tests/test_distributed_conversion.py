@@ -8,6 +8,7 @@ import conversion_jobs as jobs
 import pytest
 import torch
 from ranks import ranks
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import normface_ext as nf
 from normface_ext import distributed as nfd
@@ -28,6 +29,7 @@ def same(found, state):
 
 
 @pytest.mark.parametrize("kind", jobs.HEADS)
+@pytest.mark.covering(1)
 def test_a_state_of_one_process_goes_to_ranks_and_back(kind):
     net, _, _ = trained(kind)
     state = net.state_dict()
@@ -68,16 +70,26 @@ def test_what_does_not_fit_is_said_as_torch_says_it():
         ]
 
 
-def test_a_state_that_only_the_first_rank_has():
-    state = trained("learned")[0].state_dict()
-    found, *_ = ranks(2).run(jobs.from_the_first, state)
-    same(found, state)
+def test_states_that_only_the_first_rank_has():
+    net, chosen, _ = trained("learned", "adam")
+    named = get_optimizer_state_dict(net, chosen)
+    (state, ours, theirs, by_name), *_ = ranks(2).run(jobs.by_torchs_own_way, net.state_dict(), named)
+    same(state, net.state_dict()), same(theirs, net.state_dict())
+    torch.testing.assert_close(ours, chosen.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(by_name["state"], named["state"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
     ("kind", "optimizer"),
-    [*(("learned", name) for name in jobs.OPTIMIZERS), ("sphereface2", "adam"), ("contrastive", "momentum")],
+    [
+        *(("learned", name) for name in jobs.OPTIMIZERS),
+        ("sphereface2", "adam"),
+        ("contrastive", "momentum"),
+        ("sub-centres", "adam"),
+        ("sub-centres", "row adamw"),
+    ],
 )
+@pytest.mark.covering(1)
 def test_training_goes_on_through_ranks_as_without(kind, optimizer):
     """Three steps in one process, three on two ranks, three on three, three in one process again."""
     whole, its, losses = trained(kind, optimizer, range(12))
@@ -88,11 +100,18 @@ def test_training_goes_on_through_ranks_as_without(kind, optimizer):
         found += of_first
     net = jobs.net_of(kind, seed=2)
     chosen = jobs.OPTIMIZERS[optimizer](net.parameters())
-    net.load_state_dict(states[0]), chosen.load_state_dict(states[1])
+    net.load_state_dict(states[0])
+    jobs.load_optimizer(optimizer, chosen, states[1])
     found += jobs.train(net, chosen, range(9, 12))
     torch.testing.assert_close(found, losses, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dict(net.state_dict()), dict(whole.state_dict()), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(chosen.state_dict(), its.state_dict(), rtol=1e-3, atol=1e-5)
+
+
+def test_layouts_of_sub_centres_and_of_convolutions():
+    shapes, _ = ranks(2).run(jobs.with_a_convolution)
+    for name, rows in (("body.weight", (4, 3, 2)), ("head.weight", (3 * jobs.CLASSES, jobs.DIM))):
+        assert shapes[name] == (rows, {"exp_avg": rows, "exp_avg_sq": rows, "row_step": rows[:1]})
 
 
 def test_a_sampled_head_draws_on_where_it_was():

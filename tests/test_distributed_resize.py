@@ -21,6 +21,7 @@ def close(found, expected, **tolerance):
     ("optimizer", "keep"),
     [*(("momentum", keep) for keep in jobs.KEEPS), *((each, "all at once") for each in jobs.OPTIMIZERS)],
 )
+@pytest.mark.covering(1)
 def test_a_resized_head_is_that_of_one_process(world, optimizer, keep):
     """Bit for bit what the ranks had bit for bit; and it trains on, with its margins and class weights."""
     blocks = BLOCKS["many" if world == 3 else "one block"]
@@ -29,8 +30,17 @@ def test_a_resized_head_is_that_of_one_process(world, optimizer, keep):
         close(trained, whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("keep", ["grow", "all at once", "fewer than ranks"])
+def test_a_resized_head_of_sub_centres_is_that_of_one_process(keep):
+    found = ranks(2).run(jobs.resized, "adamw", keep, BLOCKS["many"], 3)
+    for (right_after, expected), (trained, whole) in found:
+        close(right_after, expected, rtol=0, atol=1e-7)
+        close(trained, whole, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 3, 16, 37, 50])
+@pytest.mark.covering(1)
 def test_new_rows_are_those_of_one_process(count, dtype):
     """By the default generator too, which goes on from the same place; not where it was elsewhere before."""
     found = [ranks(world).run(jobs.drawn, count, dtype, apart) for world in (2, 3) for apart in (False, True)]
@@ -87,6 +97,13 @@ def test_a_sampled_head_grows():
     for said, counts, after, finite in ranks(2).run(jobs.sampled):
         assert "expected no sparse gradient" in said and finite
         assert torch.equal(after[:10], counts.flip(0)) and not after[10:].any() and counts.any()
+
+
+def test_a_head_of_a_part_of_the_ranks():
+    _, (state, whole, *rows), (nothing, _, *others) = ranks(3).run(jobs.among_a_part)
+    assert nothing == {}
+    for found, expected in ((state, whole), rows, others):
+        torch.testing.assert_close(found, expected)
 
 
 def test_no_rank_has_the_whole_weight():

@@ -20,6 +20,7 @@ def close(found, expected):
 
 @pytest.mark.parametrize("kind", jobs.HEADS)
 @pytest.mark.parametrize("how", ["ddp", "fsdp2", "ddp beside", "fsdp2 beside"])
+@pytest.mark.covering(1)
 def test_a_model_with_a_head_trains_as_in_one_process(kind, how):
     for found, expected in ranks(2).run(jobs.wrapped, kind, how):
         close(found, expected)
@@ -39,6 +40,7 @@ def test_a_head_in_ddp_trains_or_says_what_to_do(kind):
 
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("kind", jobs.HEADS)
+@pytest.mark.covering(1)
 def test_running_averages_are_those_of_one_process(kind, whole):
     (found, expected, keys), *_ = ranks(2).run(jobs.averaged, kind, whole)
     for ours, theirs in zip(found, expected, strict=True):

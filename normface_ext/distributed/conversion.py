@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -15,25 +16,40 @@ from torch.optim import Optimizer
 
 from ..softmax.centers import as_rows, by_class
 from .collectives import explained
-from .shard import shard_range
+from .shard import ClassShard, shard_range
 
 
 def sharded_layout(whole: Tensor, parameter: Tensor) -> Tensor:
     """What one process has for a parameter, or for an optimizer's state of it, as ranks that spread it lay it
-    out: what a rank has are rows of that, and the sub-centres of a class [C * K, ...] are one row of it."""
-    if parameter.dim() == 3 and whole.dim() > 0 and whole.shape[0] == parameter.shape[0] * parameter.shape[1]:
-        return by_class(whole, parameter.shape[1])
+    out: what a rank has are rows of that, and the sub-centres of a class [C * K, ...] are one row of it. So
+    is a class's number of steps, which is that of each of its centres."""
+    if parameter.dim() == 3 and whole.dim() in (1, 2):
+        classes, centers = parameter.shape[:2]
+        if centers > 1 and whole.shape[0] == classes * centers:
+            return by_class(whole, centers)[:, 0] if whole.dim() == 1 else by_class(whole, centers)
     return whole
 
 
-def single_layout(whole: Tensor, parameter: Tensor) -> Tensor:
-    """The way back from :func:`sharded_layout`."""
-    if parameter.dim() == 3 and whole.shape[:2] == parameter.shape[:2]:
-        return as_rows(whole)
-    return whole
+def single_layout(values: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """The way back from :func:`sharded_layout`, of all that an optimizer has for a parameter of one
+    process."""
+    found = dict(values)
+    tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+    if parameter.dim() != 2:
+        return found
+    for shape in {value.shape for value in tensors.values() if value.dim() == 3}:
+        classes, centers, _ = shape
+        if classes * centers != parameter.shape[0]:
+            continue
+        for key, value in tensors.items():
+            if value.shape == shape:
+                found[key] = as_rows(value)
+            elif value.shape == (classes,):
+                found[key] = value.repeat_interleave(centers)
+    return found
 
 
-def is_spread(tensor: Tensor) -> bool:
+def is_spread(tensor: object) -> TypeGuard[DTensor]:
     """Whether its rows are spread as a class-parallel head's."""
     return isinstance(tensor, DTensor) and tensor.device_mesh.ndim == 1 and tensor.placements == (Shard(0),)
 
@@ -45,9 +61,8 @@ def with_rows(mine: Tensor, rows: int, mesh: DeviceMesh) -> DTensor:
     return DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
 
-def _rows_here(whole: Tensor, parameter: Tensor) -> DTensor:
+def _rows_here(whole: Tensor, parameter: DTensor) -> DTensor:
     """This rank's rows of what every rank has whole, as it has those of a spread parameter."""
-    assert isinstance(parameter, DTensor)
     mesh = parameter.device_mesh
     first, count = shard_range(whole.shape[0], mesh.size(), mesh.get_local_rank())
     # A copy: with a view the whole would be kept.
@@ -71,8 +86,8 @@ def spread_state(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> 
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict(state)``, where the state is of one process and the optimizer has
-    parameters whose rows are spread: each rank takes its rows of it.
+    """``optimizer.load_state_dict(state)``, from one process to ranks that spread parameters by rows, each of
+    which takes its rows of it, or from such ranks to others or to one process.
 
     Called on every rank with the same state, as ``optimizer.state_dict()`` of one process or
     :func:`full_state_dict` gives it; of one that ``torch.load(path, mmap=True)`` opens this rank's rows alone
@@ -100,13 +115,13 @@ def spread_optimizer_state(op: str, optimizer: Optimizer, state: dict[str, Any])
         raise TypeError(f"{op}: expected `state` to be an optimizer's state_dict on every rank, got {got}")
     ours = _parameters(optimizer)
     theirs = [name for group in state["param_groups"] for name in group["params"]]
-    spread = {name: p for name, p in zip(theirs, ours, strict=False) if is_spread(p)}
-    found = {
-        name: {key: _of_rank(op, key, value, spread[name]) for key, value in values.items()}
-        if name in spread
-        else values
-        for name, values in state["state"].items()
-    }
+    known, found = dict(zip(theirs, ours, strict=False)), {}
+    for name, values in state["state"].items():
+        parameter = known.get(name)
+        if is_spread(parameter):
+            found[name] = {key: _of_rank(op, key, value, parameter) for key, value in values.items()}
+        else:
+            found[name] = values if parameter is None else single_layout(values, parameter)
     return {**state, "state": found}
 
 
@@ -114,7 +129,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _of_rank(op: str, key: str, value: object, parameter: Tensor) -> object:
+def _of_rank(op: str, key: str, value: object, parameter: DTensor) -> object:
     """What of a parameter's state belongs to this rank: its rows, or all where it has none."""
     if not isinstance(value, Tensor) or value.dim() == 0 or isinstance(value, DTensor):
         return value
@@ -133,14 +148,14 @@ def _of_rank(op: str, key: str, value: object, parameter: Tensor) -> object:
 def full_state_dict(owner: nn.Module | Optimizer) -> dict[str, Any]:
     """The ``state_dict()`` of a module or an optimizer with whole tensors, as one process has it.
 
-    All ranks call it together. The first gets plain tensors in host memory, copies that nothing moves any
-    more; the others get {}. Rows come from one rank after another: beside what it returns the first has no
-    more in memory than another's part, the others nothing. What is spread otherwise than by rows every rank
-    has whole for a moment.
+    All ranks call it together. The first of the ranks that share the classes gets plain tensors in host
+    memory, copies that nothing moves any more; the others get {}. Rows come from one rank after another:
+    beside what it returns the first has no more in memory than another's part, the others nothing. What is
+    spread otherwise than by rows every rank has whole for a moment.
 
     What it returns loads into a head of one process, or into a class-parallel one on any number of ranks,
     by ``load_state_dict``, on every rank with the same; that of an optimizer by
-    :func:`load_optimizer_state`.
+    :func:`load_optimizer_state`, which knows the layouts of sub-centres.
 
     Args:
         owner: an ``nn.Module``, which may have heads and a backbone, or an ``Optimizer``.
@@ -149,45 +164,56 @@ def full_state_dict(owner: nn.Module | Optimizer) -> dict[str, Any]:
         TypeError: owner.
         RuntimeError: a rank died or came too late.
     """
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    state: dict[str, Any] = {}
     if isinstance(owner, nn.Module):
-        parameters = dict(owner.named_parameters(remove_duplicate=False))
-        for name, value in owner.state_dict().items():
-            state[name] = _whole(value, parameters.get(name), first)
+        given, rest = {"": owner.state_dict()}, {}
     elif isinstance(owner, Optimizer):
-        given = owner.state_dict()
-        names = [name for group in given["param_groups"] for name in group["params"]]
-        found = dict(zip(names, _parameters(owner), strict=True))
-        state = copy.deepcopy({key: value for key, value in given.items() if key != "state"})
-        state["state"] = {
-            name: {key: _whole(value, found.get(name), first) for key, value in values.items()}
-            for name, values in given["state"].items()
-        }
+        rest = owner.state_dict()
+        given = rest.pop("state")
     else:
         raise TypeError(
             f"full_state_dict: expected `owner` to be a Module or an Optimizer, got {type(owner).__name__}"
         )
-    return state if first else {}
+    first = _is_first(value for values in given.values() for value in values.values())
+    state = {
+        name: {key: _whole(value, first) for key, value in values.items()} for name, values in given.items()
+    }
+    if not first:
+        return {}
+    if isinstance(owner, Optimizer):
+        return {"state": state, **copy.deepcopy(rest)}
+    found = state[""]
+    for prefix, module in owner.named_modules():
+        key = f"{prefix}.weight" if prefix else "weight"
+        # Of sub-centres, whose classes are not split.
+        if isinstance(getattr(module, "shard", None), ClassShard) and found[key].dim() == 3:
+            found[key] = as_rows(found[key])
+    return found
+
+
+def _is_first(values: Iterable[object]) -> bool:
+    """Whether this rank is the first of those that have the rows of the values; of all, where no rows are
+    spread."""
+    spread = [value for value in values if is_spread(value)]
+    if not spread:
+        return not dist.is_initialized() or dist.get_rank() == 0
+    return all(value.device_mesh.get_local_rank() == 0 for value in spread)
 
 
 @torch.no_grad()
-def _whole(value: Any, parameter: Tensor | None, wanted: bool) -> Any:
+def _whole(value: Any, wanted: bool) -> Any:
     """A tensor's copy in host memory where it is wanted, and None elsewhere; another value as it is."""
     if not isinstance(value, Tensor):
         return value
     tensor = value.detach()
     if is_spread(tensor):
-        whole = _joined(tensor)
-        return whole if whole is None or parameter is None else single_layout(whole, parameter)
+        return _joined(tensor)
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     return tensor.to("cpu", copy=True) if wanted else None
 
 
-def _joined(tensor: Tensor) -> Tensor | None:
+def _joined(tensor: DTensor) -> Tensor | None:
     """The rows of all ranks on the first of their mesh; None on the others."""
-    assert isinstance(tensor, DTensor)
     mesh = tensor.device_mesh
     group, rank = mesh.get_group(), mesh.get_local_rank()
     mine = tensor.to_local().contiguous()

@@ -59,7 +59,6 @@ class SpreadCarrier(Carrier):
         """Of a spread tensor this rank's rows; `first` are those of its new classes."""
         if not is_spread(old):
             return super().of(old, first)
-        assert isinstance(old, DTensor)
         mine = old.to_local().detach()
         rows = mine.new_empty(self.here.count, *old.shape[1:])
         for places, route in self._ways():

@@ -26,7 +26,7 @@ def class_parallel_weights(model: nn.Module) -> dict[str, nn.Parameter]:
             f"class_parallel_weights: expected `model` to be a Module, got {type(model).__name__}"
         )
     return {
-        f"{prefix}.{name}" if prefix else name: parameter
+        f"{prefix}.{name}" if prefix else name: module.get_parameter(name)
         for prefix, module in model.named_modules()
         if isinstance(module, SpreadClasses)
         for name, parameter in module.named_parameters(recurse=False)
