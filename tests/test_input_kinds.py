@@ -53,8 +53,10 @@ def test_functions_layers_and_their_tensors_are_found():
 @every_call
 @pytest.mark.covering(1)
 def test_kinds_that_work(lane, call):
-    """Values and gradients are those of a plain copy, bit by bit."""
+    """Values and gradients are those of a plain copy, bit by bit; a BLAS may add in another order where memory
+    is aligned otherwise."""
     for kind, (there_are, make) in WORKING.items():
+        rtol, atol = (1e-5, 1e-5) if kind == "an offset into storage" else (0, 0)
         given = call.samples(lane.device)
         leaf = given[call.argument]
         if not there_are(leaf):
@@ -66,10 +68,11 @@ def test_kinds_that_work(lane, call):
         wanted = run(call, {**given, call.argument: plain(make(twin))}, lane.device)
         assert len(got) == len(wanted) > 0, kind
         for one, other in zip(got, wanted, strict=True):
-            assert torch.equal(one, other), kind
+            torch.testing.assert_close(one, other, rtol=rtol, atol=atol, msg=kind)
         assert (leaf.grad is None) == (twin.grad is None), kind
         if twin.grad is not None:
-            torch.testing.assert_close(leaf.grad.as_subclass(Tensor), twin.grad, rtol=0, atol=0, msg=kind)
+            plain_gradient = leaf.grad.as_subclass(Tensor)
+            torch.testing.assert_close(plain_gradient, twin.grad, rtol=rtol, atol=atol, msg=kind)
 
 
 @every_call
