@@ -26,6 +26,7 @@ import normface_ext as nf
 IDENTITIES, PIXELS, WIDTH, BATCH = 50, 64, 32, 24  # BATCH: rows of all ranks together
 
 
+# --8<-- [start:wrap]
 class Recogniser(nn.Module):
     """(images, labels) -> loss: what DDP and FSDP2 wrap has to have the whole forward pass inside."""
 
@@ -46,6 +47,9 @@ def wrapped(fsdp: bool, device: torch.device) -> nn.Module:
     for part in (model.backbone, model.head, model):
         fully_shard(part)
     return model
+
+
+# --8<-- [end:wrap]
 
 
 def train(fsdp: bool, steps: int) -> dict[str, Tensor]:

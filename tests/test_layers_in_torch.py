@@ -12,7 +12,7 @@ import pytest
 import torch
 from input_kinds import C, D, forward_samples, layers, made, margins
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import normface_ext as nf
@@ -224,6 +224,7 @@ WAYS = {
     "orthogonal": lambda layer: parametrizations.orthogonal(layer, "weight"),
     "weight_norm by hooks": lambda layer: nn.utils.weight_norm(layer, "weight"),
     "spectral_norm by hooks": lambda layer: nn.utils.spectral_norm(layer, "weight"),
+    "pruned by hooks": lambda layer: prune.l1_unstructured(layer, "weight", 0.2),
 }
 SETTABLE = ("doubled", "weight_norm")
 
@@ -268,7 +269,8 @@ def test_a_parametrized_weight_is_set(layer, way):
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 @pytest.mark.parametrize(
-    "way", ["spectral_norm", "weight_norm by hooks", "spectral_norm by hooks", "no way back"]
+    "way",
+    ["spectral_norm", "weight_norm by hooks", "spectral_norm by hooks", "pruned by hooks", "no way back"],
 )
 @every_weighted
 def test_a_weight_that_cannot_have_unit_rows_says_so(layer, way):
