@@ -142,6 +142,11 @@ def gather_rows(
 def _agreed(mine: int, need_x: bool, device: torch.device, group: ProcessGroup) -> tuple[int, bool]:
     """The largest number of rows on any rank, and whether any rank's features need a gradient: one without
     rows may have made its empty batch out of nothing."""
+    if torch.compiler.is_compiling():  # the host reads the answer, of which a trace knows nothing
+        torch._dynamo.graph_break(
+            msg="a class-parallel head asks all ranks for their batch sizes: expected torch.compile without"
+            " fullgraph=True, or a head with equal_batches=True"
+        )
     most = torch.tensor([mine, need_x], dtype=torch.int64, device=device)
     with explained("the all-reduce of batch sizes", group):
         dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
