@@ -208,7 +208,8 @@ class ScatteredRows:
         self._gradient, self._batch, self._group = gradient, batch, group
         self._mine = gradient.new_empty(batch.each, gradient.shape[1])
         with explained("the reduce-scatter of the features' gradient", group):
-            self._work = _reduce_scatter(self._mine, gradient, group=group, async_op=True)
+            waits = torch.compiler.is_compiling()  # torch.compile has the other kind only
+            self._work = _reduce_scatter(self._mine, gradient, group=group, async_op=not waits)
 
     def wait(self) -> Tensor:
         with explained("the reduce-scatter of the features' gradient", self._group):
