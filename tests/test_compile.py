@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 
+import compile_jobs
 import pytest
 import torch
+from ranks import ranks
 from torch import nn
 
 import normface_ext as nf
@@ -231,3 +233,17 @@ def test_a_loss_can_be_drawn(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about sizes that are numbers in a trace
         torch.jit.trace(Model(name), batch(8))
+
+
+@pytest.mark.parametrize(
+    "kind", ["head", *(pytest.param(k, marks=pytest.mark.slow) for k in ("C-contrastive", "SphereFace2"))]
+)
+def test_a_class_parallel_head_is_one_graph(kind):
+    for eager, whole in ranks(2).run(compile_jobs.step, kind, True):
+        for a, b in zip(eager, whole, strict=True):
+            torch.testing.assert_close(b, a)
+
+
+def test_a_class_parallel_head_that_asks_for_batch_sizes_says_so():
+    for said in ranks(2).run(compile_jobs.step, "head", False):
+        assert "expected torch.compile without fullgraph=True, or a head with equal_batches=True" in said

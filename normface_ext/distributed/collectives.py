@@ -160,6 +160,11 @@ def gather_rows(
 def _agreed(mine: int, need_x: bool, device: torch.device, group: ProcessGroup) -> tuple[int, bool]:
     """The largest number of rows on any rank, and whether any rank's features need a gradient: one without
     rows may have made its empty batch out of nothing."""
+    if torch.compiler.is_compiling():  # the host reads the answer, of which a trace knows nothing
+        torch._dynamo.graph_break(
+            msg="a class-parallel head asks all ranks for their batch sizes: expected torch.compile without"
+            " fullgraph=True, or a head with equal_batches=True"
+        )
     most = torch.tensor([mine, need_x], dtype=torch.int64, device=device)
     with explained("the all-reduce of batch sizes", group):
         dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
@@ -237,7 +242,8 @@ class ScatteredRows:
         self._gradient, self._batch, self._group = gradient, batch, group
         self._mine = gradient.new_empty(batch.each, gradient.shape[1])
         with explained("the reduce-scatter of the features' gradient", group):
-            self._work = _reduce_scatter(self._mine, gradient, group=group, async_op=True)
+            waits = torch.compiler.is_compiling()  # torch.compile has the other kind only
+            self._work = _reduce_scatter(self._mine, gradient, group=group, async_op=not waits)
 
     def wait(self) -> Tensor:
         with explained("the reduce-scatter of the features' gradient", self._group):

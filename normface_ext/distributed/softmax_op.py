@@ -31,6 +31,15 @@ from .shard import ClassShard
 OP = "distributed.normface_loss"
 
 
+def _serves(bound: float, classes: int, wide: bool, lowest: float, highest: float) -> bool:
+    """Whether a constant shift does for scales up to a bound."""
+    served: bool = _C.has_fixed_shift(bound, classes, wide, lowest, highest)
+    return served
+
+
+_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def shared_shift(
     x: Tensor,
     weight: Tensor,
@@ -49,7 +58,7 @@ def shared_shift(
         # Of scales per row the largest; there may be no row.
         bound = float(scale.detach().abs().amax()) if scale.numel() else 0.0
     ends = options.lowest, options.highest
-    if _C.has_fixed_shift(bound, shard.num_classes, x.dtype == torch.float64, *ends):
+    if _serves(bound, shard.num_classes, x.dtype == torch.float64, *ends):
         return None
     return largest_over_shards(sweep.head_shift(x, weight, labels, scale, options, term), shard.group)
 

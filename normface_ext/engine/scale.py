@@ -90,7 +90,9 @@ class HoldsScale(nn.Module):
             return checks.bounded(scale, *self.scale_bounds())
         if self.scale_was_set and torch.compiler.is_compiling() and not graphs.exporting():
             # Ops take a number as a constant: each value of a schedule would be compiled anew.
-            return self.weight.new_ones((), dtype=torch.float64) * scale
+            weight: Tensor = self.weight
+            if not checks.is_dtensor(weight):  # of several ranks, which want to know it beforehand
+                return weight.new_ones((), dtype=torch.float64) * scale
         return scale
 
     def scale_value(self) -> float:
