@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..engine import sweep
+from ..engine import row_state
 from ..engine.curvature import Numbers, Tile
-from ..engine.sweep import TERMS
+from ..engine.row_state import TERMS
 
 if TYPE_CHECKING:
     from .ops import AgentSweepOptions
@@ -28,7 +28,8 @@ class HingeFormula:
 
     def __post_init__(self) -> None:
         self.op, self.eps, self.workspace = self.options.op, self.options.eps, self.options.workspace
-        self.counts = self.rows[sweep.ROW_WEIGHT] != 0
+        self.centers = self.options.centers
+        self.counts = self.rows[row_state.ROW_WEIGHT] != 0
 
     def sums(self, cosine: Tensor, tile: Tile, numbers: Numbers) -> tuple[Tensor, ...]:
         threshold = self.threshold[tile.rows, None].to(cosine.dtype)
@@ -43,5 +44,5 @@ class HingeFormula:
     def outputs(self, cosine: Tensor, sums: tuple[Tensor, ...], numbers: Numbers) -> tuple[Tensor, ...]:
         distance, (hinges,) = 2 - 2 * cosine, sums
         if self.options.triplet:  # every threshold moves with the target's distance
-            hinges = hinges + self.rows[sweep.SECOND_SUM] * (distance - distance.detach())
+            hinges = hinges + self.rows[row_state.SECOND_SUM] * (distance - distance.detach())
         return distance, hinges

@@ -11,22 +11,11 @@ from torch.autograd import Function
 
 from ..engine import transforms
 from ..engine.autograd import asked, detach_without_grad
-from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of
+from ..engine.calls import add_fakes, by_name, kernels, options_of
 from ..engine.curvature import twice_by_tiles
-from ..engine.sweep import (
-    SECOND_SUM,
-    SLOPE_FIELDS,
-    SLOPES,
-    SUM,
-    TERMS,
-    Collected,
-    SweepOptions,
-    Swept,
-    TermInputs,
-    head_backward,
-    head_sweep_collecting,
-    in_memory,
-)
+from ..engine.dtypes import accumulator
+from ..engine.row_state import SECOND_SUM, SLOPE_FIELDS, SLOPES, SUM, TERMS, SweepOptions, TermInputs
+from ..engine.sweep import Collected, Swept, head_backward, head_sweep_collecting, in_memory
 from .formula import HingeFormula
 
 OTHERS = SLOPES.index("others")
@@ -136,6 +125,7 @@ def sweep_hinges(
     *,
     need_gradient: bool,
     need_class_sum: bool = False,
+    need_largest: bool = False,
 ) -> tuple[Swept, Collected, AgentSweepOptions]:
     """The hinges of all rows, and what their backward has to be given: the options too."""
     sink = "hardest" if options.hardest else "active" if options.capacity > 0 else "none"
@@ -153,6 +143,7 @@ def sweep_hinges(
             capacity=capacity,
             store=keep and given.keep,
             need_class_sum=need_class_sum,
+            need_largest=need_largest,
         )
 
     (swept, collected), options = in_memory(options.op, x, weight, options, sweep, store=keep)
@@ -215,6 +206,7 @@ class _AgentHinge(Function):
         margin: Tensor | None,
         options: AgentSweepOptions,
         need_class_sum: bool,
+        need_largest: bool,
     ) -> tuple[Tensor, ...]:
         features, agents, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
         need_gradient = any(ctx.needs_input_grad[:2])
@@ -227,6 +219,7 @@ class _AgentHinge(Function):
             options,
             need_gradient=need_gradient,
             need_class_sum=need_class_sum,
+            need_largest=need_largest,
         )
         constant = (swept.rows, swept.class_sum) if need_class_sum else (swept.rows,)
         if need_gradient:
@@ -260,7 +253,7 @@ class _AgentHinge(Function):
             hardest = collected.classes[:, 0] if options.hardest else None
             return HingeFormula(labels, threshold, hardest, swept.rows, options)
 
-        return *twice_by_tiles(given, formula, (grad_distance, grad_hinges), x, weight), *[None] * 4
+        return *twice_by_tiles(given, formula, (grad_distance, grad_hinges), x, weight), *[None] * 5
 
 
 def agent_hinge(
@@ -271,10 +264,11 @@ def agent_hinge(
     options: AgentSweepOptions,
     *,
     need_class_sum: bool = False,
+    need_largest: bool = False,
 ) -> tuple[Tensor, ...]:
     """(distance to the label's agent [N], sum of the hinges [N], rows [ROW_FIELDS, N]), and with
     `need_class_sum` that."""
-    rest = options, need_class_sum
+    rest = options, need_class_sum, need_largest
     if transforms.watched():
         tensors = x, weight, labels, margin
         return transforms.through(options.op, _AgentHinge, tensors, rest, inputs=2, outputs=2)

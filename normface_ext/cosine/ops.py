@@ -11,7 +11,8 @@ from torch.autograd import Function
 from .. import reference
 from ..engine import transforms
 from ..engine.autograd import asked, by_formula, first_by_kernel
-from ..engine.calls import accumulator, add_fakes, by_name, kernels
+from ..engine.calls import add_fakes, by_name, kernels
+from ..engine.dtypes import accumulator
 
 
 def as_rows(x: Tensor, dim: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..engine.autograd import Again, Given, by_formula, no_third_derivative
-from ..engine.calls import accumulator
+from ..engine.dtypes import accumulator
 
 #: Bytes of the differences x_i - w_j that are looked at at once, p = 1.
 _DIFFERENCES = 1 << 26

@@ -10,7 +10,8 @@ from torch.autograd import Function
 
 from ..engine import transforms
 from ..engine.autograd import asked, detach_without_grad, first_by_kernel, no_second_derivative
-from ..engine.calls import accumulator, add_fakes, by_name, kernels
+from ..engine.calls import add_fakes, by_name, kernels
+from ..engine.dtypes import accumulator
 from . import formula
 
 

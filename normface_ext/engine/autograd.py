@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from . import graphs
+
 
 class _Once(Function):
     """The first ``count`` of the tensors, as a function of all that raises when it is differentiated."""
@@ -110,10 +112,23 @@ def by_formula(formula: Any) -> Again:
 
 def detach_without_grad(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors; detached where autograd does not record. A Function is told there, too, that parameters
-    need a gradient, and would keep for a backward that cannot come what only that needs."""
-    return tensors if torch.is_grad_enabled() else tuple(t.detach() for t in tensors)
+    need a gradient, and would keep for a backward that cannot come what only that needs. torch.jit.trace
+    compares the graphs that it gets with and without."""
+    if torch.is_grad_enabled() or graphs.tracing():
+        return tensors
+    return tuple(t.detach() for t in tensors)
 
 
 def asked(needed: tuple[bool, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """The gradients that were asked for."""
     return tuple(g if need else None for need, g in zip(needed, gradients, strict=True))
+
+
+def store_as(gradient: Tensor, dtype: torch.dtype, inverse_norm: Tensor, eps: float) -> Tensor:
+    """To the features' dtype. In float16 the rows whose norm is mostly eps, zero rows above all, are held at
+    the largest half (math::ruled_by_eps); an overflow elsewhere stays one, for a GradScaler to see."""
+    if dtype == torch.float16:
+        largest = torch.finfo(dtype).max
+        ruled = inverse_norm.pow(-2) <= 2 * eps
+        gradient = torch.where(ruled[:, None], gradient.clamp(-largest, largest), gradient)
+    return gradient.to(dtype)

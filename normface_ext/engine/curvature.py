@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import reference
 from .autograd import Again, Given, first_by_kernel, no_third_derivative
-from .calls import accumulator
+from .dtypes import accumulator
 
 #: Matrices of a tile's size that live at once, and such of its classes' size.
 _OF_CELLS, _OF_CLASSES = 24, 12
@@ -37,7 +37,7 @@ Numbers = tuple[Tensor | None, ...]
 class Tile(NamedTuple):
     rows: slice
     classes: slice
-    target: Tensor  # bool, where the row's own class is
+    target: Tensor  # bool, where the row's own class is, or a centre that is not its class's nearest
 
 
 class RowFormula(Protocol):
@@ -48,6 +48,7 @@ class RowFormula(Protocol):
     counts: Tensor  # [N] bool
     eps: float
     workspace: int  # bytes
+    centers: int  # of a class: rows of the weight, and labels are rows as well
 
     def sums(self, cosine: Tensor, tile: Tile, numbers: Numbers) -> tuple[Tensor, ...]:
         """S of these rows over these classes, from their cosines."""
@@ -180,14 +181,26 @@ class _Step:
         (batch, dim), classes = self.x.shape, len(self.weight)
         cells = _OF_CELLS * min(batch, _ROWS) + _OF_CLASSES * dim
         width = max(1, min(self.formula.workspace, _ENOUGH) // (self.wide.itemsize * max(1, cells)))
+        centers = self.formula.centers
+        width = max(1, width // centers) * centers  # whole classes
         for first in range(0, classes, width):
             yield slice(first, min(classes, first + width))
 
     def _blocks(self, classes: slice) -> Iterator[Tile]:
-        columns = torch.arange(classes.start, classes.stop, device=self.own.device)
+        centers = self.formula.centers
+        columns = torch.arange(classes.start, classes.stop, device=self.own.device) // centers
         for first in range(0, len(self.own), _ROWS):
             rows = slice(first, first + _ROWS)
-            yield Tile(rows, classes, self.own[rows, None] == columns)
+            yield Tile(rows, classes, self.own[rows, None] // centers == columns)
+
+    def _pooled(self, tile: Tile, cosine: Tensor) -> Tile:
+        """Of a class of several centres the nearest alone counts, of equal ones the first."""
+        centers = self.formula.centers
+        if centers == 1:
+            return tile
+        nearest = cosine.unflatten(1, (-1, centers)).max(2).indices
+        others = torch.arange(centers, device=cosine.device) != nearest[:, :, None]
+        return tile._replace(target=tile.target | others.flatten(1))
 
     def _cosines(self, rows: slice, of: _Moving) -> tuple[Tensor, Tensor]:
         """(c, c') of a tile."""
@@ -223,6 +236,7 @@ class _Step:
 
     def _sums_of(self, tile: Tile, cosine: Tensor, moved: Tensor) -> tuple[Tensor, ...]:
         """S and S' of a tile. <factor, S'> is linear in the factor, and S' is found as its slope there."""
+        tile = self._pooled(tile, cosine)
         with _leaves(cosine, *self.numbers) as (c, *numbers):
             assert c is not None
             sums = self.formula.sums(c, tile, tuple(numbers))
@@ -329,6 +343,7 @@ class _Step:
         self, tile: Tile, cosine: Tensor, moved: Tensor, of_s: list[Tensor], of_ds: list[Tensor]
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """The gradients of a tile's c and c', and what it adds to those of the numbers."""
+        tile = self._pooled(tile, cosine)
         with _leaves(cosine, *self.numbers) as (c, *numbers):
             assert c is not None
             sums = self.formula.sums(c, tile, tuple(numbers))

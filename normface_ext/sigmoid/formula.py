@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..engine import sweep
+from ..engine import row_state
 from ..engine.curvature import Numbers, Tile
 
 if TYPE_CHECKING:
@@ -33,13 +33,15 @@ class SigmoidFormula:
 
     def __post_init__(self) -> None:
         self.eps, self.workspace = self.options.eps, self.options.workspace
-        self.counts = self.rows[sweep.ROW_WEIGHT] != 0
+        self.centers = self.options.centers
+        self.counts = self.rows[row_state.ROW_WEIGHT] != 0
 
     def sums(self, cosine: Tensor, tile: Tile, numbers: Numbers) -> tuple[Tensor, ...]:
         offset, options = numbers[0], self.options
         assert offset is not None
+        similar = cosine if options.angle is None else reference.turned(cosine, -options.angle)
         z = reference.sigmoid_logits(
-            cosine, options.r, offset.to(cosine.dtype), options.power, options.straight
+            cosine, similar, options.r, offset.to(cosine.dtype), options.power, options.straight
         )
         return (torch.where(tile.target, 0, _softplus(z)).sum(1),)
 

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..engine import checks, sweep
+from ..engine import checks, row_state
 from ..engine.curvature import Numbers, Tile
 from .batch_margins import straightened
 from .hard_negatives import HardNegatives
 from .margins import GUARDS, NO_MARGIN
 
 if TYPE_CHECKING:
-    from .ops import LossOptions
+    from .loss_options import LossOptions
 
 _GUARD_NAMES = {code: name for name, code in GUARDS.items()}
-_REDUCTION_NAMES = {code: name for name, code in checks.REDUCTIONS.items()}
+_REDUCTION_NAMES = {checks.REDUCTIONS[name]: name for name in ("none", "mean", "sum")}
 
 
 @dataclass(eq=False)
@@ -32,16 +32,17 @@ class PartsFormula:
     op: str
     labels: Tensor
     class_weight: Tensor | None
-    term: sweep.TermInputs
+    term: row_state.TermInputs
     rows: Tensor  # the state of the rows, sums over all classes
     options: LossOptions
 
     def __post_init__(self) -> None:
         rows = self.rows
         self.eps, self.workspace = self.options.eps, self.options.workspace
-        self.counts = rows[sweep.ROW_WEIGHT] != 0
-        self.others = self.counts & (rows[sweep.SUM] != 0)  # else there is no other class
-        self.log_sum = torch.where(self.others, rows[sweep.SUM].log() + rows[sweep.SHIFT], 0.0)
+        self.centers = self.options.centers
+        self.counts = rows[row_state.ROW_WEIGHT] != 0
+        self.others = self.counts & (rows[row_state.SUM] != 0)  # else there is no other class
+        self.log_sum = torch.where(self.others, rows[row_state.SUM].log() + rows[row_state.SHIFT], 0.0)
 
     def _scale(self, numbers: Numbers) -> float | Tensor:
         return self.options.scale_value if numbers[0] is None else numbers[0]
@@ -83,8 +84,8 @@ class LossFormula(PartsFormula):
             self._log_sum(sums),
             self._psi(cosine, numbers),
             self._scale(numbers),
-            rows[sweep.ROW_WEIGHT],
-            rows[sweep.TARGET_WEIGHT],
+            rows[row_state.ROW_WEIGHT],
+            rows[row_state.TARGET_WEIGHT],
             classes=classes,
             reduction=_REDUCTION_NAMES[options.reduction],
             label_smoothing=options.smoothing,
