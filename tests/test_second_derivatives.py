@@ -10,7 +10,10 @@ from second_derivative_jobs import penalties
 
 import normface_ext as nf
 from normface_ext import testing
+from normface_ext.agents.formula import HingeFormula
 from normface_ext.engine import curvature
+from normface_ext.sigmoid.formula import SigmoidFormula
+from normface_ext.softmax.formula import PartsFormula
 
 F, R = nf.functional, nf.reference
 BATCH, CLASSES, DIM = 5, 7, 8
@@ -286,6 +289,18 @@ def test_third_derivatives_raise(lane, name):
     for leaf in (x, w):
         with pytest.raises(RuntimeError, match=r"^\w+: third derivatives are not available"):
             torch.autograd.grad(again.square().sum(), leaf, retain_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("formula", "name"),
+    [(PartsFormula, "normface"), (HingeFormula, "c_triplet"), (SigmoidFormula, "sphereface2")],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_term_that_no_formula_knows_raises(monkeypatch, lane, formula, name):
+    monkeypatch.setattr(formula, "TERMS", ())
+    leaves, labels = leaves_of(lane), lane.labels(BATCH, CLASSES)
+    with pytest.raises(RuntimeError, match=r"^\w+: second derivatives are not available"):
+        second(LOSSES[name](F), leaves, ["x"], labels)
 
 
 def test_a_first_gradient_with_a_graph_is_the_same(lane):
