@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..engine import row_state
 from ..engine.curvature import Numbers, Tile
-from ..engine.row_state import TERMS
 
 if TYPE_CHECKING:
     from .ops import AgentSweepOptions
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 class HingeFormula:
     """The target's distance and the sum of the hinges, [N] each, of what is active now. No numbers."""
 
+    TERMS: ClassVar[tuple[str, ...]] = ("hinge", "exponential_hinge")
     labels: Tensor
     threshold: Tensor  # [N], of distances
     hardest: Tensor | None  # [N], the one class that is looked at
@@ -38,7 +38,11 @@ class HingeFormula:
         if self.hardest is not None:
             columns = torch.arange(tile.classes.start, tile.classes.stop, device=cosine.device)
             active = active & (self.hardest[tile.rows, None] == columns)
-        hinge = (-distance).exp() if self.options.term == TERMS["exponential_hinge"] else threshold - distance
+        hinge = (
+            (-distance).exp()
+            if self.options.term == row_state.TERMS["exponential_hinge"]
+            else threshold - distance
+        )
         return (torch.where(active, hinge, 0).sum(1),)
 
     def outputs(self, cosine: Tensor, sums: tuple[Tensor, ...], numbers: Numbers) -> tuple[Tensor, ...]:

@@ -110,7 +110,7 @@ def c_contrastive_loss(
     the dtypes of x and weight.
 
     Returns:
-        A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise. Second derivatives
+        A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise. Third derivatives
         raise. With ``return_statistics`` (loss, Statistics).
 
     Raises:

@@ -43,7 +43,7 @@ def inner_distance(
         eps: inside the norm.
 
     Returns:
-        [N, C] in x's dtype, summed in at least float32. Second derivatives raise.
+        [N, C] in x's dtype, summed in at least float32. For p = 1 third derivatives raise.
 
     Raises:
         TypeError: dtypes, types.

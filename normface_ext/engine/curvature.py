@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from .autograd import Again, Given, first_by_kernel, no_third_derivative
+from .autograd import Again, Given, first_by_kernel, no_second_derivative, no_third_derivative
 from .dtypes import accumulator
+from .row_state import TERMS, SweepOptions
 
 #: Matrices of a tile's size that live at once, and such of its classes' size.
 _OF_CELLS, _OF_CLASSES = 24, 12
@@ -48,7 +49,11 @@ class RowFormula(Protocol):
     counts: Tensor  # [N] bool
     eps: float
     workspace: int  # bytes
+    TERMS: ClassVar[tuple[str, ...]]  # of the engine, whose formula this is
     centers: int  # of a class: rows of the weight, and labels are rows as well
+
+    @property
+    def options(self) -> SweepOptions: ...
 
     def sums(self, cosine: Tensor, tile: Tile, numbers: Numbers) -> tuple[Tensor, ...]:
         """S of these rows over these classes, from their cosines."""
@@ -64,10 +69,14 @@ def twice_by_tiles(
     made."""
     if not torch.is_grad_enabled():
         return gradients
-    return first_by_kernel(lambda *_: gradients, _by_tiles(formula(), len(upstream)), *upstream, *inputs)
+    made = formula()
+    if made.options.term not in [TERMS[name] for name in made.TERMS]:
+        return no_second_derivative(made.op, gradients, *upstream, *inputs)
+    return first_by_kernel(lambda *_: gradients, _by_tiles(made, len(upstream)), *upstream, *inputs)
 
 
 def _by_tiles(formula: RowFormula, outputs: int) -> Again:
+    """Of gradients whose inputs are (the upstream of so many outputs, x, weight, the numbers)."""
 
     def again(inputs: Given, along: Given, needed: tuple[bool, ...]) -> Given:
         upstream, (x, weight, *numbers) = inputs[:outputs], inputs[outputs:]

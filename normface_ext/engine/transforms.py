@@ -26,15 +26,11 @@ Mask = tuple[bool, ...]
 
 def watched() -> bool:
     """Whether a transform of torch.func looks on, or a level of forward-mode derivatives is open."""
-    return _watched()
-
-
-def _watched() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 # The compiler asks while it traces, when the transforms of what it traces are on, and guards on them.
-_watched._dynamo_marked_constant = True  # type: ignore[attr-defined]
+watched._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refuse(op: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ def _softplus(z: Tensor) -> Tensor:
 class SigmoidFormula:
     """The target's cosine and the sum of softplus(z_j) over the other classes; the number is the offset."""
 
+    TERMS: ClassVar[tuple[str, ...]] = ("sigmoid", "angular_sigmoid")
     op: str
     labels: Tensor
     rows: Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class PartsFormula:
     S is taken relative to what it is, as sum_{j != y} e^(s f(c_j) - ln S): it is 1, and no term is larger.
     """
 
+    TERMS: ClassVar[tuple[str, ...]] = ("softmax", "hard_negatives")
     op: str
     labels: Tensor
     class_weight: Tensor | None

@@ -128,7 +128,7 @@ def normface_loss(
 
     Returns:
         A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise. The gradient of
-        the weight is accumulated in float32 and has the weight's dtype. Second derivatives raise. With
+        the weight is accumulated in float32 and has the weight's dtype. Third derivatives raise. With
         ``return_statistics`` (loss, Statistics).
 
     Raises:
@@ -322,7 +322,7 @@ def head_parts(
 
     Returns:
         ``HeadParts(target_cosine [N], log_sum_others [N], counts [N])``, float64, float64 and bool: which
-        rows count. log_sum_others is -inf, without gradient, where there is one class. Second derivatives
+        rows count. log_sum_others is -inf, without gradient, where there is one class. Third derivatives
         raise.
 
     Raises:
