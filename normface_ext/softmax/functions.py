@@ -19,7 +19,7 @@ from .hard_negatives import HardNegatives
 from .margins import Margin
 from .options import HeadKeywords, HeadOptions, PartsKeywords, PartsOptions
 from .parts import head_parts as parts_op
-from .rows import rows_of, scale_of_rows, with_cosines
+from .rows import counted, norms_of, rows_of, with_cosines
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -108,11 +108,18 @@ def head_loss(
     """``normface_loss`` with options that have been checked."""
     inputs = checked_inputs(op, x, weight, labels, scale, sample_weight, class_weight, options)
     if not options.normalize_input:
-        scale = scale_of_rows(x, inputs, options)
+        scale = _scale_of_rows(x, inputs, options)
         inputs = inputs._replace(scale=scale)
     if isinstance(options.margin, BatchMargin):
         return _of_batch(op, x, weight, labels, scale, inputs, options, options.margin)
     return _fused(op, x, weight, inputs, options, options.margin)
+
+
+def _scale_of_rows(x: Tensor, inputs: HeadInputs, options: HeadOptions) -> Tensor:
+    """s |x_i| [N] float64: the scales of cosines that make the logits those of features as they are."""
+    counts = counted(inputs.labels, inputs.sample_weight, options)
+    scale = inputs.scale_value if inputs.scale is None else inputs.scale.double()
+    return torch.where(counts, scale * norms_of(x, counts, options.eps), 0)
 
 
 def _fused(

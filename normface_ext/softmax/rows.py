@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..cosine.functions import normalize
 from ..engine import checks, sweep
-from .arguments import HeadInputs
 from .batch_margins import BatchMargin, Rows
 from .options import HeadOptions
 
@@ -41,13 +40,6 @@ def norms_of(x: Tensor, counts: Tensor, eps: float) -> Tensor:
     finite = torch.where(counts[:, None], x, 1)
     norms = normalize(finite, eps=eps, return_norm=True)[1].squeeze(1).double()
     return torch.where(counts, norms, 1)
-
-
-def scale_of_rows(x: Tensor, inputs: HeadInputs, options: HeadOptions) -> Tensor:
-    """s |x_i| [N] float64: the scales of cosines that make the logits those of features as they are."""
-    counts = counted(inputs.labels, inputs.sample_weight, options)
-    scale = inputs.scale_value if inputs.scale is None else inputs.scale.double()
-    return torch.where(counts, scale * norms_of(x, counts, options.eps), 0)
 
 
 def with_cosines(rows: Rows, x: Tensor, weight: Tensor, labels: Tensor, options: HeadOptions) -> Rows:
