@@ -4,6 +4,7 @@
 losses stand beside them, ``functional`` what they call,
 ``reference`` the same in plain PyTorch, ``theory`` the paper's bounds, ``plan`` what a fused head will
 cost, ``build_info`` what was built. ``load_head`` and ``save_head`` read and write other libraries' heads.
+``export_ready`` makes a trained model ready to leave.
 ``recipes`` are published heads as a few lines of torch.
 ``caffe`` (what was NormFace's in Caffe), ``distributed`` (heads over several processes), ``evaluation`` (face
 verification) and ``formats`` (``load_head`` and ``save_head``) are loaded at first use.
@@ -18,9 +19,11 @@ from . import functional, recipes, reference, theory
 from .agents.layers import CContrastiveLoss, CTripletLoss
 from .cosine.layers import NormalizeLayer, NormLinear
 from .cosine.rows import gaussian_unitball_
+from .deploy import export_ready
 from .distances.layers import InnerDistance, PairContrastiveLoss, TripletLoss
 from .engine.library import build_info
 from .engine.plan import Plan, plan
+from .engine.statistics import Statistics
 from .mirror import MirrorFace
 from .optim import parameter_groups
 from .sigmoid.layers import SphereFace2Loss
@@ -67,12 +70,14 @@ __all__ = [
     "Rows",
     "SphereFace",
     "SphereFace2Loss",
+    "Statistics",
     "TripletLoss",
     "build_info",
     "caffe",
     "class_margins",
     "distributed",
     "evaluation",
+    "export_ready",
     "formats",
     "functional",
     "gaussian_unitball_",

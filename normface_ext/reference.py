@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .agents.options import (
@@ -23,6 +25,7 @@ from .agents.options import (
     TripletOptions,
 )
 from .engine.options import takes
+from .engine.statistics import LEFT_TO_LEARN, Statistics
 from .sigmoid.options import SphereFace2Keywords, SphereFace2Options
 from .softmax.batch_margins import BatchMargin, Psi, Rows, straightened
 from .softmax.hard_negatives import HardNegatives, filtered
@@ -30,6 +33,9 @@ from .softmax.margins import NO_MARGIN, ArcFace, CombinedMargin, CosFace, Margin
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+#: A loss, or with ``return_statistics`` (loss, Statistics).
+Result = Tensor | Any
 
 #: In slopes sin(theta) is held at this floor, which keeps them finite at cos theta = +-1.
 SIN_FLOOR = 1e-4
@@ -101,6 +107,11 @@ def cosine(x: Tensor, weight: Tensor, eps: float = 1e-12, normalize_input: bool 
     return x @ _unit(weight, 1, 2, eps)[0].t()
 
 
+def _pooled(cosines: Tensor, sub_centers: int) -> Tensor:
+    """Of a class the nearest of its centres, of equal ones the first: [N, C K] -> [N, C]."""
+    return cosines.view(len(cosines), -1, sub_centers).max(2).values
+
+
 def norm_linear(
     x: Tensor,
     weight: Tensor,
@@ -113,18 +124,27 @@ def norm_linear(
     return (scale * cosine(x, weight, eps, normalize_input)).to(x.dtype)
 
 
-def nearest_class(x: Tensor, weight: Tensor, *, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
+def nearest_class(
+    x: Tensor, weight: Tensor, *, sub_centers: int = 1, eps: float = 1e-12
+) -> tuple[Tensor, Tensor]:
     """(argmax_j cos_ij, of equal ones the first, and that cosine), [N] each."""
-    best = cosine(x, weight, eps).detach().max(1)
+    best = _pooled(cosine(x, weight, eps).detach(), sub_centers).max(1)
     return best.indices, best.values
 
 
 def target_rank(
-    x: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int | None = -100, eps: float = 1e-12
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sub_centers: int = 1,
+    ignore_index: int | None = -100,
+    eps: float = 1e-12,
 ) -> Tensor:
     """#{j : cos_ij > cos_iy}, int64 [N]; -1 where the row is ignored."""
-    cosines, kept = cosine(x, weight, eps).detach(), _kept(labels, ignore_index, None)
-    own = cosines.gather(1, labels.long().clamp(0, len(weight) - 1)[:, None])
+    cosines = _pooled(cosine(x, weight, eps).detach(), sub_centers)
+    kept = _kept(labels, ignore_index, None)
+    own = cosines.gather(1, labels.long().clamp(0, cosines.shape[1] - 1)[:, None])
     return torch.where(kept, (cosines > own).sum(1), -1)
 
 
@@ -241,14 +261,15 @@ def head_parts(
     labels: Tensor,
     scale: float | Tensor,
     *,
+    sub_centers: int = 1,
     ignore_index: int | None = -100,
     eps: float = 1e-12,
 ) -> HeadParts:
     """(c_y, ln sum_{j != y} exp(s c_j), which rows count), in float64; 0 where a row does not count."""
     kept = _kept(labels, ignore_index, None)
-    cos = cosine(_counting(x.double(), kept), weight.double(), eps)
-    own = labels.clamp(0, weight.shape[0] - 1)[:, None]
-    others = torch.arange(weight.shape[0], device=labels.device) != own  # [N, C]
+    cos = _pooled(cosine(_counting(x.double(), kept), weight.double(), eps), sub_centers)
+    own = labels.clamp(0, cos.shape[1] - 1)[:, None]
+    others = torch.arange(cos.shape[1], device=labels.device) != own  # [N, C]
     rest = cos[others].view(cos.shape[0], -1)
     logits = _column(scale) * rest
     return HeadParts(
@@ -293,12 +314,67 @@ def loss_of_parts(
     return _weighted(losses, (row_weight * target_weight).sum(), reduction)
 
 
+@torch.no_grad()
+def statistics(cos: Tensor, labels: Tensor, kept: Tensor, losses: Tensor, active: Tensor) -> Statistics:
+    """Plain means over the rows that count, from all cosines [N, C] and the rows' own losses [N]."""
+    number, safe = kept.sum(), labels.long().clamp(0, cos.shape[1] - 1)[:, None]
+    own = cos.gather(1, safe)
+    nearer = (~(cos <= own)).scatter(1, safe, False)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(kept, values.double(), 0).sum() / number.clamp_min(1)
+
+    target = own[:, 0].double()
+    angle = torch.rad2deg(target.clamp(-1, 1).acos())
+    return Statistics(mean(losses), mean(target), mean(angle), mean(~nearer.any(1)), mean(active), number)
+
+
+def _learns(probability: Tensor) -> Tensor:
+    """Whether what is not yet where it belongs is worth learning; NaN is."""
+    return ~(probability <= LEFT_TO_LEARN)
+
+
+class _Rows(NamedTuple):
+    """The rows of a loss. With labels_b each stands there twice, first all with labels, then all with
+    labels_b, and lam shares its weight out."""
+
+    x: Tensor
+    labels: Tensor
+    sample_weight: Tensor | None
+    share: Tensor | None  # how much of a row each is
+
+    def joined(self, made: Tensor, reduction: str) -> Tensor:
+        """What a loss makes of these rows, as what it makes of the rows that were given."""
+        if self.share is None or reduction not in ("none", "batchmean"):
+            return made
+        return made.view(2, -1).sum(0) if reduction == "none" else 2 * made  # it was divided by 2 N
+
+
+def _rows(
+    x: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor | None,
+    labels_b: Tensor | None,
+    lam: float | Tensor | None,
+    ignore_index: int | None,
+) -> _Rows:
+    if labels_b is None:
+        return _Rows(x, labels, sample_weight, None)
+    of_first = torch.as_tensor(lam, dtype=_wide(x).dtype, device=x.device).expand(len(x))
+    share, both = torch.cat([of_first, 1 - of_first]), torch.cat([labels, labels_b])
+    weight = share if sample_weight is None else share * sample_weight.repeat(2)
+    alone = ~_kept(both, ignore_index, weight).view(2, -1).all(0).repeat(2)
+    return _Rows(torch.cat([x, x]), both, weight, torch.where(alone, 1, share))
+
+
 def _weighted(losses: Tensor, total_weight: Tensor, reduction: str) -> Tensor:
-    """The mean divides by the sum of the weights, and is 0 where that is 0."""
+    """The mean divides by the sum of the weights, and is 0 where that is 0; "batchmean" by N."""
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
+    if reduction == "batchmean":
+        return losses.sum() / max(1, len(losses))
     empty = total_weight == 0
     return torch.where(empty, 0, losses.sum() / torch.where(empty, 1, total_weight))
 
@@ -317,6 +393,7 @@ def normface_loss(
     margin: Margin | None = None,
     margin_gradient: str = "exact",
     filter_threshold: float | None = None,
+    sub_centers: int = 1,
     reduction: str = "mean",
     ignore_index: int | None = -100,
     eps: float = 1e-12,
@@ -324,21 +401,33 @@ def normface_loss(
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     normalize_input: bool = True,
-) -> Tensor:
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    return_statistics: bool = False,
+) -> Result:
     """loss_i = -log softmax_j(s psi(c_ij))[y_i], psi on the target column only (paper section 3.2).
 
     Without ``normalize_input`` s is s |x_i|.
 
     With class weights u and smoothing a: (1 - a) u_y loss_iy + a/C sum_j u_j loss_ij. The mean divides by the
     sum of the weights, and is 0 where that is 0. A margin with a state moves it here as it does elsewhere.
+    With labels_b it is lam_i loss(x_i, labels_i) + (1 - lam_i) loss(x_i, labels_b_i).
     Hard negatives, a margin's own or those past ``filter_threshold``, have f(c_ij) for c_ij.
     """
+    given = _rows(x, labels, sample_weight, labels_b, lam, ignore_index)
+    if given.share is not None:  # numbers of each row are those of both its labels
+        scale = torch.cat([scale, scale]) if isinstance(scale, Tensor) and scale.dim() == 1 else scale
+        if margin is not None and margin.per_row:
+            tensors = {f.name: getattr(margin, f.name) for f in fields(margin)}  # type: ignore[arg-type]
+            doubled = {n: t.repeat(2) for n, t in tensors.items() if isinstance(t, Tensor) and t.dim() == 1}
+            margin = replace(margin, **doubled)  # type: ignore[type-var]
+    x, labels, sample_weight, _ = given
     kept = _kept(labels, ignore_index, sample_weight)
     counting = _counting(x, kept)
-    cos = cosine(counting, weight, eps)
+    cos = _pooled(cosine(counting, weight, eps), sub_centers)
     if not normalize_input:
         scale = scale * (_wide(counting).square().sum(1) + eps).sqrt()
-    safe = labels.clamp(0, weight.shape[0] - 1)[:, None]
+    safe = labels.clamp(0, cos.shape[1] - 1)[:, None]
     own = cos.gather(1, safe).squeeze(1)
     chosen: Margin | Psi | HardNegatives = margin or NO_MARGIN
     more = None
@@ -346,7 +435,7 @@ def normface_loss(
         norms = _wide(counting).double().square().sum(1).add(eps).sqrt() if margin.uses_norms else None
         told = margin.hard_negatives and margin.uses_cosines
         known = torch.where(kept, own.detach().double(), 0) if told else None
-        rows = Rows(labels, kept, norms, margin_gradient == "straight", cosine=known)
+        rows = Rows(labels, kept, norms, margin_gradient == "straight", cosine=known, share=given.share)
         chosen, more = margin.of(rows), margin.regularizer(rows)
     others = cos
     if filter_threshold is not None:
@@ -362,15 +451,19 @@ def normface_loss(
     of_class = cos.new_ones(weight.shape[0]) if class_weight is None else class_weight.to(cos.dtype)
     of_row = cos.new_ones(x.shape[0]) if sample_weight is None else sample_weight.to(cos.dtype)
     of_target = of_class[safe.squeeze(1)]
-    losses = (1 - label_smoothing) * of_target * every.gather(1, safe).squeeze(1)
+    surprise = every.gather(1, safe).squeeze(1)
+    each = (1 - label_smoothing) * of_target * surprise
     if label_smoothing > 0:
-        losses = losses + label_smoothing / weight.shape[0] * (every * of_class).sum(1)
-    losses = torch.where(kept, of_row * losses, 0)
+        each = each + label_smoothing / weight.shape[0] * (every * of_class).sum(1)
+    losses = torch.where(kept, of_row * each, 0)
     loss = _weighted(losses, torch.where(kept, of_row * of_target, 0).sum(), reduction)
-    if more is None:
-        return loss
-    weights = torch.where(kept, of_row.double(), 0)
-    return loss + _weighted(weights * more, weights.sum(), reduction).to(loss.dtype)
+    if more is not None:
+        weights = torch.where(kept, of_row.double(), 0)
+        loss = loss + _weighted(weights * more, weights.sum(), reduction).to(loss.dtype)
+        each = each + more
+    if not return_statistics:
+        return given.joined(loss, reduction)
+    return loss, statistics(cos, labels, kept, each, _learns(-torch.expm1(-surprise)))
 
 
 def inner_distance(
@@ -436,12 +529,23 @@ def c_contrastive_loss(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    return_statistics: bool = False,
     **options: Unpack[ContrastiveKeywords],
-) -> Tensor:
+) -> Result:
     """loss_i = w+ min(T, (d_iy - m+)_+) + w- sum_{j != y} (m- - d_ij)_+ (paper section 4)."""
     o = ContrastiveOptions.of("c_contrastive_loss", options)
-    distances = _agent_distances(x, weight, labels, sample_weight, o)
-    return contrastive_of_distances(distances, labels, sample_weight=sample_weight, **options)
+    given = _rows(x, labels, sample_weight, labels_b, lam, o.ignore_index)
+    distances = _agent_distances(given.x, weight, given.labels, given.sample_weight, o)
+    made = contrastive_of_distances(
+        distances,
+        given.labels,
+        sample_weight=given.sample_weight,
+        return_statistics=return_statistics,
+        **options,
+    )
+    return made if return_statistics else given.joined(made, o.reduction)
 
 
 @takes(ContrastiveOptions)
@@ -450,15 +554,20 @@ def contrastive_of_distances(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    return_statistics: bool = False,
     **options: Unpack[ContrastiveKeywords],
-) -> Tensor:
+) -> Result:
     """``c_contrastive_loss`` of given distances [N, C]."""
     o = ContrastiveOptions.of("contrastive_of_distances", options)
     kept = _kept(labels, o.ignore_index, sample_weight)
-    target, others = _split(_counting(_wide(distances), kept), labels)
-    positive = (target - o.pos_margin).clamp(0, o.positive_outlier_thresh)
+    every = _counting(_wide(distances), kept)
+    target, others = _split(every, labels)
+    excess = target - o.pos_margin
+    positive = excess.clamp(0, o.positive_outlier_thresh)
+    pulled = ~((excess <= 0) | (excess > o.positive_outlier_thresh))
     if o.max_positive_only and len(labels):
         best = torch.where(kept, positive, -torch.inf).argmax()
+        pulled &= torch.arange(len(labels), device=labels.device) == best
         positive = torch.where(torch.arange(len(labels), device=labels.device) == best, positive, 0)
     if o.hardest_only:
         others = others.gather(1, others.argmin(1, keepdim=True))
@@ -466,13 +575,15 @@ def contrastive_of_distances(
     terms = (-others).exp() if o.exp_negative_weight else o.neg_margin - others
     dropped = (target > o.positive_upper_bound) & o.positive_first
     terms = torch.where(active & kept[:, None] & ~dropped[:, None], terms, 0)
+    learns = (pulled & (o.pos_weight != 0)) | ((terms != 0).any(1) & (o.neg_weight != 0))
     if o.normalize_negative is not None:
         slopes = terms if o.exp_negative_weight else (terms != 0).to(terms.dtype)
         mean = _reduce(slopes.sum(1).detach(), kept, "mean", sample_weight)
         size = abs(o.neg_weight) * mean.abs() / o.normalize_negative
         terms = terms / torch.where((size > o.pos_weight) & (size > 0), size, 1)
     losses = o.pos_weight * positive + o.neg_weight * terms.sum(1)
-    return _reduce(losses, kept, o.reduction, sample_weight)
+    loss = _reduce(losses, kept, o.reduction, sample_weight)
+    return (loss, statistics(1 - every / 2, labels, kept, losses, learns)) if return_statistics else loss
 
 
 @takes(ContrastiveOptions)
@@ -500,12 +611,23 @@ def c_triplet_loss(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    return_statistics: bool = False,
     **options: Unpack[TripletKeywords],
-) -> Tensor:
+) -> Result:
     """loss_i = w- sum_{j != y} (m + d_iy - d_ij)_+ [+ w+ d_iy] (paper section 4)."""
     o = TripletOptions.of("c_triplet_loss", options)
-    distances = _agent_distances(x, weight, labels, sample_weight, o)
-    return triplet_of_distances(distances, labels, sample_weight=sample_weight, **options)
+    given = _rows(x, labels, sample_weight, labels_b, lam, o.ignore_index)
+    distances = _agent_distances(given.x, weight, given.labels, given.sample_weight, o)
+    made = triplet_of_distances(
+        distances,
+        given.labels,
+        sample_weight=given.sample_weight,
+        return_statistics=return_statistics,
+        **options,
+    )
+    return made if return_statistics else given.joined(made, o.reduction)
 
 
 @takes(TripletOptions)
@@ -514,21 +636,26 @@ def triplet_of_distances(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    return_statistics: bool = False,
     **options: Unpack[TripletKeywords],
-) -> Tensor:
+) -> Result:
     """``c_triplet_loss`` of given distances [N, C]."""
     o = TripletOptions.of("triplet_of_distances", options)
     kept = _kept(labels, o.ignore_index, sample_weight)
-    target, others = _split(_counting(_wide(distances), kept), labels)
+    every = _counting(_wide(distances), kept)
+    target, others = _split(every, labels)
     if o.hardest_only:
         others = others.gather(1, others.argmin(1, keepdim=True))
     excess = o.margin + target[:, None] - others
     terms = torch.where(~(excess <= 0), excess, 0)
     dropped = (target > o.positive_upper_bound) & o.positive_first
-    losses = o.neg_weight * torch.where(dropped, 0, terms.sum(1))
+    negatives = torch.where(dropped, 0, terms.sum(1))
+    losses, learns = o.neg_weight * negatives, (negatives != 0) & (o.neg_weight != 0)
     if o.add_center_loss:
         losses = losses + o.pos_weight * target
-    return _reduce(losses, kept, o.reduction, sample_weight)
+        learns = learns | (~(target <= 0) & (o.pos_weight != 0))
+    loss = _reduce(losses, kept, o.reduction, sample_weight)
+    return (loss, statistics(1 - every / 2, labels, kept, losses, learns)) if return_statistics else loss
 
 
 @takes(TripletOptions)
@@ -574,10 +701,15 @@ def sphereface2_loss(
     bias: float | Tensor,
     *,
     sample_weight: Tensor | None = None,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    return_statistics: bool = False,
     **options: Unpack[SphereFace2Keywords],
-) -> Tensor:
+) -> Result:
     """loss_i = W [alpha softplus(-z_iy) + (1 - alpha) sum_{j != y} softplus(z_ij)] (SphereFace2, C and A)."""
     o = SphereFace2Options.of("sphereface2_loss", options)
+    given = _rows(x, labels, sample_weight, labels_b, lam, o.ignore_index)
+    x, labels, sample_weight, _ = given
     kept = _kept(labels, o.ignore_index, sample_weight)
     cos = cosine(_counting(x, kept), weight, o.eps)
     b = bias.reshape(()).to(cos.dtype) if isinstance(bias, Tensor) else bias
@@ -592,17 +724,26 @@ def sphereface2_loss(
     target = sigmoid_logits(own, u_target, o.r, b - offset, o.t, straight)
     others = sigmoid_logits(cos, u_others, o.r, b + offset, o.t, straight).scatter(1, safe, -torch.inf)
     each = o.alpha * _softplus(-target) + (1 - o.alpha) * _softplus(others).sum(1)
-    return _reduce(
-        (50 / o.r if o.loss_weight is None else o.loss_weight) * each, kept, o.reduction, sample_weight
-    )
+    losses = (50 / o.r if o.loss_weight is None else o.loss_weight) * each
+    loss = _reduce(losses, kept, o.reduction, sample_weight)
+    if not return_statistics:
+        return given.joined(loss, o.reduction)
+    learns = _learns(torch.sigmoid(-target)) | _learns(others.sigmoid().sum(1))
+    return loss, statistics(cos, labels, kept, losses, learns)
 
 
 def _softplus(z: Tensor) -> Tensor:
-    return torch.logaddexp(z, torch.zeros_like(z))
+    return -F.logsigmoid(-z)
 
 
 def pair_contrastive_loss(
-    a: Tensor, b: Tensor, same: Tensor, *, margin: float = 1.0, reduction: str = "mean"
+    a: Tensor,
+    b: Tensor,
+    same: Tensor,
+    *,
+    margin: float = 1.0,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
 ) -> Tensor:
     """loss_i = 1/2 (d^2 where same, (margin - d)_+^2 elsewhere), d = |a_i - b_i| (Hadsell et al. 2006)."""
     squared = (_wide(a) - _wide(b)).square().sum(1)
@@ -610,16 +751,24 @@ def pair_contrastive_loss(
     apart = squared != 0
     distance = torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
     losses = torch.where(same.bool(), squared, (margin - distance).clamp_min(0).square()) / 2
-    return _reduce(losses, torch.ones_like(same, dtype=torch.bool), reduction)
+    kept = torch.ones_like(same, dtype=torch.bool) if sample_weight is None else sample_weight != 0
+    return _reduce(losses, kept, reduction, sample_weight)
 
 
 def triplet_loss(
-    anchor: Tensor, positive: Tensor, negative: Tensor, *, margin: float = 0.2, reduction: str = "mean"
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    margin: float = 0.2,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
 ) -> Tensor:
     """loss_i = (margin + |a_i - p_i|^2 - |a_i - n_i|^2)_+ (FaceNet, 2015)."""
     a, p, n = _wide(anchor), _wide(positive), _wide(negative)
     losses = (margin + (a - p).square().sum(1) - (a - n).square().sum(1)).clamp_min(0)
-    return _reduce(losses, torch.ones_like(losses, dtype=torch.bool), reduction)
+    kept = torch.ones_like(losses, dtype=torch.bool) if sample_weight is None else sample_weight != 0
+    return _reduce(losses, kept, reduction, sample_weight)
 
 
 _margin = margin  # `margin` is a keyword of normface_loss

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from normface_ext import reference
-from normface_ext.engine.sweep import TERMS
+from normface_ext.engine.row_state import TERMS
 from normface_ext.softmax.margins import NO_MARGIN
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"

@@ -13,7 +13,7 @@ from kernel_cases import engine_ops
 from ranks import ranks
 
 import normface_ext as nf
-from normface_ext.engine import sweep
+from normface_ext.engine import row_state
 from normface_ext.engine.calls import plan_device
 
 B = torch.tensor([-1.5], dtype=torch.float64)
@@ -145,13 +145,13 @@ def test_no_digit_of_the_softplus_is_lost(lane, dtype, z):
     x, weight = lane.tensor(torch.eye(3)[:1], dtype), lane.tensor(torch.eye(3), dtype)
     numbers = lane.tensor(torch.tensor([0.0, z, 1.0, 0.0], dtype=torch.float64))
     swept, _, _ = engine_ops.sweep(
-        engine_ops.arguments(x, weight, lane.tensor([0]), term=sweep.TERMS["sigmoid"], numbers=numbers)
+        engine_ops.arguments(x, weight, lane.tensor([0]), term=row_state.TERMS["sigmoid"], numbers=numbers)
     )
     e = math.exp(-abs(z))
     exact = [max(z, 0.0) + math.log1p(e), (1 if z > 0 else e) / (1 + e)]
     # In float32 what is below the normal range may be 0.
     near = {"rel": 4e-16, "abs": 0} if dtype == torch.float64 else {"rel": 4e-6, "abs": 3e-38}
-    found = swept.rows[[sweep.SUM, sweep.SECOND_SUM], 0].tolist()
+    found = swept.rows[[row_state.SUM, row_state.SECOND_SUM], 0].tolist()
     assert found == pytest.approx([2 * v for v in exact], **near)
 
 
@@ -431,4 +431,4 @@ def test_check_finite():
 
 
 def test_the_term_is_the_engines():
-    assert sweep.TERMS["sigmoid"] == 4
+    assert row_state.TERMS["sigmoid"] == 4

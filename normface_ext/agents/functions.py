@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from ..cosine.functions import normalize
 from ..engine import checks
+from ..engine.arguments import flag
 from ..engine.calls import plan_device, product_dtype
+from ..engine.mixing import both_labels, check_finite, joined, no_statistics, twice
 from ..engine.options import takes
 from ..engine.plan import products
-from ..engine.sweep import TERMS
+from ..engine.row_state import COSINE, LARGEST, TERMS
+from ..engine.statistics import Statistics
 from . import losses, ops
 from .lists import list_limits
 from .losses import AgentRows, Losses
@@ -24,6 +27,30 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@overload
+def c_contrastive_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    return_statistics: Literal[False] = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    **options: Unpack[ContrastiveKeywords],
+) -> Tensor: ...
+@overload
+def c_contrastive_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    return_statistics: Literal[True],
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    **options: Unpack[ContrastiveKeywords],
+) -> tuple[Tensor, Statistics]: ...
 @takes(ContrastiveOptions)
 def c_contrastive_loss(
     x: Tensor,
@@ -31,8 +58,11 @@ def c_contrastive_loss(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    return_statistics: bool = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[ContrastiveKeywords],
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Statistics]:
     """loss_i = w+ min(T, (d_iy - m+)_+) + w- sum_{j != y} (m- - d_ij)_+, d_ij = |x_i/|x_i| - w_j/|w_j||^2.
 
     The contrastive loss against class agents (paper section 4; Caffe GeneralContrastiveLoss on top of
@@ -67,19 +97,21 @@ def c_contrastive_loss(
         ignore_index: rows with this label count nowhere and get no gradient, whatever they and the weight
             hold. None: there are none.
         reduction: "mean" over the rows that are not ignored (0 when there is none, or their weights sum to
-            0), "sum" or "none".
+            0), "sum", "none", or "batchmean": the sum divided by N, ignored rows and all.
         sample_weight: [N] factors of the rows' losses, without gradient; the mean divides by their sum over
             the rows that count. A row of weight 0 is an ignored one.
+        labels_b, lam: second labels [N], and the first ones' share, as in ``functional.normface_loss``. Each
+            row stands in the batch twice for it, with its share as its weight: twice the products.
         active_limit: active classes listed per row, chosen by default, 0 for always dense. A list
             costs one number read back from the device per step; it is off in traced and captured steps.
-        eps, workspace, check_finite: see ``functional.normface_loss``.
+        return_statistics, eps, workspace, check_finite: see ``functional.normface_loss``.
 
     Inside autocast on CUDA the products' operands are in its dtype, unless they are float64; gradients have
     the dtypes of x and weight.
 
     Returns:
         A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise. Second derivatives
-        raise.
+        raise. With ``return_statistics`` (loss, Statistics).
 
     Raises:
         TypeError: dtypes, types.
@@ -87,7 +119,10 @@ def c_contrastive_loss(
         IndexError: a label out of range.
     """
     chosen = ContrastiveOptions.of("c_contrastive_loss", options)
-    return agent_loss("c_contrastive_loss", x, weight, labels, sample_weight, chosen)
+    op, statistics = "c_contrastive_loss", flag("c_contrastive_loss", "return_statistics", return_statistics)
+    labelled = labels, sample_weight, chosen, None, labels_b, lam
+    rows, loss = rows_and_loss(op, x, weight, *labelled, need_largest=statistics)
+    return (loss, losses.statistics(chosen, rows)) if statistics else loss
 
 
 @takes(ContrastiveOptions)
@@ -110,6 +145,30 @@ def c_contrastive_stats(
     return agent_stats("c_contrastive_stats", x, weight, labels, sample_weight, chosen)
 
 
+@overload
+def c_triplet_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    return_statistics: Literal[False] = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    **options: Unpack[TripletKeywords],
+) -> Tensor: ...
+@overload
+def c_triplet_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    return_statistics: Literal[True],
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    **options: Unpack[TripletKeywords],
+) -> tuple[Tensor, Statistics]: ...
 @takes(TripletOptions)
 def c_triplet_loss(
     x: Tensor,
@@ -117,8 +176,11 @@ def c_triplet_loss(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    return_statistics: bool = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[TripletKeywords],
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Statistics]:
     """loss_i = w- sum_{j != y} (m + d_iy - d_ij)_+, d_ij = |x_i/|x_i| - w_j/|w_j||^2.
 
     The triplet loss against class agents (paper section 4; Caffe GeneralTripletLoss), with distances that are
@@ -138,7 +200,10 @@ def c_triplet_loss(
     ``caffe.general_triplet_loss``. It returns and raises what ``c_contrastive_loss`` does.
     """
     chosen = TripletOptions.of("c_triplet_loss", options)
-    return agent_loss("c_triplet_loss", x, weight, labels, sample_weight, chosen)
+    op, statistics = "c_triplet_loss", flag("c_triplet_loss", "return_statistics", return_statistics)
+    labelled = labels, sample_weight, chosen, None, labels_b, lam
+    rows, loss = rows_and_loss(op, x, weight, *labelled, need_largest=statistics)
+    return (loss, losses.statistics(chosen, rows)) if statistics else loss
 
 
 @takes(TripletOptions)
@@ -155,11 +220,32 @@ def c_triplet_stats(
     return agent_stats("c_triplet_stats", x, weight, labels, sample_weight, chosen)
 
 
-def agent_loss(
-    op: str, x: Tensor, weight: Tensor, labels: Tensor, sample_weight: Tensor | None, options: Losses
-) -> Tensor:
-    """The loss with options that have been checked."""
-    return losses.loss(options, swept_rows(op, x, weight, labels, sample_weight, options))
+def rows_and_loss(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor | None,
+    options: Losses,
+    margin: Tensor | None = None,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    *,
+    need_largest: bool = False,
+) -> tuple[AgentRows, Tensor]:
+    """(the rows, the loss) with options that have been checked; a ``margin`` stands in for theirs. With two
+    labels the rows stand there twice."""
+    if labels_b is None and lam is None:
+        rows = swept_rows(op, x, weight, labels, sample_weight, options, margin, need_largest=need_largest)
+        return rows, losses.loss(options, rows)
+    no_statistics(op, need_largest)
+    checks.features_and_weight(op, x, weight)
+    both = both_labels(op, x, labels, labels_b, lam, sample_weight, weight.shape[0], options.ignore_index)
+    if options.check_finite:
+        check_finite(op, x, weight, both, sample_weight)
+        options = replace(options, check_finite=False)
+    rows = swept_rows(op, twice(x), weight, both.labels, both.weight, options, margin)
+    return rows, joined(losses.loss(options, rows), options.reduction)
 
 
 @torch.no_grad()
@@ -198,9 +284,12 @@ def swept_rows(
     sample_weight: Tensor | None,
     options: Losses,
     margin: Tensor | None = None,
+    *,
+    need_largest: bool = False,
 ) -> AgentRows:
     """What is known of the rows. A ``margin`` stands in for the options'."""
-    return sweep_rows(op, checked_inputs(op, x, weight, labels, sample_weight, options), options, margin)[0]
+    given = checked_inputs(op, x, weight, labels, sample_weight, options)
+    return sweep_rows(op, given, options, margin, need_largest=need_largest)[0]
 
 
 class AgentInputs(NamedTuple):
@@ -233,6 +322,7 @@ def sweep_rows(
     margin: Tensor | None = None,
     *,
     need_class_sum: bool = False,
+    need_largest: bool = False,
 ) -> tuple[AgentRows, Tensor | None]:
     """(the rows, the sum of the unit agents if it is needed)"""
     x, weight, labels, factor = given
@@ -242,9 +332,11 @@ def sweep_rows(
         op, x, weight, x.shape[0], weight.shape[0], ignored, options, needed, margin
     )
     target, hinges, state, *class_sum = ops.agent_hinge(
-        x, weight, labels, tensor, swept, need_class_sum=need_class_sum
+        x, weight, labels, tensor, swept, need_class_sum=need_class_sum, need_largest=need_largest
     )
-    rows = AgentRows(labels != ignored, factor, target, hinges, ops.hinge_slope(state, swept))
+    rows = AgentRows(labels != ignored, factor, target, hinges, ops.hinge_slope(state, swept), x.shape[0])
+    if need_largest:
+        rows = rows._replace(cosine=state[COSINE], largest=state[LARGEST])
     return rows, class_sum[0] if need_class_sum else None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..cosine.ops import normalize as unit_rows
 from ..engine import checks
-from ..engine.calls import accumulator
+from ..engine.dtypes import accumulator
 from ..engine.options import takes
 from . import ops
 from .options import DistanceKeywords, DistanceOptions, PairOptions, RowLossKeywords, RowTripletOptions
@@ -70,7 +70,7 @@ def distances(op: str, x: Tensor, weight: Tensor, labels: Tensor | None, options
     return ops.inner_distance(x, weight, labels, options.p)
 
 
-def _rows(op: str, name: str, value: object, like: Tensor) -> Tensor:
+def _rows(op: str, name: str, value: object, first: str, like: Tensor) -> Tensor:
     rows = checks.matrix(op, name, value, "[N, D]")
     if rows.shape != like.shape:
         raise ValueError(f"{op}: expected `{name}` to have shape {list(like.shape)}, got {list(rows.shape)}")
@@ -78,12 +78,31 @@ def _rows(op: str, name: str, value: object, like: Tensor) -> Tensor:
         raise TypeError(
             f"{op}: expected `{name}` to be float64 only together with the others, got {rows.dtype}"
         )
-    checks.same_device(op, name, rows, "the first", like)
+    checks.same_device(op, name, rows, first, like)
     return rows
 
 
+def _counted(
+    op: str, sample_weight: object, *rows: Tensor
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    """(which rows count [N], their weights, the rows with zeros instead of those that do not)"""
+    first = rows[0]
+    factor = checks.weights(op, "sample_weight", sample_weight, first, first.shape[0])
+    if factor is None:
+        return torch.ones(first.shape[:1], dtype=torch.bool, device=first.device), None, rows
+    kept = factor != 0
+    return kept, factor, tuple([torch.where(kept[:, None], row, 0) for row in rows])
+
+
 @takes(PairOptions)
-def pair_contrastive_loss(a: Tensor, b: Tensor, same: Tensor, **options: Unpack[RowLossKeywords]) -> Tensor:
+def pair_contrastive_loss(
+    a: Tensor,
+    b: Tensor,
+    same: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    **options: Unpack[RowLossKeywords],
+) -> Tensor:
     """loss_i = 1/2 (d_i^2 where same, (margin - d_i)_+^2 elsewhere), d_i = |a_i - b_i|.
 
     The contrastive loss of Hadsell et al. (2006): the margin is one of the distance itself, not of its
@@ -95,6 +114,10 @@ def pair_contrastive_loss(a: Tensor, b: Tensor, same: Tensor, **options: Unpack[
         a: [N, D].
         b: [N, D], on a's device; float64 only together with float64.
         same: [N], bool, or int64 or int32 of 0 and 1 (on CUDA any other number counts as 1).
+        sample_weight: [N] factors of the rows' losses, without gradient; a row of weight 0 counts nowhere,
+            whatever it holds.
+        margin: at least how far apart others are to be.
+        reduction: "mean", which divides by the sum of the weights, "batchmean" by N, "sum" or "none".
 
     Returns:
         A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise.
@@ -103,13 +126,16 @@ def pair_contrastive_loss(a: Tensor, b: Tensor, same: Tensor, **options: Unpack[
         TypeError: dtypes, types.
         ValueError: shapes, devices, values.
     """
-    return contrastive("pair_contrastive_loss", a, b, same, PairOptions.of("pair_contrastive_loss", options))
+    op = "pair_contrastive_loss"
+    return contrastive(op, a, b, same, sample_weight, PairOptions.of(op, options))
 
 
-def contrastive(op: str, a: Tensor, b: Tensor, same: Tensor, options: PairOptions) -> Tensor:
+def contrastive(
+    op: str, a: Tensor, b: Tensor, same: Tensor, sample_weight: Tensor | None, options: PairOptions
+) -> Tensor:
     """``pair_contrastive_loss`` with options that have been checked."""
     a = checks.matrix(op, "a", a, "[N, D]")
-    b = _rows(op, "b", b, a)
+    b = _rows(op, "b", b, "a", a)
     checked = checks.tensor(op, "same", same)
     if checked.dtype not in (torch.bool, torch.int64, torch.int32):
         raise TypeError(f"{op}: expected `same` to be bool, int64 or int32, got {checked.dtype}")
@@ -118,16 +144,22 @@ def contrastive(op: str, a: Tensor, b: Tensor, same: Tensor, options: PairOption
     checks.same_device(op, "same", checked, "a", a)
     if checked.dtype != torch.bool and checks.readable(checked) and ((checked != 0) & (checked != 1)).any():
         raise ValueError(f"{op}: expected `same` to hold 0 and 1, got {checked.unique().tolist()}")
+    kept, factor, (a, b) = _counted(op, sample_weight, a, b)
     squared = ops.pair_distance(a, b, 2)
     apart = squared != 0  # true of NaN, which shows
     distance = torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
     losses = torch.where(checked.bool(), squared, (options.margin - distance).clamp_min(0).square()) / 2
-    return reference._reduce(losses, torch.ones_like(checked, dtype=torch.bool), options.reduction)
+    return reference._reduce(losses, kept, options.reduction, factor)
 
 
 @takes(RowTripletOptions)
 def triplet_loss(
-    anchor: Tensor, positive: Tensor, negative: Tensor, **options: Unpack[RowLossKeywords]
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    **options: Unpack[RowLossKeywords],
 ) -> Tensor:
     """loss_i = (margin + |a_i - p_i|^2 - |a_i - n_i|^2)_+, the triplet loss of FaceNet (2015).
 
@@ -139,6 +171,8 @@ def triplet_loss(
         anchor: [N, D].
         positive: [N, D], on anchor's device; float64 only together with float64.
         negative: likewise.
+        sample_weight, reduction: as in :func:`pair_contrastive_loss`.
+        margin: how much farther the negative is to be.
 
     Returns:
         A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise.
@@ -147,18 +181,25 @@ def triplet_loss(
         TypeError: dtypes, types.
         ValueError: shapes, devices, values.
     """
-    return triplet("triplet_loss", anchor, positive, negative, RowTripletOptions.of("triplet_loss", options))
+    op = "triplet_loss"
+    return triplet(op, anchor, positive, negative, sample_weight, RowTripletOptions.of(op, options))
 
 
 def triplet(
-    op: str, anchor: Tensor, positive: Tensor, negative: Tensor, options: RowTripletOptions
+    op: str,
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    sample_weight: Tensor | None,
+    options: RowTripletOptions,
 ) -> Tensor:
     """``triplet_loss`` with options that have been checked."""
     anchor = checks.matrix(op, "anchor", anchor, "[N, D]")
-    positive = _rows(op, "positive", positive, anchor)
-    negative = _rows(op, "negative", negative, anchor)
+    positive = _rows(op, "positive", positive, "anchor", anchor)
+    negative = _rows(op, "negative", negative, "anchor", anchor)
+    kept, factor, (anchor, positive, negative) = _counted(op, sample_weight, anchor, positive, negative)
     anchor = anchor.to(accumulator(anchor.dtype))  # its two gradients meet before they are rounded
     near = ops.pair_distance(anchor, positive, 2)
     far = ops.pair_distance(anchor, negative, 2)
     losses = (options.margin + near - far).clamp_min(0)
-    return reference._reduce(losses, torch.ones_like(losses, dtype=torch.bool), options.reduction)
+    return reference._reduce(losses, kept, options.reduction, factor)

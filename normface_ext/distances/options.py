@@ -13,6 +13,10 @@ from ..engine.options import Options, declared, option
 @declared
 @dataclass(frozen=True)
 class DistanceOptions(Options):
+    WHY_NOT = dict.fromkeys(
+        ("reduction", "sample_weight", "class_weight", "label_smoothing"), "it gives distances and no loss"
+    )
+
     p: int = option(2, checks.exponent)
     normalize: bool = option(False, flag)
     update_center_only: bool = option(False, flag)
@@ -28,9 +32,16 @@ class DistanceKeywords(TypedDict, total=False):
     eps: float
 
 
+_WITHOUT_CLASSES = dict.fromkeys(
+    ("class_weight", "label_smoothing"), "its rows have no classes; sample_weight weighs them"
+)
+
+
 @declared
 @dataclass(frozen=True)
 class PairOptions(Options):
+    WHY_NOT = _WITHOUT_CLASSES
+
     margin: float = option(1.0, number)
     reduction: str = option("mean", checks.reduction)
 
@@ -38,6 +49,8 @@ class PairOptions(Options):
 @declared
 @dataclass(frozen=True)
 class RowTripletOptions(Options):
+    WHY_NOT = _WITHOUT_CLASSES
+
     margin: float = option(0.2, number)
     reduction: str = option("mean", checks.reduction)
 

@@ -25,7 +25,14 @@ class _Sharded(SpreadClasses, AgentLoss):
         self.training = head.training
 
     def _rows_and_loss(
-        self, features: Tensor, labels: Tensor, sample_weight: Tensor | None, margin: Tensor | None
+        self,
+        features: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None,
+        margin: Tensor | None,
+        labels_b: Tensor | None,
+        lam: float | Tensor | None,
+        need_largest: bool,
     ) -> tuple[AgentRows, Tensor]:
         return agents.rows_and_loss(
             f"distributed.{self.LOSS}",
@@ -36,8 +43,11 @@ class _Sharded(SpreadClasses, AgentLoss):
             sample_weight,
             self.options,
             margin,
+            labels_b,
+            lam,
             backbone_gradients=self.backbone_gradients,
             equal_batches=self.equal_batches,
+            need_largest=need_largest,
         )
 
     def _stats(

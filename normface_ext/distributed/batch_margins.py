@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from ..engine import checks, sweep
 from ..engine.reduce import weighted
+from ..engine.statistics import Found, with_more
 from ..softmax.batch_margins import BatchMargin, Rows, margin_of, regularizer_of, rows_weight, weighed
 from ..softmax.hard_negatives import HardNegatives
 from ..softmax.margins import Margin
@@ -76,7 +77,7 @@ def margin_of_rows(op: str, margin: BatchMargin, rows: Rows) -> Margin | HardNeg
 
 def with_regularizer(
     op: str,
-    loss: Tensor,
+    found: Found,
     margin: BatchMargin,
     rows: Rows,
     sample_weight: Tensor | None,
@@ -84,17 +85,22 @@ def with_regularizer(
     replicas: int,
     batch: Batch,
     group: ProcessGroup,
-) -> Tensor:
+) -> Found:
     """The loss, and what the rows of all ranks add to it; for "none" this rank's."""
+    loss, statistics = found
     more = regularizer_of(op, margin, rows)
     if more is None:
-        return loss
+        return found
+    plain = torch.where(rows.counts, more.detach(), 0).double().sum()
     if rows.of_all:
         weights = rows_weight(rows, batch.sample_weight)
-        every = weighted(weighed(more, weights), weights.sum(), reduction)
-        return loss + (batch.own(every) if reduction == "none" else every).to(loss.dtype)
+        every = weighted(weighed(more, weights), weights.sum(), reduction, batch.count)
+        loss = loss + (batch.own(every) if reduction == "none" else every).to(loss.dtype)
+        return loss, statistics and with_more(statistics, plain)
     weights = rows_weight(rows, sample_weight)
-    (total,) = add_over_shards([weights.sum()], group)
-    mine = weighted(weighed(more, weights), total, reduction)
+    total, plain = add_over_shards([weights.sum(), plain], group)
+    mine = weighted(weighed(more, weights), total, reduction, batch.count)
+    if rows.share is not None and reduction == "none":
+        mine = mine.view(2, -1).sum(0)
     summed: Tensor = _SumOverRanks.apply(mine, None if reduction == "none" else group, replicas)
-    return loss + summed.to(loss.dtype)
+    return loss + summed.to(loss.dtype), statistics and with_more(statistics, plain)

@@ -7,17 +7,21 @@ differ in size agree on the largest first; shorter ones are filled with rows tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
 from ..engine import checks
-from .shard import ClassShard
+from ..engine.row_state import LARGEST
+from .shard import ClassShard, owners
 
 # torch 2.13 gave both collectives new names and warns of the old ones.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -52,6 +56,7 @@ class Batch:
         mine: rows of this rank, without padding.
         rank: of this process in the group.
         need_x: the features of some rank need a gradient, so that all ranks have to scatter it.
+        count: the rows of all ranks without padding, if it was asked for.
     """
 
     x: Tensor
@@ -61,6 +66,7 @@ class Batch:
     mine: int
     rank: int
     need_x: bool
+    count: int | Tensor | None = None
 
     def check_finite(
         self, op: str, weight: Tensor, shard: ClassShard, ignore_index: int, scale: Tensor | None = None
@@ -100,22 +106,31 @@ def gather_rows(
     ignore_index: int,
     sample_weight: Tensor | None = None,
     equal_batches: bool = False,
+    counted: bool = False,
 ) -> Batch:
     """The batches of all ranks, in one all-gather of bytes: features, label and weight of a row together.
 
     Args:
         x: [N, D], any N, and D and dtype the same on all ranks. labels: [N] int64. sample_weight: [N].
+            Of both there may be several of a row, [N, K], and so there are in the batch then.
         equal_batches: the caller's word that N is the same on all ranks, and that x needs a gradient on all
             of them or on none, which saves asking (a collective of 16 bytes, and on CUDA a wait of the
             host).
+        counted: the batch is to know how many rows there are, which costs a collective of 8 bytes unless the
+            batches are equal.
     """
     world, rank, mine = dist.get_world_size(group), dist.get_rank(group), x.shape[0]
     each, need_x = mine, x.requires_grad and torch.is_grad_enabled()
     if not equal_batches:
         each, need_x = _agreed(mine, need_x, x.device, group)
-    columns = [(x.detach(), 0), (labels[:, None], ignore_index)]
+    single = labels.dim() == 1
+    columns = [(x.detach(), 0), (labels[:, None] if single else labels, ignore_index)]
     if sample_weight is not None:
-        columns.append((sample_weight[:, None], 0))
+        columns.append((sample_weight[:, None] if single else sample_weight, 0))
+    count: int | Tensor | None = None
+    if counted:
+        own = torch.full((), mine, dtype=torch.float64, device=x.device)
+        count = world * mine if equal_batches else add_over_shards([own], group)[0]
     pieces = [_bytes(column, each, filler) for column, filler in columns]
     packed = torch.cat(pieces, dim=1)
     everyone = torch.empty((world * each, packed.shape[1]), dtype=torch.uint8, device=x.device)
@@ -128,14 +143,17 @@ def gather_rows(
         else column.new_empty(world * each, column.shape[1])
         for part, (column, _) in zip(parts, columns, strict=True)
     ]
+    if single:
+        unpacked[1:] = [part[:, 0].contiguous() for part in unpacked[1:]]
     return Batch(
         unpacked[0],
-        unpacked[1][:, 0].contiguous(),
-        unpacked[2][:, 0].contiguous() if sample_weight is not None else None,
+        unpacked[1],
+        unpacked[2] if sample_weight is not None else None,
         each,
         mine,
         rank,
         need_x,
+        count,
     )
 
 
@@ -185,12 +203,28 @@ def largest_over_shards(value: Tensor, group: ProcessGroup) -> Tensor:
     return largest
 
 
+def largest_of_all(rows: Tensor, group: ProcessGroup) -> Tensor:
+    """A copy of the rows' state [ROW_FIELDS, N] with their largest cosines over all shards. NaN is larger
+    than anything here, as within a shard: infinity stands for it."""
+    rows, own = rows.clone(), rows[LARGEST]
+    rows[LARGEST] = largest_over_shards(torch.where(own.isnan(), torch.inf, own), group)
+    return rows
+
+
 def key_of_largest(value: Tensor, key: Tensor, group: ProcessGroup) -> Tensor:
     """For each row the `key`, float64 [N], of the rank whose value [N] is the largest: the smallest key
     where several have it. NaN is larger than anything here, as within a shard."""
     value = torch.where(value.isnan(), torch.inf, value)
     held = value == largest_over_shards(value, group)
     return -largest_over_shards(torch.where(held, -key.double(), -torch.inf), group)
+
+
+def from_first(value: Tensor, group: ProcessGroup) -> Tensor:
+    """What the group's first rank has; of the same shape and dtype on all."""
+    value = value.clone()
+    with explained("the broadcast from the first rank", group):
+        dist.broadcast(value, dist.get_global_rank(group, 0), group=group)
+    return value
 
 
 class ScatteredRows:
@@ -210,3 +244,73 @@ class ScatteredRows:
             if self._work is not None:
                 self._work.wait()
         return self._mine[: self._batch.mine]
+
+
+class Route:
+    """Which rows of which ranks this one asks for, and which of its own the others do: agreed on once, for
+    rows to travel along it to who asked and, as gradients, back.
+
+    Args:
+        wanted: [K] int64, rows of all ranks' by their global numbers, in any order and as often as wanted;
+            K may differ from rank to rank.
+        classes: rows of all ranks, spread as those of a ``ClassShard``.
+    """
+
+    def __init__(self, wanted: Tensor, classes: int, group: ProcessGroup) -> None:
+        self._group = group
+        world, rank = dist.get_world_size(group), dist.get_rank(group)
+        owner, first = owners(wanted, classes, world, rank)
+        self._order = owner.argsort(stable=True)
+        asked = torch.bincount(owner, minlength=world)
+        given = torch.empty_like(asked)
+        with explained("the exchange of row counts", group):
+            dist.all_to_all_single(given, asked, group=group)
+        self._asked, self._given = asked.tolist(), given.tolist()
+        #: [G] int64: rows of this rank's that the others want, those of the first rank first.
+        self.places = self._sent(wanted[self._order], self._asked, self._given) - first
+
+    def _sent(self, rows: Tensor, mine: list[int], theirs: list[int]) -> Tensor:
+        """[sum(theirs), ...]: of each rank what it has for this one, as bytes, which every backend sends."""
+        got = rows.new_empty(sum(theirs), *rows.shape[1:])
+        width = math.prod(rows.shape[1:])
+        if width:
+            flat, room = (t.reshape(t.shape[0], width).view(torch.uint8) for t in (rows, got))
+            with explained("the exchange of rows", self._group):
+                dist.all_to_all_single(room, flat, theirs, mine, group=self._group)
+        return got
+
+    def fetch(self, local: Tensor) -> Tensor:
+        """[K, ...]: the wanted rows of all ranks' ``local`` ones."""
+        got = self._sent(local.index_select(0, self.places), self._given, self._asked)
+        rows = torch.empty_like(got)
+        rows[self._order] = got
+        return rows
+
+    def give_back(self, gradient: Tensor, rows: int) -> Tensor:
+        """[rows, ...]: what all ranks have for this one's rows, added."""
+        got = self._sent(gradient.index_select(0, self._order), self._asked, self._given)
+        return got.new_zeros(rows, *got.shape[1:]).index_add_(0, self.places, got)
+
+
+class FetchedRows(Function):
+    """The wanted rows [K, ...] of a weight whose rows are spread, all ranks together."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, route: Route) -> Tensor:
+        ctx.route, ctx.rows = route, local.shape[0]
+        return route.fetch(local)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _RowsGivenBack.apply(gradient, ctx.route, ctx.rows), None
+
+
+class _RowsGivenBack(Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, route: Route, rows: int) -> Tensor:
+        ctx.route = route
+        return route.give_back(gradient, rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return FetchedRows.apply(gradient, ctx.route), None, None

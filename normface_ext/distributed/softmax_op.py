@@ -10,10 +10,12 @@ from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 
 from .. import _C
-from ..engine import sweep
-from ..engine.autograd import no_second_derivative
+from ..engine import row_state, sweep
+from ..engine.autograd import no_second_derivative, store_as
 from ..softmax import ops
 from ..softmax.arguments import Numbers, margin_arguments
+from ..softmax.centers import as_rows, by_class
+from ..softmax.loss_options import LossOptions, MarginTensors
 from ..softmax.margins import Margin
 from ..softmax.options import HeadOptions
 from .collectives import (
@@ -21,6 +23,7 @@ from .collectives import (
     ScatteredRows,
     add_over_shards,
     gather_row_gradients,
+    largest_of_all,
     largest_over_shards,
 )
 from .shard import ClassShard
@@ -28,13 +31,13 @@ from .shard import ClassShard
 OP = "distributed.normface_loss"
 
 
-def _shared_shift(
+def shared_shift(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
     scale: Tensor | None,
-    options: ops.LossOptions,
-    term: sweep.TermInputs,
+    options: LossOptions,
+    term: row_state.TermInputs,
     largest_scale: float | None,
     shard: ClassShard,
 ) -> Tensor | None:
@@ -74,7 +77,7 @@ def margin_of_all(
     shard: ClassShard,
     *,
     of_all: bool = False,
-) -> tuple[ops.MarginTensors, Numbers]:
+) -> tuple[MarginTensors, Numbers]:
     """``margin_arguments`` of the rows of all ranks; numbers per row come from their ranks, unless they are
     those `of_all`."""
     straight = options.margin_gradient == "straight"
@@ -90,8 +93,9 @@ def margin_of_all(
 class ClassParallelLoss(Function):
     """As ``ops._NormFaceLoss``, with the row sums added over shards between the stages.
 
-    ``weight`` is the shard [C_local, D]; with ``rows`` [K] only those of its classes take part, and its
-    gradient is a sparse tensor of them (``first`` says what its row 0 is called there).
+    ``weight`` is the shard [C_local, D], or [C_local, centers, D]; with ``rows`` [K] only those of its
+    classes take part, and its gradient is a sparse tensor of them (``first`` says what its row 0 is called
+    there).
     """
 
     @staticmethod
@@ -109,16 +113,19 @@ class ClassParallelLoss(Function):
         rows: Tensor | None,
         threshold: Tensor | None,
         numbers: Tensor | None,
-        options: ops.LossOptions,
+        options: LossOptions,
         largest_scale: float | None,
         replicas: int,
         shard: ClassShard,
-    ) -> Tensor:
+        statistics: bool,
+    ) -> Any:
         need_weight = ctx.needs_input_grad[1]
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         classes = local.contiguous() if rows is None else local.index_select(0, rows)
-        term = sweep.TermInputs(threshold, numbers)
-        shift = _shared_shift(batch.x, classes, places, scale, options, term, largest_scale, shard)
+        if options.centers > 1:
+            classes = as_rows(classes)
+        term = row_state.TermInputs(threshold, numbers)
+        shift = shared_shift(batch.x, classes, places, scale, options, term, largest_scale, shard)
         swept, options = sweep.head_sweep_in_memory(
             batch.x,
             classes,
@@ -130,6 +137,7 @@ class ClassParallelLoss(Function):
             op="normface_loss",
             need_x=batch.need_x,
             need_weight=need_weight,
+            need_largest=statistics,
             shift=shift,
             term=term,
         )
@@ -137,11 +145,11 @@ class ClassParallelLoss(Function):
         fields = 3 if class_weight is None else 4
         sums, class_sum = add_over_shards([swept.rows[:fields], swept.class_sum], shard.group)
         swept.rows[:fields] = sums
-        margin = m1, m2, m3
+        margin, class_sum = (m1, m2, m3), class_sum.to(swept.class_sum.dtype)
         loss, slopes = ops.softmax_finish(
             swept.rows,
             batch.x,
-            class_sum.to(swept.class_sum.dtype),
+            class_sum,
             scale,
             margin,
             options,
@@ -163,10 +171,17 @@ class ClassParallelLoss(Function):
         )
         ctx.batch, ctx.options, ctx.replicas, ctx.shard = batch, options, replicas, shard
         ctx.weight_shape, ctx.first = weight.shape, shard.first if isinstance(weight, DTensor) else 0
-        return batch.own(loss).clone() if options.reduction == 0 else loss
+        mine = batch.own(loss).clone() if options.reduction == 0 else loss
+        if not statistics:
+            return mine
+        rows = largest_of_all(swept.rows, shard.group)
+        weighted = class_weight is not None
+        means = ops.means_of_rows(rows, batch.x, class_sum, scale, margin, options, weighted=weighted)
+        ctx.mark_non_differentiable(*means)
+        return mine, *means
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor, *rest: Any) -> Any:
         mine, weight, scale, m1, m2, m3, *saved = ctx.saved_tensors
         x, classes, places, class_weight, rows, threshold, numbers, slopes, *swept = saved
         own_x, need_weight, need_scale = ctx.needs_input_grad[:3]
@@ -188,7 +203,7 @@ class ClassParallelLoss(Function):
                     sweep.Swept(*swept),
                     options,
                     needed,
-                    sweep.TermInputs(threshold, numbers),
+                    row_state.TermInputs(threshold, numbers),
                 )
 
         # The features' gradient travels while the weight's is computed.
@@ -197,24 +212,16 @@ class ClassParallelLoss(Function):
         dw: Tensor | None = gradients(False, True, False)[1] if need_weight else None
         dx = None
         if moving is not None:
-            norms = batch.own(swept[0][sweep.INVERSE_NORM])
+            norms = batch.own(swept[0][row_state.INVERSE_NORM])
             dx = store_as(moving.wait() * ctx.replicas, x.dtype, norms, options.eps)
         with torch.no_grad():
             of_margin = ops.margin_gradients(grad_loss, slopes, (m1, m2, m3), ctx.needs_input_grad[3:6])
         given = (dx if own_x else None, dw, ds if need_scale else None, *of_margin)
         dx, dw, *others = no_second_derivative("normface_loss", given, *origins)
+        if dw is not None and options.centers > 1:
+            dw = by_class(dw, options.centers)
         if dw is not None and rows is not None:
             dw = torch.sparse_coo_tensor(
                 (rows + ctx.first)[None], dw, ctx.weight_shape, is_coalesced=True, check_invariants=False
             )
-        return dx, dw, *others, *[None] * 10
-
-
-def store_as(gradient: Tensor, dtype: torch.dtype, inverse_norm: Tensor, eps: float) -> Tensor:
-    """To the features' dtype. In float16 the rows whose norm is mostly eps, zero rows above all, are held at
-    the largest half (math::ruled_by_eps); an overflow elsewhere stays one, for a GradScaler to see."""
-    if dtype == torch.float16:
-        largest = torch.finfo(dtype).max
-        ruled = inverse_norm.pow(-2) <= 2 * eps
-        gradient = torch.where(ruled[:, None], gradient.clamp(-largest, largest), gradient)
-    return gradient.to(dtype)
+        return dx, dw, *others, *[None] * 11

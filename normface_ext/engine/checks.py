@@ -11,25 +11,49 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from . import arguments
+from . import arguments, graphs, transforms
 from .arguments import INT64_MAX, INT64_MIN, choice, integer, number
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+#: With the kernels' number. "batchmean" is a sum to them, which the number of rows divides afterwards.
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2, "batchmean": 2}
+
+
+#: Kinds of tensors that no kernel takes, and what to do instead. By the name of their class: to import the
+#: classes takes long, and who has one has done so.
+FOREIGN = {
+    "DTensor": "a DTensor: give what this rank has of it, .to_local(), or all of it, .full_tensor(); the head"
+    " of normface_ext.distributed.shard_head takes plain features, and has logits(x), predict(x) and"
+    " accuracy(x, labels)",
+    "MaskedTensor": "a MaskedTensor: give .to_tensor(value), or .get_data() and rows that are ignored",
+    "UninitializedParameter": "an UninitializedParameter: run its lazy module once first",
+    "UninitializedBuffer": "an UninitializedBuffer: run its lazy module once first",
+}
+#: Named tensors went with torch 2.13; Dynamo never took them.
+_has_names: Callable[[Tensor], bool] | None = getattr(Tensor, "has_names", None)
 
 
 def is_dtensor(value: Tensor) -> bool:
-    """By name: to import the class takes long, and who has one has done so."""
+    """By name, as in ``FOREIGN``."""
     return type(value).__name__ == "DTensor"
 
 
 def tensor(op: str, name: str, value: object) -> Tensor:
+    """A plain tensor: what every op's tensors have to be. Dtype, shape and device are for others to check."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: expected `{name}` to be a Tensor, got {type(value).__name__}")
-    if is_dtensor(value):
-        raise TypeError(f"{op}: expected `{name}` to be a plain Tensor, got a DTensor")
+        raise TypeError(
+            f"{op}: expected `{name}` to be a Tensor, got {type(value).__name__}{graphs.advice(value)}"
+        )
+    if type(value).__name__ in FOREIGN:
+        raise TypeError(f"{op}: expected `{name}` to be a plain Tensor, got {FOREIGN[type(value).__name__]}")
     if value.layout is not torch.strided:
         raise TypeError(f"{op}: expected `{name}` to be a dense Tensor, got {value.layout}")
+    if value.is_nested:
+        raise TypeError(f"{op}: expected `{name}` to be a dense Tensor, got a nested one")
+    if _has_names is not None and not torch.compiler.is_compiling() and _has_names(value):
+        raise TypeError(
+            f"{op}: expected `{name}` without names, got a named tensor: .rename(None) drops them"
+        )
     return value
 
 
@@ -65,6 +89,8 @@ def eps(op: str, name: str, value: object) -> float:
 
 def exponent(op: str, name: str, value: object) -> int:
     """`p`: 1 or 2, also as a float (torch's own default is 2.0)."""
+    if type(value) is int and (value == 2 or value == 1):
+        return value
     try:
         p = number(op, name, value)
     except (TypeError, ValueError):
@@ -192,26 +218,27 @@ def bounded(scale: Tensor, low: float, high: float) -> Tensor:
     return (scale.detach().clamp(low, high) + none).reshape(())
 
 
-def label_tensor(op: str, value: object) -> Tensor:
-    checked = tensor(op, "labels", value)
+def label_tensor(op: str, value: object, name: str = "labels") -> Tensor:
+    checked = tensor(op, name, value)
     if checked.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{op}: expected `labels` to be int64 or int32, got {checked.dtype}")
+        raise TypeError(f"{op}: expected `{name}` to be int64 or int32, got {checked.dtype}")
     return checked
 
 
-def label_rows(op: str, value: object, x: Tensor) -> Tensor:
+def label_rows(op: str, value: object, x: Tensor, name: str = "labels") -> Tensor:
     """labels [N] as int64, of any value."""
-    checked = label_tensor(op, value)
+    checked = label_tensor(op, value, name)
     if checked.dim() != 1 or checked.shape[0] != x.shape[0]:
-        raise ValueError(f"{op}: expected `labels` to have shape [{x.shape[0]}], got {list(checked.shape)}")
-    same_device(op, "labels", checked, "x", x)
+        raise ValueError(f"{op}: expected `{name}` to have shape [{x.shape[0]}], got {list(checked.shape)}")
+    same_device(op, name, checked, "x", x)
     return checked.long()
 
 
 def has_values(value: Tensor) -> bool:
     """Whether a tensor's values can be read at all: not of a fake or meta tensor, nor while compiling or
-    while a CUDA graph is captured."""
-    return not (torch.compiler.is_compiling() or value.is_meta or is_fake(value) or capturing(value))
+    while a CUDA graph is captured, nor of a batch under torch.func.vmap."""
+    unknown = torch.compiler.is_compiling() or value.is_meta or is_fake(value) or capturing(value)
+    return not (unknown or transforms.batched(value))
 
 
 def capturing(value: Tensor) -> bool:
@@ -228,15 +255,17 @@ def ignored(ignore_index: int | None) -> int:
     return INT64_MIN if ignore_index is None else ignore_index
 
 
-def labels(op: str, value: object, x: Tensor, classes: int, ignore_index: int | None) -> Tensor:
+def labels(
+    op: str, value: object, x: Tensor, classes: int, ignore_index: int | None, name: str = "labels"
+) -> Tensor:
     """labels [N] as int64, in [0, C) or ignore_index. On CUDA the range is checked by the kernel."""
-    checked = label_rows(op, value, x)
+    checked = label_rows(op, value, x, name)
     if readable(checked):
-        label_range(op, checked, classes, ignore_index)
+        label_range(op, checked, classes, ignore_index, name)
     return checked
 
 
-def label_range(op: str, value: Tensor, classes: int, ignore_index: int | None) -> None:
+def label_range(op: str, value: Tensor, classes: int, ignore_index: int | None, name: str = "labels") -> None:
     if value.numel() == 0:
         return
     least, most = value.aminmax()  # one op, where nothing is wrong or ignored
@@ -249,7 +278,7 @@ def label_range(op: str, value: Tensor, classes: int, ignore_index: int | None) 
         row = int(bad.nonzero()[0])
         exempt = "" if ignore_index is None else f" or ignore_index ({ignore_index})"
         raise IndexError(
-            f"{op}: expected `labels` in [0, {classes}){exempt}, got {int(value[row])} at row {row}"
+            f"{op}: expected `{name}` in [0, {classes}){exempt}, got {int(value[row])} at row {row}"
         )
 
 
@@ -270,6 +299,8 @@ def finite_rows(
     sentence = f"{op}: expected `{name}` to be finite, got NaN or infinity"
     if torch.compiler.is_compiling() or capturing(value):
         torch._assert_async(~bad.any(), sentence)
+    elif transforms.batched(value):
+        raise ValueError(f"{op}: expected `check_finite` False under torch.func.vmap, got True")
     elif has_values(value) and bad.any():
         if bad.dim() == 0:
             raise ValueError(sentence)
@@ -311,10 +342,23 @@ def factors(op: str, name: str, value: object, count: int) -> Tensor:
     return checked
 
 
+#: Why losses of rows with no softmax of the kernels have no such options (``Options.WHY_NOT``).
+NO_SOFTMAX = {
+    "class_weight": "it is a factor of the row's loss, as sample_weight=class_weight[labels] is",
+    "label_smoothing": "its loss is no cross entropy: there is no distribution over the classes to smooth",
+}
+
+
 def weights(op: str, name: str, value: object, x: Tensor, count: int) -> Tensor | None:
     """Constant factors [count], in the accumulator dtype of x."""
     if value is None:
         return None
+    if isinstance(value, tuple):
+        raise TypeError(
+            f"{op}: expected `{name}` to be a Tensor of shape [{count}], got a tuple. A miner's indices_tuple"
+            " has to be converted: sample_weight=loss_and_miner_utils.convert_to_weights(indices_tuple,"
+            ' labels, dtype=x.dtype), with reduction="batchmean" for the mean of pytorch-metric-learning'
+        )
     checked = factors(op, name, value, count)
     same_device(op, name, checked, "x", x)
     return checked.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()

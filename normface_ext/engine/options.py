@@ -16,6 +16,8 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
+from . import graphs
+
 #: (op, name, value) -> the value as it is kept; raises what is none.
 Check = Callable[[str, str, object], Any]
 Self = TypeVar("Self", bound="Options")
@@ -34,6 +36,8 @@ class Options:
 
     #: By name; filled for every subclass by ``declared``.
     CHECKS: ClassVar[Mapping[str, Check]] = {}
+    #: What others have and these have not, by name: why, and what to do instead.
+    WHY_NOT: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def of(cls: type[Self], op: str, given: Mapping[str, object]) -> Self:
@@ -41,7 +45,8 @@ class Options:
         checks, kept = cls.CHECKS, {}
         for name, value in given.items():
             if name not in checks:
-                raise TypeError(f"{op}: got an unexpected keyword argument `{name}`")
+                why = f": {cls.WHY_NOT[name]}" if name in cls.WHY_NOT else ""
+                raise TypeError(f"{op}: got an unexpected keyword argument `{name}`{why}")
             kept[name] = checks[name](op, name, value)
         made = cls(**kept)
         made.agree(op)
@@ -101,6 +106,9 @@ class HoldsOptions(nn.Module):
     checks it as the constructor does."""
 
     options: Options
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise graphs.not_scriptable(type(self).__name__)
 
     def keep_options(self, options: Options) -> None:
         object.__setattr__(self, "options", options)

@@ -44,7 +44,7 @@ class AdaCos(WideState, Recipe):
         in_features: D.
         num_classes: C, at least 3: with 2 classes the scale would be 0.
         dynamic: False keeps the scale.
-        reduction, ignore_index, eps, workspace: as in ``functional.normface_loss``.
+        reduction, label_smoothing, ignore_index, eps, workspace: as in ``functional.normface_loss``.
         device, dtype: of the weight.
 
     All but in_features and num_classes are attributes, checked when they are set. ``forward`` takes features
@@ -89,6 +89,7 @@ class AdaCos(WideState, Recipe):
             self._scale_of(features, labels, sample_weight),
             sample_weight=sample_weight,
             reduction=chosen.reduction,
+            label_smoothing=chosen.label_smoothing,
             ignore_index=chosen.ignore_index,
             eps=chosen.eps,
             workspace=chosen.workspace,

@@ -23,6 +23,8 @@ def form(op: str, name: str, value: object) -> str:
 class BatchOptions(Options):
     """Of every recipe."""
 
+    WHY_NOT = checks.NO_SOFTMAX
+
     ignore_index: int | None = option(-100, checks.ignore_index)
     eps: float = option(1e-12, checks.eps)
 
@@ -50,11 +52,13 @@ class RowKeywords(BatchKeywords, total=False):
 @dataclass(frozen=True)
 class AdaCosOptions(RowOptions):
     dynamic: bool = option(True, flag)
+    label_smoothing: float = option(0.0, checks.smoothing)
     workspace: int | None = option(None, checks.workspace)
 
 
 class AdaCosKeywords(RowKeywords, total=False):
     dynamic: bool
+    label_smoothing: float
     workspace: int | None
 
 
@@ -63,12 +67,21 @@ class AdaCosKeywords(RowKeywords, total=False):
 class ProxyNCAOptions(RowOptions):
     form: str = option("paper", form)
     softmax_scale: float = option(1.0, within(POSITIVE))
+    label_smoothing: float = option(0.0, checks.smoothing)
     workspace: int | None = option(None, checks.workspace)
+
+    def agree(self, op: str) -> None:
+        if self.label_smoothing > 0 and self.form == "paper":
+            raise ValueError(
+                f"{op}: expected `label_smoothing` 0 with form='paper', whose sum leaves the label out:"
+                f" that is no cross entropy, got {self.label_smoothing:g}"
+            )
 
 
 class ProxyNCAKeywords(RowKeywords, total=False):
     form: str
     softmax_scale: float
+    label_smoothing: float
     workspace: int | None
 
 
@@ -89,6 +102,7 @@ class SoftTripleOptions(RowOptions):
     gamma: float = option(0.1, within(POSITIVE))
     margin: float = option(0.01, within(NOT_NEGATIVE))
     tau: float = option(0.2, within(NOT_NEGATIVE))
+    label_smoothing: float = option(0.0, checks.smoothing)
 
 
 class SoftTripleKeywords(RowKeywords, total=False):
@@ -96,6 +110,7 @@ class SoftTripleKeywords(RowKeywords, total=False):
     gamma: float
     margin: float
     tau: float
+    label_smoothing: float
 
 
 @declared
@@ -112,9 +127,17 @@ class UniFaceKeywords(RowKeywords, total=False):
     negative_weight: float
 
 
+_WITHOUT_ROWS = {
+    **checks.NO_SOFTMAX,
+    "reduction": "its sums run over rows within the logarithms, so a row has no loss of its own",
+}
+
+
 @declared
 @dataclass(frozen=True)
 class ProxyAnchorOptions(BatchOptions):
+    WHY_NOT = _WITHOUT_ROWS
+
     alpha: float = option(32.0, within(POSITIVE))
     margin: float = option(0.1, within(FINITE))
 

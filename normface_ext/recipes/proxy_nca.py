@@ -34,7 +34,8 @@ class ProxyNCA(Recipe):
         num_classes: C, at least 2: a single class has no others.
         form: "paper" or "pml".
         softmax_scale: a, above 0.
-        reduction, ignore_index, eps, workspace: as in ``functional.normface_loss``.
+        label_smoothing: of form "pml", as in ``functional.normface_loss``.
+        reduction, ignore_index, eps, workspace: likewise.
         device, dtype: of the weight.
 
     All but in_features and num_classes are attributes, checked when they are set. ``forward`` takes features
@@ -70,6 +71,7 @@ class ProxyNCA(Recipe):
                 scale,
                 sample_weight=sample_weight,
                 reduction=chosen.reduction,
+                label_smoothing=chosen.label_smoothing,
                 ignore_index=chosen.ignore_index,
                 eps=eps,
                 workspace=workspace,

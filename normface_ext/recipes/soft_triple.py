@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..cosine.functions import normalize
 from ..engine.arguments import size
+from ..engine.dtypes import full_precision
 from ..engine.options import holds, takes
-from .batch import Recipe, full_precision
+from .batch import Recipe
 from .options import SoftTripleKeywords, SoftTripleOptions
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class SoftTriple(Recipe):
         centers: K; ``weight`` is [C K, D], the centres of a class one after another.
         la, gamma: above 0.
         margin, tau: at least 0.
+        label_smoothing: over the logits la (S_j - margin [j = y]), as ``torch.nn.functional.cross_entropy``.
         reduction, ignore_index, eps: as in ``functional.normface_loss``.
         device, dtype: of the weight.
 
@@ -71,7 +73,9 @@ class SoftTriple(Recipe):
         of_class = ((cosine / chosen.gamma).softmax(2) * cosine).sum(2)
         margin = torch.full_like(batch.x[:, :1], -chosen.margin)
         logits = chosen.la * of_class.scatter_add(1, batch.columns, margin)
-        losses = F.cross_entropy(logits, batch.columns[:, 0], reduction="none")
+        losses = F.cross_entropy(
+            logits, batch.columns[:, 0], reduction="none", label_smoothing=chosen.label_smoothing
+        )
         if chosen.tau > 0 and self.centers > 1:
             losses = losses + chosen.tau * self._spread(batch.agents)
         return batch.reduced(losses, chosen.reduction)

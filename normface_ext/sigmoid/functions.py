@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..engine import checks
-from ..engine.arguments import number
+from ..engine.arguments import flag, number
 from ..engine.calls import plan_device, product_dtype
+from ..engine.mixing import both_labels, check_finite, joined, no_statistics, twice
 from ..engine.options import takes
 from ..engine.plan import products
-from ..engine.sweep import TERMS
+from ..engine.row_state import TERMS
+from ..engine.statistics import Found, Statistics, given_back
 from . import losses, ops
 from .losses import SigmoidRows
 from .options import SphereFace2Keywords, SphereFace2Options
@@ -21,6 +24,32 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@overload
+def sphereface2_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: float | Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    return_statistics: Literal[False] = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    **options: Unpack[SphereFace2Keywords],
+) -> Tensor: ...
+@overload
+def sphereface2_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: float | Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    return_statistics: Literal[True],
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    **options: Unpack[SphereFace2Keywords],
+) -> tuple[Tensor, Statistics]: ...
 @takes(SphereFace2Options)
 def sphereface2_loss(
     x: Tensor,
@@ -29,8 +58,11 @@ def sphereface2_loss(
     bias: float | Tensor,
     *,
     sample_weight: Tensor | None = None,
+    return_statistics: bool = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
     **options: Unpack[SphereFace2Keywords],
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Statistics]:
     """loss_i = W [alpha softplus(-z_iy) + (1 - alpha) sum_{j != y} softplus(z_ij)], every class a yes or no.
 
     z_iy = r (g(c_iy) - m) + b, z_ij = r (g(c_ij) + m) + b, g(c) = 2 ((c + 1) / 2)^t - 1: SphereFace2 in its
@@ -55,23 +87,28 @@ def sphereface2_loss(
         loss_weight: W. None: 50 / r, as in OpenSphere; wespeaker has 1.
         margin_gradient: "exact" differentiates g and form A's angles, as wespeaker does. "straight" takes the
             slopes of z in the cosines as r, for the target and for the others, as OpenSphere does.
+        labels_b, lam: second labels [N], and the first ones' share, as in ``functional.normface_loss``. Each
+            row stands in the batch twice for it: twice the products.
         reduction: "mean" over the rows that are not ignored (0 when there is none, or their weights sum to
-            0), "sum" or "none".
-        ignore_index, eps, workspace, check_finite: see ``functional.normface_loss``.
+            0), "sum", "none", or "batchmean": the sum divided by N, ignored rows and all.
+        return_statistics, ignore_index, eps, workspace, check_finite: see ``functional.normface_loss``.
 
     Inside autocast on CUDA the products' operands are in its dtype, unless they are float64; gradients have
     the dtypes of x, weight and bias.
 
     Returns:
         A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise. Second derivatives
-        raise.
+        raise. With ``return_statistics`` (loss, Statistics).
 
     Raises:
         TypeError: dtypes, types.
         ValueError: shapes, devices, values; with ``check_finite`` rows that are not finite, by their numbers.
         IndexError: a label out of range.
     """
-    return head_loss(x, weight, labels, bias, sample_weight, SphereFace2Options.of(ops.OP, options))
+    statistics = flag(ops.OP, "return_statistics", return_statistics)
+    chosen = SphereFace2Options.of(ops.OP, options)
+    labelled = labels, bias, sample_weight, chosen, labels_b, lam
+    return given_back(head_loss(x, weight, *labelled, statistics=statistics))
 
 
 def head_loss(
@@ -81,10 +118,24 @@ def head_loss(
     bias: float | Tensor,
     sample_weight: Tensor | None,
     options: SphereFace2Options,
-) -> Tensor:
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    *,
+    statistics: bool,
+) -> Found:
     """The loss with options that have been checked."""
     op = ops.OP
     checks.features_and_weight(op, x, weight)
+    if labels_b is not None or lam is not None:
+        classes, ignored = weight.shape[0], options.ignore_index
+        both = both_labels(op, x, labels, labels_b, lam, sample_weight, classes, ignored)
+        if options.check_finite:
+            check_finite(op, x, weight, both, sample_weight)
+            checks.finite_rows(op, "bias", bias_of(op, bias, x))
+        no_statistics(op, statistics)
+        told = both.labels, bias, both.weight, replace(options, check_finite=False)
+        made, _ = head_loss(twice(x), weight, *told, statistics=False)
+        return joined(made, options.reduction), None
     labels = checks.labels(op, labels, x, weight.shape[0], options.ignore_index)
     factor = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
     b = bias_of(op, bias, x)
@@ -93,8 +144,12 @@ def head_loss(
         checks.finite_operands(op, x, weight, kept, sample_weight=factor)
         checks.finite_rows(op, "bias", b)
     given = sweep_options(x, weight, x.shape[0], weight.shape[0], options)
-    cosine, others, row_weight = ops.sigmoid_rows(x, weight, offset_of(b, options), labels, factor, given)
-    return rounded(losses.loss(options, SigmoidRows(row_weight, cosine, others), b), x)
+    cosine, others, row_weight, *state = ops.sigmoid_rows(
+        x, weight, offset_of(b, options), labels, factor, given, need_largest=statistics
+    )
+    rows = SigmoidRows(row_weight, cosine, others)
+    loss = rounded(losses.loss(options, rows, b), x)
+    return loss, losses.statistics(options, rows, b, state[0], x.dtype) if statistics else None
 
 
 def bias_of(op: str, value: object, x: Tensor) -> Tensor:

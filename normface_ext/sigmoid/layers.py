@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..distances.layers import Agents
-from ..engine.arguments import choice, size
-from ..engine.calls import accumulator
+from ..engine.arguments import choice, flag, size
+from ..engine.dtypes import accumulator
 from ..engine.options import HoldsOptions, holds, takes
 from ..engine.state import WideState
+from ..engine.statistics import Statistics, given_back
 from . import functions, losses
 from .options import SphereFace2LayerKeywords, SphereFace2LayerOptions
 from .presets import PRESETS
@@ -26,7 +27,9 @@ Head = TypeVar("Head", bound="SphereFace2Loss")
 class SphereFace2Loss(WideState, HoldsOptions, Agents):
     """SphereFace2: (features [N, D], labels [N]) -> loss, with a weight and one learned b.
 
-    ``forward`` also takes ``sample_weight`` [N]. b is the parameter ``bias`` [1], float32 or wider whatever
+    ``forward`` also takes ``sample_weight`` [N], and ``labels_b`` [N] with ``lam``, see
+    ``functional.sphereface2_loss``; with ``return_statistics=True`` it gives (loss, ``Statistics``). b is the
+    parameter ``bias`` [1], float32 or wider whatever
     the weight's dtype. Weight decay is not for it.
 
     Args:
@@ -97,8 +100,19 @@ class SphereFace2Loss(WideState, HoldsOptions, Agents):
             self.bias, losses.balanced_bias(self.options, self.num_classes) if first is None else first
         )
 
-    def forward(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-        return functions.head_loss(features, self.weight, labels, self.bias, sample_weight, self.options)
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        sample_weight: Tensor | None = None,
+        *,
+        return_statistics: bool = False,
+        labels_b: Tensor | None = None,
+        lam: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Statistics]:
+        statistics = flag(type(self).__name__, "return_statistics", return_statistics)
+        given = features, self.weight, labels, self.bias, sample_weight, self.options, labels_b, lam
+        return given_back(functions.head_loss(*given, statistics=statistics))
 
     def extra_repr(self) -> str:
         return ", ".join([f"{self.in_features}, {self.num_classes}", *self.options.shown()])

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..engine.dtypes import accumulator
 from ..engine.reduce import softplus, weighted
+from ..engine.row_state import COSINE, LARGEST, SECOND_SUM
+from ..engine.statistics import LEFT_TO_LEARN, Statistics, hits, means_of, statistics_of
 from .options import SphereFace2Options
 
 Similarity = TypeVar("Similarity", float, Tensor)
@@ -54,14 +57,40 @@ def _at_cosine_0(options: SphereFace2Options) -> tuple[float, float]:
     )
 
 
-def loss(options: SphereFace2Options, rows: SigmoidRows, bias: float | Tensor) -> Tensor:
-    """float64; `bias` a number or a 0-d tensor."""
-    logit = options.r * _target(options, rows.cosine) + bias
-    weight = 50 / options.r if options.loss_weight is None else options.loss_weight
-    each = weight * (options.alpha * softplus(-logit) + (1 - options.alpha) * rows.others)
+def loss(
+    options: SphereFace2Options,
+    rows: SigmoidRows,
+    bias: float | Tensor,
+    count: int | Tensor | None = None,
+) -> Tensor:
+    """float64; `bias` a number or a 0-d tensor, `count` the rows that "batchmean" divides by."""
+    each = _losses(options, rows, _logit(options, rows, bias))
     counts = rows.weight != 0
     losses = torch.where(counts, rows.weight * torch.where(counts, each, 0.0), 0.0)
-    return weighted(losses, rows.weight.sum(), options.reduction)
+    return weighted(losses, rows.weight.sum(), options.reduction, count)
+
+
+@torch.no_grad()
+def statistics(
+    options: SphereFace2Options, rows: SigmoidRows, bias: float | Tensor, state: Tensor, dtype: torch.dtype
+) -> Statistics:
+    """From what the sweep found of the rows, with their largest cosines; `dtype` is the features'."""
+    logit = _logit(options, rows, bias)
+    wrong = torch.maximum(torch.sigmoid(-logit), state[SECOND_SUM])  # the label's no, the others' yeses
+    hit = hits(state[COSINE], state[LARGEST], accumulator(dtype))
+    losses, learns = _losses(options, rows, logit), ~(wrong <= LEFT_TO_LEARN)
+    return statistics_of(means_of(rows.weight != 0, losses, rows.cosine, hit, learns))
+
+
+def _logit(options: SphereFace2Options, rows: SigmoidRows, bias: float | Tensor) -> Tensor:
+    """z of the target."""
+    return options.r * _target(options, rows.cosine) + bias
+
+
+def _losses(options: SphereFace2Options, rows: SigmoidRows, logit: Tensor) -> Tensor:
+    """[N], without the rows' weights."""
+    weight = 50 / options.r if options.loss_weight is None else options.loss_weight
+    return weight * (options.alpha * softplus(-logit) + (1 - options.alpha) * rows.others)
 
 
 def _target(options: SphereFace2Options, cosine: Tensor) -> Tensor:

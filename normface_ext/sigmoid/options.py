@@ -59,6 +59,8 @@ def _gradient(op: str, name: str, value: object) -> str:
 @declared
 @dataclass(frozen=True)
 class SphereFace2Options(Options):
+    WHY_NOT = checks.NO_SOFTMAX
+
     alpha: float = option(0.7, _share)
     r: float = option(40.0, _scale)
     m: float = option(0.4, _margin)

@@ -24,7 +24,8 @@ def _plus(owner: str, name: str, value: object) -> Plus:
 
 def drawn(m: float, std: float, rows: Rows) -> Tensor:
     """Margins [N] from N(m, std), float64, by torch's generator of the rows' device."""
-    return m + std * torch.randn(rows.labels.shape, dtype=torch.float64, device=rows.labels.device)
+    device = rows.labels.device
+    return m + std * rows.once_per_row(lambda count: torch.randn(count, dtype=torch.float64, device=device))
 
 
 def by_difficulty(margins: Tensor, cosine: Tensor, counts: Tensor, plus: Plus) -> Tensor:

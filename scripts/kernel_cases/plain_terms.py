@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from normface_ext.engine.sweep import TERMS
+from normface_ext.engine.row_state import TERMS
 
 if TYPE_CHECKING:
     from lanes import Lane

@@ -82,6 +82,7 @@ def softmax_loss(
     s: Tensor,
     *,
     margin: tuple[Any, ...],
+    sub_centers: int,
     reduction: str,
     ignore_index: int,
     eps: float,
@@ -90,12 +91,13 @@ def softmax_loss(
     smoothing: float,
     r: Rounding,
 ) -> Tensor:
-    """-log softmax_j(s psi(c_ij))[y_i] as softplus(lse of the others - the target's logit)."""
-    classes, kept = w.shape[0], labels != ignore_index
+    """-log softmax_j(s psi(c_ij))[y_i] as softplus(lse of the others - the target's logit). Of a class's
+    centres the nearest counts."""
+    classes, kept = w.shape[0] // sub_centers, labels != ignore_index
     x, y = x[kept], labels[kept]
     own = own_columns(y, classes)
     c = unit(x, eps=eps, r=r)[0] @ unit(w, eps=eps, r=r)[0].t()
-    c = r.cosines(c, own)
+    c = r.cosines(c, own.repeat_interleave(sub_centers, 1)).unflatten(1, (classes, -1)).max(2).values
     c_y = c.gather(1, y[:, None])
     z_y = (s * psi(c_y, *margin)).squeeze(1)
     z = r.logits(s * c)
