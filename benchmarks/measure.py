@@ -114,6 +114,7 @@ def extra_mib(call: Call, inputs: Inputs, device: str, *, gradients: bool = True
     if device == "cpu" and not sys.platform.startswith("linux"):
         call()
         return None
+    inputs.clear_gradients()
     extra = (_cuda_peak if device == "cuda" else _cpu_peak)(call, inputs)
     made = sum(t.nbytes for t in inputs.leaves()) if gradients else 0
     return max(0.0, (extra - made) / 2**20)

@@ -3,10 +3,12 @@
 import io
 import math
 
+import every_head_jobs as jobs
 import pytest
 import torch
 import torch.nn.functional as F
 from dense_head import OPTIONS, assert_equal_to_1e10, counted, gradients, on, problem
+from ranks import ranks
 from torch.utils.checkpoint import checkpoint
 
 import normface_ext as nf
@@ -220,6 +222,29 @@ def test_the_layer_without_normalised_features():
     learned = head_of(weight, scale=2.0, learn_scale=True, normalize_input=False)
     learned(x, labels).backward()
     assert learned.scale.grad.isfinite().all() and learned.scale.grad != 0
+
+
+@pytest.mark.parametrize("sample_rate", [1.0, 0.999])  # at which no class is left out
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("scale", [1.0, 40.0])  # inside the fixed shift's window, and outside
+def test_class_parallel_with_a_learned_scale(scale, reduction, sample_rate):
+    """A rank without rows among them; what each row's length is all ranks are told."""
+    results = ranks(3).run(jobs.long_features, scale, reduction, sample_rate)
+    x, weight, labels = problem()
+    s = torch.tensor([scale], dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (x, weight, s)]
+    loss = nf.functional.normface_loss(x, weight, labels, s, normalize_input=False, reduction=reduction)
+    dx, dw, ds = torch.autograd.grad(loss.sum(), leaves)
+    size = max(1.0, float(loss.detach().abs().max()), float(dx.abs().max()))
+    of_rows = torch.cat([found[0] for found in results]) if reduction == "none" else results[0][0]
+    assert_equal_to_1e10([of_rows / size], [loss.detach() / size])
+    assert_equal_to_1e10([torch.cat([found[1] for found in results]) / size], [dx / size])
+    for found in results:
+        if sample_rate == 1:
+            assert_equal_to_1e10([found[2] / size], [dw / size])
+        assert_equal_to_1e10([found[3] / size], [ds / size])
+    logits = torch.cat([found[4] for found in results])
+    torch.testing.assert_close(logits, scale * F.linear(x, F.normalize(weight)).detach())
 
 
 @pytest.mark.parametrize(
