@@ -55,11 +55,11 @@ def held(loss, labels, **options):
     """The loss with the norms held constant: gradients before the radial part is taken out."""
 
     def function(x, weight):
-        before, reference._norm = reference._norm, lambda *given: before(*given).detach()
+        before, reference.rows.norm_of = reference.rows.norm_of, lambda *given: before(*given).detach()
         try:
             return getattr(reference, loss)(x, weight, labels, **options)
         finally:
-            reference._norm = before
+            reference.rows.norm_of = before
 
     return function
 
@@ -73,7 +73,7 @@ def in_bfloat16(labels, straight):
         return rows + (rounded.to(rows) - rows).detach() if straight else rounded
 
     def function(x, weight, eps=1e-12, normalize_input=True):
-        units = [t / reference._norm(t, 1, 2, eps) for t in map(reference._wide, (x, weight))]
+        units = [t / reference.rows.norm_of(t, 1, 2, eps) for t in map(reference.rows.widened, (x, weight))]
         others = operand(units[0]) @ operand(units[1]).t()
         here = torch.arange(len(weight), device=x.device) == labels[:, None]
         own = (units[0] * units[1][labels.clamp_min(0)]).sum(1, keepdim=True)

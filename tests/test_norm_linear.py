@@ -22,8 +22,8 @@ def plain_torch(lane, x, weight):
 
     def function(x, weight, scale, eps=1e-12, *, normalize_input=True):
         wide_x, wide_w = x.float(), weight.float()
-        x_hat = wide_x / reference._norm(wide_x, 1, 2, eps) if normalize_input else wide_x
-        w_hat = wide_w / reference._norm(wide_w, 1, 2, eps)
+        x_hat = wide_x / reference.rows.norm_of(wide_x, 1, 2, eps) if normalize_input else wide_x
+        w_hat = wide_w / reference.rows.norm_of(wide_w, 1, 2, eps)
         return (scale * (x_hat.to(operand) @ w_hat.to(operand).t()).float()).to(x.dtype)
 
     return function
@@ -33,8 +33,8 @@ def held(normalize_input=True):
     """norm_linear with the norms held constant: gradients before the radial part is taken out."""
 
     def function(x, weight, scale):
-        x_hat = x / reference._norm(x, 1, 2, 1e-12).detach() if normalize_input else x
-        return scale * x_hat @ (weight / reference._norm(weight, 1, 2, 1e-12).detach()).t()
+        x_hat = x / reference.rows.norm_of(x, 1, 2, 1e-12).detach() if normalize_input else x
+        return scale * x_hat @ (weight / reference.rows.norm_of(weight, 1, 2, 1e-12).detach()).t()
 
     return function
 

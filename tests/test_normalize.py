@@ -26,7 +26,7 @@ def held(dim=1, p=2, eps=1e-12, return_norm=False):
     """normalize with the norm held constant: its gradient is what the radial part is taken from."""
 
     def function(x):
-        norm = reference._norm(x, dim, p, eps)
+        norm = reference.rows.norm_of(x, dim, p, eps)
         return (x / norm.detach(), norm) if return_norm else x / norm.detach()
 
     return function

@@ -23,7 +23,7 @@ def held(labels, margin=None, reduction="mean", ignore_index=IGNORE, eps=1e-12):
     """The loss with the norms held constant: gradients before the radial part is taken out."""
 
     def function(x, weight, scale):
-        before, reference._norm = reference._norm, lambda *given: before(*given).detach()
+        before, reference.rows.norm_of = reference.rows.norm_of, lambda *given: before(*given).detach()
         try:
             return reference.normface_loss(
                 x,
@@ -36,7 +36,7 @@ def held(labels, margin=None, reduction="mean", ignore_index=IGNORE, eps=1e-12):
                 eps=eps,
             )
         finally:
-            reference._norm = before
+            reference.rows.norm_of = before
 
     return function
 
@@ -45,8 +45,8 @@ def tensor_core_loss(operand):
     """Plain torch with its matrix product in 16 bits: what `autocast` makes of the head."""
 
     def function(x, weight, labels, scale, *, margin=None, reduction="mean", ignore_index=IGNORE, eps=1e-12):
-        x_hat = reference._wide(x) / reference._norm(reference._wide(x), 1, 2, eps)
-        w_hat = reference._wide(weight) / reference._norm(reference._wide(weight), 1, 2, eps)
+        x_hat = reference.rows.widened(x) / reference.rows.norm_of(reference.rows.widened(x), 1, 2, eps)
+        w_hat = reference.rows.widened(weight) / reference.rows.norm_of(reference.rows.widened(weight), 1, 2, eps)
         cos = (x_hat.to(operand) @ w_hat.to(operand).t()).float()
         before, reference.cosine = reference.cosine, lambda *_: cos
         try:

@@ -149,7 +149,7 @@ def contrastive(
     apart = squared != 0  # true of NaN, which shows
     distance = torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
     losses = torch.where(checked.bool(), squared, (options.margin - distance).clamp_min(0).square()) / 2
-    return reference._reduce(losses, kept, options.reduction, factor)
+    return reference.reduce_rows(losses, kept, options.reduction, factor)
 
 
 @takes(RowTripletOptions)
@@ -202,4 +202,4 @@ def triplet(
     near = ops.pair_distance(anchor, positive, 2)
     far = ops.pair_distance(anchor, negative, 2)
     losses = (options.margin + near - far).clamp_min(0)
-    return reference._reduce(losses, kept, options.reduction, factor)
+    return reference.reduce_rows(losses, kept, options.reduction, factor)
