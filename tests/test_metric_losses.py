@@ -202,7 +202,7 @@ def test_by_hand(lane):
 
 
 def test_the_paper_s_formula_in_numpy(lane):
-    """Independent of reference.py: double loops over d = |x/|x| - w/|w||^2."""
+    """Independent of the reference: double loops over d = |x/|x| - w/|w||^2."""
     x, weight, labels = sample(lane, 5, 7, 9, torch.float64, grad=False)
     xn, wn = (t.cpu().numpy() / t.cpu().norm(dim=1, keepdim=True).numpy() for t in (x, weight))
     contrastive = triplet = 0.0

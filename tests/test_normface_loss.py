@@ -45,16 +45,17 @@ def tensor_core_loss(operand):
     """Plain torch with its matrix product in 16 bits: what `autocast` makes of the head."""
 
     def function(x, weight, labels, scale, *, margin=None, reduction="mean", ignore_index=IGNORE, eps=1e-12):
-        x_hat = reference.rows.widened(x) / reference.rows.norm_of(reference.rows.widened(x), 1, 2, eps)
-        w_hat = reference.rows.widened(weight) / reference.rows.norm_of(reference.rows.widened(weight), 1, 2, eps)
+        wide_x, wide_w = map(reference.rows.widened, (x, weight))
+        x_hat = wide_x / reference.rows.norm_of(wide_x, 1, 2, eps)
+        w_hat = wide_w / reference.rows.norm_of(wide_w, 1, 2, eps)
         cos = (x_hat.to(operand) @ w_hat.to(operand).t()).float()
-        before, reference.cosine = reference.cosine, lambda *_: cos
+        before, reference.softmax.cosine = reference.softmax.cosine, lambda *_: cos
         try:
             return reference.normface_loss(
                 x, weight, labels, scale, margin=margin, reduction=reduction, ignore_index=ignore_index
             )
         finally:
-            reference.cosine = before
+            reference.softmax.cosine = before
 
     return function
 

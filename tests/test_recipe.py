@@ -17,7 +17,11 @@ STEP = re.compile(
     r"<!-- into (?P<file>\S+) (?P<side>above|below): (?P<line>.+?) -->\n\n```\w+\n(?P<text>.*?)^```$",
     re.M | re.S,
 )
-PLACES = {"csrc/math/margins/margin.h", "normface_ext/softmax/margins.py", "normface_ext/reference.py"}
+PLACES = {
+    "csrc/math/margins/margin.h",
+    "normface_ext/softmax/margins.py",
+    "normface_ext/reference/margins.py",
+}
 COPIED = (
     "csrc",
     "normface_ext",

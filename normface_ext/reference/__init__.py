@@ -17,14 +17,13 @@ from .agents import (
 from .losses import reduce_rows, statistics
 from .margins import FORMULAS, MARGINS, SIN_FLOOR, hard_negatives, margin, phi, turned
 from .pairs import inner_distance, pair_contrastive_loss, triplet_loss
+from .ranking import nearest_class, target_rank
 from .rows import (
     cosine,
-    nearest_class,
     norm_linear,
     norm_linear_backward,
     normalize,
     normalize_backward,
-    target_rank,
 )
 from .sigmoid import sigmoid_logits, sphereface2_loss
 from .softmax import HeadParts, head_parts, loss_of_parts, normface_loss

@@ -80,11 +80,6 @@ def reduce_weighted(losses: Tensor, total_weight: Tensor, reduction: str) -> Ten
     return torch.where(empty, 0, losses.sum() / torch.where(empty, 1, total_weight))
 
 
-def column_of(scale: float | Tensor) -> float | Tensor:
-    """A scale of every row, as a column."""
-    return scale[:, None] if isinstance(scale, Tensor) and scale.dim() == 1 else scale
-
-
 def safe_rows(x: Tensor, kept: Tensor) -> Tensor:
     """x with ones instead of the rows that do not count: what those hold, NaN included, reaches nothing."""
     return torch.where(kept[:, None], x, 1)

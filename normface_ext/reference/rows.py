@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from .losses import rows_that_count
-
 
 def widened(x: Tensor) -> Tensor:
     """16-bit values compute in float32, the others in themselves."""
@@ -81,6 +79,11 @@ def pooled_cosines(cosines: Tensor, sub_centers: int) -> Tensor:
     return cosines.view(len(cosines), -1, sub_centers).max(2).values
 
 
+def column_of(scale: float | Tensor) -> float | Tensor:
+    """A scale of every row, as a column."""
+    return scale[:, None] if isinstance(scale, Tensor) and scale.dim() == 1 else scale
+
+
 def norm_linear(
     x: Tensor,
     weight: Tensor,
@@ -91,30 +94,6 @@ def norm_linear(
 ) -> Tensor:
     """s * cos, [N, C], in x's dtype."""
     return (scale * cosine(x, weight, eps, normalize_input)).to(x.dtype)
-
-
-def nearest_class(
-    x: Tensor, weight: Tensor, *, sub_centers: int = 1, eps: float = 1e-12
-) -> tuple[Tensor, Tensor]:
-    """(argmax_j cos_ij, of equal ones the first, and that cosine), [N] each."""
-    best = pooled_cosines(cosine(x, weight, eps).detach(), sub_centers).max(1)
-    return best.indices, best.values
-
-
-def target_rank(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    sub_centers: int = 1,
-    ignore_index: int | None = -100,
-    eps: float = 1e-12,
-) -> Tensor:
-    """#{j : cos_ij > cos_iy}, int64 [N]; -1 where the row is ignored."""
-    cosines = pooled_cosines(cosine(x, weight, eps).detach(), sub_centers)
-    kept = rows_that_count(labels, ignore_index, None)
-    own = cosines.gather(1, labels.long().clamp(0, cosines.shape[1] - 1)[:, None])
-    return torch.where(kept, (cosines > own).sum(1), -1)
 
 
 def norm_linear_backward(

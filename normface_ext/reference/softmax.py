@@ -13,7 +13,6 @@ from ..softmax.hard_negatives import HardNegatives, filtered
 from ..softmax.margins import NO_MARGIN, Margin
 from .losses import (
     Result,
-    column_of,
     reduce_weighted,
     rows_that_count,
     safe_rows,
@@ -23,7 +22,7 @@ from .losses import (
     with_both,
 )
 from .margins import hard_negatives, psi_of
-from .rows import cosine, pooled_cosines, widened
+from .rows import column_of, cosine, pooled_cosines, widened
 
 
 class HeadParts(NamedTuple):
