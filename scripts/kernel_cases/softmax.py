@@ -83,8 +83,9 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     leaves = [randn(17, 40, dtype=dtype), randn(99, 40, dtype=dtype, seed=1)]
     for s in (10.0, 100.0):
         options = {"sub_centers": 3, "margin": nf.ArcFace(0.3)}
-        given = [*leaves, number(s, dtype)]
-        yield head(f"three centres s={s:g}", "library", given, labels(17, 33), **options)
+        yield head(
+            f"three centres s={s:g}", "library", [*leaves, number(s, dtype)], labels(17, 33), **options
+        )
     # Rows that no kernel of ours takes: not of whole 16 bytes, and too long.
     for dim in (41, 520):
         leaves = [randn(17, dim, dtype=dtype), randn(101, dim, dtype=dtype, seed=1)]
