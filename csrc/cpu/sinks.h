@@ -78,12 +78,14 @@ class Hardest {
   explicit Hardest(const HeadShape& shape)
       : shape_(shape), best_(size_t(shape.slots * shape.batch), Best{-T(INFINITY), shape.classes}) {}
 
-  void take(int64_t slot, const Labels& labels, const Tile& tile, const RowState& rows, const T* cosines) {
+  // Of classes with several centres only the cosine is right, not the place: no sink knows them.
+  void take(int64_t slot, const Labels& labels, const Tile& tile, const RowState& rows, T* cosines) {
+    PooledRow<T> pooled(tile);
     for (int64_t i = 0; i < shape_.batch; ++i) {
       if (rows[kRowWeight][i] == 0) continue;
       Best& best = best_[size_t(slot * shape_.batch + i)];
+      const T* row = pooled.of(cosines + i * tile.width);
       around_target(labels.data[i], tile, [&](int64_t begin, int64_t end) {
-        const T* row = cosines + i * tile.width;
         const int64_t place = accum_rows<T>().place_of_largest(row + begin, end - begin, best.cosine);
         if (place >= 0) best = {row[begin + place], tile.first + begin + place};
       });
