@@ -117,11 +117,7 @@ def head_loss(
     if labels_b is not None or lam is not None:
         labelled = labels, labels_b, lam
         given, both = mixed_inputs(op, x, weight, labelled, scale, sample_weight, class_weight, options)
-
-        def loss_of(found: Found) -> Tensor:
-            return _of_both(op, x, weight, given, both, options, found)
-
-        return mixed_loss(op, x, weight, labels, both, options, loss_of)
+        return mixed_loss(op, x, weight, labels, given, both, options, _of_both)
     inputs = checked_inputs(op, x, weight, labels, scale, sample_weight, class_weight, options)
     if isinstance(options.margin, BatchMargin):
         return _of_batch(op, x, weight, labels, inputs, options, options.margin)

@@ -52,6 +52,8 @@ def rows_of_both(
 
 def _norms(x: Tensor, counts: Tensor, eps: float) -> Tensor:
     counted = torch.where(counts[:, None], x, 1)
+    # A number: torch.compile with dynamic shapes holds a float open, and two Functions cannot share it then.
+    eps = checks.eps("normalize", "eps", eps)
     norms = normalize(counted.contiguous(), 1, 2, eps)[1].squeeze(1).double()
     return torch.where(counts, norms, 1)
 
