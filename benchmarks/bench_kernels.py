@@ -93,7 +93,7 @@ def main() -> int:
     kind = "GPU" if device == "cuda" else "CPU (no GPU found)"
     print(f"running on the {kind}: {name}; machine {platform.node()}")
     print(f"CPU {machine.cpu_model()}, {threads} threads; torch {torch.__version__}")
-    if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > 0.5:
+    if (load := machine.load()) > 0.5:
         print(f"WARNING: others are using this machine (load {load:.1f}); close them for times worth quoting")
     print("normface_ext: " + ", ".join(f"{key}={value}" for key, value in nf.build_info().items() if value))
     options.out.mkdir(parents=True, exist_ok=True)

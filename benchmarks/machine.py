@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -40,6 +41,11 @@ def version() -> str:
         return importlib.metadata.version("normface_ext")
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
+
+
+def load() -> float:
+    """How many others want the processors; 0 where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def device_name(device: str) -> str:

@@ -8,6 +8,7 @@ clock.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import statistics
 import sys
@@ -64,13 +65,10 @@ class Measured:
         self.call = lambda: step(self.forward, self._ready(), SCALE, self.case, self.mode)
         if self.device == "cuda" and provider.compiles:
             self.call()  # what is compiled at the first call may need memory of its own
-        if self.device == "cpu" and (provider.compiles or not sys.platform.startswith("linux")):
+        if self.device == "cpu" and provider.compiles:
             self.call()
             return None
-        peak = _cuda_peak if self.device == "cuda" else _cpu_peak
-        extra = peak(self.call, self._ready())
-        gradients = sum(t.nbytes for t in self._ready().leaves()) if self.mode == "fwd+bwd" else 0
-        return max(0.0, (extra - gradients) / 2**20)
+        return extra_mib(self.call, self._ready(), self.device, gradients=self.mode == "fwd+bwd")
 
     def errors(self, right: Path) -> dict[str, float]:
         """Against the float64 values in that file; with the scale as a tensor too, if it can learn."""
@@ -109,6 +107,17 @@ class Measured:
         if self.inputs is None:
             self.inputs = make_inputs(self.case, self.device)
         return self.inputs
+
+
+def extra_mib(call: Call, inputs: Inputs, device: str, *, gradients: bool = True) -> float | None:
+    """The peak of a call beyond its inputs and, where it makes them, gradients; None if not measurable."""
+    if device == "cpu" and not sys.platform.startswith("linux"):
+        call()
+        return None
+    inputs.clear_gradients()
+    extra = (_cuda_peak if device == "cuda" else _cpu_peak)(call, inputs)
+    made = sum(t.nbytes for t in inputs.leaves()) if gradients else 0
+    return max(0.0, (extra - made) / 2**20)
 
 
 def _cpu_ms(call: Call) -> float:
@@ -150,6 +159,8 @@ def _cuda_peak(call: Call, inputs: Inputs) -> int:
 
 
 def _cpu_peak(call: Call, inputs: Inputs) -> int:
+    with contextlib.suppress(AttributeError):  # glibc's: what earlier calls have freed would be used again
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):  # lets the peak start afresh, where the kernel has this file
         Path("/proc/self/clear_refs").write_text("5")
     before = _status_kib("VmRSS")

@@ -146,6 +146,12 @@ inline void check_weights(const char* op, const char* name, const std::optional<
          " of shape [", count, "], got ", name_of(t->scalar_type()), " of shape ", shape_of(*t));
 }
 
+inline void check_centers(const char* op, int64_t centers, const Tensor& weight) {
+  if (centers < 1 || weight.size(0) % centers != 0)
+    fail(op, ": expected `centers` of at least 1 that divides the ", weight.size(0),
+         " rows of `weight`, got ", centers);
+}
+
 inline void check_labels(const char* op, const Tensor& labels, int64_t batch) {
   if (labels.scalar_type() != ScalarType::Long || labels.dim() != 1 || labels.size(0) != batch ||
       !labels.is_contiguous())

@@ -58,6 +58,8 @@ std::string sentence(Refusal refusal, const Product& p, const ProductShape& s, c
       return "is the softmax's only";
     case Refusal::kHeld:
       return "leaves too little in memory";
+    case Refusal::kCenters:
+      return "does not write the scores, of which those of a class's centers are compared";
     case Refusal::kType:
       return "does not take operands of " + std::to_string(s.item) + " bytes";
     case Refusal::kAlignment:
@@ -92,9 +94,9 @@ py::dict described(const Way& way, const ProductShape& s, const DeviceFacts& d) 
 
 // The way that nf.plan() tells and the ops take; its chunk is 0 where not even one class fits, and then its bytes
 // are the least that would do.
-py::dict chosen_way(int64_t batch, int64_t dim, int64_t classes, int64_t item, bool softmax,
+py::dict chosen_way(int64_t batch, int64_t dim, int64_t classes, int64_t item, bool softmax, int64_t centers,
                     const Facts& facts, int64_t budget) {
-  const ProductShape s{batch, dim, classes, item, softmax};
+  const ProductShape s{batch, dim, classes, item, softmax, Held::kNothing, centers};
   const DeviceFacts d = facts_of(facts);
   const StoreRule rule = store_rule(kProducts, s, d);
   const bool store = rule(batch, classes, budget);
@@ -102,9 +104,9 @@ py::dict chosen_way(int64_t batch, int64_t dim, int64_t classes, int64_t item, b
 }
 
 // Every way there is on such a device.
-py::list all_ways(int64_t batch, int64_t dim, int64_t classes, int64_t item, bool softmax, const Facts& facts,
-                  int64_t budget) {
-  const ProductShape s{batch, dim, classes, item, softmax};
+py::list all_ways(int64_t batch, int64_t dim, int64_t classes, int64_t item, bool softmax, int64_t centers,
+                  const Facts& facts, int64_t budget) {
+  const ProductShape s{batch, dim, classes, item, softmax, Held::kNothing, centers};
   const DeviceFacts d = facts_of(facts);
   py::list ways;
   for (const Product& p : kProducts) {
@@ -119,8 +121,9 @@ py::list all_ways(int64_t batch, int64_t dim, int64_t classes, int64_t item, boo
 }
 
 // The coefficients of StoreRule: (parts of a byte, memory, later, cells in the cache).
-py::tuple rule_of(int64_t dim, int64_t item, bool softmax, const Facts& facts) {
-  const StoreRule rule = store_rule(kProducts, {0, dim, 0, item, softmax}, facts_of(facts));
+py::tuple rule_of(int64_t dim, int64_t item, bool softmax, int64_t centers, const Facts& facts) {
+  const ProductShape shape{0, dim, 0, item, softmax, Held::kNothing, centers};
+  const StoreRule rule = store_rule(kProducts, shape, facts_of(facts));
   const auto listed = [](const Polynomial* p, int count) {
     py::tuple all(static_cast<size_t>(count));
     for (int k = 0; k < count; ++k)
@@ -133,8 +136,8 @@ py::tuple rule_of(int64_t dim, int64_t item, bool softmax, const Facts& facts) {
 
 // What a product holds with so many classes at once, without E kept.
 int64_t workspace_bytes(const std::string& name, int64_t batch, int64_t dim, int64_t classes, int64_t item,
-                        const Facts& facts, int64_t chunk) {
-  const ProductShape s{batch, dim, classes, item};
+                        const Facts& facts, int64_t chunk, int64_t centers) {
+  const ProductShape s{batch, dim, classes, item, true, Held::kNothing, centers};
   const DeviceFacts d = facts_of(facts);
   for (const Product& p : kProducts)
     if (name == p.name && p.cuda == d.cuda)
@@ -151,7 +154,8 @@ void define_plan(py::module_& m) {
   m.def("chosen_way", &chosen_way, "The way of a step over the classes (csrc/engine/plan.h).");
   m.def("all_ways", &all_ways, "Every way of that step, with what speaks against it.");
   m.def("store_rule", &rule_of, "Polynomials in N and C that say whether E is kept.");
-  m.def("workspace_bytes", &workspace_bytes,
+  m.def("workspace_bytes", &workspace_bytes, py::arg("name"), py::arg("batch"), py::arg("dim"),
+        py::arg("classes"), py::arg("item"), py::arg("facts"), py::arg("chunk"), py::arg("centers") = 1,
         "Bytes that a product holds with so many classes at once and no E.");
 }
 

@@ -21,6 +21,7 @@ inline void define_metric_ops(torch::stable::detail::StableLibrary& m) {
   define<PairDistanceBackwardArguments>(m);
 
   define<TargetCosineArguments>(m);
+  define<TargetCenterArguments>(m);
   define<HingeThresholdArguments>(m);
   define<HingeSlopesArguments>(m);
   define<HingePairsArguments>(m);

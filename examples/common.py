@@ -232,12 +232,13 @@ class Softmax(nn.Module):
 
 @dataclass
 class History:
-    """Mean training loss of each epoch, the scale after it, and the time training took: CPU time on a CPU,
-    which other programs disturb least."""
+    """Mean training loss of each epoch, the scale after it, how many steps there were, and the time training
+    took: CPU time on a CPU, which other programs disturb least."""
 
     losses: list[float] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    steps: int = 0
 
 
 def train(
@@ -278,6 +279,7 @@ def train(
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(batch)
+            history.steps += 1
         schedule.step()
         history.losses.append(float(total) / sum(len(batch) for batch in batches))
         history.scales.append(float("nan") if scale is None else float(torch.as_tensor(scale).detach()))

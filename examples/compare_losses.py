@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from common import (
     FAINT,
     Data,
+    History,
     Size,
     Softmax,
     embed,
@@ -131,6 +132,13 @@ def verify(features: Tensor, labels: Tensor, seed: int) -> tuple[float, float]:
 
 
 def one(name: str, make: Callable[[int], nn.Module], data: Data, run: int, epochs: int, seed: int) -> Run:
+    return trained(name, make, data, run, epochs, seed)[0]
+
+
+def trained(
+    name: str, make: Callable[[int], nn.Module], data: Data, run: int, epochs: int, seed: int
+) -> tuple[Run, History]:
+    """What one run found, and how its training went."""
     random = np.random.default_rng(seed * 1000 + run)
     left_out = torch.tensor(np.sort(random.choice(data.classes, LEFT_OUT, replace=False)))
     left_out = left_out.to(data.train_labels.device)
@@ -153,7 +161,7 @@ def one(name: str, make: Callable[[int], nn.Module], data: Data, run: int, epoch
     familiar = ~torch.isin(data.test_labels, left_out)
     seen = verify(embed(backbone, data.test_images[familiar]), data.test_labels[familiar], run)
     names = " ".join(data.names[c] for c in left_out.tolist())
-    return Run(name, run, names, *unseen, *seen, history.seconds)
+    return Run(name, run, names, *unseen, *seen, history.seconds), history
 
 
 def against_softmax(runs: list[Run], name: str) -> tuple[float, float]:
@@ -201,6 +209,7 @@ def draw(runs: list[Run], path: Path) -> None:
     titles = {"unseen": "classes never trained on", "seen": "new images of the training classes"}
     for axis, (kind, title) in zip(axes, titles.items(), strict=True):
         base = {r.run: getattr(r, kind) for r in runs if r.head == "softmax"}
+        axis.use_sticky_edges = False  # nothing is cut at the border
         axis.axvline(0, color=FAINT, linestyle=":", linewidth=1.5, zorder=0)
         for y, name in zip(at, names, strict=True):
             mine = [r for r in runs if r.head == name]

@@ -4,6 +4,7 @@
 losses stand beside them, ``functional`` what they call,
 ``reference`` the same in plain PyTorch, ``theory`` the paper's bounds, ``plan`` what a fused head will
 cost, ``build_info`` what was built. ``load_head`` and ``save_head`` read and write other libraries' heads.
+``export_ready`` makes a trained model ready to leave.
 ``recipes`` are published heads as a few lines of torch.
 ``caffe`` (what was NormFace's in Caffe), ``distributed`` (heads over several processes), ``evaluation`` (face
 verification) and ``formats`` (``load_head`` and ``save_head``) are loaded at first use.
@@ -18,14 +19,17 @@ from . import functional, recipes, reference, theory
 from .agents.layers import CContrastiveLoss, CTripletLoss
 from .cosine.layers import NormalizeLayer, NormLinear
 from .cosine.rows import gaussian_unitball_
+from .deploy import export_ready
 from .distances.layers import InnerDistance, PairContrastiveLoss, TripletLoss
 from .engine.library import build_info
 from .engine.plan import Plan, plan
+from .engine.statistics import Statistics
 from .mirror import MirrorFace
 from .optim import parameter_groups
 from .sigmoid.layers import SphereFace2Loss
 from .softmax.adaface import AdaFace
 from .softmax.batch_margins import BatchMargin, Rows
+from .softmax.circle import CircleSoftmax
 from .softmax.class_margins import class_margins, ldam_margins
 from .softmax.curricularface import CurricularFace
 from .softmax.elasticface import ElasticArcFace, ElasticCosFace
@@ -34,6 +38,7 @@ from .softmax.layers import NormFaceLoss
 from .softmax.magface import MagFace
 from .softmax.margins import ArcFace, CombinedMargin, CosFace, RowMargin
 from .softmax.mv_softmax import MVSoftmax
+from .softmax.sphereface import SphereFace
 
 if TYPE_CHECKING:
     from . import caffe, distributed, evaluation, formats
@@ -45,6 +50,7 @@ __all__ = [
     "BatchMargin",
     "CContrastiveLoss",
     "CTripletLoss",
+    "CircleSoftmax",
     "CombinedMargin",
     "CosFace",
     "CurricularFace",
@@ -62,13 +68,16 @@ __all__ = [
     "Plan",
     "RowMargin",
     "Rows",
+    "SphereFace",
     "SphereFace2Loss",
+    "Statistics",
     "TripletLoss",
     "build_info",
     "caffe",
     "class_margins",
     "distributed",
     "evaluation",
+    "export_ready",
     "formats",
     "functional",
     "gaussian_unitball_",

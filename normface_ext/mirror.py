@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .engine.arguments import choice
 
@@ -33,13 +34,34 @@ class MirrorFace(nn.Module):
         self.backbone, self.merge = backbone, choice("MirrorFace", "merge", merge, MERGES)
 
     def forward(self, images: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self._check_images(images)
+        features: Tensor = self.backbone(torch.cat([images, images.flip(3)]))
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self._check_features(images, features)
+        rows = images.shape[0]
+        front, mirrored = features[:rows], features[rows:]
+        if self.merge == "sum":
+            return front + mirrored
+        if self.merge == "max":
+            return torch.maximum(front, mirrored)
+        return torch.cat([front, mirrored], dim=1)
+
+    # A Proxy is torch.fx's, which cannot look.
+
+    def _check_images(self, images: object) -> None:
+        if isinstance(images, Proxy):
+            return
         if not isinstance(images, Tensor):
             raise TypeError(f"MirrorFace: expected `images` to be a Tensor, got {type(images).__name__}")
         if images.dim() != 4:
             raise ValueError(
                 f"MirrorFace: expected `images` to be 4-D [N, C, H, W], got shape {list(images.shape)}"
             )
-        features = self.backbone(torch.cat([images, images.flip(3)]))
+
+    def _check_features(self, images: Tensor, features: object) -> None:
+        if isinstance(features, Proxy):
+            return
         if not isinstance(features, Tensor):
             raise TypeError(
                 f"MirrorFace: expected the backbone to return a Tensor, got {type(features).__name__}"
@@ -51,12 +73,6 @@ class MirrorFace(nn.Module):
                 f"MirrorFace: expected the backbone to return [{2 * rows}, ...], got shape"
                 f" {list(features.shape)}"
             )
-        front, mirrored = features[:rows], features[rows:]
-        if self.merge == "sum":
-            return front + mirrored
-        if self.merge == "max":
-            return torch.maximum(front, mirrored)
-        return torch.cat([front, mirrored], dim=1)
 
     def extra_repr(self) -> str:
         return f"merge={self.merge!r}"

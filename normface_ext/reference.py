@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .agents.options import (
@@ -24,6 +25,7 @@ from .agents.options import (
     TripletOptions,
 )
 from .engine.options import takes
+from .engine.statistics import LEFT_TO_LEARN, Statistics
 from .sigmoid.options import SphereFace2Keywords, SphereFace2Options
 from .softmax.batch_margins import BatchMargin, Psi, Rows, straightened
 from .softmax.hard_negatives import HardNegatives, filtered
@@ -32,7 +34,10 @@ from .softmax.margins import NO_MARGIN, ArcFace, CombinedMargin, CosFace, Margin
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-#: sin(theta) is held at this floor, which keeps value and slope finite at cos theta = +-1.
+#: A loss, or with ``return_statistics`` (loss, Statistics).
+Result = Tensor | Any
+
+#: In slopes sin(theta) is held at this floor, which keeps them finite at cos theta = +-1.
 SIN_FLOOR = 1e-4
 
 
@@ -102,6 +107,11 @@ def cosine(x: Tensor, weight: Tensor, eps: float = 1e-12, normalize_input: bool 
     return x @ _unit(weight, 1, 2, eps)[0].t()
 
 
+def _pooled(cosines: Tensor, sub_centers: int) -> Tensor:
+    """Of a class the nearest of its centres, of equal ones the first: [N, C K] -> [N, C]."""
+    return cosines.view(len(cosines), -1, sub_centers).max(2).values
+
+
 def norm_linear(
     x: Tensor,
     weight: Tensor,
@@ -114,18 +124,27 @@ def norm_linear(
     return (scale * cosine(x, weight, eps, normalize_input)).to(x.dtype)
 
 
-def nearest_class(x: Tensor, weight: Tensor, *, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
+def nearest_class(
+    x: Tensor, weight: Tensor, *, sub_centers: int = 1, eps: float = 1e-12
+) -> tuple[Tensor, Tensor]:
     """(argmax_j cos_ij, of equal ones the first, and that cosine), [N] each."""
-    best = cosine(x, weight, eps).detach().max(1)
+    best = _pooled(cosine(x, weight, eps).detach(), sub_centers).max(1)
     return best.indices, best.values
 
 
 def target_rank(
-    x: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int | None = -100, eps: float = 1e-12
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sub_centers: int = 1,
+    ignore_index: int | None = -100,
+    eps: float = 1e-12,
 ) -> Tensor:
     """#{j : cos_ij > cos_iy}, int64 [N]; -1 where the row is ignored."""
-    cosines, kept = cosine(x, weight, eps).detach(), _kept(labels, ignore_index, None)
-    own = cosines.gather(1, labels.long().clamp(0, len(weight) - 1)[:, None])
+    cosines = _pooled(cosine(x, weight, eps).detach(), sub_centers)
+    kept = _kept(labels, ignore_index, None)
+    own = cosines.gather(1, labels.long().clamp(0, cosines.shape[1] - 1)[:, None])
     return torch.where(kept, (cosines > own).sum(1), -1)
 
 
@@ -146,8 +165,11 @@ def norm_linear_backward(
 
 
 def _angle(cos: Tensor) -> Tensor:
-    """theta = arccos c; sin theta is held at its floor."""
-    return torch.atan2(((1 - cos) * (1 + cos)).clamp_min(SIN_FLOOR**2).sqrt(), cos)
+    """theta = arccos c, with the slopes of an angle whose sine is held at its floor."""
+    room = (1 - cos) * (1 + cos)
+    held = torch.atan2(room.clamp_min(SIN_FLOOR**2).sqrt(), cos)
+    exact = torch.atan2(room.detach().clamp_min(0).sqrt(), cos.detach())
+    return held + (exact - held).detach()
 
 
 def _combined(cos: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, guard: str | None) -> Tensor:
@@ -173,10 +195,30 @@ def _held(cos: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, guard: str | None) ->
     return (_angle(cos.clamp(edge - 1, 1 - edge)) + m2).clamp(edge, math.pi - edge).cos() - m3
 
 
+def _circle(cos: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, guard: str | None) -> Tensor:
+    """[1 + m3 - c]_+ (c - 1 + m3); of the bracket's slope, m2 (Circle loss at class level)."""
+    bracket = (1 + m3 - cos).clamp_min(0)
+    return (bracket.detach() + m2 * (bracket - bracket.detach())) * (cos - 1 + m3)
+
+
+def phi(cos: Tensor, m: float | Tensor) -> Tensor:
+    """(-1)^k cos(m theta) - 2 k, k = floor(m theta / pi), of cosines: SphereFace's, falling all the way."""
+    angle = m * _angle(cos)
+    k = (angle.detach() / math.pi).floor()
+    return (1 - 2 * (k % 2)) * angle.cos() - 2 * k
+
+
+def _sphere(cos: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, guard: str | None) -> Tensor:
+    """(m2 c + phi(theta)) / (1 + m2), m1 the margin (SphereFace)."""
+    return (m2 * cos + phi(cos, m1)) / (1 + m2)
+
+
 #: The formulas of margins, by their numbers in csrc/math/margins/margin.h.
 FORMULAS: dict[int, Callable[[Tensor, Tensor, Tensor, Tensor, str | None], Tensor]] = {
     0: _combined,
     1: _held,
+    2: _circle,
+    3: _sphere,
 }
 
 
@@ -219,14 +261,15 @@ def head_parts(
     labels: Tensor,
     scale: float | Tensor,
     *,
+    sub_centers: int = 1,
     ignore_index: int | None = -100,
     eps: float = 1e-12,
 ) -> HeadParts:
     """(c_y, ln sum_{j != y} exp(s c_j), which rows count), in float64; 0 where a row does not count."""
     kept = _kept(labels, ignore_index, None)
-    cos = cosine(_counting(x.double(), kept), weight.double(), eps)
-    own = labels.clamp(0, weight.shape[0] - 1)[:, None]
-    others = torch.arange(weight.shape[0], device=labels.device) != own  # [N, C]
+    cos = _pooled(cosine(_counting(x.double(), kept), weight.double(), eps), sub_centers)
+    own = labels.clamp(0, cos.shape[1] - 1)[:, None]
+    others = torch.arange(cos.shape[1], device=labels.device) != own  # [N, C]
     rest = cos[others].view(cos.shape[0], -1)
     logits = _column(scale) * rest
     return HeadParts(
@@ -269,6 +312,26 @@ def loss_of_parts(
         losses = target_weight * from_target
     losses = torch.where(counts, row_weight * losses, 0)
     return _weighted(losses, (row_weight * target_weight).sum(), reduction)
+
+
+@torch.no_grad()
+def statistics(cos: Tensor, labels: Tensor, kept: Tensor, losses: Tensor, active: Tensor) -> Statistics:
+    """Plain means over the rows that count, from all cosines [N, C] and the rows' own losses [N]."""
+    number, safe = kept.sum(), labels.long().clamp(0, cos.shape[1] - 1)[:, None]
+    own = cos.gather(1, safe)
+    nearer = (~(cos <= own)).scatter(1, safe, False)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(kept, values.double(), 0).sum() / number.clamp_min(1)
+
+    target = own[:, 0].double()
+    angle = torch.rad2deg(target.clamp(-1, 1).acos())
+    return Statistics(mean(losses), mean(target), mean(angle), mean(~nearer.any(1)), mean(active), number)
+
+
+def _learns(probability: Tensor) -> Tensor:
+    """Whether what is not yet where it belongs is worth learning; NaN is."""
+    return ~(probability <= LEFT_TO_LEARN)
 
 
 class _Rows(NamedTuple):
@@ -330,16 +393,21 @@ def normface_loss(
     margin: Margin | None = None,
     margin_gradient: str = "exact",
     filter_threshold: float | None = None,
+    sub_centers: int = 1,
     reduction: str = "mean",
     ignore_index: int | None = -100,
     eps: float = 1e-12,
     sample_weight: Tensor | None = None,
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
+    normalize_input: bool = True,
     labels_b: Tensor | None = None,
     lam: float | Tensor | None = None,
-) -> Tensor:
+    return_statistics: bool = False,
+) -> Result:
     """loss_i = -log softmax_j(s psi(c_ij))[y_i], psi on the target column only (paper section 3.2).
+
+    Without ``normalize_input`` s is s |x_i|.
 
     With class weights u and smoothing a: (1 - a) u_y loss_iy + a/C sum_j u_j loss_ij. The mean divides by the
     sum of the weights, and is 0 where that is 0. A margin with a state moves it here as it does elsewhere.
@@ -356,14 +424,17 @@ def normface_loss(
     x, labels, sample_weight, _ = given
     kept = _kept(labels, ignore_index, sample_weight)
     counting = _counting(x, kept)
-    cos = cosine(counting, weight, eps)
-    safe = labels.clamp(0, weight.shape[0] - 1)[:, None]
+    cos = _pooled(cosine(counting, weight, eps), sub_centers)
+    if not normalize_input:
+        scale = scale * (_wide(counting).square().sum(1) + eps).sqrt()
+    safe = labels.clamp(0, cos.shape[1] - 1)[:, None]
     own = cos.gather(1, safe).squeeze(1)
     chosen: Margin | Psi | HardNegatives = margin or NO_MARGIN
     more = None
     if isinstance(margin, BatchMargin):
         norms = _wide(counting).double().square().sum(1).add(eps).sqrt() if margin.uses_norms else None
-        known = torch.where(kept, own.detach().double(), 0) if margin.hard_negatives else None
+        told = margin.hard_negatives and margin.uses_cosines
+        known = torch.where(kept, own.detach().double(), 0) if told else None
         rows = Rows(labels, kept, norms, margin_gradient == "straight", cosine=known, share=given.share)
         chosen, more = margin.of(rows), margin.regularizer(rows)
     others = cos
@@ -380,15 +451,19 @@ def normface_loss(
     of_class = cos.new_ones(weight.shape[0]) if class_weight is None else class_weight.to(cos.dtype)
     of_row = cos.new_ones(x.shape[0]) if sample_weight is None else sample_weight.to(cos.dtype)
     of_target = of_class[safe.squeeze(1)]
-    losses = (1 - label_smoothing) * of_target * every.gather(1, safe).squeeze(1)
+    surprise = every.gather(1, safe).squeeze(1)
+    each = (1 - label_smoothing) * of_target * surprise
     if label_smoothing > 0:
-        losses = losses + label_smoothing / weight.shape[0] * (every * of_class).sum(1)
-    losses = torch.where(kept, of_row * losses, 0)
+        each = each + label_smoothing / weight.shape[0] * (every * of_class).sum(1)
+    losses = torch.where(kept, of_row * each, 0)
     loss = _weighted(losses, torch.where(kept, of_row * of_target, 0).sum(), reduction)
     if more is not None:
         weights = torch.where(kept, of_row.double(), 0)
         loss = loss + _weighted(weights * more, weights.sum(), reduction).to(loss.dtype)
-    return given.joined(loss, reduction)
+        each = each + more
+    if not return_statistics:
+        return given.joined(loss, reduction)
+    return loss, statistics(cos, labels, kept, each, _learns(-torch.expm1(-surprise)))
 
 
 def inner_distance(
@@ -456,14 +531,21 @@ def c_contrastive_loss(
     sample_weight: Tensor | None = None,
     labels_b: Tensor | None = None,
     lam: float | Tensor | None = None,
+    return_statistics: bool = False,
     **options: Unpack[ContrastiveKeywords],
-) -> Tensor:
+) -> Result:
     """loss_i = w+ min(T, (d_iy - m+)_+) + w- sum_{j != y} (m- - d_ij)_+ (paper section 4)."""
     o = ContrastiveOptions.of("c_contrastive_loss", options)
     given = _rows(x, labels, sample_weight, labels_b, lam, o.ignore_index)
     distances = _agent_distances(given.x, weight, given.labels, given.sample_weight, o)
-    made = contrastive_of_distances(distances, given.labels, sample_weight=given.sample_weight, **options)
-    return given.joined(made, o.reduction)
+    made = contrastive_of_distances(
+        distances,
+        given.labels,
+        sample_weight=given.sample_weight,
+        return_statistics=return_statistics,
+        **options,
+    )
+    return made if return_statistics else given.joined(made, o.reduction)
 
 
 @takes(ContrastiveOptions)
@@ -472,15 +554,20 @@ def contrastive_of_distances(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    return_statistics: bool = False,
     **options: Unpack[ContrastiveKeywords],
-) -> Tensor:
+) -> Result:
     """``c_contrastive_loss`` of given distances [N, C]."""
     o = ContrastiveOptions.of("contrastive_of_distances", options)
     kept = _kept(labels, o.ignore_index, sample_weight)
-    target, others = _split(_counting(_wide(distances), kept), labels)
-    positive = (target - o.pos_margin).clamp(0, o.positive_outlier_thresh)
+    every = _counting(_wide(distances), kept)
+    target, others = _split(every, labels)
+    excess = target - o.pos_margin
+    positive = excess.clamp(0, o.positive_outlier_thresh)
+    pulled = ~((excess <= 0) | (excess > o.positive_outlier_thresh))
     if o.max_positive_only and len(labels):
         best = torch.where(kept, positive, -torch.inf).argmax()
+        pulled &= torch.arange(len(labels), device=labels.device) == best
         positive = torch.where(torch.arange(len(labels), device=labels.device) == best, positive, 0)
     if o.hardest_only:
         others = others.gather(1, others.argmin(1, keepdim=True))
@@ -488,13 +575,15 @@ def contrastive_of_distances(
     terms = (-others).exp() if o.exp_negative_weight else o.neg_margin - others
     dropped = (target > o.positive_upper_bound) & o.positive_first
     terms = torch.where(active & kept[:, None] & ~dropped[:, None], terms, 0)
+    learns = (pulled & (o.pos_weight != 0)) | ((terms != 0).any(1) & (o.neg_weight != 0))
     if o.normalize_negative is not None:
         slopes = terms if o.exp_negative_weight else (terms != 0).to(terms.dtype)
         mean = _reduce(slopes.sum(1).detach(), kept, "mean", sample_weight)
         size = abs(o.neg_weight) * mean.abs() / o.normalize_negative
         terms = terms / torch.where((size > o.pos_weight) & (size > 0), size, 1)
     losses = o.pos_weight * positive + o.neg_weight * terms.sum(1)
-    return _reduce(losses, kept, o.reduction, sample_weight)
+    loss = _reduce(losses, kept, o.reduction, sample_weight)
+    return (loss, statistics(1 - every / 2, labels, kept, losses, learns)) if return_statistics else loss
 
 
 @takes(ContrastiveOptions)
@@ -524,14 +613,21 @@ def c_triplet_loss(
     sample_weight: Tensor | None = None,
     labels_b: Tensor | None = None,
     lam: float | Tensor | None = None,
+    return_statistics: bool = False,
     **options: Unpack[TripletKeywords],
-) -> Tensor:
+) -> Result:
     """loss_i = w- sum_{j != y} (m + d_iy - d_ij)_+ [+ w+ d_iy] (paper section 4)."""
     o = TripletOptions.of("c_triplet_loss", options)
     given = _rows(x, labels, sample_weight, labels_b, lam, o.ignore_index)
     distances = _agent_distances(given.x, weight, given.labels, given.sample_weight, o)
-    made = triplet_of_distances(distances, given.labels, sample_weight=given.sample_weight, **options)
-    return given.joined(made, o.reduction)
+    made = triplet_of_distances(
+        distances,
+        given.labels,
+        sample_weight=given.sample_weight,
+        return_statistics=return_statistics,
+        **options,
+    )
+    return made if return_statistics else given.joined(made, o.reduction)
 
 
 @takes(TripletOptions)
@@ -540,21 +636,26 @@ def triplet_of_distances(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    return_statistics: bool = False,
     **options: Unpack[TripletKeywords],
-) -> Tensor:
+) -> Result:
     """``c_triplet_loss`` of given distances [N, C]."""
     o = TripletOptions.of("triplet_of_distances", options)
     kept = _kept(labels, o.ignore_index, sample_weight)
-    target, others = _split(_counting(_wide(distances), kept), labels)
+    every = _counting(_wide(distances), kept)
+    target, others = _split(every, labels)
     if o.hardest_only:
         others = others.gather(1, others.argmin(1, keepdim=True))
     excess = o.margin + target[:, None] - others
     terms = torch.where(~(excess <= 0), excess, 0)
     dropped = (target > o.positive_upper_bound) & o.positive_first
-    losses = o.neg_weight * torch.where(dropped, 0, terms.sum(1))
+    negatives = torch.where(dropped, 0, terms.sum(1))
+    losses, learns = o.neg_weight * negatives, (negatives != 0) & (o.neg_weight != 0)
     if o.add_center_loss:
         losses = losses + o.pos_weight * target
-    return _reduce(losses, kept, o.reduction, sample_weight)
+        learns = learns | (~(target <= 0) & (o.pos_weight != 0))
+    loss = _reduce(losses, kept, o.reduction, sample_weight)
+    return (loss, statistics(1 - every / 2, labels, kept, losses, learns)) if return_statistics else loss
 
 
 @takes(TripletOptions)
@@ -575,9 +676,20 @@ def c_triplet_stats(
     return torch.stack([_reduce(part, kept, "mean", sample_weight) for part in parts]).detach()
 
 
-def sigmoid_logits(cos: Tensor, scale: float, offset: float | Tensor, t: int, straight: bool) -> Tensor:
-    """z = r g(c) + offset of every cell, g(c) = 2 ((c + 1) / 2)^t - 1, of slope 1 where it is straight."""
-    g = 2 * ((cos + 1) / 2) ** t - 1
+def turned(cos: Tensor, angle: float) -> Tensor:
+    """cos(theta + angle), past pi too. The slope of sin theta is 0 where that is below its floor."""
+    room = (1 - cos) * (1 + cos)
+    free = room > SIN_FLOOR**2
+    sine = torch.where(free, torch.where(free, room, 1).sqrt(), room.detach().clamp_min(0).sqrt())
+    return cos * math.cos(angle) - sine * math.sin(angle)
+
+
+def sigmoid_logits(
+    cos: Tensor, similar: Tensor, scale: float, offset: float | Tensor, t: int, straight: bool
+) -> Tensor:
+    """z = r g(u) + offset of every cell, g(u) = 2 ((u + 1) / 2)^t - 1, u what a margin makes of the cosine;
+    of slope r in the cosine where it is straight."""
+    g = 2 * ((similar + 1) / 2) ** t - 1
     return scale * (cos + (g - cos).detach() if straight else g) + offset
 
 
@@ -591,9 +703,10 @@ def sphereface2_loss(
     sample_weight: Tensor | None = None,
     labels_b: Tensor | None = None,
     lam: float | Tensor | None = None,
+    return_statistics: bool = False,
     **options: Unpack[SphereFace2Keywords],
-) -> Tensor:
-    """loss_i = W [alpha softplus(-z_iy) + (1 - alpha) sum_{j != y} softplus(z_ij)] (SphereFace2, form C)."""
+) -> Result:
+    """loss_i = W [alpha softplus(-z_iy) + (1 - alpha) sum_{j != y} softplus(z_ij)] (SphereFace2, C and A)."""
     o = SphereFace2Options.of("sphereface2_loss", options)
     given = _rows(x, labels, sample_weight, labels_b, lam, o.ignore_index)
     x, labels, sample_weight, _ = given
@@ -602,15 +715,25 @@ def sphereface2_loss(
     b = bias.reshape(()).to(cos.dtype) if isinstance(bias, Tensor) else bias
     straight = o.margin_gradient == "straight"
     safe = labels.clamp(0, weight.shape[0] - 1)[:, None]
-    target = sigmoid_logits(cos.gather(1, safe)[:, 0], o.r, b - o.r * o.m, o.t, straight)
-    others = sigmoid_logits(cos, o.r, b + o.r * o.m, o.t, straight).scatter(1, safe, -torch.inf)
+    own = cos.gather(1, safe)[:, 0]
+    u_target, u_others, offset = own, cos, o.r * o.m
+    if o.form == "A":
+        past = own < -math.cos(o.m)
+        u_target = torch.where(past, own - 1 + math.cos(o.m), turned(own, o.m))
+        u_others, offset = turned(cos, -o.m), 0.0
+    target = sigmoid_logits(own, u_target, o.r, b - offset, o.t, straight)
+    others = sigmoid_logits(cos, u_others, o.r, b + offset, o.t, straight).scatter(1, safe, -torch.inf)
     each = o.alpha * _softplus(-target) + (1 - o.alpha) * _softplus(others).sum(1)
     losses = (50 / o.r if o.loss_weight is None else o.loss_weight) * each
-    return given.joined(_reduce(losses, kept, o.reduction, sample_weight), o.reduction)
+    loss = _reduce(losses, kept, o.reduction, sample_weight)
+    if not return_statistics:
+        return given.joined(loss, o.reduction)
+    learns = _learns(torch.sigmoid(-target)) | _learns(others.sigmoid().sum(1))
+    return loss, statistics(cos, labels, kept, losses, learns)
 
 
 def _softplus(z: Tensor) -> Tensor:
-    return torch.logaddexp(z, torch.zeros_like(z))
+    return -F.logsigmoid(-z)
 
 
 def pair_contrastive_loss(

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 
 from .engine.arguments import NOT_NEGATIVE, POSITIVE, number, size
-from .softmax.margins import margin_argument
+from .softmax.margins import Margin, margin_argument
 
 #: ``scale="auto"`` takes the smallest scale whose bound is this low: 12 for 10 classes, 21 for the
 #: 10,575 of CASIA-WebFace (the paper: "say 20 or 30"), 25 for a million.
 AUTO_SCALE_BOUND = 1e-5
 
-#: What the papers of ArcFace and CosFace, and those after them, take for every number of classes.
-MARGIN_SCALE = 64.0
+#: What the papers of ArcFace and CosFace, and most after them, take for every number of classes.
+MARGIN_SCALE = Margin.least_scale
 
 
 def loss_lower_bound(num_classes: int, scale: float = 1.0) -> float:
@@ -73,8 +73,9 @@ def auto_scale(num_classes: int, margin: object = None) -> float:
 
     Without a margin the scale whose loss bound is ``AUTO_SCALE_BOUND``, at least 1. A margin takes psi(1) =
     cos(m2) - m3 as the largest target cosine, so that the loss needs the larger scale s / psi(1) to come as
-    low; and no recipe with a margin trains below ``MARGIN_SCALE``, which is the least that it gives. Where
-    psi(1) <= 0, or the margin is not three numbers (it is adaptive, or one per class), it gives just that.
+    low; and no recipe with a margin trains below ``MARGIN_SCALE``, which is the least that it gives (256 with
+    ``CircleSoftmax``). Where psi(1) <= 0, or the margin is not three numbers (it is adaptive, or one per
+    class), it gives just that.
 
     Args:
         num_classes: n.
@@ -84,13 +85,13 @@ def auto_scale(num_classes: int, margin: object = None) -> float:
         TypeError: ``num_classes`` that is no int, a margin that is none.
         ValueError: ``num_classes`` below 1.
     """
-    margin_argument("auto_scale", "margin", margin)
+    given = margin_argument("auto_scale", "margin", margin)
     plain = scale_for_bound(num_classes, AUTO_SCALE_BOUND)
-    if margin is None:
+    if given is None:
         return max(1.0, plain)
     numbers = [getattr(margin, name, None) for name in ("m1", "m2", "m3")]
     factor, angle, cosine = (float(m) if isinstance(m, (int, float)) else math.nan for m in numbers)
     if (factor, angle, cosine) == (1, 0, 0):
         return max(1.0, plain)
     most = math.cos(angle) - cosine  # NaN, where there are no numbers, is not above 0
-    return max(MARGIN_SCALE, plain / most) if most > 0 else MARGIN_SCALE
+    return max(given.least_scale, plain / most) if most > 0 else given.least_scale

@@ -12,8 +12,8 @@ from kernel_cases import engine_ops
 
 from normface_ext.agents import functions, ops
 from normface_ext.agents.options import ContrastiveOptions, TripletOptions
-from normface_ext.engine import sweep
-from normface_ext.engine.calls import accumulator
+from normface_ext.engine import row_state
+from normface_ext.engine.dtypes import accumulator
 from normface_ext.engine.sweep import target_cosine
 
 BATCH, DIM, CLASSES, IGNORED = 9, 11, 23, -100
@@ -78,7 +78,7 @@ def test_shards_add_up(lane, dtype, mode, capacity, store):
     places = []
     for first, last in SHARDS:
         here = (labels >= first) & (labels < last)
-        elsewhere = torch.where(labels == IGNORED, IGNORED, sweep.ELSEWHERE)
+        elsewhere = torch.where(labels == IGNORED, IGNORED, row_state.ELSEWHERE)
         places.append(torch.where(here, labels - first, elsewhere))
     shards = [(weight[first:last], place) for (first, last), place in zip(SHARDS, places, strict=True)]
     parts = [target_cosine(x, w, place, options) for w, place in shards]
@@ -94,10 +94,12 @@ def test_shards_add_up(lane, dtype, mode, capacity, store):
         assert torch.allclose(best.amax(0), whole.best, **tolerance)
         mine = [best.argmax(0) == k for k in range(len(SHARDS))]
     rows = found[0].swept.rows.clone()
-    for field in (sweep.SUM, sweep.SECOND_SUM):
+    for field in (row_state.SUM, row_state.SECOND_SUM):
         kept = [shard.swept.rows[field] * m for m, shard in zip(mine, found, strict=True)]
         rows[field] = torch.stack(kept).sum(0)
-    assert torch.allclose(rows[: sweep.SECOND_SUM + 1], whole.swept.rows[: sweep.SECOND_SUM + 1], **tolerance)
+    assert torch.allclose(
+        rows[: row_state.SECOND_SUM + 1], whole.swept.rows[: row_state.SECOND_SUM + 1], **tolerance
+    )
     slopes = ops.hinge_slopes(rows, *upstream, options)
     each = [shard.gradients(slopes, m) for m, shard in zip(mine, found, strict=True)]
     assert all(part.dtype == wide and part.shape == x.shape for part, _ in each)

@@ -69,6 +69,11 @@ def test_the_loss(lane, options, kind):
         ([[1, 2]], ValueError, r"expected `counts` to be \[C\] with C >= 1, got shape \[1, 2\]"),
         ("many", TypeError, r"expected `counts` to be \[C\] numbers, got str"),
         (None, TypeError, r"expected `counts` to be \[C\] numbers, got NoneType"),
+        (
+            torch.ones(2, device="meta"),
+            ValueError,
+            "expected `counts` to have values, got a meta tensor without",
+        ),
         (torch.tensor([True, False]), TypeError, r"expected `counts` to be \[C\] numbers, got torch.bool"),
     ],
 )

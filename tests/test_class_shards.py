@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import normface_ext as nf
-from normface_ext.engine import sweep
-from normface_ext.engine.calls import accumulator, plan_device
+from normface_ext.engine import row_state, sweep
+from normface_ext.engine.calls import plan_device
+from normface_ext.engine.dtypes import accumulator
 from normface_ext.engine.plan import products
 from normface_ext.softmax import ops
 from normface_ext.softmax.margins import NO_MARGIN
@@ -52,7 +53,7 @@ def sharded(
     shards = []
     for first, last in itertools.pairwise(BOUNDS):
         here = (labels >= first) & (labels < last)
-        local = torch.where(here, labels - first, sweep.ELSEWHERE).where(labels != -100, -100)
+        local = torch.where(here, labels - first, row_state.ELSEWHERE).where(labels != -100, -100)
         factors = None if class_weight is None else class_weight[first:last].contiguous()
         shards.append((weight[first:last].contiguous(), local, factors))
     kappa = None
@@ -153,7 +154,7 @@ def test_inside_the_window_every_shard_has_the_same_shift(lane):
     x, weight, labels = make(lane, torch.float32)
     options = replace(plain_options(), is_shard=True)
     shifts = [
-        sweep.head_shift(x, part.contiguous(), torch.full_like(labels, sweep.ELSEWHERE), None, options)
+        sweep.head_shift(x, part.contiguous(), torch.full_like(labels, row_state.ELSEWHERE), None, options)
         for part in weight.split(8)
     ]
     assert all(torch.equal(shift, shifts[0]) for shift in shifts)
@@ -165,6 +166,6 @@ def test_a_whole_head_refuses_a_target_elsewhere(lane):
         pytest.skip("CUDA kernels print the row and abort the process, see test_contract")
     x, weight, labels = make(lane, torch.float32)
     options = plain_options()
-    labels[2] = sweep.ELSEWHERE
+    labels[2] = row_state.ELSEWHERE
     with pytest.raises(RuntimeError, match=r"head_sweep: expected `labels` in \[0, 23\).*got -1 at row 2"):
         sweep.head_sweep(x, weight, labels, None, None, None, options, need_x=True, need_weight=True)

@@ -31,6 +31,7 @@ CHECKED_ELSEWHERE = {
     "pair_distance": "test_inner_distance.py",
     "pair_distance_backward": "test_inner_distance.py",
     "target_cosine": "test_metric_losses.py",
+    "target_center": "test_sub_centers.py",
     "hinge_threshold": "test_metric_losses.py",
     "hinge_slopes": "test_metric_losses.py",
     "hinge_pairs": "test_metric_losses.py",
@@ -39,6 +40,7 @@ CHECKED_ELSEWHERE = {
 #: Ops that are a step of another one, which has the function, the reference and the gradient.
 STEPS = {
     "target_cosine": "head_sweep",
+    "target_center": "head_sweep",
     **dict.fromkeys(("hinge_threshold", "hinge_slopes", "hinge_pairs"), "cosine_pairs"),
 }
 #: Ops that users reach under other names.
@@ -175,6 +177,7 @@ def head_sweep_samples(lane):
     yield {**given, "term": 2, "threshold": threshold, "need_x": False, "sink": 1, "capacity": 3}
     yield {**given, "term": 3, "threshold": threshold, "store": True, "need_x": False}
     yield {**given, "term": 2, "threshold": threshold, "need_x": False, "sink": 2, "capacity": 1}
+    yield {**given, "need_largest": True}
 
 
 def head_shift_samples(lane):
@@ -207,8 +210,9 @@ DEFAULTS = {
     "scale_value": 30.0, "m1": None, "m2": None, "m3": None, "m1_value": 1.0, "m2_value": 0.0,
     "m3_value": 0.0, "need_margin": False, "formula": 0, "guard": 0, "straight": False, "reduction": 1,
     "ignore_index": -100, "workspace": 1 << 30, "product": "auto", "threshold": None, "numbers": None,
-    "term": 0, "lowest": -1.0, "highest": 1.0, "sink": 0, "capacity": 0,
-    "store": False, "need_class_sum": False, "total_classes": 8, "is_shard": False, "shift": None,
+    "term": 0, "lowest": -1.0, "highest": 1.0, "centers": 1, "sink": 0, "capacity": 0,
+    "store": False, "need_class_sum": False, "need_largest": False, "total_classes": 8,
+    "is_shard": False, "shift": None,
     "need_x": True, "need_weight": True, "need_scale": True,
     "product_precision": torch.float32,
     "sample_weight": None, "class_weight": None, "smoothing": 0.0,
@@ -430,25 +434,6 @@ def test_a_refused_call_leaves_its_inputs_alone():
         normface_loss(**given)
     for name, value in before.items():
         assert torch.equal(given[name], value) and given[name]._version == 0
-
-
-def test_distributed_tensors_are_refused(tmp_path):
-    """A DTensor's local shard would be read as if it were the whole (field notes, CCE 31)."""
-    import torch.distributed as dist
-    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        shard = DTensor.from_local(torch.randn(5, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
-        for op, name in ((loss, "normface_loss"), (linear, "norm_linear")):
-            with pytest.raises(
-                TypeError, match=sentence(f"{name}: expected `weight` to be a plain Tensor, got a DTensor")
-            ):
-                op(weight=shard)
-        with pytest.raises(TypeError, match=r"^normalize: expected `x` to be a plain Tensor, got a DTensor$"):
-            normalize(shard)
-    finally:
-        dist.destroy_process_group()
 
 
 def test_a_cuda_tensor_without_cuda_kernels_gets_the_reason(monkeypatch):

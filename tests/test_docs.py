@@ -26,7 +26,9 @@ FENCE = re.compile(
 )
 NOT_RUN = re.compile(r"<!-- not run: (?P<reason>.+?) -->\s*\Z")
 #: What may stand unrun, by page: a new one has to be put here by hand.
-UNRUN = {"docs/migrating/insightface.md": 1}
+UNRUN = {"docs/migrating/insightface.md": 1, "docs/frameworks.md": 1}
+#: What takes longer: frameworks are imported.
+SLOW = {"docs/frameworks.md"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,9 @@ RUNNABLE = [
 ]
 
 
-@pytest.mark.parametrize("page", RUNNABLE)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in RUNNABLE]
+)
 def test_python_of_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for file in (ROOT / "tests" / "prototxt").glob("*.prototxt"):  # the pages' examples

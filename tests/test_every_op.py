@@ -46,6 +46,11 @@ def calls(lane, dtype, batch=6, dim=24, classes=40) -> Iterator[Call]:
             lambda m, x, w, s, margin=margin: m.normface_loss(x, w, labels, s, margin=margin),
             [x, weight, scale],
         )
+    yield (
+        "normface_loss of two centres",
+        lambda m, x, w, s: m.normface_loss(x, w, labels // 2, s, sub_centers=2),
+        [x, weight, scale],
+    )
     # No list of active classes, and one that all fit in: two ways back.
     for limit in (0, classes):
         ours = {"active_limit": limit}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import combined_objective
 import common
+import compare_heads
 import compare_losses
 import figure_convergence
 import figure_features
@@ -304,3 +305,39 @@ def test_compare_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     gaps = np.array(mine) - np.array(base)
     assert float(row["gap"]) == pytest.approx(gaps.mean(), rel=1e-5, abs=1e-12)
     assert float(row["gap_error"]) == pytest.approx(gaps.std(ddof=1) / np.sqrt(2), rel=1e-5, abs=1e-12)
+
+
+# ------------------------------------------------------------------------------------- compare_heads
+
+
+@pytest.mark.parametrize("name", compare_heads.HEADS)
+def test_every_published_head_trains_features_and_itself(name: str):
+    torch.manual_seed(0)
+    head = compare_heads.HEADS[name](7)
+    features = torch.randn(20, compare_losses.FEATURES, requires_grad=True)
+    labels = torch.arange(20) % 7
+    optimizer = torch.optim.Adam([features, *head.parameters()], lr=0.05)
+    losses = []
+    for _ in range(60):
+        loss = head(features, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.6 * losses[0]
+    assert all(p.isfinite().all() for p in head.parameters())
+
+
+@pytest.mark.slow
+def test_compare_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["--out", str(tmp_path), "--runs", "1", "--epochs", "2", "--device", "cpu"]
+    runs = compare_heads.main([*arguments, "--images", "700"])
+    assert [r.head for r in runs] == list(compare_heads.HEADS)
+    assert is_figure(tmp_path / "compare_heads.png")
+    table = rows_of(tmp_path / "heads.csv")
+    for run, row in zip(runs, table, strict=True):
+        assert 0.5 < run.unseen <= 1 and 0.6 < run.seen <= 1 and np.isfinite(run.loss) and run.ms > 0
+        assert row["head"] == run.head
+        assert float(row["loss"]) == pytest.approx(run.loss, rel=1e-5)
+    assert (tmp_path / "heads.md").read_text().count("\n") == 2 + len(runs)
+    assert all(f"{run.head:20}" in capsys.readouterr().out for run in runs[:1])

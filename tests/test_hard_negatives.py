@@ -13,7 +13,7 @@ from ranks import ranks
 
 import normface_ext as nf
 from normface_ext import _C
-from normface_ext.engine import sweep
+from normface_ext.engine import row_state
 from normface_ext.engine.calls import plan_device
 
 M, ALPHA, T = 0.8, 0.05, 0.3
@@ -812,4 +812,4 @@ def test_the_filter_is_an_attribute_and_shown():
 
 
 def test_terms_are_those_of_the_engine():
-    assert sweep.TERMS["hard_negatives"] == 1
+    assert row_state.TERMS["hard_negatives"] == 1

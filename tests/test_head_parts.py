@@ -8,7 +8,7 @@ from lanes import DTYPES
 
 import normface_ext as nf
 from normface_ext import reference
-from normface_ext.engine.calls import accumulator
+from normface_ext.engine.dtypes import accumulator
 from normface_ext.softmax import functions
 from normface_ext.softmax.options import HeadOptions
 

@@ -10,7 +10,7 @@ from kernel_cases.engine_ops import arguments, backward, call, sweep, wide
 from kernel_cases.plain_terms import CASES, unit
 from lanes import DTYPES
 
-from normface_ext.engine.sweep import INVERSE_NORM, SINKS
+from normface_ext.engine.row_state import INVERSE_NORM, SINKS
 from normface_ext.testing import assert_close_to_truth
 
 N, D, C, LISTED = 7, 33, 19, 9

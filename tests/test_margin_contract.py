@@ -17,7 +17,10 @@ import normface_ext as nf
 
 # Attributes -------------------------------------------------------------------------------------------
 
-KINDS = [nf.AdaFace, nf.MagFace, nf.ElasticArcFace, nf.ElasticCosFace, nf.CurricularFace, nf.MVSoftmax]
+KINDS = [
+    nf.AdaFace, nf.MagFace, nf.ElasticArcFace, nf.ElasticCosFace, nf.CurricularFace, nf.MVSoftmax,
+    nf.SphereFace, nf.CircleSoftmax,
+]  # fmt: skip
 BAD = {
     "m": ["x", None, -0.1, math.nan, True, torch.tensor([0.3])],
     "h": [-3, "x", math.inf],
@@ -34,6 +37,11 @@ BAD = {
     "t": [-0.1, math.inf, "x"],
     "kind": ["cos", None, 1],
     "adaptive": ["yes", 1, None],
+    "base": [-1, math.inf, "x"],
+    "gamma": [-0.1, math.nan, None],
+    "power": [-1, "x"],
+    "lambda_min": [-0.1, None],
+    "detached": ["yes", 1, None],
 }
 CASES = [(kind, name, bad) for kind in KINDS for name in kind.CHECKS for bad in BAD[name]]
 
@@ -55,6 +63,7 @@ GOOD = {
     "m": 1, "h": 0, "t_alpha": 1, "sync": "global", "l_margin": 0.8, "u_margin": 0.45, "l_a": 100, "u_a": 11,
     "lambda_g": 0, "std": 0, "plus": "released",
     "alpha": 1, "t": 0, "kind": "am", "adaptive": False,
+    "base": 3, "gamma": 0, "power": 2, "lambda_min": 0, "detached": False,
 }  # fmt: skip
 
 

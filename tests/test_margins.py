@@ -11,7 +11,7 @@ from lanes import DTYPES
 
 import normface_ext as nf
 from normface_ext import reference
-from normface_ext.engine.calls import accumulator
+from normface_ext.engine.dtypes import accumulator
 from normface_ext.softmax.margins import Margin
 
 F = nf.functional

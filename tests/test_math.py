@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from normface_ext import reference
-from normface_ext.engine.sweep import TERMS
+from normface_ext.engine.row_state import TERMS
 from normface_ext.softmax.margins import NO_MARGIN
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
@@ -29,6 +29,7 @@ PROGRAM = r"""
 #include "math/exp.h"
 #include "math/margins/margin.h"
 #include "math/normalize.h"
+#include "math/root.h"
 #include "math/softmax.h"
 using namespace nf::math;
 
@@ -81,6 +82,16 @@ int main() {
       std::printf("%.17g", double(exp_float<float, int32_t>(float(number()))));
     } else if (what == "exp_double") {
       std::printf("%.17g", exp_double<double, int64_t>(number()));
+    } else if (what == "root_float") {
+      std::printf("%.17g", double(root_float<float, int32_t>(float(number()))));
+    } else if (what == "root_double") {
+      std::printf("%.17g", root_double<double, int64_t>(number()));
+    } else if (what == "formula") {
+      const double formula = number(), m1 = number(), m2 = number(), m3 = number(), c = number();
+      const Margin margin{int(formula), m1, m2, m3};
+      const auto psi = margin(c);
+      const auto slopes = margin.slopes(c);
+      std::printf("%.17g %.17g %.17g %.17g %.17g", psi.value, psi.slope, slopes.m1, slopes.m2, slopes.m3);
     } else if (what == "sweep_exp") {
       const double first = number(), last = number(), stride = number();
       sweep_exp(uint32_t(first), uint32_t(last), uint32_t(stride));
@@ -297,6 +308,21 @@ def test_value_and_slopes_of_a_row(ask, m3, smoothing, weights):
     assert slopes == pytest.approx(cosines.grad.tolist(), rel=1e-12, abs=1e-14)
 
 
+# square root ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what, ulp", [("root_float", 2.0**-23), ("root_double", 2.0**-52)])
+def test_square_roots_are_exact_to_the_last_bits(ask, what, ulp):
+    """Of what stands below a sine, (1 - c)(1 + c), and of others; 0 stays 0, NaN stays NaN."""
+    points = [1.0, 2.0, 0.5, 3.7, 1e-7, 1e-12, 1e-30, 1e30, *(k / 977 for k in range(1, 977))]
+    narrow = what == "root_float"
+    for x, (y,) in zip(points, ask([(what, repr(x)) for x in points]), strict=True):
+        held = struct.unpack("f", struct.pack("f", x))[0] if narrow else x
+        assert y == pytest.approx(math.sqrt(held), rel=ulp, abs=0), x
+    (zero,), (none,) = ask([(what, "0"), (what, "nan")])
+    assert zero == 0 and math.isnan(none)
+
+
 # terms ----------------------------------------------------------------------------------------------
 
 
@@ -314,6 +340,8 @@ TERM_CASES = {
     **{name: (TERMS["hard_negatives"], six, 0.25, 9.0) for name, six in NUMBERS.items()},
     "hinge": (TERMS["hinge"], UNUSED, 1.5, 2.0),
     "exponential hinge": (TERMS["exponential_hinge"], UNUSED, 1.5, 2.0),
+    "sigmoid": (TERMS["sigmoid"], (6, 0.5, 3, 0, 0, 0), 0.0, 1.0),
+    "angular sigmoid": (TERMS["angular_sigmoid"], (6, 0.5, 3, 0, math.cos(0.4), math.sin(0.4)), 0.0, 1.0),
 }
 SCALE, KAPPA = 9.0, 1.5
 
@@ -484,3 +512,38 @@ def test_only_rows_out_of_range_are_rescued(ask):
     }
     for (question, expected), (got,) in zip(cases.items(), ask(list(cases)), strict=True):
         assert got == expected, question
+
+
+#: (formula, m1, m2, m3) of csrc/math/margins/margin.h's table, beside the combined ones above.
+FORMULAS = [
+    *((2, 1, detached, m) for detached in (0, 1) for m in (0, 0.25, 1)),
+    *((3, m, blend, 0) for m in (1, 1.7, 2, 3, 4, 5.5) for blend in (0, 0.5, 5)),
+]
+
+
+@pytest.mark.parametrize("numbers", FORMULAS, ids=str)
+def test_formulas_are_those_of_the_specification(ask, numbers):
+    """Value, slope in the cosine, and slopes in the numbers that the formula uses."""
+    formula, *given = numbers
+    for c, (value, *slopes) in zip(
+        COSINES, ask([("formula", *numbers, repr(float(c))) for c in COSINES]), strict=True
+    ):
+        leaves = [torch.tensor(float(v), dtype=torch.float64, requires_grad=True) for v in (c, *given)]
+        psi = reference.FORMULAS[formula](*leaves, None)
+        found = torch.autograd.grad(psi, leaves, allow_unused=True)
+        assert value == pytest.approx(float(psi.detach()), rel=1e-12, abs=1e-14), c
+        assert all(map(math.isfinite, slopes))
+        if abs(c) < 0.9999999:
+            # Circle's m2 says what its slope is, and is no number of its value.
+            expected = [0.0 if g is None or (formula, i) == (2, 2) else float(g) for i, g in enumerate(found)]
+            assert slopes == pytest.approx(expected, rel=1e-9, abs=1e-12), c
+
+
+@pytest.mark.parametrize("numbers", [(2, 1, 1, 0.25), (3, 4, 0.5, 0), (3, 1.7, 0, 0)], ids=str)
+def test_slopes_of_formulas_are_derivatives(ask, numbers):
+    step, points = 1e-6, [-0.97 + 0.0613 * i for i in range(32)]
+    found = ask([("formula", *numbers, repr(c + d)) for c in points for d in (-step, 0, step)])
+    for i, c in enumerate(points):
+        (below, s0, *_), (_, slope, *_), (above, s2, *_) = found[3 * i : 3 * i + 3]
+        if abs(s2 - s0) < 1e-3:  # no kink in between
+            assert slope == pytest.approx((above - below) / (2 * step), rel=1e-6, abs=1e-8), c

@@ -114,13 +114,13 @@ def test_the_plan_without_e_is_much_smaller():
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
         shape = (512, 512, 50_000, dtype, torch.device(device))
         stored = nf.plan(*shape)
-        smaller = memory.smaller((*shape, True), 8 << 30)
+        smaller = memory.smaller((*shape, True, 1), 8 << 30)
         assert stored.store and smaller is not None and not smaller.keep
         assert smaller.workspace <= stored.workspace_bytes // 2
         plan = nf.plan(*shape, workspace=smaller.workspace)
         assert not plan.store and plan.workspace_bytes <= smaller.workspace
     tiny = (4, 8, 5, torch.float32, torch.device("cpu"))
-    assert memory.smaller((*tiny, True), 1 << 30) is None
+    assert memory.smaller((*tiny, True, 1), 1 << 30) is None
 
 
 def test_an_allocation_that_fails_says_what():

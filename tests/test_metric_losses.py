@@ -8,7 +8,7 @@ from lanes import ODD_SIZES
 
 import normface_ext as nf
 from normface_ext import reference
-from normface_ext.engine import sweep
+from normface_ext.engine import row_state
 from normface_ext.testing import assert_close_to_truth, assert_matches_reference
 
 IGNORE = -100
@@ -154,7 +154,7 @@ def test_gradcheck(lane, loss, options, limit):
 def test_opcheck(lane, sink, partial, exponential):
     x, weight, labels = sample(lane, dtype=torch.bfloat16, grad=False)
     op, capacity = nf.engine.library.namespace(), 5 if sink == "active" else 1
-    term = sweep.TERMS["exponential_hinge" if exponential else "hinge"]
+    term = row_state.TERMS["exponential_hinge" if exponential else "hinge"]
 
     def checked(op, *arguments):
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -167,7 +167,7 @@ def test_opcheck(lane, sink, partial, exponential):
         for known in (cosine, None):
             options = (None, 1.9, False, IGNORE, 1e-12, partial)
             _, threshold = checked(op.hinge_threshold.default, x, shard, given, known, *options)
-        options = (False, False, False, sweep.SINKS[sink], capacity)
+        options = (False, False, False, False, row_state.SINKS[sink], capacity)
         options += (IGNORE, 1.0, 1e-12, max(1, len(shard)), term, -1.0, 1.0)
         options += (1 << 20, "auto", torch.float32, partial)
         inputs = (x, shard, given, None, threshold, *[None] * 4)

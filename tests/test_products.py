@@ -334,9 +334,10 @@ def test_the_op_says_what_is_wrong(lane):
     names = [argument.name for argument in op.default._schema.arguments]
     given = dict.fromkeys(names) | {
         "x": x, "weight": weight, "labels": labels, "store": False, "need_x": True, "need_class_sum": False,
+        "need_largest": False,
         "ignore_index": -100, "scale_value": 9.0, "eps": 1e-12, "total_classes": 12, "term": 0,
-        "lowest": -1.0, "highest": 1.0, "sink": 0, "capacity": 0, "workspace": 1 << 20, "product": "auto",
-        "product_precision": x.dtype, "is_shard": False,
+        "lowest": -1.0, "highest": 1.0, "centers": 1, "sink": 0, "capacity": 0, "workspace": 1 << 20,
+        "product": "auto", "product_precision": x.dtype, "is_shard": False,
     }  # fmt: skip
     op(*given.values())
     for wrong, text in (

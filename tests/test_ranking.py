@@ -8,7 +8,7 @@ from ranks import ranks
 
 import normface_ext as nf
 from normface_ext import reference
-from normface_ext.engine.calls import accumulator
+from normface_ext.engine.dtypes import accumulator
 
 F = nf.functional
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 import normface_ext as nf
 from normface_ext.distributed import RowAdamW, RowSGD
@@ -331,20 +332,24 @@ def test_what_has_no_rows_is_refused():
         head.resize_classes(9)
 
 
-def test_a_sharded_head_is_refused(tmp_path):
+def test_a_head_among_ranks_is_refused_where_one_process_is_meant(tmp_path):
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        head = nf.distributed.shard_head(made(), dist.device_mesh.init_device_mesh("cpu", (1,)))
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        head = made()
+        fully_shard(head, mesh=mesh)
         for call in (
             lambda: head.resize_classes(9),
             lambda: head.weight_for(torch.zeros(1, dtype=torch.int64)),
         ):
             with pytest.raises(TypeError, match="expected a head of one process"):
                 call()
+        head = nf.distributed.shard_head(made(), mesh)
         with pytest.raises(TypeError, match="save_head: expected `head` of one process"):
             nf.save_head(head, tmp_path / "head.pt")
         with pytest.raises(ValueError, match=r"expected a dense matrix in 'weight', got TypeError"):
             nf.load_head(head.state_dict())
+        assert nf.load_head(nf.distributed.full_state_dict(head))[0].num_classes == C
     finally:
         dist.destroy_process_group()

@@ -14,7 +14,7 @@ import torch
 from kernel_cases.engine_ops import arguments, call, sweep
 from lanes import LANES
 
-from normface_ext.engine.sweep import SINKS, TERMS
+from normface_ext.engine.row_state import SINKS, TERMS
 
 HERE = Path(__file__).resolve().parent
 N, D, C = 4, 8, 6

@@ -13,7 +13,7 @@ from kernel_cases import engine_ops
 from ranks import ranks
 
 import normface_ext as nf
-from normface_ext.engine import sweep
+from normface_ext.engine import row_state
 from normface_ext.engine.calls import plan_device
 
 B = torch.tensor([-1.5], dtype=torch.float64)
@@ -25,6 +25,9 @@ FORMS = {
     "no bend": {"t": 1, "r": 16.0, "alpha": 0.3},
     "even power": {"t": 4, "m": 0.0},
     "a strong bend": {"t": 13, "margin_gradient": "straight"},
+    "angle": {"form": "A", "r": 32.0, "m": 0.15, "loss_weight": 1.0},
+    "large angle": {"form": "A", "m": 2.0, "r": 8.0, "t": 2},
+    "straight angle": {"form": "A", "margin_gradient": "straight"},
 }
 every_form = pytest.mark.parametrize("form", FORMS)
 OPTIONS = {
@@ -42,21 +45,30 @@ def plus(z):
 
 
 def expected_loss(
-    x, weight, labels, b, *, alpha=0.7, r=40.0, m=0.4, t=3, loss_weight=None, margin_gradient="exact",
-    reduction="mean", sample_weight=None,
+    x, weight, labels, b, *, alpha=0.7, r=40.0, m=0.4, t=3, form="C", loss_weight=None,
+    margin_gradient="exact", reduction="mean", sample_weight=None,
 ):  # fmt: skip
     """One product of h per power, one sigmoid question per class; rows left out that do not count."""
     factors = torch.ones(len(x), dtype=torch.float64) if sample_weight is None else sample_weight
     kept = (labels != -100) & (factors != 0)
     y = F.one_hot(labels[kept], len(weight)).bool()
     cos = F.normalize(x[kept]) @ F.normalize(weight).T
-    g = torch.ones_like(cos)
-    for _ in range(t):
-        g = g * (cos + 1) / 2
-    g = 2 * g - 1
-    if margin_gradient == "straight":
-        g = g.detach() - cos.detach() + cos
-    positive, negative = r * (g - m) + b, r * (g + m) + b
+
+    def g(c):
+        g = torch.ones_like(c)
+        for _ in range(t):
+            g = g * (c + 1) / 2
+        g = 2 * g - 1
+        return g.detach() - cos.detach() + cos if margin_gradient == "straight" else g
+
+    if form == "C":
+        positive, negative = r * (g(cos) - m) + b, r * (g(cos) + m) + b
+    else:
+        inside = cos.abs() < 1  # at the ends the square root has no slope that is a number
+        sin = torch.where(inside, 1 - cos.square(), 1).sqrt() * inside
+        th, mmm = math.cos(math.pi - m), 1 + math.cos(math.pi - m)
+        added = torch.where(cos > th, cos * math.cos(m) - sin * math.sin(m), cos - mmm)
+        positive, negative = r * g(added) + b, r * g(cos * math.cos(m) + sin * math.sin(m)) + b
     each = torch.where(y, alpha * plus(-positive), (1 - alpha) * plus(negative)).sum(1)
     each = (50 / r if loss_weight is None else loss_weight) * each * factors[kept]
     if reduction == "none":
@@ -133,13 +145,13 @@ def test_no_digit_of_the_softplus_is_lost(lane, dtype, z):
     x, weight = lane.tensor(torch.eye(3)[:1], dtype), lane.tensor(torch.eye(3), dtype)
     numbers = lane.tensor(torch.tensor([0.0, z, 1.0, 0.0], dtype=torch.float64))
     swept, _, _ = engine_ops.sweep(
-        engine_ops.arguments(x, weight, lane.tensor([0]), term=sweep.TERMS["sigmoid"], numbers=numbers)
+        engine_ops.arguments(x, weight, lane.tensor([0]), term=row_state.TERMS["sigmoid"], numbers=numbers)
     )
     e = math.exp(-abs(z))
     exact = [max(z, 0.0) + math.log1p(e), (1 if z > 0 else e) / (1 + e)]
     # In float32 what is below the normal range may be 0.
     near = {"rel": 4e-16, "abs": 0} if dtype == torch.float64 else {"rel": 4e-6, "abs": 3e-38}
-    found = swept.rows[[sweep.SUM, sweep.SECOND_SUM], 0].tolist()
+    found = swept.rows[[row_state.SUM, row_state.SECOND_SUM], 0].tolist()
     assert found == pytest.approx([2 * v for v in exact], **near)
 
 
@@ -419,4 +431,4 @@ def test_check_finite():
 
 
 def test_the_term_is_the_engines():
-    assert sweep.TERMS["sigmoid"] == 4
+    assert row_state.TERMS["sigmoid"] == 4

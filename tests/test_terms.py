@@ -15,7 +15,7 @@ from kernel_cases.engine_ops import arguments, backward, call, sweep, wide
 from kernel_cases.plain_terms import CASES, IGNORED, unit
 from lanes import DTYPES
 
-from normface_ext.engine.sweep import (
+from normface_ext.engine.row_state import (
     COSINE,
     INVERSE_NORM,
     ROW_FIELDS,

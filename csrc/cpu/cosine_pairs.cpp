@@ -7,6 +7,7 @@
 #include "cpu/head.h"
 #include "cpu/row_cosine.h"
 #include "engine/agent_arguments.h"
+#include "math/centers.h"
 
 namespace nf::cpu {
 
@@ -30,6 +31,31 @@ Tensor target_cosine(const TargetCosineArguments& in) {
 }
 
 namespace {
+
+Tensor target_center(const TargetCenterArguments& in) {
+  check(in);
+  const int64_t N = in.x.size(0), D = in.x.size(1), classes = in.weight.size(0) / in.centers;
+  const Labels given(in.labels);
+  given.check(in.kName, classes, in.ignore_index, in.is_shard);
+  Tensor out = fresh({N}, ScalarType::Long);
+  int64_t* place = data_of<int64_t>(out);
+  dispatch_accumulator(in.x.scalar_type(), [&]<class T>() {
+    const Rows<T> xs(in.x, D), ws(in.weight, D);
+    const RowCosine<T> cosine_of(xs, ws, in.eps);
+    for_rows(N, 4 * D * in.centers, [&](int64_t i) {
+      const int64_t label = given.data[i];
+      const auto nearest = [&] {
+        const int64_t first = label * in.centers;
+        return first +
+               math::winner<double>(in.centers, [&](int64_t k) { return cosine_of(i, first + k); }).center;
+      };
+      place[i] = label == in.ignore_index             ? kIgnored
+                 : in.is_shard && label == kElsewhere ? kElsewhere
+                                                      : nearest();
+    });
+  });
+  return out;
+}
 
 // Sums of unit rows times their factors. What 1 / ||.|| a row has is a factor, too, unless the row is far from
 // every usual length: a product of the two could leave the range of T.
@@ -180,5 +206,6 @@ std::tuple<Tensor, Tensor> cosine_pairs_backward(const CosinePairsBackwardArgume
 
 NF_CPU_LIBRARY(m) {
   nf::implement<&nf::cpu::target_cosine>(m);
+  nf::implement<&nf::cpu::target_center>(m);
   nf::implement<&nf::cpu::cosine_pairs_backward>(m);
 }

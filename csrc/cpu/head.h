@@ -11,9 +11,21 @@
 
 namespace nf::cpu {
 
+// Rows of W, whole classes of `centers` rows each. In memory they lie centre by centre, so that the cosines of a
+// class's centres are compared vector by vector.
 struct Tile {
   int64_t first;
   int64_t width;
+  int64_t centers = 1;
+
+  int64_t classes() const { return width / centers; }
+  // Where row first + r lies.
+  int64_t column(int64_t r) const { return centers == 1 ? r : r % centers * classes() + r / centers; }
+  // The class of the tile that a row of W belongs to, -1 where it is not here.
+  int64_t class_of(int64_t label) const {
+    const int64_t place = target_place(label, first, width);
+    return place < 0 ? place : place / centers;
+  }
 };
 
 struct HeadShape {
@@ -22,15 +34,17 @@ struct HeadShape {
   int64_t classes;  // C
   int64_t chunk;    // classes per tile
   int64_t tiles;
-  int64_t slots;  // threads that take part; each owns a contiguous run of tiles
+  int64_t slots;    // threads that take part; each owns a contiguous run of tiles
+  int64_t centers;  // of a class, of which "classes" are the rows of W
 
-  HeadShape(const Tensor& x, const Tensor& weight, int64_t class_chunk)
+  HeadShape(const Tensor& x, const Tensor& weight, int64_t class_chunk, int64_t centers_of_class = 1)
       : batch(x.size(0)),
         dim(x.size(1)),
         classes(weight.size(0)),
         chunk(std::max<int64_t>(1, std::min(class_chunk, classes))),
         tiles((classes + chunk - 1) / chunk),
-        slots(std::max<int64_t>(1, std::min(thread_count(), tiles))) {}
+        slots(std::max<int64_t>(1, std::min(thread_count(), tiles))),
+        centers(centers_of_class) {}
 
   // body(slot, tile) for every tile, in order within a slot. Ctrl-C ends it between tiles.
   template <class Body>
@@ -38,7 +52,7 @@ struct HeadShape {
     Interruption interruption;
     for_slots(slots, tiles, [&](int64_t slot, int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end && !interruption.stopped(); ++k)
-        body(slot, Tile{k * chunk, std::min(chunk, classes - k * chunk)});
+        body(slot, Tile{k * chunk, std::min(chunk, classes - k * chunk), centers});
     });
     interruption.rethrow();
   }
@@ -61,21 +75,24 @@ struct Labels {
   }
 };
 
-// Scores of one tile, [N, width] = x_hat w_hat^T.
+// Scores of one tile, [N, width] = x_hat w_hat^T. Centre by centre, so that equal centres of a class have equal
+// cosines: what a library does with a column may depend on its place in the product.
 template <class T>
 void score_tile(const HeadShape& shape, T* x_hat, T* w_hat, const Tile& tile, T* scores) {
-  multiply<T>({x_hat, shape.batch, shape.dim, shape.dim},
-              Matrix<T>{w_hat, tile.width, shape.dim, shape.dim}.transposed(),
-              {scores, shape.batch, tile.width, tile.width});
+  const int64_t classes = tile.classes();
+  for (int64_t k = 0; k < tile.centers; ++k)
+    multiply<T>({x_hat, shape.batch, shape.dim, shape.dim},
+                Matrix<T>{w_hat + k * classes * shape.dim, classes, shape.dim, shape.dim}.transposed(),
+                {scores + k * classes, shape.batch, classes, tile.width});
 }
 
-// Calls part(begin, end) for the columns of a tile other than the row's own target.
+// Calls part(begin, end) for the classes of a tile other than the row's own target.
 template <class Part>
 void around_target(int64_t label, const Tile& tile, const Part& part) {
-  const int64_t target = target_place(label, tile.first, tile.width);
-  if (target < 0) return part(0, tile.width);
+  const int64_t target = tile.class_of(label);
+  if (target < 0) return part(0, tile.classes());
   part(0, target);
-  part(target + 1, tile.width);
+  part(target + 1, tile.classes());
 }
 
 // Scratch of one accumulator type, uninitialised.
@@ -102,11 +119,13 @@ inline double number_argument(const std::optional<Tensor>& scale, double value) 
   }
 }
 
-// y[r] = x[first + r] / ||.||, r < count; inverse[r] = 1 / ||.||, held at the largest number.
+// The unit rows of a tile, where they lie; inverse[r] = 1 / ||.|| of its r-th, held at the largest number.
 template <class T>
-void unit_rows(const Rows<T>& x, int64_t first, int64_t count, T eps, T* y, T* inverse) {
-  for (int64_t r = 0; r < count; ++r)
-    inverse[r] = x.kernel.normalize_wide(x.row(first + r), x.length, 2, eps, y + r * x.length).inverse();
+void unit_rows(const Rows<T>& x, const Tile& tile, T eps, T* y, T* inverse) {
+  for (int64_t r = 0; r < tile.width; ++r)
+    inverse[r] =
+        x.kernel.normalize_wide(x.row(tile.first + r), x.length, 2, eps, y + tile.column(r) * x.length)
+            .inverse();
 }
 
 // How row r was scaled, from the 1 / ||.|| saved before; where that does not say it all, y is its unit row.

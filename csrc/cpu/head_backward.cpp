@@ -112,8 +112,8 @@ struct Backward {
 
   void sweep(const Tensor* dw, T* x_sum) const {
     const int64_t N = shape.batch, D = shape.dim;
-    const bool direct =
-        dw != nullptr && dw->element_size() == sizeof(T);  // the product can go where dW will be
+    // The product can go where dW will be.
+    const bool direct = dw != nullptr && dw->element_size() == sizeof(T) && shape.centers == 1;
     const std::vector<int64_t> order = rows_by_label(labels, gradients);
     const std::vector<T> uniform = uniform_part(gradients, x_hat, D, dw != nullptr && smooth);
     Buffer<T> weighted(dw != nullptr ? N * D : 0);
@@ -126,7 +126,7 @@ struct Backward {
       T* unit = w_hat.data + slot * shape.chunk * D;
       T* e = stored != nullptr ? stored + N * tile.first : scores.data + slot * N * shape.chunk;
       for (int64_t j = 0; j < tile.width; ++j)
-        unit_row_again(weight, tile.first + j, inverse_norm[tile.first + j], eps, unit + j * D);
+        unit_row_again(weight, tile.first + j, inverse_norm[tile.first + j], eps, unit + tile.column(j) * D);
       if (stored == nullptr) {
         score_tile(shape, x_hat, unit, tile, e);
         fold_tile(labels, terms, tile, e, [](int64_t, const auto&) {});
@@ -140,12 +140,12 @@ struct Backward {
                   {g, tile.width, D, D});
       add_targets(order, tile, g);
       for (int64_t j = 0; j < tile.width; ++j) {
+        T *w = unit + tile.column(j) * D, *gradient = g + tile.column(j) * D;
         if (!uniform.empty())
-          accum_rows<T>().axpy(T(class_weight[tile.first + j]), uniform.data(), g + j * D, D);
-        weight.kernel.project(
-            unit + j * D, g + j * D, D, T(1),
-            scale_again(weight, tile.first + j, inverse_norm[tile.first + j], eps, unit + j * D), eps,
-            out.row(tile.first + j));
+          accum_rows<T>().axpy(T(class_weight[tile.first + j]), uniform.data(), gradient, D);
+        weight.kernel.project(w, gradient, D, T(1),
+                              scale_again(weight, tile.first + j, inverse_norm[tile.first + j], eps, w), eps,
+                              out.row(tile.first + j));
       }
     });
     into.join();
@@ -158,7 +158,7 @@ struct Backward {
                                 [&](int64_t i, int64_t first) { return labels.data[i] < first; });
     for (; row != order.end() && labels.data[*row] < tile.first + tile.width; ++row)
       accum_rows<T>().axpy(T(gradients[size_t(*row)].target), x_hat + *row * D,
-                           g + (labels.data[*row] - tile.first) * D, D);
+                           g + tile.column(labels.data[*row] - tile.first) * D, D);
   }
 };
 

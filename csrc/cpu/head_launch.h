@@ -14,7 +14,7 @@ inline HeadShape shape_of(const char* op, const HeadInputs& in, bool store) {
                            .capability = 0,
                            .rates = &kCpuRates};
   const int64_t item = accumulator(in.x.scalar_type()) == ScalarType::Double ? 8 : 4;
-  return HeadShape(in.x, in.weight, launch_of(op, in, item, device, store, Held::kNothing).chunk);
+  return HeadShape(in.x, in.weight, launch_of(op, in, item, device, store, Held::kNothing).chunk, in.centers);
 }
 
 // Values of stored coefficients (row_terms.h).
@@ -26,9 +26,10 @@ HeadShape shape_of_stored(const HeadBackwardArguments& in) {
   const int64_t count = stored_count(in);
   check_stored(in, accumulator(in.x.scalar_type()), count);
   const T width = data_of<const T>(in.stored)[count - 1];
-  if (!(width >= T(1) && width <= T(std::max<int64_t>(1, in.weight.size(0)))))
+  if (!(width >= T(1) && width <= T(std::max<int64_t>(1, in.weight.size(0)))) ||
+      (in.weight.size(0) > 0 && int64_t(width) % in.centers != 0))
     fail(in.kName, ": expected `stored` to end with how wide a tile is, got ", width);
-  return HeadShape(in.x, in.weight, int64_t(width));
+  return HeadShape(in.x, in.weight, int64_t(width), in.centers);
 }
 
 }  // namespace nf::cpu

@@ -69,12 +69,13 @@ void largest_logits(const HeadShape& shape, const HeadInputs& in, const RowTerms
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
     T* unit = w_hat.data + slot * shape.chunk * D;
     T* tile_scores = scores.data + slot * N * shape.chunk;
-    unit_rows(w, tile.first, tile.width, T(in.eps), unit, inverse.data + slot * shape.chunk);
+    unit_rows(w, tile, T(in.eps), unit, inverse.data + slot * shape.chunk);
     score_tile(shape, x_hat, unit, tile, tile_scores);
+    PooledRow<T> pooled(tile);
     for (int64_t i = 0; i < N; ++i) {
       T& best = largest.data[slot * N + i];
+      const T* row = pooled.of(tile_scores + i * tile.width);
       around_target(labels.data[i], tile, [&](int64_t begin, int64_t end) {
-        const T* row = tile_scores + i * tile.width;
         best = std::max(best, terms.largest(row + begin, end - begin, terms.rows[size_t(i)], terms.numbers));
       });
     }
@@ -127,11 +128,11 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
   std::optional<ActiveList<T>> active;
   std::optional<Hardest<T>> hardest;
   if (in.sink == kActiveList) active.emplace(shape, in.capacity);
-  if (in.sink == kHardest) hardest.emplace(shape);
+  if (in.sink == kHardest || in.need_largest) hardest.emplace(shape);
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
     T* unit = w_hat.data + slot * shape.chunk * D;
     T* e = stored != nullptr ? stored + N * tile.first : scores.data + slot * N * shape.chunk;
-    unit_rows(w, tile.first, tile.width, T(in.eps), unit, inverse_norm + tile.first);
+    unit_rows(w, tile, T(in.eps), unit, inverse_norm + tile.first);
     if (class_sum != nullptr) {
       T* sum = class_sums.data + slot * (D + 1);
       for (int64_t j = 0; j < tile.width; ++j) {
@@ -141,7 +142,8 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
       }
     }
     score_tile(shape, x_hat, unit, tile, e);
-    if (hardest) return hardest->take(slot, labels, tile, rows, e);
+    if (hardest) hardest->take(slot, labels, tile, rows, e);
+    if (in.sink == kHardest) return;
     double* sum = sums.data + slot * 2 * N;
     fold_tile(labels, terms, tile, e, [&](int64_t i, const auto& part) {
       sum[i] += part.value;
@@ -154,7 +156,9 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
   int64_t* listed = data_of<int64_t>(out.listed);
   T* found = data_of<T>(out.found);
   if (active) active->finish(listed, found);
-  if (hardest)
+  if (hardest) hardest->join();
+  if (in.need_largest) hardest->put_cosines(rows[kLargestCosine]);
+  if (in.sink == kHardest)
     hardest->finish(terms, listed, found, [&](int64_t i, const auto& part) {
       sums.data[i] = part.value;
       sums.data[N + i] = part.second;

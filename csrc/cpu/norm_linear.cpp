@@ -28,7 +28,7 @@ void features(const Rows<T>& x, int64_t batch, bool normalize_input, T eps, T* x
     T* row = x_hat + i * x.length;
     inverse[i] = T(1);
     if (normalize_input)
-      unit_rows(x, i, 1, eps, row, inverse + i);
+      unit_rows(x, Tile{i, 1}, eps, row, inverse + i);
     else
       x.kernel.widen(x.row(i), x.length, T(1), row);
   });
@@ -54,7 +54,7 @@ void forward(const Tensor& x, const Tensor& weight, double scale, bool normalize
   });
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
     T* unit = w_hat.data + slot * shape.chunk * D;
-    unit_rows(ws, tile.first, tile.width, T(eps), unit, w_inverse.data + slot * shape.chunk);
+    unit_rows(ws, tile, T(eps), unit, w_inverse.data + slot * shape.chunk);
     const Matrix<T> result = columns(outs, N, tile, direct ? nullptr : scratch.data + slot * N * shape.chunk);
     multiply<T>({x_hat.data, N, D, D}, Matrix<T>{unit, tile.width, D, D}.transposed(), result);
     if (!direct)
@@ -79,7 +79,7 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, double 
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
     T* unit = w_hat.data + slot * shape.chunk * D;
     T* inverse = w_inverse.data + slot * shape.chunk;
-    unit_rows(ws, tile.first, tile.width, T(eps), unit, inverse);
+    unit_rows(ws, tile, T(eps), unit, inverse);
     const Matrix<T> g = columns(grads, N, tile, direct ? nullptr : scratch.data + slot * N * shape.chunk);
     if (!direct)
       for (int64_t i = 0; i < N; ++i)

@@ -77,17 +77,45 @@ struct RowTerms {
   }
 };
 
+// A row of a tile by its classes: what stands there, or the nearest of every class's centres.
+template <class T>
+class PooledRow {
+ public:
+  explicit PooledRow(const Tile& tile)
+      : tile_(tile), memory_(size_t(tile.centers > 1 ? 2 * tile.classes() : 0)) {}
+
+  // Cosines [classes], which may be overwritten.
+  T* of(T* row) {
+    if (tile_.centers == 1) return row;
+    T *best = memory_.data(), *cells = best + tile_.classes();
+    accum_rows<T>().pool(row, tile_.classes(), tile_.centers, best);
+    return std::copy_n(best, tile_.classes(), cells) - tile_.classes();
+  }
+  // What has become of them, back to the centres that won.
+  void give_back(T* row) {
+    if (tile_.centers == 1) return;
+    const T *best = memory_.data(), *cells = best + tile_.classes();
+    accum_rows<T>().spread(row, tile_.classes(), tile_.centers, best, cells);
+  }
+
+ private:
+  Tile tile_;
+  std::vector<T> memory_;
+};
+
 // Cosines -> coefficients in place; put(i, sums) receives those of a row's part of this tile. The target's
 // coefficient is 0: its term is added apart, in the accumulator's precision and with its margin.
 template <class T, class Put>
 void fold_tile(const Labels& labels, const RowTerms<T>& terms, const Tile& tile, T* scores, const Put& put) {
+  PooledRow<T> pooled(tile);
   for (int64_t i = 0; i < labels.batch; ++i) {
-    T* row = scores + i * tile.width;
+    T *row = scores + i * tile.width, *cells = pooled.of(row);
     around_target(labels.data[i], tile, [&](int64_t begin, int64_t end) {
-      put(i, terms.fold(row + begin, end - begin, terms.rows[size_t(i)], terms.numbers));
+      put(i, terms.fold(cells + begin, end - begin, terms.rows[size_t(i)], terms.numbers));
     });
-    const int64_t target = target_place(labels.data[i], tile.first, tile.width);
-    if (target >= 0) row[target] = T(0);
+    const int64_t target = tile.class_of(labels.data[i]);
+    if (target >= 0) cells[target] = T(0);
+    pooled.give_back(row);
   }
 }
 

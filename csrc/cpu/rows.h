@@ -28,6 +28,10 @@ struct AccumRows {
   int64_t (*collect)(const T* c, int64_t n, int64_t first, int64_t* places, T* values);
   // The first place of the largest c[j] beyond `above`, NaN being the largest of all; -1 where there is none.
   int64_t (*place_of_largest)(const T* c, int64_t n, T above);
+  // best[j] = the largest of the cosines c[k n + j], k < centers, by math/centers.h.
+  void (*pool)(const T* c, int64_t n, int64_t centers, T* best);
+  // value[j] in the place of that cosine of class j which is best[j], and 0 in those of the others.
+  void (*spread)(T* c, int64_t n, int64_t centers, const T* best, const T* value);
   double (*dot)(const T* a, const T* b, int64_t n);
   // Products and sums in double.
   struct Products {

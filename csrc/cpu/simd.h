@@ -4,6 +4,7 @@
 
 #include "cpu/stored.h"
 #include "math/exp.h"
+#include "math/root.h"
 
 namespace nf::cpu::NF_ISA {
 namespace {
@@ -133,6 +134,15 @@ NF_HD Vec<float> exp_lanes(Vec<float> x) {
 }
 NF_HD Vec<double> exp_lanes(Vec<double> x) {
   return math::exp_double<Vec<double>, VecN<int64_t, kLanes<double>>>(x);
+}
+
+NF_HD float root_one(float x) { return math::root_float<float, int32_t>(x); }
+NF_HD double root_one(double x) { return math::root_double<double, int64_t>(x); }
+NF_HD Vec<float> root_lanes(Vec<float> x) {
+  return math::root_float<Vec<float>, VecN<int32_t, kLanes<float>>>(x);
+}
+NF_HD Vec<double> root_lanes(Vec<double> x) {
+  return math::root_double<Vec<double>, VecN<int64_t, kLanes<double>>>(x);
 }
 
 NF_HD float lane_of(float v, int) { return v; }

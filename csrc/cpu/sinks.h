@@ -90,16 +90,28 @@ class Hardest {
     }
   }
 
-  // listed, found [N]; put(i, sums) receives what the term makes of that one cell.
-  template <class Put>
-  void finish(const RowTerms<T>& terms, int64_t* listed, T* found, const Put& put) const {
+  // What the threads found becomes that of the first.
+  void join() {
     for (int64_t i = 0; i < shape_.batch; ++i) {
-      Best best = best_[size_t(i)];
+      Best& best = best_[size_t(i)];
       for (int64_t slot = 1; slot < shape_.slots; ++slot) {
         const Best& other = best_[size_t(slot * shape_.batch + i)];
         if (other.cosine > best.cosine || (other.cosine != other.cosine && best.cosine == best.cosine))
           best = other;
       }
+    }
+  }
+
+  // cosines [N]
+  void put_cosines(double* cosines) const {
+    for (int64_t i = 0; i < shape_.batch; ++i) cosines[i] = double(best_[size_t(i)].cosine);
+  }
+
+  // listed, found [N]; put(i, sums) receives what the term makes of that one cell.
+  template <class Put>
+  void finish(const RowTerms<T>& terms, int64_t* listed, T* found, const Put& put) const {
+    for (int64_t i = 0; i < shape_.batch; ++i) {
+      Best best = best_[size_t(i)];
       listed[i] = best.place;
       found[i] = best.cosine;
       if (best.place < shape_.classes)

@@ -42,6 +42,19 @@ struct TargetCosineArguments : AgentOperands {
   }
 };
 
+// Of a weight with `centers` rows per class, class j's being j centers + k: the row nearest to x_i among those of
+// its label's class [N], int64; of equal ones the first. kElsewhere stays, and a row that is ignored has kIgnored.
+struct TargetCenterArguments : TargetCosineArguments {
+  static constexpr const char* kName = "target_center";
+  int64_t centers;
+
+  template <class F>
+  void each(F&& f) {
+    TargetCosineArguments::each(f);
+    f("centers", centers);
+  }
+};
+
 // The distance to the label's agent [N] in the accumulator type, 0 where the row does not count, and the
 // `threshold` [N] of the hinges. cosine [N] float64 is what the shards' target_cosine add up to; without it, it
 // is found here. A margin is a float, or a floating 0-d tensor on the device of x.
@@ -141,6 +154,11 @@ struct CosinePairsBackwardArguments {
 inline void check(const TargetCosineArguments& in) {
   check_head(in.kName, in.x, in.weight, in.is_shard ? 0 : 1);
   check_labels(in.kName, in.labels, in.x.size(0));
+}
+
+inline void check(const TargetCenterArguments& in) {
+  check(static_cast<const TargetCosineArguments&>(in));
+  check_centers(in.kName, in.centers, in.weight);
 }
 
 inline void check(const HingeThresholdArguments& in) {

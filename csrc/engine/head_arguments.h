@@ -6,6 +6,11 @@
 // labels [N] int64; sample_weight [N] and class_weight [C] in the accumulator dtype. The scale, m1, m2 and m3
 // are floats, or floating tensors [] or [N] on the device of x, which stand for the `..._value` then.
 // threshold [N] and numbers [kNumbers], float64, are what the `term` (terms.h) wants of them.
+//
+// A class may have several `centers`: then weight is [C centers, D], the rows of class j being j centers + k, and a
+// label is a row of it, the one that target_center finds. No row of the label's class is a cell; of any other class
+// the one nearest to x_i is (math/centers.h), and the coefficients of the others are 0. "Classes" below are rows
+// of weight, but for total_classes.
 // Empty outputs (numel 0) are results that were not asked for.
 #pragma once
 
@@ -34,6 +39,7 @@ struct HeadOptions {
 struct SweepOptions : HeadOptions {
   int64_t term;            // Term
   double lowest, highest;  // range of what the term makes of a cosine, for the shift
+  int64_t centers;         // of a class
   int64_t workspace;       // bytes beyond inputs and gradients
   std::string product;     // "auto", or a name of products.h
   ScalarType product_precision;
@@ -45,6 +51,7 @@ struct SweepOptions : HeadOptions {
     f("term", term);
     f("lowest", lowest);
     f("highest", highest);
+    f("centers", centers);
     f("workspace", workspace);
     f("product", product);
     f("product_precision", product_precision);
@@ -60,17 +67,18 @@ struct HeadInputs : SweepOptions {
 
 // rows [kRowFields, N] float64, inverse_norm [C] that of the weight, x_sum [N, D] = sum over the other classes
 // of e_j w_hat_j, class_sum [D + 1] = sum of class_weight_j w_hat_j and of class_weight_j, which label
-// smoothing needs, stored the coefficients e of every tile when `store`. shift [N] float64 is the kappa to use
-// instead of the one that head_shift would find. listed [N, capacity] are the classes that the `sink` (terms.h)
-// collects, C where there is none; found [N, capacity] their coefficients, 0 beside a C, or the cosine of the
-// hardest, -inf where there is no other class; then a row's sums are what the term makes of that one cell.
+// smoothing needs, stored the coefficients e of every tile when `store`. `need_largest` fills kLargestCosine of
+// the rows that count, -inf where there is no other class. shift [N] float64 is the kappa to use instead of the
+// one that head_shift would find. listed [N, capacity] are the classes that the `sink` (terms.h) collects, C
+// where there is none; found [N, capacity] their coefficients, 0 beside a C, or the cosine of the hardest, -inf
+// where there is no other class; then a row's sums are what the term makes of that one cell.
 struct HeadSweepArguments : HeadInputs {
   static constexpr const char* kName = "head_sweep";
   static constexpr const char* kReturns =
       "(Tensor rows, Tensor inverse_norm, Tensor x_sum, Tensor class_sum, Tensor stored, Tensor listed, "
       "Tensor found)";
   std::optional<Tensor> sample_weight, shift;
-  bool store, need_x, need_class_sum;
+  bool store, need_x, need_class_sum, need_largest;
   int64_t sink, capacity;
   int64_t ignore_index;
 
@@ -88,6 +96,7 @@ struct HeadSweepArguments : HeadInputs {
     f("store", store);
     f("need_x", need_x);
     f("need_class_sum", need_class_sum);
+    f("need_largest", need_largest);
     f("sink", sink);
     f("capacity", capacity);
     f("ignore_index", ignore_index);
@@ -188,6 +197,7 @@ struct HeadBackwardArguments : HeadInputs {
 inline void check_inputs(const char* op, const HeadInputs& in) {
   check_head(op, in.x, in.weight, in.is_shard ? 0 : 1);
   check_labels(op, in.labels, in.x.size(0));
+  check_centers(op, in.centers, in.weight);
   check_row_numbers(op, "scale", in.scale, in.x);
   check_weights(op, "class_weight", in.class_weight, in.x, in.weight.size(0));
   if (in.term < 0 || in.term >= kTerms)
@@ -222,6 +232,8 @@ inline void check_sweep(const HeadSweepArguments& in) {
       (in.sink == kHardest && in.capacity != 1))
     fail(in.kName, ": expected `capacity` of at least 0, 0 without a sink, 1 for the hardest; got ",
          in.capacity);
+  if (in.centers > 1 && (in.sink != kNoSink || in.need_class_sum))
+    fail(in.kName, ": expected neither a `sink` nor `need_class_sum` with ", in.centers, " `centers`");
   if (in.sink == kHardest && (in.store || in.need_x))
     fail(in.kName,
          ": expected neither `store` nor `need_x` with the hardest, whose gradient is that of one class");

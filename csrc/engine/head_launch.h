@@ -17,7 +17,8 @@ inline HeadLaunch launch_of(const char* op, const HeadInputs& in, int64_t item, 
                             bool store, Held held) {
   const int64_t classes = std::max<int64_t>(1, in.weight.size(0));
   const ProductShape shape{
-      in.x.size(0), std::max<int64_t>(1, in.x.size(1)), classes, item, in.term == kSoftmaxTerm, held};
+      in.x.size(0), std::max<int64_t>(1, in.x.size(1)), classes, item, in.term == kSoftmaxTerm, held,
+      in.centers};
   const Way way = choose(kProducts, shape, device, in.workspace, store, in.product);
   if (way.product == nullptr)
     fail(op, ": expected `product` to be \"auto\" or the name of one for this device",

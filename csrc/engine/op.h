@@ -81,6 +81,21 @@ void put_results(StableIValue* stack, std::tuple<Results...>&& results) {
   torch::stable::detail::box_from_tuple(stack, std::move(results));
 }
 
+// A tensor can have lost its memory, as a weight that FSDP keeps elsewhere between its forward passes has, or
+// never had any: a kernel would read address 0.
+inline void check_memory(const char* op, const char* name, const Tensor& t) {
+  if (t.numel() == 0) return;
+  int64_t bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  if (bytes == 0 || t.const_data_ptr() == nullptr)
+    fail(op, ": expected `", name, "` to have values, got a tensor without memory");
+}
+inline void check_memory(const char* op, const char* name, const std::optional<Tensor>& t) {
+  if (t) check_memory(op, name, *t);
+}
+template <class T>
+void check_memory(const char*, const char*, const T&) {}
+
 // `kernel` as the dispatcher calls it.
 template <class Arguments, auto kernel>
 void boxed(StableIValue* stack, uint64_t count, uint64_t) {
@@ -89,6 +104,7 @@ void boxed(StableIValue* stack, uint64_t count, uint64_t) {
   arguments.each([&]<class T>(const char* name, T& field) {
     if (place == count) fail(Arguments::kName, ": expected `", name, "`, got ", count, " arguments");
     field = torch::stable::detail::to<T>(stack[place++]);
+    check_memory(Arguments::kName, name, field);
   });
   if (place != count) fail(Arguments::kName, ": expected ", place, " arguments, got ", count);
   put_results(stack, kernel(arguments));

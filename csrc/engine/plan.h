@@ -53,11 +53,14 @@ inline int stored_memory(const Product& p, const ProductShape& s, const DeviceFa
     return w.count;
   }
   // Tiles in hand have at most 2 C classes; C / 4 + T of many, 2 kWholeTile of few; or kTileValues each.
-  const int64_t row = w.per_class.row / T, fixed = w.per_class.fixed / T, extra = T + 2 * kWholeTile;
+  // A tile ends with a class, of whose centers there may be more than it would have had.
+  const int64_t whole = s.centers - 1, least = kLeastTile + whole;
+  const int64_t row = w.per_class.row / T, fixed = w.per_class.fixed / T,
+                extra = T * s.centers + 2 * kWholeTile;
   const Polynomial all = w.fixed[0] + Polynomial{w.stored, 0, 0, 0};
   memory[0] = all + Polynomial{2 * row, 2 * fixed, 0, 0};
   memory[1] = all + Polynomial{row / 4, fixed / 4, extra * row, extra * fixed};
-  memory[2] = all + Polynomial{0, 0, T * kLeastTile * row, T * (kLeastTile * fixed + 2 * kTileValues * row)};
+  memory[2] = all + Polynomial{0, 0, T * least * row, T * (least * fixed + 2 * kTileValues * row)};
   return 3;
 }
 
@@ -72,7 +75,8 @@ inline Way fit(const Product& p, const ProductShape& s, const DeviceFacts& d, in
                         : !d.cuda       ? tile
                         : p.keeps_e()   ? kMostChunk / tiles::at_least_one(s.batch + s.dim)
                                         : kMostSweepChunk / s.dim;
-  int64_t chunk = std::clamp<int64_t>(usual, 1, tiles::at_least_one(s.classes));
+  const auto whole = [&](int64_t rows) { return std::max(s.centers, rows / s.centers * s.centers); };
+  int64_t chunk = whole(std::clamp<int64_t>(usual, 1, tiles::at_least_one(s.classes)));
   const auto held = [&](int64_t slots) { return p.workspace(s, d, slots); };
   if (store) {
     Polynomial memory[3] = {};
@@ -84,7 +88,7 @@ inline Way fit(const Product& p, const ProductShape& s, const DeviceFacts& d, in
   if (!store && way.bytes > budget) {
     const Workspace shrunk = held(std::min(d.threads, s.classes));  // walked by all threads
     const int64_t wanted = p.keeps_e() || asked ? 1 : std::min(s.classes, kLeastSweepChunk);
-    chunk = std::max(wanted, std::min(chunk, shrunk.most_chunk(s.batch, s.classes, budget)));
+    chunk = whole(std::max(wanted, std::min(chunk, shrunk.most_chunk(s.batch, s.classes, budget))));
     way.bytes = shrunk.bytes(s.batch, s.classes, chunk);
   }
   way.chunk = way.bytes <= budget || (store && asked) ? chunk : 0;
@@ -128,7 +132,7 @@ inline void add_bound(Polynomial* bounds, int& count, const Polynomial& bound) {
 }
 
 inline StoreRule store_rule(std::span<const Product> table, const ProductShape& of, const DeviceFacts& d) {
-  const ProductShape s{0, of.dim, 0, of.item, of.softmax};
+  const ProductShape s{0, of.dim, 0, of.item, of.softmax, Held::kNothing, of.centers};
   const auto cost = [&](const Product& p) { return p.forward(s, d) + p.backward(s, d); };
   const auto sweep = std::find_if(table.begin(), table.end(),
                                   [&](const Product& p) { return !p.keeps_e() && by_itself(p, s, d); });
@@ -159,7 +163,8 @@ inline Way choose(std::span<const Product> table, const ProductShape& s, const D
     const bool asked = name == p.name;
     if (p.cuda != d.cuda || (name != "auto" && !asked) || (store && !p.keeps_e())) continue;
     const Way way = fit(p, s, d, budget, store, asked);
-    if (asked && (way.refusal == Refusal::kTerm || way.refusal == Refusal::kHeld))
+    if (asked &&
+        (way.refusal == Refusal::kTerm || way.refusal == Refusal::kHeld || way.refusal == Refusal::kCenters))
       return choose(table, s, d, budget, store);  // a name is for where it may be
     if (way.refusal != Refusal::kNone) {
       if (asked) return way;

@@ -20,6 +20,7 @@ struct ProductShape {
   int64_t item;
   bool softmax = true;         // the term (terms.h) is the softmax's
   Held held = Held::kNothing;  // has to lie in memory
+  int64_t centers = 1;         // of a class: `classes` and chunks of them are rows of W, whole classes
 
   constexpr int64_t wide() const { return item < 4 ? 4 : item; }
 };
@@ -94,6 +95,7 @@ enum class Refusal {
   kDevice,
   kTerm,
   kHeld,
+  kCenters,
   kType,
   kAlignment,
   kColumns,
@@ -126,6 +128,7 @@ struct Product {
     if (cuda != device.cuda) return Refusal::kDevice;
     if (softmax_only && !shape.softmax) return Refusal::kTerm;
     if (leaves < shape.held) return Refusal::kHeld;
+    if (leaves < Held::kScores && shape.centers > 1) return Refusal::kCenters;
     if (shape.item < least_item || shape.item > most_item) return Refusal::kType;
     if (aligned && shape.dim * shape.item % 16 != 0) return Refusal::kAlignment;
     if (most_columns != 0 && shape.dim > most_columns) return Refusal::kColumns;

@@ -120,12 +120,15 @@ constexpr int64_t kRowBytes = (int(kRowFields) + int(kSlopeFields) + 8 + 1) * 8 
 // `slots` threads take part.
 constexpr Workspace blas_workspace(const ProductShape& s, const DeviceFacts&, int64_t slots) {
   const int64_t item = s.wide();
-  // x_hat and its weighted copy, x_sum, an accumulator per thread; the rows' state; norms of W.
-  const int64_t row = (3 + slots) * s.dim * item + kRowBytes + 16 * slots;
-  // Per class of a tile and thread: unit weights, their gradient, and a column of scores.
+  // x_hat and its weighted copy, x_sum, an accumulator per thread; the rows' state, and every thread's sums and
+  // largest cosine; norms of W.
+  const int64_t row = (3 + slots) * s.dim * item + kRowBytes + 32 * slots;
+  // Per class of a tile and thread: unit weights, their gradient, and a column of scores; of several centres a row's
+  // cosines and coefficients by class as well.
+  const int64_t klass = 2 * s.dim * item + (s.centers > 1 ? item : 0);
   return {.fixed = {{0, kParts * item, kParts * row, 0}, {}},
           .count = 1,
-          .per_class = {0, 0, kParts * slots * item, kParts * slots * 2 * s.dim * item},
+          .per_class = {0, 0, kParts * slots * item, kParts * slots * klass},
           .stored = kParts * item};
 }
 
@@ -142,22 +145,24 @@ constexpr Workspace chunk_workspace(const ProductShape& s, int64_t scores, int64
           .stored = 0};
 }
 
-// Partial sums of a row: a pair of float64 per stretch of classes, the shorter of the two products' (128), so that
-// a budget says the same whichever of them is the faster. E replaces scores of its own size.
+// Partial sums of a row: a pair of float64, and its largest cosine where that is wanted, per stretch of classes,
+// the shorter of the two products' (128), so that a budget says the same whichever of them is the faster. E
+// replaces scores of its own size.
 constexpr Workspace wide_workspace(const ProductShape& s, const DeviceFacts&, int64_t) {
-  return chunk_workspace(s, s.item == s.wide() ? 0 : s.wide(), kParts * 16 / tiles::SimtScores<4>::kClasses);
+  return chunk_workspace(s, s.item == s.wide() ? 0 : s.wide(), kParts * 24 / tiles::SimtScores<4>::kClasses);
 }
 
-// Partial sums of a row: a pair of every block that it has, and of the first pass its largest logit. A row has no
-// more blocks than tiles of classes, nor more than fill the device some times over, as long as those are enough.
+// Partial sums of a row: a pair of every block that it has, perhaps its largest cosine, and of the first pass its
+// largest logit. A row has no more blocks than tiles of classes, nor more than fill the device some times over, as
+// long as those are enough.
 constexpr Workspace sm80_workspace(const ProductShape& s, const DeviceFacts& d, int64_t) {
   using Tiles = tiles::Sm80Scores;
-  constexpr int64_t kPair = 20 * kParts, kColumns = 2 * Tiles::kWarpColumns;
+  constexpr int64_t kPartial = 28 * kParts, kColumns = 2 * Tiles::kWarpColumns;
   Workspace w = chunk_workspace(s, 0, 0);
   w.count = 2;
-  w.fixed[1] = w.fixed[0] + Polynomial{kPair / (kColumns * Tiles::kMostTiles), 0, 2 * kPair,
-                                       kPair * Tiles::kTile * Tiles::blocks(2, d.multiprocessors)};
-  w.fixed[0] = w.fixed[0] + Polynomial{kPair / kColumns, 0, kPair, 0};
+  w.fixed[1] = w.fixed[0] + Polynomial{kPartial / (kColumns * Tiles::kMostTiles), 0, 2 * kPartial,
+                                       kPartial * Tiles::kTile * Tiles::blocks(2, d.multiprocessors)};
+  w.fixed[0] = w.fixed[0] + Polynomial{kPartial / kColumns, 0, kPartial, 0};
   return w;
 }
 

@@ -10,13 +10,14 @@
 namespace nf {
 
 enum RowField {
-  kSum,           // of the term's values over j != y; softmax: S = sum of E
-  kSecondSum,     // of what a term counts besides; softmax: A = sum of E f(c_j)
-  kCosine,        // c_y
-  kTargetWeight,  // class weight of y; 1 on every shard where there are none, and then not to be summed
-  kShift,         // kappa; 0 where the row does not count, as its scores are
-  kInverseNorm,   // 1 / ||x||
-  kRowWeight,     // weight of this row's loss among the rows': 0 when it does not count
+  kSum,            // of the term's values over j != y; softmax: S = sum of E
+  kSecondSum,      // of what a term counts besides; softmax: A = sum of E f(c_j)
+  kCosine,         // c_y
+  kTargetWeight,   // class weight of y; 1 on every shard where there are none, and then not to be summed
+  kShift,          // kappa; 0 where the row does not count, as its scores are
+  kInverseNorm,    // 1 / ||x||
+  kRowWeight,      // weight of this row's loss among the rows': 0 when it does not count
+  kLargestCosine,  // cosine of another class, NaN being the largest of all, where asked for; else 0
   kRowFields
 };
 
@@ -27,7 +28,7 @@ struct FieldRule {
 };
 constexpr FieldRule kRowRules[kRowFields] = {
     {"sum", "sum"},    {"second_sum", "sum"},    {"cosine", "sum"},      {"target_weight", "sum"},
-    {"shift", "same"}, {"inverse_norm", "same"}, {"row_weight", "same"},
+    {"shift", "same"}, {"inverse_norm", "same"}, {"row_weight", "same"}, {"largest", "max"},
 };
 
 // d loss / d what a row's loss is made of, loss being the result (weights and the mean's divisor included), or
@@ -47,6 +48,9 @@ constexpr const char* kSlopeNames[kAllSlopes] = {"others", "target", "uniform", 
 
 // Instead of a label: the row counts, and its target is a class of another shard.
 constexpr long long kElsewhere = -1;
+
+// The label of a row that does not count, where labels have become rows of the weight (target_center).
+constexpr long long kIgnored = -2;
 
 // The place of a label's class among the `width` classes from `first` on, -1 where it is not there. What
 // stands for no class (an ignored row) may be any int64, whose difference to `first` need not exist.

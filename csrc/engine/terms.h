@@ -9,9 +9,17 @@
 
 namespace nf {
 
-enum Term { kSoftmaxTerm, kHardNegativesTerm, kHingeTerm, kExponentialHingeTerm, kSigmoidTerm, kTerms };
-constexpr const char* kTermNames[kTerms] = {"softmax", "hard_negatives", "hinge", "exponential_hinge",
-                                            "sigmoid"};
+enum Term {
+  kSoftmaxTerm,
+  kHardNegativesTerm,
+  kHingeTerm,
+  kExponentialHingeTerm,
+  kSigmoidTerm,
+  kAngularSigmoidTerm,
+  kTerms
+};
+constexpr const char* kTermNames[kTerms] = {"softmax",           "hard_negatives", "hinge",
+                                            "exponential_hinge", "sigmoid",        "angular_sigmoid"};
 
 // f.template operator()<Term>() for the term of that number; Term<T> is a struct of math/terms.
 template <class T, class F>
@@ -25,6 +33,8 @@ auto dispatch_term(int64_t term, const F& f) {
       return f.template operator()<math::ExponentialHingeTerm<T>>();
     case kSigmoidTerm:
       return f.template operator()<math::SigmoidTerm<T>>();
+    case kAngularSigmoidTerm:
+      return f.template operator()<math::AngularSigmoidTerm<T>>();
     default:
       return f.template operator()<math::SoftmaxTerm<T>>();
   }

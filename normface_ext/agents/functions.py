@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from ..cosine.functions import normalize
 from ..engine import checks
+from ..engine.arguments import flag
 from ..engine.calls import plan_device, product_dtype
-from ..engine.mixing import both_labels, check_finite, joined, twice
+from ..engine.mixing import both_labels, check_finite, joined, no_statistics, twice
 from ..engine.options import takes
 from ..engine.plan import products
-from ..engine.sweep import TERMS
+from ..engine.row_state import COSINE, LARGEST, TERMS
+from ..engine.statistics import Statistics
 from . import losses, ops
 from .lists import list_limits
 from .losses import AgentRows, Losses
@@ -25,6 +27,30 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@overload
+def c_contrastive_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    return_statistics: Literal[False] = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    **options: Unpack[ContrastiveKeywords],
+) -> Tensor: ...
+@overload
+def c_contrastive_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    return_statistics: Literal[True],
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    **options: Unpack[ContrastiveKeywords],
+) -> tuple[Tensor, Statistics]: ...
 @takes(ContrastiveOptions)
 def c_contrastive_loss(
     x: Tensor,
@@ -32,10 +58,11 @@ def c_contrastive_loss(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    return_statistics: bool = False,
     labels_b: Tensor | None = None,
     lam: float | Tensor | None = None,
     **options: Unpack[ContrastiveKeywords],
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Statistics]:
     """loss_i = w+ min(T, (d_iy - m+)_+) + w- sum_{j != y} (m- - d_ij)_+, d_ij = |x_i/|x_i| - w_j/|w_j||^2.
 
     The contrastive loss against class agents (paper section 4; Caffe GeneralContrastiveLoss on top of
@@ -77,14 +104,14 @@ def c_contrastive_loss(
             row stands in the batch twice for it, with its share as its weight: twice the products.
         active_limit: active classes listed per row, chosen by default, 0 for always dense. A list
             costs one number read back from the device per step; it is off in traced and captured steps.
-        eps, workspace, check_finite: see ``functional.normface_loss``.
+        return_statistics, eps, workspace, check_finite: see ``functional.normface_loss``.
 
     Inside autocast on CUDA the products' operands are in its dtype, unless they are float64; gradients have
     the dtypes of x and weight.
 
     Returns:
-        A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise. Second derivatives
-        raise.
+        A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise. Third derivatives
+        raise. With ``return_statistics`` (loss, Statistics).
 
     Raises:
         TypeError: dtypes, types.
@@ -92,8 +119,10 @@ def c_contrastive_loss(
         IndexError: a label out of range.
     """
     chosen = ContrastiveOptions.of("c_contrastive_loss", options)
+    op, statistics = "c_contrastive_loss", flag("c_contrastive_loss", "return_statistics", return_statistics)
     labelled = labels, sample_weight, chosen, None, labels_b, lam
-    return rows_and_loss("c_contrastive_loss", x, weight, *labelled)[1]
+    rows, loss = rows_and_loss(op, x, weight, *labelled, need_largest=statistics)
+    return (loss, losses.statistics(chosen, rows)) if statistics else loss
 
 
 @takes(ContrastiveOptions)
@@ -116,6 +145,30 @@ def c_contrastive_stats(
     return agent_stats("c_contrastive_stats", x, weight, labels, sample_weight, chosen)
 
 
+@overload
+def c_triplet_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    return_statistics: Literal[False] = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    **options: Unpack[TripletKeywords],
+) -> Tensor: ...
+@overload
+def c_triplet_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    return_statistics: Literal[True],
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    **options: Unpack[TripletKeywords],
+) -> tuple[Tensor, Statistics]: ...
 @takes(TripletOptions)
 def c_triplet_loss(
     x: Tensor,
@@ -123,10 +176,11 @@ def c_triplet_loss(
     labels: Tensor,
     *,
     sample_weight: Tensor | None = None,
+    return_statistics: bool = False,
     labels_b: Tensor | None = None,
     lam: float | Tensor | None = None,
     **options: Unpack[TripletKeywords],
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Statistics]:
     """loss_i = w- sum_{j != y} (m + d_iy - d_ij)_+, d_ij = |x_i/|x_i| - w_j/|w_j||^2.
 
     The triplet loss against class agents (paper section 4; Caffe GeneralTripletLoss), with distances that are
@@ -146,8 +200,10 @@ def c_triplet_loss(
     ``caffe.general_triplet_loss``. It returns and raises what ``c_contrastive_loss`` does.
     """
     chosen = TripletOptions.of("c_triplet_loss", options)
+    op, statistics = "c_triplet_loss", flag("c_triplet_loss", "return_statistics", return_statistics)
     labelled = labels, sample_weight, chosen, None, labels_b, lam
-    return rows_and_loss("c_triplet_loss", x, weight, *labelled)[1]
+    rows, loss = rows_and_loss(op, x, weight, *labelled, need_largest=statistics)
+    return (loss, losses.statistics(chosen, rows)) if statistics else loss
 
 
 @takes(TripletOptions)
@@ -174,12 +230,15 @@ def rows_and_loss(
     margin: Tensor | None = None,
     labels_b: Tensor | None = None,
     lam: float | Tensor | None = None,
+    *,
+    need_largest: bool = False,
 ) -> tuple[AgentRows, Tensor]:
     """(the rows, the loss) with options that have been checked; a ``margin`` stands in for theirs. With two
     labels the rows stand there twice."""
     if labels_b is None and lam is None:
-        rows = swept_rows(op, x, weight, labels, sample_weight, options, margin)
+        rows = swept_rows(op, x, weight, labels, sample_weight, options, margin, need_largest=need_largest)
         return rows, losses.loss(options, rows)
+    no_statistics(op, need_largest)
     checks.features_and_weight(op, x, weight)
     both = both_labels(op, x, labels, labels_b, lam, sample_weight, weight.shape[0], options.ignore_index)
     if options.check_finite:
@@ -225,9 +284,12 @@ def swept_rows(
     sample_weight: Tensor | None,
     options: Losses,
     margin: Tensor | None = None,
+    *,
+    need_largest: bool = False,
 ) -> AgentRows:
     """What is known of the rows. A ``margin`` stands in for the options'."""
-    return sweep_rows(op, checked_inputs(op, x, weight, labels, sample_weight, options), options, margin)[0]
+    given = checked_inputs(op, x, weight, labels, sample_weight, options)
+    return sweep_rows(op, given, options, margin, need_largest=need_largest)[0]
 
 
 class AgentInputs(NamedTuple):
@@ -260,6 +322,7 @@ def sweep_rows(
     margin: Tensor | None = None,
     *,
     need_class_sum: bool = False,
+    need_largest: bool = False,
 ) -> tuple[AgentRows, Tensor | None]:
     """(the rows, the sum of the unit agents if it is needed)"""
     x, weight, labels, factor = given
@@ -269,9 +332,11 @@ def sweep_rows(
         op, x, weight, x.shape[0], weight.shape[0], ignored, options, needed, margin
     )
     target, hinges, state, *class_sum = ops.agent_hinge(
-        x, weight, labels, tensor, swept, need_class_sum=need_class_sum
+        x, weight, labels, tensor, swept, need_class_sum=need_class_sum, need_largest=need_largest
     )
     rows = AgentRows(labels != ignored, factor, target, hinges, ops.hinge_slope(state, swept), x.shape[0])
+    if need_largest:
+        rows = rows._replace(cosine=state[COSINE], largest=state[LARGEST])
     return rows, class_sum[0] if need_class_sum else None
 
 

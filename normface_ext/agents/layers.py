@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..distances.layers import Agents
 from ..engine import checks
-from ..engine.arguments import size
+from ..engine.arguments import flag, size
 from ..engine.options import HoldsOptions, holds, takes
 from ..engine.state import Passes, WideState, recomputing
+from ..engine.statistics import Statistics
 from . import functions, losses
 from .losses import AgentRows, Losses
 from .options import (
@@ -54,10 +55,18 @@ class AgentLoss(HoldsOptions, Agents):
         labels: Tensor,
         sample_weight: Tensor | None = None,
         *,
+        return_statistics: bool = False,
         labels_b: Tensor | None = None,
         lam: float | Tensor | None = None,
-    ) -> Tensor:
-        return self._rows_and_loss(features, labels, sample_weight, None, labels_b, lam)[1]
+    ) -> Tensor | tuple[Tensor, Statistics]:
+        statistics = flag(type(self).__name__, "return_statistics", return_statistics)
+        rows, loss = self._rows_and_loss(features, labels, sample_weight, None, labels_b, lam, statistics)
+        return self._with_statistics(rows, loss, statistics)
+
+    def _with_statistics(
+        self, rows: AgentRows, loss: Tensor, wanted: bool
+    ) -> Tensor | tuple[Tensor, Statistics]:
+        return (loss, losses.statistics(self.options, rows)) if wanted else loss
 
     def stats(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """Two means over the batch, without a gradient, of another sweep: nothing moves by it."""
@@ -71,10 +80,11 @@ class AgentLoss(HoldsOptions, Agents):
         margin: Tensor | None,
         labels_b: Tensor | None,
         lam: float | Tensor | None,
+        need_largest: bool,
     ) -> tuple[AgentRows, Tensor]:
         """What is known of the rows, and what is made of it; a `margin` stands in for the options'."""
         given = labels, sample_weight, self.options, margin, labels_b, lam
-        return functions.rows_and_loss(self.LOSS, features, self.weight, *given)
+        return functions.rows_and_loss(self.LOSS, features, self.weight, *given, need_largest=need_largest)
 
     def _stats(
         self, features: Tensor, labels: Tensor, sample_weight: Tensor | None, margin: Tensor | None
@@ -91,8 +101,9 @@ class AgentLoss(HoldsOptions, Agents):
 class CContrastiveLoss(WideState, AgentLoss):
     """C-contrastive loss with agents of its own: (features [N, D], labels [N]) -> loss.
 
-    ``forward`` also takes ``sample_weight`` [N], and ``labels_b`` [N] with ``lam``; ``stats`` takes
-    features, labels and ``sample_weight`` and returns
+    ``forward`` also takes ``sample_weight`` [N], and ``labels_b`` [N] with ``lam``; with
+    ``return_statistics=True`` it gives (loss, ``Statistics``). ``stats`` takes features, labels and
+    ``sample_weight`` and returns
     [mean positive hinge, mean negative hinge], see ``functional.c_contrastive_stats``.
 
     Args:
@@ -153,15 +164,24 @@ class CContrastiveLoss(WideState, AgentLoss):
         labels: Tensor,
         sample_weight: Tensor | None = None,
         *,
+        return_statistics: bool = False,
         labels_b: Tensor | None = None,
         lam: float | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Statistics]:
         options = self.options
         if not options.add_intra_mae:
-            return super().forward(features, labels, sample_weight, labels_b=labels_b, lam=lam)
+            return super().forward(
+                features,
+                labels,
+                sample_weight,
+                return_statistics=return_statistics,
+                labels_b=labels_b,
+                lam=lam,
+            )
+        statistics = flag(type(self).__name__, "return_statistics", return_statistics)
         mean, again = self._mean_of(labels)
         margin = options.neg_margin + mean
-        rows, loss = self._rows_and_loss(features, labels, sample_weight, margin, labels_b, lam)
+        rows, loss = self._rows_and_loss(features, labels, sample_weight, margin, labels_b, lam, statistics)
         if self.training and not again:
             with torch.no_grad():
                 spread = rows.reduced(losses.positives(options, rows.target), "mean")
@@ -169,7 +189,7 @@ class CContrastiveLoss(WideState, AgentLoss):
                 moved = (0.99 * self.intra_mae + 0.01 * spread).clamp(max=options.max_negative_margin)
                 # One NaN in the running mean would stay for good.
                 self.intra_mae.copy_(torch.where(spread.isfinite(), moved, self.intra_mae))
-        return loss
+        return self._with_statistics(rows, loss, statistics)
 
     def _mean_of(self, labels: Tensor) -> tuple[Tensor, bool]:
         """(the mean for a forward pass, whether the pass is one that a backward pass runs again)."""
@@ -192,8 +212,9 @@ class CContrastiveLoss(WideState, AgentLoss):
 class CTripletLoss(AgentLoss):
     """C-triplet loss with agents of its own: (features [N, D], labels [N]) -> loss.
 
-    ``forward`` also takes ``sample_weight`` [N], and ``labels_b`` [N] with ``lam``; ``stats`` takes
-    features, labels and ``sample_weight`` and returns
+    ``forward`` also takes ``sample_weight`` [N], and ``labels_b`` [N] with ``lam``; with
+    ``return_statistics=True`` it gives (loss, ``Statistics``). ``stats`` takes features, labels and
+    ``sample_weight`` and returns
     [mean distance to the label's agent, to the others], see ``functional.c_triplet_stats``.
 
     Args:

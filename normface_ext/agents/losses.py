@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..engine.reduce import over_rows, weighted
+from ..engine.statistics import Statistics, hits, means_of, statistics_of
 from .options import ContrastiveOptions, TripletOptions
 
 
@@ -23,6 +24,8 @@ class AgentRows(NamedTuple):
     hinges: Tensor  # what the loss takes of the hinges of the other agents
     slope: Tensor  # sum of the slopes of those, perhaps in float64
     given: int | Tensor | None = None  # rows that were given, of all ranks: what "batchmean" divides by
+    cosine: Tensor | None = None  # to the label's agent, and the largest to another, where the statistics
+    largest: Tensor | None = None  # are wanted: float64, without gradient
 
     def reduced(self, values: Tensor, reduction: str) -> Tensor:
         if self.factor is not None:
@@ -43,8 +46,28 @@ Losses = ContrastiveOptions | TripletOptions
 
 
 def loss(options: Losses, rows: AgentRows) -> Tensor:
-    losses = _triplets(options, rows) if isinstance(options, TripletOptions) else _contrasts(options, rows)
-    return rows.reduced(losses, options.reduction)
+    return rows.reduced(_losses(options, rows), options.reduction)
+
+
+def _losses(options: Losses, rows: AgentRows) -> Tensor:
+    """[N], without the rows' factors."""
+    return _triplets(options, rows) if isinstance(options, TripletOptions) else _contrasts(options, rows)
+
+
+@torch.no_grad()
+def statistics(options: Losses, rows: AgentRows) -> Statistics:
+    """Of rows whose largest cosines are known."""
+    assert rows.cosine is not None and rows.largest is not None
+    others = _without_dropped(options, rows)[1]
+    active = ~(others <= 0) & (options.neg_weight != 0)
+    if isinstance(options, TripletOptions):
+        pulled = ~(rows.target <= 0) & options.add_center_loss
+    else:
+        excess = rows.target - options.pos_margin
+        pulled = ~((excess <= 0) | (excess > options.positive_outlier_thresh)) & _pulled(options, rows)
+    active |= pulled & (options.pos_weight != 0)
+    hit = hits(rows.cosine, rows.largest, rows.target.dtype)
+    return statistics_of(means_of(rows.kept, _losses(options, rows), rows.cosine, hit, active))
 
 
 def stats(options: Losses, rows: AgentRows, negatives: Tensor) -> Tensor:
@@ -60,15 +83,28 @@ def positives(options: Losses, target: Tensor) -> Tensor:
     return (target - options.pos_margin).clamp(0, options.positive_outlier_thresh)
 
 
+def _without_dropped(options: Losses, rows: AgentRows) -> tuple[Tensor, Tensor]:
+    """The hinges and their slopes, without those of rows that are too far from their own agents."""
+    if not options.positive_first:
+        return rows.hinges, rows.slope
+    dropped = rows.target.detach() > options.positive_upper_bound
+    return torch.where(dropped, 0, rows.hinges), torch.where(dropped, 0, rows.slope)
+
+
+def _pulled(options: ContrastiveOptions, rows: AgentRows) -> Tensor:
+    """Which rows have a positive term, bool [N]."""
+    kept = rows.kept
+    if not options.max_positive_only or not len(kept):
+        return torch.ones_like(kept)
+    best = torch.where(kept, positives(options, rows.target.detach()), -torch.inf).argmax()
+    return torch.arange(len(kept), device=kept.device) == best
+
+
 def _contrasts(options: ContrastiveOptions, rows: AgentRows) -> Tensor:
-    kept, hinges, slope = rows.kept, rows.hinges, rows.slope
+    hinges, slope = _without_dropped(options, rows)
     positive = positives(options, rows.target)
-    if options.max_positive_only and len(kept):
-        best = torch.where(kept, positive.detach(), -torch.inf).argmax()
-        positive = torch.where(torch.arange(len(kept), device=kept.device) == best, positive, 0)
-    if options.positive_first:
-        dropped = rows.target.detach() > options.positive_upper_bound
-        hinges, slope = torch.where(dropped, 0, hinges), torch.where(dropped, 0, slope)
+    if options.max_positive_only:
+        positive = torch.where(_pulled(options, rows), positive, 0)
     if options.normalize_negative is not None:
         size = abs(options.neg_weight) * rows.reduced(slope, "mean").abs() / options.normalize_negative
         # Chosen before the division: one by 0, where nothing is active, has no gradient but NaN.
@@ -77,8 +113,5 @@ def _contrasts(options: ContrastiveOptions, rows: AgentRows) -> Tensor:
 
 
 def _triplets(options: TripletOptions, rows: AgentRows) -> Tensor:
-    hinges = rows.hinges
-    if options.positive_first:
-        hinges = torch.where(rows.target.detach() > options.positive_upper_bound, 0, hinges)
-    losses = options.neg_weight * hinges
+    losses = options.neg_weight * _without_dropped(options, rows)[0]
     return losses + options.pos_weight * rows.target if options.add_center_loss else losses

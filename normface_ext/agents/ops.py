@@ -9,22 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine.autograd import asked, detach_without_grad, no_second_derivative
-from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of
-from ..engine.sweep import (
-    SECOND_SUM,
-    SLOPE_FIELDS,
-    SLOPES,
-    SUM,
-    TERMS,
-    Collected,
-    SweepOptions,
-    Swept,
-    TermInputs,
-    head_backward,
-    head_sweep_collecting,
-    in_memory,
-)
+from ..engine import transforms
+from ..engine.autograd import asked, detach_without_grad
+from ..engine.calls import add_fakes, by_name, kernels, options_of
+from ..engine.curvature import twice_by_tiles
+from ..engine.dtypes import accumulator
+from ..engine.row_state import SECOND_SUM, SLOPE_FIELDS, SLOPES, SUM, TERMS, SweepOptions, TermInputs
+from ..engine.sweep import Collected, Swept, head_backward, head_sweep_collecting, in_memory
+from .formula import HingeFormula
 
 OTHERS = SLOPES.index("others")
 
@@ -133,6 +125,7 @@ def sweep_hinges(
     *,
     need_gradient: bool,
     need_class_sum: bool = False,
+    need_largest: bool = False,
 ) -> tuple[Swept, Collected, AgentSweepOptions]:
     """The hinges of all rows, and what their backward has to be given: the options too."""
     sink = "hardest" if options.hardest else "active" if options.capacity > 0 else "none"
@@ -150,6 +143,7 @@ def sweep_hinges(
             capacity=capacity,
             store=keep and given.keep,
             need_class_sum=need_class_sum,
+            need_largest=need_largest,
         )
 
     (swept, collected), options = in_memory(options.op, x, weight, options, sweep, store=keep)
@@ -212,6 +206,7 @@ class _AgentHinge(Function):
         margin: Tensor | None,
         options: AgentSweepOptions,
         need_class_sum: bool,
+        need_largest: bool,
     ) -> tuple[Tensor, ...]:
         features, agents, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
         need_gradient = any(ctx.needs_input_grad[:2])
@@ -224,13 +219,15 @@ class _AgentHinge(Function):
             options,
             need_gradient=need_gradient,
             need_class_sum=need_class_sum,
+            need_largest=need_largest,
         )
         constant = (swept.rows, swept.class_sum) if need_class_sum else (swept.rows,)
         if need_gradient:
             ctx.save_for_backward(x, weight, labels, threshold, *collected, *swept)
             ctx.options = options
             ctx.mark_non_differentiable(*constant)
-        return distance, swept.rows[SUM].to(distance.dtype), *constant
+        # A copy in float64 too: a view of the rows would be one result inside another.
+        return distance, swept.rows[SUM].to(distance.dtype, copy=True), *constant
 
     @staticmethod
     def backward(ctx: Any, grad_distance: Tensor, grad_hinges: Tensor, *_: Any) -> Any:
@@ -250,9 +247,13 @@ class _AgentHinge(Function):
                 options,
                 needed,
             )
-        origins = grad_distance, grad_hinges, x, weight
         given = asked(needed, gradients)
-        return *no_second_derivative(options.op, given, *origins), None, None, None, None
+
+        def formula() -> HingeFormula:
+            hardest = collected.classes[:, 0] if options.hardest else None
+            return HingeFormula(labels, threshold, hardest, swept.rows, options)
+
+        return *twice_by_tiles(given, formula, (grad_distance, grad_hinges), x, weight), *[None] * 5
 
 
 def agent_hinge(
@@ -263,9 +264,14 @@ def agent_hinge(
     options: AgentSweepOptions,
     *,
     need_class_sum: bool = False,
+    need_largest: bool = False,
 ) -> tuple[Tensor, ...]:
     """(distance to the label's agent [N], sum of the hinges [N], rows [ROW_FIELDS, N]), and with
     `need_class_sum` that."""
+    rest = options, need_class_sum, need_largest
+    if transforms.watched():
+        tensors = x, weight, labels, margin
+        return transforms.through(options.op, _AgentHinge, tensors, rest, inputs=2, outputs=2)
     x, weight = detach_without_grad(x, weight)
-    result: tuple[Tensor, ...] = _AgentHinge.apply(x, weight, labels, margin, options, need_class_sum)
+    result: tuple[Tensor, ...] = _AgentHinge.apply(x, weight, labels, margin, *rest)
     return result

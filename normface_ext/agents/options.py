@@ -16,6 +16,7 @@ def margin_argument(op: str, name: str, value: object) -> float | Tensor:
     """A number, or a 0-d tensor that is read where it lies."""
     if not isinstance(value, Tensor):
         return number(op, name, value)
+    checks.tensor(op, name, value)
     if value.dim() != 0 or value.dtype not in checks.FLOATING or value.requires_grad:
         raise ValueError(
             f"{op}: expected `{name}` to be a number or a 0-d floating tensor without gradient, got"

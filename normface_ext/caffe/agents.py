@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .. import functional
-from ..cosine.rows import unit_rows_
+from ..cosine.rows import renormalize_weight_
 from ..engine import checks
 from ..engine.files import quoted
 from .fillers import MOST_NUMBERS, check_filler
@@ -63,7 +63,7 @@ class Agents(LateLayer):
         """Overwrites the layer's own weight by its unit rows, as Caffe does in every forward pass."""
         if self.weight is None:
             raise ValueError(f"{self.label}: the weight has no shape yet: give `in_features`, or run forward")
-        unit_rows_(self.weight, self.eps, self.label)
+        renormalize_weight_(self, self.eps, self.label)
 
     def operands(self, bottoms: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """(x [N, D], weight [C, D]) of the bottoms and the parameter, checked against each other."""

@@ -15,7 +15,7 @@ from ..agents.options import (
 from ..distances.ops import with_gradient
 from ..engine import checks
 from ..engine.arguments import flag
-from ..engine.calls import accumulator
+from ..engine.dtypes import accumulator
 from ..engine.options import takes
 from . import released_losses
 

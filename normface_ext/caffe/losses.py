@@ -86,7 +86,7 @@ class SoftmaxWithLoss(Layer):
             value = functional.normface_loss(x, weight, labels, scale, **given)
         else:
             options = HeadOptions.of("normface_loss", given)
-            value = loss_of_psi(x, weight, labels, scale, margin, None, None, options)
+            value, _ = loss_of_psi(x, weight, labels, scale, margin, None, None, options)
         return (value if mean else self.averaged(value, len(labels), len(labels)),)
 
     def forward(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import dropout, softmax
 
 from ..engine import checks
-from ..engine.calls import accumulator
+from ..engine.dtypes import accumulator
 from .layer import Layer
 from .spec import Context, Spec
 

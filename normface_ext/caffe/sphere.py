@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from .. import functional
 from ..engine import checks
+from ..softmax.sphereface import annealed
 from .agents import Agents, UnitRows
 from .layer import MovingLayer
 from .margins import with_target
@@ -74,7 +75,7 @@ class MarginInnerProduct(Agents, MovingLayer):
         passed, moves = self.state_of(labels, self.iteration)
         if moves:
             self.iteration += 1
-        return (self.base * (1 + self.gamma * (passed + 1).double()) ** -self.power).clamp(min=self.least)
+        return annealed(passed + 1, self.base, self.gamma, self.power, self.least)
 
     def psi(self, cosine: Tensor, blend: Tensor) -> Tensor:
         """What stands for the cosine of the label."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Literal, overload
 
+import torch
 from torch import Tensor
+from torch.fx import Proxy
 
-from ..engine import checks
+from ..engine import checks, graphs
 from ..engine.arguments import flag, integer
-from ..engine.calls import autocast
+from ..engine.dtypes import autocast, full_precision
 from ..engine.options import takes
-from . import ops
+from . import ops, plain
 from .options import LinearKeywords, LinearOptions
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ def normalize(
 def normalize(
     x: Tensor, dim: int = 1, p: int = 2, eps: float = 1e-12, *, return_norm: Literal[True]
 ) -> tuple[Tensor, Tensor]: ...
+@graphs.refuse_scripting
 def normalize(
     x: Tensor, dim: int = 1, p: int = 2, eps: float = 1e-12, return_norm: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -56,6 +60,8 @@ def normalize(
         IndexError: dim out of range.
     """
     op = "normalize"
+    if isinstance(x, Proxy):
+        return graphs.recorded(normalize, x, dim=dim, p=p, eps=eps, return_norm=return_norm)
     checks.floating(op, "x", x)
     p = checks.exponent(op, "p", p)
     if x.dim() == 0:
@@ -65,10 +71,15 @@ def normalize(
         raise IndexError(f"{op}: expected `dim` in [{-x.dim()}, {x.dim()}), got {dim}")
     eps = checks.eps(op, "eps", eps)
     both = flag(op, "return_norm", return_norm)
-    y, norm = ops.normalize(ops.as_rows(x, dim % x.dim()), dim % x.dim(), p, eps)
+    dim %= x.dim()
+    if graphs.leaving():
+        y, norm = plain.normalize(x, dim, p, eps)
+    else:
+        y, norm = ops.normalize(ops.as_rows(x, dim), dim, p, eps)
     return (y, norm) if both else y
 
 
+@graphs.refuse_scripting
 @takes(LinearOptions)
 def norm_linear(
     x: Tensor, weight: Tensor, scale: float | Tensor = 1.0, **options: Unpack[LinearKeywords]
@@ -94,6 +105,8 @@ def norm_linear(
         TypeError: dtypes, types.
         ValueError: shapes, devices, scale or eps that is not finite.
     """
+    if isinstance(x, Proxy):
+        return graphs.recorded(norm_linear, x, weight, scale, **options)
     return scaled_cosine("norm_linear", x, weight, scale, LinearOptions.of("norm_linear", options))
 
 
@@ -103,6 +116,15 @@ def scaled_cosine(
     """``norm_linear`` with options that have been checked."""
     checks.features_and_weight(op, x, weight)
     scale_tensor, scale_value = checks.scale(op, scale, x)
-    return ops.norm_linear(
-        autocast(x), weight, scale_tensor, scale_value, options.normalize_input, options.eps
-    )
+    x, normalize_input, eps = autocast(x), options.normalize_input, options.eps
+    if graphs.leaving():
+        cosine = plain_cosine(x, weight, normalize_input, eps)
+        return (cosine * (scale_value if scale_tensor is None else scale_tensor)).to(x.dtype)
+    return ops.norm_linear(x, weight, scale_tensor, scale_value, normalize_input, eps)
+
+
+def plain_cosine(x: Tensor, weight: Tensor, normalize_input: bool, eps: float) -> Tensor:
+    """The cosines [N, C] for a graph that leaves, in float32 at least; of arguments that were checked."""
+    # Where there is no autocast the graph is not to hear of it.
+    with full_precision(x) if torch.is_autocast_enabled(x.device.type) else nullcontext():
+        return plain.cosine(x, weight, normalize_input, eps)

@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from ..engine import checks
+from ..engine import checks, graphs
 from ..engine.arguments import POSITIVE, flag, number
 from ..engine.extra_state import pack, unpack
 from ..engine.scale import MIN_SCALE, HoldsScale, bounds_of, in_dtype, one_number, one_parameter
-from .rows import gaussian_unitball_, unit_rows_
+from ..engine.state import explain_spread
+from .functions import norm_linear, scaled_cosine
+from .options import LinearOptions
+from .rows import draw_weight_, renormalize_weight_
 
 
 class ScaledHead(HoldsScale):
@@ -64,7 +68,7 @@ class ScaledHead(HoldsScale):
             self.scale = self.first_scale
 
     def _reset_weight(self) -> None:
-        gaussian_unitball_(self.weight)
+        draw_weight_(self)
 
     # The scale ----------------------------------------------------------------------------------------
 
@@ -134,6 +138,8 @@ class ScaledHead(HoldsScale):
             return
         number_in_bounds = self._within(one_number(owner, name, value))
         if not self.learn_scale:
+            if "scale" in self.__dict__:
+                self.scale_was_set = True
             super().__setattr__(name, number_in_bounds)  # type: ignore[arg-type]
             return
         learned, own = self.scale, self._parameters.get("scale")
@@ -153,6 +159,20 @@ class ScaledHead(HoldsScale):
         sharded = checks.is_dtensor(value) or (own is not None and checks.is_dtensor(own))
         known = sharded or self._loading or hasattr(value, "scale_bounds")
         return not known and checks.has_values(value)
+
+    def linear_options(self) -> LinearOptions:
+        """Those of ``norm_linear``, with which this makes its logits."""
+        raise NotImplementedError
+
+    def scaled_cosine(self, x: Tensor) -> Tensor:
+        """s cos(x_i, w_j), [N, C]."""
+        options = self.linear_options()
+        if isinstance(x, Proxy):
+            scale = self.scale  # a Proxy, too, where it is learned
+            if not isinstance(scale, float):
+                scale = graphs.recorded(checks.bounded, scale, *self.scale_bounds())
+            return norm_linear(x, self.weight, scale, **vars(options))
+        return scaled_cosine("norm_linear", x, self.weight, self.bounded_scale(), options)
 
     # State --------------------------------------------------------------------------------------------
 
@@ -200,14 +220,18 @@ class ScaledHead(HoldsScale):
         local_metadata: dict[str, Any],
         strict: bool,
         missing_keys: list[str],
-        *args: Any,
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
+        explain_spread(self, state_dict, prefix, local_metadata, error_msgs)
         given = state_dict.get(f"{prefix}scale")
         if isinstance(given, Tensor) and given.dim() == 0:  # one number, however it was saved
             state_dict[f"{prefix}scale"] = given.reshape(1)
         self._loading = True
         try:
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
         finally:
             del self._loading
         if f"{prefix}_extra_state" in missing_keys:  # then there is nothing to restore
@@ -220,9 +244,10 @@ class ScaledHead(HoldsScale):
 
         Not needed for the output, which depends on the directions only; see
         ``caffe.renormalize_after_step``. A row with NaN or infinity raises ValueError on the CPU, with
-        nothing changed, and is left alone on CUDA.
+        nothing changed, and is left alone on CUDA. A parametrized weight is set through its parametrization;
+        ValueError where that cannot give unit rows.
         """
-        unit_rows_(self.weight, self.eps, type(self).__name__)
+        renormalize_weight_(self, self.eps, type(self).__name__)
 
     def scale_repr(self) -> list[str]:
         """Without a word to other ranks, who may not be printing."""

@@ -89,7 +89,10 @@ class NormLinear(HoldsOptions, ScaledHead):
         self.keep_options(chosen)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functions.scaled_cosine("norm_linear", x, self.weight, self.bounded_scale(), self.options)
+        return self.scaled_cosine(x)
+
+    def linear_options(self) -> LinearOptions:
+        return self.options
 
     def extra_repr(self) -> str:
         sizes = [str(self.in_features), str(self.out_features)]

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import reference
-from ..engine.autograd import asked, first_by_kernel
-from ..engine.calls import accumulator, add_fakes, by_name, kernels
+from ..engine import transforms
+from ..engine.autograd import asked, by_formula, first_by_kernel
+from ..engine.calls import add_fakes, by_name, kernels
+from ..engine.dtypes import accumulator
 
 
 def as_rows(x: Tensor, dim: int) -> Tensor:
@@ -51,7 +53,8 @@ class _Normalize(Function):
 
         def kernel(grad_y: Tensor | None, grad_norm: Tensor | None, x: Tensor) -> tuple[Tensor]:
             if grad_y is not None and grad_y.stride() != x.stride():
-                grad_y = torch.empty_like(x).copy_(grad_y)
+                # As the gradient makes it, which may be a batch of them (is_grads_batched).
+                grad_y = grad_y.new_empty_strided(x.shape, x.stride()).copy_(grad_y)
             if grad_norm is not None:
                 grad_norm = grad_norm.contiguous()
             return (kernels(x).normalize_backward(grad_y, grad_norm, x, norm.detach(), *arguments),)
@@ -59,12 +62,16 @@ class _Normalize(Function):
         def formula(grad_y: Tensor | None, grad_norm: Tensor | None, x: Tensor) -> tuple[Tensor]:
             return (reference.normalize_backward(grad_y, grad_norm, x, *arguments),)
 
-        (dx,) = first_by_kernel(kernel, formula, grad_y, grad_norm, x)
+        (dx,) = first_by_kernel(kernel, by_formula(formula), grad_y, grad_norm, x)
         return dx, None, None, None
 
 
 def normalize(x: Tensor, dim: int, p: int, eps: float) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = _Normalize.apply(x, dim, p, eps)
+    result: tuple[Tensor, Tensor]
+    if transforms.watched():  # the formula is plain torch, which every transform follows to any order
+        result = reference.normalize(x, dim, p, eps, return_norm=True)  # type: ignore[assignment]
+    else:
+        result = _Normalize.apply(x, dim, p, eps)
     return result
 
 
@@ -135,7 +142,7 @@ class _NormLinear(Function):
             s = torch.tensor(scale_value, dtype=accumulator(x.dtype)) if scale is None else scale
             return reference.norm_linear_backward(grad, x, weight, s, eps, normalize_input)
 
-        return *first_by_kernel(kernel, formula, grad, *ctx.saved_tensors), None, None, None
+        return *first_by_kernel(kernel, by_formula(formula), grad, *ctx.saved_tensors), None, None, None
 
 
 def norm_linear(
@@ -146,6 +153,9 @@ def norm_linear(
     normalize_input: bool,
     eps: float,
 ) -> Tensor:
+    if transforms.watched():
+        s = scale_value if scale is None else scale
+        return reference.norm_linear(x, weight, s, normalize_input=normalize_input, eps=eps)
     result: Tensor = _NormLinear.apply(x, weight, scale, scale_value, normalize_input, eps)
     return result
 

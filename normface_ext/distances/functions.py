@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..cosine.ops import normalize as unit_rows
 from ..engine import checks
-from ..engine.calls import accumulator
+from ..engine.dtypes import accumulator
 from ..engine.options import takes
 from . import ops
 from .options import DistanceKeywords, DistanceOptions, PairOptions, RowLossKeywords, RowTripletOptions
@@ -43,7 +43,7 @@ def inner_distance(
         eps: inside the norm.
 
     Returns:
-        [N, C] in x's dtype, summed in at least float32. Second derivatives raise.
+        [N, C] in x's dtype, summed in at least float32. For p = 1 third derivatives raise.
 
     Raises:
         TypeError: dtypes, types.
@@ -70,7 +70,7 @@ def distances(op: str, x: Tensor, weight: Tensor, labels: Tensor | None, options
     return ops.inner_distance(x, weight, labels, options.p)
 
 
-def _rows(op: str, name: str, value: object, like: Tensor) -> Tensor:
+def _rows(op: str, name: str, value: object, first: str, like: Tensor) -> Tensor:
     rows = checks.matrix(op, name, value, "[N, D]")
     if rows.shape != like.shape:
         raise ValueError(f"{op}: expected `{name}` to have shape {list(like.shape)}, got {list(rows.shape)}")
@@ -78,7 +78,7 @@ def _rows(op: str, name: str, value: object, like: Tensor) -> Tensor:
         raise TypeError(
             f"{op}: expected `{name}` to be float64 only together with the others, got {rows.dtype}"
         )
-    checks.same_device(op, name, rows, "the first", like)
+    checks.same_device(op, name, rows, first, like)
     return rows
 
 
@@ -135,7 +135,7 @@ def contrastive(
 ) -> Tensor:
     """``pair_contrastive_loss`` with options that have been checked."""
     a = checks.matrix(op, "a", a, "[N, D]")
-    b = _rows(op, "b", b, a)
+    b = _rows(op, "b", b, "a", a)
     checked = checks.tensor(op, "same", same)
     if checked.dtype not in (torch.bool, torch.int64, torch.int32):
         raise TypeError(f"{op}: expected `same` to be bool, int64 or int32, got {checked.dtype}")
@@ -195,8 +195,8 @@ def triplet(
 ) -> Tensor:
     """``triplet_loss`` with options that have been checked."""
     anchor = checks.matrix(op, "anchor", anchor, "[N, D]")
-    positive = _rows(op, "positive", positive, anchor)
-    negative = _rows(op, "negative", negative, anchor)
+    positive = _rows(op, "positive", positive, "anchor", anchor)
+    negative = _rows(op, "negative", negative, "anchor", anchor)
     kept, factor, (anchor, positive, negative) = _counted(op, sample_weight, anchor, positive, negative)
     anchor = anchor.to(accumulator(anchor.dtype))  # its two gradients meet before they are rounded
     near = ops.pair_distance(anchor, positive, 2)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..cosine.rows import gaussian_unitball_, unit_rows_
+from ..cosine.rows import draw_weight_, renormalize_weight_
 from ..engine import checks
 from ..engine.arguments import size
 from ..engine.options import HoldsOptions, holds, takes
+from ..engine.state import explain_spread
 from . import functions
 from .options import DistanceKeywords, DistanceOptions, PairOptions, RowLossKeywords, RowTripletOptions
 
@@ -39,11 +40,26 @@ class Agents(nn.Module):
         self._reset_weight()
 
     def _reset_weight(self) -> None:
-        gaussian_unitball_(self.weight)
+        draw_weight_(self)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        explain_spread(self, state_dict, prefix, local_metadata, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def renormalize_(self) -> None:
         """Overwrites the weight by its unit rows; see ``caffe.renormalize_after_step``."""
-        unit_rows_(self.weight, self.eps, type(self).__name__)
+        renormalize_weight_(self, self.eps, type(self).__name__)
 
 
 @holds(DistanceOptions)

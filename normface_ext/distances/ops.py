@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine.autograd import asked, detach_without_grad, no_second_derivative
-from ..engine.calls import accumulator, add_fakes, by_name, kernels
+from ..engine import transforms
+from ..engine.autograd import asked, detach_without_grad, first_by_kernel, no_second_derivative
+from ..engine.calls import add_fakes, by_name, kernels
+from ..engine.dtypes import accumulator
+from . import formula
 
 
 def _gradients_fake(a: Tensor, b: Tensor, need_a: bool, need_b: bool) -> tuple[Tensor, Tensor]:
@@ -45,16 +48,24 @@ class _InnerDistance(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         near, x, weight, labels = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
-        with torch.no_grad():
+
+        def kernel(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
             gradients = kernels(x, weight).inner_distance_backward(
                 grad.contiguous(), near, x.contiguous(), weight.contiguous(), labels, *needed, ctx.p
             )
-        given = asked(needed, gradients)
-        return *no_second_derivative("inner_distance", given, grad, x, weight), None, None
+            return asked(needed, gradients)
+
+        return (
+            *first_by_kernel(kernel, formula.inner_distance_again(labels, ctx.p), grad, x, weight),
+            None,
+            None,
+        )
 
 
 def inner_distance(x: Tensor, weight: Tensor, labels: Tensor | None, p: int) -> Tensor:
     """With ``labels`` the weight's gradient counts the cells (i, labels[i]) only."""
+    if transforms.watched():
+        return transforms.through("inner_distance", _InnerDistance, (x, weight, labels), (p,), inputs=2)[0]
     x, weight = detach_without_grad(x, weight)
     result: Tensor = _InnerDistance.apply(x, weight, labels, p)
     return result
@@ -85,15 +96,19 @@ class _PairDistance(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         a, b = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
-        with torch.no_grad():
+
+        def kernel(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
             gradients = kernels(a, b).pair_distance_backward(
                 grad.contiguous(), a.contiguous(), b.contiguous(), *needed, ctx.p
             )
-        given = asked(needed, gradients)
-        return *no_second_derivative("pair_distance", given, grad, a, b), None
+            return asked(needed, gradients)
+
+        return *first_by_kernel(kernel, formula.pair_distance_again(ctx.p), grad, a, b), None
 
 
 def pair_distance(a: Tensor, b: Tensor, p: int) -> Tensor:
+    if transforms.watched():  # plain torch, which every transform follows to any order
+        return formula.pair_distance(a, b, p)
     result: Tensor = _PairDistance.apply(a, b, p)
     return result
 
@@ -118,6 +133,7 @@ class _WithGradient(Function):
 
 
 def with_gradient(op: str, distances: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    transforms.refuse(op)
     result: Tensor = _WithGradient.apply(op, distances, value, gradient)
     return result
 

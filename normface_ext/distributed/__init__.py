@@ -10,6 +10,7 @@ few sums per row, and the features' gradient, through the process groups that ``
 from .agent_modules import ShardedCContrastiveLoss, ShardedCTripletLoss
 from .agents import c_contrastive_loss, c_triplet_loss
 from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from .conversion import full_state_dict, load_optimizer_state
 from .modules import ShardedNormFaceLoss, shard_head
 from .optim import RowAdamW, RowSGD, clip_grad_norm_
 from .sampling import ClassSampler
@@ -17,6 +18,7 @@ from .shard import ClassShard
 from .sigmoid import sphereface2_loss
 from .sigmoid_modules import ShardedSphereFace2Loss
 from .softmax import normface_loss
+from .wrapping import class_parallel_weights, exclude_from_ddp
 
 __all__ = [
     "ClassSampler",
@@ -30,8 +32,12 @@ __all__ = [
     "c_contrastive_loss",
     "c_triplet_loss",
     "checkpoints",
+    "class_parallel_weights",
     "clip_grad_norm_",
+    "exclude_from_ddp",
+    "full_state_dict",
     "load_checkpoint",
+    "load_optimizer_state",
     "normface_loss",
     "save_checkpoint",
     "shard_head",

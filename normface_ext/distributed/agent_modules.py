@@ -32,6 +32,7 @@ class _Sharded(SpreadClasses, AgentLoss):
         margin: Tensor | None,
         labels_b: Tensor | None,
         lam: float | Tensor | None,
+        need_largest: bool,
     ) -> tuple[AgentRows, Tensor]:
         return agents.rows_and_loss(
             f"distributed.{self.LOSS}",
@@ -46,6 +47,7 @@ class _Sharded(SpreadClasses, AgentLoss):
             lam,
             backbone_gradients=self.backbone_gradients,
             equal_batches=self.equal_batches,
+            need_largest=need_largest,
         )
 
     def _stats(

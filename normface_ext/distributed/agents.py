@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -16,13 +16,22 @@ from ..agents.functions import needs_class_sum, negatives, plain, sweep_options
 from ..agents.losses import AgentRows, Losses
 from ..agents.ops import AgentSweepOptions
 from ..agents.options import ContrastiveKeywords, ContrastiveOptions, TripletKeywords, TripletOptions
-from ..engine import checks
+from ..engine import checks, transforms
 from ..engine.arguments import flag
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative, store_as
-from ..engine.mixing import joined, twice
+from ..engine.mixing import joined, no_statistics, twice
 from ..engine.options import takes
-from ..engine.sweep import INVERSE_NORM, SECOND_SUM, SUM, Collected, Swept, target_cosine
-from .collectives import Batch, ScatteredRows, add_over_shards, gather_rows, key_of_largest
+from ..engine.row_state import COSINE, INVERSE_NORM, LARGEST, SECOND_SUM, SUM
+from ..engine.statistics import Statistics
+from ..engine.sweep import Collected, Swept, target_cosine
+from .collectives import (
+    Batch,
+    ScatteredRows,
+    add_over_shards,
+    gather_rows,
+    key_of_largest,
+    largest_of_all,
+)
 from .mixing import both_labels_of_all
 from .shard import IGNORED, ClassShard
 from .softmax import check_backbone_gradients
@@ -39,7 +48,7 @@ def _holds_hardest(best: Tensor, shard: ClassShard) -> Tensor:
 
 class _ClassParallelHinge(Function):
     """As ``ops._AgentHinge`` for the rows of all ranks: (target distance, hinges, slopes), [W * each]
-    each, and the class_sum if asked for, the same on every rank.
+    each, and the class_sum and the rows' state if asked for, the same on every rank.
 
     With ``separate`` the gradients that come back are each rank's own rows' and add up; otherwise they are
     those of one number that all ranks have in common.
@@ -58,7 +67,8 @@ class _ClassParallelHinge(Function):
         replicas: int,
         shard: ClassShard,
         need_class_sum: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        need_largest: bool,
+    ) -> tuple[Tensor, ...]:
         agents = weight.contiguous()
         part = target_cosine(batch.x, agents, places, options)
         (cosine,) = add_over_shards([part], shard.group)
@@ -72,6 +82,7 @@ class _ClassParallelHinge(Function):
             options,
             need_gradient=need_gradient,
             need_class_sum=need_class_sum,
+            need_largest=need_largest,
         )
         sums, mine = swept.rows[: SECOND_SUM + 1], None
         if options.hardest:
@@ -83,8 +94,13 @@ class _ClassParallelHinge(Function):
         ctx.save_for_backward(x, weight, batch.x, agents, places, threshold, rows, mine, *collected, *swept)
         ctx.batch, ctx.options, ctx.shard = batch, options, shard
         ctx.separate, ctx.replicas = separate, replicas
-        ctx.mark_non_differentiable(slope, class_sum)
-        return distance, rows[SUM].to(distance.dtype), slope, class_sum
+        constant = [slope, class_sum]
+        if need_largest:
+            known = largest_of_all(rows, shard.group)
+            known[COSINE] = cosine
+            constant.append(known)
+        ctx.mark_non_differentiable(*constant)
+        return distance, rows[SUM].to(distance.dtype), *constant
 
     @staticmethod
     def backward(ctx: Any, grad_distance: Tensor, grad_hinges: Tensor, *_: Any) -> Any:
@@ -109,7 +125,7 @@ class _ClassParallelHinge(Function):
                 moved = ScatteredRows(dx, batch, shard.group).wait() * ctx.replicas
                 dx = store_as(moved, own.dtype, batch.own(rows[INVERSE_NORM]), options.eps)
         given = dx if own_x else None, dw
-        return *no_second_derivative(options.op, given, *origins), *[None] * 8
+        return *no_second_derivative(options.op, given, *origins), *[None] * 9
 
 
 class _Rows(NamedTuple):
@@ -163,6 +179,7 @@ def _swept(
     *,
     replicas: int = 1,
     need_class_sum: bool = False,
+    need_largest: bool = False,
 ) -> tuple[AgentRows, Tensor | None]:
     """(the rows of all ranks, the sum of the unit agents of all ranks if it is needed)"""
     x, weight, batch, places = given
@@ -172,10 +189,12 @@ def _swept(
     )
     x, weight = detach_without_grad(x, weight)
     separate = options.reduction == "none"
-    *found, class_sum = _ClassParallelHinge.apply(
-        x, weight, batch, places, tensor, sweep, separate, replicas, shard, need_class_sum
+    target, hinges, slope, class_sum, *state = _ClassParallelHinge.apply(
+        x, weight, batch, places, tensor, sweep, separate, replicas, shard, need_class_sum, need_largest
     )
-    rows = AgentRows(places != IGNORED, batch.sample_weight, *found)._replace(given=batch.count)
+    rows = AgentRows(places != IGNORED, batch.sample_weight, target, hinges, slope, batch.count)
+    if need_largest:
+        rows = rows._replace(cosine=state[0][COSINE], largest=state[0][LARGEST])
     return rows, class_sum if need_class_sum else None
 
 
@@ -193,12 +212,15 @@ def rows_and_loss(
     *,
     backbone_gradients: str,
     equal_batches: bool,
+    need_largest: bool,
 ) -> tuple[AgentRows, Tensor]:
     """(the rows of all ranks, the loss) with options that have been checked; a ``margin`` stands in for
     theirs. With two labels the rows stand there twice."""
+    transforms.refuse(op)
     check_backbone_gradients(op, backbone_gradients)
     flag(op, "equal_batches", equal_batches)
     if labels_b is not None or lam is not None:
+        no_statistics(op, need_largest)
         told = options.ignore_index, options.check_finite, equal_batches
         both = both_labels_of_all(op, x, weight, labels, labels_b, lam, sample_weight, shard, *told)
         rows, loss = rows_and_loss(
@@ -212,11 +234,12 @@ def rows_and_loss(
             margin,
             backbone_gradients=backbone_gradients,
             equal_batches=equal_batches,
+            need_largest=False,
         )
         return rows, joined(loss, options.reduction)
     given = _gathered(op, x, weight, labels, shard, sample_weight, options, equal_batches)
     replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
-    rows, _ = _swept(op, given, shard, options, margin, replicas=replicas)
+    rows, _ = _swept(op, given, shard, options, margin, replicas=replicas, need_largest=need_largest)
     loss = losses.loss(options, rows)
     return rows, given.batch.own(loss) if options.reduction == "none" else loss
 
@@ -241,6 +264,36 @@ def stats(
     return losses.stats(options, rows, negatives(options, given.batch.x, shard.num_classes, rows, class_sum))
 
 
+@overload
+def c_contrastive_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    shard: ClassShard,
+    *,
+    sample_weight: Tensor | None = None,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+    return_statistics: Literal[False] = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    **options: Unpack[ContrastiveKeywords],
+) -> Tensor: ...
+@overload
+def c_contrastive_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    shard: ClassShard,
+    *,
+    sample_weight: Tensor | None = None,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+    return_statistics: Literal[True],
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    **options: Unpack[ContrastiveKeywords],
+) -> tuple[Tensor, Statistics]: ...
 @takes(ContrastiveOptions)
 def c_contrastive_loss(
     x: Tensor,
@@ -251,10 +304,11 @@ def c_contrastive_loss(
     sample_weight: Tensor | None = None,
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
+    return_statistics: bool = False,
     labels_b: Tensor | None = None,
     lam: float | Tensor | None = None,
     **options: Unpack[ContrastiveKeywords],
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Statistics]:
     """``functional.c_contrastive_loss`` of the rows of all ranks over the classes of all ranks.
 
     Every rank of ``shard.group`` calls it with its own rows and its own agents, and the same options. It is
@@ -270,7 +324,7 @@ def c_contrastive_loss(
         hardest_only: of equally hard negatives the first rank's counts.
         check_finite: see ``distributed.normface_loss``.
         backbone_gradients: see ``distributed.normface_loss``.
-        equal_batches: likewise.
+        equal_batches, return_statistics: likewise.
 
     The others are those of ``functional.c_contrastive_loss``. They mean the rows of all ranks; ``workspace``
     and ``active_limit`` are those of each rank.
@@ -278,7 +332,7 @@ def c_contrastive_loss(
     Returns:
         For "mean" and "sum" the loss over the rows of all ranks, the same bits on every rank; backward has
         to be called on all of them, with the same upstream gradient. For "none" [N], of this rank's rows.
-        Second derivatives raise.
+        Second derivatives raise. With ``return_statistics`` (loss, Statistics).
 
     Raises:
         TypeError, ValueError, IndexError: as ``functional.c_contrastive_loss``.
@@ -286,7 +340,8 @@ def c_contrastive_loss(
     """
     op = "distributed.c_contrastive_loss"
     chosen = ContrastiveOptions.of(op, options)
-    return rows_and_loss(
+    statistics = flag(op, "return_statistics", return_statistics)
+    rows, loss = rows_and_loss(
         op,
         x,
         weight,
@@ -299,9 +354,41 @@ def c_contrastive_loss(
         lam,
         backbone_gradients=backbone_gradients,
         equal_batches=equal_batches,
-    )[1]
+        need_largest=statistics,
+    )
+    return (loss, losses.statistics(chosen, rows)) if statistics else loss
 
 
+@overload
+def c_triplet_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    shard: ClassShard,
+    *,
+    sample_weight: Tensor | None = None,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+    return_statistics: Literal[False] = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    **options: Unpack[TripletKeywords],
+) -> Tensor: ...
+@overload
+def c_triplet_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    shard: ClassShard,
+    *,
+    sample_weight: Tensor | None = None,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+    return_statistics: Literal[True],
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    **options: Unpack[TripletKeywords],
+) -> tuple[Tensor, Statistics]: ...
 @takes(TripletOptions)
 def c_triplet_loss(
     x: Tensor,
@@ -312,17 +399,19 @@ def c_triplet_loss(
     sample_weight: Tensor | None = None,
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
+    return_statistics: bool = False,
     labels_b: Tensor | None = None,
     lam: float | Tensor | None = None,
     **options: Unpack[TripletKeywords],
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Statistics]:
     """``functional.c_triplet_loss`` of the rows of all ranks over the classes of all ranks.
 
     As :func:`c_contrastive_loss` here, with the options of ``functional.c_triplet_loss``.
     """
     op = "distributed.c_triplet_loss"
     chosen = TripletOptions.of(op, options)
-    return rows_and_loss(
+    statistics = flag(op, "return_statistics", return_statistics)
+    rows, loss = rows_and_loss(
         op,
         x,
         weight,
@@ -335,4 +424,6 @@ def c_triplet_loss(
         lam,
         backbone_gradients=backbone_gradients,
         equal_batches=equal_batches,
-    )[1]
+        need_largest=statistics,
+    )
+    return (loss, losses.statistics(chosen, rows)) if statistics else loss

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from ..engine import checks, sweep
 from ..engine.reduce import weighted
+from ..engine.statistics import Found, with_more
 from ..softmax.batch_margins import BatchMargin, Rows, margin_of, regularizer_of, rows_weight, weighed
 from ..softmax.hard_negatives import HardNegatives
 from ..softmax.margins import Margin
@@ -53,11 +54,13 @@ def rows_of_all(
     margin.follow(op, batch.x.device)
     kept = batch.labels != checks.ignored(options.ignore_index)
     counts = checks.weighed(kept, batch.sample_weight)
-    told = sweep.CosineOptions(IGNORED, options.eps, is_shard=True)
-    mine = sweep.target_cosine(batch.x, weight.detach().contiguous(), places, told)
-    (cosine,) = add_over_shards([mine], shard.group)
     straight = options.margin_gradient == "straight"
-    cosine = torch.where(counts, cosine, 0)
+    cosine = None
+    if margin.uses_cosines:
+        told = sweep.CosineOptions(IGNORED, options.eps, is_shard=True)
+        mine = sweep.target_cosine(batch.x, weight.detach().contiguous(), places, told)
+        (cosine,) = add_over_shards([mine], shard.group)
+        cosine = torch.where(counts, cosine, 0)
     return Rows(batch.labels, counts, None, straight, None, given, cosine, of_all=True)
 
 
@@ -74,7 +77,7 @@ def margin_of_rows(op: str, margin: BatchMargin, rows: Rows) -> Margin | HardNeg
 
 def with_regularizer(
     op: str,
-    loss: Tensor,
+    found: Found,
     margin: BatchMargin,
     rows: Rows,
     sample_weight: Tensor | None,
@@ -82,19 +85,22 @@ def with_regularizer(
     replicas: int,
     batch: Batch,
     group: ProcessGroup,
-) -> Tensor:
+) -> Found:
     """The loss, and what the rows of all ranks add to it; for "none" this rank's."""
+    loss, statistics = found
     more = regularizer_of(op, margin, rows)
     if more is None:
-        return loss
+        return found
+    plain = torch.where(rows.counts, more.detach(), 0).double().sum()
     if rows.of_all:
         weights = rows_weight(rows, batch.sample_weight)
         every = weighted(weighed(more, weights), weights.sum(), reduction, batch.count)
-        return loss + (batch.own(every) if reduction == "none" else every).to(loss.dtype)
+        loss = loss + (batch.own(every) if reduction == "none" else every).to(loss.dtype)
+        return loss, statistics and with_more(statistics, plain)
     weights = rows_weight(rows, sample_weight)
-    (total,) = add_over_shards([weights.sum()], group)
+    total, plain = add_over_shards([weights.sum(), plain], group)
     mine = weighted(weighed(more, weights), total, reduction, batch.count)
     if rows.share is not None and reduction == "none":
         mine = mine.view(2, -1).sum(0)
     summed: Tensor = _SumOverRanks.apply(mine, None if reduction == "none" else group, replicas)
-    return loss + summed.to(loss.dtype)
+    return loss + summed.to(loss.dtype), statistics and with_more(statistics, plain)

@@ -7,17 +7,21 @@ differ in size agree on the largest first; shorter ones are filled with rows tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
 from ..engine import checks
-from .shard import ClassShard
+from ..engine.row_state import LARGEST
+from .shard import ClassShard, owners
 
 # torch 2.13 gave both collectives new names and warns of the old ones.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -156,6 +160,11 @@ def gather_rows(
 def _agreed(mine: int, need_x: bool, device: torch.device, group: ProcessGroup) -> tuple[int, bool]:
     """The largest number of rows on any rank, and whether any rank's features need a gradient: one without
     rows may have made its empty batch out of nothing."""
+    if torch.compiler.is_compiling():  # the host reads the answer, of which a trace knows nothing
+        torch._dynamo.graph_break(
+            msg="a class-parallel head asks all ranks for their batch sizes: expected torch.compile without"
+            " fullgraph=True, or a head with equal_batches=True"
+        )
     most = torch.tensor([mine, need_x], dtype=torch.int64, device=device)
     with explained("the all-reduce of batch sizes", group):
         dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
@@ -199,12 +208,28 @@ def largest_over_shards(value: Tensor, group: ProcessGroup) -> Tensor:
     return largest
 
 
+def largest_of_all(rows: Tensor, group: ProcessGroup) -> Tensor:
+    """A copy of the rows' state [ROW_FIELDS, N] with their largest cosines over all shards. NaN is larger
+    than anything here, as within a shard: infinity stands for it."""
+    rows, own = rows.clone(), rows[LARGEST]
+    rows[LARGEST] = largest_over_shards(torch.where(own.isnan(), torch.inf, own), group)
+    return rows
+
+
 def key_of_largest(value: Tensor, key: Tensor, group: ProcessGroup) -> Tensor:
     """For each row the `key`, float64 [N], of the rank whose value [N] is the largest: the smallest key
     where several have it. NaN is larger than anything here, as within a shard."""
     value = torch.where(value.isnan(), torch.inf, value)
     held = value == largest_over_shards(value, group)
     return -largest_over_shards(torch.where(held, -key.double(), -torch.inf), group)
+
+
+def from_first(value: Tensor, group: ProcessGroup) -> Tensor:
+    """What the group's first rank has; of the same shape and dtype on all."""
+    value = value.clone()
+    with explained("the broadcast from the first rank", group):
+        dist.broadcast(value, dist.get_global_rank(group, 0), group=group)
+    return value
 
 
 class ScatteredRows:
@@ -217,10 +242,81 @@ class ScatteredRows:
         self._gradient, self._batch, self._group = gradient, batch, group
         self._mine = gradient.new_empty(batch.each, gradient.shape[1])
         with explained("the reduce-scatter of the features' gradient", group):
-            self._work = _reduce_scatter(self._mine, gradient, group=group, async_op=True)
+            waits = torch.compiler.is_compiling()  # torch.compile has the other kind only
+            self._work = _reduce_scatter(self._mine, gradient, group=group, async_op=not waits)
 
     def wait(self) -> Tensor:
         with explained("the reduce-scatter of the features' gradient", self._group):
             if self._work is not None:
                 self._work.wait()
         return self._mine[: self._batch.mine]
+
+
+class Route:
+    """Which rows of which ranks this one asks for, and which of its own the others do: agreed on once, for
+    rows to travel along it to who asked and, as gradients, back.
+
+    Args:
+        wanted: [K] int64, rows of all ranks' by their global numbers, in any order and as often as wanted;
+            K may differ from rank to rank.
+        classes: rows of all ranks, spread as those of a ``ClassShard``.
+    """
+
+    def __init__(self, wanted: Tensor, classes: int, group: ProcessGroup) -> None:
+        self._group = group
+        world, rank = dist.get_world_size(group), dist.get_rank(group)
+        owner, first = owners(wanted, classes, world, rank)
+        self._order = owner.argsort(stable=True)
+        asked = torch.bincount(owner, minlength=world)
+        given = torch.empty_like(asked)
+        with explained("the exchange of row counts", group):
+            dist.all_to_all_single(given, asked, group=group)
+        self._asked, self._given = asked.tolist(), given.tolist()
+        #: [G] int64: rows of this rank's that the others want, those of the first rank first.
+        self.places = self._sent(wanted[self._order], self._asked, self._given) - first
+
+    def _sent(self, rows: Tensor, mine: list[int], theirs: list[int]) -> Tensor:
+        """[sum(theirs), ...]: of each rank what it has for this one, as bytes, which every backend sends."""
+        got = rows.new_empty(sum(theirs), *rows.shape[1:])
+        width = math.prod(rows.shape[1:])
+        if width:
+            flat, room = (t.reshape(t.shape[0], width).view(torch.uint8) for t in (rows, got))
+            with explained("the exchange of rows", self._group):
+                dist.all_to_all_single(room, flat, theirs, mine, group=self._group)
+        return got
+
+    def fetch(self, local: Tensor) -> Tensor:
+        """[K, ...]: the wanted rows of all ranks' ``local`` ones."""
+        got = self._sent(local.index_select(0, self.places), self._given, self._asked)
+        rows = torch.empty_like(got)
+        rows[self._order] = got
+        return rows
+
+    def give_back(self, gradient: Tensor, rows: int) -> Tensor:
+        """[rows, ...]: what all ranks have for this one's rows, added."""
+        got = self._sent(gradient.index_select(0, self._order), self._asked, self._given)
+        return got.new_zeros(rows, *got.shape[1:]).index_add_(0, self.places, got)
+
+
+class FetchedRows(Function):
+    """The wanted rows [K, ...] of a weight whose rows are spread, all ranks together."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, route: Route) -> Tensor:
+        ctx.route, ctx.rows = route, local.shape[0]
+        return route.fetch(local)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _RowsGivenBack.apply(gradient, ctx.route, ctx.rows), None
+
+
+class _RowsGivenBack(Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, route: Route, rows: int) -> Tensor:
+        ctx.route = route
+        return route.give_back(gradient, rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return FetchedRows.apply(gradient, ctx.route), None, None

@@ -16,9 +16,10 @@ from ..engine.arguments import number
 from ..engine.autograd import detach_without_grad
 from ..engine.mixing import BothLabels, joined, twice
 from ..engine.reduce import over_rows
-from ..softmax import ops
+from ..engine.statistics import Found
 from ..softmax.arguments import Numbers, loss_options, margin_arguments
 from ..softmax.batch_margins import BatchMargin
+from ..softmax.loss_options import MarginTensors
 from ..softmax.margins import Margin
 from ..softmax.mixed import of_doubled
 from ..softmax.options import HeadOptions
@@ -53,21 +54,23 @@ def mixed_loss(
     class_weight: Tensor | None,
     options: HeadOptions,
     step: Step,
-    one_label: Callable[..., Tensor],
+    one_label: Callable[..., Found],
 ) -> Tensor:
     """``normface_loss`` of two labels per row, with options that have been checked. Where one product does
     not serve, `one_label` is the loss of rows that stand there twice."""
     scale_tensor, scale_value = checks.scale(OP, scale, x)
-    given = options.ignore_index, options.check_finite, step.equal_batches, scale_tensor
+    given = options.ignore_index, options.check_finite, step.equal_batches, scale_tensor, options.sub_centers
     both = both_labels_of_all(OP, x, weight, labels, labels_b, lam, sample_weight, shard, *given)
     margin = options.margin
     if not isinstance(margin, BatchMargin) and margin is not None:
         margin = of_doubled(OP, margin, both, shard.num_classes)
     hard = isinstance(margin, BatchMargin) and margin.hard_negatives
-    if hard or options.filter_threshold is not None:
+    apart = options.filter_threshold is not None or options.sub_centers > 1 or not options.normalize_input
+    if hard or apart:
         doubled = replace(options, margin=margin, check_finite=False)
         rows = twice(x, options.eps), weight, both.labels, scale, shard, both.weight, class_weight, doubled
-        return joined(one_label(*rows, share=both.share, **step._asdict()), options.reduction)
+        made, _ = one_label(*rows, share=both.share, statistics=False, **step._asdict())
+        return joined(made, options.reduction)
     if step.sample is not None and options.label_smoothing > 0:
         raise ValueError(
             f"{OP}: expected `label_smoothing` 0 with sampled classes, got {options.label_smoothing}"
@@ -95,7 +98,7 @@ def mixed_loss(
     places, rows_drawn = shard.places(of_all.labels, checks.ignored(options.ignore_index)), None
     local = weight.to_local() if isinstance(weight, DTensor) else weight
     if step.sample is not None:
-        rows_drawn, places = step.sample.draw(places, shard)
+        rows_drawn, places = step.sample.draw(places, shard, labels)
         factors = None if factors is None else factors[rows_drawn]
     elif isinstance(weight, DTensor):
         weight = local  # differentiable; a sparse gradient goes past it
@@ -127,9 +130,8 @@ def mixed_loss(
         loss = over_rows(loss, batch.count)
     if told is None or not isinstance(margin, BatchMargin):
         return loss
-    return with_regularizer(
-        OP, loss, margin, told, both.weight, options.reduction, replicas, batch, shard.group
-    )
+    more = both.weight, options.reduction, replicas, batch, shard.group
+    return with_regularizer(OP, (loss, None), margin, told, *more)[0]
 
 
 def _of_all(batch: Batch, options: HeadOptions) -> BothLabels:
@@ -148,7 +150,7 @@ def _margin_of_all(
     options: HeadOptions,
     replicas: int,
     shard: ClassShard,
-) -> tuple[ops.MarginTensors, Numbers]:
+) -> tuple[MarginTensors, Numbers]:
     """``margin_arguments`` of the rows of all ranks; numbers per row come from their ranks."""
     straight = options.margin_gradient == "straight"
     if margin is None or not margin.per_row:

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 
-from ..engine import sweep
+from ..engine import row_state, sweep
 from ..engine.autograd import no_second_derivative, store_as
-from ..engine.calls import accumulator
+from ..engine.dtypes import accumulator
 from ..engine.mixing import BothLabels
 from ..softmax import ops
+from ..softmax.loss_options import LossOptions
 from ..softmax.mixed_op import add_by_class, cosine_gradients, paired, rows_of_both, slopes_of_pair
 from .collectives import Batch, ScatteredRows, add_over_shards, gather_row_gradients
 from .shard import IGNORED, ClassShard
@@ -39,7 +40,7 @@ class ClassParallelMixedLoss(Function):
         places: Tensor,
         class_weight: Tensor | None,
         rows: Tensor | None,
-        options: ops.LossOptions,
+        options: LossOptions,
         largest_scale: float | None,
         replicas: int,
         shard: ClassShard,
@@ -55,7 +56,7 @@ class ClassParallelMixedLoss(Function):
             of_target = _of_places(class_weight, asked_of)
         cosine, of_target = add_over_shards([torch.cat(parts), of_target], shard.group)
         pair = paired(of_all.labels, places, of_all.counts, cosine, s, IGNORED)
-        shift = shared_shift(wide, classes, pair.p, scale, options, sweep.NO_INPUTS, largest_scale, shard)
+        shift = shared_shift(wide, classes, pair.p, scale, options, row_state.NO_INPUTS, largest_scale, shard)
         swept, options = sweep.head_sweep_in_memory(
             wide,
             classes,
@@ -69,7 +70,7 @@ class ClassParallelMixedLoss(Function):
             need_weight=need_weight,
             shift=shift,
         )
-        added = [sweep.SUM, sweep.SECOND_SUM]
+        added = [row_state.SUM, row_state.SECOND_SUM]
         sums, class_sum = add_over_shards([swept.rows[added], swept.class_sum], shard.group)
         swept.rows[added] = sums
         table, between = rows_of_both(
@@ -117,7 +118,7 @@ class ClassParallelMixedLoss(Function):
         x, classes, p, class_weight, rows, slopes, joined, at_q, here, *saved = saved
         own_x, need_weight, need_scale = ctx.needs_input_grad[:3]
         batch, options, shard, swept = ctx.batch, ctx.options, ctx.shard, sweep.Swept(*saved)
-        x_inverse = swept.rows[sweep.INVERSE_NORM]
+        x_inverse = swept.rows[row_state.INVERSE_NORM]
         origins = grad_loss, mine, weight, scale, m1, m2, m3
         if options.reduction == 0:
             grad_loss = gather_row_gradients(grad_loss, batch, shard.group)

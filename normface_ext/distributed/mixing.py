@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ..engine import checks
 from ..engine.mixing import BothLabels, both_labels
 from .collectives import gather_rows
-from .shard import ClassShard
+from .shard import ClassShard, local_rows
 
 
 def both_labels_of_all(
@@ -25,15 +24,16 @@ def both_labels_of_all(
     check_finite: bool,
     equal_batches: bool,
     scale: Tensor | None = None,
+    centers: int = 1,
 ) -> BothLabels:
     """Checked, of this rank's rows. To `check_finite` the rows of all ranks are gathered for it."""
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
-    checks.features_and_shard(op, x, local, shard.count)
+    local = local_rows(op, weight, centers)
+    checks.features_and_shard(op, x, local, shard.count * centers)
     both = both_labels(op, x, labels, labels_b, lam, sample_weight, shard.num_classes, ignore_index)
     if check_finite:
         ignored = checks.ignored(ignore_index)
         other = ignored + 1 if ignored < 0 else ignored - 1  # any label of a row that counts
-        counted = torch.where(both.counts.view(2, -1).any(0), other, ignored)
+        counted = torch.where(both.any_counts(), other, ignored)
         given = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
         rows = gather_rows(
             x.detach(),

@@ -11,13 +11,16 @@ from torch.distributed.tensor import DTensor, Partial
 
 from ..agents.layers import CContrastiveLoss, CTripletLoss
 from ..cosine.functions import scaled_cosine
-from ..cosine.options import LinearOptions
 from ..engine.arguments import RATE, flag, integer, number
+from ..engine.statistics import Statistics, given_back
 from ..sigmoid.layers import SphereFace2Loss
+from ..softmax.centers import pooled
 from ..softmax.layers import NormFaceLoss
 from . import ranking, softmax
 from .agent_modules import ShardedCContrastiveLoss, ShardedCTripletLoss
+from .resize import SpreadResizing
 from .sampling import ClassSampler
+from .shard import local_rows
 from .sigmoid_modules import ShardedSphereFace2Loss
 from .spread import SpreadClasses, device_of
 
@@ -27,11 +30,14 @@ Head = NormFaceLoss | CContrastiveLoss | CTripletLoss | SphereFace2Loss
 class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
     """``NormFaceLoss`` with its classes spread over the ranks of a mesh; made by :func:`shard_head`.
 
-    ``weight`` is a DTensor ``Shard(0)`` of [num_classes, D]; optimizers, ``state_dict`` and
-    ``torch.distributed.checkpoint`` take it as it is. ``forward`` is called by all ranks together, with the
-    rows of each; see ``distributed.normface_loss`` for what it returns and what it costs. In eval mode all
-    classes take part. So are ``logits``, ``predict`` and ``accuracy``, and those give what is found of this
-    rank's rows alone. ``copy.deepcopy`` makes a head among the same ranks.
+    ``weight`` is a DTensor ``Shard(0)`` of [num_classes, D], with ``sub_centers`` K of [num_classes, K, D] so
+    that no class is split; optimizers, ``state_dict`` and ``torch.distributed.checkpoint`` take it as it is.
+    ``load_state_dict`` also takes the state of one process, which every rank has, and each of them its rows
+    of it; ``distributed.full_state_dict`` is the way back. ``forward`` is called by all ranks together, with
+    the rows of each; see ``distributed.normface_loss`` for what it returns and what it costs. In eval mode
+    all classes take part. So are ``logits``, ``predict``, ``accuracy``, ``centers_of`` and ``weight_for``,
+    and those give what is found of this rank's rows alone, and ``resize_classes``. ``copy.deepcopy`` makes a
+    head among the same ranks. DistributedDataParallel around it leaves the weight alone.
     """
 
     def __init__(
@@ -50,7 +56,8 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
             scale=head.first_scale,
             min_scale=head.min_scale,
             max_scale=None if head.max_scale == float("inf") else head.max_scale,
-            **{**vars(head.options), "margin": head.given_margin()},
+            # The margin comes last, so that its parameters do: optimizers know them by their order.
+            **{**vars(head.options), "margin": None},
             device="meta",
             dtype=head.weight.dtype,
         )
@@ -70,12 +77,14 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
         labels: Tensor | None = None,
         sample_weight: Tensor | None = None,
         *,
+        return_statistics: bool = False,
         labels_b: Tensor | None = None,
         lam: float | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Statistics]:
         if labels is None:
-            return self._without_labels(features, sample_weight=sample_weight, labels_b=labels_b, lam=lam)
-        return softmax.sharded_loss(
+            given = {"sample_weight": sample_weight, "labels_b": labels_b, "lam": lam}
+            return self._without_labels(features, return_statistics, **given)
+        found = softmax.sharded_loss(
             features,
             self.weight,
             labels,
@@ -90,7 +99,9 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
             sample=self.sampler if self.training else None,
             backbone_gradients=self.backbone_gradients,
             equal_batches=self.equal_batches,
+            statistics=flag(type(self).__name__, "return_statistics", return_statistics),
         )
+        return given_back(found)
 
     def logits(self, x: Tensor) -> Tensor:
         """s cos(x_i, w_j) [N, num_classes] of this rank's rows, called by all ranks together: each of them
@@ -98,8 +109,10 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
         weight = self.weight
         assert isinstance(weight, DTensor)
         whole = weight.full_tensor(grad_placements=[Partial()])
-        options = LinearOptions(eps=self.options.eps)
-        return scaled_cosine("norm_linear", x, whole, self.bounded_scale(), options)
+        centers = self.options.sub_centers
+        rows = local_rows(type(self).__name__, whole, centers)
+        scaled = scaled_cosine("norm_linear", x, rows, self.bounded_scale(), self.linear_options())
+        return pooled(scaled, centers)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
@@ -109,24 +122,39 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
         return ranking.nearest_class(
             type(self).__name__,
             x,
-            self._local_weight(),
+            self._local_rows(),
             self.shard,
             options.eps,
             options.workspace,
+            options.sub_centers,
         )
+
+    def _local_rows(self) -> Tensor:
+        return local_rows(type(self).__name__, self._local_weight(), self.options.sub_centers)
+
+    @torch.no_grad()
+    def centers_of(self, x: Tensor, labels: Tensor) -> Tensor:
+        """``NormFaceLoss.centers_of`` of this rank's rows; all ranks call it together."""
+        options, owner = self.present_options(), type(self).__name__
+        given = options.sub_centers, options.ignore_index, options.eps
+        return ranking.nearest_center(owner, x, self._local_rows(), labels, self.shard, *given)
 
     def _ranks(self, x: Tensor, labels: Tensor) -> Tensor:
         options = self.present_options()
         return ranking.target_rank(
             type(self).__name__,
             x,
-            self._local_weight(),
+            self._local_rows(),
             labels,
             self.shard,
             options.ignore_index,
             options.eps,
             options.workspace,
+            options.sub_centers,
         )
+
+    def _resizing(self) -> SpreadResizing:
+        return SpreadResizing(self)
 
 
 @overload

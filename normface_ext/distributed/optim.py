@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from ..engine.arguments import ABOVE_ZERO, AT_LEAST_ZERO, FRACTION, flag, number
 from .collectives import explained
+from .conversion import spread_optimizer_state
 from .rows import TouchedRows, local, sharded_dimensions
 
 
@@ -45,6 +46,10 @@ class RowOptimizer(Optimizer):
                 if rows is not None:
                     self._update(parameter, rows, group)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, and of a state of one process each rank takes its rows: ``load_optimizer_state``."""
+        super().load_state_dict(spread_optimizer_state(type(self).__name__, self, state_dict))
 
     def prepare(self) -> None:
         """Makes the state that first steps would make. Where there is none, ``torch.distributed.checkpoint``
@@ -136,6 +141,7 @@ class RowAdamW(RowOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Counts stay float32: torch casts what it loads to the parameter's dtype; bfloat16 counts to 256."""
+        state_dict = spread_optimizer_state(type(self).__name__, self, state_dict)
         super().load_state_dict(state_dict)
         names = [name for group in state_dict["param_groups"] for name in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]

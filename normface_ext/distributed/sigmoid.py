@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -11,17 +11,18 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 
-from ..engine import checks, sweep
+from ..engine import checks, row_state, sweep, transforms
 from ..engine.arguments import flag
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative, store_as
-from ..engine.calls import accumulator
-from ..engine.mixing import joined, twice
+from ..engine.dtypes import accumulator
+from ..engine.mixing import joined, no_statistics, twice
 from ..engine.options import takes
+from ..engine.statistics import Found, Statistics, given_back
 from ..sigmoid import losses, ops
 from ..sigmoid.functions import bias_of, offset_of, rounded, sweep_options
 from ..sigmoid.losses import SigmoidRows
 from ..sigmoid.options import SphereFace2Keywords, SphereFace2Options
-from .collectives import Batch, ScatteredRows, add_over_shards, gather_rows
+from .collectives import Batch, ScatteredRows, add_over_shards, gather_rows, largest_of_all
 from .mixing import both_labels_of_all
 from .shard import IGNORED, ClassShard
 from .softmax import check_backbone_gradients
@@ -51,6 +52,7 @@ class _ClassParallelRows(Function):
         separate: bool,
         replicas: int,
         shard: ClassShard,
+        need_largest: bool,
     ) -> tuple[Tensor, ...]:
         classes, term = weight.contiguous(), ops.term_of(offset, options)
         swept, options = sweep.head_sweep_in_memory(
@@ -64,19 +66,23 @@ class _ClassParallelRows(Function):
             op=OP,
             need_x=batch.need_x,
             need_weight=ctx.needs_input_grad[1],
+            need_largest=need_largest,
             term=term,
         )
-        added = [sweep.SUM, sweep.SECOND_SUM, sweep.COSINE]
+        added = [row_state.SUM, row_state.SECOND_SUM, row_state.COSINE]
         (swept.rows[added],) = add_over_shards([swept.rows[added]], shard.group)
         ctx.save_for_backward(x, weight, offset, batch.x, classes, places, term.numbers, *swept)
         ctx.batch, ctx.options, ctx.shard = batch, options, shard
         ctx.separate, ctx.replicas = separate, replicas
         cosine, others, row_weight = ops.known(swept.rows)
-        ctx.mark_non_differentiable(row_weight)
-        return cosine, others, row_weight
+        constant = [row_weight]
+        if need_largest:
+            constant.append(largest_of_all(swept.rows, shard.group))
+        ctx.mark_non_differentiable(*constant)
+        return cosine, others, *constant
 
     @staticmethod
-    def backward(ctx: Any, g_cosine: Tensor, g_others: Tensor, _: Tensor) -> Any:
+    def backward(ctx: Any, g_cosine: Tensor, g_others: Tensor, *rest: Any) -> Any:
         own, weight, offset, x, classes, places, numbers, *saved = ctx.saved_tensors
         swept, batch, shard = sweep.Swept(*saved), ctx.batch, ctx.shard
         own_x, need_weight, need_offset = ctx.needs_input_grad[:3]
@@ -97,16 +103,16 @@ class _ClassParallelRows(Function):
                 swept,
                 ctx.options,
                 (*needed, False),
-                sweep.TermInputs(None, numbers),
+                row_state.TermInputs(None, numbers),
             )
             mine = None
             if batch.need_x:
                 moved = ScatteredRows(dx, batch, shard.group).wait() * ctx.replicas
-                norms = batch.own(swept.rows[sweep.INVERSE_NORM])
+                norms = batch.own(swept.rows[row_state.INVERSE_NORM])
                 mine = store_as(moved, own.dtype, norms, ctx.options.eps)
         of_others = asked((need_weight, need_offset), (dw, of_offset))
         given = mine if own_x else None, *of_others
-        return *no_second_derivative(ops.OP, given, *origins), *[None] * 6
+        return *no_second_derivative(ops.OP, given, *origins), *[None] * 7
 
 
 class _OfAllRanks(Function):
@@ -122,6 +128,38 @@ class _OfAllRanks(Function):
         return add_over_shards([gradient], ctx.shard.group)[0], None
 
 
+@overload
+def sphereface2_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: float | Tensor,
+    shard: ClassShard,
+    *,
+    sample_weight: Tensor | None = None,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+    return_statistics: Literal[False] = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    **options: Unpack[SphereFace2Keywords],
+) -> Tensor: ...
+@overload
+def sphereface2_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: float | Tensor,
+    shard: ClassShard,
+    *,
+    sample_weight: Tensor | None = None,
+    backbone_gradients: str = "mean",
+    equal_batches: bool = False,
+    return_statistics: Literal[True],
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    **options: Unpack[SphereFace2Keywords],
+) -> tuple[Tensor, Statistics]: ...
 @takes(SphereFace2Options)
 def sphereface2_loss(
     x: Tensor,
@@ -133,10 +171,11 @@ def sphereface2_loss(
     sample_weight: Tensor | None = None,
     backbone_gradients: str = "mean",
     equal_batches: bool = False,
+    return_statistics: bool = False,
     labels_b: Tensor | None = None,
     lam: float | Tensor | None = None,
     **options: Unpack[SphereFace2Keywords],
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Statistics]:
     """``functional.sphereface2_loss`` of the rows of all ranks over the classes of all ranks.
 
     Every rank of ``shard.group`` calls it with its own rows and its own classes, the same b and the same
@@ -149,20 +188,21 @@ def sphereface2_loss(
         weight: [shard.count, D] its classes, or a DTensor ``Shard(0)`` of [num_classes, D].
         labels: [N] int64 or int32, global, in [0, num_classes) or ``ignore_index``.
         sample_weight: [N] of this rank's rows; on all ranks or on none.
-        check_finite, backbone_gradients, equal_batches: see ``distributed.normface_loss``.
+        check_finite, backbone_gradients, equal_batches, return_statistics: see
+            ``distributed.normface_loss``.
 
     The others are those of ``functional.sphereface2_loss``.
 
     Returns:
         For "mean" and "sum" the loss over the rows of all ranks, the same bits on every rank; backward has
         to be called on all of them, with the same upstream gradient. For "none" [N], of this rank's rows.
-        Second derivatives raise.
+        Second derivatives raise. With ``return_statistics`` (loss, Statistics).
 
     Raises:
         TypeError, ValueError, IndexError: as ``functional.sphereface2_loss``.
         RuntimeError: a rank died or came too late.
     """
-    return sharded_loss(
+    found = sharded_loss(
         x,
         weight,
         labels,
@@ -174,7 +214,9 @@ def sphereface2_loss(
         lam,
         backbone_gradients=backbone_gradients,
         equal_batches=equal_batches,
+        statistics=flag(OP, "return_statistics", return_statistics),
     )
+    return given_back(found)
 
 
 def sharded_loss(
@@ -190,16 +232,19 @@ def sharded_loss(
     *,
     backbone_gradients: str,
     equal_batches: bool,
-) -> Tensor:
+    statistics: bool,
+) -> Found:
     """The loss with options that have been checked. With two labels the rows stand there twice."""
+    transforms.refuse(OP)
     check_backbone_gradients(OP, backbone_gradients)
     flag(OP, "equal_batches", equal_batches)
     if labels_b is not None or lam is not None:
+        no_statistics(OP, statistics)
         told = options.ignore_index, options.check_finite, equal_batches
         both = both_labels_of_all(OP, x, weight, labels, labels_b, lam, sample_weight, shard, *told)
         if options.check_finite:
             checks.finite_rows(OP, "bias", bias_of(OP, bias, x))
-        made = sharded_loss(
+        made, _ = sharded_loss(
             twice(x, options.eps),
             weight,
             both.labels,
@@ -209,8 +254,9 @@ def sharded_loss(
             replace(options, check_finite=False),
             backbone_gradients=backbone_gradients,
             equal_batches=equal_batches,
+            statistics=False,
         )
-        return joined(made, options.reduction)
+        return joined(made, options.reduction), None
     if isinstance(weight, DTensor):
         weight = weight.to_local()  # differentiable
     checks.features_and_shard(OP, x, weight, shard.count)
@@ -242,8 +288,12 @@ def sharded_loss(
     if separate:
         b = _OfAllRanks.apply(b, shard)
     own, weight = detach_without_grad(x, weight)
-    cosine, others, row_weight = _ClassParallelRows.apply(
-        own, weight, offset_of(b, options), batch, places, given, separate, replicas, shard
+    cosine, others, row_weight, *state = _ClassParallelRows.apply(
+        own, weight, offset_of(b, options), batch, places, given, separate, replicas, shard, statistics
     )
-    loss = rounded(losses.loss(options, SigmoidRows(row_weight, cosine, others), b, batch.count), x)
-    return batch.own(loss) if separate else loss
+    rows = SigmoidRows(row_weight, cosine, others)
+    loss = rounded(losses.loss(options, rows, b, batch.count), x)
+    return (
+        batch.own(loss) if separate else loss,
+        losses.statistics(options, rows, b, state[0], x.dtype) if statistics else None,
+    )

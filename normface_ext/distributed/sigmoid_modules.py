@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..engine.arguments import flag
+from ..engine.statistics import Statistics, given_back
 from ..sigmoid.layers import SphereFace2Loss
 from . import sigmoid
 from .spread import SpreadClasses, device_of
@@ -46,10 +48,11 @@ class ShardedSphereFace2Loss(SpreadClasses, SphereFace2Loss):
         labels: Tensor,
         sample_weight: Tensor | None = None,
         *,
+        return_statistics: bool = False,
         labels_b: Tensor | None = None,
         lam: float | Tensor | None = None,
-    ) -> Tensor:
-        return sigmoid.sharded_loss(
+    ) -> Tensor | tuple[Tensor, Statistics]:
+        found = sigmoid.sharded_loss(
             features,
             self.weight,
             labels,
@@ -61,4 +64,6 @@ class ShardedSphereFace2Loss(SpreadClasses, SphereFace2Loss):
             lam,
             backbone_gradients=self.backbone_gradients,
             equal_batches=self.equal_batches,
+            statistics=flag(type(self).__name__, "return_statistics", return_statistics),
         )
+        return given_back(found)

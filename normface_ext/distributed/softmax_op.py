@@ -10,10 +10,12 @@ from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 
 from .. import _C
-from ..engine import sweep
+from ..engine import row_state, sweep
 from ..engine.autograd import no_second_derivative, store_as
 from ..softmax import ops
 from ..softmax.arguments import Numbers, margin_arguments
+from ..softmax.centers import as_rows, by_class
+from ..softmax.loss_options import LossOptions, MarginTensors
 from ..softmax.margins import Margin
 from ..softmax.options import HeadOptions
 from .collectives import (
@@ -21,6 +23,7 @@ from .collectives import (
     ScatteredRows,
     add_over_shards,
     gather_row_gradients,
+    largest_of_all,
     largest_over_shards,
 )
 from .shard import ClassShard
@@ -28,13 +31,22 @@ from .shard import ClassShard
 OP = "distributed.normface_loss"
 
 
+def _serves(bound: float, classes: int, wide: bool, lowest: float, highest: float) -> bool:
+    """Whether a constant shift does for scales up to a bound."""
+    served: bool = _C.has_fixed_shift(bound, classes, wide, lowest, highest)
+    return served
+
+
+_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def shared_shift(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
     scale: Tensor | None,
-    options: ops.LossOptions,
-    term: sweep.TermInputs,
+    options: LossOptions,
+    term: row_state.TermInputs,
     largest_scale: float | None,
     shard: ClassShard,
 ) -> Tensor | None:
@@ -43,9 +55,10 @@ def shared_shift(
     bound = options.scale_value if scale is None else largest_scale
     if bound is None:
         assert scale is not None
-        bound = float(scale.detach())
+        # Of scales per row the largest; there may be no row.
+        bound = float(scale.detach().abs().amax()) if scale.numel() else 0.0
     ends = options.lowest, options.highest
-    if _C.has_fixed_shift(bound, shard.num_classes, x.dtype == torch.float64, *ends):
+    if _serves(bound, shard.num_classes, x.dtype == torch.float64, *ends):
         return None
     return largest_over_shards(sweep.head_shift(x, weight, labels, scale, options, term), shard.group)
 
@@ -57,7 +70,7 @@ class RowsOfAll(Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, batch: Batch, replicas: int, shard: ClassShard) -> Tensor:
         ctx.batch, ctx.replicas = batch, replicas
-        return gather_row_gradients(value, batch, shard.group, "the rows' margins")
+        return gather_row_gradients(value, batch, shard.group, "numbers of the rows")
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -73,7 +86,7 @@ def margin_of_all(
     shard: ClassShard,
     *,
     of_all: bool = False,
-) -> tuple[ops.MarginTensors, Numbers]:
+) -> tuple[MarginTensors, Numbers]:
     """``margin_arguments`` of the rows of all ranks; numbers per row come from their ranks, unless they are
     those `of_all`."""
     straight = options.margin_gradient == "straight"
@@ -89,8 +102,9 @@ def margin_of_all(
 class ClassParallelLoss(Function):
     """As ``ops._NormFaceLoss``, with the row sums added over shards between the stages.
 
-    ``weight`` is the shard [C_local, D]; with ``rows`` [K] only those of its classes take part, and its
-    gradient is a sparse tensor of them (``first`` says what its row 0 is called there).
+    ``weight`` is the shard [C_local, D], or [C_local, centers, D]; with ``rows`` [K] only those of its
+    classes take part, and its gradient is a sparse tensor of them (``first`` says what its row 0 is called
+    there).
     """
 
     @staticmethod
@@ -108,15 +122,18 @@ class ClassParallelLoss(Function):
         rows: Tensor | None,
         threshold: Tensor | None,
         numbers: Tensor | None,
-        options: ops.LossOptions,
+        options: LossOptions,
         largest_scale: float | None,
         replicas: int,
         shard: ClassShard,
-    ) -> Tensor:
+        statistics: bool,
+    ) -> Any:
         need_weight = ctx.needs_input_grad[1]
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         classes = local.contiguous() if rows is None else local.index_select(0, rows)
-        term = sweep.TermInputs(threshold, numbers)
+        if options.centers > 1:
+            classes = as_rows(classes)
+        term = row_state.TermInputs(threshold, numbers)
         shift = shared_shift(batch.x, classes, places, scale, options, term, largest_scale, shard)
         swept, options = sweep.head_sweep_in_memory(
             batch.x,
@@ -129,6 +146,7 @@ class ClassParallelLoss(Function):
             op="normface_loss",
             need_x=batch.need_x,
             need_weight=need_weight,
+            need_largest=statistics,
             shift=shift,
             term=term,
         )
@@ -136,11 +154,11 @@ class ClassParallelLoss(Function):
         fields = 3 if class_weight is None else 4
         sums, class_sum = add_over_shards([swept.rows[:fields], swept.class_sum], shard.group)
         swept.rows[:fields] = sums
-        margin = m1, m2, m3
+        margin, class_sum = (m1, m2, m3), class_sum.to(swept.class_sum.dtype)
         loss, slopes = ops.softmax_finish(
             swept.rows,
             batch.x,
-            class_sum.to(swept.class_sum.dtype),
+            class_sum,
             scale,
             margin,
             options,
@@ -162,10 +180,17 @@ class ClassParallelLoss(Function):
         )
         ctx.batch, ctx.options, ctx.replicas, ctx.shard = batch, options, replicas, shard
         ctx.weight_shape, ctx.first = weight.shape, shard.first if isinstance(weight, DTensor) else 0
-        return batch.own(loss).clone() if options.reduction == 0 else loss
+        mine = batch.own(loss).clone() if options.reduction == 0 else loss
+        if not statistics:
+            return mine
+        rows = largest_of_all(swept.rows, shard.group)
+        weighted = class_weight is not None
+        means = ops.means_of_rows(rows, batch.x, class_sum, scale, margin, options, weighted=weighted)
+        ctx.mark_non_differentiable(*means)
+        return mine, *means
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor, *rest: Any) -> Any:
         mine, weight, scale, m1, m2, m3, *saved = ctx.saved_tensors
         x, classes, places, class_weight, rows, threshold, numbers, slopes, *swept = saved
         own_x, need_weight, need_scale = ctx.needs_input_grad[:3]
@@ -187,7 +212,7 @@ class ClassParallelLoss(Function):
                     sweep.Swept(*swept),
                     options,
                     needed,
-                    sweep.TermInputs(threshold, numbers),
+                    row_state.TermInputs(threshold, numbers),
                 )
 
         # The features' gradient travels while the weight's is computed.
@@ -196,14 +221,16 @@ class ClassParallelLoss(Function):
         dw: Tensor | None = gradients(False, True, False)[1] if need_weight else None
         dx = None
         if moving is not None:
-            norms = batch.own(swept[0][sweep.INVERSE_NORM])
+            norms = batch.own(swept[0][row_state.INVERSE_NORM])
             dx = store_as(moving.wait() * ctx.replicas, x.dtype, norms, options.eps)
         with torch.no_grad():
             of_margin = ops.margin_gradients(grad_loss, slopes, (m1, m2, m3), ctx.needs_input_grad[3:6])
         given = (dx if own_x else None, dw, ds if need_scale else None, *of_margin)
         dx, dw, *others = no_second_derivative("normface_loss", given, *origins)
+        if dw is not None and options.centers > 1:
+            dw = by_class(dw, options.centers)
         if dw is not None and rows is not None:
             dw = torch.sparse_coo_tensor(
                 (rows + ctx.first)[None], dw, ctx.weight_shape, is_coalesced=True, check_invariants=False
             )
-        return dx, dw, *others, *[None] * 10
+        return dx, dw, *others, *[None] * 11

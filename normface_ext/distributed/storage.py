@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -28,18 +29,18 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def gathered(what: str, mine: Result) -> list[Result]:
-    """A value of every rank, by rank."""
-    group = dist.group.WORLD
+def gathered(what: str, mine: Result, group: ProcessGroup | None = None) -> list[Result]:
+    """A value of every rank of a group, or of all ranks that there are, by rank."""
+    group = group or dist.group.WORLD
     if not dist.is_initialized() or group is None:
         return [mine]
-    everyone: list[Any] = [None] * dist.get_world_size()
+    everyone: list[Any] = [None] * dist.get_world_size(group)
     with explained(what, group):
-        dist.all_gather_object(everyone, mine)
+        dist.all_gather_object(everyone, mine, group=group)
     return everyone
 
 
-def together(what: str, work: Callable[[], Result]) -> Result:
+def together(what: str, work: Callable[[], Result], group: ProcessGroup | None = None) -> Result:
     """What ``work`` returns here; its error on every rank, if it failed on any."""
     result: Result | None = None
     failure: Exception | None = None
@@ -48,7 +49,7 @@ def together(what: str, work: Callable[[], Result]) -> Result:
     except Exception as error:
         failure = error
     told = None if failure is None else _retold(failure, what, _rank())
-    for heard in gathered(what, told):
+    for heard in gathered(what, told, group):
         if heard is not None:
             raise heard from failure
     return cast(Result, result)
@@ -60,7 +61,7 @@ def _retold(error: Exception, what: str, rank: int) -> Exception:
     if isinstance(error, OSError) and error.errno is not None:
         at = f": {error.filename}" if error.filename else ""
         return type(error)(error.errno, f"{error.strerror}{at} (rank {rank})")
-    for kind in (FileNotFoundError, OSError, ValueError, TypeError):
+    for kind in (FileNotFoundError, OSError, ValueError, TypeError, IndexError):
         if isinstance(error, kind):
             return kind(f"{error} (rank {rank})")
     return RuntimeError(f"{what} failed: {type(error).__name__}: {str(error)[:120]} (rank {rank})")

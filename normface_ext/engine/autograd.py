@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+from . import graphs
 
 
 class _Once(Function):
@@ -22,66 +25,98 @@ class _Once(Function):
         raise RuntimeError(ctx.message)
 
 
-def no_second_derivative(
-    op: str, gradients: tuple[Tensor | None, ...], *origins: Tensor | None
+def _raising(
+    message: str, gradients: tuple[Tensor | None, ...], origins: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients that raise a sentence when somebody differentiates them again, by one of the ``origins`` or
     by anything: autograd goes only where what is asked for can be reached."""
     if not torch.is_grad_enabled():
         return gradients
-    message = f"{op}: second derivatives are not available; differentiate normface_ext.reference.{op} instead"
     present = [g.detach().requires_grad_() for g in gradients if g is not None]
     raising = iter(_Once.apply(message, len(present), *present, *origins))
     return tuple(None if g is None else next(raising) for g in gradients)
 
 
-class _Formula(Function):
-    """``kernel(*inputs)``, with the derivatives, of any order, of ``formula(*inputs)``: so that a first
-    gradient is the kernel's whether or not it will be differentiated again."""
+def no_second_derivative(
+    op: str, gradients: tuple[Tensor | None, ...], *origins: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The first gradients of an op that has no others."""
+    message = f"{op}: second derivatives are not available; differentiate normface_ext.reference.{op} instead"
+    return _raising(message, gradients, origins)
+
+
+def no_third_derivative(
+    op: str, gradients: tuple[Tensor | None, ...], *origins: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The second gradients of an op that has no others."""
+    message = f"{op}: third derivatives are not available; differentiate normface_ext.reference.{op} instead"
+    return _raising(message, gradients, origins)
+
+
+Given = tuple[Tensor | None, ...]
+#: (inputs, upstream of the results, which inputs need a gradient) -> the gradients of the inputs.
+Again = Callable[[Given, Given, tuple[bool, ...]], Given]
+
+
+class _First(Function):
+    """``kernel(*inputs)``, which are first gradients, with the gradients that ``again`` gives: so that the
+    first ones are the kernel's whether or not they will be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Any, formula: Any, *inputs: Tensor | None) -> Any:
+    def forward(ctx: Any, kernel: Any, again: Again, *inputs: Tensor | None) -> Any:
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
-        ctx.formula = formula
+        ctx.again = again
         return kernel(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        again, needed = torch.is_grad_enabled(), ctx.needs_input_grad[2:]
+        return None, None, *ctx.again(ctx.saved_tensors, upstream, ctx.needs_input_grad[2:])
+
+
+def first_by_kernel(kernel: Any, again: Again, *inputs: Tensor | None) -> Given:
+    """First gradients by ``kernel``; those of them, where a graph is made, by ``again``."""
+    gradients: Given
+    gradients = _First.apply(kernel, again, *inputs) if torch.is_grad_enabled() else kernel(*inputs)
+    return gradients
+
+
+def by_formula(formula: Any) -> Again:
+    """The derivatives, of any order, of ``formula(*inputs)``, which are first gradients in plain torch."""
+
+    def again(saved: Given, upstream: Given, needed: tuple[bool, ...]) -> Given:
+        graphed = torch.is_grad_enabled()
         with torch.enable_grad():
             # Each input under a name of its own, since one may have been computed from another.
-            inputs = [t if t is None else t.view_as(t) for t in ctx.saved_tensors]
-            results = ctx.formula(*inputs)
+            inputs = [t if t is None else t.view_as(t) for t in saved]
+            results = formula(*inputs)
             pairs = [
                 (r, g) for r, g in zip(results, upstream, strict=True) if g is not None and r.requires_grad
             ]
             if not pairs:  # linear in what is asked for
-                return None, None, *(None if t is None else torch.zeros_like(t) for t in inputs)
+                return tuple(None if t is None else torch.zeros_like(t) for t in inputs)
             wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
             found = iter(
                 torch.autograd.grad(
                     [r for r, _ in pairs],
                     wanted,
                     [g for _, g in pairs],
-                    create_graph=again,
+                    create_graph=graphed,
                     allow_unused=True,
                 )
             )
-        return None, None, *(next(found) if need else None for need in needed)
+        return tuple(next(found) if need else None for need in needed)
 
-
-def first_by_kernel(kernel: Any, formula: Any, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    """First gradients by ``kernel``; those of them, where a graph is made, by ``formula``."""
-    gradients: tuple[Tensor | None, ...]
-    gradients = _Formula.apply(kernel, formula, *inputs) if torch.is_grad_enabled() else kernel(*inputs)
-    return gradients
+    return again
 
 
 def detach_without_grad(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors; detached where autograd does not record. A Function is told there, too, that parameters
-    need a gradient, and would keep for a backward that cannot come what only that needs."""
-    return tensors if torch.is_grad_enabled() else tuple(t.detach() for t in tensors)
+    need a gradient, and would keep for a backward that cannot come what only that needs. torch.jit.trace
+    compares the graphs that it gets with and without."""
+    if torch.is_grad_enabled() or graphs.tracing():
+        return tensors
+    return tuple(t.detach() for t in tensors)
 
 
 def asked(needed: tuple[bool, ...], gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import library
+from .dtypes import autocast_dtype
 
 
 def kernels(*tensors: Tensor | None) -> Any:
@@ -27,24 +28,6 @@ def kernels(*tensors: Tensor | None) -> Any:
 def plan_device(x: Tensor) -> torch.device:
     """Whose plan to follow: the device of x, or CUDA's when emulated CUDA kernels are in use."""
     return torch.device("cuda") if library.emulating() else x.device
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def autocast_dtype(x: Tensor, kind: str) -> torch.dtype | None:
-    """What autocast on a kind of device makes of the operands of a product with x, where it does; float64
-    stays."""
-    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
-
-
-def autocast(x: Tensor) -> Tensor:
-    """x as autocast hands it to a matrix product."""
-    dtype = autocast_dtype(x, "cuda" if x.is_cuda else "cpu")
-    return x if dtype is None else x.to(dtype)
 
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

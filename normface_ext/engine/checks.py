@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from . import arguments
+from . import arguments, graphs, transforms
 from .arguments import INT64_MAX, INT64_MIN, choice, integer, number
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -19,18 +19,41 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2, "batchmean": 2}
 
 
+#: Kinds of tensors that no kernel takes, and what to do instead. By the name of their class: to import the
+#: classes takes long, and who has one has done so.
+FOREIGN = {
+    "DTensor": "a DTensor: give what this rank has of it, .to_local(), or all of it, .full_tensor(); the head"
+    " of normface_ext.distributed.shard_head takes plain features, and has logits(x), predict(x) and"
+    " accuracy(x, labels)",
+    "MaskedTensor": "a MaskedTensor: give .to_tensor(value), or .get_data() and rows that are ignored",
+    "UninitializedParameter": "an UninitializedParameter: run its lazy module once first",
+    "UninitializedBuffer": "an UninitializedBuffer: run its lazy module once first",
+}
+#: Named tensors went with torch 2.13; Dynamo never took them.
+_has_names: Callable[[Tensor], bool] | None = getattr(Tensor, "has_names", None)
+
+
 def is_dtensor(value: Tensor) -> bool:
-    """By name: to import the class takes long, and who has one has done so."""
+    """By name, as in ``FOREIGN``."""
     return type(value).__name__ == "DTensor"
 
 
 def tensor(op: str, name: str, value: object) -> Tensor:
+    """A plain tensor: what every op's tensors have to be. Dtype, shape and device are for others to check."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: expected `{name}` to be a Tensor, got {type(value).__name__}")
-    if is_dtensor(value):
-        raise TypeError(f"{op}: expected `{name}` to be a plain Tensor, got a DTensor")
+        raise TypeError(
+            f"{op}: expected `{name}` to be a Tensor, got {type(value).__name__}{graphs.advice(value)}"
+        )
+    if type(value).__name__ in FOREIGN:
+        raise TypeError(f"{op}: expected `{name}` to be a plain Tensor, got {FOREIGN[type(value).__name__]}")
     if value.layout is not torch.strided:
         raise TypeError(f"{op}: expected `{name}` to be a dense Tensor, got {value.layout}")
+    if value.is_nested:
+        raise TypeError(f"{op}: expected `{name}` to be a dense Tensor, got a nested one")
+    if _has_names is not None and not torch.compiler.is_compiling() and _has_names(value):
+        raise TypeError(
+            f"{op}: expected `{name}` without names, got a named tensor: .rename(None) drops them"
+        )
     return value
 
 
@@ -66,6 +89,8 @@ def eps(op: str, name: str, value: object) -> float:
 
 def exponent(op: str, name: str, value: object) -> int:
     """`p`: 1 or 2, also as a float (torch's own default is 2.0)."""
+    if type(value) is int and (value == 2 or value == 1):
+        return value
     try:
         p = number(op, name, value)
     except (TypeError, ValueError):
@@ -211,8 +236,9 @@ def label_rows(op: str, value: object, x: Tensor, name: str = "labels") -> Tenso
 
 def has_values(value: Tensor) -> bool:
     """Whether a tensor's values can be read at all: not of a fake or meta tensor, nor while compiling or
-    while a CUDA graph is captured."""
-    return not (torch.compiler.is_compiling() or value.is_meta or is_fake(value) or capturing(value))
+    while a CUDA graph is captured, nor of a batch under torch.func.vmap."""
+    unknown = torch.compiler.is_compiling() or value.is_meta or is_fake(value) or capturing(value)
+    return not (unknown or transforms.batched(value))
 
 
 def capturing(value: Tensor) -> bool:
@@ -273,6 +299,8 @@ def finite_rows(
     sentence = f"{op}: expected `{name}` to be finite, got NaN or infinity"
     if torch.compiler.is_compiling() or capturing(value):
         torch._assert_async(~bad.any(), sentence)
+    elif transforms.batched(value):
+        raise ValueError(f"{op}: expected `check_finite` False under torch.func.vmap, got True")
     elif has_values(value) and bad.any():
         if bad.dim() == 0:
             raise ValueError(sentence)

@@ -8,8 +8,9 @@ import torch
 
 from .plan import Products, plan_of_step
 
-#: N, D, C, dtype, device, and whether the term is the softmax's: what a plan is made for.
-Step = tuple[int, int, int, torch.dtype, torch.device, bool]
+#: N, D, rows of the weight, dtype, device, whether the term is the softmax's, and how many rows a class has:
+#: what a plan is made for.
+Step = tuple[int, int, int, torch.dtype, torch.device, bool, int]
 
 #: The least workspace that could not be had, by device. It is not asked for again: on CUDA an allocation that
 #: fails empties torch's cache first, at every step.

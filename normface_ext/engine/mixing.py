@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import checks
+from . import checks, transforms
 from .arguments import SHARE, number
 from .autograd import store_as
-from .calls import accumulator
+from .dtypes import accumulator
 
 
 class BothLabels(NamedTuple):
@@ -28,6 +28,10 @@ class BothLabels(NamedTuple):
     #: has no other label that counts.
     share: Tensor
     counts: Tensor  # [2N] bool: not ignored, and of a weight that is not 0
+
+    def any_counts(self) -> Tensor:
+        """[N] bool: whether a row counts with either label."""
+        return self.counts.view(2, -1).any(0)
 
 
 def both_labels(
@@ -83,6 +87,14 @@ def _outside(shares: Tensor) -> float:
     return float(flat[~((flat >= 0) & (flat <= 1))][0])
 
 
+def no_statistics(op: str, wanted: bool) -> None:
+    """Raises where the statistics of rows with two labels are asked for."""
+    if wanted:
+        raise ValueError(
+            f"{op}: expected `return_statistics` False with `labels_b`, of which a row has no one target"
+        )
+
+
 def check_finite(
     op: str,
     x: Tensor,
@@ -92,7 +104,7 @@ def check_finite(
     scale: Tensor | None = None,
 ) -> None:
     """``checks.finite_operands`` of the rows that count with either label."""
-    counts = both.counts.view(2, -1).any(0)
+    counts = both.any_counts()
     checks.finite_operands(op, x, weight, counts, scale)
     if sample_weight is not None:
         checks.finite_rows(op, "sample_weight", sample_weight, counts)
@@ -116,7 +128,9 @@ class _Twice(Function):
 
 def twice(x: Tensor, eps: float) -> Tensor:
     """[x; x], [2N, D], of rows that will be normalised with this eps."""
-    result: Tensor = _Twice.apply(x, eps) if x.dtype.itemsize == 2 else torch.cat([x, x])
+    if x.dtype.itemsize > 2 or transforms.watched():
+        return torch.cat([x, x])
+    result: Tensor = _Twice.apply(x, eps)
     return result
 
 

@@ -16,6 +16,8 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
+from . import graphs
+
 #: (op, name, value) -> the value as it is kept; raises what is none.
 Check = Callable[[str, str, object], Any]
 Self = TypeVar("Self", bound="Options")
@@ -104,6 +106,9 @@ class HoldsOptions(nn.Module):
     checks it as the constructor does."""
 
     options: Options
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise graphs.not_scriptable(type(self).__name__)
 
     def keep_options(self, options: Options) -> None:
         object.__setattr__(self, "options", options)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _C
-from . import checks, library
+from . import checks, graphs, library
 from .arguments import integer
 
 GIB = 1 << 30
@@ -155,6 +155,7 @@ def plan(
     device: str | torch.device = "cpu",
     *,
     workspace: int | None = None,
+    sub_centers: int = 1,
 ) -> Plan:
     """The algorithm, chunking, memory and work of ``normface_loss`` for a shape. ``print`` it: it says what
     was chosen, what was not, and why.
@@ -167,6 +168,7 @@ def plan(
         device: where it will run.
         workspace: budget in bytes for everything beyond inputs and gradients; ``None`` is 2 GiB on the
             CPU and 8 GiB (at most a quarter of the card's memory) on CUDA.
+        sub_centers: K, see ``normface_loss``: K rows of the weight for each of C classes.
 
     Raises:
         TypeError: a size that is no int, another dtype.
@@ -176,39 +178,41 @@ def plan(
     batch = integer("plan", "batch", batch, 0)
     dim, classes = integer("plan", "dim", dim, 1), integer("plan", "classes", classes, 1)
     dtype, workspace = checks.floating_dtype("plan", dtype), checks.workspace("plan", "workspace", workspace)
-    device = checks.device("plan", device)
-    return plan_of_step(batch, dim, classes, dtype, device, True, workspace)
+    device, centers = checks.device("plan", device), integer("plan", "sub_centers", sub_centers, 1)
+    return plan_of_step(batch, dim, classes * centers, dtype, device, True, centers, workspace)
 
 
 def plan_of_step(
     batch: int,
     dim: int,
-    classes: int,
+    rows: int,
     dtype: torch.dtype,
     device: torch.device,
     softmax: bool,
+    centers: int,
     workspace: int | None,
 ) -> Plan:
-    """``plan`` of what was checked, for a sweep of the softmax's term or of another."""
+    """``plan`` of what was checked, for a sweep of the softmax's term or of another, over a weight of `rows`
+    rows, `centers` of them for a class."""
     budget = default_workspace(device) if workspace is None else workspace
     item = operand_bytes(device, dtype)
-    step = batch, dim, classes, item, softmax, facts(device), budget
+    step = batch, dim, rows, item, softmax, centers, facts(device), budget
     way = _C.chosen_way(*step)
     if way["chunk"] == 0:
         raise ValueError(
             f"plan: expected `workspace` of at least {way['bytes']} bytes for"
-            f" N={batch}, D={dim}, C={classes}, got {budget}"
+            f" N={batch}, D={dim}, C={rows // centers}, got {budget}"
         )
-    algorithm, product = _algorithm(way), 2 * batch * dim * classes
-    weights, kept = (3, 2 * batch * classes) if way["store"] else (4, 0)  # W is read once more without E
-    moved = (weights * classes * dim + 2 * batch * dim + kept) * item
+    algorithm, product = _algorithm(way), 2 * batch * dim * rows
+    weights, kept = (3, 2 * batch * rows) if way["store"] else (4, 0)  # W is read once more without E
+    moved = (weights * rows * dim + 2 * batch * dim + kept) * item
     others = [other for other in _C.all_ways(*step) if _key(other) != _key(way)]
     return Plan(
         algorithm,
         way["scores"],
         way["weight_gradient"],
-        way["chunk"],
-        -(-classes // way["chunk"]),
+        way["chunk"] // centers,
+        -(-rows // way["chunk"]),
         way["bytes"],
         (3 if way["store"] else 4) * product,
         moved,
@@ -269,12 +273,12 @@ _rules: dict[tuple[Any, ...], _Rule] = {}
 _asked: _Asked | None = None
 
 
-def _rule(device: torch.device, dim: int, dtype: torch.dtype, softmax: bool) -> _Rule:
-    key = device, dim, dtype, softmax, library.emulating(), torch.get_num_threads()
+def _rule(device: torch.device, dim: int, dtype: torch.dtype, softmax: bool, centers: int) -> _Rule:
+    key = device, dim, dtype, softmax, centers, library.emulating(), torch.get_num_threads()
     rule = _rules.get(key)
     if rule is None:
         integer("plan", "dim", dim, 1)
-        coefficients = _C.store_rule(dim, operand_bytes(device, dtype), softmax, facts(device))
+        coefficients = _C.store_rule(dim, operand_bytes(device, dtype), softmax, centers, facts(device))
         rule = _rules[key] = (*coefficients, default_workspace(device))
     return rule
 
@@ -299,27 +303,30 @@ def products(
     workspace: int | None,
     *,
     softmax: bool = True,
+    centers: int = 1,
 ) -> Products:
-    """Of a sweep: one inequality in N and C, so that a trace has one guard however its sizes may change.
+    """Of a sweep: one inequality in N and C, so that a trace has one guard however its sizes may change. With
+    several `centers` of a class, rows of the weight take the place of its classes.
 
     Raises:
         ValueError: as ``plan``, outside of traces.
     """
     # D has to be a number for the rule: a trace takes it as one by the length of a range.
-    parts, memory, later, cache_cells, budget = _rule(device, len(range(dim)), dtype, softmax)
+    parts, memory, later, cache_cells, budget = _rule(device, len(range(dim)), dtype, softmax, centers)
     if workspace is not None:
         budget = workspace
-    if _asked is not None and (given := _as_asked(_asked, batch, dim, classes, dtype, device, budget)):
+    rows = classes * centers
+    if _asked is not None and (given := _as_asked(_asked, batch, dim, rows, dtype, device, budget, centers)):
         return given
-    excess = _least(memory, batch, classes) - parts * budget
+    if graphs.exporting():
+        return Products(False, budget, "auto")  # one program for all batches, that keeps nothing for later
+    excess = _least(memory, batch, rows) - parts * budget
     if later:  # E in the cache, or not the slower way
-        beyond = batch * classes - cache_cells
-        excess = max(excess, min(beyond, _least(later, batch, classes)))
+        beyond = batch * rows - cache_cells
+        excess = max(excess, min(beyond, _least(later, batch, rows)))
     keep = bool(excess <= 0)
-    if not keep and not torch.compiler.is_compiling():
-        plan_of_step(
-            batch, dim, classes, dtype, device, softmax, budget
-        )  # raises where not even one class fits
+    if not keep and not torch.compiler.is_compiling():  # raises where not even one class fits
+        plan_of_step(batch, dim, rows, dtype, device, softmax, centers, budget)
     return Products(keep, budget, "auto")
 
 
@@ -337,7 +344,14 @@ def asking(product: str, *, store: bool | None = None, chunk: int | None = None)
 
 
 def _as_asked(
-    asked: _Asked, batch: int, dim: int, classes: int, dtype: torch.dtype, device: torch.device, budget: int
+    asked: _Asked,
+    batch: int,
+    dim: int,
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    budget: int,
+    centers: int,
 ) -> Products | None:
     known = {row["name"]: row for row in _C.products()}
     if asked.product not in known:
@@ -347,6 +361,6 @@ def _as_asked(
         return None
     store = row["keeps_e"] if asked.store is None else asked.store
     if asked.chunk is not None and not store:
-        step = batch, dim, classes, operand_bytes(device, dtype), facts(device)
-        budget = _C.workspace_bytes(asked.product, *step, min(asked.chunk, classes))
+        step = batch, dim, rows, operand_bytes(device, dtype), facts(device)
+        budget = _C.workspace_bytes(asked.product, *step, min(asked.chunk * centers, rows), centers)
     return Products(store, budget, asked.product)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,5 +30,6 @@ def weighted(
 
 
 def softplus(z: Tensor) -> Tensor:
-    """ln(1 + e^z), exact also past 20, where torch's own leaves off."""
-    return torch.logaddexp(z, torch.zeros_like(z))
+    """ln(1 + e^z), exact also past 20, where torch's own leaves off, and with a second derivative also where
+    e^z has no number, which torch.logaddexp's lacks."""
+    return -F.logsigmoid(-z)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, graphs
 from .arguments import POSITIVE, number, shown
 
 #: The least that a learned scale is used as, where nothing says otherwise.
@@ -68,6 +68,10 @@ def bounds_of(op: str, state: object) -> tuple[float, float]:
 class HoldsScale(nn.Module):
     """A layer whose parameter ``scale``, where it has one, carries the layer's bounds wherever it goes."""
 
+    weight: nn.Parameter
+    #: Whether a fixed scale was given another value than the constructor's.
+    scale_was_set: bool = False
+
     def scale_bounds(self) -> tuple[float, float]:
         raise NotImplementedError
 
@@ -82,7 +86,14 @@ class HoldsScale(nn.Module):
         scale: float | Tensor = self._parameters.get("scale")  # type: ignore[assignment]
         if scale is None:
             scale = self.scale
-        return checks.bounded(scale, *self.scale_bounds()) if isinstance(scale, Tensor) else scale
+        if isinstance(scale, Tensor):
+            return checks.bounded(scale, *self.scale_bounds())
+        if self.scale_was_set and torch.compiler.is_compiling() and not graphs.exporting():
+            # Ops take a number as a constant: each value of a schedule would be compiled anew.
+            weight: Tensor = self.weight
+            if not checks.is_dtensor(weight):  # of several ranks, which want to know it beforehand
+                return weight.new_ones((), dtype=torch.float64) * scale
+        return scale
 
     def scale_value(self) -> float:
         """The same as a number (host sync on CUDA)."""

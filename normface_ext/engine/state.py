@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import is_dtensor
+
 #: How many are remembered.
 MOST = 16
 
@@ -20,6 +22,28 @@ def recomputing() -> bool:
     """Whether this forward pass runs inside a backward pass: activation checkpointing does it again there,
     and no state must move twice. Not seen in a compiled step, whose compiler recomputes no mutation."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def explain_spread(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    errors: list[str],
+) -> None:
+    """Where a state_dict has DTensors to be copied into plain parameters of a module, says so in the place of
+    what torch says then. The arguments are those of ``_load_from_state_dict``."""
+    if metadata.get("assign_to_params_buffers", False):
+        return
+    for name, own in module._parameters.items():
+        key = f"{prefix}{name}"
+        given = state_dict.get(key)
+        if own is not None and isinstance(given, Tensor) and is_dtensor(given) and not is_dtensor(own):
+            errors.append(
+                f"{type(module).__name__}: expected `{key}` whole in the state_dict, got one that is spread"
+                " over ranks; distributed.full_state_dict gives it whole"
+            )
+            state_dict[key] = own.detach()
 
 
 class WideState(nn.Module):
@@ -53,7 +77,12 @@ class _Pass:
         own = self.labels()
         if own is None or own.shape != labels.shape:
             return False
-        return own.data_ptr() == labels.data_ptr() and self.version == labels._version
+        return own.data_ptr() == labels.data_ptr() and self.version == _version(labels)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it has been changed; a tensor of inference mode does not count that."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class Passes:
@@ -68,7 +97,7 @@ class Passes:
 
     def add(self, labels: Tensor, state: Tensor) -> None:
         kept = [p for p in self._passes if p.labels() is not None and not (p.again and p.had(labels))]
-        self._passes = deque([*kept, _Pass(weakref.ref(labels), labels._version, state)], MOST)
+        self._passes = deque([*kept, _Pass(weakref.ref(labels), _version(labels), state)], MOST)
 
     def state(self, owner: str, labels: Tensor) -> Tensor:
         """That of the pass that is run again; RuntimeError where it could be more than one or is none."""

@@ -4,40 +4,17 @@ and typed wrappers; no checks, no defaults."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import memory
-from .calls import accumulator, add_fakes, by_name, kernels, options_of, plan_device
-from .library import _C
+from . import memory, transforms
+from .calls import add_fakes, by_name, kernels, options_of, plan_device
+from .dtypes import accumulator
 from .plan import Products
-
-#: A row's fields by name, each with how shards combine: csrc/engine/row_state.h.
-ROW_FIELDS: dict[str, str] = dict(_C.row_fields())
-_PLACES = {name: place for place, name in enumerate(ROW_FIELDS)}
-SUM, SECOND_SUM, COSINE = _PLACES["sum"], _PLACES["second_sum"], _PLACES["cosine"]
-TARGET_WEIGHT, SHIFT = _PLACES["target_weight"], _PLACES["shift"]
-INVERSE_NORM, ROW_WEIGHT = _PLACES["inverse_norm"], _PLACES["row_weight"]
-#: The slopes of a row's loss by name, those along the margin's numbers last.
-SLOPES: list[str] = _C.slope_fields()
-ALL_SLOPES, SLOPE_FIELDS = len(SLOPES), SLOPES.index("m1")
-#: csrc/engine/terms.h
-TERMS: dict[str, int] = {name: number for number, name in enumerate(_C.terms())}
-SINKS: dict[str, int] = {name: number for number, name in enumerate(_C.sinks())}
-ELSEWHERE = -1  # instead of a label: the target is a class of another shard
-
-
-class TermInputs(NamedTuple):
-    """What a term wants of the rows, [N] float64, and its numbers common to all, both perhaps none."""
-
-    threshold: Tensor | None
-    numbers: Tensor | None
-
-
-NO_INPUTS = TermInputs(None, None)
+from .row_state import NO_INPUTS, ROW_FIELDS, SINKS, TERMS, SweepOptions, TermInputs
 
 
 def _head_sweep_fake(
@@ -95,36 +72,21 @@ def _target_cosine_fake(*, x: Tensor, **_: Any) -> Tensor:
     return x.new_empty([x.shape[0]], dtype=torch.float64)
 
 
+def _target_center_fake(*, labels: Tensor, **_: Any) -> Tensor:
+    return labels.new_empty([labels.shape[0]])
+
+
 add_fakes(
     by_name(
         {
             "target_cosine": _target_cosine_fake,
+            "target_center": _target_center_fake,
             "head_sweep": _head_sweep_fake,
             "head_shift": _head_shift_fake,
             "head_backward": _head_backward_fake,
         }
     )
 )
-
-
-@dataclass(eq=False)
-class SweepOptions:
-    """The arguments of the engine's ops that are neither tensors nor differentiable, by their names in
-    csrc/engine/head_arguments.h. A ``..._value`` counts where no tensor stands for it."""
-
-    scale_value: float
-    eps: float
-    total_classes: int
-    keep: bool  # E, where a gradient of the weight is wanted
-    workspace: int
-    product: str
-    product_precision: torch.dtype
-    ignore_index: int
-    smoothing: float = 0.0
-    term: int = TERMS["softmax"]
-    lowest: float = -1.0
-    highest: float = 1.0
-    is_shard: bool = False  # one shard of the classes of several
 
 
 Options = TypeVar("Options", bound=SweepOptions)
@@ -160,8 +122,29 @@ class CosineOptions(NamedTuple):
 
 def target_cosine(x: Tensor, weight: Tensor, labels: Tensor, options: SweepOptions | CosineOptions) -> Tensor:
     """cos(x_i, w_labels[i]), [N] float64, without a gradient of its own; 0 where the class is not here."""
-    cosine: Tensor = kernels(x, weight).target_cosine(x, weight, labels, *_cosine_options(options))
+    told = _cosine_options(options)
+    if transforms.watched():
+        return transforms.constant(
+            "target_cosine", kernels(x, weight).target_cosine, (x, weight, labels), told
+        )
+    cosine: Tensor = kernels(x, weight).target_cosine(x, weight, labels, *told)
     return cosine
+
+
+def target_center(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    centers: int,
+    ignore_index: int,
+    eps: float,
+    *,
+    is_shard: bool = False,
+) -> Tensor:
+    """The row of the weight [C centers, D] nearest to x_i among those of its label's class, int64 [N],
+    without a gradient; ELSEWHERE where the class is not here, IGNORED where the row does not count."""
+    place: Tensor = kernels(x, weight).target_center(x, weight, labels, ignore_index, eps, is_shard, centers)
+    return place
 
 
 def head_sweep(
@@ -175,6 +158,7 @@ def head_sweep(
     *,
     need_x: bool,
     need_weight: bool,
+    need_largest: bool = False,
     shift: Tensor | None = None,
     term: TermInputs = NO_INPUTS,
 ) -> Swept:
@@ -191,6 +175,7 @@ def head_sweep(
         options.keep and need_weight,
         need_x,
         options.smoothing > 0,
+        need_largest,
         SINKS["none"],
         0,
         *_sweep_options(options),
@@ -216,6 +201,7 @@ def head_sweep_collecting(
     capacity: int,
     store: bool,
     need_class_sum: bool = False,
+    need_largest: bool = False,
 ) -> tuple[Swept, Collected]:
     """The same without x_sum, and what the sink collects."""
     *swept, classes, values = kernels(x, weight).head_sweep(
@@ -230,6 +216,7 @@ def head_sweep_collecting(
         store,
         False,
         need_class_sum,
+        need_largest,
         SINKS[sink],
         capacity,
         *_sweep_options(options),
@@ -255,7 +242,7 @@ def in_memory(
         return sweep(options), options
     (batch, dim), classes, device = x.shape, max(1, weight.shape[0]), plan_device(x)
     softmax = options.term == TERMS["softmax"]
-    step = batch, max(1, dim), classes, options.product_precision, device, softmax
+    step = batch, max(1, dim), classes, options.product_precision, device, softmax, options.centers
     if not memory.is_refused(step, options.workspace):
         try:
             return sweep(options), options
@@ -281,14 +268,27 @@ def head_sweep_in_memory(
     op: str,
     need_x: bool,
     need_weight: bool,
+    need_largest: bool = False,
     shift: Tensor | None = None,
     term: TermInputs = NO_INPUTS,
 ) -> tuple[Swept, Options]:
     """``head_sweep`` as :func:`in_memory`; `op` is who asks, for a warning."""
 
     def sweep(given: Options) -> Swept:
-        arguments = x, weight, labels, scale, sample_weight, class_weight, given
-        return head_sweep(*arguments, need_x=need_x, need_weight=need_weight, shift=shift, term=term)
+        return head_sweep(
+            x,
+            weight,
+            labels,
+            scale,
+            sample_weight,
+            class_weight,
+            given,
+            need_x=need_x,
+            need_weight=need_weight,
+            need_largest=need_largest,
+            shift=shift,
+            term=term,
+        )
 
     return in_memory(op, x, weight, options, sweep, store=need_weight)
 

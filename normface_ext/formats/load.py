@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import checks
-from ..engine.arguments import FINITE, POSITIVE, choice, number
+from ..engine.arguments import FINITE, POSITIVE, choice, number, size
 from ..engine.extra_state import unpack
 from ..engine.files import clip, file_name, quoted, reading
 from ..engine.scale import MIN_SCALE, bounds_of
@@ -48,6 +48,7 @@ def load_head(
     layout: str | None = None,
     scale: float | Tensor | str | None = None,
     margin: Margin | None = None,
+    sub_centers: int | None = None,
     device: torch.device | str | None = None,
 ) -> LoadedHead:
     """The head of a checkpoint as a ``NormFaceLoss``, and a report of what was found.
@@ -67,10 +68,12 @@ def load_head(
         scale: s of the head, in the place of a stored one. Without either it is that of ``NormFaceLoss``.
         margin: of the head, in the place of a stored one. A margin with a state, such as AdaFace's mean and
             deviation of the norms, gets what of it is in the file.
+        sub_centers: K of a head with K neighbouring rows for each class (``SubCenterArcFaceLoss`` of
+            pytorch-metric-learning, InsightFace's sub-center ArcFace). Only the file of a ``NormFaceLoss``
+            says so; without this, each row of another is a class.
         device: of the head.
 
     The weight keeps its dtype, and its rows their lengths. A bias is left out, as a normalised head has none.
-    Of sub-centres (``SubCenterArcFaceLoss``) no file tells: each is a class here.
 
     Returns:
         (head, report): the report says which format, entry and layout it was, and what was left out.
@@ -88,17 +91,18 @@ def load_head(
     if entry is not None and not isinstance(entry, str):
         raise TypeError(f"{op}: expected `entry` to be a string, got {type(entry).__name__}")
     device = checks.device_or_none(op, device)
+    centers = None if sub_centers is None else size(op, "sub_centers", sub_centers)
 
     def source(content: Any, where: str, file: str) -> _Source:
         return _Source(where, content, *choose(content, where, file, format, entry, order))
 
     if isinstance(path_or_state_dict, Mapping):
         sources = [source(path_or_state_dict, "state_dict", "")]
-        return _built(_weight(sources), sources, (), scale, margin, device)
+        return _built(sources, (), scale, margin, centers, device)
     paths = paths_of(_checked_paths(path_or_state_dict), format)
     sources = _of_files(paths, lambda path: source(read_tensors(path), file_name(path), path.name))
     files = tuple(each.where for each in sources)
-    return _built(_weight(sources), sources, files, scale, margin, device)
+    return _built(sources, files, scale, margin, centers, device)
 
 
 def _checked_paths(given: object) -> Any:
@@ -122,8 +126,8 @@ def _of_files(paths: Sequence[Path], read: Callable[[Path], _Source]) -> list[_S
     return [first, *map(read, paths[1:])]
 
 
-def _weight(sources: Sequence[_Source]) -> Tensor:
-    """[C, D], a copy."""
+def _weight(sources: Sequence[_Source], centers: int) -> Tensor:
+    """[C, D], a copy; [C centers, D]."""
     parts = []
     for where, _, found, _ in sources:
         rows = found.rows.detach()
@@ -138,24 +142,26 @@ def _weight(sources: Sequence[_Source]) -> Tensor:
                 )
             )
         parts.append((where, rows))
-    weight = joined(parts, evenly=sources[0].found.format == "insightface" and len(parts) > 1)
+    weight = joined(
+        parts, evenly=sources[0].found.format == "insightface" and len(parts) > 1, centers=centers
+    )
     least, most = weight.aminmax(dim=1)  # of a row; isfinite would take the weight's memory twice
     finite = least.isfinite() & most.isfinite()
     if not finite.all():
-        row, (where, _, found, _) = int((~finite).nonzero()[0]), sources[0]
+        (where, _, found, _), of_class = sources[0], int((~finite).nonzero()[0]) // centers
         raise ValueError(
             f"{where}: expected finite numbers in {quoted(found.path, 80)}, got NaN or infinity for class"
-            f" {row}"
+            f" {of_class}"
         )
     return weight
 
 
 def _built(
-    weight: Tensor,
     sources: Sequence[_Source],
     files: tuple[str, ...],
     scale: float | Tensor | str | None,
     margin: Margin | None,
+    centers: int | None,
     device: torch.device | None,
 ) -> LoadedHead:
     where, content, found, groups = sources[0]
@@ -166,7 +172,9 @@ def _built(
     used = {found.name, *(found.owner + name for name in (*stored, *own.entries))}
     used |= {found.owner + name for name in own.margin_entries}
     given, margin = own.first_scale if scale is None else scale, own.margin if margin is None else margin
-    classes, features = weight.shape
+    centers = own.sub_centers if centers is None else centers
+    weight = _weight(sources, centers)
+    classes, features = weight.shape[0] // centers, weight.shape[1]
     with torch.random.fork_rng(devices=[]):  # of the head's own weight, which one class is enough for
         head = NormFaceLoss(
             features,
@@ -175,6 +183,7 @@ def _built(
             learn_scale=own.learned,
             min_scale=own.bounds[0],
             max_scale=None if own.bounds[1] == math.inf else own.bounds[1],
+            sub_centers=centers,
             device="cpu",
             dtype=weight.dtype,
         )
@@ -220,6 +229,7 @@ class _Own(NamedTuple):
     margin_text: str = ""
     margin_entries: tuple[str, ...] = ()
     stored_bounds: tuple[float, float] | None = None
+    sub_centers: int = 1
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -266,6 +276,7 @@ def _own_state(found: Found, where: str) -> _Own:
         bounds = bounds_of("load_head", values["bounds"]) if "bounds" in values else None
         if scale is not None and scale.numel() != 1:
             raise ValueError(f"a scale of shape {list(scale.shape)}")
+        centers = size("load_head", "sub_centers", values.get("sub_centers", 1))
         value = values.get("scale") if scale is None else scale.item()
         if value is not None:
             value = number("load_head", "scale", value, POSITIVE if scale is None else FINITE)
@@ -273,7 +284,8 @@ def _own_state(found: Found, where: str) -> _Own:
     state = {name.removeprefix(under): each for name, each in tensors.items() if name.startswith(under)}
     said = shown(given) if "margin" in values else ""
     entries = entries if margin is not None else ()
-    return _Own(value, scale is not None, margin, state, ("scale", "_extra_state"), said, entries, bounds)
+    used = "scale", "_extra_state"
+    return _Own(value, scale is not None, margin, state, used, said, entries, bounds, centers)
 
 
 def _notes(found: Found, ranks: int, head: NormFaceLoss, own: _Own, scale: object) -> tuple[str, ...]:

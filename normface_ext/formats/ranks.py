@@ -78,14 +78,20 @@ def in_order(paths: Sequence[Path], format: str) -> list[Path]:
     return [by_rank[rank] for rank in sorted(by_rank)]
 
 
-def joined(parts: Sequence[tuple[str, Tensor]], evenly: bool) -> Tensor:
+def joined(parts: Sequence[tuple[str, Tensor]], evenly: bool, centers: int) -> Tensor:
     """[C, D] out of (where, [C_r, D]) of each rank, copied once.
 
     Args:
         evenly: whether the classes were spread as InsightFace does: numbers that differ by one at most, the
             larger ones first. Others are of different runs.
+        centers: rows of a class, which is on one rank.
     """
-    (first, head), counts = parts[0], [part.shape[0] for _, part in parts]
+    (first, head), counts = parts[0], [part.shape[0] // centers for _, part in parts]
+    for where, part in parts:
+        if part.shape[0] % centers:
+            raise ValueError(
+                f"{where}: expected sub_centers={centers} rows for each class, got {part.shape[0]} rows"
+            )
     for where, part in parts[1:]:
         if part.shape[1] != head.shape[1] or part.dtype != head.dtype:
             raise ValueError(
@@ -102,7 +108,7 @@ def joined(parts: Sequence[tuple[str, Tensor]], evenly: bool) -> Tensor:
                     f"{where}: expected {share + (rank < more)} of {sum(counts)} classes on rank {rank} of"
                     f" {len(counts)}, got {counts[rank]}: a rank is missing, or this file is of another run"
                 )
-    whole = torch.empty(sum(counts), head.shape[1], dtype=head.dtype, device=head.device)
+    whole = torch.empty(sum(counts) * centers, head.shape[1], dtype=head.dtype, device=head.device)
     torch.cat([part for _, part in parts], out=whole)
     return whole
 

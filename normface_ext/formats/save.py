@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..engine import checks
 from ..engine.arguments import choice, size
+from ..softmax.centers import as_rows, by_class
 from ..softmax.layers import NormFaceLoss
 
 
@@ -68,8 +69,10 @@ def save_head(
             the format is a plain dict of tensors.
         ranks: into how many files of ranks the classes go: "insightface" and "cvlface" only.
 
-    Only "normface" has a place for the scale and the margin: the other libraries take them as arguments. What
-    each loads it by is in the documentation, "Checkpoints of other libraries".
+    Sub-centres are rows of the weight, those of a class neighbours, as in InsightFace and
+    pytorch-metric-learning. Only "normface" has a place for their number, the scale and the margin: the other
+    libraries take them as arguments. What each loads it by is in the documentation, "Checkpoints of other
+    libraries".
 
     Returns:
         The paths of the files, by rank.
@@ -86,8 +89,8 @@ def save_head(
         raise TypeError(f"{op}: expected `head` to be a NormFaceLoss, got {type(head).__name__}")
     if checks.is_dtensor(head.weight):
         raise TypeError(
-            f"{op}: expected `head` of one process, got {type(head).__name__}: load its full state_dict"
-            " into a NormFaceLoss first"
+            f"{op}: expected `head` of one process, got {type(head).__name__}: load its"
+            " distributed.full_state_dict into a NormFaceLoss first"
         )
     if head.weight.is_meta:
         raise ValueError(f"{op}: expected `head` with values, got one on the meta device")
@@ -105,7 +108,8 @@ def save_head(
         raise ValueError(f"{op}: expected `ranks` to be {wanted} {head.num_classes} classes, got {ranks}")
     # tensor_split gives the first ranks one more, as InsightFace does. Each is copied: torch.save would write
     # the storage of all.
-    parts = [part.clone() for part in weight.tensor_split(ranks)]
+    of_classes = by_class(weight, head.options.sub_centers)
+    parts = [as_rows(part).clone() for part in of_classes.tensor_split(ranks)]
     path.mkdir(parents=True, exist_ok=True)
     return _write(
         {path / shape.rank_file.format(rank): shape.content(part) for rank, part in enumerate(parts)},

@@ -11,15 +11,10 @@ from ..cosine.functions import norm_linear
 from ..distances.layers import Agents
 from ..engine import checks
 from ..engine.arguments import INT64_MAX, integer, size
-from ..engine.calls import accumulator
+from ..engine.dtypes import accumulator, full_precision
 from ..engine.options import HoldsOptions
 from ..engine.reduce import weighted
 from .options import BatchOptions
-
-
-def full_precision(x: Tensor) -> torch.autocast:
-    """Products of these operands in their own dtype."""
-    return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
 
 
 class Batch(NamedTuple):

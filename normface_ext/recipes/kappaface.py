@@ -13,7 +13,7 @@ from torch import Tensor
 from ..cosine.functions import normalize
 from ..engine import checks
 from ..engine.arguments import ANGLE, NOT_NEGATIVE, SHARE, choice, number, size
-from ..engine.calls import accumulator
+from ..engine.dtypes import accumulator
 from ..engine.options import Check
 from ..engine.state import recomputing
 from ..softmax.batch_margins import BatchMargin, Rows

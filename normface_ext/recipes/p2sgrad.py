@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..cosine.functions import normalize
+from ..engine.dtypes import full_precision
 from ..engine.options import holds, takes
-from .batch import Recipe, full_precision
+from .batch import Recipe
 from .options import P2SGradKeywords, P2SGradOptions
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..cosine.functions import normalize
 from ..engine.arguments import size
+from ..engine.dtypes import full_precision
 from ..engine.options import holds, takes
-from .batch import Recipe, full_precision
+from .batch import Recipe
 from .options import SoftTripleKeywords, SoftTripleOptions
 
 if TYPE_CHECKING:

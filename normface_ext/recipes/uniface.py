@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..engine.calls import accumulator
+from ..engine.dtypes import accumulator
 from ..engine.options import holds, takes
 from ..engine.reduce import softplus
 from ..engine.state import WideState

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..engine import checks
-from ..engine.arguments import number
+from ..engine.arguments import flag, number
 from ..engine.calls import plan_device, product_dtype
-from ..engine.mixing import both_labels, check_finite, joined, twice
+from ..engine.mixing import both_labels, check_finite, joined, no_statistics, twice
 from ..engine.options import takes
 from ..engine.plan import products
-from ..engine.sweep import TERMS
+from ..engine.row_state import TERMS
+from ..engine.statistics import Found, Statistics, given_back
 from . import losses, ops
 from .losses import SigmoidRows
 from .options import SphereFace2Keywords, SphereFace2Options
@@ -23,6 +24,32 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@overload
+def sphereface2_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: float | Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    return_statistics: Literal[False] = False,
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    **options: Unpack[SphereFace2Keywords],
+) -> Tensor: ...
+@overload
+def sphereface2_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: float | Tensor,
+    *,
+    sample_weight: Tensor | None = None,
+    return_statistics: Literal[True],
+    labels_b: Tensor | None = None,
+    lam: float | Tensor | None = None,
+    **options: Unpack[SphereFace2Keywords],
+) -> tuple[Tensor, Statistics]: ...
 @takes(SphereFace2Options)
 def sphereface2_loss(
     x: Tensor,
@@ -31,16 +58,19 @@ def sphereface2_loss(
     bias: float | Tensor,
     *,
     sample_weight: Tensor | None = None,
+    return_statistics: bool = False,
     labels_b: Tensor | None = None,
     lam: float | Tensor | None = None,
     **options: Unpack[SphereFace2Keywords],
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Statistics]:
     """loss_i = W [alpha softplus(-z_iy) + (1 - alpha) sum_{j != y} softplus(z_ij)], every class a yes or no.
 
     z_iy = r (g(c_iy) - m) + b, z_ij = r (g(c_ij) + m) + b, g(c) = 2 ((c + 1) / 2)^t - 1: SphereFace2 in its
     form C (Wen et al., *SphereFace2: Binary Classification is All You Need for Deep Face Recognition*, ICLR
-    2022). Fused as ``normface_loss`` is: no N x C matrix beyond the workspace. No z is too large for it, and
-    no cosine from -1 to 1 is a corner. Runs are bit-identical from one to the next.
+    2022). In form A the margin is an angle: z_iy = r g(cos(theta_iy + m)) + b and z_ij = r g(cos(theta_ij -
+    m)) + b; past theta + m = pi the target's cosine goes on as c - 1 + cos m. Fused as ``normface_loss`` is:
+    no N x C matrix beyond the workspace. No z is too large for it, and no cosine from -1 to 1 is a corner.
+    Runs are bit-identical from one to the next.
 
     Args:
         x: [N, D] features.
@@ -51,31 +81,34 @@ def sphereface2_loss(
             the rows that count. A row of weight 0 is an ignored one.
         alpha: in (0, 1), the target's share of the loss.
         r: above 0, the scale.
-        m: at least 0, the margin.
+        m: at least 0, the margin; in form A in [0, pi).
         t: how strongly g bends, a whole number from 1 on: 1 is no bend, g(c) = c.
+        form: "C", a margin of the similarity, or "A", one of the angle.
         loss_weight: W. None: 50 / r, as in OpenSphere; wespeaker has 1.
-        margin_gradient: "exact" differentiates g, as wespeaker does. "straight" takes its slope as 1, for the
-            target and for the others, as OpenSphere does.
+        margin_gradient: "exact" differentiates g and form A's angles, as wespeaker does. "straight" takes the
+            slopes of z in the cosines as r, for the target and for the others, as OpenSphere does.
         labels_b, lam: second labels [N], and the first ones' share, as in ``functional.normface_loss``. Each
             row stands in the batch twice for it: twice the products.
         reduction: "mean" over the rows that are not ignored (0 when there is none, or their weights sum to
             0), "sum", "none", or "batchmean": the sum divided by N, ignored rows and all.
-        ignore_index, eps, workspace, check_finite: see ``functional.normface_loss``.
+        return_statistics, ignore_index, eps, workspace, check_finite: see ``functional.normface_loss``.
 
     Inside autocast on CUDA the products' operands are in its dtype, unless they are float64; gradients have
     the dtypes of x, weight and bias.
 
     Returns:
-        A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise. Second derivatives
-        raise.
+        A 0-d tensor, or [N] for "none": float64 for float64 input, float32 otherwise. Third derivatives
+        raise. With ``return_statistics`` (loss, Statistics).
 
     Raises:
         TypeError: dtypes, types.
         ValueError: shapes, devices, values; with ``check_finite`` rows that are not finite, by their numbers.
         IndexError: a label out of range.
     """
+    statistics = flag(ops.OP, "return_statistics", return_statistics)
     chosen = SphereFace2Options.of(ops.OP, options)
-    return head_loss(x, weight, labels, bias, sample_weight, chosen, labels_b, lam)
+    labelled = labels, bias, sample_weight, chosen, labels_b, lam
+    return given_back(head_loss(x, weight, *labelled, statistics=statistics))
 
 
 def head_loss(
@@ -87,7 +120,9 @@ def head_loss(
     options: SphereFace2Options,
     labels_b: Tensor | None = None,
     lam: float | Tensor | None = None,
-) -> Tensor:
+    *,
+    statistics: bool,
+) -> Found:
     """The loss with options that have been checked."""
     op = ops.OP
     checks.features_and_weight(op, x, weight)
@@ -97,15 +132,10 @@ def head_loss(
         if options.check_finite:
             check_finite(op, x, weight, both, sample_weight)
             checks.finite_rows(op, "bias", bias_of(op, bias, x))
-        made = head_loss(
-            twice(x, options.eps),
-            weight,
-            both.labels,
-            bias,
-            both.weight,
-            replace(options, check_finite=False),
-        )
-        return joined(made, options.reduction)
+        no_statistics(op, statistics)
+        told = both.labels, bias, both.weight, replace(options, check_finite=False)
+        made, _ = head_loss(twice(x, options.eps), weight, *told, statistics=False)
+        return joined(made, options.reduction), None
     labels = checks.labels(op, labels, x, weight.shape[0], options.ignore_index)
     factor = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
     b = bias_of(op, bias, x)
@@ -114,8 +144,12 @@ def head_loss(
         checks.finite_operands(op, x, weight, kept, sample_weight=factor)
         checks.finite_rows(op, "bias", b)
     given = sweep_options(x, weight, x.shape[0], weight.shape[0], options)
-    cosine, others, row_weight = ops.sigmoid_rows(x, weight, offset_of(b, options), labels, factor, given)
-    return rounded(losses.loss(options, SigmoidRows(row_weight, cosine, others), b), x)
+    cosine, others, row_weight, *state = ops.sigmoid_rows(
+        x, weight, offset_of(b, options), labels, factor, given, need_largest=statistics
+    )
+    rows = SigmoidRows(row_weight, cosine, others)
+    loss = rounded(losses.loss(options, rows, b), x)
+    return loss, losses.statistics(options, rows, b, state[0], x.dtype) if statistics else None
 
 
 def bias_of(op: str, value: object, x: Tensor) -> Tensor:
@@ -133,8 +167,8 @@ def bias_of(op: str, value: object, x: Tensor) -> Tensor:
 
 
 def offset_of(bias: Tensor, options: SphereFace2Options) -> Tensor:
-    """What the others' logits are beside r g(c)."""
-    return bias + options.r * options.m
+    """What the others' logits are beside r g."""
+    return bias + options.r * options.m if options.form == "C" else bias
 
 
 def rounded(loss: Tensor, x: Tensor) -> Tensor:
@@ -155,8 +189,9 @@ def sweep_options(
         *made,
         precision,
         checks.ignored(options.ignore_index),
-        term=TERMS["sigmoid"],
+        term=TERMS["sigmoid" if options.form == "C" else "angular_sigmoid"],
         r=options.r,
         power=options.t,
         straight=options.margin_gradient == "straight",
+        angle=None if options.form == "C" else options.m,
     )

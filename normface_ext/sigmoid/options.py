@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypedDict
 
 from ..engine import checks
-from ..engine.arguments import BETWEEN_0_AND_1, FINITE, NOT_NEGATIVE, POSITIVE, choice, flag, integer, number
+from ..engine.arguments import (
+    ANGLE,
+    BETWEEN_0_AND_1,
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    choice,
+    flag,
+    integer,
+    number,
+)
 from ..engine.options import Options, declared, option
 
 #: Up to here every whole number has a float32, as which kernels keep it.
@@ -37,6 +48,10 @@ def _first_bias(op: str, name: str, value: object) -> float | None:
     return None if value is None else number(op, name, value, FINITE, kind="a number or None")
 
 
+def _form(op: str, name: str, value: object) -> str:
+    return choice(op, name, value, ("C", "A"))
+
+
 def _gradient(op: str, name: str, value: object) -> str:
     return choice(op, name, value, ("exact", "straight"))
 
@@ -50,6 +65,7 @@ class SphereFace2Options(Options):
     r: float = option(40.0, _scale)
     m: float = option(0.4, _margin)
     t: int = option(3, _power)
+    form: str = option("C", _form)
     loss_weight: float | None = option(None, _loss_weight)
     margin_gradient: str = option("exact", _gradient)
     reduction: str = option("mean", checks.reduction)
@@ -57,6 +73,10 @@ class SphereFace2Options(Options):
     eps: float = option(1e-12, checks.eps)
     workspace: int | None = option(None, checks.workspace)
     check_finite: bool = option(False, flag)
+
+    def agree(self, op: str) -> None:
+        if self.form == "A" and not self.m < math.pi:
+            raise ValueError(f"{op}: expected `m` {ANGLE.text}, an angle, with the form 'A', got {self.m:g}")
 
 
 class SphereFace2Keywords(TypedDict, total=False):
@@ -66,6 +86,7 @@ class SphereFace2Keywords(TypedDict, total=False):
     r: float
     m: float
     t: int
+    form: str
     loss_weight: float | None
     margin_gradient: str
     reduction: str

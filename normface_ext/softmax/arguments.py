@@ -11,21 +11,26 @@ from ..engine import checks
 from ..engine.calls import plan_device, product_dtype
 from ..engine.mixing import BothLabels, both_labels, check_finite
 from ..engine.plan import products
-from ..engine.sweep import NO_INPUTS, TERMS, TermInputs
-from . import ops
+from ..engine.row_state import NO_INPUTS, TERMS, TermInputs
+from .centers import class_count, for_each_row, ignored_row
 from .hard_negatives import HardNegatives, filtered
+from .loss_options import NUMBERS, LossOptions, MarginTensors
 from .margins import GUARDS, NO_MARGIN, Margin, of_rows
 from .options import HeadOptions
+from .rows import nearest_rows
 
 
 class HeadInputs(NamedTuple):
-    """A head's arguments, checked."""
+    """A head's arguments, checked. The kernels know of rows of the weight, which are the classes where a
+    class is one row: `places` are the labels as such rows, and class_weight has a number for each."""
 
     scale: Tensor | None
     scale_value: float
     labels: Tensor
     sample_weight: Tensor | None
     class_weight: Tensor | None
+    classes: int
+    places: Tensor
 
 
 def checked_inputs(
@@ -39,7 +44,8 @@ def checked_inputs(
     options: HeadOptions,
 ) -> HeadInputs:
     checks.features_and_weight(op, x, weight)
-    classes, ignored = weight.shape[0], checks.ignored(options.ignore_index)
+    centers, ignored = options.sub_centers, checks.ignored(options.ignore_index)
+    classes = class_count(op, weight, centers)
     labels = checks.labels(op, labels, x, classes, options.ignore_index)
     scale_tensor, scale_value = checks.scale(op, scale, x, per_row=True)
     row_weight = checks.weights(op, "sample_weight", sample_weight, x, x.shape[0])
@@ -48,7 +54,9 @@ def checked_inputs(
     if scale_tensor is not None and scale_tensor.dim() == 1:  # a row that does not count may hold anything
         scale_tensor = torch.where(checks.weighed(labels != ignored, row_weight), scale_tensor, 0)
     of_class = checks.weights(op, "class_weight", class_weight, x, classes)
-    return HeadInputs(scale_tensor, scale_value, labels, row_weight, of_class)
+    places = nearest_rows(x, weight, labels, centers, options.ignore_index, options.eps)
+    of_class = for_each_row(of_class, centers)
+    return HeadInputs(scale_tensor, scale_value, labels, row_weight, of_class, classes, places)
 
 
 def mixed_inputs(
@@ -64,15 +72,20 @@ def mixed_inputs(
     """The same of rows with two labels: (labels, labels_b, lam). Labels and weights are [2N], a scale per row
     is [N]."""
     checks.features_and_weight(op, x, weight)
-    classes = weight.shape[0]
-    both = both_labels(op, x, *labels, sample_weight, classes, options.ignore_index)
+    centers, ignored = options.sub_centers, options.ignore_index
+    classes = class_count(op, weight, centers)
+    both = both_labels(op, x, *labels, sample_weight, classes, ignored)
     scale_tensor, scale_value = checks.scale(op, scale, x, per_row=True)
     of_class = checks.weights(op, "class_weight", class_weight, x, classes)
     if options.check_finite:
         check_finite(op, x, weight, both, sample_weight, scale_tensor)
     if scale_tensor is not None and scale_tensor.dim() == 1:
-        scale_tensor = torch.where(both.counts.view(2, -1).any(0), scale_tensor, 0)
-    return HeadInputs(scale_tensor, scale_value, both.labels, both.weight, of_class), both
+        scale_tensor = torch.where(both.any_counts(), scale_tensor, 0)
+    places = both.labels
+    if centers > 1:
+        places = nearest_rows(torch.cat([x, x]), weight, places, centers, ignored, options.eps)
+    told = both.labels, both.weight, for_each_row(of_class, centers), classes, places
+    return HeadInputs(scale_tensor, scale_value, *told), both
 
 
 #: m1, m2, m3, the formula's and the guard's codes and straightness, where the margin is none.
@@ -82,11 +95,11 @@ Numbers = tuple[float, float, float, int, int, bool]
 
 def margin_arguments(
     op: str, margin: Margin | None, labels: Tensor, classes: int, straight: bool
-) -> tuple[ops.MarginTensors, Numbers]:
+) -> tuple[MarginTensors, Numbers]:
     """A margin for the rows whose labels these are: its tensors, [] or [N], and its numbers (0 where there is
     a tensor), formula, guard and straightness."""
     if margin is None:
-        return ops.NUMBERS, NO_NUMBERS
+        return NUMBERS, NO_NUMBERS
     tensors: list[Tensor | None] = []
     numbers: list[float] = []
     for name, value in zip(("m1", "m2", "m3"), margin.numbers(), strict=True):
@@ -145,23 +158,25 @@ def loss_options(
     classes: int,
     margin: Numbers = NO_NUMBERS,
     term: Term = PLAIN,
-) -> ops.LossOptions:
+) -> LossOptions:
     """What the kernels are told of a head of `classes` classes."""
-    precision = product_dtype(x, weight)
+    precision, centers = product_dtype(x, weight), options.sub_centers
     m1, m2, m3, formula, guard, straight = margin
     softmax = term.number == TERMS["softmax"]
-    made = products(batch, x.shape[1], classes, precision, plan_device(x), options.workspace, softmax=softmax)
-    return ops.LossOptions(
+    step = batch, x.shape[1], classes, precision, plan_device(x), options.workspace
+    made = products(*step, softmax=softmax, centers=centers)
+    return LossOptions(
         scale_value,
         options.eps,
         classes,
         *made,
         precision,
-        checks.ignored(options.ignore_index),
+        ignored_row(centers, options.ignore_index),
         options.label_smoothing,
         term=term.number,
         lowest=term.lowest,
         highest=term.highest,
+        centers=centers,
         reduction=checks.REDUCTIONS[options.reduction],
         m1_value=m1,
         m2_value=m2,

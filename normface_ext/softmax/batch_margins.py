@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..engine import checks
+from ..engine import checks, transforms
 from ..engine.arguments import shown
 from ..engine.options import Check
 from ..engine.state import Passes, WideState, recomputing
@@ -41,7 +41,7 @@ class Rows(NamedTuple):
         group: the ranks of a class-parallel head, of whose rows these are a part; None elsewhere.
         given: the labels as the caller gave them: by their memory a pass that runs again is known.
         cosine: the target cosines [N] float64, without gradient, and 0 where a row does not count; None
-            unless the margin has ``hard_negatives``.
+            unless the margin has ``hard_negatives`` and ``uses_cosines``.
         of_all: these are the rows of all ranks of a class-parallel head, in the order of the ranks and with
             padding that does not count. So it is with ``hard_negatives``.
         share: None, or where every row has two labels, so that it stands here twice, first all rows with one
@@ -78,10 +78,24 @@ class BatchMargin(WideState, Margin):
     uses_norms = False
     #: Whether ``of`` returns ``HardNegatives``; it is told the target cosines then.
     hard_negatives = False
+    #: Whether with ``hard_negatives`` it wants the target cosines, ``rows.cosine``; they cost N dot products.
+    uses_cosines = True
     formula = -1  # it has none: what ``of`` returns has
     #: What attributes may be, by name: (class, name, value) -> the value as it is kept. They are checked
     #: whenever they are set, in a constructor as later.
     CHECKS: ClassVar[Mapping[str, Check]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.__module__.partition(".")[0] == __name__.partition(".")[0]:
+            # One among the hyper-parameters of a checkpoint loads with weights_only=True.
+            torch.serialization.add_safe_globals([cls, Passes])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, or of a file, of which nobody knows who wrote it."""
+        super().__setstate__(state)
+        for name in self.CHECKS:
+            self.checked(name, getattr(self, name, None))
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, self.checked(name, value) if name in self.CHECKS else value)
@@ -130,7 +144,7 @@ class BatchMargin(WideState, Margin):
 
 class FollowingMargin(BatchMargin):
     """A margin whose buffers, [1] each, follow the batches: they are moved before they are used, once per
-    forward pass in training mode. It has an attribute ``sync``."""
+    forward pass in training mode. One that asks for ``totals`` has an attribute ``sync``."""
 
     #: The buffers' names.
     STATE: ClassVar[tuple[str, ...]]
@@ -148,6 +162,11 @@ class FollowingMargin(BatchMargin):
         """The buffers for these rows, moved by them first; those it had, for a pass that is run again."""
         if rows.labels.is_meta:  # shapes only: nothing to follow
             return tuple([getattr(self, name).to("meta") for name in self.STATE])
+        if self.training and transforms.watched():
+            raise RuntimeError(
+                f"{type(self).__name__}: expected eval() under transforms of torch.func and forward-mode"
+                " derivatives, which let no state move, got training mode"
+            )
         again = self.recomputing()
         if self.training and not again:
             with torch.no_grad():
@@ -216,15 +235,21 @@ def regularizer_of(op: str, margin: BatchMargin, rows: Rows) -> Tensor | None:
 
 def _of_rows(op: str, source: str, value: object, rows: Rows) -> Tensor:
     """A number per row."""
-    wanted = f"{op}: expected `{source}` to return a floating tensor of shape [{len(rows.labels)}]"
+    labels = rows.labels
+
+    def wanted() -> (
+        str
+    ):  # made where it is said: a trace whose batch is in a sentence is for that batch alone
+        return f"{op}: expected `{source}` to return a floating tensor of shape [{len(labels)}]"
+
     if not isinstance(value, Tensor):
-        raise TypeError(f"{wanted}, got {shown(value)}")
+        raise TypeError(f"{wanted()}, got {shown(value)}")
     if value.dtype not in checks.FLOATING:
-        raise TypeError(f"{wanted}, got {value.dtype}")
-    if value.shape != rows.labels.shape:
-        raise ValueError(f"{wanted}, got shape {list(value.shape)}")
-    if value.device != rows.labels.device:
-        raise ValueError(f"{wanted} on {rows.labels.device}, got {value.device}")
+        raise TypeError(f"{wanted()}, got {value.dtype}")
+    if value.shape != labels.shape:
+        raise ValueError(f"{wanted()}, got shape {list(value.shape)}")
+    if value.device != labels.device:
+        raise ValueError(f"{wanted()} on {labels.device}, got {value.device}")
     return value
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..engine import checks
 from ..engine.arguments import ANGLE, POSITIVE, below, number
 
 
@@ -60,13 +61,16 @@ def _rarity(op: str, counts: object) -> Tensor:
 def image_counts(op: str, counts: object) -> Tensor:
     """counts [C] as float64, all positive."""
     try:
-        images = torch.as_tensor(counts)
+        # A list's numbers are looked at here, whatever the default device is.
+        images = counts if isinstance(counts, Tensor) else torch.as_tensor(counts, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{op}: expected `counts` to be [C] numbers, got {type(counts).__name__}") from None
     if images.dtype == torch.bool or images.is_complex():
         raise TypeError(f"{op}: expected `counts` to be [C] numbers, got {images.dtype}")
     if images.dim() != 1 or images.numel() == 0:
         raise ValueError(f"{op}: expected `counts` to be [C] with C >= 1, got shape {list(images.shape)}")
+    if not checks.has_values(images):
+        raise ValueError(f"{op}: expected `counts` to have values, got a {images.device.type} tensor without")
     images = images.double()
     bad = ~(images.isfinite() & (images > 0))
     if bad.any():

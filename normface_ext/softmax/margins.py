@@ -9,14 +9,22 @@ that look at the batch first are in ``batch_margins``.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..engine import checks
 from ..engine.arguments import ANGLE, FINITE, POSITIVE, Range, below, choice, number
+
+if TYPE_CHECKING:
+    Number = float | Tensor
+else:
+    Number = (
+        Any  # OmegaConf, with which Hydra and Lightning's loggers look at a dataclass, takes no such union
+    )
 
 #: What a number may be; a tensor's values are not looked at.
 LIMITS = {"m1": POSITIVE, "m2": ANGLE, "m3": below(0.0, math.inf)}
@@ -44,6 +52,8 @@ class Margin:
     m2: float | Tensor
     m3: float | Tensor
     guard: str | None = None
+    #: What ``scale="auto"`` is at least.
+    least_scale: ClassVar[float] = 64.0
     #: What a 1-D tensor counts: the rows of the batch, or the classes.
     per_row: ClassVar[bool] = False
     #: The number of what psi is in the tables of csrc/math/margins/margin.h and ``reference.FORMULAS``.
@@ -97,10 +107,27 @@ class Margin:
             choice(type(self).__name__, "guard", self.guard, [name for name in GUARDS if name is not None])
 
 
+Value = TypeVar("Value", bound=type[Margin])
+
+
+def _value(kind: Value) -> Value:
+    """Of a frozen dataclass: to be set to what it holds changes nothing, and is no error. Lightning does that
+    to all hyper-parameters (apply_to_collection), and dies of what refuses it."""
+    refuse = kind.__setattr__
+
+    def __setattr__(self: Margin, name: str, value: object) -> None:
+        if name not in vars(self) or vars(self)[name] is not value:
+            refuse(self, name, value)
+
+    kind.__setattr__ = __setattr__  # type: ignore[method-assign, assignment]
+    return kind
+
+
 # Every class has fields of its own and inherits none: torch.compile builds a dataclass from its fields, and
 # the Dynamo of torch 2.11 cannot follow an __init__ that takes others.
 
 
+@_value
 @dataclass(frozen=True, eq=False, repr=False)
 class CombinedMargin(Margin):
     """``psi = cos(m1 * theta + m2) - m3``, angles in radians.
@@ -121,9 +148,9 @@ class CombinedMargin(Margin):
         ValueError: a number that is not finite or out of range, another shape, another guard.
     """
 
-    m1: float | Tensor = 1.0
-    m2: float | Tensor = 0.0
-    m3: float | Tensor = 0.0
+    m1: Number = 1.0
+    m2: Number = 0.0
+    m3: Number = 0.0
     guard: str | None = field(default=None, kw_only=True)
     formula: ClassVar[int] = 0
 
@@ -133,14 +160,15 @@ class CombinedMargin(Margin):
         self._check_guard()
 
 
+@_value
 @dataclass(frozen=True, eq=False, repr=False)
 class RowMargin(Margin):
     """``psi = cos(m1 * theta + m2) - m3`` with numbers of each row's own: as ``CombinedMargin``, and 1-D
     tensors are [N], one number per row of the batch."""
 
-    m1: float | Tensor = 1.0
-    m2: float | Tensor = 0.0
-    m3: float | Tensor = 0.0
+    m1: Number = 1.0
+    m2: Number = 0.0
+    m3: Number = 0.0
     guard: str | None = field(default=None, kw_only=True)
     per_row: ClassVar[bool] = True
     formula: ClassVar[int] = 0
@@ -151,12 +179,13 @@ class RowMargin(Margin):
         self._check_guard()
 
 
+@_value
 @dataclass(frozen=True, eq=False, repr=False)
 class CosFace(Margin):
     """``psi = cos theta - m`` (Wang et al. 2018; AM-Softmax). ``m`` is a cosine, 0.35 by custom; it may be a
     tensor, 0-d or [C]."""
 
-    m: float | Tensor = 0.35
+    m: Number = 0.35
     formula: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
@@ -170,6 +199,7 @@ class CosFace(Margin):
         return self.m
 
 
+@_value
 @dataclass(frozen=True, eq=False, repr=False)
 class ArcFace(Margin):
     """``psi = cos(theta + m)`` (Deng et al. 2019). ``m`` is an angle in radians, 0.5 by custom; it may be a
@@ -179,7 +209,7 @@ class ArcFace(Margin):
     ``guard`` says.
     """
 
-    m: float | Tensor = 0.5
+    m: Number = 0.5
     guard: str | None = field(default=None, kw_only=True)
     formula: ClassVar[int] = 0
 
@@ -203,9 +233,13 @@ torch.serialization.add_safe_globals([CombinedMargin, RowMargin, CosFace, ArcFac
 
 def margin_argument(op: str, name: str, value: object) -> Margin | None:
     if value is not None and (not isinstance(value, Margin) or type(value) is Margin):
+        # A configuration file's, which Hydra makes a margin of where it is told to.
+        hint = "; hydra.utils.instantiate or OmegaConf.to_object makes a margin of it" * isinstance(
+            value, Mapping
+        )
         raise TypeError(
             f"{op}: expected `{name}` to be CosFace, ArcFace, CombinedMargin, RowMargin, a BatchMargin or"
-            f" None, got {type(value).__name__}"
+            f" None, got {type(value).__name__}{hint}"
         )
     return value
 

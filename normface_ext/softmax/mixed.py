@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,8 +17,11 @@ from .options import HeadOptions
 from .rows import rows_of_both, with_cosines
 from .state import tensor_fields, with_tensors
 
-Found = Margin | HardNegatives | Psi | None
-Inputs = TypeVar("Inputs")  # of ``arguments``
+if TYPE_CHECKING:
+    from .arguments import HeadInputs
+
+#: What a margin has said of the rows.
+OfMargin = Margin | HardNegatives | Psi | None
 
 
 def mixed_loss(
@@ -26,21 +29,20 @@ def mixed_loss(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
-    given: Inputs,
+    given: HeadInputs,
     both: BothLabels,
     options: HeadOptions,
-    loss_of: Callable[[str, Tensor, Tensor, Inputs, BothLabels, HeadOptions, Found], Tensor],
+    loss_of: Callable[[OfMargin], Tensor],
 ) -> Tensor:
-    """The loss of rows x [N, D]: ``loss_of`` the inputs and what the margin is for each of their labels,
-    [2N], and what the rows add to it. `labels` are the first ones as their caller has them."""
-    margin, classes = options.margin, weight.shape[0]
+    """The loss of rows x [N, D]: ``loss_of`` what the margin is for each of their labels, [2N], and what the
+    rows add to it. `labels` are the first ones as their caller has them."""
+    margin = options.margin
     if not isinstance(margin, BatchMargin):
-        found = None if margin is None else of_doubled(op, margin, both, classes)
-        return loss_of(op, x, weight, given, both, options, found)
+        return loss_of(None if margin is None else of_doubled(op, margin, both, given.classes))
     rows = rows_of_both(op, x, both, labels, options, margin)
-    if margin.hard_negatives:
-        rows = with_cosines(rows, torch.cat([x, x]), weight, both.labels, options)
-    loss = loss_of(op, x, weight, given, both, options, margin_of(op, margin, rows))
+    if margin.hard_negatives and margin.uses_cosines:
+        rows = with_cosines(rows, torch.cat([x, x]), weight, given.places, options)
+    loss = loss_of(margin_of(op, margin, rows))
     more = regularizer_of(op, margin, rows)
     if more is None:
         return loss

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine import sweep
+from ..engine import row_state, sweep
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative, store_as
-from ..engine.calls import accumulator, kernels
+from ..engine.calls import kernels
+from ..engine.dtypes import accumulator
 from . import ops
+from .loss_options import LossOptions, MarginTensors
 
-OTHERS, TARGET = sweep.SLOPES.index("others"), sweep.SLOPES.index("target")
+OTHERS, TARGET = row_state.SLOPES.index("others"), row_state.SLOPES.index("target")
 
 
 class Pair(NamedTuple):
@@ -68,28 +70,28 @@ def rows_of_both(
 ) -> tuple[Tensor, Between]:
     """The state [ROW_FIELDS, N] of the rows with p -> that of the rows with either label, [ROW_FIELDS, 2N].
     `weight` and `target_weight` [2N] are those of the labels."""
-    kappa, (c_p, c_q) = rows[sweep.SHIFT], pair.of_pair(pair.cosine)
+    kappa, (c_p, c_q) = rows[row_state.SHIFT], pair.of_pair(pair.cosine)
     # E_p may be beyond every number by p's kappa, where that is the largest of the others' logits.
     own = torch.where(pair.both, torch.maximum(kappa, scale * c_p), kappa)
     e_p = torch.where(pair.both, (scale * c_p - own).exp(), 0)
     e_q = torch.where(pair.both, (scale * c_q - own).exp(), 0)
     shrink = torch.where(pair.both, (kappa - own).exp(), 1)
-    total = rows[sweep.SUM] * shrink + (e_p - e_q)
-    second = rows[sweep.SECOND_SUM] * shrink + (c_p * e_p - c_q * e_q)
+    total = rows[row_state.SUM] * shrink + (e_p - e_q)
+    second = rows[row_state.SECOND_SUM] * shrink + (c_p * e_p - c_q * e_q)
     both = rows.repeat(1, 2)
-    both[sweep.SUM] = pair.of_label(rows[sweep.SUM], total)
-    both[sweep.SECOND_SUM] = pair.of_label(rows[sweep.SECOND_SUM], second)
-    both[sweep.SHIFT] = pair.of_label(kappa, own)
-    both[sweep.COSINE] = pair.cosine
-    both[sweep.ROW_WEIGHT] = weight
-    both[sweep.TARGET_WEIGHT] = 1.0 if target_weight is None else target_weight
+    both[row_state.SUM] = pair.of_label(rows[row_state.SUM], total)
+    both[row_state.SECOND_SUM] = pair.of_label(rows[row_state.SECOND_SUM], second)
+    both[row_state.SHIFT] = pair.of_label(kappa, own)
+    both[row_state.COSINE] = pair.cosine
+    both[row_state.ROW_WEIGHT] = weight
+    both[row_state.TARGET_WEIGHT] = 1.0 if target_weight is None else target_weight
     return both, Between(e_p, e_q, shrink)
 
 
 def slopes_of_pair(slopes: Tensor, pair: Pair, between: Between) -> tuple[Tensor, Tensor]:
     """(slopes [SLOPE_FIELDS, N] of the rows with p, the slope along q's cosine besides [N]) from those of the
     rows with either label, [.., 2N]."""
-    of_p, of_q = pair.of_pair(slopes[: sweep.SLOPE_FIELDS])
+    of_p, of_q = pair.of_pair(slopes[: row_state.SLOPE_FIELDS])
     joined = of_p + of_q
     joined[OTHERS] = of_p[OTHERS] + of_q[OTHERS] * between.shrink
     at_p = of_q[OTHERS] * between.e_p
@@ -150,7 +152,7 @@ class _MixedLoss(Function):
         counts: Tensor,
         row_weight: Tensor,
         class_weight: Tensor | None,
-        options: ops.LossOptions,
+        options: LossOptions,
     ) -> Tensor:
         need_x, need_weight = ctx.needs_input_grad[:2]
         # The gradient of a row has two parts, which are added before they are rounded.
@@ -206,7 +208,7 @@ class _MixedLoss(Function):
             dx, dw, ds = sweep.head_backward(
                 grad_loss, joined, wide, weight, p, scale, class_weight, swept, options, needed
             )
-            x_inverse = swept.rows[sweep.INVERSE_NORM]
+            x_inverse = swept.rows[row_state.INVERSE_NORM]
             if needed[0] or needed[1]:
                 dx_q, dw_q = cosine_gradients(
                     grad_loss * at_q,
@@ -233,12 +235,12 @@ def mixed_loss(
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
-    margin: ops.MarginTensors,
+    margin: MarginTensors,
     labels: Tensor,
     counts: Tensor,
     row_weight: Tensor,
     class_weight: Tensor | None,
-    options: ops.LossOptions,
+    options: LossOptions,
 ) -> Tensor:
     """Of rows x [N, D] with labels, counts, weights and margins [2N], those of the first labels first; the
     options are of N rows. [] or [N]."""

@@ -3,29 +3,36 @@ checks, no defaults."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine.autograd import asked, detach_without_grad, no_second_derivative
-from ..engine.calls import accumulator, add_fakes, by_name, kernels, options_of
-from ..engine.sweep import (
+from ..engine import transforms
+from ..engine.autograd import asked, detach_without_grad
+from ..engine.calls import add_fakes, by_name, kernels, options_of
+from ..engine.curvature import twice_by_tiles
+from ..engine.dtypes import accumulator
+from ..engine.row_state import (
     ALL_SLOPES,
+    COSINE,
+    LARGEST,
     NO_INPUTS,
+    ROW_WEIGHT,
     SLOPE_FIELDS,
-    SweepOptions,
-    Swept,
+    TARGET_WEIGHT,
     TermInputs,
-    head_backward,
-    head_sweep_in_memory,
 )
+from ..engine.statistics import LEFT_TO_LEARN, Means, Statistics, hits, means_of, statistics_of
+from ..engine.sweep import Swept, head_backward, head_sweep_in_memory
+from .formula import LossFormula
+from .loss_options import NUMBERS, LossOptions, MarginTensors
 
-#: m1, m2 and m3, where they are tensors: [] or [N].
-MarginTensors = tuple[Tensor | None, Tensor | None, Tensor | None]
-NUMBERS: MarginTensors = (None, None, None)
+#: -ln p of a row whose 1 - p is LEFT_TO_LEARN.
+_LEARNED = -math.log1p(-LEFT_TO_LEARN)
 
 
 def _softmax_finish_fake(*, x: Tensor, need_margin: bool, reduction: int, **_: Any) -> tuple[Tensor, Tensor]:
@@ -37,19 +44,6 @@ def _softmax_finish_fake(*, x: Tensor, need_margin: bool, reduction: int, **_: A
 
 
 add_fakes(by_name({"softmax_finish": _softmax_finish_fake}))
-
-
-@dataclass(eq=False)
-class LossOptions(SweepOptions):
-    """With those of ``softmax_finish``."""
-
-    reduction: int = 1
-    m1_value: float = 1.0
-    m2_value: float = 0.0
-    m3_value: float = 0.0
-    formula: int = 0
-    guard: int = 0
-    straight: bool = False
 
 
 _finish_options = options_of("softmax_finish", LossOptions)
@@ -72,6 +66,37 @@ def softmax_finish(
     return result
 
 
+def means_of_rows(
+    rows: Tensor,
+    x: Tensor,
+    class_sum: Tensor,
+    scale: Tensor | None,
+    margin: MarginTensors,
+    options: LossOptions,
+    *,
+    weighted: bool,
+) -> Means:
+    """What the statistics are made of, from sums over all classes; `weighted` by class."""
+    told, counts, each = replace(options, reduction=0), rows[ROW_WEIGHT] != 0, rows.clone()
+    each[ROW_WEIGHT] = counts.to(rows.dtype)
+    losses, _ = softmax_finish(each, x, class_sum, scale, margin, told)
+    surprise = losses  # -ln p_y
+    if weighted or options.smoothing > 0:
+        each[TARGET_WEIGHT] = 1.0
+        told = replace(told, smoothing=0.0)
+        surprise, _ = softmax_finish(each, x, class_sum.new_empty(0), scale, margin, told)
+    return means_of_losses(counts, losses, surprise, rows, x.dtype)
+
+
+def means_of_losses(
+    counts: Tensor, losses: Tensor, surprise: Tensor, state: Tensor, dtype: torch.dtype
+) -> Means:
+    """From the rows' losses and their -ln p_y, [N] each, and what the sweep found of them, with their largest
+    cosines; `dtype` is the features'."""
+    hit = hits(state[COSINE], state[LARGEST], accumulator(dtype))
+    return means_of(counts, losses, state[COSINE], hit, ~(surprise <= _LEARNED))
+
+
 def margin_gradients(
     grad_loss: Tensor, slopes: Tensor, margin: MarginTensors, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
@@ -89,6 +114,8 @@ def margin_gradients(
 
 
 class _NormFaceLoss(Function):
+    """The loss, and without gradient what its statistics are made of, where they are wanted."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -104,7 +131,8 @@ class _NormFaceLoss(Function):
         threshold: Tensor | None,
         numbers: Tensor | None,
         options: LossOptions,
-    ) -> Tensor:
+        statistics: bool,
+    ) -> Any:
         labels, margin = labels.contiguous(), (m1, m2, m3)
         need_x, need_weight = ctx.needs_input_grad[:2]
         swept, options = head_sweep_in_memory(
@@ -118,6 +146,7 @@ class _NormFaceLoss(Function):
             op="normface_loss",
             need_x=need_x,
             need_weight=need_weight,
+            need_largest=statistics,
             term=TermInputs(threshold, numbers),
         )
         loss, slopes = softmax_finish(
@@ -132,13 +161,20 @@ class _NormFaceLoss(Function):
         told = labels, class_weight, threshold, numbers
         ctx.save_for_backward(x, weight, scale, *margin, *told, slopes, *swept)
         ctx.options = options
-        return loss
+        if not statistics:
+            return loss
+        weighted = class_weight is not None
+        means = means_of_rows(
+            swept.rows, x.contiguous(), swept.class_sum, scale, margin, options, weighted=weighted
+        )
+        ctx.mark_non_differentiable(*means)
+        return loss, *means
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+    def backward(ctx: Any, grad_loss: Tensor, *rest: Any) -> Any:
         x, weight, scale, m1, m2, m3, labels, class_weight, *saved = ctx.saved_tensors
         threshold, numbers, slopes, *swept = saved
-        needed = ctx.needs_input_grad[:3]
+        needed, term = ctx.needs_input_grad[:3], TermInputs(threshold, numbers)
         with torch.no_grad():
             gradients = head_backward(
                 grad_loss,
@@ -151,12 +187,15 @@ class _NormFaceLoss(Function):
                 Swept(*swept),
                 ctx.options,
                 needed,
-                TermInputs(threshold, numbers),
+                term,
             )
             of_margin = margin_gradients(grad_loss, slopes, (m1, m2, m3), ctx.needs_input_grad[3:6])
+
+        def formula() -> LossFormula:
+            return LossFormula("normface_loss", labels, class_weight, term, swept[0], ctx.options)
+
         given = (*asked(needed, gradients), *of_margin)
-        raising = no_second_derivative("normface_loss", given, grad_loss, x, weight, scale, m1, m2, m3)
-        return *raising, *[None] * 6
+        return *twice_by_tiles(given, formula, (grad_loss,), x, weight, scale, m1, m2, m3), *[None] * 7
 
 
 def normface_loss(
@@ -169,9 +208,15 @@ def normface_loss(
     class_weight: Tensor | None,
     options: LossOptions,
     term: TermInputs = NO_INPUTS,
-) -> Tensor:
-    x, weight = detach_without_grad(x, weight)
-    result: Tensor = _NormFaceLoss.apply(
-        x, weight, scale, *margin, labels, sample_weight, class_weight, *term, options
-    )
-    return result
+    *,
+    statistics: bool = False,
+) -> tuple[Tensor, Statistics | None]:
+    told, rest = (labels, sample_weight, class_weight, *term), (options, statistics)
+    if transforms.watched():
+        tensors = x, weight, scale, *margin, *told
+        found = transforms.through("normface_loss", _NormFaceLoss, tensors, rest, inputs=6)
+    else:
+        x, weight = detach_without_grad(x, weight)
+        result = _NormFaceLoss.apply(x, weight, scale, *margin, *told, *rest)
+        found = result if statistics else (result,)
+    return found[0], statistics_of((found[1], found[2])) if statistics else None

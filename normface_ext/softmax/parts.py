@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine import sweep
-from ..engine.autograd import asked, detach_without_grad, no_second_derivative
-from ..engine.calls import accumulator, kernels
-from . import ops
+from ..engine import row_state, sweep, transforms
+from ..engine.autograd import asked, detach_without_grad
+from ..engine.calls import kernels
+from ..engine.curvature import twice_by_tiles
+from ..engine.dtypes import accumulator
+from .formula import PartsFormula
+from .loss_options import LossOptions
 
 
 class _HeadParts(Function):
@@ -28,7 +31,8 @@ class _HeadParts(Function):
         class_weight: Tensor | None,
         threshold: Tensor | None,
         numbers: Tensor | None,
-        options: ops.LossOptions,
+        options: LossOptions,
+        need_largest: bool,
     ) -> tuple[Tensor, ...]:
         labels = labels.contiguous()
         need_x, need_weight = ctx.needs_input_grad[:2]
@@ -43,12 +47,13 @@ class _HeadParts(Function):
             op="normface_loss",
             need_x=need_x,
             need_weight=need_weight,
-            term=sweep.TermInputs(threshold, numbers),
+            need_largest=need_largest,
+            term=row_state.TermInputs(threshold, numbers),
         )
         rows = swept.rows
-        counts = rows[sweep.ROW_WEIGHT] != 0
-        log_sum = torch.where(counts, rows[sweep.SUM].log() + rows[sweep.SHIFT], 0.0)
-        cosine = torch.where(counts, rows[sweep.COSINE], 0.0)
+        counts = rows[row_state.ROW_WEIGHT] != 0
+        log_sum = torch.where(counts, rows[row_state.SUM].log() + rows[row_state.SHIFT], 0.0)
+        cosine = torch.where(counts, rows[row_state.COSINE], 0.0)
         with_sum = _with_class_sum(x, swept.class_sum, counts, options)
         ctx.save_for_backward(x, weight, scale, labels, class_weight, threshold, numbers, *swept)
         ctx.options = options
@@ -60,17 +65,18 @@ class _HeadParts(Function):
     def backward(ctx: Any, g_cosine: Tensor, g_log_sum: Tensor, g_with_sum: Tensor, _: Tensor) -> Any:
         x, weight, scale, labels, class_weight, threshold, numbers, *swept = ctx.saved_tensors
         options, needed = ctx.options, ctx.needs_input_grad[:3]
+        term = row_state.TermInputs(threshold, numbers)
         rows = swept[0]
         with torch.no_grad():
             s = options.scale_value if scale is None else scale.double()
             none = torch.zeros_like(rows[0])
             # 0 where the row has no other class, whose logarithm is -inf whatever x and weight are.
-            each = torch.where(rows[sweep.SUM] == 0, none, g_log_sum / rows[sweep.SUM])
+            each = torch.where(rows[row_state.SUM] == 0, none, g_log_sum / rows[row_state.SUM])
             uniform = g_with_sum if options.smoothing > 0 else none
-            slopes = torch.stack([each * s, g_cosine, uniform, each * rows[sweep.SECOND_SUM]])
+            slopes = torch.stack([each * s, g_cosine, uniform, each * rows[row_state.SECOND_SUM]])
             gradients = sweep.head_backward(
                 x.new_ones((), dtype=accumulator(x.dtype)),
-                torch.where(rows[sweep.ROW_WEIGHT] != 0, slopes, 0.0),
+                torch.where(rows[row_state.ROW_WEIGHT] != 0, slopes, 0.0),
                 x.contiguous(),
                 weight.contiguous(),
                 labels,
@@ -79,14 +85,18 @@ class _HeadParts(Function):
                 sweep.Swept(*swept),
                 options,
                 needed,
-                sweep.TermInputs(threshold, numbers),
+                term,
             )
         given = asked(needed, gradients)
-        origins = g_cosine, g_log_sum, g_with_sum, x, weight, scale
-        return *no_second_derivative("head_parts", given, *origins), *[None] * 6
+
+        def formula() -> PartsFormula:
+            return PartsFormula("head_parts", labels, class_weight, term, rows, options)
+
+        upstream = g_cosine, g_log_sum, g_with_sum
+        return *twice_by_tiles(given, formula, upstream, x, weight, scale), *[None] * 7
 
 
-def _with_class_sum(x: Tensor, class_sum: Tensor, counts: Tensor, options: ops.LossOptions) -> Tensor:
+def _with_class_sum(x: Tensor, class_sum: Tensor, counts: Tensor, options: LossOptions) -> Tensor:
     """<x_hat, U> [N], which only label smoothing needs: [0] without."""
     if options.smoothing == 0:
         return x.new_empty([0], dtype=torch.float64)
@@ -103,12 +113,18 @@ def head_parts(
     labels: Tensor,
     sample_weight: Tensor | None,
     class_weight: Tensor | None,
-    options: ops.LossOptions,
-    term: sweep.TermInputs = sweep.NO_INPUTS,
+    options: LossOptions,
+    term: row_state.TermInputs = row_state.NO_INPUTS,
+    *,
+    need_largest: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(c_y [N], ln S_o [N], with smoothing <x_hat, U> [N], the rows' state [ROW_FIELDS, N]), float64."""
-    x, weight = detach_without_grad(x, weight)
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = _HeadParts.apply(
-        x, weight, scale, labels, sample_weight, class_weight, *term, options
-    )
+    result: tuple[Tensor, Tensor, Tensor, Tensor]
+    told, rest = (labels, sample_weight, class_weight, *term), (options, need_largest)
+    if transforms.watched():
+        tensors = x, weight, scale, *told
+        result = transforms.through("head_parts", _HeadParts, tensors, rest, inputs=3, outputs=3)  # type: ignore[assignment]
+    else:
+        x, weight = detach_without_grad(x, weight)
+        result = _HeadParts.apply(x, weight, scale, *told, *rest)
     return result

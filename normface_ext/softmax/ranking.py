@@ -9,21 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..engine import checks
+from ..cosine.functions import plain_cosine
+from ..engine import checks, graphs
 from ..engine.arguments import integer
 from ..engine.options import takes
-from ..engine.sweep import (
-    ELSEWHERE,
-    ROW_WEIGHT,
-    SECOND_SUM,
-    TERMS,
-    TermInputs,
-    head_sweep_collecting,
-    target_cosine,
-)
+from ..engine.row_state import ELSEWHERE, ROW_WEIGHT, SECOND_SUM, TERMS, TermInputs
+from ..engine.sweep import head_sweep_collecting, target_cosine
 from .arguments import loss_options
-from .ops import LossOptions
+from .centers import class_count, pooled
+from .loss_options import LossOptions
 from .options import HeadOptions, NearestKeywords, NearestOptions, PartsKeywords, PartsOptions
+from .rows import nearest_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +35,7 @@ def nearest_class(x: Tensor, weight: Tensor, **options: Unpack[NearestKeywords])
     Args:
         x: [N, D].
         weight: [C, D], on x's device; float64 only together with float64.
-        eps, workspace: see ``normface_loss``.
+        sub_centers, eps, workspace: see ``normface_loss``.
 
     Returns:
         (int64 [N], the first of equal ones; cosines [N], float64 for float64 input, float32 otherwise). A
@@ -52,7 +48,13 @@ def nearest_class(x: Tensor, weight: Tensor, **options: Unpack[NearestKeywords])
     op = "nearest_class"
     checks.features_and_weight(op, x, weight)
     given = NearestOptions.of(op, options)
-    return hardest(x, weight, ranking_options(x, weight, given.eps, None, given.workspace))
+    class_count(op, weight, given.sub_centers)
+    if graphs.leaving():
+        cosine = pooled(plain_cosine(x, weight, True, given.eps), given.sub_centers)
+        nearest = cosine.argmax(1)
+        return nearest, cosine.gather(1, nearest[:, None])[:, 0]
+    rows, cosines = hardest(x, weight, ranking_options(x, weight, given.eps, None, given.workspace))
+    return (rows if given.sub_centers == 1 else rows // given.sub_centers), cosines
 
 
 @takes(PartsOptions)
@@ -65,7 +67,7 @@ def target_rank(x: Tensor, weight: Tensor, labels: Tensor, **options: Unpack[Par
         x: [N, D].
         weight: [C, D], on x's device; float64 only together with float64.
         labels: [N] int64 or int32 in [0, C) or ``ignore_index``.
-        ignore_index, eps, workspace: see ``normface_loss``.
+        sub_centers, ignore_index, eps, workspace: see ``normface_loss``.
 
     Returns:
         int64 [N], -1 where the row is ignored. Cosines that differ by less than their rounding stand in any
@@ -79,10 +81,24 @@ def target_rank(x: Tensor, weight: Tensor, labels: Tensor, **options: Unpack[Par
     op = "target_rank"
     checks.features_and_weight(op, x, weight)
     given = PartsOptions.of(op, options)
-    labels = checks.labels(op, labels, x, weight.shape[0], given.ignore_index)
-    told = ranking_options(x, weight, given.eps, given.ignore_index, given.workspace)
-    x, weight, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
-    return nearer(x, weight, labels, target_cosine(x, weight, labels, told), told)
+    centers, ignored = given.sub_centers, given.ignore_index
+    labels = checks.labels(op, labels, x, class_count(op, weight, centers), ignored)
+    told = ranking_options(x, weight, given.eps, ignored, given.workspace, centers)
+    x, weight = x.contiguous(), weight.contiguous()
+    places = nearest_rows(x, weight, labels, centers, ignored, given.eps).contiguous()
+    return nearer(x, weight, places, target_cosine(x, weight, places, told), told)
+
+
+def nearest_center(
+    op: str, x: Tensor, weight: Tensor, labels: Tensor, centers: int, ignore_index: int | None, eps: float
+) -> Tensor:
+    """Which of the `centers` of its class a row is nearest to, int64 [N]; -1 where it is ignored."""
+    checks.features_and_weight(op, x, weight)
+    labels = checks.labels(op, labels, x, class_count(op, weight, centers), ignore_index)
+    if centers == 1:
+        return torch.where(labels == checks.ignored(ignore_index), -1, 0)
+    places = nearest_rows(x, weight, labels, centers, ignore_index, eps)
+    return torch.where(places < 0, -1, places % centers)
 
 
 def accuracy_of(ranks: Tensor, topk: Sequence[int]) -> Tensor:
@@ -102,11 +118,16 @@ def topk_argument(op: str, value: Sequence[int]) -> list[int]:
 
 
 def ranking_options(
-    x: Tensor, weight: Tensor, eps: float, ignore_index: int | None, workspace: int | None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    ignore_index: int | None,
+    workspace: int | None,
+    centers: int = 1,
 ) -> LossOptions:
     """What the sweep is told. The plan's workspace holds no coefficients: none are kept."""
-    options = HeadOptions(eps=eps, ignore_index=ignore_index, workspace=workspace)
-    made = loss_options(1.0, options, x, weight, x.shape[0], max(1, weight.shape[0]))
+    options = HeadOptions(eps=eps, ignore_index=ignore_index, workspace=workspace, sub_centers=centers)
+    made = loss_options(1.0, options, x, weight, x.shape[0], max(1, weight.shape[0] // centers))
     return replace(made, term=TERMS["hinge"])
 
 

@@ -5,9 +5,9 @@ Everything is worked out before anything is changed: an error leaves head and op
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +17,88 @@ from ..cosine.functions import normalize
 from ..cosine.rows import gaussian_unitball_
 from ..engine import checks
 from ..engine.arguments import choice, integer, size
+from .carry import Carrier
+from .centers import as_rows, by_class
 from .margins import Margin
 
 if TYPE_CHECKING:
     from .layers import NormFaceLoss
 
+Checked = TypeVar("Checked")
 INITS = ("random", "imprint")
-#: What an optimizer starts a new row with, from its group and the row, where that is not 0.
-_FIRST_STATE: Mapping[str, Callable[[dict[str, Any], Tensor], Any]] = {
-    "step_size": lambda group, rows: group["lr"],  # Rprop
-    "sum": lambda group, rows: group.get("initial_accumulator_value", 0.0),  # Adagrad
-    "ax": lambda group, rows: rows,  # ASGD: the average begins with the weight itself
-}
-#: State of Adafactor with one number per feature, whatever its shape may look like.
-_PER_FEATURE = frozenset({"col_var"})
+#: New classes that are imprinted at a time.
+BLOCK = 1 << 14
+#: How long what is added at random to a class's direction is, where its sub-centres are to differ.
+_APART = 0.1
+
+
+class Asked(NamedTuple):
+    """The arguments, checked, and who carries the rows."""
+
+    carrier: Carrier
+    labelled: Labelled | None  # of "imprint"
+
+    @property
+    def changes(self) -> bool:
+        source = self.carrier.source
+        return len(source) != self.carrier.classes or not torch.equal(source, torch.arange(len(source)))
+
+
+class Resizing:
+    """What it takes to resize a head whose classes are all in this process."""
+
+    def __init__(self, head: NormFaceLoss) -> None:
+        self.head = head
+
+    def agreed(self, check: Callable[[], Checked]) -> Checked:
+        """What ``check`` returns, or its error."""
+        return check()
+
+    def check_same(self, op: str, asked: Asked) -> None:
+        """Raises where processes that resize a head together would make different ones of it."""
+
+    def check_weight(self, op: str) -> None:
+        weight = self.head.weight
+        if checks.is_dtensor(weight):
+            raise TypeError(f"{op}: expected a head of one process, got one that is spread over ranks")
+        if weight.is_meta:
+            raise ValueError(f"{op}: expected a head with values, got one on the meta device")
+
+    def carrier(
+        self, op: str, source: Tensor, new: Tensor, classes: int, optimizers: Sequence[Optimizer]
+    ) -> Carrier:
+        return Carrier(op, source, new, classes, optimizers)
+
+    def drawn(self, asked: Asked, generator: torch.Generator | None) -> Tensor:
+        """Rows of new classes, [new * K, D], uniform on the unit sphere, as the constructor draws them."""
+        weight, count = self.head.weight, len(asked.carrier.new) * self.head.options.sub_centers
+        device = weight.device if generator is None else generator.device
+        rows = torch.empty(count, weight.shape[1], dtype=weight.dtype, device=device)
+        return gaussian_unitball_(rows, generator=generator).to(weight.device)
+
+    def summed(self, sums: Tensor) -> Tensor:
+        """Of the features of all processes."""
+        return sums
+
+    def kept(self, asked: Asked, begin: int, end: int) -> slice:
+        """Which of the new rows [begin, end) are wanted here."""
+        return slice(0, end - begin)
+
+    def finish(self, classes: int) -> None:
+        self.head.num_classes = classes
+
+    def check_labels(self, op: str, labels: Tensor) -> None:
+        if checks.readable(labels):
+            checks.label_range(op, labels, self.head.num_classes, None)
+
+    def rows(self, labels: Tensor) -> Tensor:
+        """The weight's rows of labels, [N, D] or [N, K, D]."""
+        weight, centers = self.head.weight, self.head.options.sub_centers
+        return (by_class(weight, centers) if centers > 1 else weight).index_select(0, labels)
 
 
 def resize_classes(
-    head: NormFaceLoss,
+    way: Resizing,
     n: int,
     keep: Sequence[int | None] | Tensor | None,
     optimizer: Optimizer | Iterable[Optimizer] | None,
@@ -44,55 +108,60 @@ def resize_classes(
     generator: torch.Generator | None,
 ) -> None:
     """``NormFaceLoss.resize_classes``."""
-    op = "resize_classes"
-    weight = _plain_weight(op, head)
-    source = _source(op, size(op, "n", n), keep, head.num_classes)
-    optimizers = _optimizers(op, optimizer, weight)
-    choice(op, "init", init, INITS)
-    if init == "random" and (features is not None or labels is not None):
-        raise ValueError(f"{op}: expected `init` to be 'imprint' where `features` or `labels` are given")
-    new = (source < 0).nonzero()[:, 0]
-    if init == "imprint" and len(new):
-        first = _imprinted(op, head, features, labels, new, len(source))
-    else:
-        first = _drawn(len(new), weight, generator)
-    if torch.equal(source, torch.arange(head.num_classes)):
+    op, head = "resize_classes", way.head
+
+    def check() -> Asked:
+        way.check_weight(op)
+        source = _source(op, size(op, "n", n), keep, head.num_classes)
+        optimizers = _optimizers(op, optimizer, head.weight)
+        choice(op, "init", init, INITS)
+        if init == "random" and (features is not None or labels is not None):
+            raise ValueError(f"{op}: expected `init` to be 'imprint' where `features` or `labels` are given")
+        new, labelled = (source < 0).nonzero()[:, 0], None
+        if init == "imprint" and len(new):
+            labelled = _labelled(op, head, features, labels, new, len(source))
+        asked = Asked(way.carrier(op, source, new, head.num_classes, optimizers), labelled)
+        if asked.changes:
+            for _, tensor in [("weight", head.weight), *_per_class(head.options.margin, head.num_classes)]:
+                asked.carrier.check(tensor)
+        return asked
+
+    asked = way.agreed(check)
+    way.check_same(op, asked)
+    first = way.drawn(asked, generator) if asked.labelled is None else _imprinted(op, way, asked, generator)
+    if not asked.changes:
         return
-    rows = _Rows(op, source, new, head.num_classes, optimizers)
+    rows, classes = asked.carrier, len(asked.carrier.source)
     with torch.no_grad():
-        change = rows.change(weight, first.to(weight.dtype))
+        change = rows.change(head.weight, first.to(head.weight.dtype))
         class_weight = None if head.class_weight is None else rows.of(head.class_weight, 1.0)
         margin = head.options.margin
         margins = {
             name: rows.change(value, value.detach().mean().item())
             for name, value in _per_class(margin, head.num_classes)
         }
-        head.weight, head.num_classes = change.make(), len(source)  # type: ignore[assignment]
+        head.weight = change.make()  # type: ignore[assignment]
+        way.finish(classes)
         head.class_weight = class_weight
         if margins:
             new_values = {name: each.make() for name, each in margins.items()}
             head.margin = replace(margin, **new_values)  # type: ignore[type-var]
 
 
-def weight_for(head: NormFaceLoss, labels: Tensor) -> Tensor:
+def weight_for(way: Resizing, labels: Tensor) -> Tensor:
     """``NormFaceLoss.weight_for``."""
-    op = "weight_for"
-    weight = _plain_weight(op, head)
-    checked = checks.label_tensor(op, labels)
-    if checked.dim() != 1:
-        raise ValueError(f"{op}: expected `labels` to be [N], got shape {list(checked.shape)}")
-    checks.same_device(op, "labels", checked, "weight", weight)
-    if checks.readable(checked):
-        checks.label_range(op, checked, head.num_classes, None)
-    return normalize(weight.index_select(0, checked), dim=1, eps=head.eps)
+    op, head = "weight_for", way.head
 
+    def check() -> Tensor:
+        way.check_weight(op)
+        checked = checks.label_tensor(op, labels)
+        if checked.dim() != 1:
+            raise ValueError(f"{op}: expected `labels` to be [N], got shape {list(checked.shape)}")
+        checks.same_device(op, "labels", checked, "weight", head.weight)
+        way.check_labels(op, checked)
+        return checked
 
-def _plain_weight(op: str, head: NormFaceLoss) -> nn.Parameter:
-    if checks.is_dtensor(head.weight):
-        raise TypeError(f"{op}: expected a head of one process, got one whose classes are spread over ranks")
-    if head.weight.is_meta:
-        raise ValueError(f"{op}: expected a head with values, got one on the meta device")
-    return head.weight
+    return normalize(way.rows(way.agreed(check)), dim=-1, eps=head.eps)
 
 
 def _source(op: str, n: int, keep: Sequence[int | None] | Tensor | None, classes: int) -> Tensor:
@@ -139,20 +208,17 @@ def _optimizers(
 # New rows ---------------------------------------------------------------------------------------------------
 
 
-def _drawn(count: int, weight: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform on the unit sphere, as the constructor draws them."""
-    device = weight.device if generator is None else generator.device
-    rows = torch.empty(count, weight.shape[1], dtype=weight.dtype, device=device)
-    return gaussian_unitball_(rows, generator=generator).to(weight.device)
+class Labelled(NamedTuple):
+    """Features of new classes, normalised, in float64 and on the CPU, where a sum has an order: [M, D], and
+    of which new class each is, [M]."""
+
+    units: Tensor
+    place: Tensor
 
 
-def _imprinted(
+def _labelled(
     op: str, head: NormFaceLoss, features: Tensor | None, labels: Tensor | None, new: Tensor, classes: int
-) -> Tensor:
-    """[len(new), D]: of each new class the normalised mean of its normalised features.
-
-    In float64 and on the CPU, where the sum has an order.
-    """
+) -> Labelled:
     if features is None or labels is None:
         raise ValueError(f"{op}: expected `features` and `labels` for `init`='imprint', got None")
     x = checks.matrix(op, "features", features, "[N, D]").detach().cpu().double()
@@ -167,22 +233,37 @@ def _imprinted(
     place = place[y.where(counts, 0)].where(counts, -1)
     counts = place >= 0
     checks.finite_rows(op, "features", x, counts)
-    sums = torch.zeros(len(new), x.shape[1], dtype=torch.float64)
-    sums.index_add_(0, place[counts], normalize(x[counts], dim=1, eps=head.eps))
-    seen = torch.bincount(place[counts], minlength=len(new))
-    for fault, sentence in (
-        (seen == 0, "features of every new class, got none"),
-        (sums.norm(dim=1) <= 1e-9 * seen, "features of one direction, got ones that cancel out"),
-    ):
-        if fault.any():
-            wrong = new[fault].tolist()
-            shown = ", ".join(map(str, wrong[:4])) + f" and {len(wrong) - 4} more" * (len(wrong) > 4)
-            raise ValueError(f"{op}: expected {sentence} for {shown}")
-    directions: Tensor = sums / sums.norm(dim=1, keepdim=True)
-    return directions.to(head.weight.device)
+    return Labelled(normalize(x[counts], dim=1, eps=head.eps), place[counts])
 
 
-# What has a row per class -----------------------------------------------------------------------------------
+def _imprinted(op: str, way: Resizing, asked: Asked, generator: torch.Generator | None) -> Tensor:
+    """[new * K, D]: of each new class the normalised mean of its normalised features, and K - 1 directions
+    near it."""
+    assert asked.labelled is not None
+    (units, place), new, found = asked.labelled, asked.carrier.new, []
+    width = units.shape[1]
+    counted = torch.cat([units, units.new_ones(len(units), 1)], dim=1)
+    for begin in range(0, len(new), BLOCK):
+        classes = new[begin : begin + BLOCK]
+        here = (place >= begin) & (place < begin + len(classes))
+        added = units.new_zeros(len(classes), width + 1).index_add_(0, place[here] - begin, counted[here])
+        sums, seen = way.summed(added).split([width, 1], dim=1)
+        norms = sums.norm(dim=1, keepdim=True)
+        for fault, sentence in (
+            (seen == 0, "features of every new class, got none"),
+            (norms <= 1e-9 * seen, "features of one direction, got ones that cancel out"),
+        ):
+            if fault.any():
+                wrong = classes[fault[:, 0]].tolist()
+                shown = ", ".join(map(str, wrong[:4])) + f" and {len(wrong) - 4} more" * (len(wrong) > 4)
+                raise ValueError(f"{op}: expected {sentence} for {shown}")
+        found.append((sums / norms)[way.kept(asked, begin, begin + len(classes))])
+    directions, centers = torch.cat(found), way.head.options.sub_centers
+    if centers > 1:
+        apart = _APART * by_class(way.drawn(asked, generator).to(directions), centers)
+        apart[:, 0] = 0
+        directions = normalize(as_rows(directions[:, None] + apart), dim=1, eps=way.head.eps)
+    return directions.to(way.head.weight.device)
 
 
 def _per_class(margin: Margin | None, classes: int) -> Iterator[tuple[str, Tensor]]:
@@ -193,102 +274,3 @@ def _per_class(margin: Margin | None, classes: int) -> Iterator[tuple[str, Tenso
         value = getattr(margin, each.name)
         if isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] == classes:
             yield each.name, value
-
-
-class _Rows:
-    """From old rows to new ones: ``source`` [n] is the old class of each, ``new`` those that have none."""
-
-    def __init__(
-        self, op: str, source: Tensor, new: Tensor, classes: int, optimizers: Sequence[Optimizer]
-    ) -> None:
-        self.op, self.source, self.new, self.classes = op, source, new, classes
-        self.optimizers = optimizers
-
-    def of(self, old: Tensor, first: Tensor | float) -> Tensor:
-        """[n, ...] out of [C, ...]; new rows are `first`, one each or one for all."""
-        source, new = self.source.to(old.device), self.new.to(old.device)
-        rows = old.detach().index_select(0, source.clamp(min=0))
-        rows[new] = first.to(rows) if isinstance(first, Tensor) else first
-        return rows
-
-    def change(self, old: Tensor, first: Tensor | float) -> _Change:
-        """What becomes of a tensor with a row per class, in the optimizers too; nothing is changed yet."""
-        if old.requires_grad and not old.is_leaf:
-            raise ValueError(f"{self.op}: expected a margin of leaf tensors, got one that was computed")
-        values, grad = self.of(old, first), None
-        if old.grad is not None:
-            if old.grad.layout != torch.strided:
-                raise ValueError(
-                    f"{self.op}: expected no sparse gradient, got one: call optimizer.zero_grad() first"
-                )
-            grad = self.of(old.grad, 0.0)
-        return _Change(
-            old, values, grad, [(each, self._state(each, old, values)) for each in self.optimizers]
-        )
-
-    def _state(self, optimizer: Optimizer, old: Tensor, values: Tensor) -> dict[str, Any] | None:
-        """An optimizer's state of a tensor; None where there is none yet."""
-        if old not in optimizer.state:
-            return None
-        (group,) = (g for g in optimizer.param_groups if any(p is old for p in g["params"]))
-        state: dict[str, Any] = {}
-        for name, value in optimizer.state[old].items():
-            state[name] = value
-            if isinstance(value, (list, tuple, dict)):
-                raise TypeError(
-                    f"{self.op}: expected `optimizer` to keep tensors and numbers, got"
-                    f" {type(value).__name__} in {type(optimizer).__name__}'s `{name}`"
-                )
-            if isinstance(value, Tensor) and self._has_rows(name, value, old):
-                first = _FIRST_STATE.get(name, lambda group, rows: 0.0)
-                state[name] = self.of(value, first(group, values[self.new.to(values.device)]))
-        return state
-
-    def _has_rows(self, name: str, value: Tensor, old: Tensor) -> bool:
-        if name in _PER_FEATURE:
-            return False
-        one_each = value.dim() in (1, 2) and value.shape[0] == self.classes == value.numel()
-        return value.shape == old.shape or one_each
-
-
-class _Change(NamedTuple):
-    """A tensor with a row per class, and what becomes of it, its gradient, and its state by optimizer."""
-
-    old: Tensor
-    values: Tensor
-    grad: Tensor | None
-    states: Sequence[tuple[Optimizer, dict[str, Any] | None]]
-
-    def make(self) -> Tensor:
-        """The new tensor, put in the place of the old one everywhere: itself, where it is a parameter and its
-        shape stays."""
-        old, values = self.old, self.values
-        if isinstance(old, nn.Parameter) and values.shape == old.shape:
-            old.copy_(values)
-            if self.grad is not None:
-                old.grad.copy_(self.grad)  # type: ignore[union-attr]
-            new: Tensor = old
-        elif isinstance(old, nn.Parameter):
-            new = nn.Parameter(values, requires_grad=old.requires_grad)
-            new.__dict__.update(old.__dict__)
-            new.grad = self.grad
-        else:
-            new = values.requires_grad_(old.requires_grad)
-            new.grad = self.grad
-        for optimizer, state in self.states:
-            _follow(optimizer, old, new, state)
-        return new
-
-
-def _follow(optimizer: Optimizer, old: Tensor, new: Tensor, state: dict[str, Any] | None) -> None:
-    for group in optimizer.param_groups:
-        group["params"][:] = [new if each is old else each for each in group["params"]]
-    if state is None:
-        return
-    before = optimizer.state.pop(old)
-    if new is old:  # tensors too stay the same objects
-        for name, value in before.items():
-            if isinstance(value, Tensor):
-                value.copy_(state[name])
-        state = before
-    optimizer.state[new] = state

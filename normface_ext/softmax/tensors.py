@@ -9,10 +9,14 @@ from torch import Tensor, nn
 
 from ..cosine.head import ScaledHead
 from ..engine import checks
+from ..engine.arguments import shown
 from ..engine.options import HoldsOptions
 from .margins import Margin
 from .options import HeadOptions
 from .state import tensor_fields, with_tensors
+
+#: What a class-parallel head has in its state_dict that draws its classes.
+_DRAWS = ("sampler.seed", "sampler.step")
 
 
 class HoldsTensors(HoldsOptions, ScaledHead):
@@ -42,6 +46,11 @@ class HoldsTensors(HoldsOptions, ScaledHead):
                 value = self._kept(name, value)
             elif name == "margin" and isinstance(value, Margin):
                 self.check_margin(value, self.num_classes)
+            elif name == "sub_centers" and value != self.options.sub_centers:
+                raise ValueError(
+                    f"{type(self).__name__}: expected `sub_centers` to stay {self.options.sub_centers}, by"
+                    f" which the rows of the weight belong to classes, got {shown(value)}"
+                )
         super().__setattr__(name, value)
         if name.removeprefix("margin_") in self._margin_fields:
             self._follow_margin()
@@ -109,6 +118,9 @@ class HoldsTensors(HoldsOptions, ScaledHead):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(f"{prefix}class_weight", None)  # earlier versions had it there
+        if "sampler" not in self._modules:  # a head that takes all classes draws none
+            for name in _DRAWS:
+                state_dict.pop(f"{prefix}{name}", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._refill(self._constants())
         self._follow_margin()
@@ -145,8 +157,10 @@ class HoldsTensors(HoldsOptions, ScaledHead):
         self._follow_margin()
 
     def _follow_margin(self) -> None:
-        """The options' margin has the tensors that the head has."""
-        if self._margin_fields:
+        """The options' margin has the tensors that the head has; not those of which a rank has a part, as
+        fully_shard puts them there between two passes."""
+        held = [getattr(self, f"margin_{name}", None) for name in self._margin_fields]
+        if held and not any(tensor is not None and checks.is_dtensor(tensor) for tensor in held):
             object.__setattr__(self, "options", self.present_options())
 
     def present_options(self) -> HeadOptions:

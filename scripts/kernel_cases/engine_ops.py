@@ -14,7 +14,8 @@ from normface_ext import _C
 from normface_ext.engine import library
 from normface_ext.engine.calls import plan_device
 from normface_ext.engine.plan import facts, operand_bytes
-from normface_ext.engine.sweep import INVERSE_NORM, Swept
+from normface_ext.engine.row_state import INVERSE_NORM
+from normface_ext.engine.sweep import Swept
 
 
 def arguments(x: Tensor, weight: Tensor, labels: Tensor, **given: object) -> dict[str, object]:
@@ -22,9 +23,10 @@ def arguments(x: Tensor, weight: Tensor, labels: Tensor, **given: object) -> dic
     return {
         "x": x, "weight": weight, "labels": labels, "scale": None, "threshold": None, "numbers": None,
         "sample_weight": None, "class_weight": None, "shift": None, "store": False, "need_x": True,
-        "need_class_sum": False, "sink": 0, "capacity": 0, "ignore_index": -100, "scale_value": 8.0,
-        "eps": 1e-12, "total_classes": max(1, classes), "term": 0, "lowest": -1.0, "highest": 1.0,
-        "class_chunk": max(1, classes), "product_precision": x.dtype, "is_shard": False,
+        "need_class_sum": False, "need_largest": False, "sink": 0, "capacity": 0, "ignore_index": -100,
+        "scale_value": 8.0, "eps": 1e-12, "total_classes": max(1, classes), "term": 0, "lowest": -1.0,
+        "highest": 1.0, "centers": 1, "class_chunk": max(1, classes), "product_precision": x.dtype,
+        "is_shard": False,
         "need_weight": True, "need_scale": False, **given,
     }  # fmt: skip
 
@@ -43,7 +45,8 @@ def budget(given: dict[str, Any]) -> dict[str, object]:
     item = operand_bytes(device, given["product_precision"])
     sizes = x.shape[0], max(1, x.shape[1]), max(1, classes), item
     chunk = min(given["class_chunk"], max(1, classes))
-    return {"workspace": _C.workspace_bytes(product, *sizes, facts(device), chunk), "product": product}
+    of_step = *sizes, facts(device), chunk, given["centers"]
+    return {"workspace": _C.workspace_bytes(product, *of_step), "product": product}
 
 
 def sweep(given: dict[str, object]) -> tuple[Swept, Tensor, Tensor]:

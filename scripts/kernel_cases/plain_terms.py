@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from normface_ext.engine.sweep import TERMS
+from normface_ext.engine.row_state import TERMS
 
 if TYPE_CHECKING:
     from lanes import Lane
@@ -31,7 +32,7 @@ class Case:
 
     @property
     def has_threshold(self) -> bool:
-        return self.term not in ("softmax", "sigmoid")
+        return self.term not in ("softmax", "sigmoid", "angular_sigmoid")
 
     @property
     def sparse(self) -> bool:
@@ -64,6 +65,7 @@ CASES = {
     "exponential": Case("exponential_hinge"),
     "sigmoid": Case("sigmoid", (6.0, 0.5, 3, 0)),
     "sigmoid without a bend": Case("sigmoid", (40.0, -3.0, 1, 0)),
+    "angular sigmoid": Case("angular_sigmoid", (6.0, 0.5, 3, 0, math.cos(0.4), math.sin(0.4))),
 }
 
 
@@ -86,11 +88,18 @@ def cells(case: Case, cosine: Tensor, threshold: Tensor, kappa: Tensor) -> tuple
             slope = torch.where(cosine > t, g1 * cosine + g0, torch.full_like(cosine, below))
         e = torch.exp(case.scale * f - kappa)
         return e, e * f, e * slope
-    if case.term == "sigmoid":
+    if case.term in ("sigmoid", "angular_sigmoid"):
         assert case.numbers is not None
-        r, offset, power, straight = case.numbers
-        z = r * (2 * ((cosine + 1) / 2) ** power - 1) + offset
-        slope = r if straight else r * power * ((cosine + 1) / 2) ** (power - 1)
+        r, offset, power, straight, *angle = case.numbers
+        u, du = cosine, torch.ones_like(cosine)
+        if angle:
+            cos_m, sin_m = angle
+            theta = cosine.clamp(-1, 1).acos()
+            u = theta.cos() * cos_m + theta.sin() * sin_m
+            sine = theta.sin()
+            du = cos_m - sin_m * torch.where(sine > 1e-4, cosine / sine.clamp_min(1e-4), 0)
+        z = r * (2 * ((u + 1) / 2) ** power - 1) + offset
+        slope = r if straight else r * power * ((u + 1) / 2) ** (power - 1) * du
         return torch.logaddexp(z, torch.zeros_like(z)), z.sigmoid(), z.sigmoid() * slope
     distance = 2 - 2 * cosine
     active = (~(t - distance <= 0)).to(cosine.dtype)

@@ -14,7 +14,7 @@ from normface_ext.agents import ops as agent_ops
 from normface_ext.agents.functions import sweep_options
 from normface_ext.agents.losses import Losses
 from normface_ext.agents.options import ContrastiveOptions, TripletOptions
-from normface_ext.engine import sweep
+from normface_ext.engine import row_state, sweep
 from normface_ext.engine.calls import plan_device
 from normface_ext.engine.plan import products
 from normface_ext.softmax import ops
@@ -35,7 +35,7 @@ def parts(weight: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
     made = []
     for first, last in itertools.pairwise(BOUNDS):
         here = (y >= first) & (y < last)
-        place = torch.where(here, y - first, sweep.ELSEWHERE).where(y != -100, -100)
+        place = torch.where(here, y - first, row_state.ELSEWHERE).where(y != -100, -100)
         made.append((weight[first:last].contiguous(), place))
     return made
 
@@ -96,7 +96,7 @@ def hinges(chosen: Losses, x: Tensor, weight: Tensor, y: Tensor) -> Results:
         for (w, place), part in zip(shards, swept, strict=True)
     ]
     dx, dw = zip(*gradients, strict=True)
-    return [target, rows[sweep.SUM].to(target.dtype), torch.stack(dx).sum(0), torch.cat(dw)]
+    return [target, rows[row_state.SUM].to(target.dtype), torch.stack(dx).sum(0), torch.cat(dw)]
 
 
 def all_hinges(

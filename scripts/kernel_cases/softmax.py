@@ -79,6 +79,13 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         factors = [randn(size, dtype=accumulator(dtype), seed=size).abs() for size in (batch, classes)]
         options = {"scale": 9.0, "label_smoothing": 0.1, "margin": nf.CosFace(0.2)}
         yield head("smoothed and weighted", choice, [x, w], y, *factors, **options)
+    # Classes of three rows, which the products that never write the scores leave to the library's.
+    leaves = [randn(17, 40, dtype=dtype), randn(99, 40, dtype=dtype, seed=1)]
+    for s in (10.0, 100.0):
+        options = {"sub_centers": 3, "margin": nf.ArcFace(0.3)}
+        yield head(
+            f"three centres s={s:g}", "library", [*leaves, number(s, dtype)], labels(17, 33), **options
+        )
     # Rows that no kernel of ours takes: not of whole 16 bytes, and too long.
     for dim in (41, 520):
         leaves = [randn(17, dim, dtype=dtype), randn(101, dim, dtype=dtype, seed=1)]

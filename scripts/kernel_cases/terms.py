@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normface_ext.engine.calls import plan_device
-from normface_ext.engine.sweep import SECOND_SUM, SHIFT, SINKS, SUM
+from normface_ext.engine.row_state import LARGEST, SECOND_SUM, SHIFT, SINKS, SUM
 
 from . import engine_ops, plain_terms
 from .case import Case, Results, labels, randn
@@ -149,6 +149,24 @@ def hardest_truth(case: plain_terms.Case, x: Tensor, weight: Tensor, y: Tensor, 
     return [place.where(counts[:, None], CLASSES), found[counts], *of_any_shift(case, rows, counts)]
 
 
+def largest(
+    case: plain_terms.Case, product: str, way: str, x: Tensor, weight: Tensor, y: Tensor, t: Tensor
+) -> Results:
+    """The largest cosines beside the sums."""
+    need_x, store = WAYS[way]
+    given = arguments(case, x, weight, y, t, product=product_of(x, product), need_x=need_x, store=store)
+    result, _, _ = engine_ops.sweep({**given, "need_largest": True})
+    counts = y != plain_terms.IGNORED
+    return [result.rows[LARGEST][counts], *of_any_shift(case, result.rows, counts)]
+
+
+def largest_truth(case: plain_terms.Case, x: Tensor, weight: Tensor, y: Tensor, t: Tensor) -> Results:
+    counts = y != plain_terms.IGNORED
+    cosines = plain_terms.unit(x) @ plain_terms.unit(weight).T
+    own = torch.nn.functional.one_hot(y.clamp_min(0), CLASSES).bool()
+    return [cosines.masked_fill(own, -torch.inf).amax(1)[counts], *swept_truth(case, x, weight, y, t)[:2]]
+
+
 def hot_classes(x: Tensor, weight: Tensor, y: Tensor) -> Results:
     """Few classes that every row lists, some of them twice."""
     factors, classes = hot_list(x)
@@ -171,6 +189,10 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             for way in WAYS:
                 ours = partial(swept, term, product, way)
                 yield Case(f"{name} by {product}, {way}", ours, partial(swept_truth, term), given)
+                ours = partial(largest, term, product, way)
+                yield Case(
+                    f"{name} by {product}, the largest, {way}", ours, partial(largest_truth, term), given
+                )
             if not term.sparse:
                 continue
             for store in (False, True):
@@ -179,6 +201,9 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
                 yield Case(f"{name} by {product}, a list, {stored}", ours, partial(listed_truth, term), given)
         ours = partial(hardest, term, "cublas")  # the scores have to lie in memory
         yield Case(f"{name}, the hardest", ours, partial(hardest_truth, term), given)
+        if term.term == "softmax" and dtype.itemsize > 2:
+            ours = partial(largest, term, "simt", "stored")
+            yield Case(f"{name} by simt, the largest", ours, partial(largest_truth, term), given)
     yield Case(
         "pairs of few classes",
         hot_classes,

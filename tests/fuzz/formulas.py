@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .rounding import EXACT, Rounding
 
-SIN_FLOOR = 1e-4  # the documented floor of sin(theta) under an angular margin
+SIN_FLOOR = 1e-4  # the documented floor of sin(theta) in slopes under an angular margin
 
 
 def unit(
@@ -49,8 +49,10 @@ def psi(c: Tensor, m1: float, m2: float, m3: float, guard: str | None = None) ->
     """cos(m1 theta + m2) - m3; past pi a line of slope one in the cosine, unless the guard is "none"."""
     if m1 == 1 and m2 == 0:
         return c - m3
-    sine = ((1 - c) * (1 + c)).clamp_min(SIN_FLOOR**2).sqrt()
-    angle = m1 * torch.atan2(sine, c) + m2
+    room = (1 - c) * (1 + c)
+    held = torch.atan2(room.clamp_min(SIN_FLOOR**2).sqrt(), c)
+    theta = held + (torch.atan2(room.detach().clamp_min(0).sqrt(), c.detach()) - held).detach()
+    angle = m1 * theta + m2
     if guard == "none":
         return angle.cos() - m3
     shift = guard == "shift" or (guard is None and m1 == 1)
@@ -80,6 +82,7 @@ def softmax_loss(
     s: Tensor,
     *,
     margin: tuple[Any, ...],
+    sub_centers: int,
     reduction: str,
     ignore_index: int,
     eps: float,
@@ -88,12 +91,13 @@ def softmax_loss(
     smoothing: float,
     r: Rounding,
 ) -> Tensor:
-    """-log softmax_j(s psi(c_ij))[y_i] as softplus(lse of the others - the target's logit)."""
-    classes, kept = w.shape[0], labels != ignore_index
+    """-log softmax_j(s psi(c_ij))[y_i] as softplus(lse of the others - the target's logit). Of a class's
+    centres the nearest counts."""
+    classes, kept = w.shape[0] // sub_centers, labels != ignore_index
     x, y = x[kept], labels[kept]
     own = own_columns(y, classes)
     c = unit(x, eps=eps, r=r)[0] @ unit(w, eps=eps, r=r)[0].t()
-    c = r.cosines(c, own)
+    c = r.cosines(c, own.repeat_interleave(sub_centers, 1)).unflatten(1, (classes, -1)).max(2).values
     c_y = c.gather(1, y[:, None])
     z_y = (s * psi(c_y, *margin)).squeeze(1)
     z = r.logits(s * c)

@@ -39,7 +39,7 @@ def layer_of(call: Call, tensors: Tensors) -> nn.Module:
         options["class_weight"] = tensors.get("class_weight")
     if "workspace" in options:
         options["workspace"] = workspace_of(tensors, options)
-    classes, features = weight.shape
+    classes, features = weight.shape[0] // options.get("sub_centers", 1), weight.shape[1]
     layer: nn.Module = LAYERS[call.op](features, classes, dtype=weight.dtype, **options)
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     return layer

@@ -82,13 +82,16 @@ def draw_normface_loss(draw: Any, budget: int) -> Call:
     eps = draw(EPS)
     x, weight = draw_pair(draw, budget, eps=eps)
     tensors: dict[str, Recipe] = {"x": x, "weight": weight}
-    labels = tensors["labels"] = draw_labels(draw, x.rows, weight.rows)
+    centers = draw(st.sampled_from([k for k in (1, 1, 1, 2, 3, 5) if weight.rows % k == 0]))
+    classes = weight.rows // centers
+    labels = tensors["labels"] = draw_labels(draw, x.rows, classes)
     options = {
         "margin": draw(st.sampled_from(MARGINS)),
+        "sub_centers": centers,
         "reduction": draw(REDUCTION),
         "ignore_index": labels.ignore,
         "eps": eps,
-        "label_smoothing": draw(st.sampled_from((0.0, 0.0, 0.1, 0.9))),
+        "label_smoothing": draw(st.sampled_from((0.0, 0.0, 0.1, 0.9))) if centers == 1 else 0.0,
         "workspace": draw(st.sampled_from((None, None, "least", "some"))),
     }
     # What a row of weight zero costs that holds no numbers, nobody says.
@@ -102,7 +105,7 @@ def draw_normface_loss(draw: Any, budget: int) -> Call:
         # With smoothing the loss of a row whose class has weight 0 is not nothing, but its mean is over none.
         kinds = kinds if options["label_smoothing"] == 0 else ("random",)
         tensors["class_weight"] = Factors(
-            weight.rows, draw(_factor_dtypes(x)), draw(st.sampled_from(kinds)), draw(inputs.SEEDS)
+            classes, draw(_factor_dtypes(x)), draw(st.sampled_from(kinds)), draw(inputs.SEEDS)
         )
     with_scale(tensors, options, draw_scale(draw, SCALES))
     return Call("normface_loss", tensors, options, draw(inputs.SEEDS))
@@ -113,7 +116,7 @@ def _factor_dtypes(x: Rows) -> st.SearchStrategy[str]:
 
 
 def run_normface_loss(t: Tensors, o: dict[str, Any]) -> Outputs:
-    given = {name: o[name] for name in ("reduction", "ignore_index", "eps", "label_smoothing")}
+    given = {name: o[name] for name in ("sub_centers", "reduction", "ignore_index", "eps", "label_smoothing")}
     return (
         F.normface_loss(
             t["x"],
@@ -130,7 +133,7 @@ def run_normface_loss(t: Tensors, o: dict[str, Any]) -> Outputs:
 
 
 def formula_normface_loss(t: Tensors, o: dict[str, Any], r: Rounding) -> Outputs:
-    given = {name: o[name] for name in ("margin", "reduction", "ignore_index", "eps")}
+    given = {name: o[name] for name in ("margin", "sub_centers", "reduction", "ignore_index", "eps")}
     weights = {name: t.get(name) for name in ("sample_weight", "class_weight")}
     s = scale_of(t, o)
     return (

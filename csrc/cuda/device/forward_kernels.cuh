@@ -5,6 +5,7 @@
 #include "cuda/device/row_cosine.cuh"
 #include "cuda/device/rows.cuh"
 #include "cuda/host/head.cuh"
+#include "math/centers.h"
 
 namespace nf {
 namespace {
@@ -26,6 +27,7 @@ struct PrepareRows {
   const double* given_shift;      // [N] or null
   const double* given_threshold;  // [N] or null
   Factors<T> sample_weight, class_weight;
+  bool largest;  // will be filled
   RowState rows;
   StoredArray x_hat;   // [N, D], operand type
   double* threshold;   // [N], with given_threshold
@@ -51,6 +53,7 @@ NF_DEVICE void prepare_row(const PrepareRows<T>& task, int64_t i) {
   if (lane_id() != 0) return;
   task.arrivals[i] = 0;
   for (int field = 0; field < kRowFields; ++field) rows.at(RowField(field), i) = 0;
+  if (task.largest) rows.at(kLargestCosine, i) = -INFINITY;  // of no class so far
   const double scale = task.scale.at(i);
   rows.at(kShift, i) = ignored                       ? 0.0
                        : task.given_shift != nullptr ? task.given_shift[i]
@@ -87,6 +90,7 @@ struct RowLogits {
   int64_t step;
   bool of_classes;  // k is the class first + k
   int64_t first;
+  int64_t centers;  // of a class: neighbours, of which the nearest counts; `count` is a multiple
 };
 
 // Outside the window of math/softmax.h: kappa becomes the largest logit seen so far, and what was
@@ -104,10 +108,13 @@ update_shift_kernel(RowLogits<T> logits, TermRows terms, math::FixedShift window
   const int64_t target = logits.of_classes ? target_place(terms.labels[i], logits.first, logits.count) : -1;
   const Term term(terms.at<T>(i), terms.numbers);
   T best = -T(INFINITY);
-  for (int64_t k = thread_id(); k < logits.count; k += kThreads) {
-    const T value = logits.data[i * logits.row_stride + k * logits.step];
+  const int64_t centers = logits.centers;
+  for (int64_t k = thread_id() * centers; k < logits.count; k += kThreads * centers) {
+    const T* of_class = logits.data + i * logits.row_stride + k * logits.step;
+    const T value =
+        math::winner<T>(centers, [&](int64_t center) { return of_class[center * logits.step]; }).cosine;
     const T z = logits.of_classes ? T(s) * term.logit(value) : value;
-    best = k != target && z > best ? z : best;
+    best = !(target >= k && target < k + centers) && z > best ? z : best;
   }
   best = block_largest(best, scratch);
   const double old = rows.at(kShift, i);

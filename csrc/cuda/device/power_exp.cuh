@@ -11,6 +11,7 @@ namespace nf {
 struct PowerExp {
   NF_DEVICE float scaled(float x) const { return exp2_or_zero(x); }
   NF_DEVICE float natural(float x) const { return exp2_or_zero(x * float(math::kLog2E)); }
+  NF_DEVICE float root(float x) const { return std::sqrt(x); }
 };
 
 }  // namespace nf

@@ -6,6 +6,8 @@
 #include <device/shared_memory.cuh>
 #include <device/warp.cuh>
 
+#include "math/larger.h"
+
 namespace nf {
 
 template <class T>
@@ -16,10 +18,7 @@ NF_DEVICE T warp_sum(T value) {
 
 template <class T>
 NF_DEVICE T warp_largest(T value) {
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    const T other = shuffle_xor(value, mask);
-    value = other > value ? other : value;
-  }
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) value = math::larger(value, shuffle_xor(value, mask));
   return value;
 }
 
@@ -60,7 +59,7 @@ NF_DEVICE T block_largest(T value, T* scratch) {
   if (lane_id() == 0) scratch[warp_id()] = value;
   sync_block();  // the writes above, before the reads below
   T best = scratch[0];
-  for (int w = 1; w < threads_per_block() / kWarp; ++w) best = scratch[w] > best ? scratch[w] : best;
+  for (int w = 1; w < threads_per_block() / kWarp; ++w) best = math::larger(best, scratch[w]);
   return best;
 }
 

@@ -9,6 +9,7 @@
 #include "cuda/device/row_cosine.cuh"
 #include "cuda/host/agents.h"
 #include "cuda/host/outputs.h"
+#include "math/centers.h"
 
 namespace nf {
 namespace {
@@ -30,6 +31,31 @@ target_cosine_kernel(StoredArray x, StoredArray w,        // [N, D], [C, D]
       (long long)classes, (long long)ignore_index, (long long)label, (long long)i);
   const double found = elsewhere ? 0.0 : row_cosine(x, i, w, label, dim, eps).cosine;
   if (lane_id() == 0) cosine[i] = found;
+}
+
+// place[i] = the row of w nearest to x_i among the `centers` of its label's class. One warp per row.
+NF_KERNEL(kThreads)
+target_center_kernel(StoredArray x, StoredArray w,        // [N, D], [classes centers, D]
+                     const int64_t* __restrict__ labels,  // [N]
+                     int64_t batch, int64_t dim, int64_t classes, int64_t centers, int64_t ignore_index,
+                     double eps, bool is_shard, int64_t* __restrict__ place)  // [N]
+{
+  const int64_t i = block_id() * kRowsPerBlock + warp_id();
+  if (i >= batch) return;  // the whole warp leaves
+  const int64_t label = labels[i];
+  const bool ignored = label == ignore_index, elsewhere = is_shard && label == kElsewhere;
+  NF_DEVICE_CHECK(
+      ignored || elsewhere || (label >= 0 && label < classes),
+      "target_center: expected `labels` in [0, %lld) or ignore_index (%lld), got %lld at row %lld",
+      (long long)classes, (long long)ignore_index, (long long)label, (long long)i);
+  int64_t found = ignored ? kIgnored : kElsewhere;
+  if (!ignored && !elsewhere) {
+    const int64_t first = label * centers;
+    found = first + math::winner<double>(centers, [&](int64_t k) {
+                      return row_cosine(x, i, w, first + k, dim, eps).cosine;
+                    }).center;
+  }
+  if (lane_id() == 0) place[i] = found;
 }
 
 struct Pairs {
@@ -205,6 +231,18 @@ Tensor target_cosine(const TargetCosineArguments& in) {
 
 namespace {
 
+Tensor target_center(const TargetCenterArguments& in) {
+  check(in);
+  const Tensor &x = in.x, &weight = in.weight;
+  Queue queue(x);
+  const Tensor out = device_empty(x, {x.size(0)}, ScalarType::Long);
+  launch("target_center", queue, target_center_kernel, warp_per_row(x.size(0)), kThreads, 0, StoredArray(x),
+         StoredArray(weight), data_of<const int64_t>(in.labels), x.size(0), x.size(1),
+         weight.size(0) / in.centers, in.centers, in.ignore_index, in.eps, in.is_shard,
+         data_of<int64_t>(out));
+  return out;
+}
+
 std::tuple<Tensor, Tensor> cosine_pairs_backward(const CosinePairsBackwardArguments& in) {
   check(in);
   const Tensor &x = in.x, &weight = in.weight;
@@ -239,5 +277,6 @@ std::tuple<Tensor, Tensor> cosine_pairs_backward(const CosinePairsBackwardArgume
 
 NF_CUDA_LIBRARY(m) {
   nf::implement<&nf::target_cosine>(m);
+  nf::implement<&nf::target_center>(m);
   nf::implement<&nf::cosine_pairs_backward>(m);
 }

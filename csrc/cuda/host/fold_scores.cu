@@ -1,54 +1,82 @@
-// Scores made by cuBLAS -> coefficients, one block for kColumnsPerBlock columns of a row.
+// Scores made by cuBLAS -> coefficients, one block for some kColumnsPerBlock columns of a row. A thread takes a
+// class at a time.
 #include <device/arrival.cuh>
 
 #include "cuda/device/per_row.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/host/fold_scores.h"
+#include "math/centers.h"
 
 namespace nf {
 namespace {
 
 constexpr int64_t kColumnsPerBlock = 4096;
 
-// O is the type of the coefficients. Blocks: rows x splits.
-template <class T, class O, class Term>
+// Whole classes.
+NF_HD int64_t columns_per_block(int64_t centers) {
+  return centers < kColumnsPerBlock ? kColumnsPerBlock / centers * centers : centers;
+}
+
+// O is the type of the coefficients. kSeveral: a class has several centres. kLargest: the largest cosine as well.
+// Blocks: rows x splits.
+template <class T, class O, class Term, bool kSeveral, bool kLargest>
 NF_KERNEL(kThreads)
 fold_scores_kernel(FoldScores<T> task) {
   SharedMemory shared;
   double* scratch = shared.take<double>(kThreads / kWarp);
   const int64_t i = block_id(), split = block_y(), splits = block_count_y();
-  const int64_t begin = split * kColumnsPerBlock;
-  const int64_t end = begin + kColumnsPerBlock < task.width ? begin + kColumnsPerBlock : task.width;
+  const int64_t centers = kSeveral ? task.centers : 1, columns = columns_per_block(centers);
+  const int64_t begin = split * columns, end = begin + columns < task.width ? begin + columns : task.width;
   const int64_t target = target_place(task.rows.labels[i], task.first, task.width);
   const Term term(task.rows.template at<T>(i), task.rows.numbers);
   O* e = static_cast<O*>(task.e);
-  T value = 0, second = 0;
-  for (int64_t j = begin + thread_id(); j < end; j += kThreads) {
-    math::Cell<T> cell = term.at(task.scores[i * task.stride + j], math::PlainExp());
-    if (j == target) cell = {};
-    if (e != nullptr) e[i * task.stride + j] = O(cell.coefficient);
+  T value = 0, second = 0, largest = -T(INFINITY);
+  for (int64_t j = begin + thread_id() * centers; j < end; j += kThreads * centers) {
+    const T* scores = task.scores + i * task.stride + j;
+    math::Winner<T> nearest{0, scores[0]};
+    if (kSeveral) nearest = math::winner<T>(centers, [&](int64_t k) { return scores[k]; });
+    math::Cell<T> cell = term.at(nearest.cosine, math::PlainExp());
+    const bool is_target = target >= j && target < j + centers;
+    if (is_target) cell = {};
+    if (kLargest && !is_target) largest = math::larger(largest, nearest.cosine);
+    if (e != nullptr)
+      for (int64_t k = 0; k < centers; ++k)
+        e[i * task.stride + j + k] = k == nearest.center ? O(cell.coefficient) : O(T(0));
     value += cell.value;
     second += cell.second;
   }
   if (task.sums.partial == nullptr) return;
   const double total = block_sum(double(value), scratch), total_second = block_sum(double(second), scratch);
+  double best = 0;
+  if constexpr (kLargest) best = block_largest(double(largest), scratch);
   if (thread_id() == 0) {
     task.sums.value(split, i) = total;
     task.sums.second(split, splits, i) = total_second;
+    if constexpr (kLargest) task.sums.largest_cosine(split, splits, i) = best;
   }
-  if (last_to_arrive(task.sums.arrivals + i, unsigned(splits)) && thread_id() == 0) task.sums.add(splits, i);
+  if (last_to_arrive(task.sums.arrivals + i, unsigned(splits)) && thread_id() == 0)
+    task.sums.template add<kLargest>(splits, i);
 }
 
 }  // namespace
 
-int64_t fold_splits(int64_t width) { return (width + kColumnsPerBlock - 1) / kColumnsPerBlock; }
+int64_t fold_splits(int64_t width, int64_t centers) {
+  const int64_t columns = columns_per_block(centers);
+  return (width + columns - 1) / columns;
+}
 
 template <class T>
 void fold_scores(Queue& queue, const FoldScores<T>& task) {
   const auto run = [&]<class O>() {
     dispatch_term<T>(task.rows.term, [&]<class Term>() {
-      launch("fold_scores", queue, fold_scores_kernel<T, O, Term>, Grid{task.batch, fold_splits(task.width)},
-             kThreads, shared_bytes<double>(kThreads / kWarp), task);
+      launch("fold_scores", queue,
+             task.centers > 1
+                 ? (task.sums.largest ? fold_scores_kernel<T, O, Term, true, true>
+                                      : fold_scores_kernel<T, O, Term, true, false>)
+                 : (task.sums.largest ? fold_scores_kernel<T, O, Term, false, true>
+                                      : fold_scores_kernel<T, O, Term, false, false>),
+             Grid{task.batch, fold_splits(task.width, task.centers)}, kThreads,
+             shared_bytes<double>(kThreads / kWarp), task);
     });
   };
   if constexpr (std::is_same_v<T, float>)

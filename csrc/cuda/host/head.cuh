@@ -132,7 +132,7 @@ struct Head {
   int64_t splits(const Queue& queue, const Chunk& of) const {
     return tensor_cores()     ? score_splits(queue, batch, dim, of.width)
            : plain_products() ? plain_splits<T>(of.width)
-                              : fold_splits(of.width);
+                              : fold_splits(of.width, in.centers);
   }
 
   // E of some classes into `e`, unless that is empty, and its sums. Those of cuBLAS have been made already.
@@ -148,8 +148,8 @@ struct Head {
     if (plain_products())
       return plain_scores<T>(queue, {data_of<const T>(x_hat), data_of<const T>(w_hat), batch, dim, of.width,
                                      of.first, rows, sums, data_of<T>(e), of.stride()});
-    fold_scores<T>(queue, {data_of<const T>(scores), batch, of.width, of.stride(), of.first, rows, sums,
-                           data_of<void>(e), is_16_bit});
+    fold_scores<T>(queue, {data_of<const T>(scores), batch, of.width, of.stride(), of.first, in.centers, rows,
+                           sums, data_of<void>(e), is_16_bit});
   }
 
   ScoreTask score_task(const Chunk& of, const Tensor& x_hat, const Tensor& w_hat, const TermRows& rows,

@@ -15,6 +15,7 @@ template <class T>
 struct Sweep {
   const Head<T>& head;
   bool final_shift;  // kappa stays as prepare() sets it: one constant, or that of all shards
+  bool largest;      // the largest cosines are wanted beside the sums
   RowState rows;
   Tensor scores;             // [N, stride of a chunk], or empty where they are never written
   Tensor x_hat;              // [N, D], operand type
@@ -24,10 +25,11 @@ struct Sweep {
   Tensor neutral_threshold;  // [N], 0 in the rows that do not count, or empty
   TermRows terms;
 
-  Sweep(const Head<T>& of, const Tensor& state, bool shift_is_given, bool need_copy,
+  Sweep(const Head<T>& of, const Tensor& state, bool shift_is_given, bool need_copy, bool need_largest,
         const Tensor& score_memory)
       : head(of),
         final_shift(head.fixed_shift || shift_is_given),
+        largest(need_largest),
         rows(state),
         scores(score_memory),
         x_hat(head.buffer(head.batch, head.dim, head.score)),
@@ -55,6 +57,7 @@ struct Sweep {
                               data_or_null<double>(in.threshold),
                               sample_weight,
                               Factors<T>(in.class_weight),
+                              largest,
                               rows,
                               StoredArray(x_hat),
                               data_of<double>(neutral_threshold),
@@ -79,7 +82,9 @@ struct Sweep {
     if (head.plain_products()) return;
     if (!head.tensor_cores()) {
       head.make_scores(of, x_hat, w_hat, scores);
-      update_shift(queue, {data_of<const T>(scores), of.width, of.stride(), 1, true, of.first}, x_sum);
+      update_shift(queue,
+                   {data_of<const T>(scores), of.width, of.stride(), 1, true, of.first, head.in.centers},
+                   x_sum);
       return;
     }
     if constexpr (std::is_same_v<T, float>) {
@@ -89,13 +94,14 @@ struct Sweep {
       ScoreTask task = head.score_task(of, x_hat, w_hat, terms, {rows, nullptr, nullptr});
       task.largest = data_of<float>(largest);
       score_largest(queue, task);
-      update_shift(queue, {task.largest, splits, 1, head.batch, false, 0}, x_sum);
+      update_shift(queue, {task.largest, splits, 1, head.batch, false, 0, 1}, x_sum);
     }
   }
 
   // E into `e` (or nowhere); its sums into rows.
   void fold(Queue& queue, const Chunk& of, const Tensor& e) const {
-    const Tensor partial = head.buffer(2 * head.splits(queue, of), head.batch, ScalarType::Double);
+    const int64_t numbers = largest ? 3 : 2;
+    const Tensor partial = head.buffer(numbers * head.splits(queue, of), head.batch, ScalarType::Double);
     head.coefficients(queue, of, x_hat, w_hat, scores, terms, sums_into(partial), e);
   }
 
@@ -113,7 +119,7 @@ struct Sweep {
 
  private:
   SweepSums sums_into(const Tensor& partial) const {
-    return {rows, data_of<double>(partial), data_of<unsigned>(arrivals)};
+    return {rows, data_of<double>(partial), data_of<unsigned>(arrivals), largest};
   }
 
   void update_shift(Queue& queue, const RowLogits<T>& logits, T* x_sum) const {
@@ -150,7 +156,7 @@ void sweep_for_hardest(Queue& queue, const Sweep<T>& sweep, const SweepResult& o
   const Head<T>& head = sweep.head;
   const auto find = [&](const Chunk& of) {
     find_hardest<T>(queue, {sweep.sink_chunk(of), data_of<const T>(sweep.scores), sweep.terms, sweep.rows,
-                            data_of<int64_t>(out.listed), data_of<T>(out.found)});
+                            sweep.largest, data_of<int64_t>(out.listed), data_of<T>(out.found)});
   };
   for (int64_t first = 0; first < head.classes; first += head.chunk) {
     const Chunk of = head.at(first);
@@ -198,7 +204,10 @@ void sweep_for_sums(Queue& queue, const Sweep<T>& sweep, const HeadSweepArgument
 
 template <class T>
 SweepResult run_sweep(Queue& queue, const HeadSweepArguments& in) {
-  const Held held = in.sink == kHardest ? Held::kScores : in.sink == kActiveList ? Held::kE : Held::kNothing;
+  // The single sweep knows neither a sink nor the largest cosines; all other products leave E.
+  const Held held = in.sink == kHardest                         ? Held::kScores
+                    : in.sink == kActiveList || in.need_largest ? Held::kE
+                                                                : Held::kNothing;
   Head<T> head(in, launch_of(in.kName, queue, in, in.store, held));
   if (in.store) head.chunk = std::max<int64_t>(1, head.classes);
   const int64_t N = head.batch, D = head.dim;
@@ -220,7 +229,7 @@ SweepResult run_sweep(Queue& queue, const HeadSweepArguments& in) {
                    : in_place && (need_e || head.plain_products())
                        ? scores
                        : head.buffer(need_e ? N : 0, stride, head.other);
-  const Sweep<T> sweep(head, out.rows, in.shift.has_value(), in.need_x, scores);
+  const Sweep<T> sweep(head, out.rows, in.shift.has_value(), in.need_x, in.need_largest, scores);
   sweep.prepare(queue, in.ignore_index, data_or_null<double>(in.shift), Factors<T>(in.sample_weight),
                 &out.inverse_norm);
   if (in.sink == kHardest)
@@ -238,7 +247,7 @@ Tensor choose_shift(Queue& queue, const HeadShiftArguments& in) {
   const Head<T> head(in, launch_of(in.kName, queue, in, false, Held::kNothing));
   const Tensor state = head.buffer(kRowFields, head.batch, ScalarType::Double);
   const int64_t stride = head.largest_chunk().stride();
-  const Sweep<T> sweep(head, state, false, false,
+  const Sweep<T> sweep(head, state, false, false, false,
                        head.buffer(head.tensor_cores() ? 0 : head.batch, stride, head.wide));
   sweep.prepare(queue, in.ignore_index, nullptr, Factors<T>(std::nullopt), nullptr);
   for (int64_t first = 0; first < head.classes && !head.fixed_shift; first += head.chunk) {

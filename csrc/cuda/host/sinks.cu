@@ -88,6 +88,7 @@ find_hardest_kernel(FindHardest<T> task) {
   task.listed[i] = best.place;
   task.found[i] = best.cosine;
   if (!chunk.ends()) return;
+  if (task.need_largest) task.rows.at(kLargestCosine, i) = double(best.cosine);
   math::Cell<T> cell{};
   if (best.place < chunk.classes)
     cell = Term(task.terms.template at<T>(i), task.terms.numbers).at(best.cosine, math::PlainExp());

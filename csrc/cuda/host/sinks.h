@@ -39,8 +39,9 @@ struct FindHardest {
   const T* scores;  // [N, stride]
   TermRows terms;
   RowState rows;
-  int64_t* listed;  // [N]
-  T* found;         // [N]
+  bool need_largest;  // in the rows too
+  int64_t* listed;    // [N]
+  T* found;           // [N]
 };
 
 template <class T>

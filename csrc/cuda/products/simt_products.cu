@@ -27,7 +27,8 @@ struct KeyByFour {
 template <class T>
 using ScoreShape = tiles::SimtScores<sizeof(T)>;
 
-template <class T>
+// kLargest: the rows' largest cosines as well.
+template <class T, bool kLargest>
 NF_KERNEL(256)
 plain_scores_kernel(PlainScores<T> task) {
   using S = ScoreShape<T>;
@@ -86,7 +87,7 @@ plain_scores_kernel(PlainScores<T> task) {
   }
   sync_block();  // the last stage's reads, before its place becomes scratch
 
-  T* scratch = stages;  // [2 sums, 2 warps across, kRows]
+  T* scratch = stages;  // [2 sums and the largest cosine, 2 warps across, kRows]
 #pragma unroll
   for (int r = 0; r < kRounds<T>; ++r) {
     const int row = warp_row + 8 * r;
@@ -95,7 +96,7 @@ plain_scores_kernel(PlainScores<T> task) {
     const math::SoftmaxTerm<T> term(exists ? task.rows.template at<T>(i) : math::TermRow<T>{},
                                     task.rows.numbers);
     const int64_t target = exists ? target_place(task.rows.labels[i], task.first, task.width) : -1;
-    T value = 0, second = 0;
+    T value = 0, second = 0, largest = -T(INFINITY);
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const int64_t column = first_class + warp_class + 16 * q;
@@ -103,7 +104,10 @@ plain_scores_kernel(PlainScores<T> task) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         math::Cell<T> cell{};
-        if (column + j < task.width && column + j != target) cell = term.at(acc[r][q][j], math::PlainExp());
+        if (column + j < task.width && column + j != target) {
+          cell = term.at(acc[r][q][j], math::PlainExp());
+          if constexpr (kLargest) largest = math::larger(largest, acc[r][q][j]);
+        }
         e[j] = cell.coefficient;
         value += cell.value;
         second += cell.second;
@@ -121,9 +125,14 @@ plain_scores_kernel(PlainScores<T> task) {
     value += shuffle_xor(value, 2);
     second += shuffle_xor(second, 1);
     second += shuffle_xor(second, 2);
+    if constexpr (kLargest) {
+      largest = math::larger(largest, shuffle_xor(largest, 1));
+      largest = math::larger(largest, shuffle_xor(largest, 2));
+    }
     if (lane_id() % 4 == 0) {
       scratch[warp_id() % 2 * S::kRows + row] = value;
       scratch[(2 + warp_id() % 2) * S::kRows + row] = second;
+      if constexpr (kLargest) scratch[(4 + warp_id() % 2) * S::kRows + row] = largest;
     }
   }
   const SweepSums& sums = task.sums;
@@ -135,8 +144,12 @@ plain_scores_kernel(PlainScores<T> task) {
     const T* of_row = scratch + thread_id();
     sums.value(split, i) = double(of_row[0]) + double(of_row[S::kRows]);
     sums.second(split, splits, i) = double(of_row[2 * S::kRows]) + double(of_row[3 * S::kRows]);
+    if constexpr (kLargest)
+      sums.largest_cosine(split, splits, i) =
+          double(math::larger(of_row[4 * S::kRows], of_row[5 * S::kRows]));
   }
-  if (last_to_arrive(sums.arrivals + row_block, unsigned(splits)) && mine) sums.add(splits, i);
+  if (last_to_arrive(sums.arrivals + row_block, unsigned(splits)) && mine)
+    sums.template add<kLargest>(splits, i);
 }
 
 // dW: kAcross warps along the columns, 64 each, as in sm80_weight_gradient.cu.
@@ -222,8 +235,9 @@ template <class T>
 void plain_scores(Queue& queue, const PlainScores<T>& task) {
   using S = ScoreShape<T>;
   const int64_t row_blocks = (task.batch + S::kRows - 1) / S::kRows;
-  launch("plain_scores", queue, plain_scores_kernel<T>, Grid{row_blocks * plain_splits<T>(task.width)},
-         S::kThreads, size_t(S::shared()), task);
+  launch("plain_scores", queue,
+         task.sums.largest ? plain_scores_kernel<T, true> : plain_scores_kernel<T, false>,
+         Grid{row_blocks * plain_splits<T>(task.width)}, S::kThreads, size_t(S::shared()), task);
 }
 
 template <class T>

@@ -8,7 +8,8 @@
 // numbers common to all of them, lie in shared memory. Rows and classes beyond the edge are zero, and left out of
 // sums and stores.
 //
-// The softmax's kernels have run on GPUs. Those of the other terms have only been compiled and emulated so far.
+// The softmax's kernels have run on GPUs. Those of the other terms, and all that find the largest cosines, have
+// only been compiled and emulated so far.
 #include <device/arrival.cuh>
 #include <device/vector.cuh>
 
@@ -27,10 +28,16 @@ constexpr int numbers_per_row(bool scale_per_row) {
   return int(Term::kSoftmax) + int(Term::kThreshold) + int(scale_per_row);
 }
 
+// Blocks that share a multiprocessor. With the largest cosines the six numbers of hard negatives leave no register
+// to the second.
+template <class S, class Term, bool kLargest>
+constexpr int kResident =
+    S::kAcross == 2 && !(kLargest && Term::kNumbers == tiles::Sm80Scores::kMostNumbers) ? 2 : 1;
+
 // kLargestOnly: the first of two passes, for scales outside the fixed shift's window. kPerRow: the scale is a
-// row's own.
-template <class S, class Term, bool kLargestOnly, bool kPerRow>
-NF_KERNEL_RESIDENT(S::kThreads, S::kAcross == 2 ? 2 : 1)
+// row's own. kLargest: the largest cosine as well.
+template <class S, class Term, bool kLargestOnly, bool kPerRow, bool kLargest>
+NF_KERNEL_RESIDENT(S::kThreads, (kResident<S, Term, kLargest>))
 score_kernel(ScoreTask task, int64_t tiles_per_block) {
   const double s = kPerRow ? 0.0 : task.rows.scale.at(0);
   if (kLargestOnly && !kPerRow && task.window.serves(s)) return;
@@ -69,11 +76,12 @@ score_kernel(ScoreTask task, int64_t tiles_per_block) {
     if (fetch_depth == x_stride) fetch_depth = 0, fetch_class += S::kClasses;
   };
 
-  float sum[kHeldRows], second[kHeldRows];
+  float sum[kHeldRows], second[kHeldRows], largest[kHeldRows];
 #pragma unroll
   for (int r = 0; r < kHeldRows; ++r) {
     sum[r] = kLargestOnly ? -INFINITY : 0.0f;
     second[r] = 0.0f;
+    largest[r] = -INFINITY;
   }
   constexpr double kUnit = kLargestOnly ? 1.0 : math::kLog2E;  // the largest logits are plain ones
   if (thread_id() < kTile) {                                   // visible after the first step's barrier
@@ -129,6 +137,8 @@ score_kernel(ScoreTask task, int64_t tiles_per_block) {
               const float logit = of_row.scale * term.logit(cosine);
               sum[r] = counts && logit > sum[r] ? logit : sum[r];
             } else {
+              if constexpr (kLargest)
+                if (counts) largest[r] = math::larger(largest[r], cosine);
               math::Cell<float> cell = term.at(cosine, PowerExp());
               if (!counts) cell = {};
               part += cell.value;
@@ -170,9 +180,15 @@ score_kernel(ScoreTask task, int64_t tiles_per_block) {
     over_row<S>(second, scratch, add, [&](int row, float value) {
       if (in_batch(row)) sums.second(split, splits, first_row + row) = value;
     });
+    if constexpr (kLargest)
+      over_row<S>(
+          largest, scratch, [](float a, float b) { return math::larger(a, b); },
+          [&](int row, float value) {
+            if (in_batch(row)) sums.largest_cosine(split, splits, first_row + row) = value;
+          });
     if (last_to_arrive(sums.arrivals + block_id() % row_blocks, unsigned(splits)) && thread_id() < kTile &&
         in_batch(thread_id()))
-      sums.add(splits, first_row + thread_id());
+      sums.template add<kLargest>(splits, first_row + thread_id());
   }
 }
 
@@ -205,8 +221,9 @@ void run(Queue& queue, const ScoreTask& task) {
       const int64_t shared =
           tiles::Sm80Scores::shared(S::kAcross, task.dim, numbers_per_row<Term>(kPerRow), Term::kNumbers);
       launch(kLargestOnly ? "score_largest" : "score_fold", queue,
-             score_kernel<S, Term, kLargestOnly, kPerRow>, grid, S::kThreads, size_t(shared), task,
-             per_block);
+             !kLargestOnly && task.sums.largest ? score_kernel<S, Term, kLargestOnly, kPerRow, !kLargestOnly>
+                                                : score_kernel<S, Term, kLargestOnly, kPerRow, false>,
+             grid, S::kThreads, size_t(shared), task, per_block);
     };
     if constexpr (Term::kSoftmax)  // the others have no scale
       if (task.rows.scale.per_row) return with.template operator()<true>();

@@ -17,7 +17,7 @@ struct MarginSlopes {
   double m3;
 };
 
-// theta = arccos c with its slope in c; sin theta is floored at kSinFloor, so both are finite at c = +-1.
+// theta = arccos c with its slope in c, in which sin theta is floored at kSinFloor: it is finite at c = +-1.
 struct Angle {
   double theta;
   double slope;
@@ -27,8 +27,9 @@ struct Angle {
   NF_HD explicit Angle(double c) {
     const double sin_squared = (1.0 - c) * (1.0 + c);
     const bool floored = !(sin_squared > kSinFloor * kSinFloor);
+    // What is below 0 is so by a rounding; NaN stays NaN.
+    theta = std::atan2(std::sqrt(sin_squared < 0.0 ? 0.0 : sin_squared), c);
     const double sine = floored ? kSinFloor : std::sqrt(sin_squared);
-    theta = std::atan2(sine, c);
     // -1/sin on the circle; with the sine held at its floor it is -sin/(sin^2 + c^2).
     slope = floored ? -sine / (sine * sine + c * c) : -1.0 / sine;
   }
@@ -104,6 +105,57 @@ struct HeldMargin {
   }
 };
 
+// Circle loss at class level: psi = [1 + m3 - c]_+ (c - 1 + m3). Its authors take the bracket for a weight: the
+// slope is the bracket alone, and m2 of what is missing to the derivative of psi. m1 is not used.
+struct CircleMargin {
+  double m2;
+  double m3;
+
+  NF_HD ValueAndSlope<double> operator()(double c) const {
+    const double bracket = 1.0 + m3 - c, past = c - 1.0 + m3;
+    if (bracket <= 0.0) return {0.0, 0.0};
+    return {bracket * past, bracket - m2 * past};
+  }
+
+  NF_HD MarginSlopes slopes(double c) const {
+    const double bracket = 1.0 + m3 - c, past = c - 1.0 + m3;
+    if (bracket <= 0.0) return {0.0, 0.0, 0.0};
+    return {0.0, 0.0, bracket + m2 * past};
+  }
+};
+
+// SphereFace: psi = (m2 c + phi(theta)) / (1 + m2), phi = (-1)^k cos(m1 theta) - 2 k, k = floor(m1 theta / pi).
+// m1 > 0 is the margin m, m2 the lambda by which the plain cosine is blended in. m3 is not used.
+struct SphereMargin {
+  double m1;
+  double m2;
+
+  NF_HD ValueAndSlope<double> operator()(double c) const {
+    const Angle at(c);
+    const Phi phi(m1 * at.theta);
+    return {(m2 * c + phi.value) / (1.0 + m2), (m2 + m1 * phi.slope * at.slope) / (1.0 + m2)};
+  }
+
+  NF_HD MarginSlopes slopes(double c) const {
+    const double theta = Angle(c).theta;
+    const Phi phi(m1 * theta);
+    return {theta * phi.slope / (1.0 + m2), (c - phi.value) / ((1.0 + m2) * (1.0 + m2)), 0.0};
+  }
+
+ private:
+  // Of the angle m1 theta, in which it falls all the way.
+  struct Phi {
+    double value, slope;
+
+    NF_HD explicit Phi(double angle) {
+      const double k = std::floor(angle / kPi);
+      const double sign = k - 2.0 * std::floor(0.5 * k) == 0.0 ? 1.0 : -1.0;
+      value = sign * std::cos(angle) - 2.0 * k;
+      slope = -sign * std::sin(angle);
+    }
+  };
+};
+
 // A number that the table does not have: NaN, so that it shows.
 struct UnknownMargin {
   NF_HD ValueAndSlope<double> operator()(double) const { return {NAN, NAN}; }
@@ -148,6 +200,10 @@ struct Margin {
         return take(CombinedMargin{m1, m2, m3, guard});
       case 1:
         return take(HeldMargin{m2, m3});
+      case 2:
+        return take(CircleMargin{m2, m3});
+      case 3:
+        return take(SphereMargin{m1, m2});
       default:
         return take(UnknownMargin{});
     }

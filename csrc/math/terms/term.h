@@ -37,7 +37,7 @@ struct Cell {
 };
 
 // exp of what a term says. `scaled` meets the row's scale and shift, which an implementation by powers of two
-// has multiplied by log2(e) beforehand; `natural` meets plain numbers.
+// has multiplied by log2(e) beforehand; `natural` meets plain numbers. And the square root of what is not negative.
 struct PlainExp {
   template <class T>
   NF_HD T scaled(T x) const {
@@ -46,6 +46,10 @@ struct PlainExp {
   template <class T>
   NF_HD T natural(T x) const {
     return std::exp(x);
+  }
+  template <class T>
+  NF_HD T root(T x) const {
+    return std::sqrt(x);
   }
 };
 
