@@ -159,9 +159,10 @@ class _MixedLoss(Function):
         wide, weight = x.to(accumulator(x.dtype)).contiguous(), weight.contiguous()
         margin, s = (m1, m2, m3), options.scale_value if scale is None else scale.double()
         asked_of = torch.where(counts, labels, options.ignore_index)
-        cosine = torch.cat(
-            [sweep.target_cosine(wide, weight, one.contiguous(), options) for one in asked_of.chunk(2)]
-        )
+        one, two = asked_of.chunk(2)
+        of_one = sweep.target_cosine(wide, weight, one.contiguous(), options)
+        of_two = sweep.target_cosine(wide, weight, two.contiguous(), options)
+        cosine = torch.cat([of_one, of_two])
         pair = paired(labels, labels, counts, cosine, s, options.ignore_index)
         swept, options = sweep.head_sweep_in_memory(
             wide,

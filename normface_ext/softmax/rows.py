@@ -83,6 +83,8 @@ def counted(labels: Tensor, row_weight: Tensor | None, options: HeadOptions) -> 
 def norms_of(x: Tensor, counts: Tensor, eps: float) -> Tensor:
     """|x| [N] float64, with gradient; 1 where a row does not count, whatever it holds."""
     finite = torch.where(counts[:, None], x, 1)
+    # A number: torch.compile with dynamic shapes holds a float open, and two Functions cannot share it then.
+    eps = checks.eps("normalize", "eps", eps)
     norms = normalize(finite.contiguous(), 1, 2, eps)[1].squeeze(1).double()
     return torch.where(counts, norms, 1)
 
