@@ -53,8 +53,8 @@ def test_functions_layers_and_their_tensors_are_found():
 @every_call
 @pytest.mark.covering(1)
 def test_kinds_that_work(lane, call):
-    """Values and gradients are those of a plain copy, bit by bit. Where memory is aligned otherwise, a BLAS may
-    add in another order."""
+    """Values and gradients are those of a plain copy, bit by bit. Where memory is aligned otherwise, a BLAS
+    may add in another order."""
     for kind, (there_are, make) in WORKING.items():
         rtol, atol = (1e-5, 1e-5) if kind == "an offset into storage" else (0, 0)
         given = call.samples(lane.device)
