@@ -29,6 +29,8 @@ SAMPLES: dict[str, Callable[[], Tensor]] = {
     "bias": lambda: torch.tensor(-2.0),
     "neg_margin": lambda: torch.tensor(1.5),
     "sample_weight": lambda: torch.tensor([1.0, 0.5, 2.0, 1.0]),
+    "labels_b": lambda: torch.tensor([1, 2, 3, 0]),
+    "lam": lambda: torch.tensor(0.25),
     "class_weight": lambda: torch.linspace(0.5, 1.5, C),
     "a": lambda: _rows(N, D, seed=0),
     "b": lambda: _rows(N, D, seed=2),
@@ -42,6 +44,8 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     ("inner_distance", "labels"): {"update_center_only": True},
     ("InnerDistance", "labels"): {"update_center_only": True},
 }
+#: Tensors that are given together with others, where there are such.
+TOGETHER = {"sample_weight": ["labels"], "labels_b": ["labels", "lam"], "lam": ["labels", "labels_b"]}
 #: What a layer's constructor needs.
 SIZES = {"in_features": D, "num_classes": C, "out_features": C, "counts": [3] * C}
 #: Layers that hand their input on: it is for what they hold to judge.
@@ -68,7 +72,7 @@ class Call:
 
     @property
     def takes_gradient(self) -> bool:
-        constants = {"sample_weight", "class_weight", "neg_margin"}
+        constants = {"sample_weight", "class_weight", "neg_margin", "lam"}
         return self.argument not in constants and SAMPLES[self.argument]().is_floating_point()
 
     @property
@@ -96,7 +100,8 @@ def _calls_of(name: str, function: Callable[..., Any], make: Any) -> Iterator[Ca
     parameters = _tensors(function)
     needed = [n for n, p in parameters.items() if p.default is p.empty]
     for argument, parameter in parameters.items():
-        given = tuple(dict.fromkeys([*needed, *(["labels"] * (argument == "sample_weight")), argument]))
+        beside = [other for other in TOGETHER.get(argument, []) if other in parameters]
+        given = tuple(dict.fromkeys([*needed, *beside, argument]))
         yield Call(name, argument, given, make, "float" in str(parameter.annotation))
 
 

@@ -47,7 +47,7 @@ def test_functions_layers_and_their_tensors_are_found():
     found = {call.name for call in CALLS}
     assert found == {*nf.functional.__all__, *layers()}
     assert {"NormFaceLoss", "NormalizeLayer", "SoftTriple", "AdaCos"} <= found
-    assert {call.argument for call in CALLS} == SAMPLES.keys(), "an argument needs a sample"
+    assert {call.argument for call in CALLS} <= SAMPLES.keys(), "an argument needs a sample"
 
 
 @every_call
@@ -108,9 +108,11 @@ def test_in_inference_mode(call):
 def test_numbers_of_numpy_are_numbers(call):
     cpu = torch.device("cpu")
     given = call.samples(cpu)
-    number = float(int(given[call.argument]))  # what every kind can hold
+    number = float(given[call.argument])
     wanted = results(call({**given, call.argument: number}, cpu))
     for make in NUMBERS:
+        if float(make(number)) != number:  # an integer cannot hold it
+            continue
         got = results(call({**given, call.argument: make(number)}, cpu))
         for one, other in zip(got, wanted, strict=True):
             assert torch.equal(one, other), make
