@@ -579,16 +579,6 @@ def test_the_reference_to_any_order(kind):
     assert torch.autograd.gradgradcheck(loss, inputs)
 
 
-@every_kind
-def test_second_derivatives_of_the_kernels_raise(kind):
-    x, weight, labels = problem()
-    x.requires_grad_()
-    loss = nf.functional.normface_loss(x, weight, labels, 16.0, **asked(kind))
-    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="normface_loss: second derivatives are not available"):
-        torch.autograd.grad(dx.sum(), x)
-
-
 # What is beside the loss ------------------------------------------------------------------------------
 
 

@@ -239,14 +239,6 @@ def test_only_wanted_gradients(lane, wanted):
     check(lane, x.requires_grad_(wanted[0]), weight.requires_grad_(wanted[1]))
 
 
-def test_second_derivatives_are_refused(lane):
-    x, weight, _ = sample(lane)
-    out = nf.functional.inner_distance(x, weight)
-    (dx,) = torch.autograd.grad(out.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"^inner_distance: second derivatives are not available"):
-        dx.sum().backward()
-
-
 @pytest.mark.covering(1)
 @both_p
 def test_compiled_equals_eager(lane, compile_fully, p):

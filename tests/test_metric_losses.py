@@ -580,15 +580,6 @@ def test_compiled_equals_eager(lane, compile_fully, hardest, loss):
 
 
 @both
-def test_second_derivatives_are_refused(lane, loss):
-    x, weight, labels = sample(lane)
-    value = getattr(nf.functional, loss)(x, weight, labels)
-    (dx,) = torch.autograd.grad(value, x, create_graph=True)
-    with pytest.raises(RuntimeError, match=f"^{loss}: second derivatives are not available"):
-        dx.sum().backward()
-
-
-@both
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("limit", [0, 40])
 def test_only_wanted_gradients(lane, wanted, limit, loss):

@@ -71,6 +71,13 @@ LOSSES = {
     "curricularface": stateful(nf.CurricularFace),
     "mv_softmax": stateful(lambda: nf.MVSoftmax(0.3, 0.2, kind="arc")),
     "mv_softmax straight": stateful(lambda: nf.MVSoftmax(0.3, 0.2, kind="am"), margin_gradient="straight"),
+    "circle": stateful(nf.CircleSoftmax),
+    "circle exact": stateful(lambda: nf.CircleSoftmax(detached=False)),
+    "sub-centres": lambda lib: (
+        lambda x, w, s, y: lib.normface_loss(
+            x, torch.cat([w, w.cos()]), y, s, sub_centers=2, margin=nf.ArcFace(0.2)
+        )
+    ),
     "parts": lambda lib: lambda x, w, s, y: sum(p.pow(3).sum() for p in lib.head_parts(x, w, y, s)[:2]),
     "c_contrastive": agents("c_contrastive_loss", neg_margin=1.9),
     "c_contrastive rows": agents("c_contrastive_loss", neg_margin=1.9, reduction="none"),

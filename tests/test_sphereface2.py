@@ -229,16 +229,13 @@ def test_gradcheck(lane, t):
 
 
 @pytest.mark.parametrize("place", range(3))
-def test_one_gradient_alone_and_none_twice(lane, place):
+def test_one_gradient_alone(lane, place):
     x, weight, labels = problem()
     inputs = [lane.tensor(v, grad=i == place) for i, v in enumerate((x, weight, B))]
     loss = ours(lane.tensor(labels))(*inputs)
     (alone,) = torch.autograd.grad(loss, inputs[place], create_graph=True)
     expected = gradients(lambda x, w, b: expected_loss(x, w, labels, b), x, weight, B)
     assert_equal_to_1e10([alone.detach() / 2], [expected[1 + place]])  # `gradients` halves it
-    if place < 2:
-        with pytest.raises(RuntimeError, match="sphereface2_loss: second derivatives are not available"):
-            torch.autograd.grad(alone.sum(), inputs[place])
 
 
 # The layer --------------------------------------------------------------------------------------------
