@@ -40,6 +40,9 @@ LAYERS = {
     "ElasticArcFace": head(margin=nf.ElasticArcFace(0.3, 0.0)),
     "CurricularFace": head(margin=nf.CurricularFace()),
     "MVSoftmax": head(margin=nf.MVSoftmax(0.3, kind="arc")),
+    "Circle": head(margin=nf.CircleSoftmax()),
+    "SphereFace": head(margin=nf.SphereFace(), normalize_input=False),
+    "sub-centres": head(margin=nf.ArcFace(0.3), sub_centers=3),
     "SphereFace2": lambda: nf.SphereFace2Loss(12, CLASSES),
     "C-contrastive": lambda: nf.CContrastiveLoss(12, CLASSES),
     "C-contrastive, running mean": lambda: nf.CContrastiveLoss(12, CLASSES, add_intra_mae=True),
@@ -138,6 +141,39 @@ def assert_same_training(model, **options):
 def test_batches_of_any_size_have_one_graph(name, dynamic):
     """By default the first size has one of its own, and the second makes the one for all others."""
     assert assert_same_training(Model(name), dynamic=dynamic) == (1 if dynamic else 2)
+
+
+class Mixed(Model):
+    """With second labels, and a lam for each step, a number as NumPy draws it."""
+
+    def forward(self, x, labels, lam=0.0):
+        return self.layer(self.body(x), labels, labels_b=labels.roll(1), lam=lam)
+
+
+class Watched(Model):
+    """With what a step says of itself."""
+
+    def forward(self, x, labels):
+        loss, now = self.layer(self.body(x), labels, return_statistics=True)
+        return loss + now.target_angle + now.accuracy + now.rows
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["head", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sub-centres", "Circle", "C-triplet"))],
+)
+def test_what_else_a_head_takes_and_gives_has_one_graph_too(name):
+    assert assert_same_training(Mixed(name)) == 2
+    assert assert_same_training(Watched(name)) == 2
+
+
+@pytest.mark.parametrize("name", ["head", "SphereFace2"])
+def test_a_lam_that_is_drawn_makes_no_graph_for_every_step(name):
+    model = Mixed(name)
+    step = compiled(model)
+    for lam in (0.3, 0.45, 0.9, 1.0, 0.0):
+        torch.testing.assert_close(step(*batch(8), lam), model(*batch(8), lam))
+    assert graphs() == 2
 
 
 @pytest.mark.parametrize("name", ["norm_linear", "head, learned scale", "C-triplet"])

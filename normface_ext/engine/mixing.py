@@ -62,13 +62,16 @@ def both_labels(
 def _parts(op: str, lam: object, x: Tensor) -> Tensor:
     """lam and 1 - lam, [2N]. Elsewhere than on the CPU the device asserts that a tensor is in [0, 1]."""
     rows, wide = x.shape[0], accumulator(x.dtype)
-    kind = f"a number, or a floating tensor of shape [] or [{rows}]"
     if not isinstance(lam, Tensor):
-        share = number(op, "lam", lam, SHARE, kind=kind)
-        return torch.cat([x.new_full((rows,), part, dtype=wide) for part in (share, 1 - share)])
+        share = number(op, "lam", lam, SHARE, kind="a number, or a floating tensor of shape [] or [N]")
+        one = x.new_ones(rows, dtype=wide)  # times a number, which to torch.compile is then no constant
+        return torch.cat([one * share, one * (1 - share)])
     shares = checks.floating(op, "lam", lam)
     if shares.dim() > 1 or (shares.dim() == 1 and shares.shape[0] != rows):
-        raise ValueError(f"{op}: expected `lam` to be {kind}, got shape {list(shares.shape)}")
+        raise ValueError(
+            f"{op}: expected `lam` to be a number, or a floating tensor of shape [] or [{rows}], got shape"
+            f" {list(shares.shape)}"
+        )
     if shares.requires_grad:
         raise ValueError(f"{op}: expected `lam` not to require a gradient, got one that does")
     checks.same_device(op, "lam", shares, "x", x)
