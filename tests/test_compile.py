@@ -280,6 +280,20 @@ def test_a_class_parallel_head_is_one_graph(kind):
             torch.testing.assert_close(b, a)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("kind", ["head", "learned scale with a bound"])
+def test_a_class_parallel_head_whose_scale_and_batches_change(kind, dynamic):
+    for eager, whole in ranks(2).run(compile_jobs.training, kind, dynamic):
+        torch.testing.assert_close(whole, eager)
+
+
+@pytest.mark.parametrize("kind", ["learned scale", "long features"])
+def test_a_class_parallel_head_that_reads_its_scales_says_so(kind):
+    for said in ranks(2).run(compile_jobs.step, kind, True):
+        assert "fullgraph=True, or a bound on it, max_scale of a head" in said
+
+
 def test_a_class_parallel_head_that_asks_for_batch_sizes_says_so():
     for said in ranks(2).run(compile_jobs.step, "head", False):
         assert "expected torch.compile without fullgraph=True, or a head with equal_batches=True" in said

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.distributed.tensor import DTensor
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from .. import _C
 from ..engine import row_state, sweep
@@ -53,12 +54,20 @@ def shared_shift(
     """kappa for all shards where no constant serves, else None. On CUDA a scale tensor without a bound is
     read, and the host waits for it."""
     bound = options.scale_value if scale is None else largest_scale
+    if bound is None and torch.compiler.is_compiling():
+        torch._dynamo.graph_break(
+            msg="a class-parallel head reads the largest scale: expected torch.compile without"
+            " fullgraph=True, or a bound on it, max_scale of a head that normalises its features"
+        )
     if bound is None:
         assert scale is not None
         # Of scales per row the largest; there may be no row.
         bound = float(scale.detach().abs().amax()) if scale.numel() else 0.0
-    ends = options.lowest, options.highest
-    if _serves(bound, shard.num_classes, x.dtype == torch.float64, *ends):
+    wide = x.dtype == torch.float64
+    asked: tuple[Any, ...] = bound, shard.num_classes, wide, options.lowest, options.highest
+    if torch.compiler.is_compiling():  # the answer is a constant of the graph: so is what it depends on
+        asked = tuple(guard_scalar(value) for value in asked)
+    if _serves(*asked):
         return None
     return largest_over_shards(sweep.head_shift(x, weight, labels, scale, options, term), shard.group)
 
