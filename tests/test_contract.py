@@ -381,8 +381,14 @@ LOSS_ERRORS = [
         IndexError,
         "expected `labels` in [0, 5) or ignore_index (-1), got -100 at row 0",
     ),
-    ({"reduction": "avg"}, ValueError, "expected `reduction` to be one of none, mean, sum, got 'avg'"),
-    ({"reduction": None}, ValueError, "expected `reduction` to be one of none, mean, sum, got None"),
+    *(
+        (
+            {"reduction": wrong},
+            ValueError,
+            f"expected `reduction` to be one of none, mean, sum, batchmean, got {wrong!r}",
+        )
+        for wrong in ("avg", None)
+    ),
     (
         {"margin": 0.5},
         TypeError,

@@ -84,11 +84,11 @@ def in_bfloat16(labels, straight):
 
 def with_cosine(function, cosine):
     def changed(*tensors):
-        before, reference.cosine = reference.cosine, cosine
+        before, reference.agents.cosine = reference.agents.cosine, cosine
         try:
             return function(*tensors)
         finally:
-            reference.cosine = before
+            reference.agents.cosine = before
 
     return changed
 
@@ -168,7 +168,7 @@ def test_opcheck(lane, sink, partial, exponential):
             options = (None, 1.9, False, IGNORE, 1e-12, partial)
             _, threshold = checked(op.hinge_threshold.default, x, shard, given, known, *options)
         options = (False, False, False, False, row_state.SINKS[sink], capacity)
-        options += (IGNORE, 1.0, 1e-12, max(1, len(shard)), term, -1.0, 1.0)
+        options += (IGNORE, 1.0, 1e-12, max(1, len(shard)), term, -1.0, 1.0, 1)
         options += (1 << 20, "auto", torch.float32, partial)
         inputs = (x, shard, given, None, threshold, *[None] * 4)
         rows, inverse, *_, listed, found = op.head_sweep(*inputs, *options)

@@ -55,7 +55,9 @@ def test_statistics_move_nothing():
 def test_the_mean_of_a_step_is_of_its_own_sweep(monkeypatch):
     layer, swept = running(), []
     real = functions.swept_rows
-    monkeypatch.setattr(functions, "swept_rows", lambda *given: swept.append(1) or real(*given))
+    monkeypatch.setattr(
+        functions, "swept_rows", lambda *given, **more: swept.append(1) or real(*given, **more)
+    )
     layer(*problem())
     assert swept == [1] and float(layer.intra_mae) != pytest.approx(0.1)
 

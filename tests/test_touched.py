@@ -27,7 +27,7 @@ OPS = sorted(touched.ops())
         ("examples/train_digits.py", "test_examples", "test_modules"),
         ("scripts/ptxas_report.py", "test_cuda_compiles", "test_normalize"),
         ("tests/test_theory.py", "test_theory", "test_modules"),
-        ("tests/distributed_jobs.py", "test_sub_center_shards", "test_theory"),
+        ("tests/distributed_jobs.py", "test_distributed_wrapping", "test_theory"),
         ("docs/index.md", "test_docs", "test_theory"),
     ],
 )

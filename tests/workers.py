@@ -30,6 +30,11 @@ WITH_PROCESSES = (
     "test_ranking",
     "test_recipe_margins",
     "test_sphereface2",
+    "test_statistics",
+    "test_sub_center_shards",
+    "test_sphereface",
+    "test_compile",
+    "test_every_head",
 )
 
 

@@ -104,9 +104,10 @@ def workspace_of(t: Tensors, o: dict[str, Any]) -> Any:
         or 0 in weight.shape
     ):
         return None
-    operand = nf.engine.calls.product_dtype(x, weight)
+    centers, device = o.get("sub_centers", 1), nf.engine.calls.plan_device(x)
+    shape = len(x), x.shape[1], weight.shape[0] // centers, nf.engine.calls.product_dtype(x, weight)
     try:
-        nf.plan(len(x), x.shape[1], weight.shape[0], operand, nf.engine.calls.plan_device(x), workspace=0)
+        nf.plan(*shape, device, workspace=0, sub_centers=centers)
     except ValueError as error:
         least = int(str(error).split("at least ")[1].split()[0])
         return least if given == "least" else 2 * least

@@ -97,7 +97,11 @@ def softmax_loss(
     x, y = x[kept], labels[kept]
     own = own_columns(y, classes)
     c = unit(x, eps=eps, r=r)[0] @ unit(w, eps=eps, r=r)[0].t()
-    c = r.cosines(c, own.repeat_interleave(sub_centers, 1)).unflatten(1, (classes, -1)).max(2).values
+    c = r.cosines(c, own.repeat_interleave(sub_centers, 1)).unflatten(1, (classes, -1))
+    every = c.flatten(1).sum(1, keepdim=True)
+    c = c.max(2).values
+    if sub_centers > 1:  # NaN of one centre reaches them all
+        c = c + torch.where(every.isnan(), 0 * every, 0)
     c_y = c.gather(1, y[:, None])
     z_y = (s * psi(c_y, *margin)).squeeze(1)
     z = r.logits(s * c)

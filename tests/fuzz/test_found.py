@@ -103,5 +103,5 @@ def test_a_value_is_judged_alike_with_and_without_gradients(classes, wanted):
             "labels": Labels(3, classes, "random", -100, seed),
         }
         options = {"margin": (1.0, 0.0, 0.0), "reduction": "mean", "ignore_index": -100, "eps": 1e-12}
-        options |= {"label_smoothing": 0.1, "workspace": None, "scale": 30.0}
+        options |= {"label_smoothing": 0.1, "workspace": None, "scale": 30.0, "sub_centers": 1}
         calls.check(Call("normface_loss", tensors, options), "cpu")
