@@ -317,6 +317,16 @@ def test_errors_change_nothing(arguments, error, text):
     assert head.weight is weight and head.num_classes == C
 
 
+@pytest.mark.parametrize("classes", [C, C + 2])
+def test_a_weight_that_is_made_of_others_is_refused(classes):
+    """The optimizer has what it is made of, whose rows nobody knows."""
+    head = torch.nn.utils.parametrizations.weight_norm(made(), "weight")
+    before = head.weight.detach().clone()
+    with pytest.raises(ValueError, match="resize_classes: expected `weight` to be a parameter of the head"):
+        head.resize_classes(classes, list(range(C))[::-1] + [None] * (classes - C))
+    assert torch.equal(head.weight, before) and head.num_classes == C
+
+
 def test_what_has_no_rows_is_refused():
     head = made()
     with pytest.raises(TypeError, match="LBFGS"):

@@ -112,8 +112,8 @@ def normface_loss(
         labels_b: [N] second labels, as mixup and cutmix make them, together with ``lam``: the loss is
             lam_i loss(x_i, labels_i) + (1 - lam_i) loss(x_i, labels_b_i). A label that is ignored takes its
             share along: the mean divides by the sum of the weights of what counts. One product serves both
-            labels; hard negatives, a filter, sub-centres, a margin that is a function of the cosine, and small
-            weights take two.
+            labels; hard negatives, a filter, sub-centres, a margin that is a function of the cosine, and
+            small weights take two.
         lam: in [0, 1], a number or a tensor [] or [N] without gradient.
         label_smoothing: a in [0, 1): the target gets 1 - a, and a / C goes to every class, weighted by
             class_weight, as in ``F.cross_entropy``. 0 where other classes' logits are not s cos.

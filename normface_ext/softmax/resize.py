@@ -63,6 +63,10 @@ class Resizing:
             raise TypeError(f"{op}: expected a head of one process, got one that is spread over ranks")
         if weight.is_meta:
             raise ValueError(f"{op}: expected a head with values, got one on the meta device")
+        if weight.requires_grad and not weight.is_leaf:  # an optimizer has what it is made of
+            raise ValueError(
+                f"{op}: expected `weight` to be a parameter of the head, got one that is made of others"
+            )
 
     def carrier(
         self, op: str, source: Tensor, new: Tensor, classes: int, optimizers: Sequence[Optimizer]
