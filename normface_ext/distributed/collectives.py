@@ -243,7 +243,8 @@ class ScatteredRows:
         self._mine = gradient.new_empty(batch.each, gradient.shape[1])
         with explained("the reduce-scatter of the features' gradient", group):
             waits = torch.compiler.is_compiling()  # torch.compile has the other kind only
-            self._work = _reduce_scatter(self._mine, gradient, group=group, async_op=not waits)
+            work = _reduce_scatter(self._mine, gradient, group=group, async_op=not waits)
+        self._work = None if waits else work  # torch 2.11 traces one that waits as a tensor
 
     def wait(self) -> Tensor:
         with explained("the reduce-scatter of the features' gradient", self._group):
