@@ -34,7 +34,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 #: Each family of ops forward and backward, compile, the libraries' symbols; on the CPU kernels alone.
 SHORT_SET = ["test_build", "test_normalize", "test_norm_linear", "test_normface_loss", "test_metric_losses"]
-SHORT_SET += ["test_modules", "test_arguments"]
+SHORT_SET += ["test_modules", "test_arguments", "test_compile"]
 SMOKE = (
     "import torch, normface_ext as nf; head = nf.NormFaceLoss(8, 5, margin=nf.CosFace(0.2));"
     "x = torch.randn(4, 8, requires_grad=True); head(x, torch.arange(4)).backward();"
