@@ -8,7 +8,7 @@ the training classes. All heads start from the same network and see the same bat
 last epoch, each head's own number: they are not to be compared with each other. A step is one of the whole
 network, on a batch of 64.
 
-compare_heads.csv has every run, heads.csv and heads.md mean and standard deviation over the runs,
+compare_heads.csv has every run, summary.csv and summary.md mean and standard deviation over the runs,
 compare_heads.png shows them.
 
 What to expect: no ranking. Margins, scales and schedules are published for millions of faces and for features
@@ -142,8 +142,8 @@ def main(arguments: list[str] | None = None) -> list[HeadRun]:
         write_csv(
             options.out / "compare_heads.csv", columns, ([getattr(r, c) for c in columns] for r in runs)
         ),
-        write_csv(options.out / "heads.csv", ["head", *header], rows),
-        write_markdown(options.out / "heads.md", TITLES, map(cells, rows)),
+        write_csv(options.out / "summary.csv", ["head", *header], rows),
+        write_markdown(options.out / "summary.md", TITLES, map(cells, rows)),
     ]
     report(files, start)
     return runs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from distributed_jobs import full, head_of, mesh_of, rows_of
 from distributed_jobs import problem as plain_problem
+from torch.utils.checkpoint import checkpoint
 
 import normface_ext as nf
 import normface_ext.distributed as nfd
@@ -35,6 +36,18 @@ HEADS = {
     "AdaFace": (nf.NormFaceLoss, lambda: {"scale": 9.0, "margin": nf.AdaFace(t_alpha=0.5)}),
     "MagFace": (nf.NormFaceLoss, lambda: {"scale": 9.0, "margin": nf.MagFace(l_a=1, u_a=9)}),
     "CurricularFace": (nf.NormFaceLoss, lambda: {"scale": 9.0, "margin": nf.CurricularFace(alpha=0.5)}),
+    "AdaFace of two centres": (
+        nf.NormFaceLoss,
+        lambda: {"scale": 9.0, "margin": nf.AdaFace(t_alpha=0.5), "sub_centers": 2},
+    ),
+    "MagFace of two centres": (
+        nf.NormFaceLoss,
+        lambda: {"scale": 9.0, "margin": nf.MagFace(l_a=1, u_a=9), "sub_centers": 2},
+    ),
+    "CurricularFace of two centres": (
+        nf.NormFaceLoss,
+        lambda: {"scale": 9.0, "margin": nf.CurricularFace(alpha=0.5), "sub_centers": 2},
+    ),
     "filter": (nf.NormFaceLoss, lambda: {"scale": 9.0, "filter_threshold": 0.2}),
     "SphereFace2": (nf.SphereFace2Loss, lambda: {"r": 9.0}),
     "CContrastive": (nf.CContrastiveLoss, lambda: {"neg_margin": 1.9}),
@@ -60,7 +73,10 @@ def problem():
 def made(kind, reduction, weight):
     cls, options = HEADS[kind]
     if cls is nf.NormFaceLoss:
-        return head_of(CLASSES, weight, reduction=reduction, **options())
+        given = options()
+        if "sub_centers" in given:  # the class's own direction, and another's
+            weight = torch.stack([weight, weight.roll(1, 1)], dim=1).flatten(0, 1)
+        return head_of(CLASSES, weight, reduction=reduction, **given)
     head = cls(weight.shape[1], CLASSES, dtype=torch.float64, reduction=reduction, **options())
     head.load_state_dict({"weight": weight}, strict=False)
     return head
@@ -94,8 +110,48 @@ def loss_and_gradients(rank, world, kind, reduction, ragged, sample_rate=1.0):
     )
     loss, dx = run(head, x[mine], *[value[mine] for value in given], upstream=upstream()[mine])
     dweight = full(head.weight.grad)
+    if dweight.is_sparse:
+        dweight = dweight.to_dense()
+    dweight = dweight.flatten(0, -2)  # classes of several centres, too
     moved = {name: value for name, value in others(head).items() if not name.startswith("sampler.")}
-    return loss, dx, dweight.to_dense() if dweight.is_sparse else dweight, moved
+    return loss, dx, dweight, moved
+
+
+def of_equal_labels(rank, world):
+    """(loss of one label, loss of the same label twice) of this rank's rows, whose margins are drawn."""
+    x, weight, labels, _, lam, _ = problem()
+    mine = rows_of(rank, world, BATCH, True)
+    options = {"scale": 9.0, "margin": nf.ElasticArcFace(std=0.2), "sub_centers": 2, "reduction": "none"}
+    head = nfd.shard_head(
+        head_of(CLASSES, torch.cat([weight, -weight]), **options), mesh_of(world), backbone_gradients="sum"
+    )
+    x, labels, lam = x[mine], labels[mine], lam[mine]
+    torch.manual_seed(5)
+    once = head(x, labels)
+    torch.manual_seed(5)
+    return once.detach(), head(x, labels, labels_b=labels, lam=lam).detach()
+
+
+def checkpointed(rank, world, kind, sample_rate, reentrant):
+    """Gradients and buffers of a step, and of one whose forward pass runs again in its backward pass."""
+    x, weight, *given = problem()
+    mine = rows_of(rank, world, BATCH, True)
+    labels, labels_b, lam, factor = (value[mine] for value in given)
+    results = []
+    for again in (False, True):
+        head = nfd.shard_head(
+            made(kind, "mean", weight), mesh_of(world), backbone_gradients="sum", sample_rate=sample_rate
+        )
+        rows = x[mine].clone().requires_grad_()
+
+        def step(rows, head=head):
+            return head(rows, labels, factor, labels_b=labels_b, lam=lam)
+
+        (checkpoint(step, rows, use_reentrant=reentrant) if again else step(rows)).backward()
+        dweight = full(head.weight.grad)
+        dweight = dweight.to_dense() if dweight.is_sparse else dweight
+        results.append([rows.grad, dweight, *head.buffers()])
+    return results
 
 
 def refused(rank, world):

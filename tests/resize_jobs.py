@@ -185,12 +185,15 @@ def refused(rank, world):
     poisoned[2, 0] = float("nan")
     opposite = (1 - 2 * mine) * torch.ones(4, DIM)
     other = torch.optim.SGD([torch.ones(1, requires_grad=True)])
+    fresh = OPTIMIZERS["momentum"](head.parameters())
     calls = {
         "n": lambda: head.resize_classes(12 + mine),
         "keep": lambda: head.resize_classes(CLASSES, [9 * mine, *range(1, 10)]),
         "type": lambda: head.resize_classes(12.0 if mine else 12),
         "class": lambda: head.resize_classes(2, [0, 10 if mine else 1]),
         "optimizer": lambda: head.resize_classes(12, optimizer=other if mine else ours),
+        "one optimizer": lambda: head.resize_classes(12, optimizer=None if mine else ours),
+        "no state": lambda: head.resize_classes(12, optimizer=fresh if mine else ours),
         "init": lambda: head.resize_classes(12, init="zeros"),
         "features": lambda: head.resize_classes(12, None, ours, "imprint", None if mine else x, labels),
         "finite": lambda: head.resize_classes(12, None, ours, "imprint", poisoned if mine else x, labels),
@@ -206,6 +209,12 @@ def refused(rank, world):
             call()
         except (TypeError, ValueError, IndexError) as error:
             said[name] = f"{type(error).__name__}: {error}"
+    if mine:
+        head.weight.grad = torch.zeros_like(head.weight)
+    try:
+        head.resize_classes(12, optimizer=ours)
+    except ValueError as error:
+        said["gradient"] = f"{type(error).__name__}: {error}"
     after = numbers(head, ours)
     return said, all(torch.equal(torch.as_tensor(after[k]), torch.as_tensor(v)) for k, v in before.items())
 

@@ -105,3 +105,28 @@ def refused(rank, world):
     except ValueError as error:
         return str(error)
     return None
+
+
+def not_finite(rank, world):
+    """What check_finite says on this rank of a centre of class 6, which one rank has, of a class on the first
+    rank, and of the scale."""
+    x, labels = rows()
+    said = []
+    for broken in (6 * CENTERS + 1, 2 * CENTERS + 1, None):
+        single = make(check_finite=True, learn_scale=True)
+        with torch.no_grad():
+            (single.scale if broken is None else single.weight[broken]).fill_(torch.nan)
+        head = nfd.shard_head(single, mesh_of(world))
+        for given in ({}, {"labels_b": labels, "lam": 0.5}):
+            try:
+                head(x, labels, **given)
+            except ValueError as error:
+                said.append(str(error))
+    return said
+
+
+def shared(rank, world):
+    """The shapes of a head's weight in the state of one process, where a model has it under two names."""
+    head = nfd.shard_head(make(), mesh_of(world))
+    model = torch.nn.ModuleDict({"first": head, "second": head})
+    return {name: list(value.shape) for name, value in nfd.full_state_dict(model).items()}

@@ -57,6 +57,29 @@ def test_it_is_the_released_code(lane, options, scale, m, detached):
         torch.testing.assert_close(again, specified, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("detached", [True, False])
+@pytest.mark.parametrize("scale", [16.0, 256.0])
+def test_a_penalty_on_gradients_is_the_released_codes(lane, scale, detached):
+    """The brackets are constants in second derivatives as they are in first ones."""
+    x, weight, labels = problem()
+
+    def penalty(loss):
+        return lambda *given: sum(
+            g.square().sum() for g in torch.autograd.grad(loss(*given), given, create_graph=True)
+        )
+
+    expected = gradients(
+        penalty(lambda x, w: released(x, w, labels, scale, 0.25, detached=detached)), x, weight
+    )
+    margin = nf.CircleSoftmax(0.25, detached)
+    found = gradients(
+        penalty(lambda x, w: nf.functional.normface_loss(x, w, lane.tensor(labels), scale, margin=margin)),
+        lane.tensor(x),
+        lane.tensor(weight),
+    )
+    assert_equal_to_1e10(found, expected)
+
+
 def test_straight_is_about_the_target(lane):
     x, weight, labels = problem()
     expected = gradients(lambda x, w: released(x, w, labels, 64.0, 0.25, straight=True), x, weight)

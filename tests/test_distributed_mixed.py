@@ -70,6 +70,27 @@ def test_both_labels_are_in_the_draw_of_partial_fc():
     assert set(counted[counted >= 0].tolist()) == set(drawn.nonzero()[:, 0].tolist())
 
 
+def test_a_margin_is_drawn_once_for_a_row_with_two_labels():
+    for once, twice in ranks(2).run(jobs.of_equal_labels):
+        torch.testing.assert_close(twice, once, **CLOSE)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "sample_rate"),
+    [
+        ("plain", 0.4),
+        ("CurricularFace", 1.0),
+        ("AdaFace of two centres", 0.4),
+        ("MagFace of two centres", 0.4),
+    ],
+)
+def test_a_checkpoint_has_the_draw_and_the_state_it_had(kind, sample_rate, reentrant):
+    for plain, again in ranks(2).run(jobs.checkpointed, kind, sample_rate, reentrant):
+        for got, expected in zip(again, plain, strict=True):
+            torch.testing.assert_close(got, expected, **CLOSE)
+
+
 def test_labels_b_want_lam():
     for sentence in ranks(2).run(jobs.refused):
         assert "expected `lam` together with `labels_b`, got None" in sentence

@@ -334,10 +334,10 @@ def test_compare_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     runs = compare_heads.main([*arguments, "--images", "700"])
     assert [r.head for r in runs] == list(compare_heads.HEADS)
     assert is_figure(tmp_path / "compare_heads.png")
-    table = rows_of(tmp_path / "heads.csv")
+    table = rows_of(tmp_path / "summary.csv")
     for run, row in zip(runs, table, strict=True):
         assert 0.5 < run.unseen <= 1 and 0.6 < run.seen <= 1 and np.isfinite(run.loss) and run.ms > 0
         assert row["head"] == run.head
         assert float(row["loss"]) == pytest.approx(run.loss, rel=1e-5)
-    assert (tmp_path / "heads.md").read_text().count("\n") == 2 + len(runs)
+    assert (tmp_path / "summary.md").read_text().count("\n") == 2 + len(runs)
     assert all(f"{run.head:20}" in capsys.readouterr().out for run in runs[:1])

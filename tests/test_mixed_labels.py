@@ -164,6 +164,7 @@ def test_every_option_is_the_references(lane, options, products):
 
 SCALES = {
     "number": 16.0,
+    "a head's, [1]": torch.tensor([16.0], dtype=WIDE),
     "negative": -16.0,
     "beyond the window": 400.0,
     "whose exponentials no float64 has": 2000.0,

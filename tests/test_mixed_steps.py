@@ -120,3 +120,21 @@ def test_one_of_both_gradients_alone(lane, needed, products):
         call(*alone, lane.tensor(LABELS), 16.0, **given), alone[0] if needed == "x" else alone[1]
     )
     torch.testing.assert_close(got, both[0] if needed == "x" else both[1])
+
+
+def test_no_rows(lane, products):
+    x, weight = lane.randn(0, DIM, grad=True), lane.randn(CLASSES, DIM, seed=1, grad=True)
+    none = lane.tensor([]).long()
+    loss = nf.functional.normface_loss(x, weight, none, 16.0, labels_b=none, lam=0.3)
+    loss.backward()
+    assert loss == 0 and x.grad.shape == x.shape and not weight.grad.any()
+
+
+@pytest.mark.parametrize("lam", [0.1, 0.4, 0.6, 0.9])
+def test_one_row_is_one_row_in_a_state(lane, lam, products):
+    """A spread takes two: of one row with both its labels there is none, whatever lam's digits."""
+    margin = nf.AdaFace(t_alpha=0.5).to(lane.device)
+    x, weight = lane.randn(1, DIM), lane.randn(CLASSES, DIM, seed=1)
+    given = {"labels_b": lane.tensor([2]), "lam": lam, "margin": margin}
+    nf.functional.normface_loss(x, weight, lane.tensor([1]), 16.0, **given)
+    assert margin.std == nf.AdaFace().std

@@ -778,3 +778,18 @@ def test_without_autograd_nothing_is_kept_for_a_backward(monkeypatch):
         quiet = head(x, labels)
     assert torch.equal(quiet, head(x, labels))
     assert needs == [(False, False), (True, True)]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype, scale", [(torch.float32, 1e9), (torch.bfloat16, 1e9), (torch.float64, 1e17)])
+def test_the_largest_scale(lane, dtype, scale, sign):
+    """No row loses its largest term, which would be a loss of 0, nor has one beyond every number."""
+    x, weight, labels = lane.randn(40, 16, dtype=dtype), lane.randn(31, 16, dtype=dtype), lane.labels(40, 31)
+    weight.requires_grad_()
+    options = {"reduction": "none", "eps": 1e-6}
+    losses = nf.functional.normface_loss(x, weight, labels, sign * scale, **options)
+    losses.sum().backward()
+    exact = nf.reference.normface_loss(x.double(), weight.double(), labels, sign * scale, **options)
+    rounding = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(losses.double(), exact, rtol=rounding, atol=rounding * scale)
+    assert weight.grad.isfinite().all()

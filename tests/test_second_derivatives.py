@@ -229,6 +229,23 @@ def test_at_any_scale(lane, scale):
             assert (a - b).norm() <= 1e-9 * b.norm()
 
 
+@pytest.mark.parametrize("given", ["label", "weight"])
+@pytest.mark.parametrize("name", ["rows", "sub-centres", "filter", "parts", "sphereface2", "c_triplet"])
+def test_a_row_that_does_not_count_at_a_scale_beyond_exp(lane, name, given):
+    """What stands in its place has logits, too, whose exponential no number holds."""
+    leaves, labels = leaves_of(lane), lane.labels(BATCH, CLASSES)
+    leaves["scale"].fill_(2000.0)
+    leaves["weight"][3] = 1
+    weighed = given == "weight" and name == "rows"
+    if not weighed:
+        labels[2] = -100
+    loss = softmax(reduction="none", sample_weight=SAMPLE) if weighed else LOSSES[name]
+    got, expected = (second(loss(library), leaves, leaves, labels) for library in (F, R))
+    for a, b in zip(got, expected, strict=True):
+        if b is not None:
+            assert (a - b).norm() <= 1e-9 * b.norm()
+
+
 def test_of_no_rows_and_of_one_class(lane):
     leaves = leaves_of(lane)
     none = {**leaves, "x": leaves["x"][:0]}

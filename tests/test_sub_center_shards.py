@@ -61,3 +61,18 @@ def test_the_start_does_not_depend_on_the_ranks():
 def test_rows_that_are_not_by_class_are_refused():
     for sentence in ranks(2).run(jobs.refused):
         assert "expected `weight` to be [classes, sub_centers=3, D], got shape [" in sentence
+
+
+def test_what_is_not_finite_is_named_by_its_class():
+    sentences = ["`weight` to be finite, got NaN or infinity in class 6"] * 2
+    sentences += ["`weight` to be finite, got NaN or infinity in class 2"] * 2
+    sentences += ["`scale` to be finite, got NaN or infinity"] * 2
+    for said in ranks(2).run(jobs.not_finite):
+        assert len(said) == len(sentences)
+        assert all(got.endswith(wanted) for got, wanted in zip(said, sentences, strict=True)), said
+
+
+def test_a_head_with_two_names_is_that_of_one_process_under_both():
+    first, second = ranks(2).run(jobs.shared)
+    assert first["first.weight"] == first["second.weight"] == [jobs.CLASSES * jobs.CENTERS, jobs.DIM]
+    assert second == {}

@@ -188,7 +188,7 @@ def test_of_equal_centres_the_first_has_the_gradient(lane, centers):
 @pytest.mark.parametrize("batch, dim, classes", [(9, 12, 7), (33, 130, 40), (2, 5, 133)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_equal_centres_have_equal_cosines(batch, dim, classes, dtype):
-    """On the CPU whatever the numbers are: no product makes one column otherwise than its twin."""
+    """On the CPU, whatever the numbers are, at sizes whose products make equal columns alike."""
     lane = LANES[0]
     x, weight, labels = sample(lane, batch, dim, classes, 1, dtype)
     for centers in (2, 3, 5):

@@ -34,7 +34,7 @@ class HingeFormula:
     def sums(self, cosine: Tensor, tile: Tile, numbers: Numbers) -> tuple[Tensor, ...]:
         threshold = self.threshold[tile.rows, None].to(cosine.dtype)
         distance = 2 - 2 * cosine
-        active = ~(threshold - distance <= 0) & ~tile.target
+        active = ~(threshold - distance <= 0) & ~tile.left_out
         if self.hardest is not None:
             columns = torch.arange(tile.classes.start, tile.classes.stop, device=cosine.device)
             active = active & (self.hardest[tile.rows, None] == columns)

@@ -100,7 +100,7 @@ def with_regularizer(
     weights = rows_weight(rows, sample_weight)
     total, plain = add_over_shards([weights.sum(), plain], group)
     mine = weighted(weighed(more, weights), total, reduction, batch.count)
-    if rows.share is not None and reduction == "none":
+    if reduction == "none" and mine.shape != loss.shape:  # of two labels, whose losses are one already
         mine = mine.view(2, -1).sum(0)
     summed: Tensor = _SumOverRanks.apply(mine, None if reduction == "none" else group, replicas)
     return loss + summed.to(loss.dtype), statistics and with_more(statistics, plain)

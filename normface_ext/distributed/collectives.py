@@ -72,8 +72,8 @@ class Batch:
         self, op: str, weight: Tensor, shard: ClassShard, ignore_index: int, scale: Tensor | None = None
     ) -> None:
         """ValueError on every rank, with one sentence, where a row of any rank is not finite, or on any the
-        scale or a class of `weight` [C_local, D]. All ranks have all rows; what only one has it tells the
-        others."""
+        scale or a class of `weight`, whose rows [C_local centers, D] are those of this rank. All ranks have
+        all rows; what only one has it tells the others."""
         kept = self.labels != ignore_index
 
         def of_rank(index: int) -> str:
@@ -83,7 +83,9 @@ class Batch:
         if self.sample_weight is not None:
             checks.finite_rows(op, "sample_weight", self.sample_weight, kept, of_rank)
         bad = (~weight.detach().isfinite().all(1)).nonzero()[:, 0]
-        last = bad[-1:].add(shard.first) if bad.numel() else bad.new_full((1,), -1)
+        last = bad.new_full((1,), -1)
+        if bad.numel():
+            last = (bad[-1:] // (weight.shape[0] // shard.count)).add(shard.first)
         if scale is not None and not scale.detach().isfinite():
             last = last.new_full((1,), shard.num_classes)  # beyond every class
         worst = int(largest_over_shards(last, shard.group))

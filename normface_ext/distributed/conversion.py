@@ -182,7 +182,7 @@ def full_state_dict(owner: nn.Module | Optimizer) -> dict[str, Any]:
     if isinstance(owner, Optimizer):
         return {"state": state, **copy.deepcopy(rest)}
     found = state[""]
-    for prefix, module in owner.named_modules():
+    for prefix, module in owner.named_modules(remove_duplicate=False):  # as a state_dict names them
         key = f"{prefix}.weight" if prefix else "weight"
         # Of sub-centres, whose classes are not split.
         if isinstance(getattr(module, "shard", None), ClassShard) and found[key].dim() == 3:

@@ -69,7 +69,8 @@ def mixed_loss(
     if hard or apart:
         doubled = replace(options, margin=margin, check_finite=False)
         rows = twice(x, options.eps), weight, both.labels, scale, shard, both.weight, class_weight, doubled
-        made, _ = one_label(*rows, share=both.share, statistics=False, **step._asdict())
+        told_apart = {"share": both.share, "given_labels": labels, "statistics": False}
+        made, _ = one_label(*rows, **told_apart, **step._asdict())
         return joined(made, options.reduction)
     if step.sample is not None and options.label_smoothing > 0:
         raise ValueError(

@@ -83,6 +83,16 @@ class SpreadCarrier(Carrier):
             return super().new_rows(values)
         return values.to_local()[self._places]
 
+    def travels(self, old: Tensor) -> tuple[str, ...]:
+        """What of a tensor goes from rank to rank beside its values, in the order in which it does."""
+        found = [] if old.grad is None else ["grad"]
+        for optimizer in self.optimizers:
+            state = optimizer.state.get(old, {})
+            found += [
+                f"{type(optimizer).__name__} {name}" for name, value in state.items() if is_spread(value)
+            ]
+        return tuple(found)
+
     def check_state(self, optimizer: str, name: str, value: object, old: Tensor) -> None:
         super().check_state(optimizer, name, value, old)
         spread = not isinstance(value, Tensor) or is_spread(value) or not is_spread(old)
@@ -118,11 +128,19 @@ class SpreadResizing(Resizing):
     def check_same(self, op: str, asked: Asked) -> None:
         source = asked.carrier.source
         told = len(source), asked.labelled is None, hashlib.sha256(source.numpy().tobytes()).hexdigest()
-        if len(everyone := set(gathered("the comparison of arguments", told, self._group))) > 1:
+        assert isinstance(asked.carrier, SpreadCarrier)
+        mine = told, asked.carrier.travels(self.head.weight)
+        heard = gathered("the comparison of arguments", mine, self._group)
+        if len(everyone := {of_rank for of_rank, _ in heard}) > 1:
             counts = sorted({n for n, *_ in everyone})
             shown = f"`n` {', '.join(map(str, counts))}" if len(counts) > 1 else "others"
             raise ValueError(
                 f"{op}: expected the same `n`, `keep` and `init` on every rank of the head, got {shown}"
+            )
+        if len({of_rank for _, of_rank in heard}) > 1:
+            raise ValueError(
+                f"{op}: expected the same `optimizer` on every rank of the head, with state and gradient of"
+                " the weight on all of them or on none, got others"
             )
 
     def carrier(

@@ -173,6 +173,7 @@ def sharded_loss(
     labels_b: Tensor | None = None,
     lam: float | Tensor | None = None,
     share: Tensor | None = None,
+    given_labels: Tensor | None = None,
     largest_scale: float | None,
     sample: ClassSampler | None,
     backbone_gradients: str,
@@ -180,7 +181,7 @@ def sharded_loss(
     statistics: bool,
 ) -> Found:
     """``normface_loss`` with options that have been checked. With a `share` [N] the rows stand there twice,
-    once for each of their labels (``engine.mixing``)."""
+    once for each label (``engine.mixing``); `given_labels`: the first ones then, as their caller has them."""
     transforms.refuse(OP)
     if labels_b is not None or lam is not None:
         no_statistics(OP, statistics)
@@ -202,7 +203,8 @@ def sharded_loss(
     local, centers = local_rows(OP, weight, options.sub_centers), options.sub_centers
     checks.features_and_shard(OP, x, local, shard.count * centers)
     ignored = checks.ignored(options.ignore_index)
-    given_labels, labels = labels, checks.labels(OP, labels, x, shard.num_classes, options.ignore_index)
+    given_labels = labels if given_labels is None else given_labels
+    labels = checks.labels(OP, labels, x, shard.num_classes, options.ignore_index)
     scale_tensor, scale_value = checks.scale(OP, scale, x)
     if largest_scale is not None:
         largest_scale = number(OP, "largest_scale", largest_scale, kind="a number or None")
@@ -235,10 +237,10 @@ def sharded_loss(
         if of_batch.hard_negatives:
             told = rows_of_all(OP, of_batch, batch, local, nearest, shard, given_labels, options)
             if share is not None:
-                shares = gather_row_gradients(share, batch, shard.group, "the rows' shares")
-                told = told._replace(share=shares)
+                share = gather_row_gradients(share, batch, shard.group, "the rows' shares")
         else:
             told = rows_of(OP, x, labels, given_labels, row_weight, options, of_batch, shard.group)
+        told = told._replace(share=share)
         found = margin_of_rows(OP, of_batch, told)
     target, term = told_apart(found, options, batch.labels)
     rows = None

@@ -38,7 +38,9 @@ Numbers = tuple[Tensor | None, ...]
 class Tile(NamedTuple):
     rows: slice
     classes: slice
-    target: Tensor  # bool, where the row's own class is, or a centre that is not its class's nearest
+    #: bool: no cell. The row's own class, a centre that is not its class's nearest, and all of a row that
+    #: does not count: its cosines may have a term beyond every number, and that times a slope of 0 is NaN.
+    left_out: Tensor
 
 
 class RowFormula(Protocol):
@@ -200,7 +202,8 @@ class _Step:
         columns = torch.arange(classes.start, classes.stop, device=self.own.device) // centers
         for first in range(0, len(self.own), _ROWS):
             rows = slice(first, first + _ROWS)
-            yield Tile(rows, classes, self.own[rows, None] // centers == columns)
+            own = self.own[rows, None] // centers == columns
+            yield Tile(rows, classes, own | ~self.formula.counts[rows, None])
 
     def _pooled(self, tile: Tile, cosine: Tensor) -> Tile:
         """Of a class of several centres the nearest alone counts, of equal ones the first."""
@@ -209,7 +212,7 @@ class _Step:
             return tile
         nearest = cosine.unflatten(1, (-1, centers)).max(2).indices
         others = torch.arange(centers, device=cosine.device) != nearest[:, :, None]
-        return tile._replace(target=tile.target | others.flatten(1))
+        return tile._replace(left_out=tile.left_out | others.flatten(1))
 
     def _cosines(self, rows: slice, of: _Moving) -> tuple[Tensor, Tensor]:
         """(c, c') of a tile."""

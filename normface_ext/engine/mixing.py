@@ -24,8 +24,8 @@ class BothLabels(NamedTuple):
 
     labels: Tensor  # [2N] int64
     weight: Tensor  # [2N]: lam and 1 - lam, times sample_weight, in the accumulator dtype of x
-    #: [2N]: how much of a row each of them is, where a row is to be one. lam and 1 - lam, and 1 where the row
-    #: has no other label that counts.
+    #: [2N] float64: how much of a row each of them is, where a row is to be one. lam and 1 - lam, and 1 where
+    #: the row has no other label that counts.
     share: Tensor
     counts: Tensor  # [2N] bool: not ignored, and of a weight that is not 0
 
@@ -56,7 +56,9 @@ def both_labels(
     weight = part if weight is None else part * weight.repeat(2)
     counts = checks.weighed(both != checks.ignored(ignore_index), weight)
     alone = ~counts.view(2, -1).all(0).repeat(2)
-    return BothLabels(both, weight, torch.where(alone, 1, part), counts)
+    first_part = part[: x.shape[0]].double()  # a row is 1 to the last digit: it is counted
+    share = torch.where(alone, 1, torch.cat([first_part, 1 - first_part]))
+    return BothLabels(both, weight, share, counts)
 
 
 def _parts(op: str, lam: object, x: Tensor) -> Tensor:

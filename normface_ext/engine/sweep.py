@@ -143,7 +143,12 @@ def target_center(
 ) -> Tensor:
     """The row of the weight [C centers, D] nearest to x_i among those of its label's class, int64 [N],
     without a gradient; ELSEWHERE where the class is not here, IGNORED where the row does not count."""
-    place: Tensor = kernels(x, weight).target_center(x, weight, labels, ignore_index, eps, is_shard, centers)
+    told = ignore_index, eps, is_shard, centers
+    if transforms.watched():
+        return transforms.constant(
+            "target_center", kernels(x, weight).target_center, (x, weight, labels), told
+        )
+    place: Tensor = kernels(x, weight).target_center(x, weight, labels, *told)
     return place
 
 

@@ -94,7 +94,10 @@ def hard_negatives(cos: Tensor, found: HardNegatives) -> Tensor:
     past = cos > found.threshold[:, None]
     c = torch.where(past, cos, 0)
     f = (a2 * c + a1) * c + a0
-    of_slope = (g1 / 2 * c + g0) * c  # g1 c + g0 is its derivative
+    # One that is not f's own is a constant for further derivatives, as what published code detaches.
+    own = 1.0 * (g1 == 2 * a2) * (g0 == a1)
+    of_slope = own * (g1 / 2 * c + g0) * c  # g1 c + g0 is its derivative
+    of_slope = of_slope + (1 - own) * (g1 * c + g0).detach() * c
     return torch.where(past, of_slope + (f - of_slope).detach(), found.below * cos).to(cos.dtype)
 
 

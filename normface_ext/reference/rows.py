@@ -76,7 +76,8 @@ def cosine(x: Tensor, weight: Tensor, eps: float = 1e-12, normalize_input: bool 
 
 def pooled_cosines(cosines: Tensor, sub_centers: int) -> Tensor:
     """Of a class the nearest of its centres, of equal ones the first: [N, C K] -> [N, C]."""
-    return cosines.view(len(cosines), -1, sub_centers).max(2).values
+    by_class: Tensor = cosines.unflatten(1, (-1, sub_centers))
+    return by_class.max(2).values
 
 
 def column_of(scale: float | Tensor) -> float | Tensor:

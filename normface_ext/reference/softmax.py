@@ -124,7 +124,8 @@ def normface_loss(
     """
     given = with_both(x, labels, sample_weight, labels_b, lam, ignore_index)
     if given.share is not None:  # numbers of each row are those of both its labels
-        scale = torch.cat([scale, scale]) if isinstance(scale, Tensor) and scale.dim() == 1 else scale
+        of_rows = isinstance(scale, Tensor) and scale.numel() > 1
+        scale = torch.cat([scale, scale]) if of_rows else scale  # type: ignore[list-item]
         if margin is not None and margin.per_row:
             tensors = {f.name: getattr(margin, f.name) for f in fields(margin)}  # type: ignore[arg-type]
             doubled = {n: t.repeat(2) for n, t in tensors.items() if isinstance(t, Tensor) and t.dim() == 1}

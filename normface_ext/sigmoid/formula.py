@@ -44,7 +44,7 @@ class SigmoidFormula:
         z = reference.sigmoid_logits(
             cosine, similar, options.r, offset.to(cosine.dtype), options.power, options.straight
         )
-        return (torch.where(tile.target, 0, _softplus(z)).sum(1),)
+        return (torch.where(tile.left_out, 0, _softplus(z)).sum(1),)
 
     def outputs(self, cosine: Tensor, sums: tuple[Tensor, ...], numbers: Numbers) -> tuple[Tensor, ...]:
         return cosine, sums[0]

@@ -59,7 +59,7 @@ class PartsFormula:
             f = reference.hard_negatives(cosine, found)
         exponent = scale * f - self.log_sum[tile.rows, None].to(cosine.dtype)
         # Left out before the power, not after it: the target's own may be infinite, and its slope NaN.
-        total = exponent.masked_fill(tile.target, -torch.inf).exp().sum(1)
+        total = exponent.masked_fill(tile.left_out, -torch.inf).exp().sum(1)
         if self.options.smoothing == 0:
             return (total,)
         weight = self.class_weight

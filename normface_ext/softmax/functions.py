@@ -75,8 +75,9 @@ def normface_loss(
 
     Equals ``F.cross_entropy(s * F.linear(F.normalize(x), F.normalize(weight)), labels)`` up to the
     place of eps (paper section 3.2; Caffe Normalize + InnerProduct + Scale + SoftmaxWithLoss), at any
-    scale and for cosines anywhere in [-1, 1], with the target column kept apart in float64 so that
-    neither 1 - p nor a margin loses digits. Runs are bit-identical from one to the next.
+    scale up to 1e9 (float64: 1e17; beyond, the last digit of a logit is more than exp has room for) and for
+    cosines anywhere in [-1, 1], with the target column kept apart in float64 so that neither 1 - p nor a
+    margin loses digits. Runs are bit-identical from one to the next.
 
     Args:
         x: [N, D] features.

@@ -34,7 +34,8 @@ class HardNegatives(NamedTuple):
         target: psi of the label's cosine, a margin of numbers.
         threshold: [N], a cosine.
         logit: (a2, a1, a0).
-        slope: (g1, g0), f's own or one that a paper takes instead.
+        slope: (g1, g0), f's own or one that a paper takes instead, which second derivatives take for a
+            constant.
         below: factor of the cosines that are not past the threshold.
         lowest, highest: what f can be for a cosine in [-1, 1]. The narrower, the larger a scale may be
             before the kernels have to look for every row's largest logit first (one more sweep).

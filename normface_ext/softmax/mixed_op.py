@@ -209,7 +209,7 @@ class _MixedLoss(Function):
                 grad_loss, joined, wide, weight, p, scale, class_weight, swept, options, needed
             )
             x_inverse = swept.rows[row_state.INVERSE_NORM]
-            if needed[0] or needed[1]:
+            if (needed[0] or needed[1]) and len(x) > 0:
                 dx_q, dw_q = cosine_gradients(
                     grad_loss * at_q,
                     wide,

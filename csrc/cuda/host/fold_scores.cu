@@ -70,11 +70,10 @@ void fold_scores(Queue& queue, const FoldScores<T>& task) {
   const auto run = [&]<class O>() {
     dispatch_term<T>(task.rows.term, [&]<class Term>() {
       launch("fold_scores", queue,
-             task.centers > 1
-                 ? (task.sums.largest ? fold_scores_kernel<T, O, Term, true, true>
-                                      : fold_scores_kernel<T, O, Term, true, false>)
-                 : (task.sums.largest ? fold_scores_kernel<T, O, Term, false, true>
-                                      : fold_scores_kernel<T, O, Term, false, false>),
+             task.centers > 1 ? (task.sums.largest ? fold_scores_kernel<T, O, Term, true, true>
+                                                   : fold_scores_kernel<T, O, Term, true, false>)
+                              : (task.sums.largest ? fold_scores_kernel<T, O, Term, false, true>
+                                                   : fold_scores_kernel<T, O, Term, false, false>),
              Grid{task.batch, fold_splits(task.width, task.centers)}, kThreads,
              shared_bytes<double>(kThreads / kWarp), task);
     });
