@@ -54,6 +54,7 @@ HEADS: dict[str, Head] = {
     "CosFace": of(nf.CosFace),
     "ArcFace": of(nf.ArcFace),
     "ArcFace, straight": of(nf.ArcFace, margin_gradient="straight"),
+    "ArcFace, 3 sub-centres": of(nf.ArcFace, sub_centers=3),
     "AdaFace": of(nf.AdaFace),
     "MagFace": of(nf.MagFace),
     "ElasticFace-Arc": of(nf.ElasticArcFace, 0.5, 0.0),
@@ -74,7 +75,11 @@ def loss_of(head: Head, functions: object, options: dict[str, object]) -> Callab
     """(x, weight, labels) -> loss, by `functions`: ``nf.functional`` or ``nf.reference``."""
     if head.bias is not None:
         return lambda x, w, y: functions.sphereface2_loss(x, w, y, head.bias, **options)  # type: ignore[attr-defined]
-    return lambda x, w, y: functions.normface_loss(x, w, y, head.scale, **options)  # type: ignore[attr-defined]
+    centers = int(options.get("sub_centers", 1))  # type: ignore[call-overload]
+    # Of as many rows of the weight, so of fewer classes.
+    return lambda x, w, y: functions.normface_loss(  # type: ignore[attr-defined]
+        x, w, y % (len(w) // centers), head.scale, **options
+    )
 
 
 def frozen(head: Head) -> dict[str, object]:
@@ -145,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     rounds = options.rounds or (2 if options.quick else 15)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    case = cases.head(32, 16, 100) if options.quick else cases.head(256, 512, cases.CASIA)
+    case = cases.head(32, 16, 102) if options.quick else cases.head(256, 512, cases.CASIA)
     common = {**machine.about(device), "load": round(machine.load(), 1)}
     inputs = cases.make_inputs(case, device)
     found = {name: errors(head, inputs) for name, head in HEADS.items()}

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -17,9 +16,8 @@ from ..engine.autograd import detach_without_grad
 from ..engine.mixing import BothLabels, joined, twice
 from ..engine.reduce import over_rows
 from ..engine.statistics import Found
-from ..softmax.arguments import Numbers, loss_options, margin_arguments
+from ..softmax.arguments import loss_options
 from ..softmax.batch_margins import BatchMargin
-from ..softmax.loss_options import MarginTensors
 from ..softmax.margins import Margin
 from ..softmax.mixed import of_doubled
 from ..softmax.options import HeadOptions
@@ -30,7 +28,7 @@ from .mixed_op import ClassParallelMixedLoss
 from .mixing import both_labels_of_all
 from .sampling import ClassSampler
 from .shard import IGNORED, ClassShard
-from .softmax_op import OP, RowsOfAll
+from .softmax_op import OP, margin_of_all
 
 
 class Step(NamedTuple):
@@ -105,7 +103,9 @@ def mixed_loss(
         weight = local  # differentiable; a sparse gradient goes past it
     classes = shard.count if rows_drawn is None else rows_drawn.shape[0]
     replicas = dist.get_world_size(shard.group) if step.backbone_gradients == "mean" else 1
-    tensors, numbers = _margin_of_all(found, both, of_all, batch, options, replicas, shard)
+    tensors, numbers = margin_of_all(
+        found, both.labels, of_all.labels, batch, options, replicas, shard, parts=2
+    )
     sent = loss_options(scale_value, options, x, local, batch.x.shape[0], max(1, classes), numbers)
     sent = replace(sent, ignore_index=IGNORED, total_classes=shard.num_classes, is_shard=True)
     largest = step.largest_scale
@@ -141,27 +141,3 @@ def _of_all(batch: Batch, options: HeadOptions) -> BothLabels:
     labels, weight = batch.labels.t().reshape(-1), batch.sample_weight.t().reshape(-1)
     counts = checks.weighed(labels != checks.ignored(options.ignore_index), weight)
     return BothLabels(labels, weight, weight, counts)
-
-
-def _margin_of_all(
-    margin: Margin | None,
-    mine: BothLabels,
-    of_all: BothLabels,
-    batch: Batch,
-    options: HeadOptions,
-    replicas: int,
-    shard: ClassShard,
-) -> tuple[MarginTensors, Numbers]:
-    """``margin_arguments`` of the rows of all ranks; numbers per row come from their ranks."""
-    straight = options.margin_gradient == "straight"
-    if margin is None or not margin.per_row:
-        return margin_arguments(OP, margin, of_all.labels, shard.num_classes, straight)
-    of_mine, numbers = margin_arguments(OP, margin, mine.labels, shard.num_classes, straight)
-
-    def gathered(m: Tensor | None) -> Tensor | None:
-        if m is None or m.dim() == 0:
-            return m
-        return torch.cat([RowsOfAll.apply(one, batch, replicas, shard) for one in m.chunk(2)])
-
-    m1, m2, m3 = (gathered(m) for m in of_mine)
-    return (m1, m2, m3), numbers

@@ -257,7 +257,9 @@ def sharded_loss(
     classes = shard.count if rows is None else rows.shape[0]
     replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
     of_all = told is not None and told.of_all
-    margin, numbers = margin_of_all(target, labels, batch, options, replicas, shard, of_all=of_all)
+    margin, numbers = margin_of_all(
+        target, labels, batch.labels, batch, options, replicas, shard, of_all=of_all
+    )
     if not options.normalize_input:
         mine = norms_of(x, counted(labels, row_weight, options), options.eps)
         lengths = RowsOfAll.apply(mine, batch, replicas, shard)

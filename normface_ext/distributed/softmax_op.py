@@ -89,22 +89,28 @@ class RowsOfAll(Function):
 def margin_of_all(
     margin: Margin | None,
     labels: Tensor,
+    labels_of_all: Tensor,
     batch: Batch,
     options: HeadOptions,
     replicas: int,
     shard: ClassShard,
     *,
+    parts: int = 1,
     of_all: bool = False,
 ) -> tuple[MarginTensors, Numbers]:
-    """``margin_arguments`` of the rows of all ranks; numbers per row come from their ranks, unless they are
-    those `of_all`."""
+    """``margin_arguments`` of the rows of all ranks, which stand there `parts` times; numbers per row come
+    from their ranks, unless they are those `of_all`."""
     straight = options.margin_gradient == "straight"
     if margin is None or not margin.per_row or of_all:
-        return margin_arguments(OP, margin, batch.labels, shard.num_classes, straight)
+        return margin_arguments(OP, margin, labels_of_all, shard.num_classes, straight)
     mine, numbers = margin_arguments(OP, margin, labels, shard.num_classes, straight)
-    m1, m2, m3 = (
-        m if m is None or m.dim() == 0 else RowsOfAll.apply(m, batch, replicas, shard) for m in mine
-    )
+
+    def gathered(m: Tensor | None) -> Tensor | None:
+        if m is None or m.dim() == 0:
+            return m
+        return torch.cat([RowsOfAll.apply(part, batch, replicas, shard) for part in m.chunk(parts)])
+
+    m1, m2, m3 = (gathered(m) for m in mine)
     return (m1, m2, m3), numbers
 
 

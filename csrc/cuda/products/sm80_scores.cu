@@ -28,8 +28,8 @@ constexpr int numbers_per_row(bool scale_per_row) {
   return int(Term::kSoftmax) + int(Term::kThreshold) + int(scale_per_row);
 }
 
-// Blocks that share a multiprocessor. With the largest cosines the six numbers of hard negatives leave no register
-// to the second.
+// Blocks that share a multiprocessor. With the largest cosines the six numbers of a term (hard negatives, sigmoids
+// of angles) leave no register to the second.
 template <class S, class Term, bool kLargest>
 constexpr int kResident =
     S::kAcross == 2 && !(kLargest && Term::kNumbers == tiles::Sm80Scores::kMostNumbers) ? 2 : 1;
