@@ -358,7 +358,11 @@ def test_no_more_memory_than_the_plan_says(lane, dtype, batch, dim, classes, cen
 
     run()
     gradients = (x.numel() + weight.numel()) * x.element_size()
-    assert peak_bytes(run) - gradients <= plan.workspace_bytes + 4096, str(plan)
+    # On the CPU a product of 16-bit factors has them widened first: csrc/cuda/products/cublas.h.
+    rows = plan.class_chunk * centers
+    factors = max((batch + rows) * dim, batch * rows + rows * dim, batch * (rows + dim))
+    widened = 4 * factors if lane.name == "emulated" and dtype == torch.bfloat16 else 0
+    assert peak_bytes(run) - gradients <= plan.workspace_bytes + widened + 4096, str(plan)
 
 
 def test_which_products_can(capsys):
