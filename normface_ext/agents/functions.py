@@ -121,8 +121,8 @@ def c_contrastive_loss(
     chosen = ContrastiveOptions.of("c_contrastive_loss", options)
     op, statistics = "c_contrastive_loss", flag("c_contrastive_loss", "return_statistics", return_statistics)
     labelled = labels, sample_weight, chosen, None, labels_b, lam
-    rows, loss = rows_and_loss(op, x, weight, *labelled, need_largest=statistics)
-    return (loss, losses.statistics(chosen, rows)) if statistics else loss
+    found = rows_and_loss(op, x, weight, *labelled, need_largest=statistics)
+    return losses.with_statistics(chosen, *found, statistics)
 
 
 @takes(ContrastiveOptions)
@@ -202,8 +202,8 @@ def c_triplet_loss(
     chosen = TripletOptions.of("c_triplet_loss", options)
     op, statistics = "c_triplet_loss", flag("c_triplet_loss", "return_statistics", return_statistics)
     labelled = labels, sample_weight, chosen, None, labels_b, lam
-    rows, loss = rows_and_loss(op, x, weight, *labelled, need_largest=statistics)
-    return (loss, losses.statistics(chosen, rows)) if statistics else loss
+    found = rows_and_loss(op, x, weight, *labelled, need_largest=statistics)
+    return losses.with_statistics(chosen, *found, statistics)
 
 
 @takes(TripletOptions)

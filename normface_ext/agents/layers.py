@@ -61,12 +61,7 @@ class AgentLoss(HoldsOptions, Agents):
     ) -> Tensor | tuple[Tensor, Statistics]:
         statistics = flag(type(self).__name__, "return_statistics", return_statistics)
         rows, loss = self._rows_and_loss(features, labels, sample_weight, None, labels_b, lam, statistics)
-        return self._with_statistics(rows, loss, statistics)
-
-    def _with_statistics(
-        self, rows: AgentRows, loss: Tensor, wanted: bool
-    ) -> Tensor | tuple[Tensor, Statistics]:
-        return (loss, losses.statistics(self.options, rows)) if wanted else loss
+        return losses.with_statistics(self.options, rows, loss, statistics)
 
     def stats(self, features: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """Two means over the batch, without a gradient, of another sweep: nothing moves by it."""
@@ -189,7 +184,7 @@ class CContrastiveLoss(WideState, AgentLoss):
                 moved = (0.99 * self.intra_mae + 0.01 * spread).clamp(max=options.max_negative_margin)
                 # One NaN in the running mean would stay for good.
                 self.intra_mae.copy_(torch.where(spread.isfinite(), moved, self.intra_mae))
-        return self._with_statistics(rows, loss, statistics)
+        return losses.with_statistics(self.options, rows, loss, statistics)
 
     def _mean_of(self, labels: Tensor) -> tuple[Tensor, bool]:
         """(the mean for a forward pass, whether the pass is one that a backward pass runs again)."""

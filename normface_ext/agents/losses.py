@@ -70,6 +70,13 @@ def statistics(options: Losses, rows: AgentRows) -> Statistics:
     return statistics_of(means_of(rows.kept, _losses(options, rows), rows.cosine, hit, active))
 
 
+def with_statistics(
+    options: Losses, rows: AgentRows, loss: Tensor, wanted: bool
+) -> Tensor | tuple[Tensor, Statistics]:
+    """As functions and layers return it."""
+    return (loss, statistics(options, rows)) if wanted else loss
+
+
 def stats(options: Losses, rows: AgentRows, negatives: Tensor) -> Tensor:
     """[mean positive, mean negative]; the negatives [N] are means over the other agents."""
     parts = positives(options, rows.target), negatives

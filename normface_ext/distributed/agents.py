@@ -341,7 +341,7 @@ def c_contrastive_loss(
     op = "distributed.c_contrastive_loss"
     chosen = ContrastiveOptions.of(op, options)
     statistics = flag(op, "return_statistics", return_statistics)
-    rows, loss = rows_and_loss(
+    found = rows_and_loss(
         op,
         x,
         weight,
@@ -356,7 +356,7 @@ def c_contrastive_loss(
         equal_batches=equal_batches,
         need_largest=statistics,
     )
-    return (loss, losses.statistics(chosen, rows)) if statistics else loss
+    return losses.with_statistics(chosen, *found, statistics)
 
 
 @overload
@@ -411,7 +411,7 @@ def c_triplet_loss(
     op = "distributed.c_triplet_loss"
     chosen = TripletOptions.of(op, options)
     statistics = flag(op, "return_statistics", return_statistics)
-    rows, loss = rows_and_loss(
+    found = rows_and_loss(
         op,
         x,
         weight,
@@ -426,4 +426,4 @@ def c_triplet_loss(
         equal_batches=equal_batches,
         need_largest=statistics,
     )
-    return (loss, losses.statistics(chosen, rows)) if statistics else loss
+    return losses.with_statistics(chosen, *found, statistics)

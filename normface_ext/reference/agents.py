@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from ..agents.options import (
     TripletOptions,
 )
 from ..engine.options import takes
-from .losses import Result, reduce_rows, rows_that_count, safe_rows, statistics, with_both
+from .losses import Result, TwiceRows, reduce_rows, rows_that_count, safe_rows, statistics, with_both
 from .rows import cosine, widened
 
 if TYPE_CHECKING:
@@ -35,6 +36,21 @@ def _agent_distances(
     return 2 - 2 * cosine(safe_rows(x, kept), weight, options.eps)
 
 
+def _of_agents(
+    of_distances: Callable[..., Result],
+    given: TwiceRows,
+    weight: Tensor,
+    options: AgentOptions,
+    return_statistics: bool,
+    **named: Any,
+) -> Result:
+    """The loss of distances, of the distances to the agents."""
+    distances = _agent_distances(given.x, weight, given.labels, given.sample_weight, options)
+    rows = {"sample_weight": given.sample_weight, "return_statistics": return_statistics}
+    made = of_distances(distances, given.labels, **rows, **named)
+    return made if return_statistics else given.joined(made, options.reduction)
+
+
 @takes(ContrastiveOptions)
 def c_contrastive_loss(
     x: Tensor,
@@ -50,15 +66,7 @@ def c_contrastive_loss(
     """loss_i = w+ min(T, (d_iy - m+)_+) + w- sum_{j != y} (m- - d_ij)_+ (paper section 4)."""
     o = ContrastiveOptions.of("c_contrastive_loss", options)
     given = with_both(x, labels, sample_weight, labels_b, lam, o.ignore_index)
-    distances = _agent_distances(given.x, weight, given.labels, given.sample_weight, o)
-    made = contrastive_of_distances(
-        distances,
-        given.labels,
-        sample_weight=given.sample_weight,
-        return_statistics=return_statistics,
-        **options,
-    )
-    return made if return_statistics else given.joined(made, o.reduction)
+    return _of_agents(contrastive_of_distances, given, weight, o, return_statistics, **options)
 
 
 @takes(ContrastiveOptions)
@@ -132,15 +140,7 @@ def c_triplet_loss(
     """loss_i = w- sum_{j != y} (m + d_iy - d_ij)_+ [+ w+ d_iy] (paper section 4)."""
     o = TripletOptions.of("c_triplet_loss", options)
     given = with_both(x, labels, sample_weight, labels_b, lam, o.ignore_index)
-    distances = _agent_distances(given.x, weight, given.labels, given.sample_weight, o)
-    made = triplet_of_distances(
-        distances,
-        given.labels,
-        sample_weight=given.sample_weight,
-        return_statistics=return_statistics,
-        **options,
-    )
-    return made if return_statistics else given.joined(made, o.reduction)
+    return _of_agents(triplet_of_distances, given, weight, o, return_statistics, **options)
 
 
 @takes(TripletOptions)
