@@ -41,6 +41,11 @@ class Lane:
         """16-bit operands of matrix products are computed in float32 (CUDA kernels: tensor cores)."""
         return self.name in ("cpu", "normface_sanitized")
 
+    @property
+    def emulates(self) -> bool:
+        """CUDA kernels on the CPU, under whichever name (the sanitizers' build has one of its own)."""
+        return self.namespace == "normface_emulation"
+
     def tensor(self, value: object, dtype: torch.dtype | None = None, *, grad: bool = False) -> torch.Tensor:
         """A tensor of this lane from numbers or from another tensor, a leaf of its own."""
         made = value.detach().clone() if isinstance(value, torch.Tensor) else torch.tensor(value)

@@ -361,7 +361,7 @@ def test_no_more_memory_than_the_plan_says(lane, dtype, batch, dim, classes, cen
     # On the CPU a product of 16-bit factors has them widened first: csrc/cuda/products/cublas.h.
     rows = plan.class_chunk * centers
     factors = max((batch + rows) * dim, batch * rows + rows * dim, batch * (rows + dim))
-    widened = 4 * factors if lane.name == "emulated" and dtype == torch.bfloat16 else 0
+    widened = 4 * factors if lane.emulates and dtype == torch.bfloat16 else 0
     assert peak_bytes(run) - gradients <= plan.workspace_bytes + widened + 4096, str(plan)
 
 
