@@ -2,6 +2,7 @@
 // one did not make it; the products are made as in head_sweep.cu.
 #include "cuda/device/add_runs.cuh"
 #include "cuda/device/backward_kernels.cuh"
+#include "cuda/device/hot_targets.cuh"
 #include "cuda/host/add_product.cuh"
 #include "cuda/host/outputs.h"
 #include "cuda/products/sm80_weight_gradient.h"
@@ -28,6 +29,7 @@ struct WeightGradients {
   const Tensor& inverse_norm;
   const Tensor& uniform;  // [D] or [0]
   const Tensor& dw;
+  HotTargets hot = {};
 
   ClassGradient classes(const Chunk& of) const {
     const HeadInputs& in = head.in;
@@ -46,7 +48,8 @@ struct WeightGradients {
             Factors<T>(in.class_weight).data,
             in.eps,
             StoredArray(dw),
-            head.dim % 4 == 0 && aligned16(data_of<void>(in.weight)) && aligned16(data_of<void>(dw))};
+            head.dim % 4 == 0 && aligned16(data_of<void>(in.weight)) && aligned16(data_of<void>(dw)),
+            hot};
   }
 
   // From E of a chunk.
@@ -111,6 +114,11 @@ void sweep_again(Queue& queue, Head<T> head, const HeadBackwardArguments& in, co
   const Tensor buffer = head.buffer(direct ? 0 : head.chunk, D, head.wide);
   const TermRows rows = head.term_rows(factors.of(kKappa), in.threshold ? factors.of(kThreshold) : nullptr);
   const SweepSums no_sums{RowState(in.rows), nullptr, nullptr};
+  HotTargets hot;
+  const Tensor hot_room = room_for_hot_targets(in.x, dw != nullptr ? N : 0, D, hot);
+  if (hot_room.numel() > 0)
+    find_hot_targets(queue,
+                     WeightGradients<T>{head, factors, in.inverse_norm, uniform, *dw, hot}.classes({0, 0}));
   for (int64_t first = 0; first < head.classes; first += head.chunk) {
     const Chunk of = head.at(first);
     if (again || sum) unit_rows(queue, head.unit_weights(of, w_hat, w_copy, nullptr));
@@ -120,7 +128,7 @@ void sweep_again(Queue& queue, Head<T> head, const HeadBackwardArguments& in, co
     }
     if (sum) add_product(queue, head, of, e, copy ? w_copy : w_hat, x_sum, part);
     if (dw == nullptr) continue;
-    const WeightGradients<T> task{head, factors, in.inverse_norm, uniform, *dw};
+    const WeightGradients<T> task{head, factors, in.inverse_norm, uniform, *dw, hot};
     if (!at_once) {
       task.from_e(queue, of, e, buffer);
     } else if constexpr (std::is_same_v<T, float>) {
