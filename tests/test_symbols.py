@@ -1,5 +1,5 @@
-"""What the built libraries ask of the machine that loads them: torch's stable ABI, the C and C++ libraries of a
-Linux of 2018, and nothing of Python. So one wheel serves every Python, every torch from 2.11 on, and every
+"""What the built libraries ask of the machine that loads them: torch's stable ABI, the C and C++ libraries of
+a Linux of 2018, and nothing of Python. So one wheel serves every Python, every torch from 2.11 on, and every
 Linux that manylinux_2_28 names."""
 
 from __future__ import annotations
