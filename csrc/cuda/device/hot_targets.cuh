@@ -4,8 +4,6 @@
 
 #include "cuda/device/class_gradient.cuh"
 #include "cuda/device/per_row.cuh"
-#include "cuda/products/cublas.h"
-#include "engine/accumulator.h"
 
 namespace nf {
 namespace {
@@ -109,17 +107,23 @@ hot_targets_kernel(ClassGradient task) {
   }
 }
 
-// The memory for it, which `task` will point to.
-Tensor room_for_hot_targets(const Tensor& like, int64_t batch, int64_t dim, HotTargets& hot) {
-  if (batch <= kFewRows || dim == 0) return device_empty(like, {0}, ScalarType::Double);
-  const int64_t chunks = (batch + kHotRows - 1) / kHotRows;
-  const int64_t slots = batch / kHotRows * kHotSlots + batch % kHotRows / (kFewTargets + 1);
-  const Tensor room = device_empty(like, {slots * (dim + 1) + (slots + chunks + 1) / 2}, ScalarType::Double);
-  hot.sums = data_of<double>(room);
-  hot.labels = reinterpret_cast<int64_t*>(hot.sums + slots * dim);
-  hot.rows = reinterpret_cast<int*>(hot.labels + slots);
-  hot.counts = hot.rows + slots;
-  return room;
+// float64 numbers that it takes; none where nobody looks.
+inline int64_t hot_slots(int64_t batch) {
+  return batch / kHotRows * kHotSlots + batch % kHotRows / (kFewTargets + 1);
+}
+inline int64_t hot_room(int64_t batch, int64_t dim) {
+  if (batch <= kFewRows || dim == 0) return 0;
+  const int64_t chunks = (batch + kHotRows - 1) / kHotRows, slots = hot_slots(batch);
+  return slots * (dim + 1) + (slots + chunks + 1) / 2;
+}
+
+// Where they lie in that room, which may be null.
+inline HotTargets hot_targets_in(double* room, int64_t batch, int64_t dim) {
+  if (room == nullptr) return {};
+  const int64_t slots = hot_slots(batch);
+  int64_t* labels = reinterpret_cast<int64_t*>(room + slots * dim);
+  int* rows = reinterpret_cast<int*>(labels + slots);
+  return {rows + slots, labels, rows, room};
 }
 
 void find_hot_targets(Queue& queue, const ClassGradient& task) {
