@@ -4,6 +4,7 @@
 
 #include "cpu/head_launch.h"
 #include "cpu/row_terms.h"
+#include "engine/update_arguments.h"
 
 namespace nf::cpu {
 namespace {
@@ -33,14 +34,13 @@ std::vector<RowGradient> row_gradients(const RowSlopes& slopes, const Tensor& gr
 }
 
 // The labels of rows with a slope; those of others may be anything.
-void check_targets(const HeadBackwardArguments& in, const Labels& labels,
+void check_targets(const char* op, const HeadBackwardTensors& in, const Labels& labels,
                    const std::vector<RowGradient>& gradients) {
   const int64_t C = in.weight.size(0);
   for (int64_t i = 0; i < labels.batch; ++i) {
     const int64_t label = labels.data[i];
     if (gradients[size_t(i)].any && (label < 0 || label >= C) && !(in.is_shard && label == kElsewhere))
-      fail(in.kName, ": expected `labels` in [0, ", C, ") where a row has slopes, got ", label, " at row ",
-           i);
+      fail(op, ": expected `labels` in [0, ", C, ") where a row has slopes, got ", label, " at row ", i);
   }
 }
 
@@ -95,6 +95,44 @@ std::vector<T> uniform_part(const std::vector<RowGradient>& gradients, const T* 
   return uniform;
 }
 
+// Where the rows of dW go: into dW, where the products of a tile can lie before if its type is theirs.
+template <class T>
+struct StoredGradient {
+  Rows<T> dw;
+
+  T* product(const Tile& tile) const { return static_cast<T*>(dw.row(tile.first)); }
+  template <class Write>
+  void put(int64_t, int64_t j, const Write& write) const {
+    write(dw.row(j));
+  }
+};
+
+// Or, as soon as a tile is done, into a rule (math/update.h).
+template <class T>
+struct UpdatedRows {
+  const HeadUpdateArguments& in;
+  Rows<T> weight;
+  Buffer<T> row;  // [slots, D]: one of dW, in the weight's type
+  char *state1, *state2;
+
+  UpdatedRows(const HeadUpdateArguments& of, int64_t slots)
+      : in(of),
+        weight(of.weight, of.weight.size(1)),
+        row(slots * weight.length),
+        state1(of.state1 ? data_of<char>(*of.state1) : nullptr),
+        state2(of.state2 ? data_of<char>(*of.state2) : nullptr) {}
+
+  T* product(const Tile&) const { return nullptr; }
+  template <class Write>
+  void put(int64_t slot, int64_t j, const Write& write) const {
+    const int64_t at = j * weight.length * weight.kernel.item;
+    T* g = row.data + slot * weight.length;
+    write(g);
+    weight.kernel.update(in.update, in.by, g, weight.row(j), state1 ? state1 + at : nullptr,
+                         state2 ? state2 + at : nullptr, weight.length);
+  }
+};
+
 // What the second sweep over the classes makes: dW, and x_sum where the first did not.
 template <class T>
 struct Backward {
@@ -110,16 +148,17 @@ struct Backward {
   T* stored;  // or null: the coefficients are made again
   bool smooth;
 
-  void sweep(const Tensor* dw, T* x_sum) const {
+  // `gradient` takes the rows of dW, or is null; `direct`: the products of a tile go where it says.
+  template <class Gradient>
+  void sweep(const Gradient* gradient, bool direct, T* x_sum) const {
     const int64_t N = shape.batch, D = shape.dim;
-    // The product can go where dW will be.
-    const bool direct = dw != nullptr && dw->element_size() == sizeof(T) && shape.centers == 1;
+    const bool dw = gradient != nullptr;
     const std::vector<int64_t> order = rows_by_label(labels, gradients);
-    const std::vector<T> uniform = uniform_part(gradients, x_hat, D, dw != nullptr && smooth);
-    Buffer<T> weighted(dw != nullptr ? N * D : 0);
-    if (dw != nullptr) weigh_rows(gradients, x_hat, D, weighted.data);
+    const std::vector<T> uniform = uniform_part(gradients, x_hat, D, dw && smooth);
+    Buffer<T> weighted(dw ? N * D : 0);
+    if (dw) weigh_rows(gradients, x_hat, D, weighted.data);
     Buffer<T> w_hat(shape.slots * shape.chunk * D);
-    Buffer<T> product(dw != nullptr && !direct ? shape.slots * shape.chunk * D : 0);
+    Buffer<T> product(dw && !direct ? shape.slots * shape.chunk * D : 0);
     Buffer<T> scores(stored != nullptr ? 0 : shape.slots * N * shape.chunk);
     const SlotSum<T> into(x_sum, shape.slots, N * D);
     shape.for_tiles([&](int64_t slot, const Tile& tile) {
@@ -133,19 +172,18 @@ struct Backward {
       }
       if (into)
         multiply<T>({e, N, tile.width, tile.width}, {unit, tile.width, D, D}, {into.of(slot), N, D, D}, true);
-      if (dw == nullptr) return;
-      const Rows<T> out(*dw, D);
-      T* g = direct ? static_cast<T*>(out.row(tile.first)) : product.data + slot * shape.chunk * D;
+      if (!dw) return;
+      T* g = direct ? gradient->product(tile) : product.data + slot * shape.chunk * D;
       multiply<T>(Matrix<T>{e, N, tile.width, tile.width}.transposed(), {weighted.data, N, D, D},
                   {g, tile.width, D, D});
       add_targets(order, tile, g);
       for (int64_t j = 0; j < tile.width; ++j) {
-        T *w = unit + tile.column(j) * D, *gradient = g + tile.column(j) * D;
+        T *w = unit + tile.column(j) * D, *of_class = g + tile.column(j) * D;
         if (!uniform.empty())
-          accum_rows<T>().axpy(T(class_weight[tile.first + j]), uniform.data(), gradient, D);
-        weight.kernel.project(w, gradient, D, T(1),
-                              scale_again(weight, tile.first + j, inverse_norm[tile.first + j], eps, w), eps,
-                              out.row(tile.first + j));
+          accum_rows<T>().axpy(T(class_weight[tile.first + j]), uniform.data(), of_class, D);
+        const auto scale = scale_again(weight, tile.first + j, inverse_norm[tile.first + j], eps, w);
+        gradient->put(slot, tile.first + j,
+                      [&](void* out) { weight.kernel.project(w, of_class, D, T(1), scale, eps, out); });
       }
     });
     into.join();
@@ -162,56 +200,86 @@ struct Backward {
   }
 };
 
+// What both ops make of the rows before they go over the classes.
+template <class T>
+struct Prepared {
+  HeadShape shape;
+  int64_t batch, dim;
+  Rows<T> xs, ws;
+  Labels labels;
+  RowState rows;
+  const T* inverse;
+  std::vector<RowGradient> gradients;
+  Buffer<T> x_hat;
+  RowTerms<T> terms;
+  ClassWeights<T> class_weight;
+  T eps;
+  T* stored;
+  bool smooth;
+
+  Prepared(const char* op, const HeadBackwardTensors& in)
+      : shape(in.stored.numel() > 0 ? shape_of_stored<T>(op, in) : shape_of(op, in, false)),
+        batch(shape.batch),
+        dim(shape.dim),
+        xs(in.x, dim),
+        ws(in.weight, dim),
+        labels(in.labels),
+        rows(in.rows),
+        inverse(data_of<const T>(in.inverse_norm)),
+        gradients(row_gradients<T>(RowSlopes(in.slopes), in.grad_loss)),
+        x_hat(batch * dim),
+        terms(
+            in, RowNumbers(in.scale, in.scale_value), [&](int64_t i) { return gradients[size_t(i)].any; },
+            [&](int64_t i) { return rows[kShift][i]; }),
+        class_weight(in.class_weight),
+        eps(T(in.eps)),
+        stored(data_of<T>(in.stored)),
+        smooth(in.class_sum.numel() > 0) {
+    check_targets(op, in, labels, gradients);
+    for_rows(batch, dim, [&](int64_t i) {
+      if (gradients[size_t(i)].any)
+        unit_row_again(xs, i, T(rows[kInverseNorm][i]), eps, x_hat.data + i * dim);
+      else
+        std::fill_n(x_hat.data + i * dim, dim, T(0));
+    });
+  }
+
+  Backward<T> second() const {
+    return {shape, ws, labels, terms, gradients, inverse, class_weight, eps, x_hat.data, stored, smooth};
+  }
+};
+
 template <class T>
 void backward(const HeadBackwardArguments& in, const Tensor& dx, const Tensor& dw, const Tensor& dscale) {
-  const HeadShape shape = in.stored.numel() > 0 ? shape_of_stored<T>(in) : shape_of(in.kName, in, false);
-  const int64_t N = shape.batch, D = shape.dim;
-  const Rows<T> xs(in.x, D), ws(in.weight, D);
-  const Labels labels(in.labels);
-  const RowState rows(in.rows);
-  const T* inverse = data_of<const T>(in.inverse_norm);
-  const std::vector<RowGradient> gradients = row_gradients<T>(RowSlopes(in.slopes), in.grad_loss);
-  check_targets(in, labels, gradients);
-  Buffer<T> x_hat(N * D);
-  for_rows(N, D, [&](int64_t i) {
-    if (gradients[size_t(i)].any)
-      unit_row_again(xs, i, T(rows[kInverseNorm][i]), T(in.eps), x_hat.data + i * D);
-    else
-      std::fill_n(x_hat.data + i * D, D, T(0));
-  });
+  const Prepared<T> made(in.kName, in);
+  const int64_t N = made.batch, D = made.dim;
   if (in.need_scale) {
     double* ds = static_cast<double*>(dscale.mutable_data_ptr());
     const int64_t step = dscale.dim() == 0 ? 0 : 1;
     std::fill_n(ds, dscale.numel(), 0.0);
-    for (int64_t i = 0; i < N; ++i) ds[i * step] += gradients[size_t(i)].scale;
+    for (int64_t i = 0; i < N; ++i) ds[i * step] += made.gradients[size_t(i)].scale;
   }
   const bool make_sum = in.need_x && in.x_sum.numel() == 0;
   Buffer<T> own_sum(make_sum ? N * D : 0);
-  const RowTerms<T> terms(
-      in, RowNumbers(in.scale, in.scale_value), [&](int64_t i) { return gradients[size_t(i)].any; },
-      [&](int64_t i) { return rows[kShift][i]; });
-  const ClassWeights<T> class_weight(in.class_weight);
-  const Backward<T> second{shape,
-                           ws,
-                           labels,
-                           terms,
-                           gradients,
-                           inverse,
-                           class_weight,
-                           T(in.eps),
-                           x_hat.data,
-                           data_of<T>(in.stored),
-                           in.class_sum.numel() > 0};
+  const bool direct = in.need_weight && dw.element_size() == sizeof(T) && made.shape.centers == 1;
+  const StoredGradient<T> gradient{Rows<T>(dw, D)};
   if (in.need_weight || make_sum)
-    second.sweep(in.need_weight ? &dw : nullptr, make_sum ? own_sum.data : nullptr);
+    made.second().sweep(in.need_weight ? &gradient : nullptr, direct, make_sum ? own_sum.data : nullptr);
   if (in.need_x)
-    grad_features(xs, ws, labels, inverse, gradients, rows, x_hat.data,
-                  make_sum ? own_sum.data : data_of<T>(in.x_sum), data_of<T>(in.class_sum), T(in.eps),
+    grad_features(made.xs, made.ws, made.labels, made.inverse, made.gradients, made.rows, made.x_hat.data,
+                  make_sum ? own_sum.data : data_of<T>(in.x_sum), data_of<T>(in.class_sum), made.eps,
                   Rows<T>(dx, D));
 }
 
+template <class T>
+void update(const HeadUpdateArguments& in) {
+  const Prepared<T> made(in.kName, in);
+  const UpdatedRows<T> rows(in, made.shape.slots);
+  made.second().sweep(&rows, false, nullptr);
+}
+
 std::tuple<Tensor, Tensor, Tensor> head_backward(const HeadBackwardArguments& in) {
-  check_backward(in);
+  check_backward(in.kName, in);
   const bool per_row = in.scale && in.scale->dim() == 1;
   Tensor dx = partial_gradient_like(in.x, in.need_x, in.is_shard);
   if (!in.need_x && in.is_shard) dx = fresh({0}, accumulator(in.x.scalar_type()));
@@ -224,7 +292,16 @@ std::tuple<Tensor, Tensor, Tensor> head_backward(const HeadBackwardArguments& in
   return {dx, dw, ds};
 }
 
+void head_backward_update(const HeadUpdateArguments& in) {
+  check_update(in);
+  const auto run = accumulator(in.x.scalar_type()) == ScalarType::Double ? update<double> : update<float>;
+  run(in);
+}
+
 }  // namespace
 }  // namespace nf::cpu
 
-NF_CPU_LIBRARY(m) { nf::implement<&nf::cpu::head_backward>(m); }
+NF_CPU_LIBRARY(m) {
+  nf::implement<&nf::cpu::head_backward>(m);
+  nf::implement<&nf::cpu::head_backward_update>(m);
+}

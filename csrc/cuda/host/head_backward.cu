@@ -135,7 +135,7 @@ void backward(Queue& queue, const HeadBackwardArguments& in, const Tensor& dx, c
   const bool make_sum = in.need_x && in.x_sum.numel() == 0 && N * D > 0;
   const Held held = make_sum ? Held::kE : Held::kNothing;
   const Head<T> head(in, launch_of(in.kName, queue, in, in.stored.numel() > 0, held));
-  check_stored(in, head.other, N * Chunk{0, head.classes}.stride());
+  check_stored(in.kName, in, head.other, N * Chunk{0, head.classes}.stride());
   const bool again = (in.need_weight || make_sum) && in.stored.numel() == 0;
   const RowFactors factors{head.buffer(kGradientFields, N, ScalarType::Double),
                            head.buffer(again ? N : 0, D, head.score),
@@ -176,7 +176,7 @@ void backward(Queue& queue, const HeadBackwardArguments& in, const Tensor& dx, c
 }
 
 std::tuple<Tensor, Tensor, Tensor> head_backward(const HeadBackwardArguments& in) {
-  check_backward(in);
+  check_backward(in.kName, in);
   const Tensor& x = in.x;
   Queue queue(x);
   const auto empty = [&](ScalarType type) { return device_empty(x, {0}, type); };
