@@ -95,43 +95,48 @@ std::vector<T> uniform_part(const std::vector<RowGradient>& gradients, const T* 
   return uniform;
 }
 
-// Where the rows of dW go: into dW, where the products of a tile can lie before if its type is theirs.
-template <class T>
-struct StoredGradient {
-  Rows<T> dw;
+// What is to be made.
+struct Wanted {
+  bool x, weight, scale;
+  const HeadUpdateArguments* update;  // or null: what the weight's gradient goes into, instead of dW
+};
 
-  T* product(const Tile& tile) const { return static_cast<T*>(dw.row(tile.first)); }
-  template <class Write>
-  void put(int64_t, int64_t j, const Write& write) const {
-    write(dw.row(j));
+// Unit rows of the features, and what the second sweep needs: weighted ones, unit rows of a tile and what becomes
+// of them, its cells where they were not kept, and the sum over the classes where the first sweep did not make it.
+template <class T>
+struct BackwardScratch {
+  Block block;
+  bool make_sum;  // x_sum
+  bool direct;    // the product can go where dW will be
+  Array x_hat, weighted, w_hat, product, scores, x_sum, x_sums;
+  Array class_row;  // of dW, a class of every slot, where there is no dW
+
+  BackwardScratch(const HeadShape& shape, const HeadBackwardTensors& in, const Wanted& wanted)
+      : make_sum(wanted.x && in.x_sum.numel() == 0),
+        direct(wanted.weight && wanted.update == nullptr && in.weight.element_size() == sizeof(T) &&
+               shape.centers == 1) {
+    const int64_t rows = shape.batch * shape.dim, tiles = shape.slots * shape.chunk;
+    const bool sweeps = wanted.weight || make_sum;
+    x_hat = block.array<T>(rows);
+    weighted = block.array<T>(wanted.weight ? rows : 0);
+    w_hat = block.array<T>(sweeps ? tiles * shape.dim : 0);
+    product = block.array<T>(wanted.weight && !direct ? tiles * shape.dim : 0);
+    scores = block.array<T>(sweeps && in.stored.numel() == 0 ? tiles * shape.batch : 0);
+    x_sum = block.array<T>(make_sum ? rows : 0);
+    x_sums = SlotSum<T>::room(block, make_sum, shape.slots, rows);
+    class_row = block.array<T>(wanted.update != nullptr ? shape.slots * shape.dim : 0);
+    allocate(block);
   }
 };
 
-// Or, as soon as a tile is done, into a rule (math/update.h).
+// Takes row j of dW, stored as the weight is. Nothing reads row j of the weight after that.
 template <class T>
-struct UpdatedRows {
-  const HeadUpdateArguments& in;
-  Rows<T> weight;
-  Buffer<T> row;  // [slots, D]: one of dW, in the weight's type
-  char *state1, *state2;
-
-  UpdatedRows(const HeadUpdateArguments& of, int64_t slots)
-      : in(of),
-        weight(of.weight, of.weight.size(1)),
-        row(slots * weight.length),
-        state1(of.state1 ? data_of<char>(*of.state1) : nullptr),
-        state2(of.state2 ? data_of<char>(*of.state2) : nullptr) {}
-
-  T* product(const Tile&) const { return nullptr; }
-  template <class Write>
-  void put(int64_t slot, int64_t j, const Write& write) const {
-    const int64_t at = j * weight.length * weight.kernel.item;
-    T* g = row.data + slot * weight.length;
-    write(g);
-    weight.kernel.update(in.update, in.by, g, weight.row(j), state1 ? state1 + at : nullptr,
-                         state2 ? state2 + at : nullptr, weight.length);
-  }
-};
+void take_row(const HeadUpdateArguments& in, const Rows<T>& weight, int64_t j, const void* row) {
+  const int64_t at = j * weight.length * weight.kernel.item;
+  const auto state = [&](const std::optional<Tensor>& t) { return t ? data_of<char>(*t) + at : nullptr; };
+  weight.kernel.update(in.update, in.by, row, weight.row(j), state(in.state1), state(in.state2),
+                       weight.length);
+}
 
 // What the second sweep over the classes makes: dW, and x_sum where the first did not.
 template <class T>
@@ -148,22 +153,18 @@ struct Backward {
   T* stored;  // or null: the coefficients are made again
   bool smooth;
 
-  // `gradient` takes the rows of dW, or is null; `direct`: the products of a tile go where it says.
-  template <class Gradient>
-  void sweep(const Gradient* gradient, bool direct, T* x_sum) const {
+  void sweep(const BackwardScratch<T>& scratch, const Wanted& wanted, const Tensor& dw, T* x_sum) const {
     const int64_t N = shape.batch, D = shape.dim;
-    const bool dw = gradient != nullptr;
+    const bool direct = scratch.direct;
     const std::vector<int64_t> order = rows_by_label(labels, gradients);
-    const std::vector<T> uniform = uniform_part(gradients, x_hat, D, dw && smooth);
-    Buffer<T> weighted(dw ? N * D : 0);
-    if (dw) weigh_rows(gradients, x_hat, D, weighted.data);
-    Buffer<T> w_hat(shape.slots * shape.chunk * D);
-    Buffer<T> product(dw && !direct ? shape.slots * shape.chunk * D : 0);
-    Buffer<T> scores(stored != nullptr ? 0 : shape.slots * N * shape.chunk);
-    const SlotSum<T> into(x_sum, shape.slots, N * D);
+    const std::vector<T> uniform = uniform_part(gradients, x_hat, D, wanted.weight && smooth);
+    T *weighted = data_of<T>(scratch.weighted), *w_hat = data_of<T>(scratch.w_hat),
+      *product = data_of<T>(scratch.product), *scores = data_of<T>(scratch.scores);
+    if (wanted.weight) weigh_rows(gradients, x_hat, D, weighted);
+    const SlotSum<T> into(x_sum, scratch.x_sums, shape.slots, N * D);
     shape.for_tiles([&](int64_t slot, const Tile& tile) {
-      T* unit = w_hat.data + slot * shape.chunk * D;
-      T* e = stored != nullptr ? stored + N * tile.first : scores.data + slot * N * shape.chunk;
+      T* unit = w_hat + slot * shape.chunk * D;
+      T* e = stored != nullptr ? stored + N * tile.first : scores + slot * N * shape.chunk;
       for (int64_t j = 0; j < tile.width; ++j)
         unit_row_again(weight, tile.first + j, inverse_norm[tile.first + j], eps, unit + tile.column(j) * D);
       if (stored == nullptr) {
@@ -172,18 +173,21 @@ struct Backward {
       }
       if (into)
         multiply<T>({e, N, tile.width, tile.width}, {unit, tile.width, D, D}, {into.of(slot), N, D, D}, true);
-      if (!dw) return;
-      T* g = direct ? gradient->product(tile) : product.data + slot * shape.chunk * D;
-      multiply<T>(Matrix<T>{e, N, tile.width, tile.width}.transposed(), {weighted.data, N, D, D},
+      if (!wanted.weight) return;
+      const Rows<T> out(dw, D);
+      T* class_row = data_of<T>(scratch.class_row) + slot * D;
+      T* g = direct ? static_cast<T*>(out.row(tile.first)) : product + slot * shape.chunk * D;
+      multiply<T>(Matrix<T>{e, N, tile.width, tile.width}.transposed(), {weighted, N, D, D},
                   {g, tile.width, D, D});
       add_targets(order, tile, g);
       for (int64_t j = 0; j < tile.width; ++j) {
-        T *w = unit + tile.column(j) * D, *of_class = g + tile.column(j) * D;
+        T *w = unit + tile.column(j) * D, *gradient = g + tile.column(j) * D;
         if (!uniform.empty())
-          accum_rows<T>().axpy(T(class_weight[tile.first + j]), uniform.data(), of_class, D);
-        const auto scale = scale_again(weight, tile.first + j, inverse_norm[tile.first + j], eps, w);
-        gradient->put(slot, tile.first + j,
-                      [&](void* out) { weight.kernel.project(w, of_class, D, T(1), scale, eps, out); });
+          accum_rows<T>().axpy(T(class_weight[tile.first + j]), uniform.data(), gradient, D);
+        weight.kernel.project(w, gradient, D, T(1),
+                              scale_again(weight, tile.first + j, inverse_norm[tile.first + j], eps, w), eps,
+                              wanted.update != nullptr ? class_row : out.row(tile.first + j));
+        if (wanted.update != nullptr) take_row(*wanted.update, weight, tile.first + j, class_row);
       }
     });
     into.join();
@@ -200,82 +204,52 @@ struct Backward {
   }
 };
 
-// What both ops make of the rows before they go over the classes.
 template <class T>
-struct Prepared {
-  HeadShape shape;
-  int64_t batch, dim;
-  Rows<T> xs, ws;
-  Labels labels;
-  RowState rows;
-  const T* inverse;
-  std::vector<RowGradient> gradients;
-  Buffer<T> x_hat;
-  RowTerms<T> terms;
-  ClassWeights<T> class_weight;
-  T eps;
-  T* stored;
-  bool smooth;
-
-  Prepared(const char* op, const HeadBackwardTensors& in)
-      : shape(in.stored.numel() > 0 ? shape_of_stored<T>(op, in) : shape_of(op, in, false)),
-        batch(shape.batch),
-        dim(shape.dim),
-        xs(in.x, dim),
-        ws(in.weight, dim),
-        labels(in.labels),
-        rows(in.rows),
-        inverse(data_of<const T>(in.inverse_norm)),
-        gradients(row_gradients<T>(RowSlopes(in.slopes), in.grad_loss)),
-        x_hat(batch * dim),
-        terms(
-            in, RowNumbers(in.scale, in.scale_value), [&](int64_t i) { return gradients[size_t(i)].any; },
-            [&](int64_t i) { return rows[kShift][i]; }),
-        class_weight(in.class_weight),
-        eps(T(in.eps)),
-        stored(data_of<T>(in.stored)),
-        smooth(in.class_sum.numel() > 0) {
-    check_targets(op, in, labels, gradients);
-    for_rows(batch, dim, [&](int64_t i) {
-      if (gradients[size_t(i)].any)
-        unit_row_again(xs, i, T(rows[kInverseNorm][i]), eps, x_hat.data + i * dim);
-      else
-        std::fill_n(x_hat.data + i * dim, dim, T(0));
-    });
-  }
-
-  Backward<T> second() const {
-    return {shape, ws, labels, terms, gradients, inverse, class_weight, eps, x_hat.data, stored, smooth};
-  }
-};
-
-template <class T>
-void backward(const HeadBackwardArguments& in, const Tensor& dx, const Tensor& dw, const Tensor& dscale) {
-  const Prepared<T> made(in.kName, in);
-  const int64_t N = made.batch, D = made.dim;
-  if (in.need_scale) {
+void backward(const char* op, const HeadBackwardTensors& in, const Wanted& wanted, const Tensor& dx,
+              const Tensor& dw, const Tensor& dscale) {
+  const HeadShape shape = in.stored.numel() > 0 ? shape_of_stored<T>(op, in) : shape_of(op, in, false);
+  const int64_t N = shape.batch, D = shape.dim;
+  const Rows<T> xs(in.x, D), ws(in.weight, D);
+  const Labels labels(in.labels);
+  const RowState rows(in.rows);
+  const T* inverse = data_of<const T>(in.inverse_norm);
+  const std::vector<RowGradient> gradients = row_gradients<T>(RowSlopes(in.slopes), in.grad_loss);
+  check_targets(op, in, labels, gradients);
+  const BackwardScratch<T> scratch(shape, in, wanted);
+  T* x_hat = data_of<T>(scratch.x_hat);
+  for_rows(N, D, [&](int64_t i) {
+    if (gradients[size_t(i)].any)
+      unit_row_again(xs, i, T(rows[kInverseNorm][i]), T(in.eps), x_hat + i * D);
+    else
+      std::fill_n(x_hat + i * D, D, T(0));
+  });
+  if (wanted.scale) {
     double* ds = static_cast<double*>(dscale.mutable_data_ptr());
     const int64_t step = dscale.dim() == 0 ? 0 : 1;
     std::fill_n(ds, dscale.numel(), 0.0);
-    for (int64_t i = 0; i < N; ++i) ds[i * step] += made.gradients[size_t(i)].scale;
+    for (int64_t i = 0; i < N; ++i) ds[i * step] += gradients[size_t(i)].scale;
   }
-  const bool make_sum = in.need_x && in.x_sum.numel() == 0;
-  Buffer<T> own_sum(make_sum ? N * D : 0);
-  const bool direct = in.need_weight && dw.element_size() == sizeof(T) && made.shape.centers == 1;
-  const StoredGradient<T> gradient{Rows<T>(dw, D)};
-  if (in.need_weight || make_sum)
-    made.second().sweep(in.need_weight ? &gradient : nullptr, direct, make_sum ? own_sum.data : nullptr);
-  if (in.need_x)
-    grad_features(made.xs, made.ws, made.labels, made.inverse, made.gradients, made.rows, made.x_hat.data,
-                  make_sum ? own_sum.data : data_of<T>(in.x_sum), data_of<T>(in.class_sum), made.eps,
+  const RowTerms<T> terms(
+      in, RowNumbers(in.scale, in.scale_value), [&](int64_t i) { return gradients[size_t(i)].any; },
+      [&](int64_t i) { return rows[kShift][i]; });
+  const ClassWeights<T> class_weight(in.class_weight);
+  const Backward<T> second{shape,
+                           ws,
+                           labels,
+                           terms,
+                           gradients,
+                           inverse,
+                           class_weight,
+                           T(in.eps),
+                           x_hat,
+                           data_of<T>(in.stored),
+                           in.class_sum.numel() > 0};
+  T* own_sum = data_of<T>(scratch.x_sum);
+  if (wanted.weight || scratch.make_sum) second.sweep(scratch, wanted, dw, own_sum);
+  if (wanted.x)
+    grad_features(xs, ws, labels, inverse, gradients, rows, x_hat,
+                  scratch.make_sum ? own_sum : data_of<T>(in.x_sum), data_of<T>(in.class_sum), T(in.eps),
                   Rows<T>(dx, D));
-}
-
-template <class T>
-void update(const HeadUpdateArguments& in) {
-  const Prepared<T> made(in.kName, in);
-  const UpdatedRows<T> rows(in, made.shape.slots);
-  made.second().sweep(&rows, false, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor> head_backward(const HeadBackwardArguments& in) {
@@ -288,14 +262,15 @@ std::tuple<Tensor, Tensor, Tensor> head_backward(const HeadBackwardArguments& in
               : per_row      ? fresh({in.x.size(0)}, ScalarType::Double)
                              : fresh({}, ScalarType::Double);
   const auto run = accumulator(in.x.scalar_type()) == ScalarType::Double ? backward<double> : backward<float>;
-  run(in, dx, dw, ds);
+  run(in.kName, in, {in.need_x, in.need_weight, in.need_scale, nullptr}, dx, dw, ds);
   return {dx, dw, ds};
 }
 
 void head_backward_update(const HeadUpdateArguments& in) {
   check_update(in);
-  const auto run = accumulator(in.x.scalar_type()) == ScalarType::Double ? update<double> : update<float>;
-  run(in);
+  const auto run = accumulator(in.x.scalar_type()) == ScalarType::Double ? backward<double> : backward<float>;
+  // Without the features' gradient, which reads the rows of the labels.
+  run(in.kName, in, {false, true, false, &in}, in.x, in.weight, in.x);
 }
 
 }  // namespace
