@@ -4,10 +4,17 @@
 #include "cuda/device/backward_kernels.cuh"
 #include "cuda/host/add_product.cuh"
 #include "cuda/host/outputs.h"
+#include "cuda/host/update_rows.h"
 #include "cuda/products/sm80_weight_gradient.h"
 
 namespace nf {
 namespace {
+
+// What is to be made.
+struct Wanted {
+  bool x, weight, scale;
+  const HeadUpdateArguments* update;  // or null: what the weight's gradient goes into, instead of dW
+};
 
 // What the second sweep needs of the rows.
 struct RowFactors {
@@ -27,7 +34,8 @@ struct WeightGradients {
   const RowFactors& factors;
   const Tensor& inverse_norm;
   const Tensor& uniform;  // [D] or [0]
-  const Tensor& dw;
+  const Tensor& dw;       // [C, D], or only the classes from dw_first on
+  int64_t dw_first;
 
   ClassGradient classes(const Chunk& of) const {
     const HeadInputs& in = head.in;
@@ -46,22 +54,23 @@ struct WeightGradients {
             Factors<T>(in.class_weight).data,
             in.eps,
             StoredArray(dw),
+            dw_first,
             head.dim % 4 == 0 && aligned16(data_of<void>(in.weight)) && aligned16(data_of<void>(dw))};
   }
 
-  // From E of a chunk.
-  void from_e(Queue& queue, const Chunk& of, const Tensor& e, const Tensor& buffer) const {
+  // From E of a chunk, whose rows are `stride` long.
+  void from_e(Queue& queue, const Chunk& of, void* e, int64_t stride, const Tensor& buffer) const {
     const int64_t N = head.batch, D = head.dim;
     if constexpr (std::is_same_v<T, float>) {
       if (head.kernels == kTensorCores)
-        return weight_gradient(queue, {data_of<const BFloat16>(e), of.stride(),
+        return weight_gradient(queue, {static_cast<const BFloat16*>(e), stride,
                                        data_of<const BFloat16>(factors.weighted), classes(of)});
     }
     if (head.plain_products())
       return plain_gradient<T>(
-          queue, {data_of<const T>(e), of.stride(), data_of<const T>(factors.weighted), classes(of)});
-    T* g = buffer.numel() > 0 ? data_of<T>(buffer) : data_of<T>(dw) + of.first * D;
-    multiply(head.in.x, Matrix{e.const_data_ptr(), head.other, N, of.width, of.stride()}.transposed(),
+          queue, {static_cast<const T*>(e), stride, data_of<const T>(factors.weighted), classes(of)});
+    T* g = buffer.numel() > 0 ? data_of<T>(buffer) : data_of<T>(dw) + (of.first - dw_first) * D;
+    multiply(head.in.x, Matrix{e, head.other, N, of.width, stride}.transposed(),
              {factors.weighted.const_data_ptr(), head.other, N, D, D}, {g, head.wide, of.width, D, D});
     launch("class_gradients", queue, class_gradients_kernel<T>,
            Grid{(of.width + kClassesPerBlock - 1) / kClassesPerBlock}, kThreads,
@@ -76,16 +85,21 @@ struct WeightGradients {
   }
 };
 
-// dW, where `dw` is not null, and x_sum, where that is not empty.
+// The weight's gradient, where it is wanted, and x_sum, where that is not empty.
 template <class T>
-void sweep_again(Queue& queue, Head<T> head, const HeadBackwardArguments& in, const RowFactors& factors,
-                 const Tensor* dw, const Tensor& x_sum) {
+void sweep_again(Queue& queue, Head<T> head, const HeadBackwardTensors& in, const Wanted& wanted,
+                 const RowFactors& factors, const Tensor& given_dw, const Tensor& x_sum) {
   const int64_t N = head.batch, D = head.dim;
   if (D == 0) return;  // no gradient has an element
   const bool again = in.stored.numel() == 0, sum = x_sum.numel() > 0;
+  const int64_t stored_stride = Chunk{0, head.classes}.stride();
   if (!again) head.chunk = std::max<int64_t>(1, head.classes);
+  // Where there is no dW, so many of its rows lie in memory at once.
+  const HeadUpdateArguments* update = wanted.update;
+  if (update != nullptr) head.chunk = std::min(head.chunk, classes_of_update(in));
+  const Tensor dw = update != nullptr ? head.buffer(head.chunk, D, in.weight.scalar_type()) : given_dw;
   const bool at_once = head.single_sweep();
-  const bool smooth = dw != nullptr && in.class_sum.numel() > 0;
+  const bool smooth = wanted.weight && in.class_sum.numel() > 0;
   const Tensor uniform = device_empty(in.x, {smooth ? D : 0}, head.wide);
   if (smooth) {
     const int64_t runs = (N + kUniformRun - 1) / kUniformRun;
@@ -106,7 +120,7 @@ void sweep_again(Queue& queue, Head<T> head, const HeadBackwardArguments& in, co
                                     : scores;
   const Tensor part = head.buffer(sum && head.chunk < head.classes ? N : 0, D, head.wide);
   // Where the product cannot go where the result will be.
-  const bool direct = dw == nullptr || dw->scalar_type() == head.wide || head.kernels == kTensorCores ||
+  const bool direct = !wanted.weight || dw.scalar_type() == head.wide || head.kernels == kTensorCores ||
                       at_once || head.plain_products();
   const Tensor buffer = head.buffer(direct ? 0 : head.chunk, D, head.wide);
   const TermRows rows = head.term_rows(factors.of(kKappa), in.threshold ? factors.of(kThreshold) : nullptr);
@@ -119,13 +133,16 @@ void sweep_again(Queue& queue, Head<T> head, const HeadBackwardArguments& in, co
       head.coefficients(queue, of, factors.x_hat, w_hat, scores, rows, no_sums, e);
     }
     if (sum) add_product(queue, head, of, e, copy ? w_copy : w_hat, x_sum, part);
-    if (dw == nullptr) continue;
-    const WeightGradients<T> task{head, factors, in.inverse_norm, uniform, *dw};
+    if (!wanted.weight) continue;
+    const WeightGradients<T> task{head, factors, in.inverse_norm, uniform, dw, update != nullptr ? first : 0};
     if (!at_once) {
-      task.from_e(queue, of, e, buffer);
+      const int64_t before = again ? 0 : first * int64_t(e.element_size());
+      task.from_e(queue, of, data_of<char>(e) + before, again ? of.stride() : stored_stride, buffer);
     } else if constexpr (std::is_same_v<T, float>) {
       task.at_once(queue, of, w_hat);
     }
+    // Nothing reads these rows of the weight any more: the next chunk has others.
+    if (update != nullptr) update_rows(queue, *update, first, of.width, dw);
   }
   if (sum && head.classes == 0) {
     Tensor zeros = x_sum;
@@ -134,17 +151,17 @@ void sweep_again(Queue& queue, Head<T> head, const HeadBackwardArguments& in, co
 }
 
 template <class T>
-void backward(Queue& queue, const HeadBackwardArguments& in, const Tensor& dx, const Tensor& dw,
-              const Tensor& dscale) {
+void backward(Queue& queue, const char* op, const HeadBackwardTensors& in, const Wanted& wanted,
+              const Tensor& dx, const Tensor& dw, const Tensor& dscale) {
   const int64_t N = in.x.size(0), D = in.x.size(1);
-  const bool make_sum = in.need_x && in.x_sum.numel() == 0 && N * D > 0;
+  const bool make_sum = wanted.x && in.x_sum.numel() == 0 && N * D > 0;
   const Held held = make_sum ? Held::kE : Held::kNothing;
-  const Head<T> head(in, launch_of(in.kName, queue, in, in.stored.numel() > 0, held));
-  check_stored(in.kName, in, head.other, N * Chunk{0, head.classes}.stride());
-  const bool again = (in.need_weight || make_sum) && in.stored.numel() == 0;
+  const Head<T> head(in, launch_of(op, queue, in, in.stored.numel() > 0, held));
+  check_stored(op, in, head.other, N * Chunk{0, head.classes}.stride());
+  const bool again = (wanted.weight || make_sum) && in.stored.numel() == 0;
   const RowFactors factors{head.buffer(kGradientFields, N, ScalarType::Double),
                            head.buffer(again ? N : 0, D, head.score),
-                           head.buffer(in.need_weight ? N : 0, D, head.other),
+                           head.buffer(wanted.weight ? N : 0, D, head.other),
                            device_empty(in.x, {head.single_sweep() ? 2 * N : 0}, ScalarType::Long)};
   const Tensor own_sum = head.buffer(make_sum ? N : 0, D, head.wide);
   const auto or_null = [](const Tensor& t, bool wanted) { return wanted ? StoredArray(t) : StoredArray(); };
@@ -161,20 +178,19 @@ void backward(Queue& queue, const HeadBackwardArguments& in, const Tensor& dx, c
                                data_of<const T>(make_sum ? own_sum : in.x_sum),
                                data_of<const T>(in.class_sum),
                                in.eps,
-                               or_null(dx, in.need_x && !make_sum)};
-  const bool of_rows = in.need_scale && in.scale && in.scale->dim() == 1;  // the scale's gradient, as it is
+                               or_null(dx, wanted.x && !make_sum)};
+  const bool of_rows = wanted.scale && in.scale && in.scale->dim() == 1;  // the scale's gradient, as it is
   launch("row_gradients", queue, row_gradients_kernel<T>, warp_per_row(N), kThreads, 0,
          RowGradients<T>{RowState(in.rows), RowSlopes(in.slopes), RowNumbers(in.scale, in.scale_value),
                          data_or_null<double>(in.threshold), data_of<const T>(in.grad_loss),
                          in.grad_loss.dim() == 1, gradients,
                          of_rows ? data_of<double>(dscale) : gradients + kScale * N, features,
-                         or_null(factors.x_hat, again), or_null(factors.weighted, in.need_weight),
+                         or_null(factors.x_hat, again), or_null(factors.weighted, wanted.weight),
                          data_of<SweepRow>(factors.sweep_rows)});
-  if (in.need_scale && !of_rows)
+  if (wanted.scale && !of_rows)
     launch("scale_gradient", queue, scale_gradient_kernel, Grid{1}, kThreads,
            shared_bytes<double>(kThreads / kWarp), gradients, N, data_of<double>(dscale));
-  if (in.need_weight || make_sum)
-    sweep_again(queue, head, in, factors, in.need_weight ? &dw : nullptr, own_sum);
+  if (wanted.weight || make_sum) sweep_again(queue, head, in, wanted, factors, dw, own_sum);
   if (!make_sum) return;
   features.dx = StoredArray(dx);
   launch("feature_gradients", queue, feature_gradients_kernel<T>, warp_per_row(N), kThreads, 0, features);
@@ -191,11 +207,25 @@ std::tuple<Tensor, Tensor, Tensor> head_backward(const HeadBackwardArguments& in
   Tensor ds = !in.need_scale                     ? empty(ScalarType::Double)
               : in.scale && in.scale->dim() == 1 ? device_empty(x, {x.size(0)}, ScalarType::Double)
                                                  : device_empty(x, {}, ScalarType::Double);
-  dispatch_accumulator(x.scalar_type(), [&]<class T>() { backward<T>(queue, in, dx, dw, ds); });
+  const Wanted wanted{in.need_x, in.need_weight, in.need_scale, nullptr};
+  dispatch_accumulator(x.scalar_type(),
+                       [&]<class T>() { backward<T>(queue, in.kName, in, wanted, dx, dw, ds); });
   return {dx, dw, ds};
+}
+
+void head_backward_update(const HeadUpdateArguments& in) {
+  check_update(in);
+  Queue queue(in.x);
+  // Without the features' gradient, which reads the rows of the labels.
+  const Wanted wanted{false, true, false, &in};
+  dispatch_accumulator(in.x.scalar_type(),
+                       [&]<class T>() { backward<T>(queue, in.kName, in, wanted, in.x, in.weight, in.x); });
 }
 
 }  // namespace
 }  // namespace nf
 
-NF_CUDA_LIBRARY(m) { nf::implement<&nf::head_backward>(m); }
+NF_CUDA_LIBRARY(m) {
+  nf::implement<&nf::head_backward>(m);
+  nf::implement<&nf::head_backward_update>(m);
+}
