@@ -78,6 +78,11 @@ def taken_by(weight: Tensor) -> Taker | None:
     return found
 
 
+def takes(weight: Tensor) -> bool:
+    """Whether somebody takes the gradient of ``weight``."""
+    return _count > 0 and taken_by(weight) is not None
+
+
 def remove(weight: Tensor, taker: Taker) -> None:
     """No longer to this one."""
     if _takers.get(weight) is taker:
@@ -139,7 +144,7 @@ def _local(tensor: Tensor | None) -> Tensor | None:
         return None
     tensor = tensor.detach()
     part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part.view(-1, part.shape[-1])
+    return part.flatten(0, -2)
 
 
 def begin(ctx: Any, place: int) -> tuple[bool, Taking | None]:

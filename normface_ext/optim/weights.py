@@ -37,6 +37,11 @@ def weight_of(owner: str, head: nn.Module) -> nn.Parameter:
             f"{owner}: expected the weight of {name} to be all here, or spread by distributed.shard_head, got"
             " a DTensor of fully_shard or another"
         )
+    if hasattr(head, "shard") and isinstance(head, (CContrastiveLoss, CTripletLoss)):
+        raise ValueError(
+            f"{owner}: expected a softmax head, a sigmoid one, or a loss over agents of one process, got"
+            f" {name}"
+        )
     if getattr(head, "sampler", None) is not None:
         raise ValueError(
             f"{owner}: expected {name} to train on all classes, got sample_rate < 1, whose gradient is"
