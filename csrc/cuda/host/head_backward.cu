@@ -2,6 +2,7 @@
 // one did not make it; the products are made as in head_sweep.cu.
 #include "cuda/device/add_runs.cuh"
 #include "cuda/device/backward_kernels.cuh"
+#include "cuda/device/hot_targets.cuh"
 #include "cuda/host/add_product.cuh"
 #include "cuda/host/outputs.h"
 #include "cuda/host/update_rows.h"
@@ -37,6 +38,7 @@ struct BackwardScratch {
   Array x_sum, x_part;             // [N, D], where the first sweep did not make it, and of a chunk
   Array product;                   // [chunk, D], where the product cannot go where the result will be
   Array update_dw;                 // [chunk, D], as the weight: rows of the gradient where there is no dW
+  HotRoom hot;                     // with dW
 
   template <class T>
   BackwardScratch(const Head<T>& head, const HeadBackwardTensors& in, const Wanted& wanted, bool make_sum) {
@@ -60,6 +62,7 @@ struct BackwardScratch {
     const bool direct = !wanted.weight || in.weight.scalar_type() == head.wide ||
                         head.kernels == kTensorCores || at_once || head.plain_products();
     product = block.array(direct ? 0 : head.chunk * D, head.wide);
+    if (wanted.weight) hot = HotRoom(block, N, D);
     update_dw = block.array(wanted.update != nullptr ? head.chunk * D : 0, in.weight.scalar_type());
     allocate(block, in.x);
   }
@@ -75,6 +78,7 @@ struct WeightGradients {
   const Array& uniform;  // [D] or [0]
   const Array& dw;       // [C, D], or only the classes from dw_first on
   int64_t dw_first;
+  HotTargets hot;
 
   ClassGradient classes(const Chunk& of) const {
     const HeadInputs& in = head.in;
@@ -94,7 +98,8 @@ struct WeightGradients {
             in.eps,
             StoredArray(dw),
             dw_first,
-            head.dim % 4 == 0 && aligned16(data_of<void>(in.weight)) && aligned16(data_of<void>(dw))};
+            head.dim % 4 == 0 && aligned16(data_of<void>(in.weight)) && aligned16(data_of<void>(dw)),
+            hot};
   }
 
   // From E of a chunk, whose rows are `stride` long.
@@ -146,6 +151,11 @@ void sweep_again(Queue& queue, const Head<T>& head, const HeadBackwardTensors& i
 
   const TermRows rows = head.term_rows(factors.of(kKappa), in.threshold ? factors.of(kThreshold) : nullptr);
   const SweepSums no_sums{RowState(in.rows), nullptr, nullptr};
+  const auto gradients_from = [&](int64_t dw_first) {
+    return WeightGradients<T>{head, factors,  in.inverse_norm,      scratch.uniform,
+                              dw,   dw_first, scratch.hot.targets()};
+  };
+  if (scratch.hot.wanted()) find_hot_targets(queue, gradients_from(0).classes({0, 0}));
   for (int64_t first = 0; first < head.classes; first += head.chunk) {
     const Chunk of = head.at(first);
     if (again || sum) unit_rows(queue, head.unit_weights(of, w_hat, w_copy, nullptr));
@@ -157,8 +167,7 @@ void sweep_again(Queue& queue, const Head<T>& head, const HeadBackwardTensors& i
     if (sum)
       add_product<T>(queue, head, of, e, w_copy.count() > 0 ? w_copy : w_hat, scratch.x_sum, scratch.x_part);
     if (!wanted.weight) continue;
-    const WeightGradients<T> task{
-        head, factors, in.inverse_norm, scratch.uniform, dw, update != nullptr ? first : 0};
+    const WeightGradients<T> task = gradients_from(update != nullptr ? first : 0);
     if (!at_once) {
       const int64_t before = again ? 0 : first * int64_t(in.stored.element_size());
       task.from_e(queue, of, data_of<char>(e) + before, again ? of.stride() : stored_stride, scratch.product);
