@@ -95,25 +95,24 @@ std::vector<T> uniform_part(const std::vector<RowGradient>& gradients, const T* 
   return uniform;
 }
 
-// Unit rows of the features, and what the second sweep needs: weighted ones, unit rows of a tile and what becomes
-// of them, its cells where they were not kept, and the sum over the classes where the first sweep did not make it.
+// Unit rows of the features, and what the second sweep needs: weighted ones, unit rows of a tile if it meets them
+// (a row else), their gradient, a tile's cells, and the sum over the classes where the first sweep did not make it.
 template <class T>
 struct BackwardScratch {
   Block block;
-  bool make_sum;  // x_sum
-  bool direct;    // the product can go where dW will be
+  bool make_sum;    // x_sum
+  bool make_units;  // of W
   Array x_hat, weighted, w_hat, product, scores, x_sum, x_sums;
 
   BackwardScratch(const HeadShape& shape, const HeadBackwardArguments& in)
-      : make_sum(in.need_x && in.x_sum.numel() == 0),
-        direct(in.need_weight && in.weight.element_size() == sizeof(T) && shape.centers == 1) {
+      : make_sum(in.need_x && in.x_sum.numel() == 0), make_units(make_sum || in.stored.numel() == 0) {
     const int64_t rows = shape.batch * shape.dim, tiles = shape.slots * shape.chunk;
     const bool sweeps = in.need_weight || make_sum;
     x_hat = block.array<T>(rows);
     weighted = block.array<T>(in.need_weight ? rows : 0);
-    w_hat = block.array<T>(sweeps ? tiles * shape.dim : 0);
-    product = block.array<T>(in.need_weight && !direct ? tiles * shape.dim : 0);
-    scores = block.array<T>(sweeps && in.stored.numel() == 0 ? tiles * shape.batch : 0);
+    w_hat = block.array<T>(!sweeps ? 0 : make_units ? tiles * shape.dim : shape.slots * shape.dim);
+    product = block.array<T>(in.need_weight ? tiles * shape.dim : 0);
+    scores = block.array<T>(sweeps ? tiles * shape.batch : 0);
     x_sum = block.array<T>(make_sum ? rows : 0);
     x_sums = SlotSum<T>::room(block, make_sum, shape.slots, rows);
     allocate(block);
@@ -136,8 +135,7 @@ struct Backward {
   bool smooth;
 
   void sweep(const BackwardScratch<T>& scratch, const Tensor* dw, T* x_sum) const {
-    const int64_t N = shape.batch, D = shape.dim;
-    const bool direct = scratch.direct;
+    const int64_t N = shape.batch, D = shape.dim, units = scratch.make_units ? shape.chunk : 1;
     const std::vector<int64_t> order = rows_by_label(labels, gradients);
     const std::vector<T> uniform = uniform_part(gradients, x_hat, D, dw != nullptr && smooth);
     T *weighted = data_of<T>(scratch.weighted), *w_hat = data_of<T>(scratch.w_hat),
@@ -145,35 +143,49 @@ struct Backward {
     if (dw != nullptr) weigh_rows(gradients, x_hat, D, weighted);
     const SlotSum<T> into(x_sum, scratch.x_sums, shape.slots, N * D);
     shape.for_tiles([&](int64_t slot, const Tile& tile) {
-      T* unit = w_hat + slot * shape.chunk * D;
-      T* e = stored != nullptr ? stored + N * tile.first : scores + slot * N * shape.chunk;
-      for (int64_t j = 0; j < tile.width; ++j)
-        unit_row_again(weight, tile.first + j, inverse_norm[tile.first + j], eps, unit + tile.column(j) * D);
+      T *unit = w_hat + slot * units * D, *e = scores + slot * N * shape.chunk;
+      if (scratch.make_units)
+        for (int64_t j = 0; j < tile.width; ++j)
+          unit_row_again(weight, tile.first + j, inverse_norm[tile.first + j], eps,
+                         unit + tile.column(j) * D);
       if (stored == nullptr) {
         score_tile(shape, x_hat, unit, tile, e);
         fold_tile(labels, terms, tile, e, [](int64_t, const auto&) {});
+      } else {
+        // Read in order it comes from memory far faster than column by column, as the product would.
+        std::copy_n(stored + N * tile.first, N * tile.width, e);
       }
       if (into)
         multiply<T>({e, N, tile.width, tile.width}, {unit, tile.width, D, D}, {into.of(slot), N, D, D}, true);
       if (dw == nullptr) return;
-      const Rows<T> out(*dw, D);
-      T* g = direct ? static_cast<T*>(out.row(tile.first)) : product + slot * shape.chunk * D;
+      // Not where dW will be: that memory is cold, and is to be written once.
+      T* g = product + slot * shape.chunk * D;
       multiply<T>(Matrix<T>{e, N, tile.width, tile.width}.transposed(), {weighted, N, D, D},
                   {g, tile.width, D, D});
       add_targets(order, tile, g);
+      const Rows<T> out(*dw, D);
       for (int64_t j = 0; j < tile.width; ++j) {
-        T *w = unit + tile.column(j) * D, *gradient = g + tile.column(j) * D;
+        T* gradient = g + tile.column(j) * D;
         if (!uniform.empty())
           accum_rows<T>().axpy(T(class_weight[tile.first + j]), uniform.data(), gradient, D);
-        weight.kernel.project(w, gradient, D, T(1),
-                              scale_again(weight, tile.first + j, inverse_norm[tile.first + j], eps, w), eps,
-                              out.row(tile.first + j));
+        finish_row(tile.first + j, gradient, unit, out.row(tile.first + j));
       }
     });
     into.join();
   }
 
  private:
+  // The gradient of row j of W from that of its unit row; y is a row of scratch.
+  void finish_row(int64_t j, const T* gradient, T* y, void* out) const {
+    const T inverse = inverse_norm[j];
+    if (math::inverse_serves(inverse)) {
+      weight.kernel.project_stored(weight.row(j), gradient, shape.dim, inverse, eps, out);
+      return;
+    }
+    const math::RowScale<T> scale = weight.kernel.normalize_wide(weight.row(j), shape.dim, 2, eps, y);
+    weight.kernel.project(y, gradient, shape.dim, T(1), scale, eps, out);
+  }
+
   void add_targets(const std::vector<int64_t>& order, const Tile& tile, T* g) const {
     const int64_t D = shape.dim;
     auto row = std::lower_bound(order.begin(), order.end(), tile.first,
