@@ -19,10 +19,11 @@ struct Way {
   double seconds = 0;
 };
 
-// Classes per tile of a CPU. Few at once and the products' library packs its operands too often, many and a tile of
-// E leaves the cache before it has become coefficients; from 400 to 1000 classes a step takes the same to 2 %
-// (benchmarks/results/cpu-epyc-zen4-2vcpu/head_floor.md). Rows of whole vectors are 5 % faster to make, and those of an
-// odd number of cache lines 15 % faster to walk down than those of a power of two, which meet in the same sets of a cache.
+// Classes per tile of a CPU. With few at once the library packs the operands of its products too often, with many
+// a tile of E leaves the cache before it is made into coefficients; from 400 to 1000 a step takes the same to 2 %
+// (benchmarks/results/cpu-epyc-zen4-2vcpu/head_floor.md). Rows of whole cache lines are made 8 % faster. Those of
+// an odd number of lines are walked down 15 % faster than those of a power of two, which meet in the same sets of
+// the cache.
 constexpr int64_t kTileValues = 1 << 19, kLeastTile = 80, kMostTile = 688, kWholeTile = 256;
 constexpr int64_t kTileStep = 16;  // floats of a cache line
 constexpr int64_t whole_lines(int64_t classes) {

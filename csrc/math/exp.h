@@ -1,7 +1,8 @@
 // exp(x) in float32 and float64 without branches, over one value or a vector of them (V supports
 // arithmetic, comparison and ?: lane by lane; U is the unsigned integer of the same width).
-//   x = n ln2 + r, |r| <= ln2 / 2;  exp x = 2^n p(r). Error below 1.5 ulp. Below the normal range (x < -87.336, -708.396)
-// the result is 0, above it (x > 88.7228, 709.7827) infinity, and NaN stays NaN. (CUDA kernels use the device's own exp.)
+//   x = n ln2 + r, |r| <= ln2 / 2;  exp x = 2^n p(r). Error below 1.5 ulp.
+// Below the normal range (x < -87.336, -708.396) the result is 0, above it (x > 88.7228, 709.7827) infinity, and
+// NaN stays NaN. (CUDA kernels use the device's own exp.)
 #pragma once
 
 #include <cstring>
