@@ -37,8 +37,9 @@ struct ClassGradient {
   const void* uniform;        // [dim], accumulator type, or null
   const void* class_weights;  // [C], accumulator type, or null
   double eps;
-  StoredArray dw;  // [C, dim], type of weight
-  bool vectors;    // four values of weight and of dw may be moved at once
+  StoredArray dw;  // [C, dim], type of weight; or only the rows of the classes from dw_first on
+  int64_t dw_first;
+  bool vectors;  // four values of weight and of dw may be moved at once
   HotTargets hot;
 };
 
@@ -143,7 +144,7 @@ NF_DEVICE void write_class(const ClassGradient& task, const S* weight, const mat
       const T dw = math::normalize_vjp<T>(gradient(d + e), y, radial, scale.outer, scale.inner, T(0));
       out.at[e] = S(held_finite<S>(dw, scale.norm, T(task.eps), 2));
     }
-    store_vector_global<kVec>(static_cast<S*>(task.dw.data) + j * task.dim + d, out);
+    store_vector_global<kVec>(static_cast<S*>(task.dw.data) + (j - task.dw_first) * task.dim + d, out);
   }
 }
 

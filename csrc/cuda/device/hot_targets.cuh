@@ -4,6 +4,7 @@
 
 #include "cuda/device/class_gradient.cuh"
 #include "cuda/device/per_row.cuh"
+#include "engine/block.h"
 
 namespace nf {
 namespace {
@@ -107,24 +108,25 @@ hot_targets_kernel(ClassGradient task) {
   }
 }
 
-// float64 numbers that it takes; none where nobody looks.
-inline int64_t hot_slots(int64_t batch) {
-  return batch / kHotRows * kHotSlots + batch % kHotRows / (kFewTargets + 1);
-}
-inline int64_t hot_room(int64_t batch, int64_t dim) {
-  if (batch <= kFewRows || dim == 0) return 0;
-  const int64_t chunks = (batch + kHotRows - 1) / kHotRows, slots = hot_slots(batch);
-  return slots * (dim + 1) + (slots + chunks + 1) / 2;
-}
+// The memory for it; none where nobody looks.
+struct HotRoom {
+  Array sums, labels, rows, counts;
 
-// Where they lie in that room, which may be null.
-inline HotTargets hot_targets_in(double* room, int64_t batch, int64_t dim) {
-  if (room == nullptr) return {};
-  const int64_t slots = hot_slots(batch);
-  int64_t* labels = reinterpret_cast<int64_t*>(room + slots * dim);
-  int* rows = reinterpret_cast<int*>(labels + slots);
-  return {rows + slots, labels, rows, room};
-}
+  HotRoom() = default;
+  HotRoom(Block& block, int64_t batch, int64_t dim) {
+    if (batch <= kFewRows || dim == 0) return;
+    const int64_t slots = batch / kHotRows * kHotSlots + batch % kHotRows / (kFewTargets + 1);
+    sums = block.array<double>(slots * dim);
+    labels = block.array<int64_t>(slots);
+    rows = block.array<int>(slots);
+    counts = block.array<int>((batch + kHotRows - 1) / kHotRows);
+  }
+
+  bool wanted() const { return counts.count() > 0; }
+  HotTargets targets() const {
+    return {data_of<int>(counts), data_of<int64_t>(labels), data_of<int>(rows), data_of<double>(sums)};
+  }
+};
 
 void find_hot_targets(Queue& queue, const ClassGradient& task) {
   const Grid grid{(task.batch + kHotRows - 1) / kHotRows, (task.dim + kWarp - 1) / kWarp};
