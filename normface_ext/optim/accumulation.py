@@ -85,6 +85,6 @@ def accumulate_in_place(head: nn.Module) -> Accumulating:
                 f"{OWNER}: expected a weight that has a gradient, got one that is updated in backward"
             )
         taken.append((weight, _InPlace()))
-    for weight, taker in taken:
-        updates.put(weight, taker)
+    for parameter, taker in taken:
+        updates.put(parameter, taker)
     return Accumulating(taken)

@@ -32,7 +32,9 @@ class UpdatedGradient(Tensor):
         return f"UpdatedGradient(shape={tuple(self.shape)}, taken by {self.owner})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
         raise RuntimeError(sentence("the fused optimizer", f"`{func}` of it"))
 
 

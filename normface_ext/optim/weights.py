@@ -17,7 +17,7 @@ def heads_of(owner: str, module: nn.Module) -> list[nn.Module]:
     """Those in ``module``, at least one."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{owner}: expected `head` to be a module, got {type(module).__name__}")
-    heads = [each for each in module.modules() if isinstance(each, HEADS)]
+    heads: list[nn.Module] = [each for each in module.modules() if isinstance(each, HEADS)]
     if not heads:
         names = ", ".join(kind.__name__ for kind in HEADS)
         raise ValueError(
