@@ -101,27 +101,25 @@ struct Wanted {
   const HeadUpdateArguments* update;  // or null: what the weight's gradient goes into, instead of dW
 };
 
-// Unit rows of the features, and what the second sweep needs: weighted ones, unit rows of a tile and what becomes
-// of them, its cells where they were not kept, and the sum over the classes where the first sweep did not make it.
+// Unit rows of the features, and what the second sweep needs: weighted ones, unit rows of a tile if it meets them
+// (a row else), their gradient, a tile's cells, and the sum over the classes where the first sweep did not make it.
 template <class T>
 struct BackwardScratch {
   Block block;
-  bool make_sum;  // x_sum
-  bool direct;    // the product can go where dW will be
+  bool make_sum;    // x_sum
+  bool make_units;  // of W
   Array x_hat, weighted, w_hat, product, scores, x_sum, x_sums;
   Array class_row;  // of dW, a class of every slot, where there is no dW
 
   BackwardScratch(const HeadShape& shape, const HeadBackwardTensors& in, const Wanted& wanted)
-      : make_sum(wanted.x && in.x_sum.numel() == 0),
-        direct(wanted.weight && wanted.update == nullptr && in.weight.element_size() == sizeof(T) &&
-               shape.centers == 1) {
+      : make_sum(wanted.x && in.x_sum.numel() == 0), make_units(make_sum || in.stored.numel() == 0) {
     const int64_t rows = shape.batch * shape.dim, tiles = shape.slots * shape.chunk;
     const bool sweeps = wanted.weight || make_sum;
     x_hat = block.array<T>(rows);
     weighted = block.array<T>(wanted.weight ? rows : 0);
-    w_hat = block.array<T>(sweeps ? tiles * shape.dim : 0);
-    product = block.array<T>(wanted.weight && !direct ? tiles * shape.dim : 0);
-    scores = block.array<T>(sweeps && in.stored.numel() == 0 ? tiles * shape.batch : 0);
+    w_hat = block.array<T>(!sweeps ? 0 : make_units ? tiles * shape.dim : shape.slots * shape.dim);
+    product = block.array<T>(wanted.weight ? tiles * shape.dim : 0);
+    scores = block.array<T>(sweeps ? tiles * shape.batch : 0);
     x_sum = block.array<T>(make_sum ? rows : 0);
     x_sums = SlotSum<T>::room(block, make_sum, shape.slots, rows);
     class_row = block.array<T>(wanted.update != nullptr ? shape.slots * shape.dim : 0);
@@ -154,8 +152,7 @@ struct Backward {
   bool smooth;
 
   void sweep(const BackwardScratch<T>& scratch, const Wanted& wanted, const Tensor& dw, T* x_sum) const {
-    const int64_t N = shape.batch, D = shape.dim;
-    const bool direct = scratch.direct;
+    const int64_t N = shape.batch, D = shape.dim, units = scratch.make_units ? shape.chunk : 1;
     const std::vector<int64_t> order = rows_by_label(labels, gradients);
     const std::vector<T> uniform = uniform_part(gradients, x_hat, D, wanted.weight && smooth);
     T *weighted = data_of<T>(scratch.weighted), *w_hat = data_of<T>(scratch.w_hat),
@@ -163,37 +160,56 @@ struct Backward {
     if (wanted.weight) weigh_rows(gradients, x_hat, D, weighted);
     const SlotSum<T> into(x_sum, scratch.x_sums, shape.slots, N * D);
     shape.for_tiles([&](int64_t slot, const Tile& tile) {
-      T* unit = w_hat + slot * shape.chunk * D;
-      T* e = stored != nullptr ? stored + N * tile.first : scores + slot * N * shape.chunk;
-      for (int64_t j = 0; j < tile.width; ++j)
-        unit_row_again(weight, tile.first + j, inverse_norm[tile.first + j], eps, unit + tile.column(j) * D);
+      T *unit = w_hat + slot * units * D, *e = scores + slot * N * shape.chunk;
+      if (scratch.make_units)
+        for (int64_t j = 0; j < tile.width; ++j)
+          unit_row_again(weight, tile.first + j, inverse_norm[tile.first + j], eps,
+                         unit + tile.column(j) * D);
       if (stored == nullptr) {
         score_tile(shape, x_hat, unit, tile, e);
         fold_tile(labels, terms, tile, e, [](int64_t, const auto&) {});
+      } else {
+        // Read in order it comes from memory far faster than column by column, as the product would.
+        std::copy_n(stored + N * tile.first, N * tile.width, e);
       }
       if (into)
         multiply<T>({e, N, tile.width, tile.width}, {unit, tile.width, D, D}, {into.of(slot), N, D, D}, true);
       if (!wanted.weight) return;
-      const Rows<T> out(dw, D);
-      T* class_row = data_of<T>(scratch.class_row) + slot * D;
-      T* g = direct ? static_cast<T*>(out.row(tile.first)) : product + slot * shape.chunk * D;
+      // Not where dW will be: that memory is cold, and is to be written once.
+      T* g = product + slot * shape.chunk * D;
       multiply<T>(Matrix<T>{e, N, tile.width, tile.width}.transposed(), {weighted, N, D, D},
                   {g, tile.width, D, D});
       add_targets(order, tile, g);
+      const Rows<T> out(dw, D);
+      T* class_row = data_of<T>(scratch.class_row) + slot * D;
       for (int64_t j = 0; j < tile.width; ++j) {
-        T *w = unit + tile.column(j) * D, *gradient = g + tile.column(j) * D;
+        T* gradient = g + tile.column(j) * D;
         if (!uniform.empty())
           accum_rows<T>().axpy(T(class_weight[tile.first + j]), uniform.data(), gradient, D);
-        weight.kernel.project(w, gradient, D, T(1),
-                              scale_again(weight, tile.first + j, inverse_norm[tile.first + j], eps, w), eps,
-                              wanted.update != nullptr ? class_row : out.row(tile.first + j));
-        if (wanted.update != nullptr) take_row(*wanted.update, weight, tile.first + j, class_row);
+        const int64_t row = tile.first + j;
+        if (wanted.update == nullptr) {
+          finish_row(row, gradient, unit, out.row(row));
+        } else {
+          finish_row(row, gradient, unit, class_row);
+          take_row(*wanted.update, weight, row, class_row);
+        }
       }
     });
     into.join();
   }
 
  private:
+  // The gradient of row j of W from that of its unit row; y is a row of scratch.
+  void finish_row(int64_t j, const T* gradient, T* y, void* out) const {
+    const T inverse = inverse_norm[j];
+    if (math::inverse_serves(inverse)) {
+      weight.kernel.project_stored(weight.row(j), gradient, shape.dim, inverse, eps, out);
+      return;
+    }
+    const math::RowScale<T> scale = weight.kernel.normalize_wide(weight.row(j), shape.dim, 2, eps, y);
+    weight.kernel.project(y, gradient, shape.dim, T(1), scale, eps, out);
+  }
+
   void add_targets(const std::vector<int64_t>& order, const Tile& tile, T* g) const {
     const int64_t D = shape.dim;
     auto row = std::lower_bound(order.begin(), order.end(), tile.first,

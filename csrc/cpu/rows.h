@@ -62,6 +62,8 @@ struct StoredRows {
   // the norm it is held within +-largest_gradient, see math::ruled_by_eps.
   void (*project)(const T* y, const T* g, int64_t n, T factor, const math::RowScale<T>& scale, T eps,
                   void* out);
+  // The same of a row in storage whose 1 / ||x|| is known and serves (math::inverse_serves), with a factor of 1.
+  void (*project_stored)(const void* x, const T* g, int64_t n, T inverse, T eps, void* out);
   // A channel axis: `columns` neighbouring rows whose element d lies `stride` after element d - 1.
   // sums[c] = the p-norm's terms of column c, or sum of x g where g is given. columns <= kColumns.
   void (*column_sums)(const void* x, const void* g, int64_t n, int64_t stride, int64_t columns, int p,

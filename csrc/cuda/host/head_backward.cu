@@ -2,6 +2,7 @@
 // one did not make it; the products are made as in head_sweep.cu.
 #include "cuda/device/add_runs.cuh"
 #include "cuda/device/backward_kernels.cuh"
+#include "cuda/device/hot_targets.cuh"
 #include "cuda/host/add_product.cuh"
 #include "cuda/host/outputs.h"
 #include "cuda/host/update_rows.h"
@@ -36,7 +37,8 @@ struct BackwardScratch {
   Array scores, e;                 // [N, stride of a chunk]
   Array x_sum, x_part;             // [N, D], where the first sweep did not make it, and of a chunk
   Array product;                   // [chunk, D], where the product cannot go where the result will be
-  Array dw;                        // [chunk, D], where there is no dW
+  Array update_dw;                 // [chunk, D], as the weight: rows of the gradient where there is no dW
+  HotRoom hot;                     // with dW
 
   template <class T>
   BackwardScratch(const Head<T>& head, const HeadBackwardTensors& in, const Wanted& wanted, bool make_sum) {
@@ -60,7 +62,8 @@ struct BackwardScratch {
     const bool direct = !wanted.weight || in.weight.scalar_type() == head.wide ||
                         head.kernels == kTensorCores || at_once || head.plain_products();
     product = block.array(direct ? 0 : head.chunk * D, head.wide);
-    dw = block.array(wanted.update != nullptr ? head.chunk * D : 0, in.weight.scalar_type());
+    if (wanted.weight) hot = HotRoom(block, N, D);
+    update_dw = block.array(wanted.update != nullptr ? head.chunk * D : 0, in.weight.scalar_type());
     allocate(block, in.x);
   }
 
@@ -75,6 +78,7 @@ struct WeightGradients {
   const Array& uniform;  // [D] or [0]
   const Array& dw;       // [C, D], or only the classes from dw_first on
   int64_t dw_first;
+  HotTargets hot;
 
   ClassGradient classes(const Chunk& of) const {
     const HeadInputs& in = head.in;
@@ -94,7 +98,8 @@ struct WeightGradients {
             in.eps,
             StoredArray(dw),
             dw_first,
-            head.dim % 4 == 0 && aligned16(data_of<void>(in.weight)) && aligned16(data_of<void>(dw))};
+            head.dim % 4 == 0 && aligned16(data_of<void>(in.weight)) && aligned16(data_of<void>(dw)),
+            hot};
   }
 
   // From E of a chunk, whose rows are `stride` long.
@@ -127,13 +132,15 @@ struct WeightGradients {
 // The weight's gradient, where it is wanted, and x_sum, where there is room for it.
 template <class T>
 void sweep_again(Queue& queue, const Head<T>& head, const HeadBackwardTensors& in, const Wanted& wanted,
-                 const BackwardScratch& scratch, const Tensor& dw) {
+                 const BackwardScratch& scratch, const Array& dw) {
   const int64_t N = head.batch, D = head.dim;
   if (D == 0) return;  // no gradient has an element
   const RowFactors& factors = scratch.factors;
   const Array &w_hat = scratch.w_hat, &w_copy = scratch.w_copy, &e = scratch.e;
   const bool again = in.stored.numel() == 0, sum = scratch.x_sum.count() > 0;
   const bool at_once = head.single_sweep();
+  const int64_t stored_stride = Chunk{0, head.classes}.stride();
+  const HeadUpdateArguments* update = wanted.update;
   if (scratch.uniform.count() > 0) {
     const int64_t runs = BackwardScratch::uniform_runs(N);
     double* partial = data_of<double>(scratch.uniform_partial);
@@ -144,6 +151,11 @@ void sweep_again(Queue& queue, const Head<T>& head, const HeadBackwardTensors& i
 
   const TermRows rows = head.term_rows(factors.of(kKappa), in.threshold ? factors.of(kThreshold) : nullptr);
   const SweepSums no_sums{RowState(in.rows), nullptr, nullptr};
+  const auto gradients_from = [&](int64_t dw_first) {
+    return WeightGradients<T>{head, factors,  in.inverse_norm,      scratch.uniform,
+                              dw,   dw_first, scratch.hot.targets()};
+  };
+  if (scratch.hot.wanted()) find_hot_targets(queue, gradients_from(0).classes({0, 0}));
   for (int64_t first = 0; first < head.classes; first += head.chunk) {
     const Chunk of = head.at(first);
     if (again || sum) unit_rows(queue, head.unit_weights(of, w_hat, w_copy, nullptr));
@@ -155,19 +167,15 @@ void sweep_again(Queue& queue, const Head<T>& head, const HeadBackwardTensors& i
     if (sum)
       add_product<T>(queue, head, of, e, w_copy.count() > 0 ? w_copy : w_hat, scratch.x_sum, scratch.x_part);
     if (!wanted.weight) continue;
-    const Array here = wanted.update != nullptr ? scratch.dw : Array(dw);
-    const WeightGradients<T> task{
-        head, factors, in.inverse_norm, scratch.uniform, here, wanted.update != nullptr ? first : 0};
+    const WeightGradients<T> task = gradients_from(update != nullptr ? first : 0);
     if (!at_once) {
-      // E that was kept is of all classes.
       const int64_t before = again ? 0 : first * int64_t(in.stored.element_size());
-      const int64_t stride = (again ? of : Chunk{0, head.classes}).stride();
-      task.from_e(queue, of, data_of<char>(e) + before, stride, scratch.product);
+      task.from_e(queue, of, data_of<char>(e) + before, again ? of.stride() : stored_stride, scratch.product);
     } else if constexpr (std::is_same_v<T, float>) {
       task.at_once(queue, of, w_hat);
     }
     // Nothing reads these rows of the weight any more: the next chunk has others.
-    if (wanted.update != nullptr) update_rows(queue, *wanted.update, first, of.width, here.data());
+    if (update != nullptr) update_rows(queue, *update, first, of.width, dw);
   }
   if (sum && head.classes == 0) {
     Tensor zeros = as_tensor({scratch.x_sum.data(), head.wide, N, D, D}, in.x);
@@ -183,8 +191,8 @@ void backward(Queue& queue, const char* op, const HeadBackwardTensors& in, const
   const Held held = make_sum ? Held::kE : Held::kNothing;
   Head<T> head(in, launch_of(op, queue, in, in.stored.numel() > 0, held));
   if (in.stored.numel() > 0) head.chunk = std::max<int64_t>(1, head.classes);
-  if (wanted.update != nullptr) head.chunk = std::min(head.chunk, classes_of_update(in));
   check_stored(op, in, head.other, N * Chunk{0, head.classes}.stride());
+  if (wanted.update != nullptr) head.chunk = std::min(head.chunk, classes_of_update(in));
   const bool again = (wanted.weight || make_sum) && in.stored.numel() == 0;
   const BackwardScratch scratch(head, in, wanted, make_sum);
   const RowFactors& factors = scratch.factors;
@@ -214,7 +222,8 @@ void backward(Queue& queue, const char* op, const HeadBackwardTensors& in, const
   if (wanted.scale && !of_rows)
     launch("scale_gradient", queue, scale_gradient_kernel, Grid{1}, kThreads,
            shared_bytes<double>(kThreads / kWarp), gradients, N, data_of<double>(dscale));
-  if (wanted.weight || make_sum) sweep_again(queue, head, in, wanted, scratch, dw);
+  if (wanted.weight || make_sum)
+    sweep_again(queue, head, in, wanted, scratch, wanted.update != nullptr ? scratch.update_dw : Array(dw));
   if (!make_sum) return;
   features.dx = StoredArray(dx);
   launch("feature_gradients", queue, feature_gradients_kernel<T>, warp_per_row(N), kThreads, 0, features);

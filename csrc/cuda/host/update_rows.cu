@@ -40,13 +40,13 @@ update_kernel(Rule rule, const S* __restrict__ g, S* __restrict__ w, S* __restri
 
 }  // namespace
 
-void update_rows(Queue& queue, const HeadUpdateArguments& in, int64_t first, int64_t width, const void* dw) {
+void update_rows(Queue& queue, const HeadUpdateArguments& in, int64_t first, int64_t width, const Array& dw) {
   const int64_t D = in.weight.size(1), count = width * D;
   dispatch_stored(in.weight.scalar_type(), [&]<class S>() {
     const auto rows = [&](const Tensor& t) { return data_of<S>(t) + first * D; };
     S *w = rows(in.weight), *state1 = in.state1 ? rows(*in.state1) : nullptr,
       *state2 = in.state2 ? rows(*in.state2) : nullptr;
-    const S* g = static_cast<const S*>(dw);
+    const S* g = data_of<const S>(dw);
     const bool vectors =
         count % kVectorOf<S> == 0 && aligned16(g) && aligned16(w) && aligned16(state1) && aligned16(state2);
     math::dispatch_update<accum_t<S>>(in.update, in.by, [&]<class Rule>() {

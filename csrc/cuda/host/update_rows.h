@@ -18,6 +18,6 @@ inline int64_t classes_of_update(const HeadInputs& in) {
 }
 
 // dw [width, D], stored as the weight is, are the rows of the classes from `first` on.
-void update_rows(Queue& queue, const HeadUpdateArguments& in, int64_t first, int64_t width, const void* dw);
+void update_rows(Queue& queue, const HeadUpdateArguments& in, int64_t first, int64_t width, const Array& dw);
 
 }  // namespace nf
