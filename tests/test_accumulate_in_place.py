@@ -64,7 +64,7 @@ def test_the_sum_is_that_of_autograd(lane, name):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_other_dtypes(lane, dtype):
     head = head_of(lane, "normface", dtype)
     expected, *_ = summed(lane, head, dtype)

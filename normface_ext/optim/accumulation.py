@@ -71,7 +71,7 @@ def accumulate_in_place(head: nn.Module) -> Accumulating:
         A handle whose ``remove()`` ends it; also a context manager.
 
     Raises:
-        TypeError: no module; a float16 weight.
+        TypeError: no module.
         ValueError: no head in it; a weight that is parametrized, of ``fully_shard``, of a sampled head, not
             contiguous, or updated in backward by one of the fused optimizers.
     """
