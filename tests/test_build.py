@@ -74,3 +74,11 @@ def test_another_namespace_is_used_and_given_back():
 
 def test_the_sample_that_type_checkers_read_runs():
     typing_sample.main()
+
+
+def test_the_version_is_the_same_everywhere():
+    root = Path(__file__).parents[1]
+    version = re.search(r'^VERSION = "(.+)"$', (root / "setup.py").read_text(), re.MULTILINE)[1]
+    assert importlib.metadata.version("normface_ext").partition("+")[0] == version
+    assert re.search(r"^version: (.+)$", (root / "CITATION.cff").read_text(), re.MULTILINE)[1] == version
+    assert re.search(r"^## \[(.+?)\]", (root / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
