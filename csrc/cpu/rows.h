@@ -7,6 +7,7 @@
 #include "cpu/stored.h"
 #include "engine/terms.h"
 #include "math/normalize.h"
+#include "math/update.h"
 
 namespace nf::cpu {
 
@@ -79,6 +80,9 @@ struct StoredRows {
   // y = factor x, to and from the accumulator type.
   void (*widen)(const void* x, int64_t n, T factor, T* y);
   void (*store_as)(const T* x, int64_t n, T factor, void* y);
+  // A row g of a gradient into the weight's row w and its states (math/update.h); null where a rule has none.
+  void (*update)(int64_t update, const math::UpdateNumbers& numbers, const void* g, void* w, void* state1,
+                 void* state2, int64_t n);
 };
 
 constexpr int64_t kColumns = 256;
