@@ -175,20 +175,24 @@ struct Backward {
       if (into)
         multiply<T>({e, N, tile.width, tile.width}, {unit, tile.width, D, D}, {into.of(slot), N, D, D}, true);
       if (!wanted.weight) return;
-      const Rows<T> out(dw, D);
-      T* class_row = data_of<T>(scratch.class_row) + slot * D;
       // Not where dW will be: that memory is cold, and is to be written once.
       T* g = product + slot * shape.chunk * D;
       multiply<T>(Matrix<T>{e, N, tile.width, tile.width}.transposed(), {weighted, N, D, D},
                   {g, tile.width, D, D});
       add_targets(order, tile, g);
+      const Rows<T> out(dw, D);
+      T* class_row = data_of<T>(scratch.class_row) + slot * D;
       for (int64_t j = 0; j < tile.width; ++j) {
         T* gradient = g + tile.column(j) * D;
         if (!uniform.empty())
           accum_rows<T>().axpy(T(class_weight[tile.first + j]), uniform.data(), gradient, D);
-        finish_row(tile.first + j, gradient, unit,
-                   wanted.update != nullptr ? class_row : out.row(tile.first + j));
-        if (wanted.update != nullptr) take_row(*wanted.update, weight, tile.first + j, class_row);
+        const int64_t row = tile.first + j;
+        if (wanted.update == nullptr) {
+          finish_row(row, gradient, unit, out.row(row));
+        } else {
+          finish_row(row, gradient, unit, class_row);
+          take_row(*wanted.update, weight, row, class_row);
+        }
       }
     });
     into.join();
