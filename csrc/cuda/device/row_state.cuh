@@ -50,7 +50,7 @@ struct SweepSums {
     const int64_t i = first + me % across;
     double of_value = 0, of_second = 0, best = -INFINITY;
     if (i < end) {
-#pragma unroll 4
+#pragma unroll 2
       for (int64_t k = group; k < splits; k += groups) {
         of_value += value(k, i);
         of_second += second(k, splits, i);
