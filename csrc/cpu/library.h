@@ -83,6 +83,13 @@ void for_rows(int64_t count, int64_t cost, const Body& body) {
 Tensor fresh(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type);
 Tensor fresh_like(const Tensor& t);
 
+// Small pages of [begin, begin + bytes) that are not there yet, all asked for at once by the thread that is about to
+// write them: one by one, each costs a trap of its own.
+void fault_in(void* begin, int64_t bytes);
+
+// Whether a tensor is larger than the last cache, so that whoever writes it had better write past it.
+bool is_beyond_caches(const Tensor& t);
+
 // Where a gradient will be written: like `t`, or empty where it was not asked for.
 inline Tensor gradient_like(const Tensor& t, bool needed) {
   return needed ? fresh_like(t) : fresh({0}, t.scalar_type());

@@ -40,9 +40,25 @@ void copy_strided(const char* from, int64_t from_stride, char* to, int64_t to_st
 
 const char* bytes(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
 
+// The rows of `out` that come before the next look at what its memory needs.
+constexpr int64_t kBlockBytes = int64_t(1) << 18;
+
+// Calls body(first, rows) for blocks of contiguous rows, whose part of `out` is then there to be written.
+template <class Body>
+void for_row_blocks(const RowLayout& layout, int64_t row_bytes, char* out, const Body& body) {
+  const int64_t block = std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(1, row_bytes));
+  for_row_runs(layout.outer, layout.length, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += block) {
+      const int64_t rows = std::min(block, end - first);
+      fault_in(out + first * row_bytes, rows * row_bytes);
+      body(first, rows);
+    }
+  });
+}
+
 template <class T>
 void forward_channels(const StoredRows<T>& kernel, const char* x, const RowLayout& layout, int p, T eps,
-                      char* y, T* norms) {
+                      char* y, T* norms, bool past_caches) {
   const int64_t n = layout.length, item = kernel.item;
   for_column_blocks(layout, [&](const ColumnBlock& block) {
     const char* from = x + block.offset * item;
@@ -53,12 +69,12 @@ void forward_channels(const StoredRows<T>& kernel, const char* x, const RowLayou
       norms[block.row + c] = math::norm_value(p, sums[c], eps);
       factor[c] = T(1) / norms[block.row + c];
     }
-    kernel.column_scale(from, n, layout.inner, block.columns, factor, to);
+    kernel.column_scale(from, n, layout.inner, block.columns, factor, to, past_caches);
     for (int64_t c = 0; c < block.columns; ++c) {  // few, if any: one by one, as rows
       if (!math::norm_needs_rescue(p, sums[c], eps)) continue;
       std::vector<char> row(size_t(2 * n * item));
       copy_strided(from + c * item, layout.inner, row.data(), 1, n, item);
-      norms[block.row + c] = kernel.normalize(row.data(), n, p, eps, row.data() + n * item);
+      kernel.normalize(row.data(), 1, n, p, eps, row.data() + n * item, norms + block.row + c, false);
       copy_strided(row.data() + n * item, 1, to + c * item, layout.inner, n, item);
     }
   });
@@ -69,17 +85,19 @@ void forward(const Tensor& x, const RowLayout& layout, int64_t p, double eps, Te
   const StoredRows<T>& kernel = stored_rows<T>(x.scalar_type());
   T* norms = static_cast<T*>(norm.mutable_data_ptr());
   char* out = static_cast<char*>(y.mutable_data_ptr());
-  if (layout.inner != 1) return forward_channels<T>(kernel, bytes(x), layout, int(p), T(eps), out, norms);
+  const bool past_caches = is_beyond_caches(y);
+  if (layout.inner != 1)
+    return forward_channels<T>(kernel, bytes(x), layout, int(p), T(eps), out, norms, past_caches);
   const int64_t row_bytes = layout.length * kernel.item;
-  for_rows(layout.outer, layout.length, [&](int64_t row) {
-    norms[row] =
-        kernel.normalize(bytes(x) + row * row_bytes, layout.length, int(p), T(eps), out + row * row_bytes);
+  for_row_blocks(layout, row_bytes, out, [&](int64_t first, int64_t rows) {
+    kernel.normalize(bytes(x) + first * row_bytes, rows, layout.length, int(p), T(eps),
+                     out + first * row_bytes, norms + first, past_caches);
   });
 }
 
 template <class T>
 void backward_channels(const StoredRows<T>& kernel, const char* grad_y, const T* grad_norms, const char* x,
-                       const T* norms, const RowLayout& layout, int p, T eps, char* dx) {
+                       const T* norms, const RowLayout& layout, int p, T eps, char* dx, bool past_caches) {
   const int64_t n = layout.length, item = kernel.item;
   for_column_blocks(layout, [&](const ColumnBlock& block) {
     const char* from = x + block.offset * item;
@@ -94,14 +112,16 @@ void backward_channels(const StoredRows<T>& kernel, const char* grad_y, const T*
       bound[c] = math::ruled_by_eps(p, norm, eps) ? kernel.largest_gradient : T(INFINITY);
     }
     char* to = dx + block.offset * item;
-    kernel.column_vjp(from, g, n, layout.inner, block.columns, p, inverse, along, g_norm, bound, to);
+    kernel.column_vjp(from, g, n, layout.inner, block.columns, p, inverse, along, g_norm, bound, to,
+                      past_caches);
     for (int64_t c = 0; c < block.columns; ++c) {  // few, if any: one by one, as rows
       if (math::norm_is_moderate(norms[block.row + c])) continue;
       std::vector<char> rows(size_t(3 * n * item));
       char *own = rows.data(), *upstream = own + n * item, *out = upstream + n * item;
       copy_strided(from + c * item, layout.inner, own, 1, n, item);
       if (g != nullptr) copy_strided(g + c * item, layout.inner, upstream, 1, n, item);
-      kernel.vjp(own, g != nullptr ? upstream : nullptr, n, p, eps, norms[block.row + c], g_norm[c], out);
+      kernel.vjp(own, g != nullptr ? upstream : nullptr, 1, n, p, eps, norms + block.row + c, g_norm + c, out,
+                 false);
       copy_strided(out, 1, to + c * item, layout.inner, n, item);
     }
   });
@@ -115,13 +135,15 @@ void backward(const std::optional<Tensor>& grad_y, const std::optional<Tensor>& 
   const T* grad_norms = grad_norm ? static_cast<const T*>(grad_norm->const_data_ptr()) : nullptr;
   const char* g = grad_y ? bytes(*grad_y) : nullptr;
   char* out = static_cast<char*>(dx.mutable_data_ptr());
+  const bool past_caches = is_beyond_caches(dx);
   if (layout.inner != 1)
-    return backward_channels<T>(kernel, g, grad_norms, bytes(x), norms, layout, int(p), T(eps), out);
+    return backward_channels<T>(kernel, g, grad_norms, bytes(x), norms, layout, int(p), T(eps), out,
+                                past_caches);
   const int64_t row_bytes = layout.length * kernel.item;
-  for_rows(layout.outer, layout.length, [&](int64_t row) {
-    kernel.vjp(bytes(x) + row * row_bytes, g != nullptr ? g + row * row_bytes : nullptr, layout.length,
-               int(p), T(eps), norms[row], grad_norms != nullptr ? grad_norms[row] : T(0),
-               out + row * row_bytes);
+  for_row_blocks(layout, row_bytes, out, [&](int64_t first, int64_t rows) {
+    kernel.vjp(bytes(x) + first * row_bytes, g != nullptr ? g + first * row_bytes : nullptr, rows,
+               layout.length, int(p), T(eps), norms + first,
+               grad_norms != nullptr ? grad_norms + first : nullptr, out + first * row_bytes, past_caches);
   });
 }
 

@@ -51,12 +51,14 @@ struct AccumRows {
 template <class T>
 struct StoredRows {
   int64_t item;  // bytes of one element
-  // y = x / ||x||, y stored like x; returns the norm.
-  T (*normalize)(const void* x, int64_t n, int p, T eps, void* y);
-  // The same into the accumulator type; returns how.
+  // y = x / ||x|| and the norm of `rows` contiguous rows of n; y is stored like x, past the caches if so asked.
+  void (*normalize)(const void* x, int64_t rows, int64_t n, int p, T eps, void* y, T* norms,
+                    bool past_caches);
+  // The same of one row into the accumulator type; returns how.
   math::RowScale<T> (*normalize_wide)(const void* x, int64_t n, int p, T eps, T* y);
-  // dx from x, its norm, g = dL/dy (may be null: zero) and g_norm = dL/dn.
-  void (*vjp)(const void* x, const void* g, int64_t n, int p, T eps, T norm, T g_norm, void* dx);
+  // dx of such rows from x, its norms, g = dL/dy and g_norms = dL/dn (may be null: zero).
+  void (*vjp)(const void* x, const void* g, int64_t rows, int64_t n, int p, T eps, const T* norms,
+              const T* g_norms, void* dx, bool past_caches);
   // out = factor / ||x|| (g - y <y, g>), y = x / ||x|| given wide: the tangent projection. Where eps rules
   // the norm it is held within +-largest_gradient, see math::ruled_by_eps.
   void (*project)(const T* y, const T* g, int64_t n, T factor, const math::RowScale<T>& scale, T eps,
@@ -66,10 +68,12 @@ struct StoredRows {
   void (*column_sums)(const void* x, const void* g, int64_t n, int64_t stride, int64_t columns, int p,
                       T* sums);
   // y = x factor[c]
-  void (*column_scale)(const void* x, int64_t n, int64_t stride, int64_t columns, const T* factor, void* y);
+  void (*column_scale)(const void* x, int64_t n, int64_t stride, int64_t columns, const T* factor, void* y,
+                       bool past_caches);
   // vjp of every column; along[c] = <y, g>, bound[c] as in vjp.
   void (*column_vjp)(const void* x, const void* g, int64_t n, int64_t stride, int64_t columns, int p,
-                     const T* inverse_norm, const T* along, const T* g_norm, const T* bound, void* dx);
+                     const T* inverse_norm, const T* along, const T* g_norm, const T* bound, void* dx,
+                     bool past_caches);
   // The largest gradient an eps-ruled row may get; infinite but for float16.
   T largest_gradient;
   // y += the sum over k < count of factors[k] times the row of n elements at places[k].
