@@ -1,12 +1,13 @@
 """Builds two libraries: `_C` (schemas, CPU kernels) always, `_cuda` when a CUDA toolkit is found.
 
-They use only torch's stable ABI, and `_cuda` carries its own CUDA runtime. So the torch in the build
-environment lends its headers and nothing else: it may be a CPU build, or made with another CUDA than
-nvcc's. torch.utils.cpp_extension refuses both, hence the small ninja file written here. It tracks
-headers, so a second build compiles only what changed.
+They use only torch's stable ABI and nothing of Python's, and `_cuda` carries its own CUDA runtime. So the
+torch in the build environment lends its headers and nothing else: it may be a CPU build, or made with another
+CUDA than nvcc's; and a wheel serves every Python. torch.utils.cpp_extension refuses both, hence the small
+ninja file written here. It tracks headers, so a second build compiles only what changed.
 
 Environment: NORMFACE_CUDA=0|1 (default: if nvcc is found), CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS,
-DEBUG=1, and CXX, CXXFLAGS, LDFLAGS as usual.
+NORMFACE_LOCAL_VERSION (default: cpu, or cu130 with CUDA 13.0; empty for none), DEBUG=1, and CXX, CXXFLAGS,
+LDFLAGS as usual.
 """
 
 import importlib.metadata
@@ -26,6 +27,13 @@ import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1 leaves wheels to the package `wheel`
+    from wheel.bdist_wheel import bdist_wheel
+
+VERSION = "0.1.0"
+
 DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
 # No fast-math of any kind: the losses promise NaN, infinity and the last bits.
 COMMON = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -37,9 +45,12 @@ ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]  # without a
 #: PTX is made once per generation and serves all its GPUs and the newer ones up to the next entry: no source
 #: asks for more than compute capability 9.0, and making PTX is the longer half of a compilation.
 PTX_GENERATIONS = ["7.5", "8.0", "9.0"]
-#: What `pip install --no-build-isolation` must find, as `pip install` takes it. pybind11's own headers:
-#: torch's copy refuses a build for the stable ABI.
-BUILD_REQUIREMENTS = {"torch": "torch>=2.11", "pybind11": "pybind11", "ninja": "ninja"}
+#: What `pip install --no-build-isolation` must find, as `pip install` takes it.
+BUILD_REQUIREMENTS = {"torch": "torch>=2.11", "ninja": "ninja"}
+#: Functions of libm that glibc has in two versions: csrc/older_linux.cpp asks for the older one.
+TWO_VERSIONS = ["exp", "exp2", "log", "log2"]
+LINK_FLAGS = [f"-Wl,--wrap={name}" for name in TWO_VERSIONS] if sys.platform == "linux" else []
+OLDER_LINUX = "csrc/older_linux.cpp"  # in both libraries
 #: Sources whose kernels are empty below a compute capability (mma.sync on bfloat16, cp.async).
 LEAST_CAPABILITY = {"sm80_scores.cu": "8.0", "sm80_single_sweep.cu": "8.0", "sm80_weight_gradient.cu": "8.0"}
 
@@ -136,11 +147,6 @@ def check_requirements(compiler: list[str]) -> None:
                 f"building needs {requirement}, got {name} {found}: `pip install '{requirement}'`, or leave "
                 "--no-build-isolation out and pip brings it."
             )
-    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        raise stop(
-            f"building needs Python's headers, but there is no Python.h in {sysconfig.get_path('include')}; "
-            "on Debian: apt-get install python3-dev"
-        )
     if shutil.which(compiler[0]) is None:
         raise stop(
             f"building needs a C++20 compiler, and there is no `{compiler[0]}`: install GCC 11 or newer (on "
@@ -192,11 +198,12 @@ def cxx_commands(compiler: Any) -> tuple[list[str], list[str]]:
 
 
 def cxx_toolchain(build: build_ext, macros: dict[str, str]) -> Toolchain:
-    packages = [package_dir(name) / "include" for name in ("pybind11", "torch")]
-    includes = include_flags(["csrc"], [*packages, Path(sysconfig.get_path("include"))])
+    includes = include_flags(["csrc"], [package_dir("torch") / "include"])
     defines = [f'-D{name}="{value}"' for name, value in macros.items()]
     compiler, linker = cxx_commands(build.compiler)
-    return Toolchain([*compiler, *CXX_FLAGS, *includes, *defines], linker, torch_libraries(), [])
+    return Toolchain(
+        [*compiler, *CXX_FLAGS, *includes, *defines], linker, [*LINK_FLAGS, *torch_libraries()], []
+    )
 
 
 def cuda_toolchain(build: build_ext, nvcc: str, archs: list[str], threads: int) -> Toolchain:
@@ -204,7 +211,7 @@ def cuda_toolchain(build: build_ext, nvcc: str, archs: list[str], threads: int) 
     copy of its locales ends the process at the first number that an error message prints."""
     host = [f"-ccbin={os.environ['CXX']}"] if os.environ.get("CXX") else []
     includes = include_flags(["csrc", "csrc/cuda"], [package_dir("torch") / "include"])
-    libraries = [*cuda_folders(nvcc), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    libraries = [*LINK_FLAGS, *cuda_folders(nvcc), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     # libtorch is kept though it looks unused: at run time it brings libtorch_cuda, the stream's home.
     libraries += [*torch_libraries(), "-Wl,--no-as-needed", "-ltorch"]
     compile_command = [nvcc, *host, *NVCC_FLAGS, f"--threads={threads}", *includes]
@@ -233,7 +240,7 @@ def ninja_lines(ext: Extension, folder: Path, tools: Toolchain) -> list[str]:
     lines = [f"rule compile{name}", f"  command = {compiler} $targets -MD -MF $out.d -c $in -o $out"]
     lines += ["  depfile = $out.d", "  deps = gcc"]
     lines += [f"rule link{name}", f"  command = {linker} $in {libraries} -o $out"]
-    objects = [escaped(folder / source) + ".o" for source in ext.sources]
+    objects = [escaped(folder / name / source) + ".o" for source in ext.sources]
     for source, built in zip(ext.sources, objects, strict=True):
         lines.append(f"build {built}: compile{name} {escaped(Path(source).resolve())}")
         targets = [flag for arch in archs_for(source, tools.archs) for flag in gencode(arch)]
@@ -255,13 +262,12 @@ def failed_architecture(log: str, sources: list[str], tools: Toolchain) -> str:
 
 class NinjaBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
-        # _cuda is no Python module: torch.ops.load_library loads it, under any Python.
-        is_cuda = fullname.endswith("_cuda")
-        return fullname.replace(".", os.sep) + ".so" if is_cuda else super().get_ext_filename(fullname)
+        # No Python modules: torch.ops.load_library loads them, under any Python.
+        return fullname.replace(".", os.sep) + ".so"
 
     def build_extensions(self) -> None:
         check_requirements(cxx_commands(self.compiler)[0])
-        folder = Path("build", "ninja-" + sysconfig.get_config_var("SOABI")).resolve()
+        folder = Path("build", "ninja-" + sysconfig.get_platform()).resolve()
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         main, *cuda = self.extensions
         nvcc = find_nvcc() if cuda else None
@@ -302,6 +308,21 @@ class NinjaBuild(build_ext):
                 Path("normface_ext/_cuda.so").unlink(missing_ok=True)
 
 
+class AnyPythonWheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+def local_version(nvcc: str | None) -> str:
+    """What tells wheels of one version apart, as torch's do: "+cpu", or "+cu130" with kernels by CUDA 13.0.
+    NORMFACE_LOCAL_VERSION names another, or none if it is empty, which is what PyPI takes."""
+    usual = "cpu" if nvcc is None else "cu" + nvcc_version(nvcc).replace(".", "")
+    chosen = os.environ.get("NORMFACE_LOCAL_VERSION", usual)
+    if not re.fullmatch(r"([a-z0-9]+(\.[a-z0-9]+)*)?", chosen):
+        raise stop(f"expected NORMFACE_LOCAL_VERSION like 'cpu' or 'cu130', got {chosen!r}")
+    return f"+{chosen}" if chosen else ""
+
+
 def extension(name: str, *patterns: str) -> Extension:
     sources = sorted(str(path) for pattern in patterns for path in Path().glob(pattern))
     return Extension(f"normface_ext.{name}", sources)
@@ -318,5 +339,11 @@ if __name__ == "__main__":  # scripts/ptxas_report.py reads the flags above
     nvcc = find_nvcc()
     if nvcc and any(Path("csrc/cuda").glob("*/*.cu")):
         check_nvcc(nvcc)
-        extensions.append(extension("_cuda", "csrc/cuda/*/*.cu"))
-    setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild}, **licence())
+        extensions.append(extension("_cuda", "csrc/cuda/*/*.cu", OLDER_LINUX))
+    sources_only = "sdist" in sys.argv  # they are the same for all
+    setup(
+        version=VERSION + ("" if sources_only else local_version(nvcc)),
+        ext_modules=extensions,
+        cmdclass={"build_ext": NinjaBuild, "bdist_wheel": AnyPythonWheel},
+        **licence(),
+    )

@@ -1,15 +1,15 @@
-// The Python module `_C`: importing it registers every schema and the CPU kernels, and it says how it
-// was built. It holds no op itself; those are reached through torch's dispatcher.
-#include <pybind11/pybind11.h>
-
-#include "cpu/interrupt.h"
+// The library `_C`: loading it registers every schema and the CPU kernels, and it says how it was built. What the
+// ops do is reached through torch's dispatcher.
 #include "cpu/rows.h"
+#include "engine/products.h"
+#include "exports.h"
+#include "json.h"
 #include "math/softmax.h"
-#include "plan_module.h"
 #include "schemas.h"
 
 STABLE_TORCH_LIBRARY(normface_ext, m) { nf::define_ops(m); }
 
+namespace nf {
 namespace {
 
 const char* compiler() {
@@ -22,67 +22,59 @@ const char* compiler() {
 #endif
 }
 
-pybind11::dict build_config() {
-  pybind11::dict config;
-  config["version"] = NF_VERSION;
-  config["torch_built"] = NF_BUILD_TORCH;
-  config["cuda_architectures"] = NF_CUDA_ARCHS;
-  config["cuda_version"] = NF_CUDA_VERSION;
-  config["compiler"] = compiler();
-  config["simd"] = nf::cpu::row_table().isa;
-  return config;
+std::string build_config() {
+  json::Object config;
+  config.set("version", NF_VERSION);
+  config.set("torch_built", NF_BUILD_TORCH);
+  config.set("cuda_architectures", NF_CUDA_ARCHS);
+  config.set("cuda_version", NF_CUDA_VERSION);
+  config.set("compiler", compiler());
+  config.set("simd", cpu::row_table().isa);
+  return config.text();
 }
 
-bool has_fixed_shift(double scale, double classes, bool float64, double lowest, double highest) {
-  const auto window = float64 ? nf::math::fixed_shift_of<double>(classes, lowest, highest)
-                              : nf::math::fixed_shift_of<float>(classes, lowest, highest);
-  return window.serves(scale);
+std::string row_fields() {
+  json::List fields;
+  for (const FieldRule& rule : kRowRules)
+    fields.add(json::list({json::of(rule.name), json::of(rule.over_shards)}));
+  return fields.text();
 }
 
-pybind11::list row_fields() {
-  pybind11::list fields;
-  for (const nf::FieldRule& rule : nf::kRowRules)
-    fields.append(pybind11::make_tuple(rule.name, rule.over_shards));
-  return fields;
-}
-
-template <size_t count>
-pybind11::list list_of(const char* const (&names)[count]) {
-  pybind11::list result;
-  for (const char* name : names) result.append(name);
-  return result;
-}
-
-unsigned long main_thread = 0;  // Python's, the only one whose signals have handlers
-
-struct Gil {
-  PyGILState_STATE state = PyGILState_Ensure();
-  ~Gil() { PyGILState_Release(state); }
-};
-
-// Runs the handlers of signals that have come; what they raise, KeyboardInterrupt as a rule, is thrown.
-void check_signals() {
-  if (!Py_IsInitialized() || PyThread_get_thread_ident() != main_thread) return;
-  const Gil gil;
-  if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+std::string product_table() {
+  json::List table;
+  for (const Product& p : kProducts) {
+    json::Object row;
+    row.set("name", p.name);
+    row.set("device", p.cuda ? "cuda" : "cpu");
+    row.set("scores", p.scores);
+    row.set("weight_gradient", p.weight_gradient);
+    row.set("keeps_e", p.keeps_e());
+    row.set("results", p.results);
+    table.add(row.text());
+  }
+  return table.text();
 }
 
 }  // namespace
+}  // namespace nf
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled kernels of normface_ext; used through torch.ops.normface_ext.";
-  m.def("build_config", &build_config, "How this module was built, and the SIMD path in use.");
-  nf::define_plan(m);
-  m.def("has_fixed_shift", &has_fixed_shift, pybind11::arg("scale"), pybind11::arg("classes"),
-        pybind11::arg("float64"), pybind11::arg("lowest") = -1.0, pybind11::arg("highest") = 1.0,
-        "Whether one kappa serves every row, or the largest logits have to be found (csrc/math/softmax.h).");
-  m.def("row_fields", &row_fields, "(name, how shards combine) of a row's fields (csrc/engine/row_state.h).");
-  m.def(
-      "slope_fields", [] { return list_of(nf::kSlopeNames); },
-      "The slopes of a row's loss by name, those along the margin last.");
-  m.def("terms", [] { return list_of(nf::kTermNames); }, "By their numbers (csrc/engine/terms.h).");
-  m.def("sinks", [] { return list_of(nf::kSinkNames); }, "By their numbers (csrc/engine/terms.h).");
-  const pybind11::object main = pybind11::module_::import("threading").attr("main_thread")();
-  main_thread = main.attr("ident").cast<unsigned long>();
-  nf::cpu::set_interrupt_check(&check_signals);
+// What holds for the life of the library: how it was built, the SIMD path in use, and the tables of csrc/engine
+// (row_state.h, terms.h, products.h).
+NF_EXPORT const char* nf_tables() {
+  using namespace nf;
+  json::Object tables;
+  tables.put("build", build_config());
+  tables.put("row_fields", row_fields());
+  tables.put("slopes", json::names(kSlopeNames));
+  tables.put("terms", json::names(kTermNames));
+  tables.put("sinks", json::names(kSinkNames));
+  tables.put("products", product_table());
+  return answer(tables.text());
+}
+
+// Whether one kappa serves every row, or the largest logits have to be found (math/softmax.h).
+NF_EXPORT bool nf_has_fixed_shift(double scale, double classes, bool float64, double lowest, double highest) {
+  const auto window = float64 ? nf::math::fixed_shift_of<double>(classes, lowest, highest)
+                              : nf::math::fixed_shift_of<float>(classes, lowest, highest);
+  return window.serves(scale);
 }

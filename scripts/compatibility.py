@@ -23,7 +23,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import venv
 import zipfile
@@ -109,7 +108,7 @@ class Work:
 
     def fetch(self) -> None:
         tests = ["pytest", "pytest-xdist", "hypothesis", "numpy"]
-        build = ["ninja", "pybind11", "wheel"]
+        build = ["ninja", "wheel"]
         self.environment("oldest", f"torch=={self.oldest}", "setuptools<66", *build, *tests)
         self.environment("newest", f"torch=={self.newest}", "setuptools>=77", *build, *tests)
 
@@ -168,11 +167,10 @@ def compile_against(include: Path, version: str) -> None:
     print(f"headers of torch {version}", flush=True)
     build = runpy.run_path(str(ROOT / "setup.py"))
     common = [*build["COMMON"][:-1], *build["include_flags"]([str(ROOT / "csrc")], [])]
-    system = [build["package_dir"]("pybind11") / "include", include, Path(sysconfig.get_path("include"))]
-    system_flags = [flag for path in system for flag in ("-isystem", str(path))]
     macros = ["NF_VERSION", "NF_BUILD_TORCH", "NF_CUDA_ARCHS", "NF_CUDA_VERSION"]
     compiler = os.environ.get("CXX", "c++")
-    plain = [compiler, *common, *system_flags, *(f'-D{name}=""' for name in macros), "-fsyntax-only"]
+    common += ["-isystem", str(include), *(f'-D{name}=""' for name in macros)]
+    plain = [compiler, *common, "-fsyntax-only"]
     commands = [
         [*plain, str(path)] for path in (*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc/cpu").glob("*.cpp"))
     ]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from dense_head import OPTIONS, assert_equal_to_1e10, gradients, on, problem
 
 import normface_ext as nf
-from normface_ext import _C
+from normface_ext.engine import native
 
 
 def released(x, weight, labels, scale, m, *, detached=True, straight=False, reduction="mean",
@@ -124,7 +124,7 @@ def test_no_logit_is_out_of_its_range(m):
 
 def test_its_own_scale_is_beyond_the_fixed_shift_of_float32():
     """Logits from -16 to 240, the label's down to -1008: every row's largest is looked for first."""
-    assert not _C.has_fixed_shift(256.0, 7, False, -0.0625, 0.9375)
+    assert not native.has_fixed_shift(256.0, 7, False, -0.0625, 0.9375)
     x, weight, labels = problem(dtype=torch.float32)
     head = nf.NormFaceLoss(16, 7, margin=nf.CircleSoftmax())
     assert head.scale == 256.0

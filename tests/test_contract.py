@@ -17,7 +17,7 @@ from lanes import LANES
 
 import normface_ext as nf
 from normface_ext import reference
-from normface_ext.engine import calls, library
+from normface_ext.engine import calls, library, native
 from normface_ext.functional import norm_linear, normalize, normface_loss
 
 HERE = Path(__file__).resolve().parent
@@ -145,11 +145,9 @@ def norm_linear_backward_samples(lane):
         yield {**given, "need_x": i == 0, "need_weight": i == 1, "need_scale": i == 2}
 
 
+THIS_CPU = (False, torch.get_num_threads(), 0, 0, 0, "")
 #: By whether E is kept: what is enough; and for four classes at a time of eight, on a CPU.
-HALF_OF_THEM = {
-    True: 1 << 30,
-    False: nf._C.workspace_bytes("blas", 3, 5, 8, 4, (False, torch.get_num_threads(), 0, 0, 0, ""), 4),
-}
+HALF_OF_THEM = {True: 1 << 30, False: native.workspace_bytes("blas", native.Step(3, 5, 8, 4), THIS_CPU, 4)}
 
 
 def head_sweep_samples(lane):

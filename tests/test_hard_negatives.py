@@ -12,8 +12,7 @@ from dense_head import OPTIONS, assert_equal_to_1e10, gradients, on, problem
 from ranks import ranks
 
 import normface_ext as nf
-from normface_ext import _C
-from normface_ext.engine import row_state
+from normface_ext.engine import native, row_state
 from normface_ext.engine.calls import plan_device
 
 M, ALPHA, T = 0.8, 0.05, 0.3
@@ -365,8 +364,8 @@ def test_the_window_of_the_fixed_shift_goes_by_the_range(kind):
     reach = max(map(abs, ends))
     room = 690 + 709 - math.log(7) - (math.log(4 * reach) if reach > 1 else 0)
     inside, outside = room / (found.highest - found.lowest) * torch.tensor([0.999, 1.001]).double()
-    assert _C.has_fixed_shift(float(inside), 7, True, *ends)
-    assert not _C.has_fixed_shift(float(outside), 7, True, *ends)
+    assert native.has_fixed_shift(float(inside), 7, True, *ends)
+    assert not native.has_fixed_shift(float(outside), 7, True, *ends)
     x, weight, labels = problem()
     for scale in (float(inside), float(outside)):
         assert_equal_to_1e10(
@@ -391,7 +390,7 @@ def test_collapsed_rows_at_the_end_of_the_window_have_gradients(lane, dtype, cla
 
     scale = 1.0
     for step in (8.0, 1.0, 0.125, 0.0078125):
-        while _C.has_fixed_shift(scale + step, classes, False, -1.0, 2.0):
+        while native.has_fixed_shift(scale + step, classes, False, -1.0, 2.0):
             scale += step
     row = torch.arange(1.0, 17.0).to(dtype)
     x = lane.tensor(row.repeat(4, 1), grad=True)
@@ -525,7 +524,7 @@ def mv_of(kind):
 
 def test_class_parallel_float32_at_a_scale_without_a_fixed_shift():
     """64, as it is used: logits reach from -64 to 128."""
-    assert not _C.has_fixed_shift(64.0, 7, False, -1.0, 2.0)
+    assert not native.has_fixed_shift(64.0, 7, False, -1.0, 2.0)
     results = ranks(3).run(jobs.step, curricular_of("local"), 64.0, {}, torch.float32)
     x, weight, labels = problem(dtype=torch.float32)
     expected = expected_loss(Released("curricular"), x.double(), weight.double(), labels, 64.0)

@@ -14,7 +14,8 @@ from lanes import LANES
 from test_normface_loss import IGNORE, check, sample
 
 import normface_ext as nf
-from normface_ext import _C, testing
+from normface_ext import testing
+from normface_ext.engine import native
 
 SWEEP_COLUMNS = 256
 planning = importlib.import_module("normface_ext.engine.plan")  # the package has a function of that name
@@ -196,7 +197,7 @@ def test_the_single_sweep_keeps_its_word(cuda_lane, monkeypatch):
     batch, dim, classes = 20, 40, 700
     choose(monkeypatch, "single sweep", classes)
     name, *_ = planning._asked
-    said = _C.workspace_bytes(name, batch, dim, classes, 2, planning.EMULATED, classes)
+    said = native.workspace_bytes(name, native.Step(batch, dim, classes, 2), planning.EMULATED, classes)
     x, weight, labels = sample(cuda_lane, batch, dim, classes, torch.bfloat16)
 
     def step():

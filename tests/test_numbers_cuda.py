@@ -13,8 +13,7 @@ from test_head_kernels import CHOICES, PLAIN, choose, cuda_lane  # noqa: F401  (
 from test_normface_loss import sample
 
 import normface_ext as nf
-from normface_ext import _C
-from normface_ext.engine import library
+from normface_ext.engine import library, native
 
 HINGES = {
     "triplet": (nf.functional.c_triplet_loss, {}),
@@ -282,7 +281,7 @@ def largest_fixed_scale(classes, double):
     low, high = 0.0, 1000.0
     while math.nextafter(low, math.inf) < high:
         middle = (low + high) / 2
-        low, high = (middle, high) if _C.has_fixed_shift(middle, classes, double) else (low, middle)
+        low, high = (middle, high) if native.has_fixed_shift(middle, classes, double) else (low, middle)
     return low
 
 

@@ -15,8 +15,7 @@ import torch
 import torch._dynamo.testing
 
 import normface_ext as nf
-from normface_ext import _C
-from normface_ext.engine import library
+from normface_ext.engine import library, native
 
 planning = importlib.import_module("normface_ext.engine.plan")  # the package has a function of that name
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +27,7 @@ H100 = types.SimpleNamespace(
     shared_memory_per_block_optin=232_448,
     total_memory=80 << 30,
 )
-NAMES = [row["name"] for row in _C.products()]
+NAMES = [product.name for product in native.PRODUCTS]
 
 
 @pytest.fixture
@@ -125,8 +124,8 @@ def test_times_are_those_of_a_cpu(monkeypatch, batch, dim, classes):
 
 def test_every_number_names_its_results_or_is_a_prediction():
     tables = [
-        _C.rates(False, ""),
-        *(_C.rates(True, f"NVIDIA {name}") for name in ("H100 PCIe", "H200", "A100")),
+        native.rates(False, ""),
+        *(native.rates(True, f"NVIDIA {name}") for name in ("H100 PCIe", "H200", "A100")),
     ]
     assert [table["kind"] for table in tables] == ["CPU", "H100", "H200", "any other GPU"]
     for table in tables:
@@ -134,8 +133,8 @@ def test_every_number_names_its_results_or_is_a_prediction():
         assert all(entry[0] >= 0 for name, entry in table.items() if name != "kind")
         assert all(source is None or (ROOT / source).is_file() for source in sources.values()), sources
         assert any(sources.values()) == (table["kind"] in ("CPU", "H100"))  # nobody has measured the others
-    for row in _C.products():
-        assert row["results"] is None or (ROOT / row["results"]).is_file()
+    for product in native.PRODUCTS:
+        assert product.results is None or (ROOT / product.results).is_file()
 
 
 def test_a_faster_memory_makes_no_step_slower(h100, monkeypatch):

@@ -33,7 +33,7 @@ def imports(module: str) -> dict[str, set[str]]:
             inner = f"{source}.{alias.name}"
             if inner in touched.modules():
                 found.setdefault(inner, set())
-            elif source in touched.modules() and alias.name != "_C":  # a module of its own, of none of these
+            elif source in touched.modules():
                 found.setdefault(source, set()).add(alias.name)
     return {name: names for name, names in found.items() if name in modules()}
 
@@ -75,9 +75,7 @@ def test_no_circles_and_no_private_names(module):
     for source, names in imports(module).items():
         if family(source) != family(module):
             private = [name for name in [*names, *source.split(".")[1:]] if re.match("_[a-z]", name)]
-            assert not [p for p in private if p not in ("_C", "_checkout")], (
-                f"{module} takes {source}'s {private}"
-            )
+            assert not [p for p in private if p != "_checkout"], f"{module} takes {source}'s {private}"
 
 
 def test_at_most_six_floors_from_functional_to_the_call():

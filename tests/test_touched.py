@@ -120,7 +120,7 @@ def test_list_runs_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("pybind11") is None, reason="pybind11, to build with, not found")
+@pytest.mark.skipif(importlib.util.find_spec("ninja") is None, reason="ninja, to build with, not found")
 def test_it_rebuilds_and_runs_the_nearest_first():
     """With no time at all, the first file is begun and the others are named."""
     said = dev(
@@ -130,4 +130,4 @@ def test_it_rebuilds_and_runs_the_nearest_first():
     assert re.search(r"left after .*: test_modules", said)
     built = ROOT / "build" / "dev" / "normface_ext"
     assert (built / "theory.py").read_bytes() == (ROOT / "normface_ext" / "theory.py").read_bytes()
-    assert list(built.glob("_C.*"))
+    assert (built / "_C.so").exists()

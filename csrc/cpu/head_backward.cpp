@@ -95,6 +95,31 @@ std::vector<T> uniform_part(const std::vector<RowGradient>& gradients, const T* 
   return uniform;
 }
 
+// Unit rows of the features, and what the second sweep needs: weighted ones, unit rows of a tile and what becomes
+// of them, its cells where they were not kept, and the sum over the classes where the first sweep did not make it.
+template <class T>
+struct BackwardScratch {
+  Block block;
+  bool make_sum;  // x_sum
+  bool direct;    // the product can go where dW will be
+  Array x_hat, weighted, w_hat, product, scores, x_sum, x_sums;
+
+  BackwardScratch(const HeadShape& shape, const HeadBackwardArguments& in)
+      : make_sum(in.need_x && in.x_sum.numel() == 0),
+        direct(in.need_weight && in.weight.element_size() == sizeof(T) && shape.centers == 1) {
+    const int64_t rows = shape.batch * shape.dim, tiles = shape.slots * shape.chunk;
+    const bool sweeps = in.need_weight || make_sum;
+    x_hat = block.array<T>(rows);
+    weighted = block.array<T>(in.need_weight ? rows : 0);
+    w_hat = block.array<T>(sweeps ? tiles * shape.dim : 0);
+    product = block.array<T>(in.need_weight && !direct ? tiles * shape.dim : 0);
+    scores = block.array<T>(sweeps && in.stored.numel() == 0 ? tiles * shape.batch : 0);
+    x_sum = block.array<T>(make_sum ? rows : 0);
+    x_sums = SlotSum<T>::room(block, make_sum, shape.slots, rows);
+    allocate(block);
+  }
+};
+
 // What the second sweep over the classes makes: dW, and x_sum where the first did not.
 template <class T>
 struct Backward {
@@ -110,21 +135,18 @@ struct Backward {
   T* stored;  // or null: the coefficients are made again
   bool smooth;
 
-  void sweep(const Tensor* dw, T* x_sum) const {
+  void sweep(const BackwardScratch<T>& scratch, const Tensor* dw, T* x_sum) const {
     const int64_t N = shape.batch, D = shape.dim;
-    // The product can go where dW will be.
-    const bool direct = dw != nullptr && dw->element_size() == sizeof(T) && shape.centers == 1;
+    const bool direct = scratch.direct;
     const std::vector<int64_t> order = rows_by_label(labels, gradients);
     const std::vector<T> uniform = uniform_part(gradients, x_hat, D, dw != nullptr && smooth);
-    Buffer<T> weighted(dw != nullptr ? N * D : 0);
-    if (dw != nullptr) weigh_rows(gradients, x_hat, D, weighted.data);
-    Buffer<T> w_hat(shape.slots * shape.chunk * D);
-    Buffer<T> product(dw != nullptr && !direct ? shape.slots * shape.chunk * D : 0);
-    Buffer<T> scores(stored != nullptr ? 0 : shape.slots * N * shape.chunk);
-    const SlotSum<T> into(x_sum, shape.slots, N * D);
+    T *weighted = data_of<T>(scratch.weighted), *w_hat = data_of<T>(scratch.w_hat),
+      *product = data_of<T>(scratch.product), *scores = data_of<T>(scratch.scores);
+    if (dw != nullptr) weigh_rows(gradients, x_hat, D, weighted);
+    const SlotSum<T> into(x_sum, scratch.x_sums, shape.slots, N * D);
     shape.for_tiles([&](int64_t slot, const Tile& tile) {
-      T* unit = w_hat.data + slot * shape.chunk * D;
-      T* e = stored != nullptr ? stored + N * tile.first : scores.data + slot * N * shape.chunk;
+      T* unit = w_hat + slot * shape.chunk * D;
+      T* e = stored != nullptr ? stored + N * tile.first : scores + slot * N * shape.chunk;
       for (int64_t j = 0; j < tile.width; ++j)
         unit_row_again(weight, tile.first + j, inverse_norm[tile.first + j], eps, unit + tile.column(j) * D);
       if (stored == nullptr) {
@@ -135,8 +157,8 @@ struct Backward {
         multiply<T>({e, N, tile.width, tile.width}, {unit, tile.width, D, D}, {into.of(slot), N, D, D}, true);
       if (dw == nullptr) return;
       const Rows<T> out(*dw, D);
-      T* g = direct ? static_cast<T*>(out.row(tile.first)) : product.data + slot * shape.chunk * D;
-      multiply<T>(Matrix<T>{e, N, tile.width, tile.width}.transposed(), {weighted.data, N, D, D},
+      T* g = direct ? static_cast<T*>(out.row(tile.first)) : product + slot * shape.chunk * D;
+      multiply<T>(Matrix<T>{e, N, tile.width, tile.width}.transposed(), {weighted, N, D, D},
                   {g, tile.width, D, D});
       add_targets(order, tile, g);
       for (int64_t j = 0; j < tile.width; ++j) {
@@ -172,12 +194,13 @@ void backward(const HeadBackwardArguments& in, const Tensor& dx, const Tensor& d
   const T* inverse = data_of<const T>(in.inverse_norm);
   const std::vector<RowGradient> gradients = row_gradients<T>(RowSlopes(in.slopes), in.grad_loss);
   check_targets(in, labels, gradients);
-  Buffer<T> x_hat(N * D);
+  const BackwardScratch<T> scratch(shape, in);
+  T* x_hat = data_of<T>(scratch.x_hat);
   for_rows(N, D, [&](int64_t i) {
     if (gradients[size_t(i)].any)
-      unit_row_again(xs, i, T(rows[kInverseNorm][i]), T(in.eps), x_hat.data + i * D);
+      unit_row_again(xs, i, T(rows[kInverseNorm][i]), T(in.eps), x_hat + i * D);
     else
-      std::fill_n(x_hat.data + i * D, D, T(0));
+      std::fill_n(x_hat + i * D, D, T(0));
   });
   if (in.need_scale) {
     double* ds = static_cast<double*>(dscale.mutable_data_ptr());
@@ -185,8 +208,6 @@ void backward(const HeadBackwardArguments& in, const Tensor& dx, const Tensor& d
     std::fill_n(ds, dscale.numel(), 0.0);
     for (int64_t i = 0; i < N; ++i) ds[i * step] += gradients[size_t(i)].scale;
   }
-  const bool make_sum = in.need_x && in.x_sum.numel() == 0;
-  Buffer<T> own_sum(make_sum ? N * D : 0);
   const RowTerms<T> terms(
       in, RowNumbers(in.scale, in.scale_value), [&](int64_t i) { return gradients[size_t(i)].any; },
       [&](int64_t i) { return rows[kShift][i]; });
@@ -199,14 +220,14 @@ void backward(const HeadBackwardArguments& in, const Tensor& dx, const Tensor& d
                            inverse,
                            class_weight,
                            T(in.eps),
-                           x_hat.data,
+                           x_hat,
                            data_of<T>(in.stored),
                            in.class_sum.numel() > 0};
-  if (in.need_weight || make_sum)
-    second.sweep(in.need_weight ? &dw : nullptr, make_sum ? own_sum.data : nullptr);
+  T* own_sum = data_of<T>(scratch.x_sum);
+  if (in.need_weight || scratch.make_sum) second.sweep(scratch, in.need_weight ? &dw : nullptr, own_sum);
   if (in.need_x)
-    grad_features(xs, ws, labels, inverse, gradients, rows, x_hat.data,
-                  make_sum ? own_sum.data : data_of<T>(in.x_sum), data_of<T>(in.class_sum), T(in.eps),
+    grad_features(xs, ws, labels, inverse, gradients, rows, x_hat,
+                  scratch.make_sum ? own_sum : data_of<T>(in.x_sum), data_of<T>(in.class_sum), T(in.eps),
                   Rows<T>(dx, D));
 }
 

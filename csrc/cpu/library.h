@@ -10,6 +10,7 @@
 #include "checks.h"
 #include "cpu/rows.h"
 #include "engine/accumulator.h"
+#include "engine/block.h"
 
 // The sanitizer build of these files registers them beside the real ones, in a namespace of its own.
 #ifndef NF_NAMESPACE
@@ -82,17 +83,26 @@ void for_rows(int64_t count, int64_t cost, const Body& body) {
 // by one can cost more than everything computed on them.
 Tensor fresh(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type);
 Tensor fresh_like(const Tensor& t);
+void allocate(Block& block);
 
-// Small pages of [begin, begin + bytes) that are not there yet, all asked for at once by the thread that is about to
-// write them: one by one, each costs a trap of its own.
-void fault_in(void* begin, int64_t bytes);
+// The pages of a large fresh tensor that are not there yet. The thread that is about to write a block asks for all
+// of it at once: one by one, each small page costs a trap of its own.
+class NewPages {
+ public:
+  explicit NewPages(const Tensor& t);
+  void ask_for(void* begin, int64_t bytes) const;
 
-// Whether a tensor is larger than the last cache, so that whoever writes it had better write past it.
-bool is_beyond_caches(const Tensor& t);
+ private:
+  bool any_ = false;
+  uintptr_t page_ = 0;
+};
+
+// The size of the last cache.
+int64_t last_cache_bytes();
 
 // Where a gradient will be written: like `t`, or empty where it was not asked for.
 inline Tensor gradient_like(const Tensor& t, bool needed) {
-  return needed ? fresh_like(t) : fresh({0}, t.scalar_type());
+  return needed ? fresh(t.sizes(), t.scalar_type()) : fresh({0}, t.scalar_type());
 }
 
 // The same for one shard's part of a gradient: added to others before it is rounded, so not yet rounded.

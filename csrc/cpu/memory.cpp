@@ -25,7 +25,7 @@ void ask_for_huge_pages([[maybe_unused]] const Tensor& t) {
 }  // namespace
 
 Tensor fresh(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
-  Tensor t = allocated(sizes, type, [&] { return torch::stable::empty(sizes, type); });
+  Tensor t = new_tensor(sizes, type, Place(aoti_torch_device_type_cpu(), 0));
   ask_for_huge_pages(t);
   return t;
 }
@@ -36,23 +36,38 @@ Tensor fresh_like(const Tensor& like) {
   return t;
 }
 
-void fault_in([[maybe_unused]] void* begin, [[maybe_unused]] int64_t bytes) {
+void allocate(Block& block) {
+  block.allocate([](int64_t bytes) { return fresh({bytes}, ScalarType::Byte); });
+}
+
+NewPages::NewPages([[maybe_unused]] const Tensor& t) {
 #if defined(__linux__)
-  static const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
-  const uintptr_t address = reinterpret_cast<uintptr_t>(begin);
-  const uintptr_t first = (address + page - 1) & ~(page - 1),
-                  last = (address + uintptr_t(bytes)) & ~(page - 1);
-  if (last < first + 2 * page) return;
-  // The middle page stands for all. Where a kernel does not know one of these calls, it says so and does nothing.
-  unsigned char there = 1;
-  void* middle = reinterpret_cast<void*>((first + (last - first) / 2) & ~(page - 1));
-  if (mincore(middle, page, &there) == 0 && (there & 1) == 0)
-    madvise(reinterpret_cast<void*>(first), last - first, kPopulateWrite);
+  const int64_t bytes = t.numel() * int64_t(t.element_size());
+  if (bytes < int64_t(kHugePage)) return;
+  page_ = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  constexpr int kLooks = 8;
+  for (int k = 0; k < kLooks && !any_; ++k) {
+    unsigned char there = 1;
+    const uintptr_t address = (begin + uintptr_t(bytes / kLooks * k + bytes / kLooks / 2)) & ~(page_ - 1);
+    any_ = mincore(reinterpret_cast<void*>(address), page_, &there) == 0 && (there & 1) == 0;
+  }
 #endif
 }
 
-bool is_beyond_caches(const Tensor& t) {
-  static const int64_t last_cache = [] {
+void NewPages::ask_for([[maybe_unused]] void* begin, [[maybe_unused]] int64_t bytes) const {
+#if defined(__linux__)
+  if (!any_) return;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(begin);
+  const uintptr_t first = (address + page_ - 1) & ~(page_ - 1),
+                  last = (address + uintptr_t(bytes)) & ~(page_ - 1);
+  // Where a kernel does not know this call it does nothing, and the pages come one by one.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, kPopulateWrite);
+#endif
+}
+
+int64_t last_cache_bytes() {
+  static const int64_t known = [] {
     int64_t bytes = 0;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
     bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
@@ -60,7 +75,7 @@ bool is_beyond_caches(const Tensor& t) {
 #endif
     return bytes > 0 ? bytes : int64_t(1) << 25;  // where the machine does not say
   }();
-  return t.numel() * int64_t(t.element_size()) > last_cache;
+  return known;
 }
 
 }  // namespace nf::cpu

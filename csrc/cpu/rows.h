@@ -68,12 +68,10 @@ struct StoredRows {
   void (*column_sums)(const void* x, const void* g, int64_t n, int64_t stride, int64_t columns, int p,
                       T* sums);
   // y = x factor[c]
-  void (*column_scale)(const void* x, int64_t n, int64_t stride, int64_t columns, const T* factor, void* y,
-                       bool past_caches);
+  void (*column_scale)(const void* x, int64_t n, int64_t stride, int64_t columns, const T* factor, void* y);
   // vjp of every column; along[c] = <y, g>, bound[c] as in vjp.
   void (*column_vjp)(const void* x, const void* g, int64_t n, int64_t stride, int64_t columns, int p,
-                     const T* inverse_norm, const T* along, const T* g_norm, const T* bound, void* dx,
-                     bool past_caches);
+                     const T* inverse_norm, const T* along, const T* g_norm, const T* bound, void* dx);
   // The largest gradient an eps-ruled row may get; infinite but for float16.
   T largest_gradient;
   // y += the sum over k < count of factors[k] times the row of n elements at places[k].

@@ -10,8 +10,7 @@ from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-from .. import _C
-from ..engine import row_state, sweep
+from ..engine import native, row_state, sweep
 from ..engine.autograd import no_second_derivative, store_as
 from ..softmax import ops
 from ..softmax.arguments import Numbers, margin_arguments
@@ -34,8 +33,7 @@ OP = "distributed.normface_loss"
 
 def _serves(bound: float, classes: int, wide: bool, lowest: float, highest: float) -> bool:
     """Whether a constant shift does for scales up to a bound."""
-    served: bool = _C.has_fixed_shift(bound, classes, wide, lowest, highest)
-    return served
+    return native.has_fixed_shift(bound, classes, wide, lowest, highest)
 
 
 _serves._dynamo_marked_constant = True  # type: ignore[attr-defined]

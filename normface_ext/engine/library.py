@@ -1,29 +1,20 @@
 """Loads the compiled libraries, once, and says what was built and what was loaded.
 
-Importing `_C` registers the schemas and the CPU kernels; loading `_cuda.so` adds the CUDA kernels.
+Loading `_C` (engine/native.py) registers the schemas and the CPU kernels; `_cuda.so` adds the CUDA kernels.
 The import works on every machine: what is missing is named when it is used.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch._ops import _OpNamespace
 
-_FOLDER = Path(__file__).parent.parent
-_CUDA_LIBRARY = _FOLDER / "_cuda.so"
+from . import native
 
-if importlib.util.find_spec("normface_ext._C") is None:
-    raise ImportError(
-        f"normface_ext: the compiled module `_C` is missing from {_FOLDER}, and no other folder on sys.path "
-        "has an installed normface_ext. Build it with `pip install .` or `pip install -e .` in the checkout."
-    )
-
-from normface_ext import _C as _C  # noqa: E402  (the check above explains better than Python's own message)
+_CUDA_LIBRARY = native.FOLDER / "_cuda.so"
 
 
 def _load_cuda() -> str | None:
@@ -49,7 +40,7 @@ def build_info() -> dict[str, object]:
     `cuda_reason` says why the CUDA kernels are not loaded; it is None when they are.
     """
     return {
-        **_C.build_config(),
+        **native.BUILD,
         "torch_run": torch.__version__,
         "cuda_built": _CUDA_LIBRARY.exists(),
         "cuda_loaded": _cuda_reason is None,

@@ -17,17 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _C
-from . import checks, graphs, library
+from . import checks, graphs, library, native
 from .arguments import integer
+from .native import Facts, Step, Way
 
 GIB = 1 << 30
 #: Default budgets: what the head may hold beyond its inputs, gradients and per-class norms.
 DEFAULT_WORKSPACE = {"cpu": 2 * GIB, "cuda": 8 * GIB}
 
-#: csrc/plan_module.cpp: cuda, threads, multiprocessors, bytes of shared memory of a block, 80 for compute
-#: capability 8.0, name.
-Facts = tuple[bool, int, int, int, int, str]
 #: Without a GPU at hand: the shared memory is the least among those that have tensor cores (compute
 #: capability 8.6), and the multiprocessors are many.
 ASSUMED: Facts = (True, 1, 148, 101_376, 80, "")
@@ -196,53 +193,46 @@ def plan_of_step(
     rows, `centers` of them for a class."""
     budget = default_workspace(device) if workspace is None else workspace
     item = operand_bytes(device, dtype)
-    step = batch, dim, rows, item, softmax, centers, facts(device), budget
-    way = _C.chosen_way(*step)
-    if way["chunk"] == 0:
+    way, *all_ways = native.ways(Step(batch, dim, rows, item, softmax, centers), facts(device), budget)
+    if way.chunk == 0:
         raise ValueError(
-            f"plan: expected `workspace` of at least {way['bytes']} bytes for"
+            f"plan: expected `workspace` of at least {way.bytes} bytes for"
             f" N={batch}, D={dim}, C={rows // centers}, got {budget}"
         )
     algorithm, product = _algorithm(way), 2 * batch * dim * rows
-    weights, kept = (3, 2 * batch * rows) if way["store"] else (4, 0)  # W is read once more without E
+    weights, kept = (3, 2 * batch * rows) if way.store else (4, 0)  # W is read once more without E
     moved = (weights * rows * dim + 2 * batch * dim + kept) * item
-    others = [other for other in _C.all_ways(*step) if _key(other) != _key(way)]
+    others = [other for other in all_ways if (other.product, other.store) != (way.product, way.store)]
     return Plan(
         algorithm,
-        way["scores"],
-        way["weight_gradient"],
-        way["chunk"] // centers,
-        -(-rows // way["chunk"]),
-        way["bytes"],
-        (3 if way["store"] else 4) * product,
+        way.product.scores,
+        way.product.weight_gradient,
+        way.chunk // centers,
+        -(-rows // way.chunk),
+        way.bytes,
+        (3 if way.store else 4) * product,
         moved,
-        way["product"],
-        way["seconds"],
+        way.product.name,
+        way.seconds,
         tuple(_loser(other, way, budget) for other in others),
     )
 
 
-def _key(way: dict[str, Any]) -> tuple[str, bool]:
-    return way["product"], way["store"]
+def _algorithm(way: Way) -> str:
+    return "stored" if way.store else "recompute" if way.product.keeps_e else "single sweep"
 
 
-def _algorithm(way: dict[str, Any]) -> str:
-    return "stored" if way["store"] else "single sweep" if way["sweeps"] else "recompute"
-
-
-def _loser(way: dict[str, Any], chosen: dict[str, Any], budget: int) -> Loser:
-    seconds = way["seconds"] or None
-    if way["refusal"]:
-        why = way["refusal"]
-    elif way["bytes"] > budget:
-        why = f"needs {_size(way['bytes'])} of {_size(budget)}"
+def _loser(way: Way, chosen: Way, budget: int) -> Loser:
+    seconds = way.seconds or None
+    if way.refusal:
+        why = way.refusal
+    elif way.bytes > budget:
+        why = f"needs {_size(way.bytes)} of {_size(budget)}"
     else:
-        why = f"predicted {_time(way['seconds'])}"
-        if (
-            way["seconds"] <= chosen["seconds"]
-        ):  # the rule is about kinds of shapes, and this one is at its edge
-            why += ", as long" if not chosen["store"] else ", while E stays in the cache"
-    return Loser(way["product"], _algorithm(way), seconds, why)
+        why = f"predicted {_time(way.seconds)}"
+        if way.seconds <= chosen.seconds:  # the rule is about kinds of shapes, and this one is at its edge
+            why += ", as long" if not chosen.store else ", while E stays in the cache"
+    return Loser(way.product.name, _algorithm(way), seconds, why)
 
 
 # What the ops are told ----------------------------------------------------------------------------------
@@ -256,11 +246,9 @@ class Products(NamedTuple):
     product: str  # "auto", or a name in csrc/engine/products.h
 
 
-#: cell N C + klass C + row N + rest, each.
-_Polynomials = tuple[tuple[int, int, int, int], ...]
 #: csrc/engine/plan.h: StoreRule (parts of a byte, memory, later, cells in the cache), and the default budget.
 #: A plain tuple: torch 2.11 does not unpack another in a trace.
-_Rule = tuple[int, _Polynomials, _Polynomials, int, int]
+_Rule = tuple[int, native.Polynomials, native.Polynomials, int, int]
 
 
 class _Asked(NamedTuple):
@@ -278,7 +266,8 @@ def _rule(device: torch.device, dim: int, dtype: torch.dtype, softmax: bool, cen
     rule = _rules.get(key)
     if rule is None:
         integer("plan", "dim", dim, 1)
-        coefficients = _C.store_rule(dim, operand_bytes(device, dtype), softmax, centers, facts(device))
+        kind = Step(0, dim, 0, operand_bytes(device, dtype), softmax, centers)
+        coefficients = native.store_rule(kind, facts(device))
         rule = _rules[key] = (*coefficients, default_workspace(device))
     return rule
 
@@ -286,7 +275,7 @@ def _rule(device: torch.device, dim: int, dtype: torch.dtype, softmax: bool, cen
 _rule._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _least(bounds: _Polynomials, batch: int, classes: int) -> int:
+def _least(bounds: native.Polynomials, batch: int, classes: int) -> int:
     values = [(cell * batch + klass) * classes + row * batch + rest for cell, klass, row, rest in bounds]
     least = values[0]
     for value in values[1:]:  # of two a trace makes an expression, of more it would ask
@@ -353,14 +342,14 @@ def _as_asked(
     budget: int,
     centers: int,
 ) -> Products | None:
-    known = {row["name"]: row for row in _C.products()}
+    known = {product.name: product for product in native.PRODUCTS}
     if asked.product not in known:
         raise ValueError(f"asking: expected `product` among {', '.join(known)}, got {asked.product!r}")
-    row = known[asked.product]
-    if row["device"] != device.type:
+    product = known[asked.product]
+    if product.device != device.type:
         return None
-    store = row["keeps_e"] if asked.store is None else asked.store
+    store = product.keeps_e if asked.store is None else asked.store
     if asked.chunk is not None and not store:
-        step = batch, dim, rows, operand_bytes(device, dtype), facts(device)
-        budget = _C.workspace_bytes(asked.product, *step, min(asked.chunk * centers, rows), centers)
+        step = Step(batch, dim, rows, operand_bytes(device, dtype), True, centers)
+        budget = native.workspace_bytes(product.name, step, facts(device), min(asked.chunk * centers, rows))
     return Products(store, budget, asked.product)

@@ -9,21 +9,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .library import _C
+from . import native
 
 #: A row's fields by name, each with how shards combine: csrc/engine/row_state.h.
-ROW_FIELDS: dict[str, str] = dict(_C.row_fields())
+ROW_FIELDS: dict[str, str] = native.ROW_FIELDS
 _PLACES = {name: place for place, name in enumerate(ROW_FIELDS)}
 SUM, SECOND_SUM, COSINE = _PLACES["sum"], _PLACES["second_sum"], _PLACES["cosine"]
 TARGET_WEIGHT, SHIFT = _PLACES["target_weight"], _PLACES["shift"]
 INVERSE_NORM, ROW_WEIGHT = _PLACES["inverse_norm"], _PLACES["row_weight"]
 LARGEST = _PLACES["largest"]
 #: The slopes of a row's loss by name, those along the margin's numbers last.
-SLOPES: list[str] = _C.slope_fields()
+SLOPES: list[str] = native.SLOPES
 ALL_SLOPES, SLOPE_FIELDS = len(SLOPES), SLOPES.index("m1")
 #: csrc/engine/terms.h
-TERMS: dict[str, int] = {name: number for number, name in enumerate(_C.terms())}
-SINKS: dict[str, int] = {name: number for number, name in enumerate(_C.sinks())}
+TERMS: dict[str, int] = {name: number for number, name in enumerate(native.TERMS)}
+SINKS: dict[str, int] = {name: number for number, name in enumerate(native.SINKS)}
 ELSEWHERE = -1  # instead of a label: the target is a class of another shard
 IGNORED = -2  # the label of a row that does not count, where labels have become rows of the weight
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normface_ext import _C
-from normface_ext.engine import library
+from normface_ext.engine import library, native
 from normface_ext.engine.calls import plan_device
 from normface_ext.engine.plan import facts, operand_bytes
 from normface_ext.engine.row_state import INVERSE_NORM
@@ -43,10 +42,9 @@ def budget(given: dict[str, Any]) -> dict[str, object]:
     x, classes, device = given["x"], given["weight"].shape[0], plan_device(given["x"])
     product = given.get("product", "cublas" if device.type == "cuda" else "blas")
     item = operand_bytes(device, given["product_precision"])
-    sizes = x.shape[0], max(1, x.shape[1]), max(1, classes), item
+    step = native.Step(x.shape[0], max(1, x.shape[1]), max(1, classes), item, True, given["centers"])
     chunk = min(given["class_chunk"], max(1, classes))
-    of_step = *sizes, facts(device), chunk, given["centers"]
-    return {"workspace": _C.workspace_bytes(product, *of_step), "product": product}
+    return {"workspace": native.workspace_bytes(product, step, facts(device), chunk), "product": product}
 
 
 def sweep(given: dict[str, object]) -> tuple[Swept, Tensor, Tensor]:

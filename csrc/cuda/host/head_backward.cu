@@ -1,5 +1,6 @@
 // The backward of the engine on CUDA, with a second sweep over the classes for dW, and for x_sum where the first
 // one did not make it; the products are made as in head_sweep.cu.
+#include "cuda/device/add_runs.cuh"
 #include "cuda/device/backward_kernels.cuh"
 #include "cuda/host/add_product.cuh"
 #include "cuda/host/outputs.h"
@@ -86,9 +87,13 @@ void sweep_again(Queue& queue, Head<T> head, const HeadBackwardArguments& in, co
   const bool at_once = head.single_sweep();
   const bool smooth = dw != nullptr && in.class_sum.numel() > 0;
   const Tensor uniform = device_empty(in.x, {smooth ? D : 0}, head.wide);
-  if (smooth)
-    launch("uniform_gradient", queue, uniform_gradient_kernel<T>, thread_per(D), kThreads, 0,
-           StoredArray(in.x), N, D, factors.of(kOthers), data_of<T>(uniform));
+  if (smooth) {
+    const int64_t runs = (N + kUniformRun - 1) / kUniformRun;
+    const Tensor partial = head.buffer(runs, D, ScalarType::Double);
+    launch("uniform_gradient", queue, uniform_gradient_kernel, Grid{runs, thread_per(D).x}, kThreads, 0,
+           StoredArray(in.x), N, D, factors.of(kOthers), data_of<double>(partial));
+    add_runs(queue, data_of<const double>(partial), runs, D, data_of<T>(uniform));
+  }
 
   // Unit rows as score operands and as what meets E: in the wide types they are the same.
   const bool copy = sum && head.is_16_bit;

@@ -2,6 +2,7 @@
 // where device and shape allow it, by the kernels for tensor cores (row_state.h: HeadKernels), everything
 // else in forward_kernels.cuh, fold_scores.cu and sinks.cu. See math/terms and math/softmax.h for the formulas
 // and row_state.h for what is kept per row.
+#include "cuda/device/add_runs.cuh"
 #include "cuda/device/forward_kernels.cuh"
 #include "cuda/host/add_product.cuh"
 #include "cuda/host/sinks.h"
@@ -124,10 +125,13 @@ struct Sweep {
 
   void update_shift(Queue& queue, const RowLogits<T>& logits, T* x_sum) const {
     if (final_shift) return;
+    const int64_t splits = row_splits(queue, head.batch, logits.count);
+    const Tensor largest_logits = head.buffer(splits > 1 ? splits : 0, head.batch, head.wide);
     dispatch_term<T>(terms.term, [&]<class Term>() {
       if constexpr (Term::kSoftmax)
-        launch("update_shift", queue, update_shift_kernel<T, Term>, Grid{head.batch}, kThreads,
-               shared_bytes<T>(kThreads / kWarp), logits, terms, head.window, rows, x_sum, head.dim);
+        launch("update_shift", queue, update_shift_kernel<T, Term>, Grid{head.batch, splits}, kThreads,
+               shared_bytes<T>(kThreads / kWarp), logits, terms, head.window, rows,
+               data_of<T>(largest_logits), data_of<unsigned>(arrivals), x_sum, head.dim);
     });
   }
 };
@@ -146,17 +150,21 @@ void sum_classes(Queue& queue, const Head<T>& head, const T* inverse_norm, T* cl
   double* partials = data_of<double>(partial);
   launch("class_sum", queue, class_sum_kernel<T>, Grid{runs, columns.x}, kThreads, 0, StoredArray(in.weight),
          inverse_norm, head.classes, D, T(in.eps), Factors<T>(in.class_weight), partials);
-  launch("add_class_sums", queue, add_class_sums_kernel<T>, columns, kThreads, 0, partials, runs, D + 1,
-         class_sum);
+  add_runs(queue, partials, runs, D + 1, class_sum);
 }
 
 // Of every row the one class of the largest cosine: nothing of the others is asked.
 template <class T>
 void sweep_for_hardest(Queue& queue, const Sweep<T>& sweep, const SweepResult& out) {
   const Head<T>& head = sweep.head;
+  const int64_t splits = row_splits(queue, head.batch, head.chunk);
+  const Tensor cosines = head.buffer(splits > 1 ? splits : 0, head.batch, head.wide),
+               places = head.buffer(splits > 1 ? splits : 0, head.batch, ScalarType::Long);
   const auto find = [&](const Chunk& of) {
-    find_hardest<T>(queue, {sweep.sink_chunk(of), data_of<const T>(sweep.scores), sweep.terms, sweep.rows,
-                            sweep.largest, data_of<int64_t>(out.listed), data_of<T>(out.found)});
+    find_hardest<T>(queue,
+                    {sweep.sink_chunk(of), splits, data_of<const T>(sweep.scores), sweep.terms, sweep.rows,
+                     sweep.largest, data_of<T>(cosines), data_of<int64_t>(places),
+                     data_of<unsigned>(sweep.arrivals), data_of<int64_t>(out.listed), data_of<T>(out.found)});
   };
   for (int64_t first = 0; first < head.classes; first += head.chunk) {
     const Chunk of = head.at(first);
@@ -175,11 +183,16 @@ void sweep_for_sums(Queue& queue, const Sweep<T>& sweep, const HeadSweepArgument
   const int64_t N = head.batch, D = head.dim;
   const bool at_once = head.single_sweep() && in.need_x;
   const bool list = in.sink == kActiveList;
-  const Tensor placed = device_empty(in.x, {list ? N : 0}, ScalarType::Long);
+  const int64_t splits = row_splits(queue, N, head.chunk);
+  const Tensor placed = device_empty(in.x, {list ? 2 : 0, N}, ScalarType::Long),
+               counts = device_empty(in.x, {list && splits > 1 ? splits : 0, N}, ScalarType::Int);
+  int64_t* before = data_of<int64_t>(placed);
+  int64_t* after = list ? before + N : nullptr;
   const auto put_on_list = [&](const Chunk& of) {
-    list_active<T>(queue,
-                   {sweep.sink_chunk(of), data_of<const void>(e), head.is_16_bit, sweep.rows, in.capacity,
-                    data_of<int64_t>(placed), data_of<int64_t>(out.listed), data_of<T>(out.found)});
+    list_active<T>(
+        queue, {sweep.sink_chunk(of), splits, data_of<const void>(e), head.is_16_bit, sweep.rows, in.capacity,
+                data_of<int>(counts), before, after, data_of<int64_t>(out.listed), data_of<T>(out.found)});
+    std::swap(before, after);
   };
   T* sum = data_of<T>(out.x_sum);
   const Tensor part = head.buffer(in.need_x && !at_once && head.chunk < head.classes ? N : 0, D, head.wide);
