@@ -8,11 +8,11 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 
 #include <algorithm>
 #include <optional>
 #include <type_traits>
-#include <vector>
 
 #include "checks.h"
 #include "engine/accumulator.h"
@@ -31,8 +31,8 @@ struct Place {
   Place(int32_t of_device, int32_t at) : device(of_device), index(at) {}
 };
 
-// A new contiguous tensor, uninitialised. Straight from torch's allocator: torch::stable::empty looks for an op by
-// its name at every call.
+// A new contiguous tensor, uninitialised, or filled where torch is told to fill such memory. Not by
+// torch::stable::empty, which looks for an op by its name at every call.
 inline Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type,
                          const Place& place) {
   const auto of_torch = [&] {
@@ -53,16 +53,18 @@ inline Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarT
         return aoti_torch_dtype_float32();
     }
   };
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(1, sizes[d]);
-  }
-  return allocated(sizes, type, [&] {
+  static AtenTensorHandle some = [] {  // the call wants a tensor; it lives as long as the process
+    const int64_t none = 0, one = 1;
     AtenTensorHandle made = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                                                    of_torch(), place.device, place.index, &made));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &none, &one, aoti_torch_dtype_float32(),
+                                                    aoti_torch_device_type_cpu(), 0, &made));
+    return made;
+  }();
+  return allocated(sizes, type, [&] {
+    int32_t dtype = of_torch(), layout = aoti_torch_layout_strided(), device = place.device;
+    AtenTensorHandle made = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(some, sizes.data(), int64_t(sizes.size()), &dtype,
+                                                     &layout, &device, place.index, nullptr, &made));
     return Tensor(made);
   });
 }
