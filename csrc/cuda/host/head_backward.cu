@@ -3,6 +3,7 @@
 #include "cuda/device/add_runs.cuh"
 #include "cuda/device/backward_kernels.cuh"
 #include "cuda/host/add_product.cuh"
+#include "cuda/host/head_stages.h"
 #include "cuda/host/outputs.h"
 #include "cuda/products/sm80_weight_gradient.h"
 
@@ -202,8 +203,9 @@ void backward(Queue& queue, const HeadBackwardArguments& in, const Tensor& dx, c
   launch("feature_gradients", queue, feature_gradients_kernel<T>, warp_per_row(N), kThreads, 0, features);
 }
 
-std::tuple<Tensor, Tensor, Tensor> head_backward(const HeadBackwardArguments& in) {
-  check_backward(in);
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> gradients_of(const HeadBackwardArguments& in) {
   const Tensor& x = in.x;
   Queue queue(x);
   const auto empty = [&](ScalarType type) { return device_empty(x, {0}, type); };
@@ -215,6 +217,13 @@ std::tuple<Tensor, Tensor, Tensor> head_backward(const HeadBackwardArguments& in
                                                  : device_empty(x, {}, ScalarType::Double);
   dispatch_accumulator(x.scalar_type(), [&]<class T>() { backward<T>(queue, in, dx, dw, ds); });
   return {dx, dw, ds};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> head_backward(const HeadBackwardArguments& in) {
+  check_backward(in);
+  return gradients_of(in);
 }
 
 }  // namespace
