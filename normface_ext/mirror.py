@@ -31,7 +31,8 @@ class MirrorFace(nn.Module):
 
     def __init__(self, backbone: nn.Module, merge: str = "sum") -> None:
         super().__init__()
-        self.backbone, self.merge = backbone, choice("MirrorFace", "merge", merge, MERGES)
+        self.backbone: nn.Module = backbone
+        self.merge: str = choice("MirrorFace", "merge", merge, MERGES)
 
     def forward(self, images: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]

@@ -3,13 +3,17 @@
 
     scripts/compatibility.py [--oldest 2.11.0] [--newest 2.14.1] [--headers 2.12.0] [--work DIR] [STEP ...]
 
-Steps, in order (default: all):
+Steps, in order:
 
     fetch       virtual environments with the oldest torch and setuptools 65, and with the newest torch
     headers     every C++ file against the headers of each torch, the .cu files by nvcc too where it is found
     oldest      `pip install --no-build-isolation .` with the oldest torch, a short test set, a wheel
     wheels      that wheel under this torch and the newest; sdist -> wheel by this torch, under the oldest
     editable    `pip install -e .` with the newest torch and setuptools, imported here and elsewhere
+
+and only where it is asked for, since it compares nothing but compilers:
+
+    cross       every C++ file for Linux on aarch64 and for macOS, by zig (`pip install ziglang`)
 
 Run by the Python of an environment with torch and the build requirements. Needs the network and about 12 GB
 under --work (a temporary folder by default): torch's own wheels bring CUDA.
@@ -29,11 +33,13 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Each family of ops forward and backward, compile, the libraries' symbols; on the CPU kernels alone.
 SHORT_SET = ["test_build", "test_normalize", "test_norm_linear", "test_normface_loss", "test_metric_losses"]
 SHORT_SET += ["test_modules", "test_arguments", "test_compile"]
+CROSS_TARGETS = ["aarch64-linux-gnu.2.28", "aarch64-macos"]
 SMOKE = (
     "import torch, normface_ext as nf; head = nf.NormFaceLoss(8, 5, margin=nf.CosFace(0.2));"
     "x = torch.randn(4, 8, requires_grad=True); head(x, torch.arange(4)).backward();"
@@ -152,6 +158,19 @@ class Work:
         self.install(self.python("oldest"), one_of(made, "*.whl"))
         self.short_tests(self.python("oldest"), checkout)
 
+    def cross(self) -> None:
+        build = runpy.run_path(str(ROOT / "setup.py"))
+        include = build["package_dir"]("torch") / "include"
+        for target in CROSS_TARGETS:
+            compiler = [sys.executable, "-m", "ziglang", "c++", "-target", target, "-fPIC", "-Wall"]
+            with tempfile.TemporaryDirectory() as objects:
+                flags = [*build["COMMON"], *cxx_flags(build, include)]
+                sources = cxx_sources()
+                compile_all(
+                    [[*compiler, *flags, "-c", str(s), "-o", f"{objects}/{s.name}.o"] for s in sources],
+                    f"for {target}",
+                )
+
     def editable(self) -> None:
         checkout, python = self.copy_of_checkout("checkout-editable"), self.python("newest")
         pip = [python, "-m", "pip", "install", "--quiet"]
@@ -161,19 +180,25 @@ class Work:
             run(python, "-W", "ignore", "-c", f"{SMOKE}; {inside}", cwd=where)
 
 
+def cxx_sources() -> list[Path]:
+    return [*sorted((ROOT / "csrc").glob("*.cpp")), *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+
+
+def cxx_flags(build: dict[str, Any], include: Path) -> list[str]:
+    """Where headers are, and what setup.py defines."""
+    macros = ["NF_VERSION", "NF_BUILD_TORCH", "NF_CUDA_ARCHS", "NF_CUDA_VERSION"]
+    folders = build["include_flags"]([str(ROOT / "csrc")], [include])
+    return [*folders, *(f'-D{name}=""' for name in macros)]
+
+
 def compile_against(include: Path, version: str) -> None:
     """Syntax and types of every source: templates that the sources use are instantiated. The .cu files once
     by g++, with the emulation in CUDA's place, and by nvcc as far as PTX where it is found."""
     print(f"headers of torch {version}", flush=True)
     build = runpy.run_path(str(ROOT / "setup.py"))
-    common = [*build["COMMON"][:-1], *build["include_flags"]([str(ROOT / "csrc")], [])]
-    macros = ["NF_VERSION", "NF_BUILD_TORCH", "NF_CUDA_ARCHS", "NF_CUDA_VERSION"]
     compiler = os.environ.get("CXX", "c++")
-    common += ["-isystem", str(include), *(f'-D{name}=""' for name in macros)]
-    plain = [compiler, *common, "-fsyntax-only"]
-    commands = [
-        [*plain, str(path)] for path in (*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc/cpu").glob("*.cpp"))
-    ]
+    plain = [compiler, *build["COMMON"][:-1], *cxx_flags(build, include), "-fsyntax-only"]
+    commands = [[*plain, str(path)] for path in cxx_sources()]
     emulated = [
         f"-I{ROOT / 'tests' / 'emulation'}",
         "-DNF_NAMESPACE=normface_headers",
@@ -182,23 +207,21 @@ def compile_against(include: Path, version: str) -> None:
     kernels = sorted((ROOT / "csrc" / "cuda").glob("*/*.cu"))
     commands += [[*plain, *emulated, "-x", "c++", str(path)] for path in kernels]
     if nvcc := build["find_nvcc"]():
-        flags = [
-            *build["NVCC_FLAGS"],
-            f"-I{ROOT / 'csrc'}",
-            f"-I{ROOT / 'csrc' / 'cuda'}",
-            "-isystem",
-            str(include),
-        ]
+        folders = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}", "-isystem", str(include)]
         quick = ["-gencode=arch=compute_80,code=compute_80", "-Xcicc=-O0", "-c", "-o", os.devnull]
-        commands += [[nvcc, *flags, *quick, str(path)] for path in kernels]
+        commands += [[nvcc, *build["NVCC_FLAGS"], *folders, *quick, str(path)] for path in kernels]
+    compile_all(commands, f"against torch {version}")
+
+
+def compile_all(commands: list[list[str]], how: str) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         ran = pool.map(lambda command: subprocess.run(command, capture_output=True, text=True), commands)
     failed = [done for done in ran if done.returncode]
     for done in failed:
-        print(f"{done.args[-1]}:\n{done.stderr[:3000]}", flush=True)
+        print(f"{done.args}:\n{done.stderr[:3000]}", flush=True)
     if failed:
-        raise SystemExit(f"compatibility: {len(failed)} files do not compile against torch {version}")
-    print(f"headers of torch {version}: {len(commands)} compilations", flush=True)
+        raise SystemExit(f"compatibility: {len(failed)} files do not compile {how}")
+    print(f"compiled {how}: {len(commands)} files", flush=True)
 
 
 STEPS = {
@@ -207,7 +230,9 @@ STEPS = {
     "oldest": Work.oldest_torch,
     "wheels": Work.wheels,
     "editable": Work.editable,
+    "cross": Work.cross,
 }
+BY_DEFAULT = [name for name in STEPS if name != "cross"]
 
 
 def main() -> None:
@@ -228,7 +253,7 @@ def main() -> None:
         folder = (options.work or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         work = Work(folder, options.oldest, options.newest, options.headers)
-        for name in options.steps or STEPS:
+        for name in options.steps or BY_DEFAULT:
             print(f"== {name}", flush=True)
             STEPS[name](work)
     print("compatibility: every step passed")

@@ -27,9 +27,11 @@ class HingeFormula:
     options: AgentSweepOptions
 
     def __post_init__(self) -> None:
-        self.op, self.eps, self.workspace = self.options.op, self.options.eps, self.options.workspace
-        self.centers = self.options.centers
-        self.counts = self.rows[row_state.ROW_WEIGHT] != 0
+        self.op: str = self.options.op
+        self.eps: float = self.options.eps
+        self.workspace: int = self.options.workspace
+        self.centers: int = self.options.centers
+        self.counts: Tensor = self.rows[row_state.ROW_WEIGHT] != 0
 
     def sums(self, cosine: Tensor, tile: Tile, numbers: Numbers) -> tuple[Tensor, ...]:
         threshold = self.threshold[tile.rows, None].to(cosine.dtype)

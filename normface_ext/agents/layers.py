@@ -46,7 +46,8 @@ class AgentLoss(HoldsOptions, Agents):
         features = size(owner, "in_features", features)
         classes = size(owner, "num_classes", classes)
         super().__init__(features, classes, device, dtype)
-        self.in_features, self.num_classes = features, classes
+        self.in_features: int = features
+        self.num_classes: int = classes
         self.keep_options(options)
 
     def forward(
@@ -116,7 +117,8 @@ class CContrastiveLoss(WideState, AgentLoss):
     wrong raises here as it does there.
     """
 
-    LOSS, STATS = "c_contrastive_loss", "c_contrastive_stats"
+    LOSS: ClassVar[str] = "c_contrastive_loss"
+    STATS: ClassVar[str] = "c_contrastive_stats"
     options: ContrastiveLayerOptions
     intra_mae: Tensor
 
@@ -220,7 +222,8 @@ class CTripletLoss(AgentLoss):
     wrong raises here as it does there.
     """
 
-    LOSS, STATS = "c_triplet_loss", "c_triplet_stats"
+    LOSS: ClassVar[str] = "c_triplet_loss"
+    STATS: ClassVar[str] = "c_triplet_stats"
     options: TripletOptions
 
     @takes(TripletOptions)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 from torch import Tensor
 
@@ -88,7 +89,7 @@ class TripletTermKeywords(AgentTermKeywords, total=False):
 class AgentOptions(Options):
     """How both losses go over the agents, and what they make of the rows."""
 
-    WHY_NOT = checks.NO_SOFTMAX
+    WHY_NOT: ClassVar[Mapping[str, str]] = checks.NO_SOFTMAX
 
     ignore_index: int | None = option(-100, checks.ignore_index)
     reduction: str = option("mean", checks.reduction)

@@ -50,7 +50,8 @@ class ScaledHead(HoldsScale):
         dtype = None if dtype is None else checks.floating_dtype(owner, dtype)
         least = number(owner, "min_scale", min_scale, POSITIVE)
         self._bounds = self._ordered(least, self._most(max_scale))
-        self.first_scale = first = self._within(one_number(owner, "scale", scale))
+        first = self._within(one_number(owner, "scale", scale))
+        self.first_scale: float = first
         self.weight = nn.Parameter(torch.empty(classes, features, device=device, dtype=dtype))
         if flag(owner, "learn_scale", learn_scale):
             in_dtype(owner, first, self.weight.dtype)

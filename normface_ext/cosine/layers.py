@@ -85,7 +85,8 @@ class NormLinear(HoldsOptions, ScaledHead):
         out_features = size(owner, "out_features", out_features)
         chosen = LinearOptions.of(owner, options)
         super().__init__(out_features, in_features, scale, learn_scale, min_scale, max_scale, device, dtype)
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features: int = in_features
+        self.out_features: int = out_features
         self.keep_options(chosen)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -54,7 +54,10 @@ class PlainNormalize(nn.Module):
 
     def __init__(self, dim: int, p: int, eps: float, return_norm: bool) -> None:
         super().__init__()
-        self.dim, self.p, self.eps, self.return_norm = dim, p, eps, return_norm
+        self.dim: int = dim
+        self.p: int = p
+        self.eps: float = eps
+        self.return_norm = return_norm
 
     def forward(self, x: Tensor) -> Union[Tensor, Tuple[Tensor, Tensor]]:  # noqa: UP006, UP007
         y, norm = normalize(x, self.dim, self.p, self.eps)
@@ -73,7 +76,10 @@ class PlainNormLinear(nn.Module):
         self, weight: nn.Parameter, scale: float, normalize_input: bool, eps: float, sub_centers: int = 1
     ) -> None:
         super().__init__()
-        self.weight, self.scale, self.normalize_input, self.eps = weight, scale, normalize_input, eps
+        self.weight: nn.Parameter = weight
+        self.scale: float = scale
+        self.normalize_input: bool = normalize_input
+        self.eps: float = eps
         self.sub_centers = sub_centers
 
     def forward(self, x: Tensor) -> Tensor:

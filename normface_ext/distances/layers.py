@@ -93,7 +93,8 @@ class InnerDistance(HoldsOptions, Agents):
         out_features = size(owner, "out_features", out_features)
         chosen = DistanceOptions.of(owner, options)
         super().__init__(in_features, out_features, device, dtype)
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features: int = in_features
+        self.out_features: int = out_features
         self.keep_options(chosen)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 from ..engine import checks
 from ..engine.arguments import flag, number
@@ -13,7 +14,7 @@ from ..engine.options import Options, declared, option
 @declared
 @dataclass(frozen=True)
 class DistanceOptions(Options):
-    WHY_NOT = dict.fromkeys(
+    WHY_NOT: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("reduction", "sample_weight", "class_weight", "label_smoothing"), "it gives distances and no loss"
     )
 
@@ -40,7 +41,7 @@ _WITHOUT_CLASSES = dict.fromkeys(
 @declared
 @dataclass(frozen=True)
 class PairOptions(Options):
-    WHY_NOT = _WITHOUT_CLASSES
+    WHY_NOT: ClassVar[Mapping[str, str]] = _WITHOUT_CLASSES
 
     margin: float = option(1.0, number)
     reduction: str = option("mean", checks.reduction)
@@ -49,7 +50,7 @@ class PairOptions(Options):
 @declared
 @dataclass(frozen=True)
 class RowTripletOptions(Options):
-    WHY_NOT = _WITHOUT_CLASSES
+    WHY_NOT: ClassVar[Mapping[str, str]] = _WITHOUT_CLASSES
 
     margin: float = option(0.2, number)
     reduction: str = option("mean", checks.reduction)

@@ -22,7 +22,7 @@ class _Sharded(SpreadClasses, AgentLoss):
     ) -> None:
         self.backbone_gradients, self.equal_batches = backbone_gradients, equal_batches
         self._spread(head.weight, mesh, seed)
-        self.training = head.training
+        self.training: bool = head.training
 
     def _rows_and_loss(
         self,
@@ -90,7 +90,9 @@ class ShardedCContrastiveLoss(_Sharded, CContrastiveLoss):
         self._take_over(head, mesh, seed, backbone_gradients, equal_batches)
         if head.add_intra_mae:
             mean = head.intra_mae
-            self.intra_mae = mean.new_zeros((), device=device_of(mesh)) if mean.is_meta else mean.clone()
+            self.intra_mae: Tensor = (
+                mean.new_zeros((), device=device_of(mesh)) if mean.is_meta else mean.clone()
+            )
 
 
 class ShardedCTripletLoss(_Sharded, CTripletLoss):

@@ -276,7 +276,7 @@ class Route:
             dist.all_to_all_single(given, asked, group=group)
         self._asked, self._given = asked.tolist(), given.tolist()
         #: [G] int64: rows of this rank's that the others want, those of the first rank first.
-        self.places = self._sent(wanted[self._order], self._asked, self._given) - first
+        self.places: Tensor = self._sent(wanted[self._order], self._asked, self._given) - first
 
     def _sent(self, rows: Tensor, mine: list[int], theirs: list[int]) -> Tensor:
         """[sum(theirs), ...]: of each rank what it has for this one, as bytes, which every backend sends."""

@@ -16,6 +16,7 @@ from ..engine.statistics import Statistics, given_back
 from ..sigmoid.layers import SphereFace2Loss
 from ..softmax.centers import pooled
 from ..softmax.layers import NormFaceLoss
+from ..softmax.margins import Margin
 from . import ranking, softmax
 from .agent_modules import ShardedCContrastiveLoss, ShardedCTripletLoss
 from .resize import SpreadResizing
@@ -65,11 +66,13 @@ class ShardedNormFaceLoss(SpreadClasses, NormFaceLoss):
         if isinstance(head.scale, nn.Parameter) and head.scale.is_meta:
             first = torch.full((1,), head.first_scale, dtype=head.scale.dtype, device=device_of(mesh))
             self.scale = nn.Parameter(first, requires_grad=head.scale.requires_grad)
-        self.backbone_gradients, self.equal_batches = backbone_gradients, equal_batches
-        self.sampler = None if sample_rate == 1 else ClassSampler(sample_rate, seed)
+        self.backbone_gradients: str = backbone_gradients
+        self.equal_batches: bool = equal_batches
+        self.sampler: ClassSampler | None = None if sample_rate == 1 else ClassSampler(sample_rate, seed)
         self._spread(head.weight, mesh, seed)
-        self.class_weight, self.margin = head.given_class_weight(), head.given_margin()
-        self.training = head.training
+        self.class_weight: Tensor | None = head.given_class_weight()
+        self.margin: Margin | None = head.given_margin()
+        self.training: bool = head.training
 
     def forward(
         self,

@@ -48,10 +48,12 @@ class SpreadCarrier(Carrier):
         device: torch.device,
     ) -> None:
         super().__init__(op, source, new, old.num_classes, optimizers)
-        self.old, self.here, self.device = old, ClassShard.of(len(source), old.group), device
+        self.old: ClassShard = old
+        self.here: ClassShard = ClassShard.of(len(source), old.group)
+        self.device: torch.device = device
         first, after = torch.searchsorted(new, torch.tensor([self.here.first, self.here.after])).tolist()
         #: Those of `new` that this rank has.
-        self.mine = slice(first, after)
+        self.mine: slice = slice(first, after)
         self._places = (new[self.mine] - self.here.first).to(device)
         self._routes: list[tuple[Tensor, Route]] | None = None
 

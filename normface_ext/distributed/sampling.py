@@ -56,7 +56,7 @@ class ClassSampler(nn.Module):
 
     def __init__(self, rate: float, seed: int = 0) -> None:
         super().__init__()
-        self.rate = number("ClassSampler", "rate", rate, BETWEEN_0_AND_1)
+        self.rate: float = number("ClassSampler", "rate", rate, BETWEEN_0_AND_1)
         seed = integer("ClassSampler", "seed", seed, INT64_MIN, INT64_MAX)
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
         self.register_buffer("step", torch.tensor(0, dtype=torch.int64))

@@ -33,14 +33,15 @@ class ShardedSphereFace2Loss(SpreadClasses, SphereFace2Loss):
         super().__init__(
             head.in_features, head.num_classes, device="meta", dtype=head.weight.dtype, **vars(head.options)
         )
-        self.backbone_gradients, self.equal_batches = backbone_gradients, equal_batches
+        self.backbone_gradients: str = backbone_gradients
+        self.equal_batches: bool = equal_batches
         self._spread(head.weight, mesh, seed)
         self.bias = head.bias
         if head.bias.is_meta:
             first = torch.empty(1, dtype=head.bias.dtype, device=device_of(mesh))
-            self.bias = nn.Parameter(first, requires_grad=head.bias.requires_grad)
+            self.bias: nn.Parameter = nn.Parameter(first, requires_grad=head.bias.requires_grad)
             self._reset_bias()
-        self.training = head.training
+        self.training: bool = head.training
 
     def forward(
         self,

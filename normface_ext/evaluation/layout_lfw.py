@@ -22,7 +22,7 @@ class Lfw(Layout):
     def __init__(self, rows: Rows) -> None:
         super().__init__(rows)
         self._folds = self._per_kind = self._same_in_fold = 0
-        self.widths = ()  # of the header
+        self.widths: tuple[int, ...] = ()  # of the header
 
     def _read_header(self, where: str, cells: list[str]) -> None:
         if len(cells) not in (1, 2):
@@ -86,7 +86,8 @@ class LfwTable(Lfw):
 
     def __init__(self, rows: Rows) -> None:
         super().__init__(rows)
-        self._begun, self.widths = False, (3, 4)
+        self._begun = False
+        self.widths: tuple[int, ...] = (3, 4)
 
     def take(self, where: str, cells: list[str]) -> None:
         if not cells[-1]:

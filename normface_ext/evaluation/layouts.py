@@ -61,8 +61,9 @@ class NamedRows:
                 raise TypeError(
                     f"{where}: expected names of type str, got {type(name).__name__} at row {row}"
                 )
-        self.where, self.names = where, tuple(names)
-        self.by_path = self._by(same_path)
+        self.where: str = where
+        self.names: tuple[str, ...] = tuple(names)
+        self.by_path: dict[str, int] = self._by(same_path)
 
     def _by(self, key: Callable[[str], str]) -> dict[str, int]:
         rows: dict[str, int] = {}
@@ -146,7 +147,8 @@ class Layout:
     widths: tuple[int, ...] = (3, 4)
 
     def __init__(self, rows: Rows) -> None:
-        self.rows, self.table = rows, Table()
+        self.rows: Rows = rows
+        self.table: Table = Table()
 
     def take(self, where: str, cells: list[str]) -> None:
         """Adds what the line says, or raises ValueError."""
@@ -180,12 +182,15 @@ class Columns(Layout):
         fixed: bool = False,  # other columns are left alone
     ) -> None:
         super().__init__(rows)
-        self.name, self._places, self._header, self._labels = name, places, header, labels
+        self.name: str = name
+        self._places = places
+        self._header = header
+        self._labels = labels
         self._same, self._width = Answers(strict), 0
         least = 1 + max(places.values(), default=0)
         # A fold may follow; not where names are whatever stands there: "Al Gore 1 2" is LFW's, with a blank.
         self._fold_last = not fixed and labels is None and not isinstance(rows, CollectedRows)
-        self.widths = tuple(range(least, 1000 if fixed else least + 1 + self._fold_last))
+        self.widths: tuple[int, ...] = tuple(range(least, 1000 if fixed else least + 1 + self._fold_last))
         if header is not None:  # any; what the header says decides
             self.widths = ()
 
@@ -239,7 +244,7 @@ class TwoLines(Layout):
     """
 
     name = "two lines per pair, image same"
-    widths = (2,)
+    widths: tuple[int, ...] = (2,)
 
     def __init__(self, rows: Rows) -> None:
         super().__init__(rows)

@@ -66,8 +66,10 @@ class Table:
     """Pairs as they are read: numbers of eight bytes, not objects, however long the file is."""
 
     def __init__(self) -> None:
-        self.first, self.second, self.fold = array("q"), array("q"), array("q")
-        self.same = bytearray()
+        self.first: array[int] = array("q")
+        self.second: array[int] = array("q")
+        self.fold: array[int] = array("q")
+        self.same: bytearray = bytearray()
 
     def __len__(self) -> int:
         return len(self.same)

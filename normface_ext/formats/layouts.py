@@ -70,7 +70,7 @@ class Layout:
 
 #: Names of the ranks' files: what they share, the rank, and the end. InsightFace's since 2022 and before, and
 #: those of the first Partial FC, which are bare tensors; CVLface's.
-RANK_FILES = {
+RANK_FILES: dict[str, tuple[re.Pattern[str], ...]] = {
     "insightface": (
         re.compile(r"(checkpoint_gpu_|softmax_fc_gpu_)(\d+)(\.pt)"),
         re.compile(r"(rank_)(\d+)(_softmax_weight\.pt)"),

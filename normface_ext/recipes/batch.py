@@ -63,7 +63,8 @@ class Recipe(HoldsOptions, Agents):
         features = size(owner, "in_features", in_features)
         classes = integer(owner, "num_classes", num_classes, least, INT64_MAX)
         super().__init__(features, classes * centers, device, dtype)
-        self.in_features, self.num_classes = features, classes
+        self.in_features: int = features
+        self.num_classes: int = classes
         self.keep_options(options)
 
     def batch(self, x: object, labels: object, sample_weight: object) -> Batch:

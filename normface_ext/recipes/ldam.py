@@ -81,10 +81,10 @@ class LDAM(NormFaceLoss):
         if margins.shape[0] != classes:
             raise ValueError(f"LDAM: expected `counts` to have shape [{classes}], got [{len(margins)}]")
         super().__init__(in_features, num_classes, scale=scale, margin=CosFace(margins), **options)
-        self.reweight_from = integer("LDAM", "reweight_from", reweight_from, 0, INT64_MAX)
+        self.reweight_from: int = integer("LDAM", "reweight_from", reweight_from, 0, INT64_MAX)
         self._late_weight = drw_weights(counts, beta)
 
     def set_epoch(self, epoch: int) -> None:
         """Class weights as this epoch has them, counted from 0."""
         late = integer("LDAM", "epoch", epoch, 0, INT64_MAX) >= self.reweight_from
-        self.class_weight = self._late_weight if late else None
+        self.class_weight: Tensor | None = self._late_weight if late else None

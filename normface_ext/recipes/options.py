@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 from ..engine import checks
 from ..engine.arguments import FINITE, NOT_NEGATIVE, POSITIVE, Range, choice, flag, number
@@ -23,7 +24,7 @@ def form(op: str, name: str, value: object) -> str:
 class BatchOptions(Options):
     """Of every recipe."""
 
-    WHY_NOT = checks.NO_SOFTMAX
+    WHY_NOT: ClassVar[Mapping[str, str]] = checks.NO_SOFTMAX
 
     ignore_index: int | None = option(-100, checks.ignore_index)
     eps: float = option(1e-12, checks.eps)
@@ -136,7 +137,7 @@ _WITHOUT_ROWS = {
 @declared
 @dataclass(frozen=True)
 class ProxyAnchorOptions(BatchOptions):
-    WHY_NOT = _WITHOUT_ROWS
+    WHY_NOT: ClassVar[Mapping[str, str]] = _WITHOUT_ROWS
 
     alpha: float = option(32.0, within(POSITIVE))
     margin: float = option(0.1, within(FINITE))

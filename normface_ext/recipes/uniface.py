@@ -63,7 +63,7 @@ class UniFace(WideState, Recipe):
         chosen = UniFaceOptions.of(type(self).__name__, options)
         super().__init__(in_features, num_classes, chosen, device, dtype)
         wide = accumulator(self.weight.dtype)
-        self.bias = nn.Parameter(torch.empty(1, dtype=wide, device=self.weight.device))
+        self.bias: nn.Parameter = nn.Parameter(torch.empty(1, dtype=wide, device=self.weight.device))
         self.reset_parameters()
 
     def wide_state(self) -> list[Tensor]:

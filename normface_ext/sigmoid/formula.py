@@ -33,9 +33,10 @@ class SigmoidFormula:
     options: SigmoidOptions
 
     def __post_init__(self) -> None:
-        self.eps, self.workspace = self.options.eps, self.options.workspace
-        self.centers = self.options.centers
-        self.counts = self.rows[row_state.ROW_WEIGHT] != 0
+        self.eps: float = self.options.eps
+        self.workspace: int = self.options.workspace
+        self.centers: int = self.options.centers
+        self.counts: Tensor = self.rows[row_state.ROW_WEIGHT] != 0
 
     def sums(self, cosine: Tensor, tile: Tile, numbers: Numbers) -> tuple[Tensor, ...]:
         offset, options = numbers[0], self.options

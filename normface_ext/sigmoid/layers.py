@@ -61,7 +61,8 @@ class SphereFace2Loss(WideState, HoldsOptions, Agents):
         num_classes = size(owner, "num_classes", num_classes)
         chosen = SphereFace2LayerOptions.of(owner, options)
         super().__init__(in_features, num_classes, device, dtype)
-        self.in_features, self.num_classes = in_features, num_classes
+        self.in_features: int = in_features
+        self.num_classes: int = num_classes
         self.keep_options(chosen)
         first = torch.empty(1, dtype=accumulator(self.weight.dtype), device=self.weight.device)
         self.bias = nn.Parameter(first)

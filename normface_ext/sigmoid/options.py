@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 from ..engine import checks
 from ..engine.arguments import (
@@ -59,7 +60,7 @@ def _gradient(op: str, name: str, value: object) -> str:
 @declared
 @dataclass(frozen=True)
 class SphereFace2Options(Options):
-    WHY_NOT = checks.NO_SOFTMAX
+    WHY_NOT: ClassVar[Mapping[str, str]] = checks.NO_SOFTMAX
 
     alpha: float = option(0.7, _share)
     r: float = option(40.0, _scale)

@@ -63,7 +63,7 @@ class AdaFace(FollowingMargin):
     """
 
     uses_norms = True
-    STATE = ("mean", "std")
+    STATE: ClassVar[tuple[str, ...]] = ("mean", "std")
     CHECKS: ClassVar[dict[str, Check]] = {
         "m": lambda owner, name, value: number(owner, name, value, ANGLE),
         "h": lambda owner, name, value: number(owner, name, value, NOT_NEGATIVE),
@@ -86,7 +86,10 @@ class AdaFace(FollowingMargin):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.m, self.h, self.t_alpha, self.sync = m, h, t_alpha, sync
+        self.m = m
+        self.h = h
+        self.t_alpha = t_alpha
+        self.sync: str = sync
         device = checks.device_or_none(type(self).__name__, device)
         # Not 0-d: torch.compile takes a 0-d float64 of the CPU for a number, and loses what is written to it.
         self.register_buffer("mean", torch.empty(1, dtype=torch.float64, device=device))

@@ -133,8 +133,11 @@ class BatchMargin(WideState, Margin):
                 self.to(device)
 
     # Two modules are never the same margin: their states go their own ways.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    def __eq__(self, other: object) -> bool:
+        return object.__eq__(self, other)
+
+    def __hash__(self) -> int:
+        return object.__hash__(self)
 
     def wide_state(self) -> list[Tensor]:
         """All it has: a number that is learned, and its gradient, too."""

@@ -28,7 +28,10 @@ class Carrier:
     def __init__(
         self, op: str, source: Tensor, new: Tensor, classes: int, optimizers: Sequence[Optimizer]
     ) -> None:
-        self.op, self.source, self.new, self.classes = op, source, new, classes
+        self.op: str = op
+        self.source: Tensor = source
+        self.new: Tensor = new
+        self.classes: int = classes
         self.optimizers = optimizers
 
     def of(self, old: Tensor, first: Tensor | float) -> Tensor:

@@ -39,7 +39,7 @@ class CircleSoftmax(BatchMargin):
 
     hard_negatives = True
     uses_cosines = False
-    least_scale = 256.0
+    least_scale: ClassVar[float] = 256.0
     CHECKS: ClassVar[dict[str, Check]] = {
         "m": lambda owner, name, value: number(owner, name, value, SHARE),
         "detached": flag,

@@ -45,7 +45,7 @@ class CurricularFace(FollowingMargin):
     """
 
     hard_negatives = True
-    STATE = ("t",)
+    STATE: ClassVar[tuple[str, ...]] = ("t",)
     CHECKS: ClassVar[dict[str, Check]] = {
         "m": lambda owner, name, value: number(owner, name, value, ANGLE),
         "alpha": lambda owner, name, value: number(owner, name, value, SHARE),
@@ -64,7 +64,9 @@ class CurricularFace(FollowingMargin):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.m, self.alpha, self.sync = m, alpha, sync
+        self.m = m
+        self.alpha = alpha
+        self.sync: str = sync
         device = checks.device_or_none(type(self).__name__, device)
         # Not 0-d: torch.compile takes a 0-d float64 of the CPU for a number, and loses what is written to it.
         self.register_buffer("t", torch.empty(1, dtype=torch.float64, device=device))

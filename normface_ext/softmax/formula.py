@@ -39,11 +39,13 @@ class PartsFormula:
 
     def __post_init__(self) -> None:
         rows = self.rows
-        self.eps, self.workspace = self.options.eps, self.options.workspace
-        self.centers = self.options.centers
-        self.counts = rows[row_state.ROW_WEIGHT] != 0
-        self.others = self.counts & (rows[row_state.SUM] != 0)  # else there is no other class
-        self.log_sum = torch.where(self.others, rows[row_state.SUM].log() + rows[row_state.SHIFT], 0.0)
+        self.eps: float = self.options.eps
+        self.workspace: int = self.options.workspace
+        self.centers: int = self.options.centers
+        self.counts: Tensor = rows[row_state.ROW_WEIGHT] != 0
+        self.others: Tensor = self.counts & (rows[row_state.SUM] != 0)  # else there is no other class
+        log_sum = rows[row_state.SUM].log() + rows[row_state.SHIFT]
+        self.log_sum: Tensor = torch.where(self.others, log_sum, 0.0)
 
     def _scale(self, numbers: Numbers) -> float | Tensor:
         return self.options.scale_value if numbers[0] is None else numbers[0]

@@ -18,6 +18,7 @@ from ..engine.scale import MIN_SCALE
 from ..engine.statistics import Statistics, given_back
 from . import functions, ranking, resize
 from .centers import pooled
+from .margins import Margin
 from .options import HeadKeywords, HeadOptions
 from .presets import PRESETS
 from .state import margin_change, margin_state
@@ -70,6 +71,9 @@ class NormFaceLoss(HoldsTensors):
     normalised features.
     """
 
+    if TYPE_CHECKING:
+        margin: Margin | None
+
     @takes(HeadOptions)
     def __init__(
         self,
@@ -98,7 +102,8 @@ class NormFaceLoss(HoldsTensors):
             scale = theory.auto_scale(num_classes, chosen.margin) if chosen.normalize_input else 1.0
         rows = num_classes * chosen.sub_centers
         super().__init__(rows, in_features, scale, learn_scale, min_scale, max_scale, device, dtype)
-        self.in_features, self.num_classes = in_features, num_classes
+        self.in_features: int = in_features
+        self.num_classes: int = num_classes
         self.keep_tensors(chosen, class_weight)
 
     @classmethod

@@ -29,7 +29,7 @@ else:
 #: What a number may be; a tensor's values are not looked at.
 LIMITS = {"m1": POSITIVE, "m2": ANGLE, "m3": below(0.0, math.inf)}
 #: ``guard`` -> the code of ``math::Guard`` in csrc/math/margins/margin.h
-GUARDS = {None: 0, "shift": 1, "join": 2, "easy": 3, "none": 4}
+GUARDS: dict[str | None, int] = {None: 0, "shift": 1, "join": 2, "easy": 3, "none": 4}
 
 
 class Margin:
@@ -191,8 +191,8 @@ class CosFace(Margin):
     def __post_init__(self) -> None:
         self._keep("m", LIMITS["m3"])
 
-    m1 = 1.0
-    m2 = 0.0
+    m1: ClassVar[float] = 1.0  # type: ignore[misc]
+    m2: ClassVar[float] = 0.0  # type: ignore[misc]
 
     @property
     def m3(self) -> float | Tensor:  # type: ignore[override]
@@ -217,8 +217,8 @@ class ArcFace(Margin):
         self._keep("m", LIMITS["m2"])
         self._check_guard()
 
-    m1 = 1.0
-    m3 = 0.0
+    m1: ClassVar[float] = 1.0  # type: ignore[misc]
+    m3: ClassVar[float] = 0.0  # type: ignore[misc]
 
     @property
     def m2(self) -> float | Tensor:  # type: ignore[override]

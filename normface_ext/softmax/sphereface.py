@@ -53,7 +53,7 @@ class SphereFace(FollowingMargin):
         TypeError, ValueError: an argument out of range.
     """
 
-    STATE = ("iteration",)
+    STATE: ClassVar[tuple[str, ...]] = ("iteration",)
     CHECKS: ClassVar[dict[str, Check]] = {
         "m": lambda owner, name, value: number(owner, name, value, _FACTOR),
         "base": lambda owner, name, value: number(owner, name, value, NOT_NEGATIVE),
