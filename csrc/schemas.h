@@ -12,6 +12,7 @@
 #include "engine/distance_arguments.h"
 #include "engine/head_arguments.h"
 #include "engine/softmax_loss.h"
+#include "engine/update_arguments.h"
 
 namespace nf {
 
@@ -43,6 +44,7 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   define<HeadBackwardArguments>(m);
   define<SoftmaxLossArguments>(m);
   define<SoftmaxLossBackwardArguments>(m);
+  define<HeadUpdateArguments>(m);
 }
 
 }  // namespace nf

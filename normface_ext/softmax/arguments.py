@@ -171,8 +171,8 @@ def loss_options(
     device = plan_device(x)
     told = options.eps, options.workspace, options.sub_centers, options.ignore_index, options.label_smoothing
     of_term = term.number, term.lowest, term.highest
-    key = (scale_value, batch, x.shape[1], classes, precision, device, torch.get_num_threads(), *margin)
-    key = (*key, options.reduction, *told, *of_term)
+    of_step = scale_value, batch, x.shape[1], classes, precision, device, torch.get_num_threads()
+    key = (*of_step, *margin, options.reduction, *told, *of_term)
     found = _planned.get(key)
     if found is None:
         found = _planned_anew(scale_value, options, x, batch, classes, precision, margin, term)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine import graphs, transforms
+from ..engine import graphs, transforms, updates
 from ..engine.autograd import asked
 from ..engine.calls import add_fakes, by_name, kernels, options_of
 from ..engine.curvature import twice_by_tiles
@@ -28,7 +28,7 @@ from ..engine.row_state import (
 )
 from ..engine.saved import Parts, saved_count, unpacked
 from ..engine.statistics import LEFT_TO_LEARN, Means, Statistics, hits, means_of, statistics_of
-from ..engine.sweep import head_backward_fake, in_memory
+from ..engine.sweep import Swept, head_backward, head_backward_fake, in_memory
 from .formula import LossFormula
 from .loss_options import NUMBERS, LossOptions, MarginTensors
 
@@ -207,6 +207,7 @@ class _NormFaceLoss(Function):
     ) -> Any:
         margin, term = (m1, m2, m3), TermInputs(threshold, numbers)
         features, classes, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
+        ctx.taker = updates.of(weight, ctx.needs_input_grad[1])
         loss, saved, parts, options = softmax_loss(
             features,
             classes,
@@ -230,22 +231,34 @@ class _NormFaceLoss(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *rest: Any) -> Any:
+        need_weight, taking = updates.begin(ctx, 1)
         x, weight, scale, m1, m2, m3, labels, class_weight, threshold, numbers, saved = ctx.saved_tensors
         options, parts, term = ctx.options, ctx.parts, TermInputs(threshold, numbers)
-        needed, of_margin = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:6]
+        needed, of_margin = (
+            (ctx.needs_input_grad[0], need_weight, ctx.needs_input_grad[2]),
+            ctx.needs_input_grad[3:6],
+        )
         margin = m1, m2, m3
+
+        def told_apart() -> tuple[Swept, Tensor]:
+            return unpacked(saved, parts, x, weight.shape[0], options.product_precision)
 
         def gradients() -> tuple[Tensor | None, ...]:
             features, classes = x.contiguous(), weight.contiguous()
-            tensors = grad_loss.contiguous(), saved, features, classes, labels, scale, *term, class_weight
-            dx, dw, ds = kernels(x, weight).softmax_loss_backward(
-                *tensors, *parts, *needed, *_backward_options(options)
-            )
-            given = asked(needed, (dx, dw, ds if scale is None else ds.to(scale.dtype)))
+            if taking is None:
+                tensors = grad_loss.contiguous(), saved, features, classes, labels, scale, *term, class_weight
+                dx, dw, ds = kernels(x, weight).softmax_loss_backward(
+                    *tensors, *parts, *needed, *_backward_options(options)
+                )
+                ds = ds if scale is None else ds.to(scale.dtype)
+            else:
+                swept, slopes = told_apart()
+                tensors = grad_loss, slopes, features, classes, labels, scale, class_weight, swept
+                dx, dw, ds = head_backward(*tensors, options, needed, term, taking)
+            given = asked(needed, (dx, dw, ds))
             if not any(of_margin):
                 return *given, *NUMBERS
-            _, slopes = unpacked(saved, parts, x, weight.shape[0], options.product_precision)
-            return *given, *margin_gradients(grad_loss, slopes, margin, of_margin)
+            return *given, *margin_gradients(grad_loss, told_apart()[1], margin, of_margin)
 
         if not torch.is_grad_enabled():
             return *gradients(), *_NO_MORE
@@ -253,8 +266,7 @@ class _NormFaceLoss(Function):
             first = gradients()
 
         def formula() -> LossFormula:
-            swept, _ = unpacked(saved, parts, x, weight.shape[0], options.product_precision)
-            return LossFormula("normface_loss", labels, class_weight, term, swept.rows, options)
+            return LossFormula("normface_loss", labels, class_weight, term, told_apart()[0].rows, options)
 
         return *twice_by_tiles(first, formula, (grad_loss,), x, weight, scale, *margin), *_NO_MORE
 
@@ -302,7 +314,7 @@ def normface_loss(
         means = _means(saved, parts, x, weight, scale, margin, class_weight, options)
         return loss, statistics_of(means)
     told = labels, sample_weight, class_weight, *term
-    result = _NormFaceLoss.apply(x, weight, scale, *margin, *told, options, statistics)
+    result = updates.apply(_NormFaceLoss, x, weight, scale, *margin, *told, options, statistics)
     return (result[0], statistics_of(result[1:])) if statistics else (result, None)
 
 

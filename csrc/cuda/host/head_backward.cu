@@ -2,13 +2,21 @@
 // one did not make it; the products are made as in head_sweep.cu.
 #include "cuda/device/add_runs.cuh"
 #include "cuda/device/backward_kernels.cuh"
+#include "cuda/device/hot_targets.cuh"
 #include "cuda/host/add_product.cuh"
 #include "cuda/host/head_stages.h"
 #include "cuda/host/outputs.h"
+#include "cuda/host/update_rows.h"
 #include "cuda/products/sm80_weight_gradient.h"
 
 namespace nf {
 namespace {
+
+// What is to be made.
+struct Wanted {
+  bool x, weight, scale;
+  const HeadUpdateArguments* update;  // or null: what the weight's gradient goes into, instead of dW
+};
 
 // What the second sweep needs of the rows.
 struct RowFactors {
@@ -30,16 +38,17 @@ struct BackwardScratch {
   Array scores, e;                 // [N, stride of a chunk]
   Array x_sum, x_part;             // [N, D], where the first sweep did not make it, and of a chunk
   Array product;                   // [chunk, D], where the product cannot go where the result will be
+  Array update_dw;                 // [chunk, D], as the weight: rows of the gradient where there is no dW
+  HotRoom hot;                     // with dW
 
   template <class T>
-  BackwardScratch(const Head<T>& head, const HeadBackwardArguments& in, bool make_sum) {
+  BackwardScratch(const Head<T>& head, const HeadBackwardTensors& in, const Wanted& wanted, bool make_sum) {
     const int64_t N = head.batch, D = head.dim, cells = N * head.largest_chunk().stride();
-    const bool again = (in.need_weight || make_sum) && in.stored.numel() == 0;
+    const bool again = (wanted.weight || make_sum) && in.stored.numel() == 0;
     const bool at_once = head.single_sweep(), copy = make_sum && head.is_16_bit;
     factors = {N, block.array<double>(kGradientFields * N), block.array(again ? N * D : 0, head.score),
-               block.array(in.need_weight ? N * D : 0, head.other),
-               block.array<int64_t>(at_once ? 2 * N : 0)};
-    if (in.need_weight && in.class_sum.numel() > 0) {
+               block.array(wanted.weight ? N * D : 0, head.other), block.array<int64_t>(at_once ? 2 * N : 0)};
+    if (wanted.weight && in.class_sum.numel() > 0) {
       uniform = block.array(D, head.wide);
       uniform_partial = block.array<double>(uniform_runs(N) * D);
     }
@@ -51,9 +60,11 @@ struct BackwardScratch {
                               : scores;
     x_sum = block.array(make_sum ? N * D : 0, head.wide);
     x_part = block.array(make_sum && head.chunk < head.classes ? N * D : 0, head.wide);
-    const bool direct = !in.need_weight || in.weight.scalar_type() == head.wide ||
+    const bool direct = !wanted.weight || in.weight.scalar_type() == head.wide ||
                         head.kernels == kTensorCores || at_once || head.plain_products();
     product = block.array(direct ? 0 : head.chunk * D, head.wide);
+    if (wanted.weight) hot = HotRoom(block, N, D);
+    update_dw = block.array(wanted.update != nullptr ? head.chunk * D : 0, in.weight.scalar_type());
     allocate(block, in.x);
   }
 
@@ -66,7 +77,9 @@ struct WeightGradients {
   const RowFactors& factors;
   const Tensor& inverse_norm;
   const Array& uniform;  // [D] or [0]
-  const Tensor& dw;
+  const Array& dw;       // [C, D], or only the classes from dw_first on
+  int64_t dw_first;
+  HotTargets hot;
 
   ClassGradient classes(const Chunk& of) const {
     const HeadInputs& in = head.in;
@@ -85,22 +98,24 @@ struct WeightGradients {
             Factors<T>(in.class_weight).data,
             in.eps,
             StoredArray(dw),
-            head.dim % 4 == 0 && aligned16(data_of<void>(in.weight)) && aligned16(data_of<void>(dw))};
+            dw_first,
+            head.dim % 4 == 0 && aligned16(data_of<void>(in.weight)) && aligned16(data_of<void>(dw)),
+            hot};
   }
 
-  // From E of a chunk.
-  void from_e(Queue& queue, const Chunk& of, const Array& e, const Array& product) const {
+  // From E of a chunk, whose rows are `stride` long.
+  void from_e(Queue& queue, const Chunk& of, void* e, int64_t stride, const Array& product) const {
     const int64_t N = head.batch, D = head.dim;
     if constexpr (std::is_same_v<T, float>) {
       if (head.kernels == kTensorCores)
-        return weight_gradient(queue, {data_of<const BFloat16>(e), of.stride(),
+        return weight_gradient(queue, {static_cast<const BFloat16*>(e), stride,
                                        data_of<const BFloat16>(factors.weighted), classes(of)});
     }
     if (head.plain_products())
       return plain_gradient<T>(
-          queue, {data_of<const T>(e), of.stride(), data_of<const T>(factors.weighted), classes(of)});
-    T* g = product.count() > 0 ? data_of<T>(product) : data_of<T>(dw) + of.first * D;
-    multiply(head.in.x, Matrix{e.data(), head.other, N, of.width, of.stride()}.transposed(),
+          queue, {static_cast<const T*>(e), stride, data_of<const T>(factors.weighted), classes(of)});
+    T* g = product.count() > 0 ? data_of<T>(product) : data_of<T>(dw) + (of.first - dw_first) * D;
+    multiply(head.in.x, Matrix{e, head.other, N, of.width, stride}.transposed(),
              {factors.weighted.data(), head.other, N, D, D}, {g, head.wide, of.width, D, D});
     launch("class_gradients", queue, class_gradients_kernel<T>,
            Grid{(of.width + kClassesPerBlock - 1) / kClassesPerBlock}, kThreads,
@@ -115,16 +130,18 @@ struct WeightGradients {
   }
 };
 
-// dW, where `dw` is not null, and x_sum, where there is room for it.
+// The weight's gradient, where it is wanted, and x_sum, where there is room for it.
 template <class T>
-void sweep_again(Queue& queue, const Head<T>& head, const HeadBackwardArguments& in,
-                 const BackwardScratch& scratch, const Tensor* dw) {
+void sweep_again(Queue& queue, const Head<T>& head, const HeadBackwardTensors& in, const Wanted& wanted,
+                 const BackwardScratch& scratch, const Array& dw) {
   const int64_t N = head.batch, D = head.dim;
   if (D == 0) return;  // no gradient has an element
   const RowFactors& factors = scratch.factors;
   const Array &w_hat = scratch.w_hat, &w_copy = scratch.w_copy, &e = scratch.e;
   const bool again = in.stored.numel() == 0, sum = scratch.x_sum.count() > 0;
   const bool at_once = head.single_sweep();
+  const int64_t stored_stride = Chunk{0, head.classes}.stride();
+  const HeadUpdateArguments* update = wanted.update;
   if (scratch.uniform.count() > 0) {
     const int64_t runs = BackwardScratch::uniform_runs(N);
     double* partial = data_of<double>(scratch.uniform_partial);
@@ -135,6 +152,11 @@ void sweep_again(Queue& queue, const Head<T>& head, const HeadBackwardArguments&
 
   const TermRows rows = head.term_rows(factors.of(kKappa), in.threshold ? factors.of(kThreshold) : nullptr);
   const SweepSums no_sums{RowState(in.rows), nullptr, nullptr};
+  const auto gradients_from = [&](int64_t dw_first) {
+    return WeightGradients<T>{head, factors,  in.inverse_norm,      scratch.uniform,
+                              dw,   dw_first, scratch.hot.targets()};
+  };
+  if (scratch.hot.wanted()) find_hot_targets(queue, gradients_from(0).classes({0, 0}));
   for (int64_t first = 0; first < head.classes; first += head.chunk) {
     const Chunk of = head.at(first);
     if (again || sum) unit_rows(queue, head.unit_weights(of, w_hat, w_copy, nullptr));
@@ -145,13 +167,16 @@ void sweep_again(Queue& queue, const Head<T>& head, const HeadBackwardArguments&
     }
     if (sum)
       add_product<T>(queue, head, of, e, w_copy.count() > 0 ? w_copy : w_hat, scratch.x_sum, scratch.x_part);
-    if (dw == nullptr) continue;
-    const WeightGradients<T> task{head, factors, in.inverse_norm, scratch.uniform, *dw};
+    if (!wanted.weight) continue;
+    const WeightGradients<T> task = gradients_from(update != nullptr ? first : 0);
     if (!at_once) {
-      task.from_e(queue, of, e, scratch.product);
+      const int64_t before = again ? 0 : first * int64_t(in.stored.element_size());
+      task.from_e(queue, of, data_of<char>(e) + before, again ? of.stride() : stored_stride, scratch.product);
     } else if constexpr (std::is_same_v<T, float>) {
       task.at_once(queue, of, w_hat);
     }
+    // Nothing reads these rows of the weight any more: the next chunk has others.
+    if (update != nullptr) update_rows(queue, *update, first, of.width, dw);
   }
   if (sum && head.classes == 0) {
     Tensor zeros = as_tensor({scratch.x_sum.data(), head.wide, N, D, D}, in.x);
@@ -160,16 +185,17 @@ void sweep_again(Queue& queue, const Head<T>& head, const HeadBackwardArguments&
 }
 
 template <class T>
-void backward(Queue& queue, const HeadBackwardArguments& in, const Tensor& dx, const Tensor& dw,
-              const Tensor& dscale) {
+void backward(Queue& queue, const char* op, const HeadBackwardTensors& in, const Wanted& wanted,
+              const Tensor& dx, const Tensor& dw, const Tensor& dscale) {
   const int64_t N = in.x.size(0), D = in.x.size(1);
-  const bool make_sum = in.need_x && in.x_sum.numel() == 0 && N * D > 0;
+  const bool make_sum = wanted.x && in.x_sum.numel() == 0 && N * D > 0;
   const Held held = make_sum ? Held::kE : Held::kNothing;
-  Head<T> head(in, launch_of(in.kName, queue, in, in.stored.numel() > 0, held));
+  Head<T> head(in, launch_of(op, queue, in, in.stored.numel() > 0, held));
   if (in.stored.numel() > 0) head.chunk = std::max<int64_t>(1, head.classes);
-  check_stored(in, head.other, N * Chunk{0, head.classes}.stride());
-  const bool again = (in.need_weight || make_sum) && in.stored.numel() == 0;
-  const BackwardScratch scratch(head, in, make_sum);
+  check_stored(op, in, head.other, N * Chunk{0, head.classes}.stride());
+  if (wanted.update != nullptr) head.chunk = std::min(head.chunk, classes_of_update(in));
+  const bool again = (wanted.weight || make_sum) && in.stored.numel() == 0;
+  const BackwardScratch scratch(head, in, wanted, make_sum);
   const RowFactors& factors = scratch.factors;
   const auto or_null = [](const Array& a, bool wanted) { return wanted ? StoredArray(a) : StoredArray(); };
   double* gradients = data_of<double>(factors.gradients);
@@ -185,19 +211,20 @@ void backward(Queue& queue, const HeadBackwardArguments& in, const Tensor& dx, c
                                make_sum ? data_of<const T>(scratch.x_sum) : data_of<const T>(in.x_sum),
                                data_of<const T>(in.class_sum),
                                in.eps,
-                               or_null(dx, in.need_x && !make_sum)};
-  const bool of_rows = in.need_scale && in.scale && in.scale->dim() == 1;  // the scale's gradient, as it is
+                               or_null(dx, wanted.x && !make_sum)};
+  const bool of_rows = wanted.scale && in.scale && in.scale->dim() == 1;  // the scale's gradient, as it is
   launch("row_gradients", queue, row_gradients_kernel<T>, warp_per_row(N), kThreads, 0,
          RowGradients<T>{RowState(in.rows), RowSlopes(in.slopes), RowNumbers(in.scale, in.scale_value),
                          data_or_null<double>(in.threshold), data_of<const T>(in.grad_loss),
                          in.grad_loss.dim() == 1, gradients,
                          of_rows ? data_of<double>(dscale) : gradients + kScale * N, features,
-                         or_null(factors.x_hat, again), or_null(factors.weighted, in.need_weight),
+                         or_null(factors.x_hat, again), or_null(factors.weighted, wanted.weight),
                          data_of<SweepRow>(factors.sweep_rows)});
-  if (in.need_scale && !of_rows)
+  if (wanted.scale && !of_rows)
     launch("scale_gradient", queue, scale_gradient_kernel, Grid{1}, kThreads,
            shared_bytes<double>(kThreads / kWarp), gradients, N, data_of<double>(dscale));
-  if (in.need_weight || make_sum) sweep_again(queue, head, in, scratch, in.need_weight ? &dw : nullptr);
+  if (wanted.weight || make_sum)
+    sweep_again(queue, head, in, wanted, scratch, wanted.update != nullptr ? scratch.update_dw : Array(dw));
   if (!make_sum) return;
   features.dx = StoredArray(dx);
   launch("feature_gradients", queue, feature_gradients_kernel<T>, warp_per_row(N), kThreads, 0, features);
@@ -215,18 +242,32 @@ std::tuple<Tensor, Tensor, Tensor> gradients_of(const HeadBackwardArguments& in)
   Tensor ds = !in.need_scale                     ? empty(ScalarType::Double)
               : in.scale && in.scale->dim() == 1 ? device_empty(x, {x.size(0)}, ScalarType::Double)
                                                  : device_empty(x, {}, ScalarType::Double);
-  dispatch_accumulator(x.scalar_type(), [&]<class T>() { backward<T>(queue, in, dx, dw, ds); });
+  const Wanted wanted{in.need_x, in.need_weight, in.need_scale, nullptr};
+  dispatch_accumulator(x.scalar_type(),
+                       [&]<class T>() { backward<T>(queue, in.kName, in, wanted, dx, dw, ds); });
   return {dx, dw, ds};
 }
 
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> head_backward(const HeadBackwardArguments& in) {
-  check_backward(in);
+  check_backward(in.kName, in);
   return gradients_of(in);
+}
+
+void head_backward_update(const HeadUpdateArguments& in) {
+  check_update(in);
+  Queue queue(in.x);
+  // Without the features' gradient, which reads the rows of the labels.
+  const Wanted wanted{false, true, false, &in};
+  dispatch_accumulator(in.x.scalar_type(),
+                       [&]<class T>() { backward<T>(queue, in.kName, in, wanted, in.x, in.weight, in.x); });
 }
 
 }  // namespace
 }  // namespace nf
 
-NF_CUDA_LIBRARY(m) { nf::implement<&nf::head_backward>(m); }
+NF_CUDA_LIBRARY(m) {
+  nf::implement<&nf::head_backward>(m);
+  nf::implement<&nf::head_backward_update>(m);
+}
