@@ -234,11 +234,8 @@ class _NormFaceLoss(Function):
         need_weight, taking = updates.begin(ctx, 1)
         x, weight, scale, m1, m2, m3, labels, class_weight, threshold, numbers, saved = ctx.saved_tensors
         options, parts, term = ctx.options, ctx.parts, TermInputs(threshold, numbers)
-        needed, of_margin = (
-            (ctx.needs_input_grad[0], need_weight, ctx.needs_input_grad[2]),
-            ctx.needs_input_grad[3:6],
-        )
-        margin = m1, m2, m3
+        need_x, _, need_scale, *of_margin = ctx.needs_input_grad[:6]
+        needed, margin = (need_x, need_weight, need_scale), (m1, m2, m3)
 
         def told_apart() -> tuple[Swept, Tensor]:
             return unpacked(saved, parts, x, weight.shape[0], options.product_precision)
@@ -253,12 +250,12 @@ class _NormFaceLoss(Function):
                 ds = ds if scale is None else ds.to(scale.dtype)
             else:
                 swept, slopes = told_apart()
-                tensors = grad_loss, slopes, features, classes, labels, scale, class_weight, swept
-                dx, dw, ds = head_backward(*tensors, options, needed, term, taking)
+                told = features, classes, labels, scale, class_weight, swept, options, needed, term, taking
+                dx, dw, ds = head_backward(grad_loss, slopes, *told)
             given = asked(needed, (dx, dw, ds))
             if not any(of_margin):
                 return *given, *NUMBERS
-            return *given, *margin_gradients(grad_loss, told_apart()[1], margin, of_margin)
+            return *given, *margin_gradients(grad_loss, told_apart()[1], margin, tuple(of_margin))
 
         if not torch.is_grad_enabled():
             return *gradients(), *_NO_MORE
