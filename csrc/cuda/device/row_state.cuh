@@ -4,6 +4,7 @@
 #include <device/launch.cuh>
 
 #include "checks.h"
+#include "engine/block.h"
 #include "engine/row_state.h"
 #include "math/larger.h"
 
@@ -14,6 +15,7 @@ struct TableOfRows {
   double* data;
   int64_t batch;
 
+  TableOfRows(const Array& table, int64_t rows) : data(data_of<double>(table)), batch(rows) {}
   explicit TableOfRows(const Tensor& rows)
       : data(static_cast<double*>(const_cast<void*>(rows.const_data_ptr()))), batch(rows.size(1)) {}
   NF_DEVICE double& at(Field field, int64_t i) const { return data[field * batch + i]; }
