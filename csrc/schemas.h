@@ -11,6 +11,7 @@
 #include "engine/cosine_arguments.h"
 #include "engine/distance_arguments.h"
 #include "engine/head_arguments.h"
+#include "engine/update_arguments.h"
 
 namespace nf {
 
@@ -40,6 +41,7 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   define<HeadShiftArguments>(m);
   define<SoftmaxFinishArguments>(m);
   define<HeadBackwardArguments>(m);
+  define<HeadUpdateArguments>(m);
 }
 
 }  // namespace nf

@@ -4,7 +4,7 @@
 losses stand beside them, ``functional`` what they call,
 ``reference`` the same in plain PyTorch, ``theory`` the paper's bounds, ``plan`` what a fused head will
 cost, ``build_info`` what was built. ``load_head`` and ``save_head`` read and write other libraries' heads.
-``export_ready`` makes a trained model ready to leave.
+``export_ready`` makes a trained model ready to leave, ``graphed`` a head's step two CUDA graphs.
 ``recipes`` are published heads as a few lines of torch.
 ``caffe`` (what was NormFace's in Caffe), ``distributed`` (heads over several processes), ``evaluation`` (face
 verification) and ``formats`` (``load_head`` and ``save_head``) are loaded at first use.
@@ -24,6 +24,7 @@ from .distances.layers import InnerDistance, PairContrastiveLoss, TripletLoss
 from .engine.library import build_info
 from .engine.plan import Plan, plan
 from .engine.statistics import Statistics
+from .graphed import graphed
 from .mirror import MirrorFace
 from .optim import parameter_groups
 from .sigmoid.layers import SphereFace2Loss
@@ -81,6 +82,7 @@ __all__ = [
     "formats",
     "functional",
     "gaussian_unitball_",
+    "graphed",
     "ldam_margins",
     "load_head",
     "parameter_groups",

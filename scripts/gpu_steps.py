@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"  # pytest runs there, on the files by their names
-GPU_FILES = ["test_gpu.py", "test_train_distributed.py", "test_emulation.py"]
+GPU_FILES = ["test_gpu.py", "test_gpu_graphs.py", "test_train_distributed.py", "test_emulation.py"]
 
 
 @dataclass(frozen=True)

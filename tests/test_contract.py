@@ -17,7 +17,7 @@ from lanes import LANES
 
 import normface_ext as nf
 from normface_ext import reference
-from normface_ext.engine import calls, library, native
+from normface_ext.engine import calls, library, native, updates
 from normface_ext.functional import norm_linear, normalize, normface_loss
 
 HERE = Path(__file__).resolve().parent
@@ -41,6 +41,7 @@ CHECKED_ELSEWHERE = {
 STEPS = {
     "target_cosine": "head_sweep",
     "target_center": "head_sweep",
+    "head_backward_update": "head_sweep",
     **dict.fromkeys(("hinge_threshold", "hinge_slopes", "hinge_pairs"), "cosine_pairs"),
 }
 #: Ops that users reach under other names.
@@ -202,6 +203,16 @@ def head_backward_samples(lane):
         yield {**given, "need_x": False, "need_weight": False}
 
 
+def head_backward_update_samples(lane):
+    for given in head_backward_samples(lane):
+        weight = given["weight"]
+        yield {**given, "update": updates.RULES["sgd"], "momentum": 0.9, "state1": torch.ones_like(weight)}
+        yield {**given, "update": updates.RULES["sgd"]}
+        states = {"state1": torch.ones_like(weight), "state2": torch.ones_like(weight)}
+        yield {**given, **states, "update": updates.RULES["adam"], "beta2": 0.9, "decoupled": True}
+        yield {**given, "update": updates.RULES["add"], "state1": torch.ones_like(weight)}
+
+
 #: What a sample does not say.
 DEFAULTS = {
     "dim": 1, "p": 2, "eps": 1e-12, "normalize_input": True, "scale": None,
@@ -214,6 +225,7 @@ DEFAULTS = {
     "need_x": True, "need_weight": True, "need_scale": True,
     "product_precision": torch.float32,
     "sample_weight": None, "class_weight": None, "smoothing": 0.0,
+    "state1": None, "state2": None, **updates.Numbers(lr=0.1)._asdict(),
 }  # fmt: skip
 
 
@@ -232,6 +244,7 @@ SAMPLES = {
     "head_shift": head_shift_samples,
     "softmax_finish": softmax_finish_samples,
     "head_backward": head_backward_samples,
+    "head_backward_update": head_backward_update_samples,
 }
 
 

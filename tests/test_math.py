@@ -58,7 +58,7 @@ void sweep_exp(uint32_t first, uint32_t last, uint32_t stride) {
     const double truth = std::exp(double(x));
     const float rounded = float(truth);
     const double ulp = double(std::nextafter(rounded, INFINITY)) - double(rounded);
-    const double error = std::fabs(double(exp_float<float, int32_t>(x)) - truth) / ulp;
+    const double error = std::fabs(double(exp_float<float, uint32_t>(x)) - truth) / ulp;
     if (!(error <= worst)) worst = error, where = x;
   }
   std::printf("%.17g %.9g", worst, double(where));
@@ -79,9 +79,9 @@ int main() {
       const auto slopes = margin.slopes(c);
       std::printf("%.17g %.17g %.17g %.17g %.17g", psi.value, psi.slope, slopes.m1, slopes.m2, slopes.m3);
     } else if (what == "exp_float") {
-      std::printf("%.17g", double(exp_float<float, int32_t>(float(number()))));
+      std::printf("%.17g", double(exp_float<float, uint32_t>(float(number()))));
     } else if (what == "exp_double") {
-      std::printf("%.17g", exp_double<double, int64_t>(number()));
+      std::printf("%.17g", exp_double<double, uint64_t>(number()));
     } else if (what == "root_float") {
       std::printf("%.17g", double(root_float<float, int32_t>(float(number()))));
     } else if (what == "root_double") {

@@ -95,16 +95,6 @@ void around_target(int64_t label, const Tile& tile, const Part& part) {
   part(target + 1, tile.classes());
 }
 
-// Scratch of one accumulator type, uninitialised.
-template <class T>
-struct Buffer {
-  Tensor tensor;
-  T* data;
-  explicit Buffer(int64_t count)
-      : tensor(fresh({count}, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float)),
-        data(static_cast<T*>(tensor.mutable_data_ptr())) {}
-};
-
 // The value of a float argument or of the 0-d tensor given in its place.
 inline double number_argument(const std::optional<Tensor>& scale, double value) {
   if (!scale) return value;
@@ -156,26 +146,30 @@ void add_slots(T* parts, int64_t slots, int64_t count) {
 template <class T>
 class SlotSum {
  public:
-  SlotSum(T* sum, int64_t slots, int64_t count)
-      : sum_(sum), partners_(sum != nullptr ? slots - 1 : 0), count_(count), rest_(partners_ * count) {
+  // Room for the partners.
+  static Array room(Block& scratch, bool wanted, int64_t slots, int64_t count) {
+    return scratch.array<T>(wanted ? (slots - 1) * count : 0);
+  }
+
+  SlotSum(T* sum, const Array& rest, int64_t slots, int64_t count)
+      : sum_(sum), rest_(data_of<T>(rest)), partners_(slots - 1), count_(count) {
     if (sum == nullptr) return;
     std::fill_n(sum, count, T(0));
-    std::fill_n(rest_.data, partners_ * count, T(0));
+    std::fill_n(rest_, partners_ * count, T(0));
   }
 
   explicit operator bool() const { return sum_ != nullptr; }
-  T* of(int64_t slot) const { return slot == 0 ? sum_ : rest_.data + (slot - 1) * count_; }
+  T* of(int64_t slot) const { return slot == 0 ? sum_ : rest_ + (slot - 1) * count_; }
   void join() const {
-    if (partners_ == 0) return;
+    if (sum_ == nullptr || partners_ == 0) return;
     for_rows(count_, partners_, [&](int64_t k) {
-      for (int64_t partner = 0; partner < partners_; ++partner) sum_[k] += rest_.data[partner * count_ + k];
+      for (int64_t partner = 0; partner < partners_; ++partner) sum_[k] += rest_[partner * count_ + k];
     });
   }
 
  private:
-  T* sum_;
+  T *sum_, *rest_;
   int64_t partners_, count_;
-  Buffer<T> rest_;
 };
 
 template <class T>

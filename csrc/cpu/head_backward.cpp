@@ -4,6 +4,7 @@
 
 #include "cpu/head_launch.h"
 #include "cpu/row_terms.h"
+#include "engine/update_arguments.h"
 
 namespace nf::cpu {
 namespace {
@@ -33,14 +34,13 @@ std::vector<RowGradient> row_gradients(const RowSlopes& slopes, const Tensor& gr
 }
 
 // The labels of rows with a slope; those of others may be anything.
-void check_targets(const HeadBackwardArguments& in, const Labels& labels,
+void check_targets(const char* op, const HeadBackwardTensors& in, const Labels& labels,
                    const std::vector<RowGradient>& gradients) {
   const int64_t C = in.weight.size(0);
   for (int64_t i = 0; i < labels.batch; ++i) {
     const int64_t label = labels.data[i];
     if (gradients[size_t(i)].any && (label < 0 || label >= C) && !(in.is_shard && label == kElsewhere))
-      fail(in.kName, ": expected `labels` in [0, ", C, ") where a row has slopes, got ", label, " at row ",
-           i);
+      fail(op, ": expected `labels` in [0, ", C, ") where a row has slopes, got ", label, " at row ", i);
   }
 }
 
@@ -95,6 +95,47 @@ std::vector<T> uniform_part(const std::vector<RowGradient>& gradients, const T* 
   return uniform;
 }
 
+// What is to be made.
+struct Wanted {
+  bool x, weight, scale;
+  const HeadUpdateArguments* update;  // or null: what the weight's gradient goes into, instead of dW
+};
+
+// Unit rows of the features, and what the second sweep needs: weighted ones, unit rows of a tile if it meets them
+// (a row else), their gradient, a tile's cells, and the sum over the classes where the first sweep did not make it.
+template <class T>
+struct BackwardScratch {
+  Block block;
+  bool make_sum;    // x_sum
+  bool make_units;  // of W
+  Array x_hat, weighted, w_hat, product, scores, x_sum, x_sums;
+  Array class_row;  // of dW, a class of every slot, where there is no dW
+
+  BackwardScratch(const HeadShape& shape, const HeadBackwardTensors& in, const Wanted& wanted)
+      : make_sum(wanted.x && in.x_sum.numel() == 0), make_units(make_sum || in.stored.numel() == 0) {
+    const int64_t rows = shape.batch * shape.dim, tiles = shape.slots * shape.chunk;
+    const bool sweeps = wanted.weight || make_sum;
+    x_hat = block.array<T>(rows);
+    weighted = block.array<T>(wanted.weight ? rows : 0);
+    w_hat = block.array<T>(!sweeps ? 0 : make_units ? tiles * shape.dim : shape.slots * shape.dim);
+    product = block.array<T>(wanted.weight ? tiles * shape.dim : 0);
+    scores = block.array<T>(sweeps ? tiles * shape.batch : 0);
+    x_sum = block.array<T>(make_sum ? rows : 0);
+    x_sums = SlotSum<T>::room(block, make_sum, shape.slots, rows);
+    class_row = block.array<T>(wanted.update != nullptr ? shape.slots * shape.dim : 0);
+    allocate(block);
+  }
+};
+
+// Takes row j of dW, stored as the weight is. Nothing reads row j of the weight after that.
+template <class T>
+void take_row(const HeadUpdateArguments& in, const Rows<T>& weight, int64_t j, const void* row) {
+  const int64_t at = j * weight.length * weight.kernel.item;
+  const auto state = [&](const std::optional<Tensor>& t) { return t ? data_of<char>(*t) + at : nullptr; };
+  weight.kernel.update(in.update, in.by, row, weight.row(j), state(in.state1), state(in.state2),
+                       weight.length);
+}
+
 // What the second sweep over the classes makes: dW, and x_sum where the first did not.
 template <class T>
 struct Backward {
@@ -110,48 +151,65 @@ struct Backward {
   T* stored;  // or null: the coefficients are made again
   bool smooth;
 
-  void sweep(const Tensor* dw, T* x_sum) const {
-    const int64_t N = shape.batch, D = shape.dim;
-    // The product can go where dW will be.
-    const bool direct = dw != nullptr && dw->element_size() == sizeof(T) && shape.centers == 1;
+  void sweep(const BackwardScratch<T>& scratch, const Wanted& wanted, const Tensor& dw, T* x_sum) const {
+    const int64_t N = shape.batch, D = shape.dim, units = scratch.make_units ? shape.chunk : 1;
     const std::vector<int64_t> order = rows_by_label(labels, gradients);
-    const std::vector<T> uniform = uniform_part(gradients, x_hat, D, dw != nullptr && smooth);
-    Buffer<T> weighted(dw != nullptr ? N * D : 0);
-    if (dw != nullptr) weigh_rows(gradients, x_hat, D, weighted.data);
-    Buffer<T> w_hat(shape.slots * shape.chunk * D);
-    Buffer<T> product(dw != nullptr && !direct ? shape.slots * shape.chunk * D : 0);
-    Buffer<T> scores(stored != nullptr ? 0 : shape.slots * N * shape.chunk);
-    const SlotSum<T> into(x_sum, shape.slots, N * D);
+    const std::vector<T> uniform = uniform_part(gradients, x_hat, D, wanted.weight && smooth);
+    T *weighted = data_of<T>(scratch.weighted), *w_hat = data_of<T>(scratch.w_hat),
+      *product = data_of<T>(scratch.product), *scores = data_of<T>(scratch.scores);
+    if (wanted.weight) weigh_rows(gradients, x_hat, D, weighted);
+    const SlotSum<T> into(x_sum, scratch.x_sums, shape.slots, N * D);
     shape.for_tiles([&](int64_t slot, const Tile& tile) {
-      T* unit = w_hat.data + slot * shape.chunk * D;
-      T* e = stored != nullptr ? stored + N * tile.first : scores.data + slot * N * shape.chunk;
-      for (int64_t j = 0; j < tile.width; ++j)
-        unit_row_again(weight, tile.first + j, inverse_norm[tile.first + j], eps, unit + tile.column(j) * D);
+      T *unit = w_hat + slot * units * D, *e = scores + slot * N * shape.chunk;
+      if (scratch.make_units)
+        for (int64_t j = 0; j < tile.width; ++j)
+          unit_row_again(weight, tile.first + j, inverse_norm[tile.first + j], eps,
+                         unit + tile.column(j) * D);
       if (stored == nullptr) {
         score_tile(shape, x_hat, unit, tile, e);
         fold_tile(labels, terms, tile, e, [](int64_t, const auto&) {});
+      } else {
+        // Read in order it comes from memory far faster than column by column, as the product would.
+        std::copy_n(stored + N * tile.first, N * tile.width, e);
       }
       if (into)
         multiply<T>({e, N, tile.width, tile.width}, {unit, tile.width, D, D}, {into.of(slot), N, D, D}, true);
-      if (dw == nullptr) return;
-      const Rows<T> out(*dw, D);
-      T* g = direct ? static_cast<T*>(out.row(tile.first)) : product.data + slot * shape.chunk * D;
-      multiply<T>(Matrix<T>{e, N, tile.width, tile.width}.transposed(), {weighted.data, N, D, D},
+      if (!wanted.weight) return;
+      // Not where dW will be: that memory is cold, and is to be written once.
+      T* g = product + slot * shape.chunk * D;
+      multiply<T>(Matrix<T>{e, N, tile.width, tile.width}.transposed(), {weighted, N, D, D},
                   {g, tile.width, D, D});
       add_targets(order, tile, g);
+      const Rows<T> out(dw, D);
+      T* class_row = data_of<T>(scratch.class_row) + slot * D;
       for (int64_t j = 0; j < tile.width; ++j) {
-        T *w = unit + tile.column(j) * D, *gradient = g + tile.column(j) * D;
+        T* gradient = g + tile.column(j) * D;
         if (!uniform.empty())
           accum_rows<T>().axpy(T(class_weight[tile.first + j]), uniform.data(), gradient, D);
-        weight.kernel.project(w, gradient, D, T(1),
-                              scale_again(weight, tile.first + j, inverse_norm[tile.first + j], eps, w), eps,
-                              out.row(tile.first + j));
+        const int64_t row = tile.first + j;
+        if (wanted.update == nullptr) {
+          finish_row(row, gradient, unit, out.row(row));
+        } else {
+          finish_row(row, gradient, unit, class_row);
+          take_row(*wanted.update, weight, row, class_row);
+        }
       }
     });
     into.join();
   }
 
  private:
+  // The gradient of row j of W from that of its unit row; y is a row of scratch.
+  void finish_row(int64_t j, const T* gradient, T* y, void* out) const {
+    const T inverse = inverse_norm[j];
+    if (math::inverse_serves(inverse)) {
+      weight.kernel.project_stored(weight.row(j), gradient, shape.dim, inverse, eps, out);
+      return;
+    }
+    const math::RowScale<T> scale = weight.kernel.normalize_wide(weight.row(j), shape.dim, 2, eps, y);
+    weight.kernel.project(y, gradient, shape.dim, T(1), scale, eps, out);
+  }
+
   void add_targets(const std::vector<int64_t>& order, const Tile& tile, T* g) const {
     const int64_t D = shape.dim;
     auto row = std::lower_bound(order.begin(), order.end(), tile.first,
@@ -163,30 +221,30 @@ struct Backward {
 };
 
 template <class T>
-void backward(const HeadBackwardArguments& in, const Tensor& dx, const Tensor& dw, const Tensor& dscale) {
-  const HeadShape shape = in.stored.numel() > 0 ? shape_of_stored<T>(in) : shape_of(in.kName, in, false);
+void backward(const char* op, const HeadBackwardTensors& in, const Wanted& wanted, const Tensor& dx,
+              const Tensor& dw, const Tensor& dscale) {
+  const HeadShape shape = in.stored.numel() > 0 ? shape_of_stored<T>(op, in) : shape_of(op, in, false);
   const int64_t N = shape.batch, D = shape.dim;
   const Rows<T> xs(in.x, D), ws(in.weight, D);
   const Labels labels(in.labels);
   const RowState rows(in.rows);
   const T* inverse = data_of<const T>(in.inverse_norm);
   const std::vector<RowGradient> gradients = row_gradients<T>(RowSlopes(in.slopes), in.grad_loss);
-  check_targets(in, labels, gradients);
-  Buffer<T> x_hat(N * D);
+  check_targets(op, in, labels, gradients);
+  const BackwardScratch<T> scratch(shape, in, wanted);
+  T* x_hat = data_of<T>(scratch.x_hat);
   for_rows(N, D, [&](int64_t i) {
     if (gradients[size_t(i)].any)
-      unit_row_again(xs, i, T(rows[kInverseNorm][i]), T(in.eps), x_hat.data + i * D);
+      unit_row_again(xs, i, T(rows[kInverseNorm][i]), T(in.eps), x_hat + i * D);
     else
-      std::fill_n(x_hat.data + i * D, D, T(0));
+      std::fill_n(x_hat + i * D, D, T(0));
   });
-  if (in.need_scale) {
+  if (wanted.scale) {
     double* ds = static_cast<double*>(dscale.mutable_data_ptr());
     const int64_t step = dscale.dim() == 0 ? 0 : 1;
     std::fill_n(ds, dscale.numel(), 0.0);
     for (int64_t i = 0; i < N; ++i) ds[i * step] += gradients[size_t(i)].scale;
   }
-  const bool make_sum = in.need_x && in.x_sum.numel() == 0;
-  Buffer<T> own_sum(make_sum ? N * D : 0);
   const RowTerms<T> terms(
       in, RowNumbers(in.scale, in.scale_value), [&](int64_t i) { return gradients[size_t(i)].any; },
       [&](int64_t i) { return rows[kShift][i]; });
@@ -199,19 +257,19 @@ void backward(const HeadBackwardArguments& in, const Tensor& dx, const Tensor& d
                            inverse,
                            class_weight,
                            T(in.eps),
-                           x_hat.data,
+                           x_hat,
                            data_of<T>(in.stored),
                            in.class_sum.numel() > 0};
-  if (in.need_weight || make_sum)
-    second.sweep(in.need_weight ? &dw : nullptr, make_sum ? own_sum.data : nullptr);
-  if (in.need_x)
-    grad_features(xs, ws, labels, inverse, gradients, rows, x_hat.data,
-                  make_sum ? own_sum.data : data_of<T>(in.x_sum), data_of<T>(in.class_sum), T(in.eps),
+  T* own_sum = data_of<T>(scratch.x_sum);
+  if (wanted.weight || scratch.make_sum) second.sweep(scratch, wanted, dw, own_sum);
+  if (wanted.x)
+    grad_features(xs, ws, labels, inverse, gradients, rows, x_hat,
+                  scratch.make_sum ? own_sum : data_of<T>(in.x_sum), data_of<T>(in.class_sum), T(in.eps),
                   Rows<T>(dx, D));
 }
 
 std::tuple<Tensor, Tensor, Tensor> head_backward(const HeadBackwardArguments& in) {
-  check_backward(in);
+  check_backward(in.kName, in);
   const bool per_row = in.scale && in.scale->dim() == 1;
   Tensor dx = partial_gradient_like(in.x, in.need_x, in.is_shard);
   if (!in.need_x && in.is_shard) dx = fresh({0}, accumulator(in.x.scalar_type()));
@@ -220,11 +278,21 @@ std::tuple<Tensor, Tensor, Tensor> head_backward(const HeadBackwardArguments& in
               : per_row      ? fresh({in.x.size(0)}, ScalarType::Double)
                              : fresh({}, ScalarType::Double);
   const auto run = accumulator(in.x.scalar_type()) == ScalarType::Double ? backward<double> : backward<float>;
-  run(in, dx, dw, ds);
+  run(in.kName, in, {in.need_x, in.need_weight, in.need_scale, nullptr}, dx, dw, ds);
   return {dx, dw, ds};
+}
+
+void head_backward_update(const HeadUpdateArguments& in) {
+  check_update(in);
+  const auto run = accumulator(in.x.scalar_type()) == ScalarType::Double ? backward<double> : backward<float>;
+  // Without the features' gradient, which reads the rows of the labels.
+  run(in.kName, in, {false, true, false, &in}, in.x, in.weight, in.x);
 }
 
 }  // namespace
 }  // namespace nf::cpu
 
-NF_CPU_LIBRARY(m) { nf::implement<&nf::cpu::head_backward>(m); }
+NF_CPU_LIBRARY(m) {
+  nf::implement<&nf::cpu::head_backward>(m);
+  nf::implement<&nf::cpu::head_backward_update>(m);
+}

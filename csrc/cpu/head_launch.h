@@ -22,13 +22,13 @@ inline int64_t stored_count(const HeadInputs& in) { return in.x.size(0) * in.wei
 
 // The tiles in which coefficients were stored.
 template <class T>
-HeadShape shape_of_stored(const HeadBackwardArguments& in) {
+HeadShape shape_of_stored(const char* op, const HeadBackwardTensors& in) {
   const int64_t count = stored_count(in);
-  check_stored(in, accumulator(in.x.scalar_type()), count);
+  check_stored(op, in, accumulator(in.x.scalar_type()), count);
   const T width = data_of<const T>(in.stored)[count - 1];
   if (!(width >= T(1) && width <= T(std::max<int64_t>(1, in.weight.size(0)))) ||
       (in.weight.size(0) > 0 && int64_t(width) % in.centers != 0))
-    fail(in.kName, ": expected `stored` to end with how wide a tile is, got ", width);
+    fail(op, ": expected `stored` to end with how wide a tile is, got ", width);
   return HeadShape(in.x, in.weight, int64_t(width), in.centers);
 }
 

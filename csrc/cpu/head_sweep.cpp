@@ -63,17 +63,23 @@ void largest_logits(const HeadShape& shape, const HeadInputs& in, const RowTerms
   const int64_t N = shape.batch, D = shape.dim;
   const Rows<T> w(in.weight, D);
   const Labels labels(in.labels);
-  Buffer<T> w_hat(shape.slots * shape.chunk * D), inverse(shape.slots * shape.chunk);
-  Buffer<T> scores(shape.slots * N * shape.chunk), largest(shape.slots * N);
-  std::fill_n(largest.data, shape.slots * N, -T(INFINITY));
+  Block scratch;
+  const Array units = scratch.array<T>(shape.slots * shape.chunk * D),
+              inverses = scratch.array<T>(shape.slots * shape.chunk),
+              cells = scratch.array<T>(shape.slots * N * shape.chunk),
+              best_logits = scratch.array<T>(shape.slots * N);
+  allocate(scratch);
+  T *w_hat = data_of<T>(units), *inverse = data_of<T>(inverses), *scores = data_of<T>(cells),
+    *largest = data_of<T>(best_logits);
+  std::fill_n(largest, shape.slots * N, -T(INFINITY));
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
-    T* unit = w_hat.data + slot * shape.chunk * D;
-    T* tile_scores = scores.data + slot * N * shape.chunk;
-    unit_rows(w, tile, T(in.eps), unit, inverse.data + slot * shape.chunk);
+    T* unit = w_hat + slot * shape.chunk * D;
+    T* tile_scores = scores + slot * N * shape.chunk;
+    unit_rows(w, tile, T(in.eps), unit, inverse + slot * shape.chunk);
     score_tile(shape, x_hat, unit, tile, tile_scores);
     PooledRow<T> pooled(tile);
     for (int64_t i = 0; i < N; ++i) {
-      T& best = largest.data[slot * N + i];
+      T& best = largest[slot * N + i];
       const T* row = pooled.of(tile_scores + i * tile.width);
       around_target(labels.data[i], tile, [&](int64_t begin, int64_t end) {
         best = std::max(best, terms.largest(row + begin, end - begin, terms.rows[size_t(i)], terms.numbers));
@@ -81,8 +87,8 @@ void largest_logits(const HeadShape& shape, const HeadInputs& in, const RowTerms
     }
   });
   for (int64_t i = 0; i < N; ++i) {
-    T best = largest.data[i];
-    for (int64_t slot = 1; slot < shape.slots; ++slot) best = std::max(best, largest.data[slot * N + i]);
+    T best = largest[i];
+    for (int64_t slot = 1; slot < shape.slots; ++slot) best = std::max(best, largest[slot * N + i]);
     result[i] = double(best);
   }
 }
@@ -108,33 +114,50 @@ struct SweepResult {
   Tensor rows, inverse_norm, x_sum, class_sum, stored, listed, found;
 };
 
+// What a sweep needs besides: unit rows of the features and of a tile, its cells, and every thread's sums.
+template <class T>
+struct SweepScratch {
+  Block block;
+  Array x_hat, w_hat, scores, sums, x_sums, class_sums;
+
+  SweepScratch(const HeadShape& shape, const HeadSweepArguments& in)
+      : x_hat(block.array<T>(shape.batch * shape.dim)),
+        w_hat(block.array<T>(shape.slots * shape.chunk * shape.dim)),
+        scores(block.array<T>(in.store ? 0 : shape.slots * shape.batch * shape.chunk)),
+        sums(block.array<double>(shape.slots * 2 * shape.batch)),
+        x_sums(SlotSum<T>::room(block, in.need_x, shape.slots, shape.batch * shape.dim)),
+        class_sums(block.array<T>(in.need_class_sum ? shape.slots * (shape.dim + 1) : 0)) {
+    allocate(block);
+  }
+};
+
 // The sums, x_sum, class_sum (U), the stored coefficients, and what the sink collects.
 template <class T>
 void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<T>& terms,
-           const ClassWeights<T>& class_weight, T* x_hat, const RowState& rows, const SweepResult& out) {
+           const ClassWeights<T>& class_weight, const SweepScratch<T>& scratch, const RowState& rows,
+           const SweepResult& out) {
   const int64_t N = shape.batch, D = shape.dim;
   const Rows<T> w(in.weight, D);
   const Labels labels(in.labels);
   T* class_sum = data_of<T>(out.class_sum);  // U and, last, the sum of the class weights
   T* stored = data_of<T>(out.stored);
   T* inverse_norm = data_of<T>(out.inverse_norm);
-  Buffer<T> w_hat(shape.slots * shape.chunk * D);
-  Buffer<T> scores(stored != nullptr ? 0 : shape.slots * N * shape.chunk);
-  Buffer<double> sums(shape.slots * 2 * N);
-  const SlotSum<T> x_sum(data_of<T>(out.x_sum), shape.slots, N * D);
-  Buffer<T> class_sums(class_sum != nullptr ? shape.slots * (D + 1) : 0);
-  std::fill_n(sums.data, shape.slots * 2 * N, 0.0);
-  std::fill_n(class_sums.data, class_sums.tensor.numel(), T(0));
+  T *x_hat = data_of<T>(scratch.x_hat), *w_hat = data_of<T>(scratch.w_hat),
+    *scores = data_of<T>(scratch.scores), *class_sums = data_of<T>(scratch.class_sums);
+  double* sums = data_of<double>(scratch.sums);
+  const SlotSum<T> x_sum(data_of<T>(out.x_sum), scratch.x_sums, shape.slots, N * D);
+  std::fill_n(sums, shape.slots * 2 * N, 0.0);
+  std::fill_n(class_sums, scratch.class_sums.count(), T(0));
   std::optional<ActiveList<T>> active;
   std::optional<Hardest<T>> hardest;
   if (in.sink == kActiveList) active.emplace(shape, in.capacity);
   if (in.sink == kHardest || in.need_largest) hardest.emplace(shape);
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
-    T* unit = w_hat.data + slot * shape.chunk * D;
-    T* e = stored != nullptr ? stored + N * tile.first : scores.data + slot * N * shape.chunk;
+    T* unit = w_hat + slot * shape.chunk * D;
+    T* e = stored != nullptr ? stored + N * tile.first : scores + slot * N * shape.chunk;
     unit_rows(w, tile, T(in.eps), unit, inverse_norm + tile.first);
     if (class_sum != nullptr) {
-      T* sum = class_sums.data + slot * (D + 1);
+      T* sum = class_sums + slot * (D + 1);
       for (int64_t j = 0; j < tile.width; ++j) {
         const T factor = T(class_weight[tile.first + j]);
         accum_rows<T>().axpy(factor, unit + j * D, sum, D);
@@ -144,7 +167,7 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
     score_tile(shape, x_hat, unit, tile, e);
     if (hardest) hardest->take(slot, labels, tile, rows, e);
     if (in.sink == kHardest) return;
-    double* sum = sums.data + slot * 2 * N;
+    double* sum = sums + slot * 2 * N;
     fold_tile(labels, terms, tile, e, [&](int64_t i, const auto& part) {
       sum[i] += part.value;
       sum[N + i] += part.second;
@@ -160,16 +183,16 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
   if (in.need_largest) hardest->put_cosines(rows[kLargestCosine]);
   if (in.sink == kHardest)
     hardest->finish(terms, listed, found, [&](int64_t i, const auto& part) {
-      sums.data[i] = part.value;
-      sums.data[N + i] = part.second;
+      sums[i] = part.value;
+      sums[N + i] = part.second;
     });
-  add_slots(sums.data, shape.slots, 2 * N);
-  std::copy_n(sums.data, N, rows[kSum]);
-  std::copy_n(sums.data + N, N, rows[kSecondSum]);
+  add_slots(sums, shape.slots, 2 * N);
+  std::copy_n(sums, N, rows[kSum]);
+  std::copy_n(sums + N, N, rows[kSecondSum]);
   x_sum.join();
   if (class_sum != nullptr) {
-    add_slots(class_sums.data, shape.slots, D + 1);
-    std::copy_n(class_sums.data, D + 1, class_sum);
+    add_slots(class_sums, shape.slots, D + 1);
+    std::copy_n(class_sums, D + 1, class_sum);
   }
 }
 
@@ -189,22 +212,23 @@ SweepResult run_sweep(const HeadSweepArguments& in) {
   const RowState rows(out.rows);
   const RowNumbers scale(in.scale, in.scale_value);
   const ClassWeights<T> class_weight(in.class_weight);
-  Buffer<T> x_hat(N * D);
+  const SweepScratch<T> scratch(shape, in);
+  T* x_hat = data_of<T>(scratch.x_hat);
   const Counting<T> counting{
       Labels(in.labels).data, in.ignore_index,
       in.sample_weight ? static_cast<const T*>(in.sample_weight->const_data_ptr()) : nullptr};
-  prepare_rows(in, counting, class_weight, x_hat.data, rows);
+  prepare_rows(in, counting, class_weight, x_hat, rows);
   RowTerms<T> terms(
       in, scale, [&](int64_t i) { return rows[kRowWeight][i] != 0; }, [](int64_t) { return 0.0; });
   if (in.shift)
     std::copy_n(static_cast<const double*>(in.shift->const_data_ptr()), N, rows[kShift]);
   else
-    choose_shift(shape, in, scale, terms, x_hat.data, rows[kShift]);
+    choose_shift(shape, in, scale, terms, x_hat, rows[kShift]);
   for (int64_t i = 0; i < N; ++i) {
     if (rows[kRowWeight][i] == 0) rows[kShift][i] = 0;  // a row that became zero has scores of 0
     terms.rows[size_t(i)].shift = T(rows[kShift][i]);
   }
-  sweep(shape, in, terms, class_weight, x_hat.data, rows, out);
+  sweep(shape, in, terms, class_weight, scratch, rows, out);
   return out;
 }
 
@@ -222,14 +246,17 @@ Tensor head_shift(const HeadShiftArguments& in) {
   Tensor shift = fresh({in.x.size(0)}, ScalarType::Double);
   const auto run = [&]<class T>(T) {
     const HeadShape shape = shape_of(in.kName, in, false);
-    Buffer<T> x_hat(shape.batch * shape.dim);
-    Buffer<double> inverse(shape.batch);
+    Block scratch;
+    const Array features = scratch.array<T>(shape.batch * shape.dim),
+                inverse = scratch.array<double>(shape.batch);
+    allocate(scratch);
+    T* x_hat = data_of<T>(features);
     const Counting<T> counting{Labels(in.labels).data, in.ignore_index, nullptr};
     const RowNumbers scale(in.scale, in.scale_value);
-    unit_features(in, counting, x_hat.data, inverse.data);
+    unit_features(in, counting, x_hat, data_of<double>(inverse));
     const RowTerms<T> terms(
         in, scale, [&](int64_t i) { return counting.weight(i) != 0; }, [](int64_t) { return 0.0; });
-    choose_shift(shape, in, scale, terms, x_hat.data, static_cast<double*>(shift.mutable_data_ptr()));
+    choose_shift(shape, in, scale, terms, x_hat, static_cast<double*>(shift.mutable_data_ptr()));
   };
   accumulator(in.x.scalar_type()) == ScalarType::Double ? run(double()) : run(float());
   return shift;

@@ -20,12 +20,9 @@ int64_t chunk_for(const Tensor& weight) {
 
 // All rows in the accumulator type.
 template <class T>
-Buffer<T> widened(const Rows<T>& rows, int64_t count) {
-  Buffer<T> wide(count * rows.length);
-  for_rows(count, rows.length, [&](int64_t i) {
-    rows.kernel.widen(rows.row(i), rows.length, T(1), wide.data + i * rows.length);
-  });
-  return wide;
+void widen(const Rows<T>& rows, int64_t count, T* wide) {
+  for_rows(count, rows.length,
+           [&](int64_t i) { rows.kernel.widen(rows.row(i), rows.length, T(1), wide + i * rows.length); });
 }
 
 template <class T>
@@ -39,25 +36,29 @@ void forward(const Tensor& x, const Tensor& weight, int p, Tensor& out, uint32_t
   const int64_t N = shape.batch, D = shape.dim;
   const AccumRows<T>& kernel = accum_rows<T>();
   const Rows<T> ws(weight, D), outs(out, shape.classes);
-  const Buffer<T> features = widened(Rows<T>(x, D), N);
+  Block scratch;
+  const Array wide = scratch.array<T>(N * D), tiles = scratch.array<T>(shape.slots * shape.chunk * D),
+              distances = scratch.array<T>(shape.slots * N * shape.chunk);
+  allocate(scratch);
+  T *features = data_of<T>(wide), *agents = data_of<T>(tiles), *cells = data_of<T>(distances);
+  widen(Rows<T>(x, D), N, features);
   std::vector<T> xx(static_cast<size_t>(p == 2 ? N : 0));
   for (size_t i = 0; i < xx.size(); ++i)
-    xx[i] = T(kernel.dot(features.data + int64_t(i) * D, features.data + int64_t(i) * D, D));
-  Buffer<T> agents(shape.slots * shape.chunk * D), cells(shape.slots * N * shape.chunk);
+    xx[i] = T(kernel.dot(features + int64_t(i) * D, features + int64_t(i) * D, D));
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
-    T* w = agents.data + slot * shape.chunk * D;
-    T* d = cells.data + slot * N * shape.chunk;
+    T* w = agents + slot * shape.chunk * D;
+    T* d = cells + slot * N * shape.chunk;
     std::vector<T> ww(static_cast<size_t>(tile.width));
     for (int64_t j = 0; j < tile.width; ++j) {
       ws.kernel.widen(ws.row(tile.first + j), D, T(1), w + j * D);
       if (p == 2) ww[size_t(j)] = T(kernel.dot(w + j * D, w + j * D, D));
     }
     if (p == 2)
-      multiply<T>({features.data, N, D, D}, Matrix<T>{w, tile.width, D, D}.transposed(),
+      multiply<T>({features, N, D, D}, Matrix<T>{w, tile.width, D, D}.transposed(),
                   {d, N, tile.width, tile.width});
     for (int64_t i = 0; i < N; ++i) {
       T* row = d + i * tile.width;
-      const T* feature = features.data + i * D;
+      const T* feature = features + i * D;
       uint32_t* words =
           near != nullptr ? near + i * near_words(shape.classes) + tile.first / kNearBits : nullptr;
       if (words != nullptr) std::fill_n(words, near_words(tile.width), 0u);
@@ -132,29 +133,37 @@ void backward(const Tensor& grad, const uint32_t* near, const Tensor& x, const T
   const int64_t N = shape.batch, D = shape.dim;
   const AccumRows<T>& kernel = accum_rows<T>();
   const Rows<T> ws(weight, D), grads(grad, shape.classes);
-  const Buffer<T> features = widened(Rows<T>(x, D), N);
-  Buffer<T> agents(shape.slots * shape.chunk * D), cells(shape.slots * N * shape.chunk);
-  Buffer<T> products(dw != nullptr ? shape.slots * shape.chunk * D : 0);
-  Buffer<T> sums(dx != nullptr ? shape.slots * N * D : 0);  // p = 2: of g w; p = 1: of g sign(x - w)
-  Buffer<double> totals(shape.slots * N);                   // of g
-  std::fill_n(sums.data, sums.tensor.numel(), T(0));
-  std::fill_n(totals.data, shape.slots * N, 0.0);
+  const int64_t tile_values = shape.slots * shape.chunk * D;
+  Block scratch;
+  const Array wide = scratch.array<T>(N * D), tiles = scratch.array<T>(tile_values),
+              factors_of = scratch.array<T>(shape.slots * N * shape.chunk),
+              tile_gradients = scratch.array<T>(dw != nullptr ? tile_values : 0),
+              row_gradients = scratch.array<T>(dx != nullptr ? shape.slots * N * D : 0),
+              row_totals = scratch.array<double>(shape.slots * N);
+  allocate(scratch);
+  T *features = data_of<T>(wide), *agents = data_of<T>(tiles), *cells = data_of<T>(factors_of),
+    *products = data_of<T>(tile_gradients),
+    *sums = data_of<T>(row_gradients);           // p = 2: of g w; p = 1: of g sign(x - w)
+  double* totals = data_of<double>(row_totals);  // of g
+  widen(Rows<T>(x, D), N, features);
+  std::fill_n(sums, row_gradients.count(), T(0));
+  std::fill_n(totals, shape.slots * N, 0.0);
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
-    T* w = agents.data + slot * shape.chunk * D;
-    T* g = cells.data + slot * N * shape.chunk;
-    const GradientTile<T> part{tile.width, features.data, w, g};
+    T* w = agents + slot * shape.chunk * D;
+    T* g = cells + slot * N * shape.chunk;
+    const GradientTile<T> part{tile.width, features, w, g};
     for (int64_t j = 0; j < tile.width; ++j) ws.kernel.widen(ws.row(tile.first + j), D, T(1), w + j * D);
     for (int64_t i = 0; i < N; ++i)
       grads.kernel.widen(cell(grads, i, tile.first), tile.width, T(1), g + i * tile.width);
-    T* sum = dx != nullptr ? sums.data + slot * N * D : nullptr;
-    T* product = dw != nullptr ? products.data + slot * shape.chunk * D : nullptr;
+    T* sum = dx != nullptr ? sums + slot * N * D : nullptr;
+    T* product = dw != nullptr ? products + slot * shape.chunk * D : nullptr;
     const bool direct = labels != nullptr || p == 1;
     if (dw != nullptr) std::fill_n(product, tile.width * D, T(0));
     if (dw != nullptr && direct) add_agent_slopes(part, labels, tile.first, N, D, p, product);
     if (p == 2)
       take_near_cells(part, near + tile.first / kNearBits, near_words(shape.classes), N, D, sum,
                       direct ? nullptr : product);
-    for (int64_t i = 0; i < N; ++i) totals.data[slot * N + i] += row_sum(g + i * tile.width, tile.width);
+    for (int64_t i = 0; i < N; ++i) totals[slot * N + i] += row_sum(g + i * tile.width, tile.width);
     const Matrix<T> factors{g, N, tile.width, tile.width};
     if (dx != nullptr) {
       if (p == 2)
@@ -162,13 +171,11 @@ void backward(const Tensor& grad, const uint32_t* near, const Tensor& x, const T
       else
         for (int64_t i = 0; i < N; ++i)
           for (int64_t j = 0; j < tile.width; ++j)
-            kernel.add_distance_slope(g[i * tile.width + j], features.data + i * D, w + j * D, sum + i * D, D,
-                                      1);
+            kernel.add_distance_slope(g[i * tile.width + j], features + i * D, w + j * D, sum + i * D, D, 1);
     }
     if (dw == nullptr) return;
     const Rows<T> out(*dw, D);
-    if (!direct)
-      multiply<T>(factors.transposed(), {features.data, N, D, D}, {product, tile.width, D, D}, true);
+    if (!direct) multiply<T>(factors.transposed(), {features, N, D, D}, {product, tile.width, D, D}, true);
     for (int64_t j = 0; j < tile.width; ++j) {
       T* row = product + j * D;
       if (!direct) {
@@ -180,13 +187,13 @@ void backward(const Tensor& grad, const uint32_t* near, const Tensor& x, const T
     }
   });
   if (dx == nullptr) return;
-  add_slots(sums.data, shape.slots, N * D);
-  add_slots(totals.data, shape.slots, N);
+  add_slots(sums, shape.slots, N * D);
+  add_slots(totals, shape.slots, N);
   const Rows<T> out(*dx, D);
   for_rows(N, D, [&](int64_t i) {
-    T* row = sums.data + i * D;
+    T* row = sums + i * D;
     if (p == 2)
-      for (int64_t d = 0; d < D; ++d) row[d] = T(2) * (T(totals.data[i]) * features.data[i * D + d] - row[d]);
+      for (int64_t d = 0; d < D; ++d) row[d] = T(2) * (T(totals[i]) * features[i * D + d] - row[d]);
     out.kernel.store_as(row, D, T(1), out.row(i));
   });
 }

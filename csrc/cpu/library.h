@@ -10,6 +10,7 @@
 #include "checks.h"
 #include "cpu/rows.h"
 #include "engine/accumulator.h"
+#include "engine/block.h"
 
 // The sanitizer build of these files registers them beside the real ones, in a namespace of its own.
 #ifndef NF_NAMESPACE
@@ -82,10 +83,11 @@ void for_rows(int64_t count, int64_t cost, const Body& body) {
 // by one can cost more than everything computed on them.
 Tensor fresh(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type);
 Tensor fresh_like(const Tensor& t);
+void allocate(Block& block);
 
 // Where a gradient will be written: like `t`, or empty where it was not asked for.
 inline Tensor gradient_like(const Tensor& t, bool needed) {
-  return needed ? fresh_like(t) : fresh({0}, t.scalar_type());
+  return needed ? fresh(t.sizes(), t.scalar_type()) : fresh({0}, t.scalar_type());
 }
 
 // The same for one shard's part of a gradient: added to others before it is rounded, so not yet rounded.

@@ -23,7 +23,7 @@ void ask_for_huge_pages([[maybe_unused]] const Tensor& t) {
 }  // namespace
 
 Tensor fresh(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
-  Tensor t = allocated(sizes, type, [&] { return torch::stable::empty(sizes, type); });
+  Tensor t = new_tensor(sizes, type, Place(aoti_torch_device_type_cpu(), 0));
   ask_for_huge_pages(t);
   return t;
 }
@@ -32,6 +32,10 @@ Tensor fresh_like(const Tensor& like) {
   Tensor t = allocated(like.sizes(), like.scalar_type(), [&] { return torch::stable::empty_like(like); });
   ask_for_huge_pages(t);
   return t;
+}
+
+void allocate(Block& block) {
+  block.allocate([](int64_t bytes) { return fresh({bytes}, ScalarType::Byte); });
 }
 
 }  // namespace nf::cpu

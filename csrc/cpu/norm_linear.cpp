@@ -8,12 +8,12 @@ namespace nf::cpu {
 namespace {
 
 // A tile's columns of a stored [N, C] matrix, as T with the given leading dimension: in place where
-// the storage type is T, through `scratch` otherwise.
+// the storage type is T, through `cells` otherwise.
 template <class T>
-Matrix<T> columns(const Rows<T>& matrix, int64_t batch, const Tile& tile, T* scratch) {
-  if (scratch == nullptr)
+Matrix<T> columns(const Rows<T>& matrix, int64_t batch, const Tile& tile, T* cells) {
+  if (cells == nullptr)
     return {static_cast<T*>(matrix.row(0)) + tile.first, batch, tile.width, matrix.length};
-  return {scratch, batch, tile.width, tile.width};
+  return {cells, batch, tile.width, tile.width};
 }
 
 template <class T>
@@ -23,7 +23,7 @@ void* cell(const Rows<T>& matrix, int64_t row, int64_t column) {
 
 // x_hat[i] = factor x_i / ||x_i|| (or factor x_i), and 1 / ||x_i|| (or 1).
 template <class T>
-void features(const Rows<T>& x, int64_t batch, bool normalize_input, T eps, T* x_hat, T* inverse) {
+void unit_features(const Rows<T>& x, int64_t batch, bool normalize_input, T eps, T* x_hat, T* inverse) {
   for_rows(batch, x.length, [&](int64_t i) {
     T* row = x_hat + i * x.length;
     inverse[i] = T(1);
@@ -46,17 +46,23 @@ void forward(const Tensor& x, const Tensor& weight, double scale, bool normalize
   const int64_t N = shape.batch, D = shape.dim;
   const Rows<T> xs(x, D), ws(weight, D), outs(out, shape.classes);
   const bool direct = out.element_size() == sizeof(T);
-  Buffer<T> x_hat(N * D), x_inverse(N), w_hat(shape.slots * shape.chunk * D);
-  Buffer<T> w_inverse(shape.slots * shape.chunk), scratch(direct ? 0 : shape.slots * N * shape.chunk);
-  features(xs, N, normalize_input, T(eps), x_hat.data, x_inverse.data);
+  Block scratch;
+  const Array features = scratch.array<T>(N * D), x_norms = scratch.array<T>(N),
+              units = scratch.array<T>(shape.slots * shape.chunk * D),
+              w_norms = scratch.array<T>(shape.slots * shape.chunk),
+              wide = scratch.array<T>(direct ? 0 : shape.slots * N * shape.chunk);
+  allocate(scratch);
+  T *x_hat = data_of<T>(features), *w_hat = data_of<T>(units), *w_inverse = data_of<T>(w_norms),
+    *cells = data_of<T>(wide);
+  unit_features(xs, N, normalize_input, T(eps), x_hat, data_of<T>(x_norms));
   for_rows(N, D, [&](int64_t i) {  // the scale goes onto the smaller operand
-    for (int64_t d = 0; d < D; ++d) x_hat.data[i * D + d] *= T(scale);
+    for (int64_t d = 0; d < D; ++d) x_hat[i * D + d] *= T(scale);
   });
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
-    T* unit = w_hat.data + slot * shape.chunk * D;
-    unit_rows(ws, tile, T(eps), unit, w_inverse.data + slot * shape.chunk);
-    const Matrix<T> result = columns(outs, N, tile, direct ? nullptr : scratch.data + slot * N * shape.chunk);
-    multiply<T>({x_hat.data, N, D, D}, Matrix<T>{unit, tile.width, D, D}.transposed(), result);
+    T* unit = w_hat + slot * shape.chunk * D;
+    unit_rows(ws, tile, T(eps), unit, w_inverse + slot * shape.chunk);
+    const Matrix<T> result = columns(outs, N, tile, direct ? nullptr : cells + slot * N * shape.chunk);
+    multiply<T>({x_hat, N, D, D}, Matrix<T>{unit, tile.width, D, D}.transposed(), result);
     if (!direct)
       for (int64_t i = 0; i < N; ++i)
         outs.kernel.store_as(result.data + i * tile.width, tile.width, T(1), cell(outs, i, tile.first));
@@ -70,45 +76,51 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, double 
   const int64_t N = shape.batch, D = shape.dim;
   const Rows<T> xs(x, D), ws(weight, D), grads(grad, shape.classes);
   const bool direct = grad.element_size() == sizeof(T), need_rows = dx != nullptr || dscale != nullptr;
-  Buffer<T> x_hat(N * D), x_inverse(N), w_inverse(shape.slots * shape.chunk);
-  Buffer<T> w_hat(shape.slots * shape.chunk * D), dw_hat(shape.slots * shape.chunk * D);
-  Buffer<T> scratch(direct ? 0 : shape.slots * N * shape.chunk);
-  Buffer<T> dx_hat(need_rows ? shape.slots * N * D : 0);  // sum over j of G_ij w_hat_j, without s
-  features(xs, N, normalize_input, T(eps), x_hat.data, x_inverse.data);
-  std::fill_n(dx_hat.data, dx_hat.tensor.numel(), T(0));
+  const int64_t tile_values = shape.slots * shape.chunk * D;
+  Block scratch;
+  const Array features = scratch.array<T>(N * D), x_norms = scratch.array<T>(N),
+              w_norms = scratch.array<T>(shape.slots * shape.chunk), units = scratch.array<T>(tile_values),
+              products = scratch.array<T>(dw != nullptr ? tile_values : 0),
+              wide = scratch.array<T>(direct ? 0 : shape.slots * N * shape.chunk),
+              sums = scratch.array<T>(need_rows ? shape.slots * N * D : 0);
+  allocate(scratch);
+  T *x_hat = data_of<T>(features), *x_inverse = data_of<T>(x_norms), *w_inverse = data_of<T>(w_norms),
+    *w_hat = data_of<T>(units), *dw_hat = data_of<T>(products), *cells = data_of<T>(wide),
+    *dx_hat = data_of<T>(sums);  // sum over j of G_ij w_hat_j, without s
+  unit_features(xs, N, normalize_input, T(eps), x_hat, x_inverse);
+  std::fill_n(dx_hat, sums.count(), T(0));
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
-    T* unit = w_hat.data + slot * shape.chunk * D;
-    T* inverse = w_inverse.data + slot * shape.chunk;
+    T* unit = w_hat + slot * shape.chunk * D;
+    T* inverse = w_inverse + slot * shape.chunk;
     unit_rows(ws, tile, T(eps), unit, inverse);
-    const Matrix<T> g = columns(grads, N, tile, direct ? nullptr : scratch.data + slot * N * shape.chunk);
+    const Matrix<T> g = columns(grads, N, tile, direct ? nullptr : cells + slot * N * shape.chunk);
     if (!direct)
       for (int64_t i = 0; i < N; ++i)
         grads.kernel.widen(cell(grads, i, tile.first), tile.width, T(1), g.data + i * tile.width);
     const Matrix<T> w{unit, tile.width, D, D};
-    if (need_rows) multiply<T>(g, w, {dx_hat.data + slot * N * D, N, D, D}, true);
+    if (need_rows) multiply<T>(g, w, {dx_hat + slot * N * D, N, D, D}, true);
     if (dw == nullptr) return;
     const Rows<T> out(*dw, D);
-    T* product = dw_hat.data + slot * shape.chunk * D;
-    multiply<T>(g.transposed(), {x_hat.data, N, D, D}, {product, tile.width, D, D});
+    T* product = dw_hat + slot * shape.chunk * D;
+    multiply<T>(g.transposed(), {x_hat, N, D, D}, {product, tile.width, D, D});
     for (int64_t j = 0; j < tile.width; ++j)
       ws.kernel.project(unit + j * D, product + j * D, D, T(scale),
                         scale_again(ws, tile.first + j, inverse[j], T(eps), unit + j * D), T(eps),
                         out.row(tile.first + j));
   });
-  if (need_rows) add_slots(dx_hat.data, shape.slots, N * D);
+  if (need_rows) add_slots(dx_hat, shape.slots, N * D);
   if (dscale != nullptr) {
     double total = 0;
-    for (int64_t i = 0; i < N; ++i) total += dot_in_double(x_hat.data + i * D, dx_hat.data + i * D, D);
+    for (int64_t i = 0; i < N; ++i) total += dot_in_double(x_hat + i * D, dx_hat + i * D, D);
     *static_cast<double*>(dscale->mutable_data_ptr()) = total;
   }
   if (dx == nullptr) return;
   const Rows<T> out(*dx, D);
   for_rows(N, D, [&](int64_t i) {
-    T* g = dx_hat.data + i * D;
+    T* g = dx_hat + i * D;
     if (normalize_input)
-      xs.kernel.project(x_hat.data + i * D, g, D, T(scale),
-                        scale_again(xs, i, x_inverse.data[i], T(eps), x_hat.data + i * D), T(eps),
-                        out.row(i));
+      xs.kernel.project(x_hat + i * D, g, D, T(scale),
+                        scale_again(xs, i, x_inverse[i], T(eps), x_hat + i * D), T(eps), out.row(i));
     else
       xs.kernel.store_as(g, D, T(scale), out.row(i));
   });

@@ -7,6 +7,7 @@
 #include "cpu/stored.h"
 #include "engine/terms.h"
 #include "math/normalize.h"
+#include "math/update.h"
 
 namespace nf::cpu {
 
@@ -61,6 +62,8 @@ struct StoredRows {
   // the norm it is held within +-largest_gradient, see math::ruled_by_eps.
   void (*project)(const T* y, const T* g, int64_t n, T factor, const math::RowScale<T>& scale, T eps,
                   void* out);
+  // The same of a row in storage whose 1 / ||x|| is known and serves (math::inverse_serves), with a factor of 1.
+  void (*project_stored)(const void* x, const T* g, int64_t n, T inverse, T eps, void* out);
   // A channel axis: `columns` neighbouring rows whose element d lies `stride` after element d - 1.
   // sums[c] = the p-norm's terms of column c, or sum of x g where g is given. columns <= kColumns.
   void (*column_sums)(const void* x, const void* g, int64_t n, int64_t stride, int64_t columns, int p,
@@ -77,6 +80,9 @@ struct StoredRows {
   // y = factor x, to and from the accumulator type.
   void (*widen)(const void* x, int64_t n, T factor, T* y);
   void (*store_as)(const T* x, int64_t n, T factor, void* y);
+  // A row g of a gradient into the weight's row w and its states (math/update.h); null where a rule has none.
+  void (*update)(int64_t update, const math::UpdateNumbers& numbers, const void* g, void* w, void* state1,
+                 void* state2, int64_t n);
 };
 
 constexpr int64_t kColumns = 256;

@@ -127,13 +127,13 @@ struct Lane<BFloat16>
     : Lane16<BFloat16, bfloat16_to_float<Vec<float>, Bits>, float_to_bfloat16<Vec<float>, Bits>,
              bfloat16_to_float<float, uint32_t>, float_to_bfloat16<float, uint32_t>> {};
 
-NF_HD float exp_one(float x) { return math::exp_float<float, int32_t>(x); }
-NF_HD double exp_one(double x) { return math::exp_double<double, int64_t>(x); }
+NF_HD float exp_one(float x) { return math::exp_float<float, uint32_t>(x); }
+NF_HD double exp_one(double x) { return math::exp_double<double, uint64_t>(x); }
 NF_HD Vec<float> exp_lanes(Vec<float> x) {
-  return math::exp_float<Vec<float>, VecN<int32_t, kLanes<float>>>(x);
+  return math::exp_float<Vec<float>, VecN<uint32_t, kLanes<float>>>(x);
 }
 NF_HD Vec<double> exp_lanes(Vec<double> x) {
-  return math::exp_double<Vec<double>, VecN<int64_t, kLanes<double>>>(x);
+  return math::exp_double<Vec<double>, VecN<uint64_t, kLanes<double>>>(x);
 }
 
 NF_HD float root_one(float x) { return math::root_float<float, int32_t>(x); }
@@ -152,11 +152,30 @@ NF_HD auto lane_of(const V& v, int l) {
   return v[l];
 }
 
+// The lanes of v added in pairs, each half to the other: one after the other they would wait longer than a short
+// row takes.
+template <int lanes>
+NF_HD double add_lanes(const VecN<double, lanes>& v) {
+  if constexpr (lanes <= 2) {
+    double sum = lane_of(v, 0);
+    for (int l = 1; l < lanes; ++l) sum += lane_of(v, l);
+    return sum;
+  } else {
+    VecN<double, lanes / 2> half[2];
+    std::memcpy(half, &v, sizeof v);
+    return add_lanes<lanes / 2>(half[0] + half[1]);
+  }
+}
+
+// Its lanes as doubles, the second half added to the first where one vector of doubles does not hold all.
 template <class T>
-NF_HD double sum_lanes(const Vec<T>& v) {
-  double total = 0;
-  for (int l = 0; l < kLanes<T>; ++l) total += double(lane_of(v, l));
-  return total;
+NF_HD Vec<double> lanes_in_double(const Vec<T>& v) {
+  constexpr int kParts = kLanes<T> / kLanes<double>;
+  VecN<T, kLanes<double>> part[kParts];
+  std::memcpy(part, &v, sizeof v);
+  Vec<double> sum = NF_CONVERT(part[0], Vec<double>);
+  for (int k = 1; k < kParts; ++k) sum += NF_CONVERT(part[k], Vec<double>);
+  return sum;
 }
 
 // Each sum keeps kUnroll vectors of partial sums; with two sums in flight more would spill registers.
@@ -178,9 +197,9 @@ struct Sum {
   Vec<T> part[kUnroll] = {};
   double rest = 0;
   NF_HD double total() const {
-    double sum = rest;
-    for (int u = 0; u < kUnroll; ++u) sum += sum_lanes<T>(part[u]);
-    return sum;
+    Vec<double> sum = lanes_in_double<T>(part[0]);
+    for (int u = 1; u < kUnroll; ++u) sum += lanes_in_double<T>(part[u]);
+    return rest + add_lanes<kLanes<double>>(sum);
   }
 };
 

@@ -165,11 +165,8 @@ struct SoftmaxFinishArguments : HeadOptions {
 // Gradients of sum over i of grad_loss_i loss_i (grad_loss [] or [N]), which is linear in `slopes`. x_sum and
 // class_sum are this shard's; an x_sum that the sweep did not make is made here. Of a shard grad_x is in the
 // accumulator type: the gradients of the shards are to be added. grad_scale is float64, of the scale's shape.
-struct HeadBackwardArguments : HeadInputs {
-  static constexpr const char* kName = "head_backward";
-  static constexpr const char* kReturns = "(Tensor grad_x, Tensor grad_weight, Tensor grad_scale)";
+struct HeadBackwardTensors : HeadInputs {
   Tensor grad_loss, slopes, rows, inverse_norm, x_sum, class_sum, stored;
-  bool need_x, need_weight, need_scale;
 
   template <class F>
   void each(F&& f) {
@@ -187,6 +184,17 @@ struct HeadBackwardArguments : HeadInputs {
     f("x_sum", x_sum);
     f("class_sum", class_sum);
     f("stored", stored);
+  }
+};
+
+struct HeadBackwardArguments : HeadBackwardTensors {
+  static constexpr const char* kName = "head_backward";
+  static constexpr const char* kReturns = "(Tensor grad_x, Tensor grad_weight, Tensor grad_scale)";
+  bool need_x, need_weight, need_scale;
+
+  template <class F>
+  void each(F&& f) {
+    HeadBackwardTensors::each(f);
     f("need_x", need_x);
     f("need_weight", need_weight);
     f("need_scale", need_scale);
@@ -252,25 +260,25 @@ inline void check_finish(const SoftmaxFinishArguments& in) {
     fail(in.kName, ": expected `reduction` to be 0, 1 or 2, got ", in.reduction);
 }
 
-inline void check_backward(const HeadBackwardArguments& in) {
-  check_inputs(in.kName, in);
+inline void check_backward(const char* op, const HeadBackwardTensors& in) {
+  check_inputs(op, in);
   const int64_t N = in.x.size(0), D = in.x.size(1), C = in.weight.size(0);
   const ScalarType wide = accumulator(in.x.scalar_type());
   if (in.grad_loss.dim() == 0)
-    check_exact(in.kName, "grad_loss", in.grad_loss, wide, {});
+    check_exact(op, "grad_loss", in.grad_loss, wide, {});
   else
-    check_exact(in.kName, "grad_loss", in.grad_loss, wide, {N});
+    check_exact(op, "grad_loss", in.grad_loss, wide, {N});
   const bool all = in.slopes.dim() == 2 && in.slopes.size(0) == kAllSlopes;
-  check_exact(in.kName, "slopes", in.slopes, ScalarType::Double, {all ? kAllSlopes : kSlopeFields, N});
-  check_exact(in.kName, "rows", in.rows, ScalarType::Double, {kRowFields, N});
-  check_exact(in.kName, "inverse_norm", in.inverse_norm, wide, {C});
-  if (in.x_sum.numel() != 0) check_exact(in.kName, "x_sum", in.x_sum, wide, {N, D});
-  check_exact(in.kName, "class_sum", in.class_sum, wide, {in.class_sum.numel() > 0 ? D + 1 : 0});
+  check_exact(op, "slopes", in.slopes, ScalarType::Double, {all ? kAllSlopes : kSlopeFields, N});
+  check_exact(op, "rows", in.rows, ScalarType::Double, {kRowFields, N});
+  check_exact(op, "inverse_norm", in.inverse_norm, wide, {C});
+  if (in.x_sum.numel() != 0) check_exact(op, "x_sum", in.x_sum, wide, {N, D});
+  check_exact(op, "class_sum", in.class_sum, wide, {in.class_sum.numel() > 0 ? D + 1 : 0});
 }
 
 // E of the sweep, where it was kept: `count` values, as the device lays them out.
-inline void check_stored(const HeadBackwardArguments& in, ScalarType type, int64_t count) {
-  if (in.stored.numel() != 0) check_exact(in.kName, "stored", in.stored, type, {count});
+inline void check_stored(const char* op, const HeadBackwardTensors& in, ScalarType type, int64_t count) {
+  if (in.stored.numel() != 0) check_exact(op, "stored", in.stored, type, {count});
 }
 
 }  // namespace nf

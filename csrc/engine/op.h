@@ -19,6 +19,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "checks.h"
@@ -57,12 +58,25 @@ struct SchemaType<ScalarType> {
   static constexpr const char* kName = "ScalarType";
 };
 
+// The same for an argument of an op that writes to some, which it names in kWritten: "Tensor(a!)?".
+template <class Arguments>
+std::string type_in_schema(std::string type, const std::string& name) {
+  if constexpr (requires { Arguments::kWritten; }) {
+    char alias = 'a';
+    for (const char* written : Arguments::kWritten) {
+      if (name == written) type.insert(6, std::string("(") + alias + "!)");
+      ++alias;
+    }
+  }
+  return type;
+}
+
 template <class Arguments>
 std::string schema() {
   std::string text;
   Arguments().each([&]<class T>(const char* name, T&) {
     text += text.empty() ? "" : ", ";
-    text += std::string(SchemaType<T>::kName) + ' ' + name;
+    text += type_in_schema<Arguments>(SchemaType<T>::kName, name) + ' ' + name;
   });
   return std::string(Arguments::kName) + '(' + text + ") -> " + Arguments::kReturns;
 }
@@ -107,7 +121,10 @@ void boxed(StableIValue* stack, uint64_t count, uint64_t) {
     check_memory(Arguments::kName, name, field);
   });
   if (place != count) fail(Arguments::kName, ": expected ", place, " arguments, got ", count);
-  put_results(stack, kernel(arguments));
+  if constexpr (std::is_void_v<decltype(kernel(arguments))>)
+    kernel(arguments);
+  else
+    put_results(stack, kernel(arguments));
 }
 
 template <auto kernel, class Result, class Arguments>

@@ -117,6 +117,10 @@ constexpr Cost nothing(const ProductShape&, const DeviceFacts&) { return {0, 0, 
 // threshold, its counter, and what the single sweep's backward knows of it.
 constexpr int64_t kRowBytes = (int(kRowFields) + int(kSlopeFields) + 8 + 1) * 8 + 4 + 16;
 
+// On CUDA: the sums over the targets of classes that own more than eight of some 1024 rows, in float64, and whose
+// they are (cuda/device/hot_targets.cuh).
+constexpr int64_t hot_bytes(const ProductShape& s) { return s.dim + 2; }
+
 // `slots` threads take part.
 constexpr Workspace blas_workspace(const ProductShape& s, const DeviceFacts&, int64_t slots) {
   const int64_t item = s.wide();
@@ -137,7 +141,7 @@ constexpr Workspace blas_workspace(const ProductShape& s, const DeviceFacts&, in
 // their gradient; a column of E and of scores; for every row `partial` parts of a byte of partial sums.
 constexpr Workspace chunk_workspace(const ProductShape& s, int64_t scores, int64_t partial) {
   const int64_t column = s.item + scores;
-  const int64_t row = 2 * s.dim * (s.item + s.wide()) + kRowBytes + 7 * column;
+  const int64_t row = 2 * s.dim * (s.item + s.wide()) + kRowBytes + hot_bytes(s) + 7 * column;
   const int64_t klass = s.dim * (s.item + s.wide()) + 8 * column;
   return {.fixed = {{0, kParts * s.wide(), kParts * row, 0}, {}},
           .count = 1,
@@ -170,7 +174,7 @@ constexpr Workspace sweep_workspace(const ProductShape& s, const DeviceFacts& d,
   const int64_t splits = tiles::sweep_splits(d.multiprocessors, s.dim, s.batch);
   // x_hat, weighted features, x_sum and its parts; the rows' state and partial sums; norms of W. Per class unit
   // weights in two types.
-  const int64_t row = (8 + 4 * splits) * s.dim + kRowBytes + 16 * splits;
+  const int64_t row = (8 + 4 * splits) * s.dim + kRowBytes + hot_bytes(s) + 16 * splits;
   return {.fixed = {{0, kParts * 4, kParts * row, 0}, {}},
           .count = 1,
           .per_class = {0, 0, 0, kParts * 4 * s.dim},

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine import transforms
+from ..engine import transforms, updates
 from ..engine.autograd import asked, detach_without_grad
 from ..engine.calls import add_fakes, by_name, kernels, options_of
 from ..engine.curvature import twice_by_tiles
@@ -171,19 +171,21 @@ def hinge_gradients(
     collected: Collected,
     options: AgentSweepOptions,
     needed: tuple[bool, ...],
+    taking: updates.Taking | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Of x and weight. ``swept.rows`` are of the classes at hand.
+    """Of x and weight; what is ``taking`` that of the weight gets it row by row. ``swept.rows`` are of the
+    classes at hand.
 
     The gradient of the hinges is zero but for what is active: where that is little, and each row's was
-    listed, it follows the lists; else it goes over all classes. Both are exact.
+    listed, it follows the lists; else it goes over all classes, as where it is taken. Both are exact.
     """
     rows = swept.rows
-    width = listed_width(rows[SECOND_SUM], options)
+    width = None if taking is not None else listed_width(rows[SECOND_SUM], options)
     if width is None:
         one = slopes.new_ones((), dtype=accumulator(x.dtype))
         term = TermInputs(threshold, None)
         arguments = one, slopes, x, weight, labels, None, None, swept, options, (*needed, False)
-        return head_backward(*arguments, term)[:2]
+        return head_backward(*arguments, term, taking)[:2]
     called = kernels(x, weight)
     pairs = called.hinge_pairs(
         rows, slopes, labels, *collected, width, weight.shape[0], *_list_options(options)
@@ -225,15 +227,18 @@ class _AgentHinge(Function):
         if need_gradient:
             ctx.save_for_backward(x, weight, labels, threshold, *collected, *swept)
             ctx.options = options
+            # The gradient of the hardest follows its list.
+            ctx.taker = None if options.hardest else updates.of(weight, ctx.needs_input_grad[1])
             ctx.mark_non_differentiable(*constant)
         # A copy in float64 too: a view of the rows would be one result inside another.
         return distance, swept.rows[SUM].to(distance.dtype, copy=True), *constant
 
     @staticmethod
     def backward(ctx: Any, grad_distance: Tensor, grad_hinges: Tensor, *_: Any) -> Any:
+        need_weight, taking = updates.begin(ctx, 1)
         x, weight, labels, threshold, *saved = ctx.saved_tensors
         collected, swept = Collected(*saved[:2]), Swept(*saved[2:])
-        options, needed = ctx.options, ctx.needs_input_grad[:2]
+        options, needed = ctx.options, (ctx.needs_input_grad[0], need_weight)
         with torch.no_grad():
             slopes = hinge_slopes(swept.rows, grad_distance, grad_hinges, options)
             gradients = hinge_gradients(
@@ -246,6 +251,7 @@ class _AgentHinge(Function):
                 collected,
                 options,
                 needed,
+                taking,
             )
         given = asked(needed, gradients)
 
@@ -273,5 +279,5 @@ def agent_hinge(
         tensors = x, weight, labels, margin
         return transforms.through(options.op, _AgentHinge, tensors, rest, inputs=2, outputs=2)
     x, weight = detach_without_grad(x, weight)
-    result: tuple[Tensor, ...] = _AgentHinge.apply(x, weight, labels, margin, *rest)
+    result: tuple[Tensor, ...] = updates.apply(_AgentHinge, x, weight, labels, margin, *rest)
     return result

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 
-from ..engine import checks, row_state, sweep, transforms
+from ..engine import checks, row_state, sweep, transforms, updates
 from ..engine.arguments import flag
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative, store_as
 from ..engine.dtypes import accumulator
@@ -26,6 +26,7 @@ from .collectives import Batch, ScatteredRows, add_over_shards, gather_rows, lar
 from .mixing import both_labels_of_all
 from .shard import IGNORED, ClassShard
 from .softmax import check_backbone_gradients
+from .softmax_op import as_sharded
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -54,7 +55,9 @@ class _ClassParallelRows(Function):
         shard: ClassShard,
         need_largest: bool,
     ) -> tuple[Tensor, ...]:
-        classes, term = weight.contiguous(), ops.term_of(offset, options)
+        ctx.taker = updates.of(weight, ctx.needs_input_grad[1])
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        classes, term = local.contiguous(), ops.term_of(offset, options)
         swept, options = sweep.head_sweep_in_memory(
             batch.x,
             classes,
@@ -83,9 +86,10 @@ class _ClassParallelRows(Function):
 
     @staticmethod
     def backward(ctx: Any, g_cosine: Tensor, g_others: Tensor, *rest: Any) -> Any:
+        need_weight, taking = updates.begin(ctx, 1)
         own, weight, offset, x, classes, places, numbers, *saved = ctx.saved_tensors
         swept, batch, shard = sweep.Swept(*saved), ctx.batch, ctx.shard
-        own_x, need_weight, need_offset = ctx.needs_input_grad[:3]
+        own_x, _, need_offset = ctx.needs_input_grad[:3]
         origins = g_cosine, g_others, own, weight, offset
         with torch.no_grad():
             of_offset = ops.offset_gradient(swept.rows, g_others)
@@ -104,6 +108,7 @@ class _ClassParallelRows(Function):
                 ctx.options,
                 (*needed, False),
                 row_state.TermInputs(None, numbers),
+                taking,
             )
             mine = None
             if batch.need_x:
@@ -112,7 +117,10 @@ class _ClassParallelRows(Function):
                 mine = store_as(moved, own.dtype, norms, ctx.options.eps)
         of_others = asked((need_weight, need_offset), (dw, of_offset))
         given = mine if own_x else None, *of_others
-        return *no_second_derivative(ops.OP, given, *origins), *[None] * 7
+        own_gradient, of_weight, of_bias = no_second_derivative(ops.OP, given, *origins)
+        if of_weight is not None and isinstance(weight, DTensor):
+            of_weight = as_sharded(of_weight, weight)
+        return own_gradient, of_weight, of_bias, *[None] * 7
 
 
 class _OfAllRanks(Function):
@@ -257,9 +265,10 @@ def sharded_loss(
             statistics=False,
         )
         return joined(made, options.reduction), None
-    if isinstance(weight, DTensor):
+    if isinstance(weight, DTensor) and not updates.takes(weight):
         weight = weight.to_local()  # differentiable
-    checks.features_and_shard(OP, x, weight, shard.count)
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    checks.features_and_shard(OP, x, local, shard.count)
     ignored = checks.ignored(options.ignore_index)
     labels = checks.labels(OP, labels, x, shard.num_classes, options.ignore_index)
     factor = checks.weights(OP, "sample_weight", sample_weight, x, x.shape[0])
@@ -274,11 +283,11 @@ def sharded_loss(
         counted=options.reduction == "batchmean",
     )
     if options.check_finite:
-        batch.check_finite(OP, weight, shard, ignored)
+        batch.check_finite(OP, local, shard, ignored)
         checks.finite_rows(OP, "bias", b)  # the same on all ranks
     places = shard.places(batch.labels, ignored)
     given = replace(
-        sweep_options(batch.x, weight, len(places), shard.count, options),
+        sweep_options(batch.x, local, len(places), shard.count, options),
         ignore_index=IGNORED,
         total_classes=shard.num_classes,
         is_shard=True,
@@ -288,8 +297,18 @@ def sharded_loss(
     if separate:
         b = _OfAllRanks.apply(b, shard)
     own, weight = detach_without_grad(x, weight)
-    cosine, others, row_weight, *state = _ClassParallelRows.apply(
-        own, weight, offset_of(b, options), batch, places, given, separate, replicas, shard, statistics
+    cosine, others, row_weight, *state = updates.apply(
+        _ClassParallelRows,
+        own,
+        weight,
+        offset_of(b, options),
+        batch,
+        places,
+        given,
+        separate,
+        replicas,
+        shard,
+        statistics,
     )
     rows = SigmoidRows(row_weight, cosine, others)
     loss = rounded(losses.loss(options, rows, b, batch.count), x)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..engine import checks, transforms
+from ..engine import checks, transforms, updates
 from ..engine.arguments import choice, flag, number
 from ..engine.autograd import detach_without_grad
 from ..engine.mixing import no_statistics
@@ -252,8 +252,8 @@ def sharded_loss(
             nearest = torch.where(places >= 0, drawn, places)
         else:
             nearest = places
-    elif isinstance(weight, DTensor):
-        weight = weight.to_local()  # differentiable; a sparse gradient goes past it
+    elif isinstance(weight, DTensor) and not updates.takes(weight):
+        weight = weight.to_local()  # differentiable; what is no gradient of all its rows goes past it
     classes = shard.count if rows is None else rows.shape[0]
     replicas = dist.get_world_size(shard.group) if backbone_gradients == "mean" else 1
     of_all = told is not None and told.of_all
@@ -268,7 +268,8 @@ def sharded_loss(
     given = loss_options(scale_value, options, x, local, batch.x.shape[0], max(1, classes), numbers, term)
     given = replace(given, ignore_index=IGNORED, total_classes=shard.num_classes, is_shard=True)
     x, weight = detach_without_grad(x, weight)
-    result = ClassParallelLoss.apply(
+    result = updates.apply(
+        ClassParallelLoss,
         x,
         weight,
         scale_tensor,

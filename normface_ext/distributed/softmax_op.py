@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-from ..engine import native, row_state, sweep
+from ..engine import native, row_state, sweep, updates
 from ..engine.autograd import no_second_derivative, store_as
 from ..softmax import ops
 from ..softmax.arguments import Numbers, margin_arguments
@@ -68,6 +68,18 @@ def shared_shift(
     if _serves(*asked):
         return None
     return largest_over_shards(sweep.head_shift(x, weight, labels, scale, options, term), shard.group)
+
+
+def as_sharded(gradient: Tensor, weight: DTensor) -> DTensor:
+    """The gradient of what is here of a weight, as that of the weight."""
+    return DTensor.from_local(
+        gradient,
+        weight.device_mesh,
+        weight.placements,
+        run_check=False,
+        shape=weight.shape,
+        stride=weight.stride(),
+    )
 
 
 class RowsOfAll(Function):
@@ -142,6 +154,7 @@ class ClassParallelLoss(Function):
         statistics: bool,
     ) -> Any:
         need_weight = ctx.needs_input_grad[1]
+        ctx.taker = updates.of(weight, need_weight) if rows is None else None
         local = weight.to_local() if isinstance(weight, DTensor) else weight
         classes = local.contiguous() if rows is None else local.index_select(0, rows)
         if options.centers > 1:
@@ -204,15 +217,16 @@ class ClassParallelLoss(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *rest: Any) -> Any:
+        need_weight, taking = updates.begin(ctx, 1)
         mine, weight, scale, m1, m2, m3, *saved = ctx.saved_tensors
         x, classes, places, class_weight, rows, threshold, numbers, slopes, *swept = saved
-        own_x, need_weight, need_scale = ctx.needs_input_grad[:3]
+        own_x, _, need_scale = ctx.needs_input_grad[:3]
         batch, options, shard = ctx.batch, ctx.options, ctx.shard
         origins = grad_loss, mine, weight, scale, m1, m2, m3
         if options.reduction == 0:
             grad_loss = gather_row_gradients(grad_loss, batch, shard.group)
 
-        def gradients(*needed: bool) -> tuple[Tensor, Tensor, Tensor]:
+        def gradients(*needed: bool, taking: updates.Taking | None = None) -> tuple[Tensor, Tensor, Tensor]:
             with torch.no_grad():
                 return sweep.head_backward(
                     grad_loss,
@@ -226,12 +240,16 @@ class ClassParallelLoss(Function):
                     options,
                     needed,
                     row_state.TermInputs(threshold, numbers),
+                    taking,
                 )
 
         # The features' gradient travels while the weight's is computed.
         dx_all, _, ds = gradients(batch.need_x, False, need_scale)
         moving = ScatteredRows(dx_all, batch, shard.group) if batch.need_x else None
-        dw: Tensor | None = gradients(False, True, False)[1] if need_weight else None
+        dw: Tensor | None = None
+        if need_weight or taking is not None:
+            found = gradients(False, need_weight, False, taking=taking)[1]
+            dw = found if need_weight else None
         dx = None
         if moving is not None:
             norms = batch.own(swept[0][row_state.INVERSE_NORM])
@@ -246,4 +264,6 @@ class ClassParallelLoss(Function):
             dw = torch.sparse_coo_tensor(
                 (rows + ctx.first)[None], dw, ctx.weight_shape, is_coalesced=True, check_invariants=False
             )
+        elif dw is not None and isinstance(weight, DTensor):
+            dw = as_sharded(dw, weight)
         return dx, dw, *others, *[None] * 11

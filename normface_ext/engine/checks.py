@@ -5,7 +5,8 @@ The C++ checks (csrc/checks.h) are the second line; the stable ABI can raise onl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -241,8 +242,28 @@ def has_values(value: Tensor) -> bool:
     return not (unknown or transforms.batched(value))
 
 
+_rehearsing = False
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Within it a step on CUDA runs as it would while captured, so that what a capture launches is loaded."""
+    global _rehearsing
+    before, _rehearsing = _rehearsing, True
+    try:
+        yield
+    finally:
+        _rehearsing = before
+
+
 def capturing(value: Tensor) -> bool:
-    return value.is_cuda and torch.cuda.is_current_stream_capturing()
+    """Whether what happens to a tensor now goes into a CUDA graph, or rehearses what will."""
+    if not value.is_cuda or _rehearsing:
+        return value.is_cuda
+    if value.get_device() == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(value.device):  # each device has a current stream
+        return torch.cuda.is_current_stream_capturing()
 
 
 def readable(value: Tensor) -> bool:

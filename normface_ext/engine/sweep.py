@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import memory, transforms
+from . import memory, transforms, updates
 from .calls import add_fakes, by_name, kernels, options_of, plan_device
 from .dtypes import accumulator
 from .plan import Products
@@ -68,6 +68,10 @@ def _head_backward_fake(
     )
 
 
+def _head_backward_update_fake(**_: Any) -> None:
+    """Writes where it is told to."""
+
+
 def _target_cosine_fake(*, x: Tensor, **_: Any) -> Tensor:
     return x.new_empty([x.shape[0]], dtype=torch.float64)
 
@@ -84,6 +88,7 @@ add_fakes(
             "head_sweep": _head_sweep_fake,
             "head_shift": _head_shift_fake,
             "head_backward": _head_backward_fake,
+            "head_backward_update": _head_backward_update_fake,
         }
     )
 )
@@ -100,6 +105,7 @@ _cosine_options = options_of("target_cosine", SweepOptions)
 _sweep_options = options_of("head_sweep", SweepOptions)
 _shift_options = options_of("head_shift", SweepOptions)
 _backward_options = options_of("head_backward", SweepOptions)
+_update_options = options_of("head_backward_update", SweepOptions)
 
 
 class Swept(NamedTuple):
@@ -323,19 +329,14 @@ def head_backward(
     options: SweepOptions,
     needed: tuple[bool, ...],
     term: TermInputs = NO_INPUTS,
+    taking: updates.Taking | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and scale, in the scale's dtype, from the slopes of the rows' losses."""
-    dx, dw, ds = kernels(x, weight).head_backward(
-        grad_loss.contiguous(),
-        slopes,
-        x,
-        weight,
-        labels,
-        scale,
-        *term,
-        class_weight,
-        *swept,
-        *needed,
-        *_backward_options(options),
-    )
+    """Gradients of x, weight and scale, in the scale's dtype, from the slopes of the rows' losses. That of
+    the weight goes to ``taking``, if there is one, and is not `needed` then."""
+    called = kernels(x, weight)
+    tensors = grad_loss.contiguous(), slopes, x, weight, labels, scale, *term, class_weight, *swept
+    dx, dw, ds = called.head_backward(*tensors, *needed, *_backward_options(options))
+    if taking is not None:  # last: it overwrites the rows that the features' gradient reads
+        with taking.arguments() as arguments:
+            called.head_backward_update(*tensors, *arguments, *_update_options(options))
     return dx, dw, ds if scale is None else ds.to(scale.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine import row_state, sweep, transforms
+from ..engine import row_state, sweep, transforms, updates
 from ..engine.autograd import asked, detach_without_grad
 from ..engine.curvature import twice_by_tiles
 from ..engine.dtypes import accumulator
@@ -78,6 +78,7 @@ class _SigmoidRows(Function):
     ) -> tuple[Tensor, ...]:
         labels, term = labels.contiguous(), term_of(offset, options)
         need_x, need_weight = ctx.needs_input_grad[:2]
+        ctx.taker = updates.of(weight, need_weight)
         swept, options = sweep.head_sweep_in_memory(
             x.contiguous(),
             weight.contiguous(),
@@ -101,8 +102,10 @@ class _SigmoidRows(Function):
 
     @staticmethod
     def backward(ctx: Any, g_cosine: Tensor, g_others: Tensor, *rest: Any) -> Any:
+        need_weight, taking = updates.begin(ctx, 1)
         x, weight, offset, labels, numbers, *saved = ctx.saved_tensors
-        swept, needed = sweep.Swept(*saved), ctx.needs_input_grad[:3]
+        needed = ctx.needs_input_grad[0], need_weight, ctx.needs_input_grad[2]
+        swept = sweep.Swept(*saved)
         with torch.no_grad():
             dx, dw, _ = sweep.head_backward(
                 x.new_ones((), dtype=accumulator(x.dtype)),
@@ -116,6 +119,7 @@ class _SigmoidRows(Function):
                 ctx.options,
                 (*needed[:2], False),
                 row_state.TermInputs(None, numbers),
+                taking,
             )
             given = asked(needed, (dx, dw, offset_gradient(swept.rows, g_others)))
 
@@ -141,5 +145,5 @@ def sigmoid_rows(
     if transforms.watched():
         return transforms.through(OP, _SigmoidRows, (x, weight, *told), rest, inputs=3, outputs=2)
     x, weight = detach_without_grad(x, weight)
-    result: tuple[Tensor, ...] = _SigmoidRows.apply(x, weight, *told, *rest)
+    result: tuple[Tensor, ...] = updates.apply(_SigmoidRows, x, weight, *told, *rest)
     return result

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine import transforms
+from ..engine import transforms, updates
 from ..engine.autograd import asked, detach_without_grad
 from ..engine.calls import add_fakes, by_name, kernels, options_of
 from ..engine.curvature import twice_by_tiles
@@ -135,6 +135,7 @@ class _NormFaceLoss(Function):
     ) -> Any:
         labels, margin = labels.contiguous(), (m1, m2, m3)
         need_x, need_weight = ctx.needs_input_grad[:2]
+        ctx.taker = updates.of(weight, need_weight)
         swept, options = head_sweep_in_memory(
             x.contiguous(),
             weight.contiguous(),
@@ -172,9 +173,11 @@ class _NormFaceLoss(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *rest: Any) -> Any:
+        need_weight, taking = updates.begin(ctx, 1)
         x, weight, scale, m1, m2, m3, labels, class_weight, *saved = ctx.saved_tensors
         threshold, numbers, slopes, *swept = saved
-        needed, term = ctx.needs_input_grad[:3], TermInputs(threshold, numbers)
+        needed = ctx.needs_input_grad[0], need_weight, ctx.needs_input_grad[2]
+        term = TermInputs(threshold, numbers)
         with torch.no_grad():
             gradients = head_backward(
                 grad_loss,
@@ -188,6 +191,7 @@ class _NormFaceLoss(Function):
                 ctx.options,
                 needed,
                 term,
+                taking,
             )
             of_margin = margin_gradients(grad_loss, slopes, (m1, m2, m3), ctx.needs_input_grad[3:6])
 
@@ -217,6 +221,6 @@ def normface_loss(
         found = transforms.through("normface_loss", _NormFaceLoss, tensors, rest, inputs=6)
     else:
         x, weight = detach_without_grad(x, weight)
-        result = _NormFaceLoss.apply(x, weight, scale, *margin, *told, *rest)
+        result = updates.apply(_NormFaceLoss, x, weight, scale, *margin, *told, *rest)
         found = result if statistics else (result,)
     return found[0], statistics_of((found[1], found[2])) if statistics else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine import row_state, sweep, transforms
+from ..engine import row_state, sweep, transforms, updates
 from ..engine.autograd import asked, detach_without_grad
 from ..engine.calls import kernels
 from ..engine.curvature import twice_by_tiles
@@ -36,6 +36,7 @@ class _HeadParts(Function):
     ) -> tuple[Tensor, ...]:
         labels = labels.contiguous()
         need_x, need_weight = ctx.needs_input_grad[:2]
+        ctx.taker = updates.of(weight, need_weight)
         swept, options = sweep.head_sweep_in_memory(
             x.contiguous(),
             weight.contiguous(),
@@ -63,8 +64,9 @@ class _HeadParts(Function):
 
     @staticmethod
     def backward(ctx: Any, g_cosine: Tensor, g_log_sum: Tensor, g_with_sum: Tensor, _: Tensor) -> Any:
+        need_weight, taking = updates.begin(ctx, 1)
         x, weight, scale, labels, class_weight, threshold, numbers, *swept = ctx.saved_tensors
-        options, needed = ctx.options, ctx.needs_input_grad[:3]
+        options, needed = ctx.options, (ctx.needs_input_grad[0], need_weight, ctx.needs_input_grad[2])
         term = row_state.TermInputs(threshold, numbers)
         rows = swept[0]
         with torch.no_grad():
@@ -86,6 +88,7 @@ class _HeadParts(Function):
                 options,
                 needed,
                 term,
+                taking,
             )
         given = asked(needed, gradients)
 
@@ -126,5 +129,5 @@ def head_parts(
         result = transforms.through("head_parts", _HeadParts, tensors, rest, inputs=3, outputs=3)  # type: ignore[assignment]
     else:
         x, weight = detach_without_grad(x, weight)
-        result = _HeadParts.apply(x, weight, scale, *told, *rest)
+        result = updates.apply(_HeadParts, x, weight, scale, *told, *rest)
     return result

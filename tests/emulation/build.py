@@ -38,7 +38,7 @@ SANITIZED = os.environ.get("NORMFACE_SANITIZE") == "1"
 # GCC's sanitizers report to hooks.cpp; other compilers call theirs differently.
 CXX = os.environ.get("CXX", "g++") if "clang" not in os.environ.get("CXX", "") else "g++"
 
-ENGINE = [HERE / name for name in ("block.cpp", "fibre.cpp", "shared.cpp", "watch.cpp")]
+ENGINE = [HERE / name for name in ("block.cpp", "fibre.cpp", "runtime.cpp", "shared.cpp", "watch.cpp")]
 NAMESPACES = {"emulation": "normface_emulation", "faults": "normface_faults", "cpu": "normface_sanitized"}
 
 COMMON = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra"]

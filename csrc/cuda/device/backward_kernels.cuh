@@ -151,25 +151,34 @@ scale_gradient_kernel(const double* __restrict__ gradients,  // [kGradientFields
   SharedMemory shared;
   double* scratch = shared.take<double>(kThreads / kWarp);
   double total = 0;
+#pragma unroll 8
   for (int64_t i = thread_id(); i < batch; i += kThreads) total += gradients[kScale * batch + i];
   total = block_sum(total, scratch);
   if (thread_id() == 0) *grad_scale = total;
 }
 
-// sum[d] = sum over rows of kUniform x_hat_d: what every class gets, times its weight.
-template <class T>
+constexpr int64_t kUniformRun = 64;  // rows of a run
+
+// partial[b][d] = sum over the b-th run of rows of kUniform x_hat_d: what every class gets, times its weight. Blocks:
+// runs x columns.
 NF_KERNEL(kThreads)
 uniform_gradient_kernel(StoredArray x, int64_t batch, int64_t dim, const double* __restrict__ gradients,
-                        T* __restrict__ sum)  // [D]
+                        double* __restrict__ partial)  // [runs, D]
 {
-  const int64_t d = block_id() * kThreads + thread_id();
+  const int64_t d = block_y() * kThreads + thread_id();
   if (d >= dim) return;
+  const int64_t first = block_id() * kUniformRun,
+                end = first + kUniformRun < batch ? first + kUniformRun : batch;
   const auto of = [&](GradientField field, int64_t i) { return gradients[field * batch + i]; };
   double total = 0;
-  for (int64_t i = 0; i < batch; ++i)
-    if (of(kUniform, i) != 0.0)
-      total += of(kUniform, i) * (x.load<double>(i * dim + d) * of(kOuter, i) * of(kInner, i));
-  sum[d] = T(total);
+  x.visit<double>([&](const auto* rows) {
+#pragma unroll 4
+    for (int64_t i = first; i < end; ++i) {
+      const double uniform = of(kUniform, i);
+      if (uniform != 0.0) total += uniform * (double(rows[i * dim + d]) * of(kOuter, i) * of(kInner, i));
+    }
+  });
+  partial[block_id() * dim + d] = total;
 }
 
 // dW of classes whose product lies in memory: g, [width, D], which may be dW itself.

@@ -13,6 +13,16 @@
 
 namespace nf {
 
+// Of every chunk of kHotRows rows, the classes that own more than kFewTargets of them and the sums over those rows,
+// where somebody has made them (hot_targets.cuh).
+constexpr int kHotRows = kWarp * kWarp, kFewTargets = 8, kHotSlots = kHotRows / (kFewTargets + 1);
+struct HotTargets {
+  int* counts = nullptr;      // [chunks]: of the slots that hold a class
+  int64_t* labels = nullptr;  // [chunks, kHotSlots]
+  int* rows = nullptr;        // [chunks, kHotSlots]: how many they own
+  double* sums = nullptr;     // [chunks, kHotSlots, dim]
+};
+
 struct ClassGradient {
   StoredArray x;          // [batch, dim]
   const int64_t* labels;  // [batch]
@@ -27,8 +37,10 @@ struct ClassGradient {
   const void* uniform;        // [dim], accumulator type, or null
   const void* class_weights;  // [C], accumulator type, or null
   double eps;
-  StoredArray dw;  // [C, dim], type of weight
-  bool vectors;    // four values of weight and of dw may be moved at once
+  StoredArray dw;  // [C, dim], type of weight; or only the rows of the classes from dw_first on
+  int64_t dw_first;
+  bool vectors;  // four values of weight and of dw may be moved at once
+  HotTargets hot;
 };
 
 namespace {
@@ -48,12 +60,29 @@ struct HeldTile : tiles::Held<kDown_, kAcross_, kRounds_, kPairs_> {
 
 // g[d] += target_i x_hat_di for the rows of the class, in their order. One warp; g is shared memory.
 //
-// Rows are looked through kWarp * kWarp at a time, and what is found there is summed in double before it meets
+// Rows are looked through kHotRows at a time, and what is found there is summed in double before it meets
 // g: a class may own the whole batch, and a float sum over all of it would drift. Double, too, is what
 // x / ||x|| needs before the target's slope, since that slope over a large norm is no float.
 template <class T>
 NF_DEVICE void add_targets(const ClassGradient& task, int64_t label, int count, T* g) {
-  for (int64_t base = 0; count > 0; base += kWarp * kWarp) {
+  for (int64_t base = 0; count > 0; base += kHotRows) {
+    if (task.hot.counts != nullptr) {
+      const int64_t chunk = base / kHotRows, first = chunk * kHotSlots;
+      const int slots = task.hot.counts[chunk];
+      int64_t found = -1;
+      for (int k = 0; k < slots && found < 0; k += kWarp) {
+        const int slot = k + lane_id();
+        const unsigned own = warp_ballot(slot < slots && task.hot.labels[first + slot] == label);
+        if (own != 0) found = first + k + lowest_bit(own);
+      }
+      if (found >= 0) {
+        const double* sum = task.hot.sums + found * task.dim;
+#pragma unroll 4
+        for (int64_t d = lane_id(); d < task.dim; d += kWarp) g[d] = T(double(g[d]) + sum[d]);
+        count -= task.hot.rows[found];
+        continue;
+      }
+    }
     unsigned hits = 0;  // lane k: those among the k-th kWarp rows
 #pragma unroll 1
     for (int k = 0; k < kWarp && base + k * kWarp < task.batch; ++k) {
@@ -115,7 +144,7 @@ NF_DEVICE void write_class(const ClassGradient& task, const S* weight, const mat
       const T dw = math::normalize_vjp<T>(gradient(d + e), y, radial, scale.outer, scale.inner, T(0));
       out.at[e] = S(held_finite<S>(dw, scale.norm, T(task.eps), 2));
     }
-    store_vector_global<kVec>(static_cast<S*>(task.dw.data) + j * task.dim + d, out);
+    store_vector_global<kVec>(static_cast<S*>(task.dw.data) + (j - task.dw_first) * task.dim + d, out);
   }
 }
 

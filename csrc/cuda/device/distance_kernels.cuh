@@ -40,42 +40,120 @@ column_sums_kernel(StoredArray g, int64_t rows, int64_t columns, T* __restrict__
   sum[j] = total;
 }
 
-// products <x, w> -> squared distances. A warp takes 32 neighbouring cells of a row; those too near
-// are computed again by the warp together.
+// Fetches columns [k0, k0 + kDepth) of kTile rows of `from` [rows, depth] into tile [kDepth, kTile], zeros beyond.
+template <class T>
+NF_DEVICE void fetch_tile(const StoredArray& from, int64_t first, int64_t rows, int64_t k0, int64_t depth,
+                          T* tile) {
+#pragma unroll 1  // unrolled, the staging copies cost predicates that spill
+  for (int e = thread_id(); e < kTile * kDepth; e += kThreads) {
+    const int r = e / kDepth, k = e % kDepth;
+    const bool inside = k0 + k < depth && first + r < rows;
+    tile[k * kTile + r] = inside ? from.load<T>((first + r) * depth + k0 + k) : T(0);
+  }
+}
+
+// Near cells of a tile up to which each is summed by a warp; where there are more, the whole tile is: a warp has to
+// read two rows for its one cell, a tile 128 for 4096.
+constexpr int kFewCells = 128;
+
+template <class T>
+struct FinishSquared {
+  const T* products;  // [N, stride], `width` of them valid
+  int64_t stride;
+  StoredArray x, w;  // [N, D], [C, D]
+  const T *xx, *ww;  // [N], [C]
+  int64_t batch, dim, classes, first, width;
+  StoredArray out;       // [N, C], perhaps where the products are
+  unsigned* near_cells;  // [N, words] or null: which cells those were, a bit each
+};
+
+// products <x, w> -> squared distances; those too near are computed again from the differences. Blocks: tiles of
+// rows x tiles of the chunk's columns, whose first is a multiple of a word's cells.
 template <class T>
 NF_KERNEL(kThreads)
-finish_squared_kernel(const T* products, int64_t stride,  // [N, stride], `width` of them valid
-                      StoredArray x, StoredArray w,       // [N, D], [C, D]
-                      const T* __restrict__ xx, const T* __restrict__ ww,  // [N], [C]
-                      int64_t batch, int64_t dim, int64_t classes, int64_t first, int64_t width,
-                      StoredArray out,       // [N, C], perhaps where the products are
-                      unsigned* near_cells)  // [N, words] or null: which they were, a bit each
-{
-  const int64_t groups = (width + kWarp - 1) / kWarp;
-  const int64_t task = block_id() * kRowsPerBlock + warp_id();
-  if (task >= batch * groups) return;  // the whole warp leaves
-  const int64_t i = task / groups, start = task % groups * kWarp, j = start + lane_id();
-  const bool valid = j < width;
-  T d = 0;
-  bool again = false;
-  if (valid) {
-    d = math::distance_from_products(xx[i], ww[first + j], products[i * stride + j]);
-    again = math::distance_needs_differences(d, xx[i], ww[first + j]);
+finish_squared_kernel(FinishSquared<T> task) {
+  SharedMemory shared;
+  T* left = shared.take<T>(kDepth * kTile);   // [kDepth, kTile]
+  T* right = shared.take<T>(kDepth * kTile);  // [kDepth, kTile]
+  int* scratch = shared.take<int>(kThreads / kWarp);
+  const int64_t tiles = (task.width + kTile - 1) / kTile;
+  const int64_t i0 = block_id() / tiles * kTile, j0 = block_id() % tiles * kTile;
+  const int row = thread_id() / kSide, column = thread_id() % kSide;
+  unsigned near_here = 0;  // of this thread's cells; the others are finished
+#pragma unroll 1           // few registers are left while the differences are summed
+  for (int own = 0; own < kOwn * kOwn; ++own) {
+    const int64_t i = i0 + own / kOwn * kSide + row, j = j0 + own % kOwn * kSide + column;
+    if (i >= task.batch || j >= task.width) continue;
+    const T xx = task.xx[i], ww = task.ww[task.first + j];
+    const T d = math::distance_from_products(xx, ww, task.products[i * task.stride + j]);
+    if (math::distance_needs_differences(d, xx, ww))
+      near_here |= 1u << own;
+    else
+      task.out.template store<T>(i * task.classes + task.first + j, d);
   }
-  const unsigned near_here = warp_ballot(again);
-  if (near_cells != nullptr && lane_id() == 0)
-    near_cells[i * ((classes + kWarp - 1) / kWarp) + (first + start) / kWarp] = near_here;
-  int lane = 0;
-  for (unsigned left = near_here; left != 0; ++lane, left >>= 1) {
-    if ((left & 1u) == 0) continue;
-    T sum = 0;
-    for (int64_t k = lane_id(); k < dim; k += kWarp)
-      sum += math::distance_term<T>(2, x.load<T>(i * dim + k) - w.load<T>((first + start + lane) * dim + k))
-                 .value;
-    sum = warp_sum(sum);
-    if (lane_id() == lane) d = sum;
+  if (task.near_cells != nullptr) {
+    // A warp has two rows of 16 neighbouring columns; two of its ballots make a word of each row.
+    const int64_t words = (task.classes + kWarp - 1) / kWarp;
+#pragma unroll
+    for (int m = 0; m < kOwn; ++m)
+#pragma unroll
+      for (int n = 0; n < kOwn; n += 2) {
+        const unsigned low = warp_ballot(near_here >> (m * kOwn + n) & 1u),
+                       high = warp_ballot(near_here >> (m * kOwn + n + 1) & 1u);
+        const unsigned word = row % 2 == 0 ? (low & 0xffffu) | high << 16 : low >> 16 | (high & 0xffff0000u);
+        const int64_t i = i0 + m * kSide + row, j = j0 + n * kSide;
+        if (column == 0 && i < task.batch && j < task.width)
+          task.near_cells[i * words + (task.first + j) / kWarp] = word;
+      }
   }
-  if (valid) out.store<T>(i * classes + first + j, d);
+  const int found = block_sum(count_bits(near_here), scratch);
+  if (found > kFewCells) {
+    T sum[kOwn][kOwn] = {};
+    for (int64_t k0 = 0; k0 < task.dim; k0 += kDepth) {
+      sync_block();  // the reads below of the step before, before these writes
+      fetch_tile(task.x, i0, task.batch, k0, task.dim, left);
+      fetch_tile(task.w, task.first + j0, task.first + task.width, k0, task.dim, right);
+      sync_block();             // the writes above, before the reads below
+      T part[kOwn][kOwn] = {};  // of this step: a sum one by one over all columns would drift
+#pragma unroll 4
+      for (int k = 0; k < kDepth; ++k)
+#pragma unroll
+        for (int m = 0; m < kOwn; ++m)
+#pragma unroll
+          for (int n = 0; n < kOwn; ++n)
+            part[m][n] += math::distance_term<T>(
+                              2, left[k * kTile + m * kSide + row] - right[k * kTile + n * kSide + column])
+                              .value;
+#pragma unroll
+      for (int m = 0; m < kOwn; ++m)
+#pragma unroll
+        for (int n = 0; n < kOwn; ++n) sum[m][n] += part[m][n];
+    }
+#pragma unroll
+    for (int m = 0; m < kOwn; ++m)
+#pragma unroll
+      for (int n = 0; n < kOwn; ++n)
+        if (near_here >> (m * kOwn + n) & 1u)
+          task.out.template store<T>(
+              (i0 + m * kSide + row) * task.classes + task.first + j0 + n * kSide + column, sum[m][n]);
+  } else if (found > 0) {
+#pragma unroll 1
+    for (int own = 0; own < kOwn * kOwn; ++own)
+#pragma unroll 1
+      for (unsigned all = warp_ballot(near_here >> own & 1u); all != 0; all &= all - 1) {
+        const int lane = lowest_bit(all);
+        const int64_t i = i0 + own / kOwn * kSide + warp_id() * 2 + lane / kSide,
+                      j = task.first + j0 + own % kOwn * kSide + lane % kSide;
+        T sum = 0;
+#pragma unroll 1
+        for (int64_t k = lane_id(); k < task.dim; k += kWarp)
+          sum += math::distance_term<T>(
+                     2, task.x.template load<T>(i * task.dim + k) - task.w.template load<T>(j * task.dim + k))
+                     .value;
+        sum = warp_sum(sum);
+        if (lane_id() == 0) task.out.template store<T>(i * task.classes + j, sum);
+      }
+  }
 }
 
 // out[m, n] = sum over k of |a[m, k] - b[n, k]|. Blocks: tiles of m x tiles of n.
@@ -92,13 +170,8 @@ manhattan_kernel(StoredArray a, StoredArray b, int64_t rows, int64_t columns, in
   T sum[kOwn][kOwn] = {};
   for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
     sync_block();  // the reads below of the step before, before these writes
-#pragma unroll 1   // unrolled, the staging copies cost predicates that spill
-    for (int e = thread_id(); e < kTile * kDepth; e += kThreads) {
-      const int r = e / kDepth, k = e % kDepth;
-      const bool inside = k0 + k < depth;
-      left[k * kTile + r] = inside && m0 + r < rows ? a.load<T>((m0 + r) * depth + k0 + k) : T(0);
-      right[k * kTile + r] = inside && n0 + r < columns ? b.load<T>((n0 + r) * depth + k0 + k) : T(0);
-    }
+    fetch_tile(a, m0, rows, k0, depth, left);
+    fetch_tile(b, n0, columns, k0, depth, right);
     sync_block();  // the writes above, before the reads below
     for (int k = 0; k < kDepth; ++k)
       for (int m = 0; m < kOwn; ++m)
@@ -206,33 +279,6 @@ slopes_kernel(StoredArray a, StoredArray b, Cells cells, int64_t rows, int64_t o
       const T far = kOrder == 2 ? T(2) * (total[i] * own[m][d] - product[i * dim + at]) : T(0);
       out.store<T>(i * dim + at, far + sum[m][d]);
     }
-}
-
-// dw[y_i] from the rows with that label alone, computed by the first of them; dw comes in zero. One
-// warp per row.
-template <class T>
-NF_KERNEL(kThreads)
-own_rows_gradient_kernel(StoredArray g, StoredArray x, StoredArray w,  // [N, C], [N, D], [C, D]
-                         const int64_t* __restrict__ labels,           // [N]
-                         int64_t batch, int64_t dim, int64_t classes, int p, StoredArray dw) {
-  const int64_t i = block_id() * kRowsPerBlock + warp_id();
-  if (i >= batch) return;  // the whole warp leaves
-  const int64_t label = labels[i];
-  NF_DEVICE_CHECK(label >= 0 && label < classes,
-                  "inner_distance: expected `labels` in [0, %lld), got %lld at row %lld", (long long)classes,
-                  (long long)label, (long long)i);
-  bool earlier = false;
-  for (int64_t k = lane_id(); k < i; k += kWarp) earlier = earlier || labels[k] == label;
-  if (warp_any(earlier)) return;
-  for (int64_t d = lane_id(); d < dim; d += kWarp) {
-    const T agent = w.load<T>(label * dim + d);
-    T sum = 0;
-    for (int64_t k = i; k < batch; ++k)
-      if (labels[k] == label)
-        sum +=
-            g.load<T>(k * classes + label) * math::distance_term<T>(p, agent - x.load<T>(k * dim + d)).slope;
-    dw.store<T>(label * dim + d, sum);
-  }
 }
 
 }  // namespace

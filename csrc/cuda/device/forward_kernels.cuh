@@ -2,7 +2,10 @@
 // of scores.
 #pragma once
 
+#include <device/arrival.cuh>
+
 #include "cuda/device/row_cosine.cuh"
+#include "cuda/device/row_splits.cuh"
 #include "cuda/device/rows.cuh"
 #include "cuda/host/head.cuh"
 #include "math/centers.h"
@@ -94,13 +97,16 @@ struct RowLogits {
 };
 
 // Outside the window of math/softmax.h: kappa becomes the largest logit seen so far, and what was
-// added up under the old one is rescaled. Inside it a block returns at once. One block per row.
+// added up under the old one is rescaled. Inside it a block returns at once. Blocks: rows x splits of the logits, of
+// which the last to come has the largest of all.
 template <class T, class Term>
 NF_KERNEL(kThreads)
 update_shift_kernel(RowLogits<T> logits, TermRows terms, math::FixedShift window, RowState rows,
-                    T* __restrict__ x_sum,  // [N, D] or null
+                    T* __restrict__ largest,          // [splits, N], or null where there is one
+                    unsigned* __restrict__ arrivals,  // [N], all 0
+                    T* __restrict__ x_sum,            // [N, D] or null
                     int64_t dim) {
-  const int64_t i = block_id();
+  const int64_t i = block_id(), split = block_y(), splits = block_count_y();
   const double s = terms.scale.at(i);
   if (window.serves(s)) return;
   SharedMemory shared;
@@ -109,7 +115,8 @@ update_shift_kernel(RowLogits<T> logits, TermRows terms, math::FixedShift window
   const Term term(terms.at<T>(i), terms.numbers);
   T best = -T(INFINITY);
   const int64_t centers = logits.centers;
-  for (int64_t k = thread_id() * centers; k < logits.count; k += kThreads * centers) {
+  const RowSplit mine = row_split(logits.count, centers);
+  for (int64_t k = mine.begin + thread_id() * centers; k < mine.end; k += kThreads * centers) {
     const T* of_class = logits.data + i * logits.row_stride + k * logits.step;
     const T value =
         math::winner<T>(centers, [&](int64_t center) { return of_class[center * logits.step]; }).cosine;
@@ -117,6 +124,16 @@ update_shift_kernel(RowLogits<T> logits, TermRows terms, math::FixedShift window
     best = !(target >= k && target < k + centers) && z > best ? z : best;
   }
   best = block_largest(best, scratch);
+  if (splits > 1) {
+    if (thread_id() == 0) largest[split * rows.batch + i] = best;
+    if (!last_to_arrive(arrivals + i, unsigned(splits))) return;
+    best = -T(INFINITY);
+    for (int64_t k = thread_id(); k < splits; k += kThreads) {
+      const T other = largest[k * rows.batch + i];
+      best = other > best ? other : best;
+    }
+    best = block_largest(best, scratch);
+  }
   const double old = rows.at(kShift, i);
   const double shift = double(best) > old ? double(best) : old;
   const double factor = shift > old ? std::exp(old - shift) : 1.0;
@@ -151,20 +168,6 @@ class_sum_kernel(StoredArray w,                       // [C, D]
     sum += class_weight[j] * unit;
   }
   if (d <= dim) partial[block_id() * (dim + 1) + d] = sum;
-}
-
-// class_sum = the sum of the partial ones, in order.
-template <class T>
-NF_KERNEL(kThreads)
-add_class_sums_kernel(const double* __restrict__ partial,  // [runs, count]
-                      int64_t runs, int64_t count,
-                      T* __restrict__ class_sum)  // [count]
-{
-  const int64_t d = block_id() * kThreads + thread_id();
-  if (d >= count) return;
-  double sum = 0;
-  for (int64_t k = 0; k < runs; ++k) sum += partial[k * count + d];
-  class_sum[d] = T(sum);
 }
 
 }  // namespace

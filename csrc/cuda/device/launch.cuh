@@ -6,7 +6,6 @@
 // (tests/emulation/device); a test compiles one source against both.
 #pragma once
 
-#include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -16,7 +15,8 @@
 #include <cstdint>
 #include <cstdio>
 #include <limits>
-#include <string>
+
+#include "cuda/host/card.h"
 
 #ifndef NF_NAMESPACE
 #define NF_NAMESPACE normface_ext
@@ -75,15 +75,12 @@ struct Grid {
   int64_t y = 1;
 };
 
-inline void check_cuda(cudaError_t error, const char* name) {
-  STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
-}
-
 // The device a tensor lives on, made current for as long as this object lives, and the stream
 // PyTorch is recording on there. Make one before the first allocation of an op.
 class Queue {
  public:
-  explicit Queue(const torch::stable::Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_) {
+  explicit Queue(const torch::stable::Tensor& tensor)
+      : device_(tensor.get_device_index()), guard_(device_), card_(card_of(device_)) {
     // The guard moves PyTorch's copy of the CUDA runtime to the device. Ours is linked statically
     // and keeps its own idea of the current device, so it is told as well.
     check_cuda(cudaSetDevice(device_), "cudaSetDevice");
@@ -93,30 +90,16 @@ class Queue {
   }
 
   cudaStream_t stream() const { return stream_; }
-  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
-  // Bytes of shared memory one block may ask for.
-  int shared_limit() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
   int device() const { return device_; }
-  // As CUDA calls the device.
-  std::string name() const {
-    cudaDeviceProp properties;
-    check_cuda(cudaGetDeviceProperties(&properties, device_), "cudaGetDeviceProperties");
-    return properties.name;
-  }
-  // 80 for compute capability 8.0: the tensor-core wrappers need that much.
-  int architecture() const {
-    return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
-  }
+  const std::string& name() const { return card_.name; }
+  int multiprocessors() const { return card_.multiprocessors; }
+  int shared_limit() const { return card_.shared_limit; }
+  int architecture() const { return card_.architecture; }
 
  private:
-  int attribute(cudaDeviceAttr which) const {
-    int value = 0;
-    check_cuda(cudaDeviceGetAttribute(&value, which, device_), "cudaDeviceGetAttribute");
-    return value;
-  }
-
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
+  const Card& card_;
   cudaStream_t stream_ = nullptr;
 };
 
@@ -131,13 +114,7 @@ void launch(const char* name, Queue& queue, void (*kernel)(Parameters...), Grid 
       ": expected a grid of at most 2147483647 x 65535 blocks, got ", grid.x, " x ", grid.y);
   if (grid.x == 0 || grid.y == 0) return;
 
-  constexpr size_t kWithoutAsking = 48 * 1024;  // more is granted only on request
-  if (shared_bytes > kWithoutAsking) {
-    check_cuda(
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-        name);
-  }
+  allow_shared(reinterpret_cast<const void*>(kernel), queue.device(), shared_bytes, name);
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
   kernel<<<blocks, static_cast<unsigned>(threads), shared_bytes, queue.stream()>>>(
       static_cast<Parameters>(arguments)...);

@@ -31,7 +31,8 @@ class LongSum {
     run_ += term;
     if (++terms_ == kRun) total_ += double(run_), run_ = T(0), terms_ = 0;
   }
-  NF_DEVICE T value() const { return T(total_ + double(run_)); }
+  NF_DEVICE double total() const { return total_ + double(run_); }
+  NF_DEVICE T value() const { return T(total()); }
 
  private:
   static constexpr int kRun = 64;

@@ -37,21 +37,41 @@ struct SweepSums {
   NF_DEVICE double& largest_cosine(int64_t split, int64_t splits, int64_t i) const {
     return partial[(2 * splits + split) * rows.batch + i];
   }
-  // Row i's sums += the partial ones, in the order of the splits.
+  // The sums of the rows [first, end) += the partial ones: a thread takes every so-manieth split of a row, then what
+  // the threads of a row have is added pair by pair. All threads of the block, whose number is a power of two no
+  // smaller than that of the rows; scratch holds kScratch for each of them.
+  static constexpr int kScratch = 3;
   template <bool kWithLargest>
-  NF_DEVICE void add(int64_t splits, int64_t i) const {
-    double of_value = 0, of_second = 0;
-    for (int64_t k = 0; k < splits; ++k) {
-      of_value += value(k, i);
-      of_second += second(k, splits, i);
+  NF_DEVICE void add(int64_t splits, int64_t first, int64_t end, double* scratch) const {
+    const int threads = threads_per_block(), me = thread_id();
+    int across = 1;
+    while (across < end - first) across *= 2;
+    const int groups = threads / across, group = me / across;
+    const int64_t i = first + me % across;
+    double of_value = 0, of_second = 0, best = -INFINITY;
+    if (i < end) {
+#pragma unroll 4
+      for (int64_t k = group; k < splits; k += groups) {
+        of_value += value(k, i);
+        of_second += second(k, splits, i);
+        if constexpr (kWithLargest) best = math::larger(best, largest_cosine(k, splits, i));
+      }
     }
-    rows.at(kSum, i) += of_value;
-    rows.at(kSecondSum, i) += of_second;
-    if constexpr (kWithLargest) {
-      double best = rows.at(kLargestCosine, i);
-      for (int64_t k = 0; k < splits; ++k) best = math::larger(best, largest_cosine(k, splits, i));
-      rows.at(kLargestCosine, i) = best;
+    scratch[me] = of_value, scratch[threads + me] = of_second;
+    if constexpr (kWithLargest) scratch[2 * threads + me] = best;
+    for (int left = groups / 2; left > 0; left /= 2) {
+      sync_block();  // what the threads above `left` groups have, before it is read
+      if (group >= left) continue;
+      const int other = me + left * across;
+      scratch[me] += scratch[other], scratch[threads + me] += scratch[threads + other];
+      if constexpr (kWithLargest)
+        scratch[2 * threads + me] = math::larger(scratch[2 * threads + me], scratch[2 * threads + other]);
     }
+    if (group > 0 || i >= end) return;
+    rows.at(kSum, i) += scratch[me];
+    rows.at(kSecondSum, i) += scratch[threads + me];
+    if constexpr (kWithLargest)
+      rows.at(kLargestCosine, i) = math::larger(rows.at(kLargestCosine, i), scratch[2 * threads + me]);
   }
 };
 

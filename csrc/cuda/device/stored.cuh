@@ -11,6 +11,7 @@
 
 #include "checks.h"
 #include "engine/accumulator.h"
+#include "engine/block.h"
 #include "math/host_device.h"
 
 namespace nf {
@@ -27,6 +28,7 @@ struct StoredArray {
 
   explicit StoredArray(const Tensor& t)
       : data(const_cast<void*>(t.const_data_ptr())), type(int(t.scalar_type())) {}
+  explicit StoredArray(const Array& a) : data(a.data()), type(int(a.type())) {}
   StoredArray() : data(nullptr), type(0) {}
 
   template <class T>

@@ -17,12 +17,12 @@ accumulate_kernel(const T* __restrict__ part, int64_t count, T* __restrict__ sum
 // x_sum [N, D] += E w of a chunk, by way of `part` (torch's stable ABI has no product that adds); the first chunk
 // writes it. e [N, stride], w [width, D], both of the type that the head calls `other`.
 template <class T>
-void add_product(Queue& queue, const Head<T>& head, const Chunk& of, const Tensor& e, const Tensor& w,
-                 const Tensor& x_sum, const Tensor& part) {
+void add_product(Queue& queue, const Head<T>& head, const Chunk& of, const Array& e, const Array& w,
+                 const Array& x_sum, const Array& part) {
   const int64_t N = head.batch, D = head.dim;
-  multiply(head.in.x, {e.const_data_ptr(), head.other, N, of.width, of.stride()},
-           {w.const_data_ptr(), head.other, of.width, D, D},
-           {(of.first == 0 ? x_sum : part).const_data_ptr(), head.wide, N, D, D});
+  multiply(head.in.x, {e.data(), head.other, N, of.width, of.stride()},
+           {w.data(), head.other, of.width, D, D},
+           {(of.first == 0 ? x_sum : part).data(), head.wide, N, D, D});
   if (of.first > 0)
     launch("accumulate", queue, accumulate_kernel<T>, thread_per(N * D), kThreads, 0, data_of<const T>(part),
            N * D, data_of<T>(x_sum));

@@ -1,9 +1,6 @@
 // Cosines of listed pairs of a feature and an agent on CUDA: target_cosine, and the gradients of a
 // weighted sum of listed cosines. One warp owns each row of a result, and adds up in the order of the list.
-//
-// The entries of a class are found by a counting sort. Integer atomics say how many a class has and give each a
-// place among them; which one, and where in memory the class's places begin, depends on who comes first, so the
-// warp that sums them puts them in order: nothing that comes out depends on it.
+#include "cuda/device/class_entries.cuh"
 #include "cuda/device/per_row.cuh"
 #include "cuda/device/project_row.cuh"
 #include "cuda/device/row_cosine.cuh"
@@ -64,7 +61,7 @@ struct Pairs {
   int64_t batch, dim, count, listed;
   double eps;
 
-  int64_t entries() const { return batch * listed; }
+  NF_HD int64_t entries() const { return batch * listed; }
 };
 
 // How the class of each entry of the list was scaled, and behind them every row of x: the sums over pairs
@@ -128,72 +125,47 @@ pairs_features_kernel(Pairs pairs, const T* __restrict__ factors, PairScales<T> 
       dx);
 }
 
-// Where the entries of a class lie: `count` of them in any order from places[begin] on.
-struct ClassEntries {
-  int* count;       // [C], all 0 before
-  int64_t* begin;   // [C]
-  int64_t* taken;   // [], 0 before: of places, by now
-  int* within;      // [N * listed]: the entry's place among those of its class
-  int64_t* places;  // [N * listed]
-  int64_t* order;   // [N * listed]: the same in order
+// The gradient of the weight: what an entry says to its class.
+template <class T>
+struct PairsWeight {
+  Pairs pairs;
+  const T* factors;  // [N, listed]
+  PairScales<T> scales;
+  EntrySums<T> sums;
+  StoredArray dw;
+
+  // f(value), with what entry k says to column d.
+  template <class F>
+  NF_DEVICE void with_value(const F& f) const {
+    pairs.x.template visit<T>([&](const auto* x) {
+      f([&](int64_t k, int64_t d) {
+        const int64_t i = k / pairs.listed;
+        return factors[k] * scales.unit(T(x[i * pairs.dim + d]), pairs.entries() + i);
+      });
+    });
+  }
 };
 
-// One thread per entry.
+// One warp per entry.
+template <class T>
 NF_KERNEL(kThreads)
-count_entries_kernel(Pairs pairs, ClassEntries entries) {
-  const int64_t k = block_id() * kThreads + thread_id();
-  if (k >= pairs.batch * pairs.listed || !is_class(pairs.classes[k], pairs.count)) return;
-  entries.within[k] = atomic_add(entries.count + pairs.classes[k], 1);
-}
-
-// The first of a class takes room for all. One thread per entry.
-NF_KERNEL(kThreads)
-reserve_places_kernel(Pairs pairs, ClassEntries entries) {
-  const int64_t k = block_id() * kThreads + thread_id();
-  if (k >= pairs.batch * pairs.listed || !is_class(pairs.classes[k], pairs.count) || entries.within[k] != 0)
-    return;
-  const int64_t j = pairs.classes[k];
-  entries.begin[j] = atomic_add(entries.taken, int64_t(entries.count[j]));
-}
-
-// One thread per entry.
-NF_KERNEL(kThreads)
-place_entries_kernel(Pairs pairs, ClassEntries entries) {
-  const int64_t k = block_id() * kThreads + thread_id();
-  if (k >= pairs.batch * pairs.listed || !is_class(pairs.classes[k], pairs.count)) return;
-  entries.places[entries.begin[pairs.classes[k]] + entries.within[k]] = k;
+pairs_runs_kernel(PairsWeight<T> task) {
+  const int64_t own = block_id() * kRowsPerBlock + warp_id();
+  task.with_value([&](const auto& value) { task.sums.write_run(own, value); });
 }
 
 // One warp per entry; the first of a class sums all of them. dw comes in zero.
 template <class T>
 NF_KERNEL(kThreads)
-pairs_weight_kernel(Pairs pairs, ClassEntries entries, const T* __restrict__ factors, PairScales<T> scales,
-                    StoredArray dw) {
-  const int64_t own = block_id() * kRowsPerBlock + warp_id(), total = pairs.batch * pairs.listed,
-                dim = pairs.dim;
-  if (own >= total) return;  // the whole warp leaves, here and below
-  const int64_t j = pairs.classes[own];
-  if (!is_class(j, pairs.count) || entries.within[own] != 0) return;
-  const int64_t begin = entries.begin[j], end = begin + entries.count[j];
-  for (int64_t at = begin + lane_id(); at < end; at += kWarp) {
-    const int64_t k = entries.places[at];
-    int64_t rank = begin;
-    for (int64_t other = begin; other < end; ++other) rank += entries.places[other] < k;
-    entries.order[rank] = k;
-  }
-  sync_warp();  // the order, before every lane follows it
-  project_row<T>(
-      pairs.w, j, dim, pairs.eps, scales.at(own),
-      [&](int64_t d) {
-        LongSum<T> sum;
-#pragma unroll 1
-        for (int64_t at = begin; at < end; ++at) {
-          const int64_t k = entries.order[at], i = k / pairs.listed;
-          sum.add(factors[k] * scales.unit(pairs.x.load<T>(i * dim + d), total + i));
-        }
-        return sum.value();
-      },
-      dw);
+pairs_weight_kernel(PairsWeight<T> task) {
+  const int64_t own = block_id() * kRowsPerBlock + warp_id();
+  if (!task.sums.leads(own)) return;  // the whole warp leaves
+  const Pairs& pairs = task.pairs;
+  task.with_value([&](const auto& value) {
+    project_row<T>(
+        pairs.w, pairs.classes[own], pairs.dim, pairs.eps, task.scales.at(own),
+        [&](int64_t d) { return task.sums.of_class(own, d, value); }, task.dw);
+  });
 }
 
 // The gradient of the weight, which comes in zero.
@@ -201,19 +173,13 @@ template <class T>
 void pairs_weight(Queue& queue, const Pairs& pairs, const T* factors, const PairScales<T>& scales,
                   const Tensor& like, const Tensor& dw) {
   const int64_t count = pairs.entries();
-  const Tensor counters = torch::stable::new_zeros(like, {pairs.count}, ScalarType::Int),
-               taken = torch::stable::new_zeros(like, {1}, ScalarType::Long),
-               begin = device_empty(like, {pairs.count}, ScalarType::Long),
-               within = device_empty(like, {count}, ScalarType::Int),
-               places = device_empty(like, {count}, ScalarType::Long),
-               order = device_empty(like, {count}, ScalarType::Long);
-  const ClassEntries entries{data_of<int>(counters), data_of<int64_t>(begin),  data_of<int64_t>(taken),
-                             data_of<int>(within),   data_of<int64_t>(places), data_of<int64_t>(order)};
-  launch("count_entries", queue, count_entries_kernel, thread_per(count), kThreads, 0, pairs, entries);
-  launch("reserve_places", queue, reserve_places_kernel, thread_per(count), kThreads, 0, pairs, entries);
-  launch("place_entries", queue, place_entries_kernel, thread_per(count), kThreads, 0, pairs, entries);
-  launch("pairs_weight", queue, pairs_weight_kernel<T>, warp_per_row(count), kThreads, 0, pairs, entries,
-         factors, scales, StoredArray(dw));
+  const SortedEntries sorted(queue, like, pairs.classes, count, pairs.count);
+  const Tensor runs = sorted.room_for_runs(like, pairs.dim);
+  const PairsWeight<T> task{
+      pairs, factors, scales, {sorted.entries, pairs.dim, data_of<double>(runs)}, StoredArray(dw)};
+  if (runs.numel() > 0)
+    launch("pairs_runs", queue, pairs_runs_kernel<T>, warp_per_row(count), kThreads, 0, task);
+  launch("pairs_weight", queue, pairs_weight_kernel<T>, warp_per_row(count), kThreads, 0, task);
 }
 
 }  // namespace

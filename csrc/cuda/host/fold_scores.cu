@@ -23,7 +23,7 @@ template <class T, class O, class Term, bool kSeveral, bool kLargest>
 NF_KERNEL(kThreads)
 fold_scores_kernel(FoldScores<T> task) {
   SharedMemory shared;
-  double* scratch = shared.take<double>(kThreads / kWarp);
+  double* scratch = shared.take<double>(SweepSums::kScratch * kThreads);
   const int64_t i = block_id(), split = block_y(), splits = block_count_y();
   const int64_t centers = kSeveral ? task.centers : 1, columns = columns_per_block(centers);
   const int64_t begin = split * columns, end = begin + columns < task.width ? begin + columns : task.width;
@@ -54,8 +54,8 @@ fold_scores_kernel(FoldScores<T> task) {
     task.sums.second(split, splits, i) = total_second;
     if constexpr (kLargest) task.sums.largest_cosine(split, splits, i) = best;
   }
-  if (last_to_arrive(task.sums.arrivals + i, unsigned(splits)) && thread_id() == 0)
-    task.sums.template add<kLargest>(splits, i);
+  if (last_to_arrive(task.sums.arrivals + i, unsigned(splits)))
+    task.sums.template add<kLargest>(splits, i, i + 1, scratch);
 }
 
 }  // namespace
@@ -75,7 +75,7 @@ void fold_scores(Queue& queue, const FoldScores<T>& task) {
                               : (task.sums.largest ? fold_scores_kernel<T, O, Term, false, true>
                                                    : fold_scores_kernel<T, O, Term, false, false>),
              Grid{task.batch, fold_splits(task.width, task.centers)}, kThreads,
-             shared_bytes<double>(kThreads / kWarp), task);
+             shared_bytes<double>(SweepSums::kScratch * kThreads), task);
     });
   };
   if constexpr (std::is_same_v<T, float>)

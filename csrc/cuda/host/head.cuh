@@ -93,6 +93,11 @@ struct Head {
 
   Chunk at(int64_t first) const { return {first, std::min(chunk, classes - first)}; }
   Chunk largest_chunk() const { return {0, chunk}; }
+  // The most that f says of a chunk, 0 where there is none: all are as wide, but for the last.
+  template <class F>
+  int64_t most_of_chunks(const F& f) const {
+    return classes > 0 ? std::max<int64_t>(f(at(0)), f(at((classes - 1) / chunk * chunk))) : 0;
+  }
 
   Tensor buffer(int64_t rows, int64_t columns, ScalarType type) const {
     return device_empty(in.x, {rows, columns}, type);
@@ -105,8 +110,7 @@ struct Head {
 
   // Unit rows of a chunk's classes: as score operands, and (where `copy` holds anything) as partners of E;
   // the inverse norms as well.
-  UnitRows unit_weights(const Chunk& of, const Tensor& w_hat, const Tensor& copy,
-                        const Tensor* inverse) const {
+  UnitRows unit_weights(const Chunk& of, const Array& w_hat, const Array& copy, const Tensor* inverse) const {
     const char* rows = static_cast<const char*>(in.weight.const_data_ptr());
     UnitRows task{rows + of.first * dim * int64_t(in.weight.element_size()),
                   in.weight.scalar_type(),
@@ -122,10 +126,10 @@ struct Head {
   }
 
   // scores = x_hat w_hat^T of some classes.
-  void make_scores(const Chunk& of, const Tensor& x_hat, const Tensor& w_hat, const Tensor& scores) const {
-    multiply(in.x, {x_hat.const_data_ptr(), score, batch, dim, dim},
-             Matrix{w_hat.const_data_ptr(), score, of.width, dim, dim}.transposed(),
-             {scores.const_data_ptr(), wide, batch, of.width, of.stride()});
+  void make_scores(const Chunk& of, const Array& x_hat, const Array& w_hat, const Array& scores) const {
+    multiply(in.x, {x_hat.data(), score, batch, dim, dim},
+             Matrix{w_hat.data(), score, of.width, dim, dim}.transposed(),
+             {scores.data(), wide, batch, of.width, of.stride()});
   }
 
   // Of the partial sums that `coefficients` leaves.
@@ -136,9 +140,8 @@ struct Head {
   }
 
   // E of some classes into `e`, unless that is empty, and its sums. Those of cuBLAS have been made already.
-  void coefficients(Queue& queue, const Chunk& of, const Tensor& x_hat, const Tensor& w_hat,
-                    const Tensor& scores, const TermRows& rows, const SweepSums& sums,
-                    const Tensor& e) const {
+  void coefficients(Queue& queue, const Chunk& of, const Array& x_hat, const Array& w_hat,
+                    const Array& scores, const TermRows& rows, const SweepSums& sums, const Array& e) const {
     if constexpr (std::is_same_v<T, float>)
       if (tensor_cores()) {
         ScoreTask task = score_task(of, x_hat, w_hat, rows, sums);
@@ -152,7 +155,7 @@ struct Head {
                            sums, data_of<void>(e), is_16_bit});
   }
 
-  ScoreTask score_task(const Chunk& of, const Tensor& x_hat, const Tensor& w_hat, const TermRows& rows,
+  ScoreTask score_task(const Chunk& of, const Array& x_hat, const Array& w_hat, const TermRows& rows,
                        const SweepSums& sums) const {
     return {data_of<const Half>(x_hat),
             data_of<const Half>(w_hat),

@@ -2,6 +2,7 @@
 // where device and shape allow it, by the kernels for tensor cores (row_state.h: HeadKernels), everything
 // else in forward_kernels.cuh, fold_scores.cu and sinks.cu. See math/terms and math/softmax.h for the formulas
 // and row_state.h for what is kept per row.
+#include "cuda/device/add_runs.cuh"
 #include "cuda/device/forward_kernels.cuh"
 #include "cuda/host/add_product.cuh"
 #include "cuda/host/sinks.h"
@@ -10,34 +11,53 @@
 namespace nf {
 namespace {
 
+// The memory of a run over the classes.
+struct SweepScratch {
+  Block block;
+  Array scores;             // [N, stride of a chunk], or empty where they are never written
+  Array x_hat;              // [N, D], operand type
+  Array w_hat;              // [chunk, D]
+  Array w_copy;             // the same, as what meets E, or empty
+  Array arrivals;           // [N], counters of last_to_arrive
+  Array neutral_threshold;  // [N], 0 in the rows that do not count, or empty
+  // What more a sweep for sums or for the hardest has of:
+  Array e;                // [N, stride of a chunk]
+  Array partial;          // [2 or 3, splits, N], of the sums
+  Array x_partial;        // [splits, N, D], of the single sweep
+  Array x_part;           // [N, D], of x_sum of a chunk
+  Array placed, counts;   // of the active list (sinks.h)
+  Array cosines, places;  // of the hardest
+  Array class_partial;    // [runs, D + 1], of the class sum
+
+  template <class T>
+  SweepScratch(const Head<T>& head, bool need_copy)
+      : x_hat(block.array(head.batch * head.dim, head.score)),
+        w_hat(block.array(head.chunk * head.dim, head.score)),
+        w_copy(block.array(need_copy && head.is_16_bit ? head.chunk * head.dim : 0, head.other)),
+        arrivals(block.array<int>(head.batch)),
+        neutral_threshold(block.array<double>(head.in.threshold ? head.batch : 0)) {}
+};
+
 // One run over the classes: what the chunks share.
 template <class T>
-struct Sweep {
+struct Sweep : SweepScratch {
   const Head<T>& head;
   bool final_shift;  // kappa stays as prepare() sets it: one constant, or that of all shards
   bool largest;      // the largest cosines are wanted beside the sums
   RowState rows;
-  Tensor scores;             // [N, stride of a chunk], or empty where they are never written
-  Tensor x_hat;              // [N, D], operand type
-  Tensor w_hat;              // [chunk, D]
-  Tensor w_copy;             // the same, as what meets E, or empty
-  Tensor arrivals;           // [N], counters of last_to_arrive
-  Tensor neutral_threshold;  // [N], 0 in the rows that do not count, or empty
   TermRows terms;
 
+  // `claim` names what more of the scratch is wanted.
+  template <class Claim>
   Sweep(const Head<T>& of, const Tensor& state, bool shift_is_given, bool need_copy, bool need_largest,
-        const Tensor& score_memory)
-      : head(of),
+        const Claim& claim)
+      : SweepScratch(of, need_copy),
+        head(of),
         final_shift(head.fixed_shift || shift_is_given),
         largest(need_largest),
         rows(state),
-        scores(score_memory),
-        x_hat(head.buffer(head.batch, head.dim, head.score)),
-        w_hat(head.buffer(head.chunk, head.dim, head.score)),
-        w_copy(head.buffer(need_copy && head.is_16_bit ? head.chunk : 0, head.dim, head.other)),
-        arrivals(device_empty(head.in.x, {head.batch}, ScalarType::Int)),
-        neutral_threshold(device_empty(head.in.x, {head.in.threshold ? head.batch : 0}, ScalarType::Double)),
-        terms(head.term_rows(rows.of(kShift), data_of<const double>(neutral_threshold))) {}
+        terms((claim(static_cast<SweepScratch&>(*this)), allocate(block, head.in.x),
+               head.term_rows(rows.of(kShift), data_of<const double>(neutral_threshold)))) {}
 
   // Everything before the first product: the rows, and the unit rows of the first chunk.
   void prepare(Queue& queue, int64_t ignore_index, const double* shift, const Factors<T>& sample_weight,
@@ -99,35 +119,31 @@ struct Sweep {
   }
 
   // E into `e` (or nowhere); its sums into rows.
-  void fold(Queue& queue, const Chunk& of, const Tensor& e) const {
-    const int64_t numbers = largest ? 3 : 2;
-    const Tensor partial = head.buffer(numbers * head.splits(queue, of), head.batch, ScalarType::Double);
-    head.coefficients(queue, of, x_hat, w_hat, scores, terms, sums_into(partial), e);
+  void fold(Queue& queue, const Chunk& of, const Array& e) const {
+    head.coefficients(queue, of, x_hat, w_hat, scores, terms, sums(), e);
   }
 
   // The sums and x_sum in one kernel, without E.
   void fold_at_once(Queue& queue, const Chunk& of, const Tensor& x_sum) const {
-    const int64_t splits = sweep_splits(queue, head.batch, head.dim, of.width);
-    const Tensor partial = head.buffer(2 * splits, head.batch, ScalarType::Double);
-    const Tensor x_partial = head.buffer(splits * head.batch, head.dim, ScalarType::Float);
     single_sweep(queue, {data_of<const Half>(x_hat), data_of<const Half>(w_hat),
                          data_of<const BFloat16>(w_copy), head.batch, head.dim, of.width, of.first, terms,
-                         sums_into(partial), data_of<float>(x_partial), data_of<float>(x_sum), of.first > 0});
+                         sums(), data_of<float>(x_partial), data_of<float>(x_sum), of.first > 0});
   }
 
   SinkChunk sink_chunk(const Chunk& of) const { return {of.first, of.width, of.stride(), head.classes}; }
 
  private:
-  SweepSums sums_into(const Tensor& partial) const {
-    return {rows, data_of<double>(partial), data_of<unsigned>(arrivals), largest};
-  }
+  SweepSums sums() const { return {rows, data_of<double>(partial), data_of<unsigned>(arrivals), largest}; }
 
   void update_shift(Queue& queue, const RowLogits<T>& logits, T* x_sum) const {
     if (final_shift) return;
+    const int64_t splits = row_splits(queue, head.batch, logits.count);
+    const Tensor largest_logits = head.buffer(splits > 1 ? splits : 0, head.batch, head.wide);
     dispatch_term<T>(terms.term, [&]<class Term>() {
       if constexpr (Term::kSoftmax)
-        launch("update_shift", queue, update_shift_kernel<T, Term>, Grid{head.batch}, kThreads,
-               shared_bytes<T>(kThreads / kWarp), logits, terms, head.window, rows, x_sum, head.dim);
+        launch("update_shift", queue, update_shift_kernel<T, Term>, Grid{head.batch, splits}, kThreads,
+               shared_bytes<T>(kThreads / kWarp), logits, terms, head.window, rows,
+               data_of<T>(largest_logits), data_of<unsigned>(arrivals), x_sum, head.dim);
     });
   }
 };
@@ -136,27 +152,32 @@ struct SweepResult {
   Tensor rows, inverse_norm, x_sum, class_sum, stored, listed, found;
 };
 
+// Blocks of class_sum_kernel along the classes.
+int64_t class_runs(const Queue& queue, int64_t classes) {
+  return std::min<int64_t>(classes, 8 * queue.multiprocessors());
+}
+
 // class_sum = sum of class_weight_j w_hat_j and, last, of class_weight_j.
 template <class T>
-void sum_classes(Queue& queue, const Head<T>& head, const T* inverse_norm, T* class_sum) {
+void sum_classes(Queue& queue, const Head<T>& head, const T* inverse_norm, double* partials, T* class_sum) {
   const HeadInputs& in = head.in;
-  const int64_t D = head.dim, runs = std::min<int64_t>(head.classes, 8 * queue.multiprocessors());
+  const int64_t D = head.dim, runs = class_runs(queue, head.classes);
   const Grid columns = thread_per(D + 1);
-  const Tensor partial = head.buffer(runs, D + 1, ScalarType::Double);
-  double* partials = data_of<double>(partial);
   launch("class_sum", queue, class_sum_kernel<T>, Grid{runs, columns.x}, kThreads, 0, StoredArray(in.weight),
          inverse_norm, head.classes, D, T(in.eps), Factors<T>(in.class_weight), partials);
-  launch("add_class_sums", queue, add_class_sums_kernel<T>, columns, kThreads, 0, partials, runs, D + 1,
-         class_sum);
+  add_runs(queue, partials, runs, D + 1, class_sum);
 }
 
 // Of every row the one class of the largest cosine: nothing of the others is asked.
 template <class T>
 void sweep_for_hardest(Queue& queue, const Sweep<T>& sweep, const SweepResult& out) {
   const Head<T>& head = sweep.head;
+  const int64_t splits = row_splits(queue, head.batch, head.chunk);
   const auto find = [&](const Chunk& of) {
-    find_hardest<T>(queue, {sweep.sink_chunk(of), data_of<const T>(sweep.scores), sweep.terms, sweep.rows,
-                            sweep.largest, data_of<int64_t>(out.listed), data_of<T>(out.found)});
+    find_hardest<T>(queue,
+                    {sweep.sink_chunk(of), splits, data_of<const T>(sweep.scores), sweep.terms, sweep.rows,
+                     sweep.largest, data_of<T>(sweep.cosines), data_of<int64_t>(sweep.places),
+                     data_of<unsigned>(sweep.arrivals), data_of<int64_t>(out.listed), data_of<T>(out.found)});
   };
   for (int64_t first = 0; first < head.classes; first += head.chunk) {
     const Chunk of = head.at(first);
@@ -169,20 +190,22 @@ void sweep_for_hardest(Queue& queue, const Sweep<T>& sweep, const SweepResult& o
 
 // All sums, E, x_sum and the active list.
 template <class T>
-void sweep_for_sums(Queue& queue, const Sweep<T>& sweep, const HeadSweepArguments& in, const Tensor& e,
+void sweep_for_sums(Queue& queue, const Sweep<T>& sweep, const HeadSweepArguments& in, const Array& e,
                     const SweepResult& out) {
   const Head<T>& head = sweep.head;
   const int64_t N = head.batch, D = head.dim;
   const bool at_once = head.single_sweep() && in.need_x;
   const bool list = in.sink == kActiveList;
-  const Tensor placed = device_empty(in.x, {list ? N : 0}, ScalarType::Long);
+  const int64_t splits = row_splits(queue, N, head.chunk);
+  int64_t* before = data_of<int64_t>(sweep.placed);
+  int64_t* after = list ? before + N : nullptr;
   const auto put_on_list = [&](const Chunk& of) {
-    list_active<T>(queue,
-                   {sweep.sink_chunk(of), data_of<const void>(e), head.is_16_bit, sweep.rows, in.capacity,
-                    data_of<int64_t>(placed), data_of<int64_t>(out.listed), data_of<T>(out.found)});
+    list_active<T>(queue, {sweep.sink_chunk(of), splits, data_of<const void>(e), head.is_16_bit, sweep.rows,
+                           in.capacity, data_of<int>(sweep.counts), before, after,
+                           data_of<int64_t>(out.listed), data_of<T>(out.found)});
+    std::swap(before, after);
   };
   T* sum = data_of<T>(out.x_sum);
-  const Tensor part = head.buffer(in.need_x && !at_once && head.chunk < head.classes ? N : 0, D, head.wide);
   for (int64_t first = 0; first < head.classes; first += head.chunk) {
     const Chunk of = head.at(first);
     if (first > 0) unit_rows(queue, sweep.unit_weights(of, &out.inverse_norm));
@@ -194,7 +217,8 @@ void sweep_for_sums(Queue& queue, const Sweep<T>& sweep, const HeadSweepArgument
     sweep.fold(queue, of, e);
     if (list) put_on_list(of);
     if (in.need_x)
-      add_product(queue, head, of, e, head.is_16_bit ? sweep.w_copy : sweep.w_hat, out.x_sum, part);
+      add_product<T>(queue, head, of, e, head.is_16_bit ? sweep.w_copy : sweep.w_hat, out.x_sum,
+                     sweep.x_part);
   }
   if (head.classes > 0) return;
   Tensor zeros = out.x_sum;
@@ -219,25 +243,45 @@ SweepResult run_sweep(Queue& queue, const HeadSweepArguments& in) {
                   device_empty(x, {in.store ? N * Chunk{0, head.classes}.stride() : 0}, head.other),
                   head.buffer(N, in.capacity, ScalarType::Long),
                   head.buffer(N, in.capacity, head.wide)};
-  const int64_t stride = head.largest_chunk().stride();
+  const int64_t cells = N * head.largest_chunk().stride();
   // In the wide types E replaces the scores, so stored E is where they are written.
-  const bool in_place = !head.is_16_bit;
-  const Tensor scores =
-      in.store && in_place ? out.stored : head.buffer(head.tensor_cores() ? 0 : N, stride, head.wide);
+  const bool in_place = !head.is_16_bit, at_once = head.single_sweep() && in.need_x;
   const bool need_e = (in.need_x && !head.single_sweep()) || in.sink == kActiveList;
-  const Tensor e = in.store ? out.stored
-                   : in_place && (need_e || head.plain_products())
-                       ? scores
-                       : head.buffer(need_e ? N : 0, stride, head.other);
-  const Sweep<T> sweep(head, out.rows, in.shift.has_value(), in.need_x, in.need_largest, scores);
+  const auto claim = [&](SweepScratch& of) {
+    Block& block = of.block;
+    of.scores =
+        in.store && in_place ? Array(out.stored) : block.array(head.tensor_cores() ? 0 : cells, head.wide);
+    of.e = in.store                                        ? Array(out.stored)
+           : in_place && (need_e || head.plain_products()) ? of.scores
+                                                           : block.array(need_e ? cells : 0, head.other);
+    if (in.need_class_sum) of.class_partial = block.array<double>(class_runs(queue, head.classes) * (D + 1));
+    const int64_t splits = row_splits(queue, N, head.chunk);
+    if (in.sink == kHardest) {
+      of.cosines = block.array(splits > 1 ? splits * N : 0, head.wide);
+      of.places = block.array<int64_t>(splits > 1 ? splits * N : 0);
+      return;
+    }
+    if (in.sink == kActiveList) {
+      of.placed = block.array<int64_t>(2 * N);
+      of.counts = block.array<int>(splits > 1 ? splits * N : 0);
+    }
+    const int64_t parts = head.most_of_chunks([&](const Chunk& chunk) {
+      return at_once ? sweep_splits(queue, N, D, chunk.width) : head.splits(queue, chunk);
+    });
+    of.partial = block.array<double>((in.need_largest ? 3 : 2) * parts * N);
+    of.x_partial = block.array<float>(at_once ? parts * N * D : 0);
+    of.x_part = block.array(in.need_x && !at_once && head.chunk < head.classes ? N * D : 0, head.wide);
+  };
+  const Sweep<T> sweep(head, out.rows, in.shift.has_value(), in.need_x, in.need_largest, claim);
   sweep.prepare(queue, in.ignore_index, data_or_null<double>(in.shift), Factors<T>(in.sample_weight),
                 &out.inverse_norm);
   if (in.sink == kHardest)
     sweep_for_hardest(queue, sweep, out);
   else
-    sweep_for_sums(queue, sweep, in, e, out);
+    sweep_for_sums(queue, sweep, in, sweep.e, out);
   if (in.need_class_sum)
-    sum_classes(queue, head, data_of<const T>(out.inverse_norm), data_of<T>(out.class_sum));
+    sum_classes(queue, head, data_of<const T>(out.inverse_norm), data_of<double>(sweep.class_partial),
+                data_of<T>(out.class_sum));
   return out;
 }
 
@@ -246,9 +290,10 @@ template <class T>
 Tensor choose_shift(Queue& queue, const HeadShiftArguments& in) {
   const Head<T> head(in, launch_of(in.kName, queue, in, false, Held::kNothing));
   const Tensor state = head.buffer(kRowFields, head.batch, ScalarType::Double);
-  const int64_t stride = head.largest_chunk().stride();
-  const Sweep<T> sweep(head, state, false, false, false,
-                       head.buffer(head.tensor_cores() ? 0 : head.batch, stride, head.wide));
+  const int64_t cells = head.batch * head.largest_chunk().stride();
+  const Sweep<T> sweep(head, state, false, false, false, [&](SweepScratch& of) {
+    of.scores = of.block.array(head.tensor_cores() ? 0 : cells, head.wide);
+  });
   sweep.prepare(queue, in.ignore_index, nullptr, Factors<T>(std::nullopt), nullptr);
   for (int64_t first = 0; first < head.classes && !head.fixed_shift; first += head.chunk) {
     if (first > 0) unit_rows(queue, sweep.unit_weights(head.at(first), nullptr));

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "cuda/device/distance_kernels.cuh"
+#include "cuda/device/own_rows.cuh"
 #include "cuda/host/outputs.h"
 #include "engine/distance_arguments.h"
 #include "engine/distance_checks.h"
@@ -17,6 +18,8 @@ Matrix whole(const Tensor& t) {
 
 // The factors of a product have one type: their own where they share it, else the accumulator's.
 ScalarType common_type(ScalarType a, ScalarType b) { return a == b ? a : accumulator(a); }
+
+int64_t tiles_of(int64_t count) { return (count + kTile - 1) / kTile; }
 
 template <class T>
 void squared_forward(Queue& queue, const Tensor& x, const Tensor& weight, const Tensor& out,
@@ -37,13 +40,15 @@ void squared_forward(Queue& queue, const Tensor& x, const Tensor& weight, const 
   const Tensor& products = direct ? out : scratch;
   const int64_t item = int64_t(ws.element_size());
   for (int64_t first = 0; first < C; first += chunk) {
-    const int64_t width = std::min(chunk, C - first), groups = (width + kWarp - 1) / kWarp;
+    const int64_t width = std::min(chunk, C - first);
     const char* rows = static_cast<const char*>(ws.const_data_ptr()) + first * D * item;
     multiply(x, whole(xs), Matrix{rows, type, width, D, D}.transposed(),
              {products.const_data_ptr(), wide, N, width, chunk});
-    launch("finish_squared", queue, finish_squared_kernel<T>, warp_per_row(N * groups), kThreads, 0,
-           data_of<const T>(products), chunk, StoredArray(x), StoredArray(weight), data_of<const T>(xx),
-           data_of<const T>(ww), N, D, C, first, width, StoredArray(out), near_cells);
+    launch("finish_squared", queue, finish_squared_kernel<T>, Grid{tiles_of(N) * tiles_of(width)}, kThreads,
+           2 * shared_bytes<T>(kDepth * kTile) + shared_bytes<int>(kThreads / kWarp),
+           FinishSquared<T>{data_of<const T>(products), chunk, StoredArray(x), StoredArray(weight),
+                            data_of<const T>(xx), data_of<const T>(ww), N, D, C, first, width,
+                            StoredArray(out), near_cells});
   }
 }
 
@@ -68,8 +73,6 @@ std::tuple<Tensor, Tensor> inner_distance(const InnerDistanceArguments& in) {
   });
   return {out, near_cells};
 }
-
-int64_t tiles_of(int64_t count) { return (count + kTile - 1) / kTile; }
 
 // The gradient of one side.
 struct Side {
@@ -134,10 +137,7 @@ std::tuple<Tensor, Tensor> inner_distance_backward(const InnerDistanceBackwardAr
     };
     if (in.need_x) run({x, weight, grad, near, false}, dx);
     if (in.need_weight && !in.labels) run({weight, x, grad, near, true}, dw);
-    if (in.need_weight && in.labels)
-      launch("own_rows_gradient", queue, own_rows_gradient_kernel<T>, warp_per_row(N), kThreads, 0,
-             StoredArray(grad), StoredArray(x), StoredArray(weight), data_of<const int64_t>(*in.labels), N, D,
-             C, int(in.p), StoredArray(dw));
+    if (in.need_weight && in.labels) own_rows_gradient<T>(queue, grad, x, weight, *in.labels, int(in.p), dw);
   });
   return {dx, dw};
 }

@@ -47,16 +47,51 @@ scale_kernel(StoredArray from, StoredArray to, int64_t count, Scale scale) {
     to.store<T>(i, s * from.load<T>(i));
 }
 
-// total = sum of a[i] b[i], by one block: [N, D] is small beside the products before it.
+// What a block of dot_kernel adds up, as long as there are no more than kDotBlocks of them: fixed numbers, so that
+// every device adds in the same order.
+constexpr int64_t kDotRun = int64_t(1) << 14, kDotBlocks = 1024;
+
+// sums[b] = the b-th block's part of sum of a[i] b[i].
 template <class T>
 NF_KERNEL(kThreads)
-dot_kernel(StoredArray a, StoredArray b, int64_t count, double* total) {
+dot_kernel(StoredArray a, const T* __restrict__ b, int64_t count, double* __restrict__ sums) {
   SharedMemory shared;
   double* scratch = shared.take<double>(kThreads / kWarp);
   double sum = 0;
-  for (int64_t i = thread_id(); i < count; i += kThreads) sum += double(a.load<T>(i)) * double(b.load<T>(i));
+  a.visit<T>([&](const auto* left) {
+    const int64_t step = block_count() * kThreads;
+#pragma unroll 4
+    for (int64_t i = block_id() * kThreads + thread_id(); i < count; i += step)
+      sum += double(T(left[i])) * double(b[i]);
+  });
+  sum = block_sum(sum, scratch);
+  if (thread_id() == 0) sums[block_id()] = sum;
+}
+
+// total = the sum of the blocks' parts, by one block.
+NF_KERNEL(kThreads)
+add_dots_kernel(const double* __restrict__ sums, int64_t count, double* __restrict__ total) {
+  SharedMemory shared;
+  double* scratch = shared.take<double>(kThreads / kWarp);
+  double sum = 0;
+#pragma unroll 4
+  for (int64_t i = thread_id(); i < count; i += kThreads) sum += sums[i];
   sum = block_sum(sum, scratch);
   if (thread_id() == 0) *total = sum;
+}
+
+// total = sum of a[i] b[i], b in the accumulator type.
+void dot(Queue& queue, const Tensor& a, const Tensor& b, double* total) {
+  const int64_t count = a.numel();
+  const int64_t blocks = std::clamp<int64_t>((count + kDotRun - 1) / kDotRun, 1, kDotBlocks);
+  const size_t shared = shared_bytes<double>(kThreads / kWarp);
+  const Tensor parts = device_empty(a, {blocks > 1 ? blocks : 0}, ScalarType::Double);
+  double* sums = blocks > 1 ? data_of<double>(parts) : total;
+  dispatch_accumulator(b.scalar_type(), [&]<class T>() {
+    launch("dot", queue, dot_kernel<T>, Grid{blocks}, kThreads, shared, StoredArray(a), data_of<const T>(b),
+           count, sums);
+  });
+  if (blocks > 1) launch("add_dots", queue, add_dots_kernel, Grid{1}, kThreads, shared, sums, blocks, total);
 }
 
 // to[i, first + j] = s from[i, j], j < width. Blocks: rows x splits of a row.
@@ -138,12 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_linear_backward(const NormLinearBackward
     const Tensor w_hat = unit_rows_of(queue, weight, in.eps, type, nullptr);
     const Tensor sum = device_empty(x, x.sizes(), wide);  // sum over j of G_ij w_hat_j
     multiply(x, whole(grad), whole(w_hat), whole(sum));
-    if (in.need_scale)
-      dispatch_accumulator(wide, [&]<class T>() {
-        launch("dot", queue, dot_kernel<T>, Grid{1}, kThreads, shared_bytes<double>(kThreads / kWarp),
-               StoredArray(x_hat), StoredArray(sum), sum.numel(),
-               static_cast<double*>(ds.mutable_data_ptr()));
-      });
+    if (in.need_scale) dot(queue, x_hat, sum, static_cast<double*>(ds.mutable_data_ptr()));
     if (in.need_x && in.normalize_input) {
       project_rows(queue, {x.const_data_ptr(), type, x.size(0), x.size(1), in.eps, x_inverse.const_data_ptr(),
                            sum.const_data_ptr(), dx.mutable_data_ptr(), s});

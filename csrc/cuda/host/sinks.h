@@ -23,25 +23,32 @@ struct SinkChunk {
 template <class T>
 struct ListActive {
   SinkChunk chunk;
-  const void* e;  // [N, stride]
+  int64_t splits;  // blocks of a row (device/row_splits.cuh)
+  const void* e;   // [N, stride]
   bool e_is_bfloat16;
   RowState rows;
   int64_t capacity;
-  int64_t* placed;  // [N]: how many are listed by now
-  int64_t* listed;  // [N, capacity]
-  T* found;         // [N, capacity]
+  int* counts;            // [splits, N], or null where there is one
+  const int64_t* before;  // [N]: how many are listed by now
+  int64_t* after;         // [N]: and after this chunk
+  int64_t* listed;        // [N, capacity]
+  T* found;               // [N, capacity]
 };
 
 // The class of each row's largest cosine, and at the end the sums of that one cell.
 template <class T>
 struct FindHardest {
   SinkChunk chunk;
+  int64_t splits;   // blocks of a row
   const T* scores;  // [N, stride]
   TermRows terms;
   RowState rows;
-  bool need_largest;  // in the rows too
-  int64_t* listed;    // [N]
-  T* found;           // [N]
+  bool need_largest;   // in the rows too
+  T* cosines;          // [splits, N]
+  int64_t* places;     // [splits, N]
+  unsigned* arrivals;  // [N], all 0
+  int64_t* listed;     // [N]
+  T* found;            // [N]
 };
 
 template <class T>

@@ -9,7 +9,7 @@
 #include <array>
 #include <device/launch.cuh>
 
-#include "checks.h"
+#include "engine/block.h"
 
 namespace nf {
 
@@ -53,7 +53,11 @@ inline void multiply(const Tensor& like, const Matrix& a, const Matrix& b, const
 // Scratch on the device of `like`, uninitialised.
 inline Tensor device_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
                            ScalarType type) {
-  return allocated(sizes, type, [&] { return torch::stable::empty(sizes, type, {}, like.device()); });
+  return new_tensor(sizes, type, Place(like));
+}
+
+inline void allocate(Block& block, const Tensor& like) {
+  block.allocate([&](int64_t bytes) { return device_empty(like, {bytes}, ScalarType::Byte); });
 }
 
 }  // namespace nf

@@ -148,8 +148,9 @@ plain_scores_kernel(PlainScores<T> task) {
       sums.largest_cosine(split, splits, i) =
           double(math::larger(of_row[4 * S::kRows], of_row[5 * S::kRows]));
   }
-  if (last_to_arrive(sums.arrivals + row_block, unsigned(splits)) && mine)
-    sums.template add<kLargest>(splits, i);
+  if (!last_to_arrive(sums.arrivals + row_block, unsigned(splits))) return;
+  const int64_t end_row = first_row + S::kRows < task.batch ? first_row + S::kRows : task.batch;
+  sums.template add<kLargest>(splits, first_row, end_row, reinterpret_cast<double*>(stages));
 }
 
 // dW: kAcross warps along the columns, 64 each, as in sm80_weight_gradient.cu.

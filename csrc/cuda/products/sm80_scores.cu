@@ -186,9 +186,9 @@ score_kernel(ScoreTask task, int64_t tiles_per_block) {
           [&](int row, float value) {
             if (in_batch(row)) sums.largest_cosine(split, splits, first_row + row) = value;
           });
-    if (last_to_arrive(sums.arrivals + block_id() % row_blocks, unsigned(splits)) && thread_id() < kTile &&
-        in_batch(thread_id()))
-      sums.template add<kLargest>(splits, first_row + thread_id());
+    if (!last_to_arrive(sums.arrivals + block_id() % row_blocks, unsigned(splits))) return;
+    const int64_t end_row = first_row + kTile < task.batch ? first_row + kTile : task.batch;
+    sums.template add<kLargest>(splits, first_row, end_row, reinterpret_cast<double*>(w));
   }
 }
 

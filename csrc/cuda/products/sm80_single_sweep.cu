@@ -133,8 +133,7 @@ single_sweep_kernel(SingleSweep task, int64_t keys_per_block) {
     }
     store_vector_global<4>(task.x_sum + at4, total);
   }
-  for (int64_t i = first_row + thread_id(); i < end_row; i += S::kThreads)
-    task.sums.template add<false>(splits, i);
+  task.sums.template add<false>(splits, first_row, end_row, reinterpret_cast<double*>(buffers.q));
 }
 
 template <int kColumns>

@@ -12,6 +12,8 @@
 #include <functional>
 #include <string>
 
+#include "cuda/host/card.h"
+
 #ifndef NF_NAMESPACE
 #define NF_NAMESPACE normface_emulation
 #endif
@@ -60,20 +62,29 @@ struct Grid {
 
 // A device of three multiprocessors, so that grid-stride loops go round and splits split even in
 // small tests, with as much shared memory as a GPU may have: plan() asks the real one before it chooses.
+// ../cuda_runtime.h says so when it is asked.
 class Queue {
  public:
-  explicit Queue(const torch::stable::Tensor&) {}
+  explicit Queue(const torch::stable::Tensor&) : card_(card_of(0)) {}
   int device() const { return 0; }
-  std::string name() const { return "emulated"; }
-  int multiprocessors() const { return 3; }
-  int shared_limit() const { return static_cast<int>(emulation::kSharedLimit); }
-  int architecture() const { return 80; }
+  const std::string& name() const { return card_.name; }
+  int multiprocessors() const { return card_.multiprocessors; }
+  int shared_limit() const { return card_.shared_limit; }
+  int architecture() const { return card_.architecture; }
+
+ private:
+  const Card& card_;
 };
 
 template <class... Parameters, class... Arguments>
-void launch(const char* name, Queue&, void (*kernel)(Parameters...), Grid grid, int threads,
+void launch(const char* name, Queue& queue, void (*kernel)(Parameters...), Grid grid, int threads,
             size_t shared_bytes, Arguments... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "one argument per parameter");
+  if (grid.x > 0 && grid.y > 0) {
+    const void* of_kernel = reinterpret_cast<const void*>(kernel);
+    allow_shared(of_kernel, queue.device(), shared_bytes, name);
+    emulation::check_granted(name, of_kernel, shared_bytes);
+  }
   emulation::run(name, grid.x, grid.y, threads, shared_bytes,
                  // The arguments are no memory of the device: nobody watches who reads them.
                  [&]()

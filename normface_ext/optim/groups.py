@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .softmax.layers import NormFaceLoss
+from ..softmax.layers import NormFaceLoss
 
 
 def is_scale(name: str, parameter: nn.Parameter) -> bool:
