@@ -367,6 +367,12 @@ def asking(product: str, *, store: bool | None = None, chunk: int | None = None)
         _asked = before
 
 
+def asked_for() -> bool:
+    """Whether a plan may be another than its shape's: a product is asked for, or one program is made for all
+    batches."""
+    return _asked is not None or graphs.exporting()
+
+
 def _as_asked(
     asked: _Asked,
     batch: int,
