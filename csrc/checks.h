@@ -44,6 +44,8 @@ inline const char* name_of(ScalarType type) {
       return "bfloat16";
     case ScalarType::Long:
       return "int64";
+    case ScalarType::Byte:
+      return "uint8";
     default:
       return "another dtype";
   }

@@ -1,5 +1,7 @@
 // The library `_C`: loading it registers every schema and the CPU kernels, and it says how it was built. What the
 // ops do is reached through torch's dispatcher.
+#include <algorithm>
+
 #include "cpu/rows.h"
 #include "engine/products.h"
 #include "exports.h"
@@ -70,6 +72,12 @@ NF_EXPORT const char* nf_tables() {
   tables.put("sinks", json::names(kSinkNames));
   tables.put("products", product_table());
   return answer(tables.text());
+}
+
+// Whether all of labels [count] are in [0, classes).
+NF_EXPORT bool nf_labels_within(const int64_t* labels, int64_t count, int64_t classes) {
+  return std::all_of(labels, labels + count,
+                     [&](int64_t label) { return uint64_t(label) < uint64_t(classes); });
 }
 
 // Whether one kappa serves every row, or the largest logits have to be found (math/softmax.h).

@@ -11,6 +11,7 @@
 #include "engine/cosine_arguments.h"
 #include "engine/distance_arguments.h"
 #include "engine/head_arguments.h"
+#include "engine/softmax_loss.h"
 #include "engine/update_arguments.h"
 
 namespace nf {
@@ -41,6 +42,8 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   define<HeadShiftArguments>(m);
   define<SoftmaxFinishArguments>(m);
   define<HeadBackwardArguments>(m);
+  define<SoftmaxLossArguments>(m);
+  define<SoftmaxLossBackwardArguments>(m);
   define<HeadUpdateArguments>(m);
 }
 

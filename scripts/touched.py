@@ -24,7 +24,7 @@ TESTS_OF_OPS = {
     "normalize": ["test_normalize"],
     "norm_linear": ["test_norm_linear"],
     "head_": ["test_normface_loss", "test_head_kernels", "test_class_shards", "test_loss_weights"],
-    "softmax_finish": ["test_normface_loss", "test_head_kernels", "test_class_shards", "test_loss_weights"],
+    "softmax_": ["test_normface_loss", "test_head_kernels", "test_class_shards", "test_loss_weights"],
     "hinge_": ["test_metric_losses", "test_agent_shards", "test_agent_weights"],
     "target_cosine": ["test_metric_losses", "test_agent_shards"],
     "target_center": ["test_sub_centers", "test_sub_center_shards"],

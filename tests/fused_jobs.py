@@ -51,7 +51,7 @@ def trained(rank, world, name, optimizer, classes, fused):
                 assert "clipping by the global norm" in str(error), error
         made.step()
     others = [p.detach() for n, p in head.named_parameters() if n != "weight"]
-    state = nfd.full_state_dict(made)["state"]
+    state = nfd.full_state_dict(made).get("state", {})  # the first rank has it
     return head.weight.full_tensor().detach(), others, x.grad, state
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases.softmax import CHOICES, PLAIN
+from lanes import LANES
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -63,7 +64,7 @@ def test_the_sum_is_that_of_autograd(lane, name):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_other_dtypes(lane, dtype):
     head = head_of(lane, "normface", dtype)
     expected, *_ = summed(lane, head, dtype)
@@ -73,13 +74,18 @@ def test_other_dtypes(lane, dtype):
     assert stayed and torch.equal(found, expected)
 
 
+@pytest.fixture(params=[lane for lane in LANES if not lane.widens], ids=lambda lane: lane.name)
+def cuda_lane(request):
+    with request.param.active() as lane:
+        yield lane
+
+
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("choice", [*CHOICES, *(f"wide {name}" for name in PLAIN)])
 @pytest.mark.parametrize(("batch", "dim", "classes"), [(17, 40, 101), (33, 72, 260)])
-def test_every_product_of_cuda(lane, choice, batch, dim, classes):
+def test_every_product_of_cuda(cuda_lane, choice, batch, dim, classes):
     """Part of the classes at a time, from E that was kept and from E that is made again."""
-    if lane.widens:
-        pytest.skip("the CPU has one product")
+    lane = cuda_lane
     wide = choice.startswith("wide ")
     product, store = PLAIN[choice[5:]] if wide else CHOICES[choice]
     weight = lane.randn(classes, dim, grad=True)
@@ -168,10 +174,16 @@ def largest_allocation(call):
     return max((event.nbytes() for event in events if event.name() == "[memory]"), default=0)
 
 
+@pytest.fixture(params=[lane for lane in LANES if lane.where == "cpu"], ids=lambda lane: lane.name)
+def profiled_lane(request):
+    """Where the profile of the CPU's allocator sees everything."""
+    with request.param.active() as lane:
+        yield lane
+
+
 @pytest.mark.parametrize("kind", ["plain", "accumulated", "sgd", "adamw"])
-def test_no_gradient_lies_in_memory(lane, kind):
-    if lane.where != "cpu":
-        pytest.skip("the profile is of the CPU's allocator")
+def test_no_gradient_lies_in_memory(profiled_lane, kind):
+    lane = profiled_lane
     classes = 4_000 if lane.slow else 40_000
     head = nf.NormFaceLoss(64, classes, scale=20.0, workspace=1 << 20 if lane.slow else 4 << 20)
     x, labels = lane.randn(4, 64, grad=True), lane.labels(4, classes)

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import re
 from dataclasses import MISSING, fields, make_dataclass
 from typing import ClassVar, get_origin, get_type_hints
 
@@ -12,8 +13,8 @@ import torch
 
 import normface_ext as nf
 from normface_ext import distributed, reference
-from normface_ext.agents import functions, lists, losses, ops, options
-from normface_ext.engine import calls
+from normface_ext.agents import functions, losses, ops, options
+from normface_ext.engine import calls, lists
 
 F = nf.functional
 LAYERS = {"c_contrastive_loss": nf.CContrastiveLoss, "c_triplet_loss": nf.CTripletLoss}
@@ -253,6 +254,34 @@ def test_a_list_is_for_what_it_is_quicker_at():
     assert limits("cuda", torch.bfloat16, much, None, 256, 512, 10_572) == (0, 0)
     narrow = limits("cuda", torch.bfloat16, much, None, 1024, 512, 1_000_000)
     assert narrow == (7812, 4_000_000)
+
+
+def test_lists_are_a_part_of_the_workspace():
+    """What they take, the sweep has not; where nothing fits beside them there are none."""
+    x, weight = torch.randn(256, 64), torch.randn(10_572, 64)
+
+    def swept(workspace, limit=None):
+        chosen = options.TripletOptions(workspace=workspace, active_limit=limit)
+        return functions.sweep_options("", x, weight, 256, 10_572, -100, chosen, True)[1]
+
+    much = 1 << 28
+    listed = swept(much)
+    assert listed.capacity > 0
+    assert listed.workspace == much - lists.list_bytes(256, listed.capacity)
+    assert swept(much, 0).workspace == much and swept(much, 0).capacity == 0
+    said = nf.plan(256, 64, 10_572, workspace=much, agents=True)
+    assert said.listed == listed.capacity and said.list_bytes == lists.list_bytes(256, said.listed)
+    assert said.list_bytes < said.workspace_bytes <= much
+    assert f"lists of {said.listed} active classes a row" in str(said)
+    plain = nf.plan(256, 64, 10_572, workspace=much)
+    assert plain.listed == plain.list_bytes == 0 and "lists of" not in str(plain)
+    with pytest.raises(ValueError) as told:
+        nf.plan(256, 64, 10_572, workspace=1)
+    least = int(re.search(r"at least (\d+) bytes", str(told.value))[1])
+    none = swept(least, 1000)
+    assert (none.capacity, none.most_listed, none.workspace) == (0, 0, least)
+    few = nf.plan(256, 64, 10_572, workspace=least, agents=True)
+    assert few.listed == 0 and few.workspace_bytes <= least
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typing_sample
 
 import normface_ext
 from normface_ext.engine import library
@@ -69,3 +70,15 @@ def test_another_namespace_is_used_and_given_back():
         assert library.namespace() is other
         raise KeyError
     assert library.namespace() is torch.ops.normface_ext
+
+
+def test_the_sample_that_type_checkers_read_runs():
+    typing_sample.main()
+
+
+def test_the_version_is_the_same_everywhere():
+    root = Path(__file__).parents[1]
+    version = re.search(r'^VERSION = "(.+)"$', (root / "setup.py").read_text(), re.MULTILINE)[1]
+    assert importlib.metadata.version("normface_ext").partition("+")[0] == version
+    assert re.search(r"^version: (.+)$", (root / "CITATION.cff").read_text(), re.MULTILINE)[1] == version
+    assert re.search(r"^## \[(.+?)\]", (root / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version

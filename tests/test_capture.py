@@ -1,9 +1,9 @@
 """What a CUDA graph cannot capture, looked for without a GPU: in its second call, forward or backward, no op
 asks a device, waits or allocates by itself.
 
-The emulation's CUDA runtime (emulation/cuda_runtime.h) has the calls that the sources may make and no others: a
-source that allocates or copies by itself does not compile there. What is left are questions, which it counts,
-and torch's own ops, of which only those that do nothing but launch may be dispatched.
+The emulation's CUDA runtime (emulation/cuda_runtime.h) has the calls that the sources may make and no others:
+a source that allocates or copies by itself does not compile there. What is left are questions, which it
+counts, and torch's own ops, of which only those that do nothing but launch may be dispatched.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from normface_ext.engine import checks
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=f"{build.unavailable()}")
 
 #: Ops of torch that a capture may meet: kernels, memory from torch's own pool, and views. None reads a value.
-LAUNCHES = set(
-    """
-    _to_copy abs add bitwise_and clamp clamp_min clone copy_ detach div eq expand fill_ full_like ge gt le
-    log_sigmoid_backward log_sigmoid_forward logical_and_ mul nan_to_num ne neg new_ones new_zeros ones_like pow
-    rsub scalar_tensor select slice sqrt squeeze stack sub sum unbind unsqueeze view where zeros zeros_like
-    """.split()
-)
+LAUNCHES = {
+    "_to_copy", "abs", "add", "bitwise_and", "clamp", "clamp_min", "clone", "copy_", "detach", "div",
+    "eq", "expand", "fill_", "full_like", "ge", "gt", "le", "log_sigmoid_backward",
+    "log_sigmoid_forward", "logical_and_", "mul", "nan_to_num", "ne", "neg", "new_ones", "new_zeros",
+    "ones_like", "pow", "rsub", "scalar_tensor", "select", "slice", "sqrt", "squeeze", "stack", "sub",
+    "sum", "unbind", "unsqueeze", "view", "where", "zeros", "zeros_like",
+}  # fmt: skip
 
 
 class OnCard(nn.Parameter):

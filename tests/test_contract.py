@@ -17,7 +17,7 @@ from lanes import LANES
 
 import normface_ext as nf
 from normface_ext import reference
-from normface_ext.engine import calls, library, native
+from normface_ext.engine import calls, library, native, updates
 from normface_ext.functional import norm_linear, normalize, normface_loss
 
 HERE = Path(__file__).resolve().parent
@@ -41,13 +41,14 @@ CHECKED_ELSEWHERE = {
 STEPS = {
     "target_cosine": "head_sweep",
     "target_center": "head_sweep",
+    "head_backward_update": "head_sweep",
     **dict.fromkeys(("hinge_threshold", "hinge_slopes", "hinge_pairs"), "cosine_pairs"),
 }
 #: Ops that users reach under other names.
 FUNCTIONS = {
     "cosine_pairs": "c_contrastive_loss",
     "pair_distance": "triplet_loss",
-    **dict.fromkeys(("head_sweep", "head_shift", "softmax_finish"), "normface_loss"),
+    **dict.fromkeys(("head_sweep", "head_shift", "softmax_finish", "softmax_loss"), "normface_loss"),
 }
 
 
@@ -202,6 +203,31 @@ def head_backward_samples(lane):
         yield {**given, "need_x": False, "need_weight": False}
 
 
+def head_backward_update_samples(lane):
+    for given in head_backward_samples(lane):
+        weight = given["weight"]
+        yield {**given, "update": updates.RULES["sgd"], "momentum": 0.9, "state1": torch.ones_like(weight)}
+        yield {**given, "update": updates.RULES["sgd"]}
+        states = {"state1": torch.ones_like(weight), "state2": torch.ones_like(weight)}
+        yield {**given, **states, "update": updates.RULES["adam"], "beta2": 0.9, "decoupled": True}
+        yield {**given, "update": updates.RULES["add"], "state1": torch.ones_like(weight)}
+
+
+def softmax_loss_samples(lane):
+    for given in head_sweep_samples(lane):
+        if "shift" in given or given.get("term", 0) > 1 or given.get("is_shard"):
+            continue
+        yield given | {"keep_x": given.get("need_x", True), "need_margin": "m1" in given}
+
+
+def softmax_loss_backward_samples(lane):
+    for given in softmax_loss_samples(lane):
+        given = with_results(lane, "softmax_loss", given)
+        given["grad_loss"] = torch.ones_like(given["loss"])
+        yield {**given, "need_x": True}
+        yield {**given, "need_x": False, "need_weight": False}
+
+
 #: What a sample does not say.
 DEFAULTS = {
     "dim": 1, "p": 2, "eps": 1e-12, "normalize_input": True, "scale": None,
@@ -209,11 +235,12 @@ DEFAULTS = {
     "m3_value": 0.0, "need_margin": False, "formula": 0, "guard": 0, "straight": False, "reduction": 1,
     "ignore_index": -100, "workspace": 1 << 30, "product": "auto", "threshold": None, "numbers": None,
     "term": 0, "lowest": -1.0, "highest": 1.0, "centers": 1, "sink": 0, "capacity": 0,
-    "store": False, "need_class_sum": False, "need_largest": False, "total_classes": 8,
+    "store": False, "keep_x": False, "need_class_sum": False, "need_largest": False, "total_classes": 8,
     "is_shard": False, "shift": None,
     "need_x": True, "need_weight": True, "need_scale": True,
     "product_precision": torch.float32,
     "sample_weight": None, "class_weight": None, "smoothing": 0.0,
+    "state1": None, "state2": None, **updates.Numbers(lr=0.1)._asdict(),
 }  # fmt: skip
 
 
@@ -232,6 +259,9 @@ SAMPLES = {
     "head_shift": head_shift_samples,
     "softmax_finish": softmax_finish_samples,
     "head_backward": head_backward_samples,
+    "head_backward_update": head_backward_update_samples,
+    "softmax_loss": softmax_loss_samples,
+    "softmax_loss_backward": softmax_loss_backward_samples,
 }
 
 
@@ -241,7 +271,12 @@ def kernels(lane):
 
 def opcheck(lane, name, given):
     """Schema (nothing is modified, nothing aliased), fake kernel, tracing with dynamic shapes."""
-    torch.library.opcheck(getattr(kernels(lane), name).default, tuple(arguments(lane, name, given)))
+    before = torch.are_deterministic_algorithms_enabled()
+    try:  # what no kernel writes, as between the parts of `saved`, is the same in every run
+        torch.use_deterministic_algorithms(True)
+        torch.library.opcheck(getattr(kernels(lane), name).default, tuple(arguments(lane, name, given)))
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @pytest.mark.parametrize("name", SAMPLES)

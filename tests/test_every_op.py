@@ -123,6 +123,15 @@ def test_every_op_forward_and_backward(lane, dtype, request):
         expected = test_class_shards.whole(*truth)
         for name, one, whole in zip(("loss", "dx", "dweight", "dscale"), got, expected, strict=True):
             assert_close(f"shards, {name}", one, whole, TOLERANCES[dtype])
+        # A gradient that is not kept: two passes that add up in place.
+        head = nf.NormFaceLoss(24, 40, scale=7.0, dtype=dtype, device=lane.device)
+        truth = head.weight.detach().double().requires_grad_()
+        with nf.optim.accumulate_in_place(head):
+            for seed in (4, 5):
+                x, labels = lane.randn(6, 24, dtype=dtype, seed=seed), lane.labels(6, 40, seed=seed)
+                head(x, labels).backward()
+                reference.normface_loss(x.double(), truth, labels, 7.0).backward()
+        assert_close("two passes in place", head.weight.grad, truth.grad, TOLERANCES[dtype])
     assert recorder.seen == (NAMES - WIDE if dtype.itemsize == 2 else NAMES)
 
 

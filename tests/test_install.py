@@ -164,6 +164,36 @@ def test_a_failed_cuda_compilation_names_the_file_and_the_architecture(tmp_path)
     assert SETUP["failed_architecture"]("FAILED: /build/csrc/ops.cpp.o", sources, tools) == ""
 
 
+# What a wheel is called.
+
+
+def test_wheels_of_one_version_are_told_apart_by_their_kernels(tmp_path, monkeypatch):
+    monkeypatch.delenv("NORMFACE_LOCAL_VERSION", raising=False)
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text('#!/bin/sh\necho "Cuda compilation tools, release 13.0, V13.0.88"\n')
+    nvcc.chmod(0o755)
+    assert SETUP["local_version"](None) == "+cpu"
+    assert SETUP["local_version"](str(nvcc)) == "+cu130"
+
+
+@pytest.mark.parametrize(("name", "version"), [("", ""), ("cu130.h100", "+cu130.h100")])
+def test_the_environment_names_the_local_version(name, version, monkeypatch):
+    monkeypatch.setenv("NORMFACE_LOCAL_VERSION", name)
+    assert SETUP["local_version"](None) == version
+
+
+@pytest.mark.parametrize("name", ["cu 130", "+cpu", "CPU", "cpu.", "a-b"])
+def test_a_local_version_that_is_none_is_refused(name, monkeypatch):
+    monkeypatch.setenv("NORMFACE_LOCAL_VERSION", name)
+    with pytest.raises(SystemExit, match="expected NORMFACE_LOCAL_VERSION like 'cpu' or 'cu130', got"):
+        SETUP["local_version"](None)
+
+
+def test_the_installed_wheel_is_for_every_python():
+    wheel = importlib.metadata.distribution("normface_ext").read_text("WHEEL")
+    assert re.findall(r"^Tag: (\S+?-\S+?)-", wheel, re.MULTILINE) == ["py3-none"]
+
+
 # How the libraries are linked.
 
 

@@ -11,6 +11,7 @@ import torch
 
 import normface_ext as nf
 from normface_ext.engine import calls, memory, sweep
+from normface_ext.softmax import ops
 
 REFUSALS = [
     RuntimeError("normface_ext: could not allocate float32 of shape [8]: out of memory"),
@@ -34,17 +35,24 @@ class Hook:
         return getattr(self.kernels, name)
 
     def head_sweep(self, *arguments):
-        store = arguments[calls.argument_names("head_sweep").index("store")]
+        return self.refusing("head_sweep", arguments)
+
+    def softmax_loss(self, *arguments):
+        return self.refusing("softmax_loss", arguments)
+
+    def refusing(self, name, arguments):
+        store = arguments[calls.argument_names(name).index("store")]
         if store:
             self.asked += 1
         if store or self.everything:
             raise self.error
-        return self.kernels.head_sweep(*arguments)
+        return getattr(self.kernels, name)(*arguments)
 
 
 def hooked(monkeypatch, error, **options):
     hook = Hook(calls.kernels(), error, **options)
-    monkeypatch.setattr(sweep, "kernels", lambda *tensors: hook)
+    for caller in (sweep, ops):
+        monkeypatch.setattr(caller, "kernels", lambda *tensors: hook)
     return hook
 
 

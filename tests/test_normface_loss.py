@@ -10,8 +10,8 @@ from lanes import ODD_SIZES
 
 import normface_ext as nf
 from normface_ext import reference, testing
-from normface_ext.engine import sweep
 from normface_ext.reference import MARGINS
+from normface_ext.softmax import ops
 from normface_ext.testing import assert_close_to_truth, assert_matches_reference, value_and_gradients
 
 IGNORE = -100
@@ -766,18 +766,19 @@ def test_memory_stays_within_the_budget():
 
 def test_without_autograd_nothing_is_kept_for_a_backward(monkeypatch):
     """A parameter needs a gradient under no_grad, too, as far as an autograd Function is told."""
-    needs, real = [], sweep.head_sweep
+    parts, real = [], ops.softmax_loss
 
-    def watched(*arguments, **options):
-        needs.append((options["need_x"], options["need_weight"]))
-        return real(*arguments, **options)
+    def watched(*arguments):
+        made = real(*arguments)
+        parts.append(made[2])
+        return made
 
-    monkeypatch.setattr(sweep, "head_sweep", watched)
+    monkeypatch.setattr(ops, "softmax_loss", watched)
     head, x, labels = nf.NormFaceLoss(6, 20), torch.randn(3, 6, requires_grad=True), torch.arange(3)
     with torch.no_grad():
         quiet = head(x, labels)
     assert torch.equal(quiet, head(x, labels))
-    assert needs == [(False, False), (True, True)]
+    assert parts == [(False, False, False, False), (True, True, False, False)]
 
 
 @pytest.mark.parametrize("sign", [1, -1])

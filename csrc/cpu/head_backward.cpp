@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "cpu/head_launch.h"
+#include "cpu/head_stages.h"
 #include "cpu/row_terms.h"
 #include "engine/update_arguments.h"
 
@@ -268,8 +269,9 @@ void backward(const char* op, const HeadBackwardTensors& in, const Wanted& wante
                   Rows<T>(dx, D));
 }
 
-std::tuple<Tensor, Tensor, Tensor> head_backward(const HeadBackwardArguments& in) {
-  check_backward(in.kName, in);
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> gradients_of(const HeadBackwardArguments& in) {
   const bool per_row = in.scale && in.scale->dim() == 1;
   Tensor dx = partial_gradient_like(in.x, in.need_x, in.is_shard);
   if (!in.need_x && in.is_shard) dx = fresh({0}, accumulator(in.x.scalar_type()));
@@ -280,6 +282,13 @@ std::tuple<Tensor, Tensor, Tensor> head_backward(const HeadBackwardArguments& in
   const auto run = accumulator(in.x.scalar_type()) == ScalarType::Double ? backward<double> : backward<float>;
   run(in.kName, in, {in.need_x, in.need_weight, in.need_scale, nullptr}, dx, dw, ds);
   return {dx, dw, ds};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> head_backward(const HeadBackwardArguments& in) {
+  check_backward(in.kName, in);
+  return gradients_of(in);
 }
 
 void head_backward_update(const HeadUpdateArguments& in) {

@@ -1,6 +1,7 @@
 // The sweep on the CPU: prepare the rows, then go over the classes at hand for their sums (head_sweep), or for
 // kappa only (head_shift).
 #include "cpu/head_launch.h"
+#include "cpu/head_stages.h"
 #include "cpu/row_cosine.h"
 #include "cpu/row_terms.h"
 #include "cpu/sinks.h"
@@ -110,10 +111,6 @@ void choose_shift(const HeadShape& shape, const HeadInputs& in, const RowNumbers
     if (window.serves(scale[i])) shift[i] = window.kappa(scale[i]);
 }
 
-struct SweepResult {
-  Tensor rows, inverse_norm, x_sum, class_sum, stored, listed, found;
-};
-
 // What a sweep needs besides: unit rows of the features and of a tile, its cells, and every thread's sums.
 template <class T>
 struct SweepScratch {
@@ -197,19 +194,11 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
 }
 
 template <class T>
-SweepResult run_sweep(const HeadSweepArguments& in) {
+void run_sweep(const HeadSweepArguments& in, const SweepResult& out) {
   const HeadShape shape = shape_of(in.kName, in, in.store);
-  const int64_t N = shape.batch, D = shape.dim, C = shape.classes;
-  const ScalarType wide = accumulator(in.x.scalar_type());
-  SweepResult out{fresh({kRowFields, N}, ScalarType::Double),
-                  fresh({C}, wide),
-                  in.need_x ? fresh({N, D}, wide) : fresh({0}, wide),
-                  fresh({in.need_class_sum ? D + 1 : 0}, wide),
-                  fresh({in.store ? stored_count(in) : 0}, wide),
-                  fresh({N, in.capacity}, ScalarType::Long),
-                  fresh({N, in.capacity}, wide)};
+  const int64_t N = shape.batch, C = shape.classes;
   if (in.store) data_of<T>(out.stored)[N * C] = T(shape.chunk);
-  const RowState rows(out.rows);
+  const RowState rows(out.rows, N);
   const RowNumbers scale(in.scale, in.scale_value);
   const ClassWeights<T> class_weight(in.class_weight);
   const SweepScratch<T> scratch(shape, in);
@@ -229,15 +218,29 @@ SweepResult run_sweep(const HeadSweepArguments& in) {
     terms.rows[size_t(i)].shift = T(rows[kShift][i]);
   }
   sweep(shape, in, terms, class_weight, scratch, rows, out);
-  return out;
 }
 
+}  // namespace
+
+void sweep_into(const char* op, const HeadSweepArguments& in, const SweepResult& out) {
+  Labels(in.labels).check(op, in.weight.size(0), in.ignore_index, in.is_shard);
+  dispatch_accumulator(in.x.scalar_type(), [&]<class T>() { run_sweep<T>(in, out); });
+}
+
+namespace {
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_sweep(const HeadSweepArguments& in) {
-  check_sweep(in);
-  Labels(in.labels).check(in.kName, in.weight.size(0), in.ignore_index, in.is_shard);
-  SweepResult out =
-      accumulator(in.x.scalar_type()) == ScalarType::Double ? run_sweep<double>(in) : run_sweep<float>(in);
-  return {out.rows, out.inverse_norm, out.x_sum, out.class_sum, out.stored, out.listed, out.found};
+  check_sweep(in.kName, in);
+  const int64_t N = in.x.size(0), D = in.x.size(1);
+  const ScalarType wide = accumulator(in.x.scalar_type());
+  const Tensor rows = fresh({kRowFields, N}, ScalarType::Double),
+               inverse_norm = fresh({in.weight.size(0)}, wide),
+               x_sum = in.need_x ? fresh({N, D}, wide) : fresh({0}, wide),
+               class_sum = fresh({in.need_class_sum ? D + 1 : 0}, wide),
+               stored = fresh({in.store ? stored_count(in) : 0}, wide),
+               listed = fresh({N, in.capacity}, ScalarType::Long), found = fresh({N, in.capacity}, wide);
+  sweep_into(in.kName, in, {rows, inverse_norm, x_sum, class_sum, stored, listed, found});
+  return {rows, inverse_norm, x_sum, class_sum, stored, listed, found};
 }
 
 Tensor head_shift(const HeadShiftArguments& in) {

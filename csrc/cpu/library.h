@@ -85,6 +85,21 @@ Tensor fresh(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type);
 Tensor fresh_like(const Tensor& t);
 void allocate(Block& block);
 
+// The pages of a large fresh tensor that are not there yet. The thread that is about to write a block asks for all
+// of it at once: one by one, each small page costs a trap of its own.
+class NewPages {
+ public:
+  explicit NewPages(const Tensor& t);
+  void ask_for(void* begin, int64_t bytes) const;
+
+ private:
+  bool any_ = false;
+  uintptr_t page_ = 0;
+};
+
+// The size of the last cache.
+int64_t last_cache_bytes();
+
 // Where a gradient will be written: like `t`, or empty where it was not asked for.
 inline Tensor gradient_like(const Tensor& t, bool needed) {
   return needed ? fresh(t.sizes(), t.scalar_type()) : fresh({0}, t.scalar_type());

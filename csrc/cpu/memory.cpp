@@ -1,14 +1,16 @@
-// Fresh tensors, in huge pages where the system offers them.
+// Fresh tensors, in huge pages where the system offers them; what the machine's memory is like.
 #include "cpu/library.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace nf::cpu {
 namespace {
 
 constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
+[[maybe_unused]] constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which older headers do not know
 
 void ask_for_huge_pages([[maybe_unused]] const Tensor& t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -36,6 +38,44 @@ Tensor fresh_like(const Tensor& like) {
 
 void allocate(Block& block) {
   block.allocate([](int64_t bytes) { return fresh({bytes}, ScalarType::Byte); });
+}
+
+NewPages::NewPages([[maybe_unused]] const Tensor& t) {
+#if defined(__linux__)
+  const int64_t bytes = t.numel() * int64_t(t.element_size());
+  if (bytes < int64_t(kHugePage)) return;
+  page_ = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  constexpr int kLooks = 8;
+  for (int k = 0; k < kLooks && !any_; ++k) {
+    unsigned char there = 1;
+    const uintptr_t address = (begin + uintptr_t(bytes / kLooks * k + bytes / kLooks / 2)) & ~(page_ - 1);
+    any_ = mincore(reinterpret_cast<void*>(address), page_, &there) == 0 && (there & 1) == 0;
+  }
+#endif
+}
+
+void NewPages::ask_for([[maybe_unused]] void* begin, [[maybe_unused]] int64_t bytes) const {
+#if defined(__linux__)
+  if (!any_) return;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(begin);
+  const uintptr_t first = (address + page_ - 1) & ~(page_ - 1),
+                  last = (address + uintptr_t(bytes)) & ~(page_ - 1);
+  // Where a kernel does not know this call it does nothing, and the pages come one by one.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, kPopulateWrite);
+#endif
+}
+
+int64_t last_cache_bytes() {
+  static const int64_t known = [] {
+    int64_t bytes = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (bytes <= 0) bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return bytes > 0 ? bytes : int64_t(1) << 25;  // where the machine does not say
+  }();
+  return known;
 }
 
 }  // namespace nf::cpu

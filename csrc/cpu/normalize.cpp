@@ -22,12 +22,18 @@ struct ColumnBlock {
 };
 
 template <class Body>
-void for_column_blocks(const RowLayout& layout, const Body& body) {
+void for_column_blocks(const RowLayout& layout, const Tensor& out, const Body& body) {
+  const NewPages pages(out);
+  char* place = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t item = int64_t(out.element_size());
   const int64_t blocks = (layout.inner + kColumns - 1) / kColumns;
-  for_rows(layout.outer * blocks, layout.length * std::min(layout.inner, kColumns), [&](int64_t block) {
-    const int64_t outer = block / blocks, first = block % blocks * kColumns;
-    body(ColumnBlock{outer * layout.inner + first, std::min(kColumns, layout.inner - first),
-                     outer * layout.length * layout.inner + first});
+  for_rows(layout.outer * blocks, layout.length * std::min(layout.inner, kColumns), [&](int64_t i) {
+    const int64_t outer = i / blocks, first = i % blocks * kColumns;
+    const ColumnBlock block{outer * layout.inner + first, std::min(kColumns, layout.inner - first),
+                            outer * layout.length * layout.inner + first};
+    if (blocks == 1)  // else its pages are its neighbours' as well
+      pages.ask_for(place + block.offset * item, layout.length * layout.inner * item);
+    body(block);
   });
 }
 
@@ -40,11 +46,35 @@ void copy_strided(const char* from, int64_t from_stride, char* to, int64_t to_st
 
 const char* bytes(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
 
+// Where `out` has no room in the last cache. Rows of 16-bit numbers, whose conversions cost more than their traffic,
+// were faster with plain stores everywhere.
+bool goes_past_caches(const Tensor& out) {
+  const int64_t item = int64_t(out.element_size());
+  return item >= 4 && out.numel() * item > last_cache_bytes();
+}
+
+// Calls body(first, rows) for blocks of contiguous rows, whose part of `out` has its pages by then.
+template <class Body>
+void for_row_blocks(const RowLayout& layout, int64_t row_bytes, const Tensor& out, const Body& body) {
+  constexpr int64_t kBlockBytes = int64_t(1) << 18;  // new pages are still in L2 when their rows come
+  const NewPages pages(out);
+  char* place = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t block = std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(1, row_bytes));
+  for_row_runs(layout.outer, layout.length, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += block) {
+      const int64_t rows = std::min(block, end - first);
+      pages.ask_for(place + first * row_bytes, rows * row_bytes);
+      body(first, rows);
+    }
+  });
+}
+
 template <class T>
 void forward_channels(const StoredRows<T>& kernel, const char* x, const RowLayout& layout, int p, T eps,
-                      char* y, T* norms) {
+                      Tensor& out, T* norms) {
   const int64_t n = layout.length, item = kernel.item;
-  for_column_blocks(layout, [&](const ColumnBlock& block) {
+  char* y = static_cast<char*>(out.mutable_data_ptr());
+  for_column_blocks(layout, out, [&](const ColumnBlock& block) {
     const char* from = x + block.offset * item;
     char* to = y + block.offset * item;
     T sums[kColumns], factor[kColumns];
@@ -58,7 +88,7 @@ void forward_channels(const StoredRows<T>& kernel, const char* x, const RowLayou
       if (!math::norm_needs_rescue(p, sums[c], eps)) continue;
       std::vector<char> row(size_t(2 * n * item));
       copy_strided(from + c * item, layout.inner, row.data(), 1, n, item);
-      norms[block.row + c] = kernel.normalize(row.data(), n, p, eps, row.data() + n * item);
+      kernel.normalize(row.data(), 1, n, p, eps, row.data() + n * item, norms + block.row + c, false);
       copy_strided(row.data() + n * item, 1, to + c * item, layout.inner, n, item);
     }
   });
@@ -68,20 +98,22 @@ template <class T>
 void forward(const Tensor& x, const RowLayout& layout, int64_t p, double eps, Tensor& y, Tensor& norm) {
   const StoredRows<T>& kernel = stored_rows<T>(x.scalar_type());
   T* norms = static_cast<T*>(norm.mutable_data_ptr());
+  if (layout.inner != 1) return forward_channels<T>(kernel, bytes(x), layout, int(p), T(eps), y, norms);
   char* out = static_cast<char*>(y.mutable_data_ptr());
-  if (layout.inner != 1) return forward_channels<T>(kernel, bytes(x), layout, int(p), T(eps), out, norms);
   const int64_t row_bytes = layout.length * kernel.item;
-  for_rows(layout.outer, layout.length, [&](int64_t row) {
-    norms[row] =
-        kernel.normalize(bytes(x) + row * row_bytes, layout.length, int(p), T(eps), out + row * row_bytes);
+  const bool past_caches = goes_past_caches(y);
+  for_row_blocks(layout, row_bytes, y, [&](int64_t first, int64_t rows) {
+    kernel.normalize(bytes(x) + first * row_bytes, rows, layout.length, int(p), T(eps),
+                     out + first * row_bytes, norms + first, past_caches);
   });
 }
 
 template <class T>
 void backward_channels(const StoredRows<T>& kernel, const char* grad_y, const T* grad_norms, const char* x,
-                       const T* norms, const RowLayout& layout, int p, T eps, char* dx) {
+                       const T* norms, const RowLayout& layout, int p, T eps, Tensor& out) {
   const int64_t n = layout.length, item = kernel.item;
-  for_column_blocks(layout, [&](const ColumnBlock& block) {
+  char* dx = static_cast<char*>(out.mutable_data_ptr());
+  for_column_blocks(layout, out, [&](const ColumnBlock& block) {
     const char* from = x + block.offset * item;
     const char* g = grad_y != nullptr ? grad_y + block.offset * item : nullptr;
     T inverse[kColumns], along[kColumns] = {}, g_norm[kColumns], bound[kColumns];
@@ -98,11 +130,12 @@ void backward_channels(const StoredRows<T>& kernel, const char* grad_y, const T*
     for (int64_t c = 0; c < block.columns; ++c) {  // few, if any: one by one, as rows
       if (math::norm_is_moderate(norms[block.row + c])) continue;
       std::vector<char> rows(size_t(3 * n * item));
-      char *own = rows.data(), *upstream = own + n * item, *out = upstream + n * item;
+      char *own = rows.data(), *upstream = own + n * item, *result = upstream + n * item;
       copy_strided(from + c * item, layout.inner, own, 1, n, item);
       if (g != nullptr) copy_strided(g + c * item, layout.inner, upstream, 1, n, item);
-      kernel.vjp(own, g != nullptr ? upstream : nullptr, n, p, eps, norms[block.row + c], g_norm[c], out);
-      copy_strided(out, 1, to + c * item, layout.inner, n, item);
+      kernel.vjp(own, g != nullptr ? upstream : nullptr, 1, n, p, eps, norms + block.row + c, g_norm + c,
+                 result, false);
+      copy_strided(result, 1, to + c * item, layout.inner, n, item);
     }
   });
 }
@@ -114,14 +147,15 @@ void backward(const std::optional<Tensor>& grad_y, const std::optional<Tensor>& 
   const T* norms = static_cast<const T*>(norm.const_data_ptr());
   const T* grad_norms = grad_norm ? static_cast<const T*>(grad_norm->const_data_ptr()) : nullptr;
   const char* g = grad_y ? bytes(*grad_y) : nullptr;
-  char* out = static_cast<char*>(dx.mutable_data_ptr());
   if (layout.inner != 1)
-    return backward_channels<T>(kernel, g, grad_norms, bytes(x), norms, layout, int(p), T(eps), out);
+    return backward_channels<T>(kernel, g, grad_norms, bytes(x), norms, layout, int(p), T(eps), dx);
+  char* out = static_cast<char*>(dx.mutable_data_ptr());
   const int64_t row_bytes = layout.length * kernel.item;
-  for_rows(layout.outer, layout.length, [&](int64_t row) {
-    kernel.vjp(bytes(x) + row * row_bytes, g != nullptr ? g + row * row_bytes : nullptr, layout.length,
-               int(p), T(eps), norms[row], grad_norms != nullptr ? grad_norms[row] : T(0),
-               out + row * row_bytes);
+  const bool past_caches = goes_past_caches(dx);
+  for_row_blocks(layout, row_bytes, dx, [&](int64_t first, int64_t rows) {
+    kernel.vjp(bytes(x) + first * row_bytes, g != nullptr ? g + first * row_bytes : nullptr, rows,
+               layout.length, int(p), T(eps), norms + first,
+               grad_norms != nullptr ? grad_norms + first : nullptr, out + first * row_bytes, past_caches);
   });
 }
 

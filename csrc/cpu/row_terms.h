@@ -21,6 +21,7 @@ struct RowTableOf {
   double* data;
   int64_t batch;
 
+  RowTableOf(const Array& table, int64_t rows) : data(data_of<double>(table)), batch(rows) {}
   explicit RowTableOf(const Tensor& t)
       : data(static_cast<double*>(const_cast<void*>(t.const_data_ptr()))), batch(t.size(1)) {}
   double* operator[](Field field) const { return data + field * batch; }

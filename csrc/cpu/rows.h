@@ -52,12 +52,14 @@ struct AccumRows {
 template <class T>
 struct StoredRows {
   int64_t item;  // bytes of one element
-  // y = x / ||x||, y stored like x; returns the norm.
-  T (*normalize)(const void* x, int64_t n, int p, T eps, void* y);
-  // The same into the accumulator type; returns how.
+  // y = x / ||x|| and the norm of `rows` contiguous rows of n; y is stored like x, past the caches if so asked.
+  void (*normalize)(const void* x, int64_t rows, int64_t n, int p, T eps, void* y, T* norms,
+                    bool past_caches);
+  // The same of one row into the accumulator type; returns how.
   math::RowScale<T> (*normalize_wide)(const void* x, int64_t n, int p, T eps, T* y);
-  // dx from x, its norm, g = dL/dy (may be null: zero) and g_norm = dL/dn.
-  void (*vjp)(const void* x, const void* g, int64_t n, int p, T eps, T norm, T g_norm, void* dx);
+  // dx of such rows from x, its norms, g = dL/dy and g_norms = dL/dn (may be null: zero).
+  void (*vjp)(const void* x, const void* g, int64_t rows, int64_t n, int p, T eps, const T* norms,
+              const T* g_norms, void* dx, bool past_caches);
   // out = factor / ||x|| (g - y <y, g>), y = x / ||x|| given wide: the tangent projection. Where eps rules
   // the norm it is held within +-largest_gradient, see math::ruled_by_eps.
   void (*project)(const T* y, const T* g, int64_t n, T factor, const math::RowScale<T>& scale, T eps,

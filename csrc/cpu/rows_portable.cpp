@@ -2,6 +2,10 @@
 #define NF_ISA portable
 #define NF_ISA_NAME "portable"
 #define NF_VECTOR_BYTES 16
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 
@@ -9,6 +13,13 @@
 
 namespace nf::cpu {
 namespace {
+
+#if defined(__x86_64__) && defined(__GNUC__)
+bool has_f16c() {  // older compilers do not know it by name
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & (1u << 29)) != 0;
+}
+#endif
 
 RowTable choose() {
   const char* asked = std::getenv("NORMFACE_SIMD");
@@ -19,7 +30,8 @@ RowTable choose() {
     if (!at_most_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
       return avx512::make_row_table();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::make_row_table();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
+      return avx2::make_row_table();
   }
 #endif
   (void)at_most_portable, (void)at_most_avx2;

@@ -98,34 +98,59 @@ struct Lane {  // float, double
   static NF_HD void store_vector(S* p, Vec<T> v) { std::memcpy(p, &v, sizeof v); }
 };
 
-template <class S, Vec<float> (*widen)(VecN<uint32_t, kLanes<float>>),
-          VecN<uint32_t, kLanes<float>> (*narrow)(Vec<float>), float (*widen_one)(uint32_t),
+using Bits = VecN<uint32_t, kLanes<float>>;
+using Shorts = VecN<uint16_t, kLanes<float>>;
+
+// Half precision has instructions of its own, which give the same bits for every number.
+NF_HD Vec<float> widen_half(Shorts bits) {
+#if defined(NF_X86) && NF_VECTOR_BYTES == 64
+  return bit_cast<Vec<float>>(_mm512_cvtph_ps(bit_cast<__m256i>(bits)));
+#elif defined(NF_X86) && NF_VECTOR_BYTES == 32
+  return bit_cast<Vec<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
+#else
+  return half_to_float<Vec<float>, Bits>(NF_CONVERT(bits, Bits));
+#endif
+}
+NF_HD Shorts narrow_half(Vec<float> x) {
+#if defined(NF_X86) && NF_VECTOR_BYTES == 64
+  return bit_cast<Shorts>(_mm512_cvtps_ph(bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(NF_X86) && NF_VECTOR_BYTES == 32
+  return bit_cast<Shorts>(_mm256_cvtps_ph(bit_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+#else
+  return NF_CONVERT((float_to_half<Vec<float>, Bits>(x)), Shorts);
+#endif
+}
+NF_HD Vec<float> widen_bfloat16(Shorts bits) {
+  return bfloat16_to_float<Vec<float>, Bits>(NF_CONVERT(bits, Bits));
+}
+NF_HD Shorts narrow_bfloat16(Vec<float> x) {
+  return NF_CONVERT((float_to_bfloat16<Vec<float>, Bits>(x)), Shorts);
+}
+
+template <class S, Vec<float> (*widen)(Shorts), Shorts (*narrow)(Vec<float>), float (*widen_one)(uint32_t),
           uint32_t (*narrow_one)(float)>
 struct Lane16 {
   using T = float;
-  using Wide = VecN<uint32_t, kLanes<float>>;
-  using Short = VecN<uint16_t, kLanes<float>>;
   static NF_HD float load(const S* p) { return widen_one(p->bits); }
   static NF_HD void store(S* p, float x) { p->bits = uint16_t(narrow_one(x)); }
   static NF_HD Vec<float> load_vector(const S* p) {
-    Short bits;
+    Shorts bits;
     std::memcpy(&bits, p, sizeof bits);
-    return widen(NF_CONVERT(bits, Wide));
+    return widen(bits);
   }
   static NF_HD void store_vector(S* p, Vec<float> v) {
-    const Short bits = NF_CONVERT(narrow(v), Short);
+    const Shorts bits = narrow(v);
     std::memcpy(p, &bits, sizeof bits);
   }
 };
 
-using Bits = VecN<uint32_t, kLanes<float>>;
 template <>
-struct Lane<Half> : Lane16<Half, half_to_float<Vec<float>, Bits>, float_to_half<Vec<float>, Bits>,
-                           half_to_float<float, uint32_t>, float_to_half<float, uint32_t>> {};
+struct Lane<Half>
+    : Lane16<Half, widen_half, narrow_half, half_to_float<float, uint32_t>, float_to_half<float, uint32_t>> {
+};
 template <>
-struct Lane<BFloat16>
-    : Lane16<BFloat16, bfloat16_to_float<Vec<float>, Bits>, float_to_bfloat16<Vec<float>, Bits>,
-             bfloat16_to_float<float, uint32_t>, float_to_bfloat16<float, uint32_t>> {};
+struct Lane<BFloat16> : Lane16<BFloat16, widen_bfloat16, narrow_bfloat16, bfloat16_to_float<float, uint32_t>,
+                               float_to_bfloat16<float, uint32_t>> {};
 
 NF_HD float exp_one(float x) { return math::exp_float<float, uint32_t>(x); }
 NF_HD double exp_one(double x) { return math::exp_double<double, uint64_t>(x); }

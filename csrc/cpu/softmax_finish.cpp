@@ -1,4 +1,5 @@
 // Second stage of the fused head on the CPU: from sums over all classes to losses and their slopes.
+#include "cpu/head_stages.h"
 #include "cpu/row_terms.h"
 #include "math/margins/margin.h"
 
@@ -21,7 +22,7 @@ class CompensatedSum {
 
 // <x_hat, U> of row i.
 template <class T>
-double dot_class_sum(const SoftmaxFinishArguments& in, const RowState& rows, int64_t i, const T* class_sum) {
+double dot_class_sum(const FinishInputs& in, const RowState& rows, int64_t i, const T* class_sum) {
   const int64_t D = in.x.size(1);
   const Rows<T> x(in.x, D);
   std::vector<T> row(static_cast<size_t>(D));
@@ -35,11 +36,13 @@ double dot_class_sum(const SoftmaxFinishArguments& in, const RowState& rows, int
 }
 
 template <class T>
-void finish(const SoftmaxFinishArguments& in, T* loss, const RowSlopes& slopes) {
-  const RowState rows(in.rows);
+void finish(const FinishInputs& in, const FinishedRows& of) {
+  const RowState rows(of.rows, in.x.size(0));
+  const RowSlopes slopes(of.slopes, in.x.size(0));
+  T* loss = data_of<T>(of.loss);
   const RowNumbers scale(in.scale, in.scale_value), m1(in.m1, in.m1_value), m2(in.m2, in.m2_value),
       m3(in.m3, in.m3_value);
-  const T* class_sum = data_of<T>(in.class_sum);
+  const T* class_sum = data_of<T>(of.class_sum);
   const int64_t N = rows.batch;
   double kept = 0;
   for (int64_t i = 0; i < N; ++i) kept += rows[kRowWeight][i] * rows[kTargetWeight][i];
@@ -79,16 +82,21 @@ void finish(const SoftmaxFinishArguments& in, T* loss, const RowSlopes& slopes) 
   if (in.reduction != kNone) *loss = T(total.value());
 }
 
+}  // namespace
+
+void finish_into(const FinishInputs& in, const FinishedRows& of) {
+  dispatch_accumulator(in.x.scalar_type(), [&]<class T>() { finish<T>(in, of); });
+}
+
+namespace {
+
 std::tuple<Tensor, Tensor> softmax_finish(const SoftmaxFinishArguments& in) {
   check_finish(in);
   const int64_t N = in.x.size(0);
   const ScalarType wide = accumulator(in.x.scalar_type());
-  Tensor slopes = fresh({in.need_margin ? kAllSlopes : kSlopeFields, N}, ScalarType::Double);
-  Tensor loss = in.reduction == kNone ? fresh({N}, wide) : fresh({}, wide);
-  const auto run = [&]<class T>(T) {
-    finish(in, static_cast<T*>(loss.mutable_data_ptr()), RowSlopes(slopes));
-  };
-  wide == ScalarType::Double ? run(double()) : run(float());
+  const Tensor slopes = fresh({in.need_margin ? kAllSlopes : kSlopeFields, N}, ScalarType::Double);
+  const Tensor loss = in.reduction == kNone ? fresh({N}, wide) : fresh({}, wide);
+  finish_into(in, {in.rows, in.class_sum, loss, slopes});
   return {loss, slopes};
 }
 

@@ -31,28 +31,29 @@ struct Place {
   Place(int32_t of_device, int32_t at) : device(of_device), index(at) {}
 };
 
+inline int32_t type_of_torch(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Long:
+      return aoti_torch_dtype_int64();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    case ScalarType::Byte:
+      return aoti_torch_dtype_uint8();
+    default:
+      return aoti_torch_dtype_float32();
+  }
+}
+
 // A new contiguous tensor, uninitialised, or filled where torch is told to fill such memory. Not by
 // torch::stable::empty, which looks for an op by its name at every call.
 inline Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type,
                          const Place& place) {
-  const auto of_torch = [&] {
-    switch (type) {
-      case ScalarType::Double:
-        return aoti_torch_dtype_float64();
-      case ScalarType::Half:
-        return aoti_torch_dtype_float16();
-      case ScalarType::BFloat16:
-        return aoti_torch_dtype_bfloat16();
-      case ScalarType::Long:
-        return aoti_torch_dtype_int64();
-      case ScalarType::Int:
-        return aoti_torch_dtype_int32();
-      case ScalarType::Byte:
-        return aoti_torch_dtype_uint8();
-      default:
-        return aoti_torch_dtype_float32();
-    }
-  };
   static AtenTensorHandle some = [] {  // the call wants a tensor; it lives as long as the process
     const int64_t none = 0, one = 1;
     AtenTensorHandle made = nullptr;
@@ -61,7 +62,7 @@ inline Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarT
     return made;
   }();
   return allocated(sizes, type, [&] {
-    int32_t dtype = of_torch(), layout = aoti_torch_layout_strided(), device = place.device;
+    int32_t dtype = type_of_torch(type), layout = aoti_torch_layout_strided(), device = place.device;
     AtenTensorHandle made = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(some, sizes.data(), int64_t(sizes.size()), &dtype,
                                                      &layout, &device, place.index, nullptr, &made));
@@ -156,6 +157,20 @@ class Block {
 inline void* Array::data() const {
   if (count_ == 0) return nullptr;
   return of_ != nullptr ? of_->begin_ + place_ : reinterpret_cast<void*>(place_);
+}
+
+// A contiguous tensor of what lies there, which does not own it.
+inline Tensor view_of(const Array& array, std::initializer_list<int64_t> sizes, const Place& place) {
+  int64_t strides[4] = {1, 1, 1, 1}, stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(1, sizes.begin()[d]);
+  }
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_create_tensor_from_blob(array.data(), int64_t(sizes.size()), sizes.begin(), strides, 0,
+                                         type_of_torch(array.type()), place.device, place.index, &made));
+  return Tensor(made);
 }
 
 // The memory that is known to hold T; null for an empty one.

@@ -16,6 +16,7 @@
 
 #include <cmath>
 
+#include "engine/block.h"
 #include "engine/op.h"
 #include "engine/row_state.h"
 #include "engine/terms.h"
@@ -125,20 +126,40 @@ struct HeadShiftArguments : HeadInputs {
   }
 };
 
-// Margin, weights and losses of the rows, from sums over all classes: loss [N] or [], and its slopes
-// [kSlopeFields, N] float64, with `need_margin` [kAllSlopes, N].
-struct SoftmaxFinishArguments : HeadOptions {
-  static constexpr const char* kName = "softmax_finish";
-  static constexpr const char* kReturns = "(Tensor loss, Tensor slopes)";
-  Tensor rows, x, class_sum;
-  std::optional<Tensor> scale, m1, m2, m3;
-  bool need_margin;
+// What becomes of the sums over the classes.
+struct LossOptions {
   double m1_value, m2_value, m3_value;
   int64_t formula;  // math::Margin
   int64_t guard;    // math::Guard
   bool straight;    // d psi / d cos is taken as 1
   int64_t reduction;
   double smoothing;
+
+  template <class F>
+  void each(F&& f) {
+    f("m1_value", m1_value);
+    f("m2_value", m2_value);
+    f("m3_value", m3_value);
+    f("formula", formula);
+    f("guard", guard);
+    f("straight", straight);
+    f("reduction", reduction);
+    f("smoothing", smoothing);
+  }
+};
+
+// Margin, weights and losses of the rows, from sums over all classes: loss [N] or [], and its slopes
+// [kSlopeFields, N] float64, with `need_margin` [kAllSlopes, N].
+struct FinishInputs : HeadOptions, LossOptions {
+  Tensor x;
+  std::optional<Tensor> scale, m1, m2, m3;
+  bool need_margin;
+};
+
+struct SoftmaxFinishArguments : FinishInputs {
+  static constexpr const char* kName = "softmax_finish";
+  static constexpr const char* kReturns = "(Tensor loss, Tensor slopes)";
+  Tensor rows, class_sum;
 
   template <class F>
   void each(F&& f) {
@@ -150,14 +171,7 @@ struct SoftmaxFinishArguments : HeadOptions {
     f("m2", m2);
     f("m3", m3);
     f("need_margin", need_margin);
-    f("m1_value", m1_value);
-    f("m2_value", m2_value);
-    f("m3_value", m3_value);
-    f("formula", formula);
-    f("guard", guard);
-    f("straight", straight);
-    f("reduction", reduction);
-    f("smoothing", smoothing);
+    LossOptions::each(f);
     HeadOptions::each(f);
   }
 };
@@ -230,44 +244,67 @@ inline void check_inputs(const char* op, const HeadInputs& in) {
          name_of(in.product_precision));
 }
 
-inline void check_sweep(const HeadSweepArguments& in) {
-  check_inputs(in.kName, in);
-  check_weights(in.kName, "sample_weight", in.sample_weight, in.x, in.x.size(0));
-  check_shift(in.kName, in.shift, in.x.size(0));
+// What head_sweep leaves.
+struct SweepResult {
+  Array rows, inverse_norm, x_sum, class_sum, stored, listed, found;
+};
+
+// All of E, as a device lays it out.
+struct StoredCells {
+  int64_t count;
+  ScalarType type;
+};
+
+// What softmax_finish reads and writes.
+struct FinishedRows {
+  Array rows, class_sum, loss, slopes;
+};
+
+inline void check_sweep(const char* op, const HeadSweepArguments& in) {
+  check_inputs(op, in);
+  check_weights(op, "sample_weight", in.sample_weight, in.x, in.x.size(0));
+  check_shift(op, in.shift, in.x.size(0));
   if (in.sink < 0 || in.sink >= kSinks)
-    fail(in.kName, ": expected `sink` in [0, ", int(kSinks), "), got ", in.sink);
+    fail(op, ": expected `sink` in [0, ", int(kSinks), "), got ", in.sink);
   if (in.capacity < 0 || (in.sink == kNoSink && in.capacity != 0) ||
       (in.sink == kHardest && in.capacity != 1))
-    fail(in.kName, ": expected `capacity` of at least 0, 0 without a sink, 1 for the hardest; got ",
-         in.capacity);
+    fail(op, ": expected `capacity` of at least 0, 0 without a sink, 1 for the hardest; got ", in.capacity);
   if (in.centers > 1 && (in.sink != kNoSink || in.need_class_sum))
-    fail(in.kName, ": expected neither a `sink` nor `need_class_sum` with ", in.centers, " `centers`");
+    fail(op, ": expected neither a `sink` nor `need_class_sum` with ", in.centers, " `centers`");
   if (in.sink == kHardest && (in.store || in.need_x))
-    fail(in.kName,
-         ": expected neither `store` nor `need_x` with the hardest, whose gradient is that of one class");
+    fail(op, ": expected neither `store` nor `need_x` with the hardest, whose gradient is that of one class");
+}
+
+inline void check_finish(const char* op, const FinishInputs& in) {
+  check_matrix(op, "x", in.x);
+  check_row_numbers(op, "scale", in.scale, in.x);
+  check_row_numbers(op, "m1", in.m1, in.x);
+  check_row_numbers(op, "m2", in.m2, in.x);
+  check_row_numbers(op, "m3", in.m3, in.x);
+  if (in.reduction < kNone || in.reduction > kSumAll)
+    fail(op, ": expected `reduction` to be 0, 1 or 2, got ", in.reduction);
 }
 
 inline void check_finish(const SoftmaxFinishArguments& in) {
+  check_finish(in.kName, in);
   const ScalarType wide = accumulator(in.x.scalar_type());
-  check_matrix(in.kName, "x", in.x);
   check_exact(in.kName, "rows", in.rows, ScalarType::Double, {kRowFields, in.x.size(0)});
-  check_row_numbers(in.kName, "scale", in.scale, in.x);
-  check_row_numbers(in.kName, "m1", in.m1, in.x);
-  check_row_numbers(in.kName, "m2", in.m2, in.x);
-  check_row_numbers(in.kName, "m3", in.m3, in.x);
   check_exact(in.kName, "class_sum", in.class_sum, wide, {in.smoothing > 0 ? in.x.size(1) + 1 : 0});
-  if (in.reduction < kNone || in.reduction > kSumAll)
-    fail(in.kName, ": expected `reduction` to be 0, 1 or 2, got ", in.reduction);
+}
+
+inline void check_upstream(const char* op, const Tensor& grad_loss, const Tensor& x) {
+  const ScalarType wide = accumulator(x.scalar_type());
+  if (grad_loss.dim() == 0)
+    check_exact(op, "grad_loss", grad_loss, wide, {});
+  else
+    check_exact(op, "grad_loss", grad_loss, wide, {x.size(0)});
 }
 
 inline void check_backward(const char* op, const HeadBackwardTensors& in) {
   check_inputs(op, in);
   const int64_t N = in.x.size(0), D = in.x.size(1), C = in.weight.size(0);
   const ScalarType wide = accumulator(in.x.scalar_type());
-  if (in.grad_loss.dim() == 0)
-    check_exact(op, "grad_loss", in.grad_loss, wide, {});
-  else
-    check_exact(op, "grad_loss", in.grad_loss, wide, {N});
+  check_upstream(op, in.grad_loss, in.x);
   const bool all = in.slopes.dim() == 2 && in.slopes.size(0) == kAllSlopes;
   check_exact(op, "slopes", in.slopes, ScalarType::Double, {all ? kAllSlopes : kSlopeFields, N});
   check_exact(op, "rows", in.rows, ScalarType::Double, {kRowFields, N});

@@ -104,10 +104,10 @@ NF_HD bool ruled_by_eps(int p, T norm, T eps) {
   return p == 2 ? norm * norm <= 2 * eps : norm <= 2 * eps;
 }
 
-// dn/dx of one element, from x and y = x / n.
+// dn/dx of one element, from x and y = x / n; T may be a vector of elements.
 template <class T>
 NF_HD T norm_slope(int p, T x, T y) {
-  return p == 2 ? y : T((x > 0) - (x < 0));
+  return p == 2 ? y : (x > T{} ? T{} + 1 : T{}) - (x < T{} ? T{} + 1 : T{});
 }
 
 // d loss / dx = (g - slope <y, g>) / n + g_norm slope, with `dot` = <y, g> over the row and 1 / n = outer inner.

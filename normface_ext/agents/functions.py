@@ -12,13 +12,13 @@ from ..cosine.functions import normalize
 from ..engine import checks
 from ..engine.arguments import flag
 from ..engine.calls import plan_device, product_dtype
+from ..engine.lists import list_bytes, list_limits
 from ..engine.mixing import both_labels, check_finite, joined, no_statistics, twice
 from ..engine.options import takes
 from ..engine.plan import products
 from ..engine.row_state import COSINE, LARGEST, TERMS
 from ..engine.statistics import Statistics
 from . import losses, ops
-from .lists import list_limits
 from .losses import AgentRows, Losses
 from .ops import AgentSweepOptions
 from .options import ContrastiveKeywords, ContrastiveOptions, TripletKeywords, TripletOptions
@@ -102,7 +102,8 @@ def c_contrastive_loss(
             the rows that count. A row of weight 0 is an ignored one.
         labels_b, lam: second labels [N], and the first ones' share, as in ``functional.normface_loss``. Each
             row stands in the batch twice for it, with its share as its weight: twice the products.
-        active_limit: active classes listed per row, chosen by default, 0 for always dense. A list
+        active_limit: active classes listed per row, chosen by default, 0 for always dense; the lists are a
+            part of the workspace, and are left out where nothing else would fit beside them. A list
             costs one number read back from the device per step; it is off in traced and captured steps.
         return_statistics, eps, workspace, check_finite: see ``functional.normface_loss``.
 
@@ -370,6 +371,12 @@ def sweep_options(
         capacity, most_listed = list_limits(
             *shape, device.type, precision, made.workspace, options.active_limit
         )
+        if capacity > 0:
+            left = made.workspace - list_bytes(batch, capacity)
+            try:
+                made = products(*shape, precision, device, left, softmax=False)
+            except ValueError:  # nothing fits beside the lists: a dense backward is as exact
+                capacity = most_listed = 0
     return margin if isinstance(margin, Tensor) else None, AgentSweepOptions(
         1.0,
         options.eps,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -55,9 +57,14 @@ def accuracy(
 
 
 class Accuracy(Layer):
-    BOTTOMS, STATISTICS, LABELS = (2, 2), (0,), (1,)
-    BOTTOM_NAMES = "the second is the label"
-    BLOCKS = ("accuracy_param",)
+    BOTTOMS: ClassVar[tuple[int, int]] = (2, 2)
+    STATISTICS: ClassVar[tuple[int, ...]] = (0,)
+    LABELS: ClassVar[tuple[int, ...]] = (1,)
+    BOTTOM_NAMES: ClassVar[str] = "the second is the label"
+    BLOCKS: ClassVar[tuple[str, ...]] = ("accuracy_param",)
+
+    min_is_better: bool
+    top_k: int
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
@@ -67,7 +74,7 @@ class Accuracy(Layer):
             spec.get("accuracy_param.top_k"),
         )
         ignored = spec.has("accuracy_param.ignore_label")
-        self.ignore_label = spec.get("accuracy_param.ignore_label") if ignored else None
+        self.ignore_label: int | None = spec.get("accuracy_param.ignore_label") if ignored else None
 
     @torch.no_grad()
     def forward(self, scores: Tensor, labels: Tensor) -> tuple[Tensor]:

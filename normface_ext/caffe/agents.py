@@ -37,8 +37,11 @@ class Agents(LateLayer):
     def __init__(self, spec: Spec, context: Context, own: bool, normalize: bool) -> None:
         super().__init__(spec, context)
         block = self.block
-        self.own, self.normalize, self.hard, self.eps = own, normalize, context.caffe, context.eps
-        self.num_output = int(spec.get(f"{block}.num_output"))
+        self.own: bool = own
+        self.normalize: bool = normalize
+        self.hard: bool = context.caffe
+        self.eps: float = context.eps
+        self.num_output: int = int(spec.get(f"{block}.num_output"))
         spec.only(f"{block}.axis", 1)
         if not (1 if self.own else 0) <= self.num_output <= MOST_NUMBERS:
             spec.refuse(
@@ -86,7 +89,7 @@ class Agents(LateLayer):
 class Products(Agents):
     """InnerProduct and InnerDistance: the second bottom, where there is one, is the weight."""
 
-    BOTTOMS = (1, 2)
+    BOTTOMS: ClassVar[tuple[int, int]] = (1, 2)
 
     def __init__(self, spec: Spec, context: Context) -> None:
         block, own = self.block, len(spec.bottoms) == 1
@@ -104,8 +107,8 @@ class Products(Agents):
 class InnerProduct(Products):
     """<x_i, w_j>, [N, C]; with ``normalize`` the rows of w are unit rows."""
 
-    BLOCKS = ("inner_product_param",)
-    SIZE = "inner_product_param.num_output"
+    BLOCKS: ClassVar[tuple[str, ...]] = ("inner_product_param",)
+    SIZE: ClassVar[str] = "inner_product_param.num_output"
     block = "inner_product_param"
 
     def __init__(self, spec: Spec, context: Context) -> None:
@@ -113,7 +116,7 @@ class InnerProduct(Products):
         if spec.has(f"{self.block}.distance_type"):
             spec.refuse("unknown option `inner_product_param.distance_type`", f"{self.block}.distance_type")
         self.bias: nn.Parameter | None
-        self.has_bias = bool(spec.get(f"{self.block}.bias_term"))
+        self.has_bias: bool = bool(spec.get(f"{self.block}.bias_term"))
         if self.has_bias and not self.own:
             spec.refuse(
                 "expected `bias_term: false` beside a weight that is a bottom, got true (the default)",
@@ -142,9 +145,9 @@ class InnerProduct(Products):
 class InnerDistance(Products):
     """sum_k (x_ik - w_jk)^2 or sum_k |x_ik - w_jk|, [N, C]."""
 
-    BLOCKS = ("inner_distance_param", "inner_product_param")
-    SIZE = "inner_distance_param.num_output"
-    SPARE_BLOBS = 1  # Caffe allocates a bias by default
+    BLOCKS: ClassVar[tuple[str, ...]] = ("inner_distance_param", "inner_product_param")
+    SIZE: ClassVar[str] = "inner_distance_param.num_output"
+    SPARE_BLOBS: ClassVar[int] = 1  # Caffe allocates a bias by default
     block = "inner_distance_param"
 
     def __init__(self, spec: Spec, context: Context) -> None:

@@ -55,8 +55,9 @@ class Head(nn.Module):
         self, specs: list[Spec], report: Report, context: Context, declared: list[str], closed: bool
     ) -> None:
         super().__init__()
-        self.where, self.mode = report.where, context.mode
-        self.layers = Layers()
+        self.where: str = report.where
+        self.mode: str = context.mode
+        self.layers: Layers = Layers()
         self._multipliers: dict[str, list[tuple[float, float]]] = {}
         self._labels: dict[str, str] = {}
         usable: list[tuple[str, Spec, tuple[str, ...]]] = []
@@ -102,7 +103,7 @@ class Head(nn.Module):
                         "Caffe's forward pass overwrites the weight by its unit rows; here"
                         " `normface_ext.caffe.renormalize_after_step` does so after each step"
                     )
-        self.notes = tuple(dict.fromkeys(report.lines(report.notes)))
+        self.notes: tuple[str, ...] = tuple(dict.fromkeys(report.lines(report.notes)))
         if not report.problems:
             create_blobs([(self.layers[name], spec) for name, spec, _ in usable], context, report)
 

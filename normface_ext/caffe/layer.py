@@ -35,13 +35,14 @@ class Layer(WideState):
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__()
-        self.name = spec.name  # in the file, of which another layer of another phase may have it, too
-        self.wiring = f"{', '.join(spec.bottoms)} -> {', '.join(spec.tops)}".strip()
-        self.label = str(spec)
-        self.dtype, self.device = context.dtype, context.device
+        self.name: str = spec.name  # in the file, of which another layer of another phase may have it, too
+        self.wiring: str = f"{', '.join(spec.bottoms)} -> {', '.join(spec.tops)}".strip()
+        self.label: str = str(spec)
+        self.dtype: torch.dtype | None = context.dtype
+        self.device: torch.device | str | None = context.device
         self.fillers: dict[str, Filler] = {}
         self.shapes: dict[str, list[int]] = {}  # of the blobs whose size is known
-        self.lr_mults = [1.0]
+        self.lr_mults: list[float] = [1.0]
         #: blob -> every (layer, blob) that is the same parameter; the first has the filler.
         self.peers: dict[str, list[tuple[Layer, str]]] = {}
 

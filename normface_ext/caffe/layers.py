@@ -42,7 +42,7 @@ class _ScaleGradient(torch.autograd.Function):
 class Normalize(Layer):
     """y = x / n along axis 1; a second top is n, with a gradient only where ``bp_norm`` asks for it."""
 
-    TOPS = (1, 2)
+    TOPS: ClassVar[tuple[int, int]] = (1, 2)
     BLOCKS: ClassVar[tuple[str, ...]] = ("normalize_param",)
 
     def __init__(self, spec: Spec, context: Context) -> None:
@@ -54,9 +54,10 @@ class Normalize(Layer):
                 "normalize_param.normalize_type",
             )
         self.p = 1 if kind == "L1" else 2
-        self.eps = CAFFE_L1_EPS if self.p == 1 and context.caffe else context.eps
-        self.return_norm, self.bp_norm = len(spec.tops) == 2, bool(spec.get("normalize_param.bp_norm"))
-        self.fix_gradient = bool(spec.get("normalize_param.fix_gradient"))
+        self.eps: float = CAFFE_L1_EPS if self.p == 1 and context.caffe else context.eps
+        self.return_norm: bool = len(spec.tops) == 2
+        self.bp_norm: bool = bool(spec.get("normalize_param.bp_norm"))
+        self.fix_gradient: bool = bool(spec.get("normalize_param.fix_gradient"))
         if self.fix_gradient and not context.caffe:
             spec.refuse(
                 "`fix_gradient: true` drops 1/n from the gradient, which then is no gradient;"
@@ -91,8 +92,8 @@ class NormalizeRows(Normalize):
     The forks agree on such vectors but for their eps: none, 1e-7 or 1e-6.
     """
 
-    TOPS = (1, 1)
-    BLOCKS = ()
+    TOPS: ClassVar[tuple[int, int]] = (1, 1)
+    BLOCKS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
@@ -106,15 +107,15 @@ class ScaledNormalize(LateLayer):
     """The Normalize layer of the SSD fork: x / sqrt(sum x^2 + eps) times a blob, one number or one per
     channel; its eps is the file's."""
 
-    BLOCKS = ("norm_param",)
-    BLOBS = ("scale",)
+    BLOCKS: ClassVar[tuple[str, ...]] = ("norm_param",)
+    BLOBS: ClassVar[tuple[str, ...]] = ("scale",)
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
         self.scale: nn.Parameter | None
-        self.eps = checks.eps(str(spec), "eps", spec.get("norm_param.eps"))
-        self.across_spatial = bool(spec.get("norm_param.across_spatial"))
-        self.per_channel = not spec.get("norm_param.channel_shared")
+        self.eps: float = checks.eps(str(spec), "eps", spec.get("norm_param.eps"))
+        self.across_spatial: bool = bool(spec.get("norm_param.across_spatial"))
+        self.per_channel: bool = not spec.get("norm_param.channel_shared")
         filler = check_filler(spec, "norm_param.scale_filler", context)
         if not spec.has("norm_param.scale_filler"):
             filler = filler._replace(type="constant", value=1.0)
@@ -142,10 +143,10 @@ class ScaledNormalize(LateLayer):
 class Parameter(Layer):
     """A blob of its own, such as the agents of a two-bottom InnerProduct."""
 
-    BOTTOMS = (0, 0)
-    SIZE = "parameter_param.shape"
-    BLOCKS = ("parameter_param",)
-    BLOBS = ("weight",)
+    BOTTOMS: ClassVar[tuple[int, int]] = (0, 0)
+    SIZE: ClassVar[str] = "parameter_param.shape"
+    BLOCKS: ClassVar[tuple[str, ...]] = ("parameter_param",)
+    BLOBS: ClassVar[tuple[str, ...]] = ("weight",)
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)

@@ -36,14 +36,18 @@ def scores_and_labels(op: str, scores: object, labels: object, ignored: int) -> 
 class SoftmaxWithLoss(Layer):
     """-log softmax(scores)[label], averaged as `loss_param` says; a second top has the probabilities."""
 
-    BOTTOMS, TOPS, LOSS, LABELS = (2, 2), (1, 2), 1.0, (1,)
-    BOTTOM_NAMES = "the second is the label"
-    BLOCKS = ("softmax_param", "loss_param")
-    FUSED = "NormFaceLoss"
+    BOTTOMS: ClassVar[tuple[int, int]] = (2, 2)
+    TOPS: ClassVar[tuple[int, int]] = (1, 2)
+    LOSS: ClassVar[float] = 1.0
+    LABELS: ClassVar[tuple[int, ...]] = (1,)
+    BOTTOM_NAMES: ClassVar[str] = "the second is the label"
+    BLOCKS: ClassVar[tuple[str, ...]] = ("softmax_param", "loss_param")
+    FUSED: ClassVar[str] = "NormFaceLoss"
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
-        self.cap, self.return_probability = context.caffe, len(spec.tops) == 2
+        self.cap: bool = context.caffe
+        self.return_probability: bool = len(spec.tops) == 2
         spec.only("softmax_param.axis", 1)
         spec.only("softmax_param.normalize_type", "Softmax")
         gpu = "Caffe has it on the GPU only"
@@ -53,11 +57,12 @@ class SoftmaxWithLoss(Layer):
         spec.never(
             "softmax_param.class_weight", "in Caffe it needs a third bottom, and forward and backward differ"
         )
-        self.normalization = ("FULL", "VALID", "BATCH_SIZE", "NONE")[spec.get("loss_param.normalization")]
+        names = ("FULL", "VALID", "BATCH_SIZE", "NONE")
+        self.normalization: str = names[spec.get("loss_param.normalization")]
         if spec.has("loss_param.normalize") and not spec.has("loss_param.normalization"):
             self.normalization = "VALID" if spec.get("loss_param.normalize") else "BATCH_SIZE"
         given = spec.has("loss_param.ignore_label")
-        self.ignore_label = checks.ignored(spec.get("loss_param.ignore_label") if given else None)
+        self.ignore_label: int = checks.ignored(spec.get("loss_param.ignore_label") if given else None)
 
     def averaged(self, total: Tensor, batch: int, valid: Tensor | int) -> Tensor:
         if self.normalization == "NONE":
@@ -105,15 +110,20 @@ class SoftmaxWithLoss(Layer):
 class DistanceLoss(Layer):
     """A metric loss over given distances [N, C]; a second top has its statistics, without a gradient."""
 
-    BOTTOMS, TOPS, LOSS, STATISTICS, LABELS = (2, 2), (1, 2), 1.0, (1,), (1,)
-    BOTTOM_NAMES = "the second is the label"
+    BOTTOMS: ClassVar[tuple[int, int]] = (2, 2)
+    TOPS: ClassVar[tuple[int, int]] = (1, 2)
+    LOSS: ClassVar[float] = 1.0
+    STATISTICS: ClassVar[tuple[int, ...]] = (1,)
+    LABELS: ClassVar[tuple[int, ...]] = (1,)
+    BOTTOM_NAMES: ClassVar[str] = "the second is the label"
     #: The option names of normface_ext where Caffe's differ.
     RENAMED: ClassVar[dict[str, str]] = {"positive_weight": "pos_weight", "negative_weight": "neg_weight"}
     FUSED: ClassVar[str]
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
-        self.released, self.return_statistics = context.caffe, len(spec.tops) == 2
+        self.released: bool = context.caffe
+        self.return_statistics: bool = len(spec.tops) == 2
 
     def given(self, spec: Spec, kind: type[Options]) -> dict[str, Any]:
         """The file's options under the names of normface_ext; what `kind` does not take is refused, at its
@@ -152,15 +162,18 @@ class DistanceLoss(Layer):
 class GeneralContrastiveLoss(DistanceLoss, MovingLayer):
     """C-contrastive; its statistics are (mean positive, mean negative hinge)."""
 
-    BLOCKS = ("general_contrastive_loss_param",)
+    BLOCKS: ClassVar[tuple[str, ...]] = ("general_contrastive_loss_param",)
     RENAMED: ClassVar[dict[str, str]] = {
         **DistanceLoss.RENAMED,
         "positive_margin": "pos_margin",
         "negative_margin": "neg_margin",
         "max_negative_only": "hardest_only",
     }
-    FUSED = "CContrastiveLoss"
+    FUSED: ClassVar[str] = "CContrastiveLoss"
     intra_mae: Tensor
+
+    add_intra_mae: bool
+    cap: float
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
@@ -172,7 +185,7 @@ class GeneralContrastiveLoss(DistanceLoss, MovingLayer):
             spec.note("`square` is declared in caffe.proto but no Caffe code reads it", f"{block}.square")
         del options["square"]
         self.add_intra_mae, self.cap = (options.pop(n) for n in ("add_intra_mae", "max_negative_margin"))
-        self.options = ContrastiveOptions.of(str(spec), {**options, "ignore_index": None})
+        self.options: ContrastiveOptions = ContrastiveOptions.of(str(spec), {**options, "ignore_index": None})
         if self.add_intra_mae:
             self.register_buffer("intra_mae", torch.zeros((), device=context.device, dtype=torch.float32))
 
@@ -212,13 +225,13 @@ class GeneralContrastiveLoss(DistanceLoss, MovingLayer):
 class GeneralTripletLoss(DistanceLoss):
     """C-triplet; its statistics are (mean positive, mean negative distance)."""
 
-    BLOCKS = ("general_triplet_loss_param",)
-    FUSED = "CTripletLoss"
+    BLOCKS: ClassVar[tuple[str, ...]] = ("general_triplet_loss_param",)
+    FUSED: ClassVar[str] = "CTripletLoss"
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
         given = self.given(spec, TripletOptions)
-        self.options = TripletOptions.of(str(spec), {**given, "ignore_index": None})
+        self.options: TripletOptions = TripletOptions.of(str(spec), {**given, "ignore_index": None})
 
     def of_distances(self, distances: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.released:

@@ -4,7 +4,7 @@ CosinAddm (ArcFace)."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,8 +30,9 @@ def with_target(scores: Tensor, labels: Tensor, change: Callable[[Tensor, Tensor
 class TargetMargin(Layer):
     """A layer that changes the scores of the labels."""
 
-    BOTTOMS, LABELS = (2, 2), (1,)
-    BOTTOM_NAMES = "the second is the label"
+    BOTTOMS: ClassVar[tuple[int, int]] = (2, 2)
+    LABELS: ClassVar[tuple[int, ...]] = (1,)
+    BOTTOM_NAMES: ClassVar[str] = "the second is the label"
 
     def width(self, width: int | None) -> int | None:
         return width
@@ -54,9 +55,17 @@ class LabelSpecificAdd(TargetMargin, MovingLayer):
     above -bias, as the released layer does. With ``bias_base`` the bias is
     base + (1 + gamma t)^power - 1 within [bias_min, bias_max], t the count of passes; a second top has it."""
 
-    TOPS, STATISTICS = (1, 2), (1,)
-    BLOCKS = ("label_specific_add_param",)
+    TOPS: ClassVar[tuple[int, int]] = (1, 2)
+    STATISTICS: ClassVar[tuple[int, ...]] = (1,)
+    BLOCKS: ClassVar[tuple[str, ...]] = ("label_specific_add_param",)
     iteration: Tensor
+
+    bias: float
+    base: float
+    gamma: float
+    power: float
+    least: float
+    most: float
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
@@ -65,8 +74,9 @@ class LabelSpecificAdd(TargetMargin, MovingLayer):
         self.bias, self.base, self.gamma, self.power, self.least, self.most = (
             float(spec.get(f"{block}.{name}")) for name in names
         )
-        self.anneals, self.released = spec.has(f"{block}.bias_base"), context.caffe
-        self.return_bias = len(spec.tops) == 2
+        self.anneals: bool = spec.has(f"{block}.bias_base")
+        self.released: bool = context.caffe
+        self.return_bias: bool = len(spec.tops) == 2
         if spec.get(f"{block}.transform_test"):
             spec.note("`transform_test` has no effect, as in Caffe", f"{block}.transform_test")
         if not context.caffe:
@@ -137,7 +147,7 @@ class CosineMargin(TargetMargin):
 class CombinedMargin(CosineMargin):
     """cos(m1 theta + m2) - m3 of the label's cosine, without a guard past pi."""
 
-    BLOCKS = ("combined_margin_param",)
+    BLOCKS: ClassVar[tuple[str, ...]] = ("combined_margin_param",)
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
@@ -147,7 +157,7 @@ class CombinedMargin(CosineMargin):
 class CosinAddm(CosineMargin):
     """cos(theta + m) of the label's cosine, past pi cos theta - m sin m (ArcFace)."""
 
-    BLOCKS = ("cosin_add_m_param",)
+    BLOCKS: ClassVar[tuple[str, ...]] = ("cosin_add_m_param",)
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)

@@ -34,16 +34,17 @@ class ContrastiveLoss(Layer):
     ``legacy_version`` of (margin - d^2)_+. Bottoms: features a, features b, labels a, labels b in NormFace's
     Caffe, which compares the labels; features a, features b, similarity (1 or 0) in BVLC's."""
 
-    BOTTOMS, LOSS = (3, 4), 1.0
-    BOTTOM_NAMES = "features a, features b, labels a, labels b or one similarity"
-    LABELS = (2, 3)
+    BOTTOMS: ClassVar[tuple[int, int]] = (3, 4)
+    LOSS: ClassVar[float] = 1.0
+    BOTTOM_NAMES: ClassVar[str] = "features a, features b, labels a, labels b or one similarity"
+    LABELS: ClassVar[tuple[int, ...]] = (2, 3)
     BLOCKS: ClassVar[tuple[str, ...]] = ("contrastive_loss_param",)
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
-        self.hard = context.caffe
-        self.margin = float(spec.get("contrastive_loss_param.margin"))
-        self.legacy = bool(spec.get("contrastive_loss_param.legacy_version"))
+        self.hard: bool = context.caffe
+        self.margin: float = float(spec.get("contrastive_loss_param.margin"))
+        self.legacy: bool = bool(spec.get("contrastive_loss_param.legacy_version"))
 
     def forward(self, a: Tensor, b: Tensor, *given: Tensor) -> tuple[Tensor]:
         a, b = _rows("ContrastiveLoss", (a, b))
@@ -62,13 +63,14 @@ class ContrastiveLoss(Layer):
 class TripletLoss(Layer):
     """1/2N sum of (margin + |a - p|^2 - |a - n|^2)_+. Bottoms: anchors, positives, negatives."""
 
-    BOTTOMS, LOSS = (3, 3), 1.0
-    BOTTOM_NAMES = "anchors, positives, negatives"
+    BOTTOMS: ClassVar[tuple[int, int]] = (3, 3)
+    LOSS: ClassVar[float] = 1.0
+    BOTTOM_NAMES: ClassVar[str] = "anchors, positives, negatives"
     BLOCKS: ClassVar[tuple[str, ...]] = ("triplet_loss_param",)
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
-        self.margin = float(spec.get("triplet_loss_param.margin"))
+        self.margin: float = float(spec.get("triplet_loss_param.margin"))
 
     def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor]:
         rows = _rows("TripletLoss", (anchor, positive, negative))

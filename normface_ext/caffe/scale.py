@@ -23,13 +23,14 @@ class Scale(LateLayer):
     added. With a second bottom that is the scale.
     """
 
-    BOTTOMS = (1, 2)
-    BLOCKS = ("scale_param",)
+    BOTTOMS: ClassVar[tuple[int, int]] = (1, 2)
+    BLOCKS: ClassVar[tuple[str, ...]] = ("scale_param",)
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
-        self.own = len(spec.bottoms) == 1
-        self.axis, num_axes = int(spec.get("scale_param.axis")), int(spec.get("scale_param.num_axes"))
+        self.own: bool = len(spec.bottoms) == 1
+        self.axis: int = int(spec.get("scale_param.axis"))
+        num_axes = int(spec.get("scale_param.num_axes"))
         if self.own and (num_axes not in (0, 1) or (num_axes == 1 and self.axis != 1)):
             spec.refuse(
                 "expected `num_axes: 0`, one scale for all, or the defaults `axis: 1 num_axes: 1`, one per"
@@ -40,11 +41,15 @@ class Scale(LateLayer):
             spec.refuse(
                 f"expected `axis` >= 0 beside a scale that is a bottom, got {self.axis}", "scale_param.axis"
             )
-        self.has_bias = self.own and bool(spec.get("scale_param.bias_term"))
+        self.has_bias: bool = self.own and bool(spec.get("scale_param.bias_term"))
         if not self.own:
             spec.only("scale_param.bias_term", False)
-        self.min_value = spec.get("scale_param.min_value") if spec.has("scale_param.min_value") else -math.inf
-        self.max_value = spec.get("scale_param.max_value") if spec.has("scale_param.max_value") else math.inf
+        self.min_value: float = (
+            spec.get("scale_param.min_value") if spec.has("scale_param.min_value") else -math.inf
+        )
+        self.max_value: float = (
+            spec.get("scale_param.max_value") if spec.has("scale_param.max_value") else math.inf
+        )
         if self.min_value > self.max_value:
             spec.refuse(
                 f"expected `min_value` <= `max_value`, got {self.min_value:g} and {self.max_value:g}",
@@ -57,8 +62,8 @@ class Scale(LateLayer):
         params = spec.message.param
         self.fixed = len(params) > 0 and params[0].lr_mult == 0
         constant = self.fixed and filler.type == "constant" and not params[0].name
-        self.per_class = num_axes == 1  # in the file
-        self.one_number = not self.per_class or (constant and not self.has_bias)
+        self.per_class: bool = num_axes == 1  # in the file
+        self.one_number: bool = not self.per_class or (constant and not self.has_bias)
         shape = [] if self.one_number else None if spec.width is None else [spec.width]
         self.bias: nn.Parameter | None
         self.register_parameter("bias", None)
@@ -126,9 +131,9 @@ class ChannelScale(Layer):
     """Each row (and place of a map) of the first bottom times its number in the second: AM-Softmax with the
     features' own norms. Bottoms: scores [N, C, ...], numbers [N, 1, ...]."""
 
-    BOTTOMS = (2, 2)
+    BOTTOMS: ClassVar[tuple[int, int]] = (2, 2)
     BOTTOM_NAMES: ClassVar[str] = "scores, a number per row"
-    BLOCKS = ("channel_scale_param",)
+    BLOCKS: ClassVar[tuple[str, ...]] = ("channel_scale_param",)
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
@@ -153,7 +158,11 @@ class ChannelScale(Layer):
 class Power(Layer):
     """(shift + scale x)^power: with a power of 1 a fixed scale."""
 
-    BLOCKS = ("power_param",)
+    BLOCKS: ClassVar[tuple[str, ...]] = ("power_param",)
+
+    factor: float
+    shift: float
+    power: float
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)

@@ -3,7 +3,7 @@ Silence."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .spec import Context, Spec
 class Softmax(Layer):
     """The probabilities along axis 1, at the end of a deploy net."""
 
-    BLOCKS = ("softmax_param",)
+    BLOCKS: ClassVar[tuple[str, ...]] = ("softmax_param",)
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
@@ -36,11 +36,11 @@ class Dropout(Layer):
     """Each number is 0 with probability dropout_ratio, and the others are divided by 1 - dropout_ratio; in
     training only."""
 
-    BLOCKS = ("dropout_param",)
+    BLOCKS: ClassVar[tuple[str, ...]] = ("dropout_param",)
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
-        self.ratio = float(spec.get("dropout_param.dropout_ratio"))
+        self.ratio: float = float(spec.get("dropout_param.dropout_ratio"))
         if not 0 < self.ratio < 1:
             spec.refuse(
                 f"expected `dropout_ratio` in (0, 1), got {self.ratio:g}", "dropout_param.dropout_ratio"
@@ -54,7 +54,7 @@ class Dropout(Layer):
 
 
 class Flatten(Layer):
-    BLOCKS = ("flatten_param",)
+    BLOCKS: ClassVar[tuple[str, ...]] = ("flatten_param",)
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
@@ -73,19 +73,20 @@ class Flatten(Layer):
 class Silence(Layer):
     """Takes blobs, so that they are no tops of the net."""
 
-    BOTTOMS, TOPS = (1, 1 << 30), (0, 0)
+    BOTTOMS: ClassVar[tuple[int, int]] = (1, 1 << 30)
+    TOPS: ClassVar[tuple[int, int]] = (0, 0)
 
     def forward(self, *bottoms: Tensor) -> tuple[()]:
         return ()
 
 
 class Flip(Layer):
-    BLOCKS = ("flip_param",)
+    BLOCKS: ClassVar[tuple[str, ...]] = ("flip_param",)
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
         pairs = (("flip_height", 2), ("flip_width", 3))
-        self.dims = [dim for name, dim in pairs if spec.get(f"flip_param.{name}")]
+        self.dims: list[int] = [dim for name, dim in pairs if spec.get(f"flip_param.{name}")]
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
         if x.dim() != 4:
@@ -94,15 +95,15 @@ class Flip(Layer):
 
 
 class Eltwise(Layer):
-    BOTTOMS = (2, 1 << 30)
-    BLOCKS = ("eltwise_param",)
+    BOTTOMS: ClassVar[tuple[int, int]] = (2, 1 << 30)
+    BLOCKS: ClassVar[tuple[str, ...]] = ("eltwise_param",)
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
-        self.operation = ("PROD", "SUM", "MAX", "SORT")[spec.get("eltwise_param.operation")]
+        self.operation: str = ("PROD", "SUM", "MAX", "SORT")[spec.get("eltwise_param.operation")]
         if self.operation == "SORT":
             spec.refuse("expected `operation` to be PROD, SUM or MAX, got SORT", "eltwise_param.operation")
-        self.coefficients = list(spec.get("eltwise_param.coeff")) or [1.0] * len(spec.bottoms)
+        self.coefficients: list[float] = list(spec.get("eltwise_param.coeff")) or [1.0] * len(spec.bottoms)
         if len(self.coefficients) != len(spec.bottoms) or (
             self.operation != "SUM" and any(c != 1.0 for c in self.coefficients)
         ):
@@ -123,14 +124,15 @@ class Eltwise(Layer):
 
 
 class Slice(Layer):
-    TOPS = (1, 1 << 30)
-    BLOCKS = ("slice_param",)
+    TOPS: ClassVar[tuple[int, int]] = (1, 1 << 30)
+    BLOCKS: ClassVar[tuple[str, ...]] = ("slice_param",)
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
         old = spec.has("slice_param.slice_dim")
-        self.axis = int(spec.get("slice_param.slice_dim" if old else "slice_param.axis"))
-        self.points, self.parts = [int(p) for p in spec.get("slice_param.slice_point")], len(spec.tops)
+        self.axis: int = int(spec.get("slice_param.slice_dim" if old else "slice_param.axis"))
+        self.points: list[int] = [int(p) for p in spec.get("slice_param.slice_point")]
+        self.parts: int = len(spec.tops)
         if self.points and len(self.points) != self.parts - 1:
             spec.refuse(
                 f"expected {self.parts - 1} `slice_point`, got {len(self.points)}", "slice_param.slice_point"
@@ -151,13 +153,13 @@ class Slice(Layer):
 
 
 class Concat(Layer):
-    BOTTOMS = (1, 1 << 30)
-    BLOCKS = ("concat_param",)
+    BOTTOMS: ClassVar[tuple[int, int]] = (1, 1 << 30)
+    BLOCKS: ClassVar[tuple[str, ...]] = ("concat_param",)
 
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context)
         old = spec.has("concat_param.concat_dim")
-        self.axis = int(spec.get("concat_param.concat_dim" if old else "concat_param.axis"))
+        self.axis: int = int(spec.get("concat_param.concat_dim" if old else "concat_param.axis"))
 
     def forward(self, *bottoms: Tensor) -> tuple[Tensor]:
         try:

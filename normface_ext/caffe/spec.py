@@ -53,9 +53,13 @@ class Spec:
     """A LayerParameter with its lines. ``refuse`` and ``note`` write to the report of the file."""
 
     def __init__(self, message: Any, lines: Lines, report: Report) -> None:
-        self.message, self.lines, self.report = message, lines, report
-        self.name, self.type = str(message.name), str(message.type)
-        self.bottoms, self.tops = [str(b) for b in message.bottom], [str(t) for t in message.top]
+        self.message: Any = message
+        self.lines: Lines = lines
+        self.report: Report = report
+        self.name: str = str(message.name)
+        self.type: str = str(message.type)
+        self.bottoms: list[str] = [str(b) for b in message.bottom]
+        self.tops: list[str] = [str(t) for t in message.top]
         self.width: int | None = None  # numbers in a row of the first bottom, where the file tells
 
     def __str__(self) -> str:

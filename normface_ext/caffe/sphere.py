@@ -45,26 +45,33 @@ class MarginInnerProduct(Agents, MovingLayer):
     gradient is that of the value; mode "caffe" has that of the released layer, which is that of no function.
     """
 
-    BOTTOMS, LABELS = (2, 2), (1,)
-    BOTTOM_NAMES = "the second is the label"
-    TOPS, STATISTICS = (1, 2), (1,)
+    BOTTOMS: ClassVar[tuple[int, int]] = (2, 2)
+    LABELS: ClassVar[tuple[int, ...]] = (1,)
+    BOTTOM_NAMES: ClassVar[str] = "the second is the label"
+    TOPS: ClassVar[tuple[int, int]] = (1, 2)
+    STATISTICS: ClassVar[tuple[int, ...]] = (1,)
     BLOCKS: ClassVar[tuple[str, ...]] = ("margin_inner_product_param",)
-    BLOBS = ("weight",)
-    SIZE = "margin_inner_product_param.num_output"
+    BLOBS: ClassVar[tuple[str, ...]] = ("weight",)
+    SIZE: ClassVar[str] = "margin_inner_product_param.num_output"
     block = "margin_inner_product_param"
     NORMALIZED: ClassVar[bool] = True  # the rows of the weight
     iteration: Tensor
 
+    base: float
+    gamma: float
+    power: float
+    least: float
+
     def __init__(self, spec: Spec, context: Context) -> None:
         super().__init__(spec, context, True, self.NORMALIZED)
-        self.m = int(spec.get(f"{self.block}.type")) + 1
+        self.m: int = int(spec.get(f"{self.block}.type")) + 1
         names = ("base", "gamma", "power", "lambda_min")
         self.base, self.gamma, self.power, self.least = (
             float(spec.get(f"{self.block}.{name}")) for name in names
         )
         if not self.least > -1:
             spec.refuse(f"expected `lambda_min` > -1, got {self.least:g}", f"{self.block}.lambda_min")
-        self.return_lambda = len(spec.tops) == 2
+        self.return_lambda: bool = len(spec.tops) == 2
         if self.NORMALIZED and not context.caffe and self.m > 1:
             spec.note("has the gradient of its value; Caffe's backward pass has another (mode='caffe')")
         first = int(spec.get(f"{self.block}.iteration"))
@@ -136,7 +143,7 @@ class MarginInnerProduct(Agents, MovingLayer):
 class LargeMarginInnerProduct(MarginInnerProduct):
     """The same with the length of the label's weight row: |w_j| |x| cos theta_j (L-Softmax)."""
 
-    BLOCKS = ("largemargin_inner_product_param",)
-    SIZE = "largemargin_inner_product_param.num_output"
+    BLOCKS: ClassVar[tuple[str, ...]] = ("largemargin_inner_product_param",)
+    SIZE: ClassVar[str] = "largemargin_inner_product_param.num_output"
     block = "largemargin_inner_product_param"
-    NORMALIZED = False
+    NORMALIZED: ClassVar[bool] = False

@@ -117,10 +117,10 @@ class _ClassParallelRows(Function):
                 mine = store_as(moved, own.dtype, norms, ctx.options.eps)
         of_others = asked((need_weight, need_offset), (dw, of_offset))
         given = mine if own_x else None, *of_others
-        mine, dw, of_bias = no_second_derivative(ops.OP, given, *origins)
-        if dw is not None and isinstance(weight, DTensor):
-            dw = as_sharded(dw, weight)
-        return mine, dw, of_bias, *[None] * 7
+        own_gradient, of_weight, of_bias = no_second_derivative(ops.OP, given, *origins)
+        if of_weight is not None and isinstance(weight, DTensor):
+            of_weight = as_sharded(of_weight, weight)
+        return own_gradient, of_weight, of_bias, *[None] * 7
 
 
 class _OfAllRanks(Function):

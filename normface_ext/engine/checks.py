@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from . import arguments, graphs, transforms
+from . import arguments, graphs, native, transforms
 from .arguments import INT64_MAX, INT64_MIN, choice, integer, number
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -232,14 +232,17 @@ def label_rows(op: str, value: object, x: Tensor, name: str = "labels") -> Tenso
     if checked.dim() != 1 or checked.shape[0] != x.shape[0]:
         raise ValueError(f"{op}: expected `{name}` to have shape [{x.shape[0]}], got {list(checked.shape)}")
     same_device(op, name, checked, "x", x)
-    return checked.long()
+    return checked if checked.dtype == torch.int64 else checked.long()
 
 
 def has_values(value: Tensor) -> bool:
     """Whether a tensor's values can be read at all: not of a fake or meta tensor, nor while compiling or
     while a CUDA graph is captured, nor of a batch under torch.func.vmap."""
-    unknown = torch.compiler.is_compiling() or value.is_meta or is_fake(value) or capturing(value)
-    return not (unknown or transforms.batched(value))
+    if torch.compiler.is_compiling() or value.is_meta or capturing(value):
+        return False
+    if type(value) is Tensor and not transforms.watched():
+        return True  # nothing wraps it
+    return not (is_fake(value) or transforms.batched(value))
 
 
 _rehearsing = False
@@ -287,10 +290,7 @@ def labels(
 
 
 def label_range(op: str, value: Tensor, classes: int, ignore_index: int | None, name: str = "labels") -> None:
-    if value.numel() == 0:
-        return
-    least, most = value.aminmax()  # one op, where nothing is wrong or ignored
-    if least.item() >= 0 and most.item() < classes:
+    if value.numel() == 0 or native.labels_within(value, classes):  # as most are: nothing wrong or ignored
         return
     bad = (value < 0) | (value >= classes)
     if ignore_index is not None:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import transforms
+
 FOLDER = Path(__file__).parent.parent
 LIBRARY = FOLDER / "_C.so"
 
@@ -59,6 +61,7 @@ _has_fixed_shift = _function("nf_has_fixed_shift", _flag, _number, _number, _fla
 _rates = _function("nf_rates", _text, _flag, _text)
 _ways = _function("nf_ways", _int, _text, _text, ctypes.c_void_p, _int)
 _store_rule = _function("nf_store_rule", _text, _text, _text)
+_labels_within = _function("nf_labels_within", _flag, ctypes.c_void_p, _int, _int)
 _workspace_bytes = _function("nf_workspace_bytes", _int, _text, _text, _text, _int)
 
 _answer = json.loads(_tables())
@@ -183,6 +186,17 @@ def has_fixed_shift(
     """Whether one shift serves every row, or the largest logits have to be found: csrc/math/softmax.h."""
     served: bool = _has_fixed_shift(scale, classes, float64, lowest, highest)
     return served
+
+
+def labels_within(labels: torch.Tensor, classes: int) -> bool:
+    """Whether all of int64 `labels` [N] on the CPU are in [0, classes). Without an op: it is asked before
+    every small step."""
+    plain = type(labels) is torch.Tensor and labels.is_contiguous() and not transforms.watched()
+    address = labels.data_ptr() if plain else 0
+    if not address:
+        return bool(((labels >= 0) & (labels < classes)).all())
+    within: bool = _labels_within(address, labels.shape[0], classes)
+    return within
 
 
 # Ctrl-C during a long kernel: `_C` runs Python's handlers between tiles, by these functions of Python's

@@ -36,12 +36,16 @@ class Options:
 
     #: By name; filled for every subclass by ``declared``.
     CHECKS: ClassVar[Mapping[str, Check]] = {}
+    #: Where nothing was given; likewise.
+    DEFAULTS: ClassVar[Options]
     #: What others have and these have not, by name: why, and what to do instead.
     WHY_NOT: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def of(cls: type[Self], op: str, given: Mapping[str, object]) -> Self:
         """From keywords, checked. TypeError names what is no option."""
+        if not given:
+            return cls.DEFAULTS  # type: ignore[return-value]
         checks, kept = cls.CHECKS, {}
         for name, value in given.items():
             if name not in checks:
@@ -74,6 +78,7 @@ class Options:
 def declared(cls: type[Self]) -> type[Self]:
     """Decorates a dataclass of options once its fields are known."""
     cls.CHECKS = {f.name: f.metadata["check"] for f in fields(cls)}
+    cls.DEFAULTS = cls()
     return cls
 
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from . import checks, graphs, library, native
-from .arguments import integer
+from .arguments import flag, integer
+from .lists import list_bytes, list_limits
 from .native import Facts, Step, Way
 
 GIB = 1 << 30
@@ -67,6 +68,8 @@ class Plan:
         product: the name of the product that makes both, and that leaves the rest to the library.
         seconds: predicted for a step, forward + backward, of a weight in at least float32.
         losers: the other ways, each with its predicted seconds and why it lost.
+        listed: active classes that a loss over agents lists per row, 0 where it follows no lists.
+        list_bytes: of these lists, a part of workspace_bytes.
     """
 
     algorithm: str
@@ -80,6 +83,8 @@ class Plan:
     product: str
     seconds: float
     losers: tuple[Loser, ...] = field(compare=False, repr=False)
+    listed: int = 0
+    list_bytes: int = 0
 
     @property
     def store(self) -> bool:
@@ -93,6 +98,10 @@ class Plan:
             f" {self.flops / 1e9:.2f} GFLOP, at least {_size(self.bytes_moved)} moved,"
             f" predicted {_time(self.seconds)}"
         )
+        if self.listed > 0:
+            chosen += (
+                f", lists of {self.listed} active classes a row {_size(self.list_bytes)} of the workspace"
+            )
         lines = [
             f"  not {loser.product if loser.seconds is None else f'{loser.algorithm} by {loser.product}'}:"
             f" {loser.why}"
@@ -153,6 +162,7 @@ def plan(
     *,
     workspace: int | None = None,
     sub_centers: int = 1,
+    agents: bool = False,
 ) -> Plan:
     """The algorithm, chunking, memory and work of ``normface_loss`` for a shape. ``print`` it: it says what
     was chosen, what was not, and why.
@@ -166,6 +176,8 @@ def plan(
         workspace: budget in bytes for everything beyond inputs and gradients; ``None`` is 2 GiB on the
             CPU and 8 GiB (at most a quarter of the card's memory) on CUDA.
         sub_centers: K, see ``normface_loss``: K rows of the weight for each of C classes.
+        agents: of ``c_contrastive_loss`` and ``c_triplet_loss`` instead, whose lists of active classes are a
+            part of the workspace.
 
     Raises:
         TypeError: a size that is no int, another dtype.
@@ -176,7 +188,30 @@ def plan(
     dim, classes = integer("plan", "dim", dim, 1), integer("plan", "classes", classes, 1)
     dtype, workspace = checks.floating_dtype("plan", dtype), checks.workspace("plan", "workspace", workspace)
     device, centers = checks.device("plan", device), integer("plan", "sub_centers", sub_centers, 1)
+    if flag("plan", "agents", agents):
+        return _plan_of_agents(batch, dim, classes * centers, dtype, device, centers, workspace)
     return plan_of_step(batch, dim, classes * centers, dtype, device, True, centers, workspace)
+
+
+def _plan_of_agents(
+    batch: int,
+    dim: int,
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    centers: int,
+    workspace: int | None,
+) -> Plan:
+    """With the lists, or without where nothing fits beside them."""
+    budget = default_workspace(device) if workspace is None else workspace
+    step = batch, dim, rows, dtype, device, False, centers
+    capacity, _ = list_limits(batch, dim, rows, device.type, dtype, budget, None)
+    lists = list_bytes(batch, capacity)
+    try:
+        found = plan_of_step(*step, budget - lists)
+    except ValueError:
+        return plan_of_step(*step, budget)
+    return replace(found, workspace_bytes=found.workspace_bytes + lists, listed=capacity, list_bytes=lists)
 
 
 def plan_of_step(
@@ -330,6 +365,12 @@ def asking(product: str, *, store: bool | None = None, chunk: int | None = None)
         yield
     finally:
         _asked = before
+
+
+def asked_for() -> bool:
+    """Whether a plan may be another than its shape's: a product is asked for, or one program is made for all
+    batches."""
+    return _asked is not None or graphs.exporting()
 
 
 def _as_asked(

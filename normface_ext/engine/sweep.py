@@ -17,6 +17,16 @@ from .plan import Products
 from .row_state import NO_INPUTS, ROW_FIELDS, SINKS, TERMS, SweepOptions, TermInputs
 
 
+def stored_cells(
+    x: Tensor, batch: int, classes: int, product_precision: torch.dtype
+) -> tuple[int, torch.dtype]:
+    """All of E, as the device of x lays it out: csrc/cuda/host/head_launch.h, csrc/cpu/row_terms.h."""
+    wide = accumulator(x.dtype)
+    if plan_device(x).type != "cuda":
+        return batch * classes + 1, wide
+    return batch * (-(-classes // 8) * 8), torch.bfloat16 if product_precision.itemsize == 2 else wide
+
+
 def _head_sweep_fake(
     *,
     x: Tensor,
@@ -30,10 +40,7 @@ def _head_sweep_fake(
 ) -> tuple[Tensor, ...]:
     wide = accumulator(x.dtype)
     (batch, dim), classes = x.shape, weight.shape[0]
-    cuda = plan_device(x).type == "cuda"
-    # E in memory: csrc/cuda/host/head.cuh, csrc/cpu/row_terms.h
-    kept = batch * (-(-classes // 8) * 8) if cuda else batch * classes + 1
-    stored = torch.bfloat16 if cuda and product_precision.itemsize == 2 else wide
+    kept, stored = stored_cells(x, batch, classes, product_precision)
     return (
         x.new_empty([len(ROW_FIELDS), batch], dtype=torch.float64),
         x.new_empty([classes], dtype=wide),
@@ -49,7 +56,7 @@ def _head_shift_fake(*, x: Tensor, **_: Any) -> Tensor:
     return x.new_empty([x.shape[0]], dtype=torch.float64)
 
 
-def _head_backward_fake(
+def head_backward_fake(
     *,
     x: Tensor,
     weight: Tensor,
@@ -87,7 +94,7 @@ add_fakes(
             "target_center": _target_center_fake,
             "head_sweep": _head_sweep_fake,
             "head_shift": _head_shift_fake,
-            "head_backward": _head_backward_fake,
+            "head_backward": head_backward_fake,
             "head_backward_update": _head_backward_update_fake,
         }
     )

@@ -71,7 +71,7 @@ def accumulate_in_place(head: nn.Module) -> Accumulating:
         A handle whose ``remove()`` ends it; also a context manager.
 
     Raises:
-        TypeError: no module; a float16 weight.
+        TypeError: no module.
         ValueError: no head in it; a weight that is parametrized, of ``fully_shard``, of a sampled head, not
             contiguous, or updated in backward by one of the fused optimizers.
     """
@@ -85,6 +85,6 @@ def accumulate_in_place(head: nn.Module) -> Accumulating:
                 f"{OWNER}: expected a weight that has a gradient, got one that is updated in backward"
             )
         taken.append((weight, _InPlace()))
-    for weight, taker in taken:
-        updates.put(weight, taker)
+    for parameter, taker in taken:
+        updates.put(parameter, taker)
     return Accumulating(taken)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ..engine import updates
-from .weights import check_layout, check_sharing, has_hooks, heads_of, weight_of
+from .weights import check_dtype, check_layout, check_sharing, has_hooks, heads_of, weight_of
 
 
 class UpdatedGradient(Tensor):
@@ -32,7 +32,9 @@ class UpdatedGradient(Tensor):
         return f"UpdatedGradient(shape={tuple(self.shape)}, taken by {self.owner})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
         raise RuntimeError(sentence("the fused optimizer", f"`{func}` of it"))
 
 
@@ -56,6 +58,7 @@ class _Step(updates.Taker):
         if self.optimizer() is None:
             return
         check_layout(self.owner, weight)
+        check_dtype(self.owner, weight)
         if has_hooks(weight):
             raise RuntimeError(
                 f"{self.owner}: expected no hook on the head's weight, whose gradient never exists, got one"
@@ -115,6 +118,7 @@ class FusedOptimizer(Optimizer):
         for head in heads:
             weight = weight_of(owner, head)
             check_layout(owner, weight)
+            check_dtype(owner, weight)
             check_sharing(owner, module, head, weight)
             if has_hooks(weight):
                 raise ValueError(f"{owner}: expected no hook on the weight of {type(head).__name__}, got one")

@@ -17,7 +17,7 @@ def heads_of(owner: str, module: nn.Module) -> list[nn.Module]:
     """Those in ``module``, at least one."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{owner}: expected `head` to be a module, got {type(module).__name__}")
-    heads = [each for each in module.modules() if isinstance(each, HEADS)]
+    heads: list[nn.Module] = [each for each in module.modules() if isinstance(each, HEADS)]
     if not heads:
         names = ", ".join(kind.__name__ for kind in HEADS)
         raise ValueError(
@@ -54,10 +54,14 @@ def check_layout(owner: str, weight: Tensor) -> None:
     part = weight.to_local() if is_dtensor(weight) else weight  # type: ignore[attr-defined]
     if not part.is_contiguous():
         raise ValueError(f"{owner}: expected the weight of the head to be contiguous")
-    if part.dtype not in (torch.float64, torch.float32, torch.bfloat16):
+
+
+def check_dtype(owner: str, weight: Tensor) -> None:
+    """Of a weight that backward moves."""
+    if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16):
         raise TypeError(
-            f"{owner}: expected the weight of the head to be float32, float64 or bfloat16, got {part.dtype}:"
-            " float16 needs a GradScaler"
+            f"{owner}: expected the weight of the head to be float32, float64 or bfloat16, got"
+            f" {weight.dtype}: float16 needs a GradScaler"
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..engine import checks
 from ..engine.calls import plan_device, product_dtype
 from ..engine.mixing import BothLabels, both_labels, check_finite
-from ..engine.plan import products
+from ..engine.plan import asked_for, products
 from ..engine.row_state import NO_INPUTS, TERMS, TermInputs
 from .centers import class_count, for_each_row, ignored_row
 from .hard_negatives import HardNegatives, filtered
@@ -149,6 +149,11 @@ def told_apart(
     return found, term_of(filtered(NO_MARGIN, options.filter_threshold, labels))
 
 
+#: What was planned before, by all that it was made from. A schedule of the scale makes a new one every step.
+_planned: dict[tuple[object, ...], LossOptions] = {}
+_MOST_PLANNED = 256
+
+
 def loss_options(
     scale_value: float,
     options: HeadOptions,
@@ -160,7 +165,34 @@ def loss_options(
     term: Term = PLAIN,
 ) -> LossOptions:
     """What the kernels are told of a head of `classes` classes."""
-    precision, centers = product_dtype(x, weight), options.sub_centers
+    precision = product_dtype(x, weight)
+    if torch.compiler.is_compiling() or asked_for():
+        return _planned_anew(scale_value, options, x, batch, classes, precision, margin, term)
+    device = plan_device(x)
+    told = options.eps, options.workspace, options.sub_centers, options.ignore_index, options.label_smoothing
+    of_term = term.number, term.lowest, term.highest
+    of_step = scale_value, batch, x.shape[1], classes, precision, device, torch.get_num_threads()
+    key = (*of_step, *margin, options.reduction, *told, *of_term)
+    found = _planned.get(key)
+    if found is None:
+        found = _planned_anew(scale_value, options, x, batch, classes, precision, margin, term)
+        if len(_planned) >= _MOST_PLANNED:
+            _planned.clear()
+        _planned[key] = found
+    return found
+
+
+def _planned_anew(
+    scale_value: float,
+    options: HeadOptions,
+    x: Tensor,
+    batch: int,
+    classes: int,
+    precision: torch.dtype,
+    margin: Numbers,
+    term: Term,
+) -> LossOptions:
+    centers = options.sub_centers
     m1, m2, m3, formula, guard, straight = margin
     softmax = term.number == TERMS["softmax"]
     step = batch, x.shape[1], classes, precision, plan_device(x), options.workspace

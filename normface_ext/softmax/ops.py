@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ..engine import transforms, updates
-from ..engine.autograd import asked, detach_without_grad
+from ..engine import graphs, transforms, updates
+from ..engine.autograd import asked
 from ..engine.calls import add_fakes, by_name, kernels, options_of
 from ..engine.curvature import twice_by_tiles
 from ..engine.dtypes import accumulator
@@ -26,8 +26,9 @@ from ..engine.row_state import (
     TARGET_WEIGHT,
     TermInputs,
 )
+from ..engine.saved import Parts, saved_count, unpacked
 from ..engine.statistics import LEFT_TO_LEARN, Means, Statistics, hits, means_of, statistics_of
-from ..engine.sweep import Swept, head_backward, head_sweep_in_memory
+from ..engine.sweep import Swept, head_backward, head_backward_fake, in_memory
 from .formula import LossFormula
 from .loss_options import NUMBERS, LossOptions, MarginTensors
 
@@ -43,10 +44,39 @@ def _softmax_finish_fake(*, x: Tensor, need_margin: bool, reduction: int, **_: A
     )
 
 
-add_fakes(by_name({"softmax_finish": _softmax_finish_fake}))
+def _softmax_loss_fake(
+    *,
+    x: Tensor,
+    weight: Tensor,
+    store: bool,
+    keep_x: bool,
+    need_class_sum: bool,
+    need_margin: bool,
+    product_precision: torch.dtype,
+    reduction: int,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    parts = Parts(store, keep_x, need_class_sum, need_margin)
+    return (
+        x.new_empty([x.shape[0]] if reduction == 0 else [], dtype=accumulator(x.dtype)),
+        x.new_empty([saved_count(parts, x, weight.shape[0], product_precision)], dtype=torch.float64),
+    )
+
+
+add_fakes(
+    by_name(
+        {
+            "softmax_finish": _softmax_finish_fake,
+            "softmax_loss": _softmax_loss_fake,
+            "softmax_loss_backward": head_backward_fake,
+        }
+    )
+)
 
 
 _finish_options = options_of("softmax_finish", LossOptions)
+_loss_options = options_of("softmax_loss", LossOptions)
+_backward_options = options_of("softmax_loss_backward", LossOptions)
 
 
 def softmax_finish(
@@ -113,6 +143,48 @@ def margin_gradients(
     return tuple(given)
 
 
+def softmax_loss(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    margin: MarginTensors,
+    labels: Tensor,
+    sample_weight: Tensor | None,
+    class_weight: Tensor | None,
+    term: TermInputs,
+    options: LossOptions,
+    needed: tuple[bool, ...],
+    need_largest: bool,
+) -> tuple[Tensor, Tensor, Parts, LossOptions]:
+    """The loss in one op, what it saves for the gradients that are `needed` (of x, the weight, the scale and
+    the margin's numbers), and how it was run."""
+    need_x, need_weight, _, *of_margin = needed
+    op, need_margin = kernels(x, weight).softmax_loss, any(of_margin)
+    tensors = x, weight, labels, scale, *term, *margin, sample_weight, class_weight
+
+    def run(given: LossOptions) -> tuple[Tensor, Tensor, Parts]:
+        parts = Parts(given.keep and need_weight, need_x, given.smoothing > 0, need_margin)
+        return *op(*tensors, *parts, need_largest, *_loss_options(given)), parts
+
+    (loss, saved, parts), options = in_memory("normface_loss", x, weight, options, run, store=need_weight)
+    return loss, saved, parts, options
+
+
+def _means(
+    saved: Tensor,
+    parts: Parts,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    margin: MarginTensors,
+    class_weight: Tensor | None,
+    options: LossOptions,
+) -> Means:
+    swept, _ = unpacked(saved, parts, x, weight.shape[0], options.product_precision)
+    weighted = class_weight is not None
+    return means_of_rows(swept.rows, x, swept.class_sum, scale, margin, options, weighted=weighted)
+
+
 class _NormFaceLoss(Function):
     """The loss, and without gradient what its statistics are made of, where they are wanted."""
 
@@ -133,73 +205,71 @@ class _NormFaceLoss(Function):
         options: LossOptions,
         statistics: bool,
     ) -> Any:
-        labels, margin = labels.contiguous(), (m1, m2, m3)
-        need_x, need_weight = ctx.needs_input_grad[:2]
-        ctx.taker = updates.of(weight, need_weight)
-        swept, options = head_sweep_in_memory(
-            x.contiguous(),
-            weight.contiguous(),
-            labels,
-            scale,
-            sample_weight,
-            class_weight,
-            options,
-            op="normface_loss",
-            need_x=need_x,
-            need_weight=need_weight,
-            need_largest=statistics,
-            term=TermInputs(threshold, numbers),
-        )
-        loss, slopes = softmax_finish(
-            swept.rows,
-            x.contiguous(),
-            swept.class_sum,
+        margin, term = (m1, m2, m3), TermInputs(threshold, numbers)
+        features, classes, labels = x.contiguous(), weight.contiguous(), labels.contiguous()
+        ctx.taker = updates.of(weight, ctx.needs_input_grad[1])
+        loss, saved, parts, options = softmax_loss(
+            features,
+            classes,
             scale,
             margin,
+            labels,
+            sample_weight,
+            class_weight,
+            term,
             options,
-            need_margin=any(ctx.needs_input_grad[3:6]),
+            ctx.needs_input_grad[:6],
+            statistics,
         )
-        told = labels, class_weight, threshold, numbers
-        ctx.save_for_backward(x, weight, scale, *margin, *told, slopes, *swept)
-        ctx.options = options
+        ctx.save_for_backward(x, weight, scale, *margin, labels, class_weight, *term, saved)
+        ctx.options, ctx.parts = options, parts
         if not statistics:
             return loss
-        weighted = class_weight is not None
-        means = means_of_rows(
-            swept.rows, x.contiguous(), swept.class_sum, scale, margin, options, weighted=weighted
-        )
+        means = _means(saved, parts, features, classes, scale, margin, class_weight, options)
         ctx.mark_non_differentiable(*means)
         return loss, *means
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *rest: Any) -> Any:
         need_weight, taking = updates.begin(ctx, 1)
-        x, weight, scale, m1, m2, m3, labels, class_weight, *saved = ctx.saved_tensors
-        threshold, numbers, slopes, *swept = saved
-        needed = ctx.needs_input_grad[0], need_weight, ctx.needs_input_grad[2]
-        term = TermInputs(threshold, numbers)
+        x, weight, scale, m1, m2, m3, labels, class_weight, threshold, numbers, saved = ctx.saved_tensors
+        options, parts, term = ctx.options, ctx.parts, TermInputs(threshold, numbers)
+        need_x, _, need_scale, *of_margin = ctx.needs_input_grad[:6]
+        needed, margin = (need_x, need_weight, need_scale), (m1, m2, m3)
+
+        def told_apart() -> tuple[Swept, Tensor]:
+            return unpacked(saved, parts, x, weight.shape[0], options.product_precision)
+
+        def gradients() -> tuple[Tensor | None, ...]:
+            features, classes = x.contiguous(), weight.contiguous()
+            if taking is None:
+                tensors = grad_loss.contiguous(), saved, features, classes, labels, scale, *term, class_weight
+                dx, dw, ds = kernels(x, weight).softmax_loss_backward(
+                    *tensors, *parts, *needed, *_backward_options(options)
+                )
+                ds = ds if scale is None else ds.to(scale.dtype)
+            else:
+                swept, slopes = told_apart()
+                told = features, classes, labels, scale, class_weight, swept, options, needed, term, taking
+                dx, dw, ds = head_backward(grad_loss, slopes, *told)
+            given = asked(needed, (dx, dw, ds))
+            if not any(of_margin):
+                return *given, *NUMBERS
+            return *given, *margin_gradients(grad_loss, told_apart()[1], margin, tuple(of_margin))
+
+        if not torch.is_grad_enabled():
+            return *gradients(), *_NO_MORE
         with torch.no_grad():
-            gradients = head_backward(
-                grad_loss,
-                slopes,
-                x.contiguous(),
-                weight.contiguous(),
-                labels,
-                scale,
-                class_weight,
-                Swept(*swept),
-                ctx.options,
-                needed,
-                term,
-                taking,
-            )
-            of_margin = margin_gradients(grad_loss, slopes, (m1, m2, m3), ctx.needs_input_grad[3:6])
+            first = gradients()
 
         def formula() -> LossFormula:
-            return LossFormula("normface_loss", labels, class_weight, term, swept[0], ctx.options)
+            return LossFormula("normface_loss", labels, class_weight, term, told_apart()[0].rows, options)
 
-        given = (*asked(needed, gradients), *of_margin)
-        return *twice_by_tiles(given, formula, (grad_loss,), x, weight, scale, m1, m2, m3), *[None] * 7
+        return *twice_by_tiles(first, formula, (grad_loss,), x, weight, scale, *margin), *_NO_MORE
+
+
+#: The gradients of what has none, behind those of x, the weight, the scale and the margin.
+_NO_MORE = (None,) * 7
 
 
 def normface_loss(
@@ -215,12 +285,35 @@ def normface_loss(
     *,
     statistics: bool = False,
 ) -> tuple[Tensor, Statistics | None]:
-    told, rest = (labels, sample_weight, class_weight, *term), (options, statistics)
     if transforms.watched():
-        tensors = x, weight, scale, *margin, *told
+        tensors = x, weight, scale, *margin, labels, sample_weight, class_weight, *term
+        rest = options, statistics
         found = transforms.through("normface_loss", _NormFaceLoss, tensors, rest, inputs=6)
-    else:
-        x, weight = detach_without_grad(x, weight)
-        result = updates.apply(_NormFaceLoss, x, weight, scale, *margin, *told, *rest)
-        found = result if statistics else (result,)
-    return found[0], statistics_of((found[1], found[2])) if statistics else None
+        return found[0], statistics_of((found[1], found[2])) if statistics else None
+    if not torch.is_grad_enabled() and not graphs.tracing():  # which compares the graphs with and without
+        # Straight to the op: a Function is told even here that a parameter needs a gradient.
+        x, weight = x.contiguous(), weight.contiguous()
+        loss, saved, parts, options = softmax_loss(
+            x,
+            weight,
+            scale,
+            margin,
+            labels.contiguous(),
+            sample_weight,
+            class_weight,
+            term,
+            options,
+            _NOTHING,
+            statistics,
+        )
+        if not statistics:
+            return loss, None
+        means = _means(saved, parts, x, weight, scale, margin, class_weight, options)
+        return loss, statistics_of(means)
+    told = labels, sample_weight, class_weight, *term
+    result = updates.apply(_NormFaceLoss, x, weight, scale, *margin, *told, options, statistics)
+    return (result[0], statistics_of(result[1:])) if statistics else (result, None)
+
+
+#: No gradient is wanted of x, the weight, the scale and the margin's numbers.
+_NOTHING = (False,) * 6

@@ -68,6 +68,20 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
                     leaves,
                     y,
                 )
+    # Rows so few and so long that blocks share them.
+    long = [randn(2, 8, dtype=dtype), randn(1500, 8, dtype=dtype, seed=1)]
+    own = torch.tensor([0, 1400])
+    margin = in_a_gap((2 - 2 * reference.cosine(*(t.double() for t in long))).flatten(), 1.0)
+    for name, extra in (("listed", {"active_limit": 1500}), ("hardest", {"hardest_only": True})):
+        yield case(
+            f"c_contrastive_loss of long rows, {name}",
+            lambda x, w, y, given=extra: functional.c_contrastive_loss(x, w, y, neg_margin=margin, **given),
+            lambda x, w, y, hard="hardest_only" in extra: reference.c_contrastive_loss(
+                x, w, y, neg_margin=margin, hardest_only=hard
+            ),
+            long,
+            own,
+        )
     yield case(
         "c_contrastive_loss, the margin a tensor",
         lambda x, w, y, m: functional.c_contrastive_loss(x, w, y, neg_margin=m),

@@ -39,6 +39,19 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
                         leaves,
                         *([y] if own_only else []),
                     )
+        # An agent with more rows of its own than one warp adds up.
+        leaves, y = (
+            [randn(300, 9, dtype=dtype), randn(3, 9, dtype=dtype, seed=1)],
+            labels(300, 3, ignored=False),
+        )
+        y[20:290] = 1
+        yield case(
+            f"inner_distance of one agent's rows p={p}",
+            lambda x, w, y, p=p: functional.inner_distance(x, w, labels=y, update_center_only=True, p=p),
+            lambda x, w, y, p=p: reference.inner_distance(x, w, labels=y, update_center_only=True, p=p),
+            leaves,
+            y,
+        )
         yield case(
             f"inner_distance of near_rows p={p}",
             partial(functional.inner_distance, p=p),

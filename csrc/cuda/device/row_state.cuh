@@ -4,6 +4,7 @@
 #include <device/launch.cuh>
 
 #include "checks.h"
+#include "engine/block.h"
 #include "engine/row_state.h"
 #include "math/larger.h"
 
@@ -14,6 +15,7 @@ struct TableOfRows {
   double* data;
   int64_t batch;
 
+  TableOfRows(const Array& table, int64_t rows) : data(data_of<double>(table)), batch(rows) {}
   explicit TableOfRows(const Tensor& rows)
       : data(static_cast<double*>(const_cast<void*>(rows.const_data_ptr()))), batch(rows.size(1)) {}
   NF_DEVICE double& at(Field field, int64_t i) const { return data[field * batch + i]; }
@@ -50,7 +52,7 @@ struct SweepSums {
     const int64_t i = first + me % across;
     double of_value = 0, of_second = 0, best = -INFINITY;
     if (i < end) {
-#pragma unroll 4
+#pragma unroll 2
       for (int64_t k = group; k < splits; k += groups) {
         of_value += value(k, i);
         of_second += second(k, splits, i);

@@ -31,6 +31,7 @@ fold_scores_kernel(FoldScores<T> task) {
   const Term term(task.rows.template at<T>(i), task.rows.numbers);
   O* e = static_cast<O*>(task.e);
   T value = 0, second = 0, largest = -T(INFINITY);
+#pragma unroll(sizeof(T) == 8 ? 1 : 2)  // a term in float64 has no registers for more at a time
   for (int64_t j = begin + thread_id() * centers; j < end; j += kThreads * centers) {
     const T* scores = task.scores + i * task.stride + j;
     math::Winner<T> nearest{0, scores[0]};
@@ -46,13 +47,14 @@ fold_scores_kernel(FoldScores<T> task) {
     second += cell.second;
   }
   if (task.sums.partial == nullptr) return;
-  const double total = block_sum(double(value), scratch), total_second = block_sum(double(second), scratch);
-  double best = 0;
-  if constexpr (kLargest) best = block_largest(double(largest), scratch);
-  if (thread_id() == 0) {
-    task.sums.value(split, i) = total;
-    task.sums.second(split, splits, i) = total_second;
-    if constexpr (kLargest) task.sums.largest_cosine(split, splits, i) = best;
+  // One after another: each is out of its registers before the next.
+  const double total = block_sum(double(value), scratch);
+  if (thread_id() == 0) task.sums.value(split, i) = total;
+  const double total_second = block_sum(double(second), scratch);
+  if (thread_id() == 0) task.sums.second(split, splits, i) = total_second;
+  if constexpr (kLargest) {
+    const double best = block_largest(double(largest), scratch);
+    if (thread_id() == 0) task.sums.largest_cosine(split, splits, i) = best;
   }
   if (last_to_arrive(task.sums.arrivals + i, unsigned(splits)))
     task.sums.template add<kLargest>(splits, i, i + 1, scratch);

@@ -50,15 +50,6 @@ math::FixedShift window_of(const HeadInputs& in) {
                  : math::FixedShift{INFINITY, 0.0, 0.0};
 }
 
-// The classes [first, first + width).
-struct Chunk {
-  int64_t first;
-  int64_t width;
-
-  // Rows of scores and of E begin at multiples of 16 bytes whatever the width is.
-  int64_t stride() const { return (width + 7) / 8 * 8; }
-};
-
 // Shapes and types shared by forward and backward.
 template <class T>
 struct Head {
@@ -80,7 +71,7 @@ struct Head {
         chunk(std::max<int64_t>(1, std::min(launch.chunk, classes))),
         window(window_of<T>(in)),
         fixed_shift(window.largest_scale == INFINITY || (!in.scale && window.serves(in.scale_value))),
-        is_16_bit(in.product_precision == ScalarType::Half || in.product_precision == ScalarType::BFloat16),
+        is_16_bit(is_16_bit_product(in)),
         kernels(launch.kernels),
         wide(accumulator(in.x.scalar_type())),
         score(is_16_bit ? ScalarType::Half : wide),
@@ -110,7 +101,7 @@ struct Head {
 
   // Unit rows of a chunk's classes: as score operands, and (where `copy` holds anything) as partners of E;
   // the inverse norms as well.
-  UnitRows unit_weights(const Chunk& of, const Array& w_hat, const Array& copy, const Tensor* inverse) const {
+  UnitRows unit_weights(const Chunk& of, const Array& w_hat, const Array& copy, const Array* inverse) const {
     const char* rows = static_cast<const char*>(in.weight.const_data_ptr());
     UnitRows task{rows + of.first * dim * int64_t(in.weight.element_size()),
                   in.weight.scalar_type(),

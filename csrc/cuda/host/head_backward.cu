@@ -4,6 +4,7 @@
 #include "cuda/device/backward_kernels.cuh"
 #include "cuda/device/hot_targets.cuh"
 #include "cuda/host/add_product.cuh"
+#include "cuda/host/head_stages.h"
 #include "cuda/host/outputs.h"
 #include "cuda/host/update_rows.h"
 #include "cuda/products/sm80_weight_gradient.h"
@@ -229,8 +230,9 @@ void backward(Queue& queue, const char* op, const HeadBackwardTensors& in, const
   launch("feature_gradients", queue, feature_gradients_kernel<T>, warp_per_row(N), kThreads, 0, features);
 }
 
-std::tuple<Tensor, Tensor, Tensor> head_backward(const HeadBackwardArguments& in) {
-  check_backward(in.kName, in);
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> gradients_of(const HeadBackwardArguments& in) {
   const Tensor& x = in.x;
   Queue queue(x);
   const auto empty = [&](ScalarType type) { return device_empty(x, {0}, type); };
@@ -244,6 +246,13 @@ std::tuple<Tensor, Tensor, Tensor> head_backward(const HeadBackwardArguments& in
   dispatch_accumulator(x.scalar_type(),
                        [&]<class T>() { backward<T>(queue, in.kName, in, wanted, dx, dw, ds); });
   return {dx, dw, ds};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> head_backward(const HeadBackwardArguments& in) {
+  check_backward(in.kName, in);
+  return gradients_of(in);
 }
 
 void head_backward_update(const HeadUpdateArguments& in) {

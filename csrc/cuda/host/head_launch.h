@@ -23,11 +23,28 @@ inline const DeviceFacts& facts_of(const Queue& queue) {
   return facts;
 }
 
+inline bool is_16_bit_product(const HeadInputs& in) {
+  return in.product_precision == ScalarType::Half || in.product_precision == ScalarType::BFloat16;
+}
+
+// The classes [first, first + width).
+struct Chunk {
+  int64_t first;
+  int64_t width;
+
+  // Rows of scores and of E begin at multiples of 16 bytes whatever the width is.
+  int64_t stride() const { return (width + 7) / 8 * 8; }
+};
+
+// All of E, where it is kept.
+inline StoredCells stored_cells(const HeadInputs& in) {
+  return {in.x.size(0) * Chunk{0, in.weight.size(0)}.stride(),
+          is_16_bit_product(in) ? ScalarType::BFloat16 : accumulator(in.x.scalar_type())};
+}
+
 inline HeadLaunch launch_of(const char* op, const Queue& queue, const HeadInputs& in, bool store, Held held) {
   const int64_t wide = accumulator(in.x.scalar_type()) == ScalarType::Double ? 8 : 4;
-  const bool is_16_bit =
-      in.product_precision == ScalarType::Half || in.product_precision == ScalarType::BFloat16;
-  return launch_of(op, in, is_16_bit ? 2 : wide, facts_of(queue), store, held);
+  return launch_of(op, in, is_16_bit_product(in) ? 2 : wide, facts_of(queue), store, held);
 }
 
 }  // namespace nf

@@ -5,6 +5,7 @@
 #include "cuda/device/add_runs.cuh"
 #include "cuda/device/forward_kernels.cuh"
 #include "cuda/host/add_product.cuh"
+#include "cuda/host/head_stages.h"
 #include "cuda/host/sinks.h"
 #include "cuda/products/sm80_single_sweep.h"
 
@@ -49,7 +50,7 @@ struct Sweep : SweepScratch {
 
   // `claim` names what more of the scratch is wanted.
   template <class Claim>
-  Sweep(const Head<T>& of, const Tensor& state, bool shift_is_given, bool need_copy, bool need_largest,
+  Sweep(const Head<T>& of, const RowState& state, bool shift_is_given, bool need_copy, bool need_largest,
         const Claim& claim)
       : SweepScratch(of, need_copy),
         head(of),
@@ -61,7 +62,7 @@ struct Sweep : SweepScratch {
 
   // Everything before the first product: the rows, and the unit rows of the first chunk.
   void prepare(Queue& queue, int64_t ignore_index, const double* shift, const Factors<T>& sample_weight,
-               const Tensor* inverse_norm) const {
+               const Array* inverse_norm) const {
     const HeadInputs& in = head.in;
     const PrepareRows<T> task{StoredArray(in.x),
                               StoredArray(in.weight),
@@ -92,7 +93,7 @@ struct Sweep : SweepScratch {
     });
   }
 
-  UnitRows unit_weights(const Chunk& of, const Tensor* inverse_norm) const {
+  UnitRows unit_weights(const Chunk& of, const Array* inverse_norm) const {
     return head.unit_weights(of, w_hat, w_copy, inverse_norm);
   }
 
@@ -124,7 +125,7 @@ struct Sweep : SweepScratch {
   }
 
   // The sums and x_sum in one kernel, without E.
-  void fold_at_once(Queue& queue, const Chunk& of, const Tensor& x_sum) const {
+  void fold_at_once(Queue& queue, const Chunk& of, const Array& x_sum) const {
     single_sweep(queue, {data_of<const Half>(x_hat), data_of<const Half>(w_hat),
                          data_of<const BFloat16>(w_copy), head.batch, head.dim, of.width, of.first, terms,
                          sums(), data_of<float>(x_partial), data_of<float>(x_sum), of.first > 0});
@@ -146,10 +147,6 @@ struct Sweep : SweepScratch {
                data_of<T>(largest_logits), data_of<unsigned>(arrivals), x_sum, head.dim);
     });
   }
-};
-
-struct SweepResult {
-  Tensor rows, inverse_norm, x_sum, class_sum, stored, listed, found;
 };
 
 // Blocks of class_sum_kernel along the classes.
@@ -221,13 +218,15 @@ void sweep_for_sums(Queue& queue, const Sweep<T>& sweep, const HeadSweepArgument
                      sweep.x_part);
   }
   if (head.classes > 0) return;
-  Tensor zeros = out.x_sum;
-  if (in.need_x) torch::stable::zero_(zeros);  // no chunk wrote it
+  if (in.need_x && out.x_sum.count() > 0) {
+    Tensor zeros = view_of(out.x_sum, {N, D}, Place(in.x));
+    torch::stable::zero_(zeros);  // no chunk wrote it
+  }
   if (list) put_on_list({0, 0});
 }
 
 template <class T>
-SweepResult run_sweep(Queue& queue, const HeadSweepArguments& in) {
+void run_sweep(Queue& queue, const HeadSweepArguments& in, const SweepResult& out) {
   // The single sweep knows neither a sink nor the largest cosines; all other products leave E.
   const Held held = in.sink == kHardest                         ? Held::kScores
                     : in.sink == kActiveList || in.need_largest ? Held::kE
@@ -235,23 +234,14 @@ SweepResult run_sweep(Queue& queue, const HeadSweepArguments& in) {
   Head<T> head(in, launch_of(in.kName, queue, in, in.store, held));
   if (in.store) head.chunk = std::max<int64_t>(1, head.classes);
   const int64_t N = head.batch, D = head.dim;
-  const Tensor& x = in.x;
-  SweepResult out{head.buffer(kRowFields, N, ScalarType::Double),
-                  device_empty(x, {head.classes}, head.wide),
-                  in.need_x ? head.buffer(N, D, head.wide) : device_empty(x, {0}, head.wide),
-                  device_empty(x, {in.need_class_sum ? D + 1 : 0}, head.wide),
-                  device_empty(x, {in.store ? N * Chunk{0, head.classes}.stride() : 0}, head.other),
-                  head.buffer(N, in.capacity, ScalarType::Long),
-                  head.buffer(N, in.capacity, head.wide)};
   const int64_t cells = N * head.largest_chunk().stride();
   // In the wide types E replaces the scores, so stored E is where they are written.
   const bool in_place = !head.is_16_bit, at_once = head.single_sweep() && in.need_x;
   const bool need_e = (in.need_x && !head.single_sweep()) || in.sink == kActiveList;
   const auto claim = [&](SweepScratch& of) {
     Block& block = of.block;
-    of.scores =
-        in.store && in_place ? Array(out.stored) : block.array(head.tensor_cores() ? 0 : cells, head.wide);
-    of.e = in.store                                        ? Array(out.stored)
+    of.scores = in.store && in_place ? out.stored : block.array(head.tensor_cores() ? 0 : cells, head.wide);
+    of.e = in.store                                        ? out.stored
            : in_place && (need_e || head.plain_products()) ? of.scores
                                                            : block.array(need_e ? cells : 0, head.other);
     if (in.need_class_sum) of.class_partial = block.array<double>(class_runs(queue, head.classes) * (D + 1));
@@ -272,7 +262,7 @@ SweepResult run_sweep(Queue& queue, const HeadSweepArguments& in) {
     of.x_partial = block.array<float>(at_once ? parts * N * D : 0);
     of.x_part = block.array(in.need_x && !at_once && head.chunk < head.classes ? N * D : 0, head.wide);
   };
-  const Sweep<T> sweep(head, out.rows, in.shift.has_value(), in.need_x, in.need_largest, claim);
+  const Sweep<T> sweep(head, RowState(out.rows, N), in.shift.has_value(), in.need_x, in.need_largest, claim);
   sweep.prepare(queue, in.ignore_index, data_or_null<double>(in.shift), Factors<T>(in.sample_weight),
                 &out.inverse_norm);
   if (in.sink == kHardest)
@@ -282,7 +272,6 @@ SweepResult run_sweep(Queue& queue, const HeadSweepArguments& in) {
   if (in.need_class_sum)
     sum_classes(queue, head, data_of<const T>(out.inverse_norm), data_of<double>(sweep.class_partial),
                 data_of<T>(out.class_sum));
-  return out;
 }
 
 // kappa of every row as these classes alone would have it.
@@ -291,7 +280,7 @@ Tensor choose_shift(Queue& queue, const HeadShiftArguments& in) {
   const Head<T> head(in, launch_of(in.kName, queue, in, false, Held::kNothing));
   const Tensor state = head.buffer(kRowFields, head.batch, ScalarType::Double);
   const int64_t cells = head.batch * head.largest_chunk().stride();
-  const Sweep<T> sweep(head, state, false, false, false, [&](SweepScratch& of) {
+  const Sweep<T> sweep(head, RowState(state), false, false, false, [&](SweepScratch& of) {
     of.scores = of.block.array(head.tensor_cores() ? 0 : cells, head.wide);
   });
   sweep.prepare(queue, in.ignore_index, nullptr, Factors<T>(std::nullopt), nullptr);
@@ -302,12 +291,30 @@ Tensor choose_shift(Queue& queue, const HeadShiftArguments& in) {
   return torch::stable::clone(torch::stable::select(state, 0, kShift));
 }
 
+}  // namespace
+
+void sweep_into(Queue& queue, const HeadSweepArguments& in, const SweepResult& out) {
+  dispatch_accumulator(in.x.scalar_type(), [&]<class T>() { run_sweep<T>(queue, in, out); });
+}
+
+namespace {
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> head_sweep(const HeadSweepArguments& in) {
-  check_sweep(in);
+  check_sweep(in.kName, in);
   Queue queue(in.x);
-  const SweepResult out =
-      dispatch_accumulator(in.x.scalar_type(), [&]<class T>() { return run_sweep<T>(queue, in); });
-  return {out.rows, out.inverse_norm, out.x_sum, out.class_sum, out.stored, out.listed, out.found};
+  const Tensor& x = in.x;
+  const int64_t N = x.size(0), D = x.size(1);
+  const ScalarType wide = accumulator(x.scalar_type());
+  const StoredCells cells = stored_cells(in);
+  const Tensor rows = device_empty(x, {kRowFields, N}, ScalarType::Double),
+               inverse_norm = device_empty(x, {in.weight.size(0)}, wide),
+               x_sum = in.need_x ? device_empty(x, {N, D}, wide) : device_empty(x, {0}, wide),
+               class_sum = device_empty(x, {in.need_class_sum ? D + 1 : 0}, wide),
+               stored = device_empty(x, {in.store ? cells.count : 0}, cells.type),
+               listed = device_empty(x, {N, in.capacity}, ScalarType::Long),
+               found = device_empty(x, {N, in.capacity}, wide);
+  sweep_into(queue, in, {rows, inverse_norm, x_sum, class_sum, stored, listed, found});
+  return {rows, inverse_norm, x_sum, class_sum, stored, listed, found};
 }
 
 Tensor head_shift(const HeadShiftArguments& in) {

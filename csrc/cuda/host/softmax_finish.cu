@@ -2,6 +2,7 @@
 #include "cuda/device/per_row.cuh"
 #include "cuda/device/row_scale.cuh"
 #include "cuda/device/row_state.cuh"
+#include "cuda/host/head_stages.h"
 #include "cuda/products/cublas.h"
 #include "engine/head_arguments.h"
 #include "math/margins/margin.h"
@@ -100,18 +101,14 @@ finish_loss_kernel(FinishRows<T> task) {
   if (task.reduction != kNone && thread_id() == 0) *task.loss = T(total);
 }
 
-std::tuple<Tensor, Tensor> softmax_finish(const SoftmaxFinishArguments& in) {
-  check_finish(in);
-  Queue queue(in.x);
+}  // namespace
+
+void finish_into(Queue& queue, const FinishInputs& in, const FinishedRows& of) {
   const int64_t N = in.x.size(0), D = in.x.size(1);
-  const ScalarType wide = accumulator(in.x.scalar_type());
-  const Tensor slopes =
-      device_empty(in.x, {in.need_margin ? kAllSlopes : kSlopeFields, N}, ScalarType::Double);
-  const Tensor loss = in.reduction == kNone ? device_empty(in.x, {N}, wide) : device_empty(in.x, {}, wide);
-  const Tensor with_sum = device_empty(in.x, {in.class_sum.numel() > 0 ? N : 0}, ScalarType::Double);
-  const RowState rows(in.rows);
+  const Tensor with_sum = device_empty(in.x, {of.class_sum.count() > 0 ? N : 0}, ScalarType::Double);
+  const RowState rows(of.rows, N);
   dispatch_accumulator(in.x.scalar_type(), [&]<class T>() {
-    const T* sums = data_of<const T>(in.class_sum);
+    const T* sums = data_of<const T>(of.class_sum);
     if (sums != nullptr)
       launch("dot_class_sum", queue, dot_class_sum_kernel<T>, warp_per_row(N), kThreads, 0, StoredArray(in.x),
              sums, D, in.eps, rows, data_of<double>(with_sum));
@@ -130,10 +127,23 @@ std::tuple<Tensor, Tensor> softmax_finish(const SoftmaxFinishArguments& in) {
                          double(in.total_classes),
                          sums != nullptr ? sums + D : nullptr,
                          data_of<double>(with_sum),
-                         RowSlopes(slopes),
+                         RowSlopes(of.slopes, N),
                          in.need_margin,
-                         data_of<T>(loss)});
+                         data_of<T>(of.loss)});
   });
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> softmax_finish(const SoftmaxFinishArguments& in) {
+  check_finish(in);
+  Queue queue(in.x);
+  const int64_t N = in.x.size(0);
+  const ScalarType wide = accumulator(in.x.scalar_type());
+  const Tensor slopes =
+      device_empty(in.x, {in.need_margin ? kAllSlopes : kSlopeFields, N}, ScalarType::Double);
+  const Tensor loss = in.reduction == kNone ? device_empty(in.x, {N}, wide) : device_empty(in.x, {}, wide);
+  finish_into(queue, in, {in.rows, in.class_sum, loss, slopes});
   return {loss, slopes};
 }
 

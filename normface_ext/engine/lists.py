@@ -21,8 +21,13 @@ def dense_rate(device: str, precision: torch.dtype) -> float:
     return 375e12 if precision.itemsize == 2 else 5e13
 
 
-#: Bytes of a listed class: its number and its coefficient.
+#: Bytes of a listed class, at most: its number and its coefficient.
 LISTED_BYTES = 16
+
+
+def list_bytes(batch: int, capacity: int) -> int:
+    """Of the lists of a sweep, which forward leaves for backward: a part of the workspace."""
+    return LISTED_BYTES * batch * capacity
 
 
 def list_limits(
