@@ -1,4 +1,4 @@
-"""Outputs larger than the last cache are written past it, by way of whole lines: no bit may depend on that."""
+"""Outputs larger than the last cache are written past it, by whole lines: no bit may depend on that."""
 
 import pytest
 import torch
