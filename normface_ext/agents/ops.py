@@ -14,8 +14,8 @@ from ..engine.autograd import asked, detach_without_grad
 from ..engine.calls import add_fakes, by_name, kernels, options_of
 from ..engine.curvature import twice_by_tiles
 from ..engine.dtypes import accumulator
-from ..engine.row_state import SECOND_SUM, SLOPE_FIELDS, SLOPES, SUM, TERMS, SweepOptions, TermInputs
-from ..engine.sweep import Collected, Swept, head_backward, head_sweep_collecting, in_memory
+from ..engine.row_state import SECOND_SUM, SLOPE_FIELDS, SLOPES, SUM, TERMS, SweepOptions, Swept, TermInputs
+from ..engine.sweep import Collected, head_backward, head_sweep_collecting, in_memory
 from .formula import HingeFormula
 
 OTHERS = SLOPES.index("others")

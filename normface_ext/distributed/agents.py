@@ -21,9 +21,9 @@ from ..engine.arguments import flag
 from ..engine.autograd import asked, detach_without_grad, no_second_derivative, store_as
 from ..engine.mixing import joined, no_statistics, twice
 from ..engine.options import takes
-from ..engine.row_state import COSINE, INVERSE_NORM, LARGEST, SECOND_SUM, SUM
+from ..engine.row_state import COSINE, INVERSE_NORM, LARGEST, SECOND_SUM, SUM, Swept
 from ..engine.statistics import Statistics
-from ..engine.sweep import Collected, Swept, target_cosine
+from ..engine.sweep import Collected, target_cosine
 from .collectives import (
     Batch,
     ScatteredRows,

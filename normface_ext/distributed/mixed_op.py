@@ -117,7 +117,7 @@ class ClassParallelMixedLoss(Function):
         mine, weight, scale, m1, m2, m3, *saved = ctx.saved_tensors
         x, classes, p, class_weight, rows, slopes, joined, at_q, here, *saved = saved
         own_x, need_weight, need_scale = ctx.needs_input_grad[:3]
-        batch, options, shard, swept = ctx.batch, ctx.options, ctx.shard, sweep.Swept(*saved)
+        batch, options, shard, swept = ctx.batch, ctx.options, ctx.shard, row_state.Swept(*saved)
         x_inverse = swept.rows[row_state.INVERSE_NORM]
         origins = grad_loss, mine, weight, scale, m1, m2, m3
         if options.reduction == 0:

@@ -88,7 +88,7 @@ class _ClassParallelRows(Function):
     def backward(ctx: Any, g_cosine: Tensor, g_others: Tensor, *rest: Any) -> Any:
         need_weight, taking = updates.begin(ctx, 1)
         own, weight, offset, x, classes, places, numbers, *saved = ctx.saved_tensors
-        swept, batch, shard = sweep.Swept(*saved), ctx.batch, ctx.shard
+        swept, batch, shard = row_state.Swept(*saved), ctx.batch, ctx.shard
         own_x, _, need_offset = ctx.needs_input_grad[:3]
         origins = g_cosine, g_others, own, weight, offset
         with torch.no_grad():

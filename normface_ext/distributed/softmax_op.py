@@ -236,7 +236,7 @@ class ClassParallelLoss(Function):
                     places,
                     scale,
                     class_weight,
-                    sweep.Swept(*swept),
+                    row_state.Swept(*swept),
                     options,
                     needed,
                     row_state.TermInputs(threshold, numbers),

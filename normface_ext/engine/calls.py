@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import library
-from .dtypes import autocast_dtype
+from .dtypes import accumulator, autocast_dtype
 
 
 def kernels(*tensors: Tensor | None) -> Any:
@@ -37,6 +37,16 @@ def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     if lowered is not None:
         return lowered
     return x.dtype if x.dtype.itemsize <= weight.dtype.itemsize else weight.dtype
+
+
+def stored_cells(
+    x: Tensor, batch: int, classes: int, product_precision: torch.dtype
+) -> tuple[int, torch.dtype]:
+    """All of E, as the device of x lays it out: csrc/cuda/host/head_launch.h, csrc/cpu/row_terms.h."""
+    wide = accumulator(x.dtype)
+    if plan_device(x).type != "cuda":
+        return batch * classes + 1, wide
+    return batch * (-(-classes // 8) * 8), torch.bfloat16 if product_precision.itemsize == 2 else wide
 
 
 def argument_names(op: str) -> tuple[str, ...]:

@@ -57,3 +57,13 @@ class SweepOptions:
     highest: float = 1.0
     is_shard: bool = False  # one shard of the classes of several
     centers: int = 1  # of a class: rows of the weight, and labels are rows as well
+
+
+class Swept(NamedTuple):
+    """What ``head_sweep`` found of all rows, in the order in which ``head_backward`` takes it."""
+
+    rows: Tensor
+    inverse_norm: Tensor
+    x_sum: Tensor
+    class_sum: Tensor
+    stored: Tensor

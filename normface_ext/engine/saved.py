@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .calls import stored_cells
 from .dtypes import accumulator
-from .row_state import ALL_SLOPES, ROW_FIELDS, SLOPE_FIELDS
-from .sweep import Swept, stored_cells
+from .row_state import ALL_SLOPES, ROW_FIELDS, SLOPE_FIELDS, Swept
 
 #: Where a tensor begins, in bytes: csrc/engine/block.h.
 _ALIGNMENT = 128

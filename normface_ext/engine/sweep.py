@@ -11,20 +11,10 @@ import torch
 from torch import Tensor
 
 from . import memory, transforms, updates
-from .calls import add_fakes, by_name, kernels, options_of, plan_device
+from .calls import add_fakes, by_name, kernels, options_of, plan_device, stored_cells
 from .dtypes import accumulator
 from .plan import Products
-from .row_state import NO_INPUTS, ROW_FIELDS, SINKS, TERMS, SweepOptions, TermInputs
-
-
-def stored_cells(
-    x: Tensor, batch: int, classes: int, product_precision: torch.dtype
-) -> tuple[int, torch.dtype]:
-    """All of E, as the device of x lays it out: csrc/cuda/host/head_launch.h, csrc/cpu/row_terms.h."""
-    wide = accumulator(x.dtype)
-    if plan_device(x).type != "cuda":
-        return batch * classes + 1, wide
-    return batch * (-(-classes // 8) * 8), torch.bfloat16 if product_precision.itemsize == 2 else wide
+from .row_state import NO_INPUTS, ROW_FIELDS, SINKS, TERMS, SweepOptions, Swept, TermInputs
 
 
 def _head_sweep_fake(
@@ -113,16 +103,6 @@ _sweep_options = options_of("head_sweep", SweepOptions)
 _shift_options = options_of("head_shift", SweepOptions)
 _backward_options = options_of("head_backward", SweepOptions)
 _update_options = options_of("head_backward_update", SweepOptions)
-
-
-class Swept(NamedTuple):
-    """What ``head_sweep`` found of all rows, in the order in which ``head_backward`` takes it."""
-
-    rows: Tensor
-    inverse_norm: Tensor
-    x_sum: Tensor
-    class_sum: Tensor
-    stored: Tensor
 
 
 class CosineOptions(NamedTuple):

@@ -105,7 +105,7 @@ class _SigmoidRows(Function):
         need_weight, taking = updates.begin(ctx, 1)
         x, weight, offset, labels, numbers, *saved = ctx.saved_tensors
         needed = ctx.needs_input_grad[0], need_weight, ctx.needs_input_grad[2]
-        swept = sweep.Swept(*saved)
+        swept = row_state.Swept(*saved)
         with torch.no_grad():
             dx, dw, _ = sweep.head_backward(
                 x.new_ones((), dtype=accumulator(x.dtype)),

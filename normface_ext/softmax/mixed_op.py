@@ -203,7 +203,7 @@ class _MixedLoss(Function):
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         x, weight, scale, m1, m2, m3, *saved = ctx.saved_tensors
         wide, p, class_weight, slopes, joined, at_q, classes, *saved = saved
-        swept, options, needed = sweep.Swept(*saved), ctx.options, ctx.needs_input_grad[:3]
+        swept, options, needed = row_state.Swept(*saved), ctx.options, ctx.needs_input_grad[:3]
         with torch.no_grad():
             dx, dw, ds = sweep.head_backward(
                 grad_loss, joined, wide, weight, p, scale, class_weight, swept, options, needed

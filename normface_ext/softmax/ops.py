@@ -24,11 +24,12 @@ from ..engine.row_state import (
     ROW_WEIGHT,
     SLOPE_FIELDS,
     TARGET_WEIGHT,
+    Swept,
     TermInputs,
 )
 from ..engine.saved import Parts, saved_count, unpacked
 from ..engine.statistics import LEFT_TO_LEARN, Means, Statistics, hits, means_of, statistics_of
-from ..engine.sweep import Swept, head_backward, head_backward_fake, in_memory
+from ..engine.sweep import head_backward, head_backward_fake, in_memory
 from .formula import LossFormula
 from .loss_options import NUMBERS, LossOptions, MarginTensors
 

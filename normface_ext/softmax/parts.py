@@ -84,7 +84,7 @@ class _HeadParts(Function):
                 labels,
                 scale,
                 class_weight,
-                sweep.Swept(*swept),
+                row_state.Swept(*swept),
                 options,
                 needed,
                 term,

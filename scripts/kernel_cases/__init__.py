@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from . import agents, distances, norms, shards, softmax, terms
+from . import agents, distances, norms, shards, softmax, terms, updates
 from .case import Case
 
 Table = Callable[[torch.dtype], Iterator[Case]]
@@ -21,6 +21,7 @@ TABLES: dict[str, Table] = {
     "distances": distances.cases,
     "shards": shards.cases,
     "terms": terms.cases,
+    "updates": updates.cases,
 }
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

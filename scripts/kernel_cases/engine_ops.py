@@ -13,8 +13,7 @@ from torch import Tensor
 from normface_ext.engine import library, native
 from normface_ext.engine.calls import plan_device
 from normface_ext.engine.plan import facts, operand_bytes
-from normface_ext.engine.row_state import INVERSE_NORM
-from normface_ext.engine.sweep import Swept
+from normface_ext.engine.row_state import INVERSE_NORM, Swept
 
 
 def arguments(x: Tensor, weight: Tensor, labels: Tensor, **given: object) -> dict[str, object]:

@@ -32,7 +32,7 @@ struct OwnRows {
 
 // One warp per row.
 template <class T>
-NF_KERNEL(kThreads)
+NF_KERNEL_RESIDENT(kThreads, 4)
 own_rows_runs_kernel(OwnRows<T> task) {
   const int64_t i = block_id() * kRowsPerBlock + warp_id();
   task.with_value([&](const auto& value) { task.sums.write_run(i, value); });

@@ -156,7 +156,7 @@ pairs_runs_kernel(PairsWeight<T> task) {
 
 // One warp per entry; the first of a class sums all of them. dw comes in zero.
 template <class T>
-NF_KERNEL(kThreads)
+NF_KERNEL_RESIDENT(kThreads, 4)
 pairs_weight_kernel(PairsWeight<T> task) {
   const int64_t own = block_id() * kRowsPerBlock + warp_id();
   if (!task.sums.leads(own)) return;  // the whole warp leaves
