@@ -303,6 +303,13 @@ def test_fakes_know_the_padding_of_odd_class_counts(lane):
         torch.library.opcheck(op, given_arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("smoothing, need_class_sum", [(0.1, False), (0.0, True)])
+def test_softmax_loss_wants_the_class_sum_with_smoothing_alone(lane, smoothing, need_class_sum):
+    given = next(softmax_loss_samples(lane)) | {"smoothing": smoothing, "need_class_sum": need_class_sum}
+    with pytest.raises(RuntimeError, match="softmax_loss: expected `need_class_sum` with `smoothing`"):
+        kernels(lane).softmax_loss(*arguments(lane, "softmax_loss", given))
+
+
 # Sentences ------------------------------------------------------------------------------------------
 
 
