@@ -25,7 +25,9 @@ MODULES = [
     "caffe",
     "formats",
 ]
-MODULES += ["testing"]
+MODULES += ["testing", "optim"]
+#: What runs on a GPU alone: its example stands in a block that no test runs, ```py.
+ON_A_GPU = {"graphed"}
 
 
 def public(name: str) -> dict[str, object]:
@@ -104,7 +106,15 @@ def used() -> set[int]:
 def test_every_public_name_has_an_example_that_runs(module, used):
     names = public(module)
     assert names, "nothing is public: is this the right module?"
-    assert [name for name, value in names.items() if id(value) not in used] == []
+    assert [name for name, value in names.items() if id(value) not in used and name not in ON_A_GPU] == []
+
+
+def test_what_needs_a_gpu_has_an_example_that_waits_for_one():
+    waiting = "".join(
+        b.text for page, text in PAGES.items() for b in blocks(page, text) if b.language == "py"
+    )
+    for name in ON_A_GPU:
+        assert f"nf.{name}(" in waiting and hasattr(nf, name)
 
 
 def test_names_in_prose_and_in_other_modules_do_not_count():

@@ -139,8 +139,8 @@ def test_two_columns_and_a_file_of_labels(tmp_path: Path, separator: str, header
     rows = [["img1", "img2"]] * header + [[SPACED[i], SPACED[j]] for i, j, _ in TRIPLES]
     path.write_text("\n".join(joined(row, separator) for row in rows))
     same = [same for *_, same in TRIPLES]
-    for values, form in ((same, str), ([bool(v) for v in same], str), ([2 * v - 1 for v in same], str)):
-        labels.write_text("\n".join(map(form, values)) + "\n")
+    for values in (same, [bool(v) for v in same], [2 * v - 1 for v in same]):
+        labels.write_text("\n".join([*["Is_Same"] * header, *map(str, values)]) + "\n")
         assert plain(ev.read_pairs(path, SPACED, labels=labels, folds=2).pairs) == TRUTH
     assert plain(ev.read_pairs(path, SPACED, labels=np.array(same), folds=2).pairs) == TRUTH
     for values in (same[:7], [*same, 1]):
@@ -249,3 +249,29 @@ def test_lists_that_are_wrong_are_named(tmp_path: Path, text: str, sentence: str
     path.write_text(text)
     error = assert_contract(lambda path: ev.read_pairs(path, PLAIN), path)
     assert isinstance(error, ValueError) and re.search(rf"pairs\.txt{sentence}", str(error)), error
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        *(
+            (f"{word}_1", f"{word} 2", "label")
+            for word in ("image", "IMG", "path", "file", "filename", "name", "id")
+        ),
+        ("img_a", "img_b", "is_same"),
+        ("A", "B", "y"),
+        ("left", "right", "Labels"),
+    ],
+)
+@pytest.mark.parametrize("fold", [True, False])
+def test_columns_by_the_names_people_give_them(
+    tmp_path: Path, first: str, second: str, same: str, fold: bool
+):
+    path = tmp_path / "pairs.csv"
+    rows = [[first, second, same, *["fold"] * fold]]
+    rows += [[SPACED[i], SPACED[j], str(s), *["01"[k % 2]] * fold] for k, (i, j, s) in enumerate(TRIPLES)]
+    path.write_text("\n".join(joined(row, "comma") for row in rows))
+    found = ev.read_pairs(path, SPACED, folds=2).pairs
+    assert [*zip(found.first, found.second, found.same.astype(int), strict=True)] == [
+        tuple(t) for t in TRIPLES
+    ]

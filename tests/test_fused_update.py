@@ -65,7 +65,8 @@ def train(head, optimizer, given, schedule=False):
 
 def error(value, right, start):
     """Of what was learned."""
-    return float((value.detach().double() - right).norm() / (right - start).norm())
+    value, right, start = (t.detach().double() for t in (value, right, start))
+    return float((value - right).norm() / (right - start).norm())
 
 
 @pytest.mark.covering(2)

@@ -351,12 +351,9 @@ def test_the_op_says_what_is_wrong(lane):
 
 
 def test_the_emulated_device_is_described_as_it_is():
-    """plan.EMULATED, and what the emulation's Queue answers."""
-    source = (ROOT / "tests/emulation/device/launch.cuh").read_text()
+    """plan.EMULATED, and what the emulation's runtime answers."""
+    source = (ROOT / "tests/emulation/runtime.cpp").read_text()
     limit = re.search(r"kSharedLimit = (\d+) \* 1024", (ROOT / "tests/emulation/block.h").read_text())
-    answers = [
-        int(re.search(rf"int {name}\(\) const {{ return (\d+);", source)[1])
-        for name in ("multiprocessors", "architecture")
-    ]
-    name = re.search(r'std::string name\(\) const { return "(\w+)"', source)[1]
-    assert (True, 1, answers[0], int(limit[1]) * 1024, answers[1], name) == planning.EMULATED
+    card = re.search(r'\*card = {"(\w+)", (\d+), nf::emulation::kSharedLimit, (\d), (\d)};', source)
+    capability = 10 * int(card[3]) + int(card[4])
+    assert (True, 1, int(card[2]), int(limit[1]) * 1024, capability, card[1]) == planning.EMULATED

@@ -23,10 +23,11 @@ from .lists import read_names
 from .pairs import Pairs, folds_of
 
 #: What a header may call a column, in small letters, without blanks, dashes and underscores.
+_IMAGES = ("", "image", "img", "path", "file", "filename", "name", "id")
 _HEADER = {
-    "first": {"first", "image1", "img1", "path1", "file1", "name1", "imagea", "patha", "i", "a", "left"},
-    "second": {"second", "image2", "img2", "path2", "file2", "name2", "imageb", "pathb", "j", "b", "right"},
-    "same": {"same", "issame", "label", "target", "match", "ismatch"},
+    "first": {"first", "i", "left"} | {word + mark for word in _IMAGES for mark in ("1", "a")} - {"1"},
+    "second": {"second", "j", "right"} | {word + mark for word in _IMAGES for mark in ("2", "b")} - {"2"},
+    "same": {"same", "issame", "label", "labels", "target", "match", "ismatch", "y"},
     "fold": {"fold", "split"},
 }
 _PARTS = tuple(_HEADER)
@@ -149,8 +150,11 @@ def _layouts(make: Callable[[], Rows], columns: object, labels: Same | None) -> 
 def _labels(labels: object, encoding: str | None) -> Same | None:
     if labels is None or not isinstance(labels, (str, os.PathLike)):
         return None if labels is None else as_same("read_pairs", labels)
-    answer = Answers(strict=False)
-    return as_same("read_pairs", [answer(where, line) for where, line in lines(labels, encoding)])
+    answer, found = Answers(strict=False), []
+    for at, (where, line) in enumerate(lines(labels, encoding)):
+        if at or _plain(line) not in _HEADER["same"]:
+            found.append(answer(where, line))
+    return as_same("read_pairs", found)
 
 
 def _why(dead: list[_Reading]) -> str:
@@ -254,7 +258,8 @@ def read_pairs(
         names: the image of each feature row, or a file with a line for each; for LFW's layout folders and
             extensions do not count.
         rows: how many feature rows there are: images are row numbers below it.
-        labels: same of each pair, for a list of two columns: a file with a line for each, or values.
+        labels: same of each pair, for a list of two columns: a file with a line for each, perhaps below a
+            header, or values.
         columns: where first, second, same and fold are: {"first": "left", "second": "right", "same": "y"}
             by names in the header, or {"same": 0, "first": 1, "second": 2} by number, without a header.
         layout: one of LAYOUTS, where the file would bear more than one.
