@@ -307,6 +307,24 @@ def test_fakes_know_the_padding_of_odd_class_counts(lane):
         torch.library.opcheck(op, given_arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+def test_the_fake_of_softmax_loss_knows_the_gaps_between_the_parts(lane):
+    """All but tracing, which compares whatever lies in them."""
+    for given in head_sweep_samples(lane):
+        if "shift" in given or given.get("term", 0) > 1 or given.get("is_shard"):
+            continue
+        given |= {"keep_x": given.get("need_x", True), "need_margin": "m1" in given}
+        given_arguments = tuple(arguments(lane, "softmax_loss", given))
+        op = kernels(lane).softmax_loss.default
+        torch.library.opcheck(op, given_arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("smoothing, need_class_sum", [(0.1, False), (0.0, True)])
+def test_softmax_loss_wants_the_class_sum_with_smoothing_alone(lane, smoothing, need_class_sum):
+    given = next(softmax_loss_samples(lane)) | {"smoothing": smoothing, "need_class_sum": need_class_sum}
+    with pytest.raises(RuntimeError, match="softmax_loss: expected `need_class_sum` with `smoothing`"):
+        kernels(lane).softmax_loss(*arguments(lane, "softmax_loss", given))
+
+
 # Sentences ------------------------------------------------------------------------------------------
 
 

@@ -182,7 +182,6 @@ struct Backward {
                   {g, tile.width, D, D});
       add_targets(order, tile, g);
       const Rows<T> out(dw, D);
-      T* class_row = data_of<T>(scratch.class_row) + slot * D;
       for (int64_t j = 0; j < tile.width; ++j) {
         T* gradient = g + tile.column(j) * D;
         if (!uniform.empty())
@@ -191,6 +190,7 @@ struct Backward {
         if (wanted.update == nullptr) {
           finish_row(row, gradient, unit, out.row(row));
         } else {
+          T* class_row = data_of<T>(scratch.class_row) + slot * D;
           finish_row(row, gradient, unit, class_row);
           take_row(*wanted.update, weight, row, class_row);
         }

@@ -64,6 +64,9 @@ std::tuple<Tensor, Tensor> softmax_loss(const SoftmaxLossArguments& in) {
   swept.capacity = 0;
   swept.ignore_index = in.ignore_index;
   check_sweep(in.kName, swept);
+  if (in.parts.need_class_sum != (in.smoothing > 0))
+    fail(in.kName, ": expected `need_class_sum` with `smoothing` and only then, got ",
+         in.parts.need_class_sum, " with ", in.smoothing);
   const FinishInputs finish{in, in, in.x, in.scale, in.m1, in.m2, in.m3, in.parts.need_margin};
   check_finish(in.kName, finish);
   const ScalarType wide = accumulator(in.x.scalar_type());

@@ -105,6 +105,8 @@ def workspace_of(t: Tensors, o: dict[str, Any]) -> Any:
     ):
         return None
     centers, device = o.get("sub_centers", 1), nf.engine.calls.plan_device(x)
+    if not isinstance(centers, int) or centers < 1:  # which the op is to refuse
+        return None
     shape = len(x), x.shape[1], weight.shape[0] // centers, nf.engine.calls.product_dtype(x, weight)
     try:
         nf.plan(*shape, device, workspace=0, sub_centers=centers)
