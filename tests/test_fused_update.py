@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 
 import every_head
 import pytest
@@ -215,6 +216,8 @@ USES = {
     "another optimizer": lambda head, made: torch.optim.SGD(head.parameters(), lr=0.1).step(),
     "foreach": lambda head, made: torch.optim.SGD(head.parameters(), lr=0.1, foreach=True).step(),
     "clear in place": lambda head, made: nn.Module.zero_grad(head, set_to_none=False),
+    "a deep copy": lambda head, made: copy.deepcopy(head.weight.grad),
+    "a file": lambda head, made: torch.save(head.weight.grad, io.BytesIO()),
     "GradScaler": lambda head, made: torch.amp.GradScaler("cpu").unscale_(made),
 }
 
@@ -308,6 +311,11 @@ def test_create_graph_and_hooks_and_float16(lane):
             head(x, labels)
         with pytest.raises(ValueError, match="FusedSGD: expected no hook"):
             FusedSGD(head)
+        handle.remove()
+        loss = head(x, labels)
+        handle = hook(lambda _: None)  # after the forward
+        with pytest.raises(RuntimeError, match="FusedSGD: expected no hook"):
+            loss.backward()
         handle.remove()
     assert torch.equal(head.weight, before)
     with pytest.raises(TypeError, match="float16 needs a GradScaler"):
@@ -407,6 +415,10 @@ def test_the_weight_has_gradients_again(lane):
     gc.collect()
     head(x, labels).backward()
     assert type(head.weight.grad) is torch.Tensor
+    with nf.optim.accumulate_in_place(head):  # nothing takes it any more
+        place = head.weight.grad.data_ptr()
+        head(x, labels).backward()
+        assert head.weight.grad.data_ptr() == place
 
 
 def test_a_head_that_grows(lane):

@@ -37,6 +37,9 @@ class UpdatedGradient(Tensor):
     ) -> NoReturn:
         raise RuntimeError(sentence("the fused optimizer", f"`{func}` of it"))
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:  # a file would have a storage of nothing
+        raise RuntimeError(sentence(self.owner, "a copy of it in a file"))
+
 
 def sentence(owner: str, got: str) -> str:
     return (
@@ -54,15 +57,13 @@ class _Step(updates.Taker):
         self.optimizer = weakref.ref(optimizer)
         self.owner = type(optimizer).__name__
 
+    def serves(self) -> bool:
+        return self.optimizer() is not None
+
     def check(self, weight: Tensor) -> None:
-        if self.optimizer() is None:
-            return
         check_layout(self.owner, weight)
         check_dtype(self.owner, weight)
-        if has_hooks(weight):
-            raise RuntimeError(
-                f"{self.owner}: expected no hook on the head's weight, whose gradient never exists, got one"
-            )
+        self._check_hooks(weight)
         device = weight.device.type
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
             raise RuntimeError(
@@ -73,10 +74,17 @@ class _Step(updates.Taker):
         if wrapper is not None:
             check_sharing(self.owner, wrapper, _holder(wrapper, weight), weight)  # type: ignore[arg-type]
 
+    def _check_hooks(self, weight: Tensor) -> None:
+        if has_hooks(weight):
+            raise RuntimeError(
+                f"{self.owner}: expected no hook on the head's weight, whose gradient never exists, got one"
+            )
+
     def begin(self, weight: Tensor) -> updates.Update | None:
         optimizer = self.optimizer()
-        if optimizer is None:
+        if optimizer is None:  # gone since the forward
             return None
+        self._check_hooks(weight)  # one may have come since
         if torch.is_grad_enabled():
             raise RuntimeError(
                 f"{self.owner}: expected a backward without create_graph, got one that would differentiate a"
