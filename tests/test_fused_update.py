@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import normface_ext as nf
-from normface_ext.engine import updates
+from normface_ext.engine import checks, updates
 from normface_ext.optim import FusedAdam, FusedAdamW, FusedSGD
 
 #: ours, torch's, their arguments
@@ -321,6 +321,30 @@ def test_create_graph_and_hooks_and_float16(lane):
     with pytest.raises(TypeError, match="float16 needs a GradScaler"):
         FusedSGD(head_of(lane, torch.float16))
     del made
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adam", "adamw"])
+def test_a_captured_step_that_a_replay_would_get_wrong(lane, monkeypatch, kind):
+    """Adam's corrections are of one step; so is the momentum that begins."""
+    head, (ours, _, options) = head_of(lane), KINDS[kind]
+    made = ours(head, **options)
+    x, labels = next(batches(lane, torch.float32, 1))
+    loss, before = head(x, labels), head.weight.detach().clone()
+    monkeypatch.setattr(checks, "capturing", lambda _: True)
+    with pytest.raises(RuntimeError, match="expected a backward that no CUDA graph captures"):
+        loss.backward()
+    assert torch.equal(head.weight, before) and not made.state[head.weight]
+    monkeypatch.undo()
+    head(x, labels).backward()
+    made.step()
+    made.zero_grad()
+    loss = head(x, labels)
+    monkeypatch.setattr(checks, "capturing", lambda _: True)
+    if kind == "momentum":
+        loss.backward()  # the same numbers at every step, as in torch
+    else:
+        with pytest.raises(RuntimeError, match="expected a backward that no CUDA graph captures"):
+            loss.backward()
 
 
 def test_autograd_grad_gives_gradients_and_moves_nothing(lane):

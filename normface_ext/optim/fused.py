@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from ..engine import updates
+from ..engine import checks, updates
 from .weights import check_dtype, check_layout, check_sharing, has_hooks, heads_of, weight_of
 
 
@@ -180,6 +180,14 @@ class FusedOptimizer(Optimizer):
                 )
         return super()._init_group(group, *lists)  # type: ignore[misc]
 
+    def _check_capture(self, weight: Tensor) -> None:
+        """Where this step's numbers are of no other step."""
+        if checks.capturing(weight):
+            raise RuntimeError(
+                f"{type(self).__name__}: expected a backward that no CUDA graph captures, since a replay"
+                " would repeat the numbers of this very step, got one that is captured"
+            )
+
     def update_of(self, weight: Tensor, group: dict[str, Any]) -> updates.Update:
         """The step that a backward makes now."""
         raise NotImplementedError
@@ -216,7 +224,8 @@ class FusedSGD(FusedOptimizer, SGD):
     passes per step, ``create_graph``, hooks on the weight, a weight that another module has as well,
     DistributedDataParallel around it, sampled heads, two labels per row, float16 weights.
     ``torch.autograd.grad`` gives gradients and moves nothing. In a compiled step the head runs outside the
-    graph.
+    graph. Nor can a CUDA graph capture what is of one step alone: the first step of a momentum, every step
+    of Adam.
 
     Raises:
         TypeError, ValueError: arguments.
@@ -253,6 +262,8 @@ class FusedSGD(FusedOptimizer, SGD):
     def update_of(self, weight: Tensor, group: dict[str, Any]) -> updates.Update:
         momentum = float(group["momentum"])
         before = self.state[weight].get("momentum_buffer") if momentum else None
+        if momentum and before is None:
+            self._check_capture(weight)
         state = torch.empty_like(weight) if momentum and before is None else before
         numbers = updates.Numbers(
             lr=float(group["lr"]),
@@ -274,6 +285,7 @@ class _Adam(FusedOptimizer):
     def update_of(self, weight: Tensor, group: dict[str, Any]) -> updates.Update:
         if group["amsgrad"]:
             raise RuntimeError(f"{type(self).__name__}: expected amsgrad=False, got a group with it")
+        self._check_capture(weight)
         state = self.state[weight]
         if state:
             first, second, count = state["exp_avg"], state["exp_avg_sq"], float(state["step"]) + 1
