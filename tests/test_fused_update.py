@@ -445,6 +445,22 @@ def test_the_weight_has_gradients_again(lane):
         assert head.weight.grad.data_ptr() == place
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_after_release_torch_has_the_state(lane, fused):
+    """Where torch's kernel of this optimizer counts the steps on the device, they are there."""
+    heads = [head_of(lane), head_of(lane)]
+    made = FusedAdam(heads[0], lr=0.1, fused=fused)
+    theirs = torch.optim.Adam(heads[1].parameters(), lr=0.1, fused=fused)
+    assert not made.state
+    for head, optimizer in zip(heads, (made, theirs), strict=True):
+        train(head, optimizer, batches(lane, torch.float32, 2))
+        made.release()
+        train(head, optimizer, batches(lane, torch.float32, 2))
+    torch.testing.assert_close(heads[0].weight, heads[1].weight, rtol=1e-4, atol=1e-4)
+    mine, right = (o.state[h.weight]["step"] for h, o in zip(heads, (made, theirs), strict=True))
+    assert mine.device == right.device and torch.equal(mine, right)
+
+
 def test_a_head_that_grows(lane):
     head = head_of(lane)
     made = FusedSGD(head, lr=0.1, momentum=0.9)

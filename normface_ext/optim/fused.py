@@ -312,6 +312,15 @@ class _Adam(FusedOptimizer):
         state["step"] = torch.tensor(1.0 if before is None else float(before) + 1, dtype=torch.float32)
         state["exp_avg"], state["exp_avg_sq"] = update.state1, update.state2
 
+    def release(self) -> None:
+        super().release()
+        for group in self.param_groups:
+            if group["fused"] or group["capturable"]:  # kernels of torch's, which count on the device
+                for weight in group["params"]:
+                    state = self.state.get(weight, {})
+                    if "step" in state:
+                        state["step"] = state["step"].to(weight.device)
+
 
 class FusedAdam(_Adam, Adam):
     """``torch.optim.Adam`` as :class:`FusedSGD` is ``torch.optim.SGD``, without amsgrad and capturable."""
