@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, cast
 
@@ -79,7 +79,7 @@ class Graphed:
     def _places_of_gradients(self, x: Tensor, labels: Tensor) -> frozenset[int]:
         """Where the graph writes them."""
         loss = self._step(x, labels)
-        leaves = [t for t in (x, *self.head.parameters()) if t.requires_grad]
+        leaves = [p for p in self.head.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss.sum(), leaves) if leaves else ()
         return frozenset(g.data_ptr() for g in gradients if g.numel() > 0)
 
@@ -94,6 +94,9 @@ class Graphed:
                 " have been replaced; call graphed again"
             )
         self._calls += 1
+        if x.requires_grad:  # whatever gets the features' gradient may keep it
+            x = x.view_as(x)
+            x.register_hook(torch.clone)
         call, loss = self._calls, self._step(x, labels)
 
         def before_backward(_: Tensor) -> None:
@@ -101,7 +104,7 @@ class Graphed:
                 raise RuntimeError(
                     "graphed: expected the backward pass of a call before the next, which takes its memory"
                 )
-            self._keep_gradients((*self.head.parameters(), *((x,) if x.is_leaf else ())))
+            self._keep_gradients()
 
         if loss.requires_grad:
             loss.register_hook(before_backward)
@@ -115,12 +118,12 @@ class Graphed:
             and _autocast() == self._cast
         )
 
-    def _keep_gradients(self, leaves: Iterable[Tensor]) -> None:
-        """A ``.grad`` may be the very memory of the graph, which is about to be written again: what has been
-        accumulated there moves out of the way."""
-        for leaf in leaves:
-            if leaf.grad is not None and leaf.grad.data_ptr() in self._places:
-                leaf.grad = leaf.grad.clone()
+    def _keep_gradients(self) -> None:
+        """A parameter's ``.grad`` may be the very memory of the graph, which is about to be written again:
+        what was accumulated there moves out of the way."""
+        for parameter in self.head.parameters():
+            if parameter.grad is not None and parameter.grad.data_ptr() in self._places:
+                parameter.grad = parameter.grad.clone()
 
 
 def graphed(head: nn.Module, x: Tensor, labels: Tensor) -> Graphed:
@@ -138,7 +141,8 @@ def graphed(head: nn.Module, x: Tensor, labels: Tensor) -> Graphed:
     where the sample's did not, ``eval()``, ``torch.no_grad()``, another autocast. Tensors are read at every
     call: the weight, a learned scale, class weights, margins that are tensors or have a state. Numbers, a
     fixed scale above all, are those of the capture; setting an option raises afterwards, as does a head that
-    was moved or resized. Gradients are accumulated as ever. Hooks of the head do not run.
+    was moved or resized. Gradients are accumulated as ever; what ``torch.autograd.grad`` gives for a
+    parameter is the graph's memory, which the next backward pass writes. Hooks of the head do not run.
 
     Args:
         head: a layer called (features, labels) -> loss, on a CUDA device. Its state and its gradients stay as

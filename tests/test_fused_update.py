@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 
 import every_head
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import normface_ext as nf
-from normface_ext.engine import updates
+from normface_ext.engine import checks, updates
 from normface_ext.optim import FusedAdam, FusedAdamW, FusedSGD
 
 #: ours, torch's, their arguments
@@ -215,6 +216,8 @@ USES = {
     "another optimizer": lambda head, made: torch.optim.SGD(head.parameters(), lr=0.1).step(),
     "foreach": lambda head, made: torch.optim.SGD(head.parameters(), lr=0.1, foreach=True).step(),
     "clear in place": lambda head, made: nn.Module.zero_grad(head, set_to_none=False),
+    "a deep copy": lambda head, made: copy.deepcopy(head.weight.grad),
+    "a file": lambda head, made: torch.save(head.weight.grad, io.BytesIO()),
     "GradScaler": lambda head, made: torch.amp.GradScaler("cpu").unscale_(made),
 }
 
@@ -309,10 +312,39 @@ def test_create_graph_and_hooks_and_float16(lane):
         with pytest.raises(ValueError, match="FusedSGD: expected no hook"):
             FusedSGD(head)
         handle.remove()
+        loss = head(x, labels)
+        handle = hook(lambda _: None)  # after the forward
+        with pytest.raises(RuntimeError, match="FusedSGD: expected no hook"):
+            loss.backward()
+        handle.remove()
     assert torch.equal(head.weight, before)
     with pytest.raises(TypeError, match="float16 needs a GradScaler"):
         FusedSGD(head_of(lane, torch.float16))
     del made
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adam", "adamw"])
+def test_a_captured_step_that_a_replay_would_get_wrong(lane, monkeypatch, kind):
+    """Adam's corrections are of one step; so is the momentum that begins."""
+    head, (ours, _, options) = head_of(lane), KINDS[kind]
+    made = ours(head, **options)
+    x, labels = next(batches(lane, torch.float32, 1))
+    loss, before = head(x, labels), head.weight.detach().clone()
+    monkeypatch.setattr(checks, "capturing", lambda _: True)
+    with pytest.raises(RuntimeError, match="expected a backward that no CUDA graph captures"):
+        loss.backward()
+    assert torch.equal(head.weight, before) and not made.state[head.weight]
+    monkeypatch.undo()
+    head(x, labels).backward()
+    made.step()
+    made.zero_grad()
+    loss = head(x, labels)
+    monkeypatch.setattr(checks, "capturing", lambda _: True)
+    if kind == "momentum":
+        loss.backward()  # the same numbers at every step, as in torch
+    else:
+        with pytest.raises(RuntimeError, match="expected a backward that no CUDA graph captures"):
+            loss.backward()
 
 
 def test_autograd_grad_gives_gradients_and_moves_nothing(lane):
@@ -407,6 +439,26 @@ def test_the_weight_has_gradients_again(lane):
     gc.collect()
     head(x, labels).backward()
     assert type(head.weight.grad) is torch.Tensor
+    with nf.optim.accumulate_in_place(head):  # nothing takes it any more
+        place = head.weight.grad.data_ptr()
+        head(x, labels).backward()
+        assert head.weight.grad.data_ptr() == place
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_after_release_torch_has_the_state(lane, fused):
+    """Where torch's kernel of this optimizer counts the steps on the device, they are there."""
+    heads = [head_of(lane), head_of(lane)]
+    made = FusedAdam(heads[0], lr=0.1, fused=fused)
+    theirs = torch.optim.Adam(heads[1].parameters(), lr=0.1, fused=fused)
+    assert not made.state
+    for head, optimizer in zip(heads, (made, theirs), strict=True):
+        train(head, optimizer, batches(lane, torch.float32, 2))
+        made.release()
+        train(head, optimizer, batches(lane, torch.float32, 2))
+    torch.testing.assert_close(heads[0].weight, heads[1].weight, rtol=1e-4, atol=1e-4)
+    mine, right = (o.state[h.weight]["step"] for h, o in zip(heads, (made, theirs), strict=True))
+    assert mine.device == right.device and torch.equal(mine, right)
 
 
 def test_a_head_that_grows(lane):

@@ -144,6 +144,32 @@ def test_gradients_accumulate(double, zero):
             total = [torch.zeros_like(p) for p in parameters]
 
 
+ROADS = {
+    "a sum of two": lambda a, b: a + b,
+    "a view": lambda a, b: a.view_as(a),
+    "a residual": lambda a, b: a * 2 + b,
+}
+
+
+@pytest.mark.parametrize("road", ROADS.values(), ids=ROADS)
+def test_what_is_behind_the_features_keeps_its_gradient(double, road):
+    """It may take the gradient as it comes, and the graph writes it again."""
+    head = nf.NormFaceLoss(8, 11)
+    loss_of, (a, labels), (b, _) = nf.graphed(head, *batch(0)), batch(1), batch(2)
+    a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+    expected = torch.autograd.grad(head(road(a, b), labels), [a, b], allow_unused=True)
+    loss_of(road(a, b), labels).backward()
+    (asked,) = torch.autograd.grad(loss_of(a, labels), a)
+    before = asked.clone()
+    loss_of(*batch(3)).backward()
+    assert torch.equal(asked, before)
+    for leaf, gradient in zip((a, b), expected, strict=True):
+        if gradient is None:
+            assert leaf.grad is None
+        else:
+            torch.testing.assert_close(leaf.grad, gradient)
+
+
 def test_a_loss_keeps_its_value(double):
     loss_of = nf.graphed(nf.NormFaceLoss(8, 11), *batch(0))
     kept = loss_of(*batch(1)).detach()

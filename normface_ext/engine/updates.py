@@ -45,6 +45,10 @@ class Update(NamedTuple):
 class Taker(ABC):
     """What takes the rows of a weight's gradient in backward, so that the gradient never exists."""
 
+    def serves(self) -> bool:
+        """Whether it still takes anything."""
+        return True
+
     @abstractmethod
     def check(self, weight: Tensor) -> None:
         """In a forward that a backward may follow: raises what can be known by then."""
@@ -80,7 +84,7 @@ def put(weight: Tensor, taker: Taker) -> None:
 
 def taken_by(weight: Tensor) -> Taker | None:
     found: Taker | None = _takers.get(weight)
-    return found
+    return found if found is not None and found.serves() else None
 
 
 def takes(weight: Tensor) -> bool:

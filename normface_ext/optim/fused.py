@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from ..engine import updates
+from ..engine import checks, updates
 from .weights import check_dtype, check_layout, check_sharing, has_hooks, heads_of, weight_of
 
 
@@ -37,6 +37,9 @@ class UpdatedGradient(Tensor):
     ) -> NoReturn:
         raise RuntimeError(sentence("the fused optimizer", f"`{func}` of it"))
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:  # a file would have a storage of nothing
+        raise RuntimeError(sentence(self.owner, "a copy of it in a file"))
+
 
 def sentence(owner: str, got: str) -> str:
     return (
@@ -54,15 +57,13 @@ class _Step(updates.Taker):
         self.optimizer = weakref.ref(optimizer)
         self.owner = type(optimizer).__name__
 
+    def serves(self) -> bool:
+        return self.optimizer() is not None
+
     def check(self, weight: Tensor) -> None:
-        if self.optimizer() is None:
-            return
         check_layout(self.owner, weight)
         check_dtype(self.owner, weight)
-        if has_hooks(weight):
-            raise RuntimeError(
-                f"{self.owner}: expected no hook on the head's weight, whose gradient never exists, got one"
-            )
+        self._check_hooks(weight)
         device = weight.device.type
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
             raise RuntimeError(
@@ -73,10 +74,17 @@ class _Step(updates.Taker):
         if wrapper is not None:
             check_sharing(self.owner, wrapper, _holder(wrapper, weight), weight)  # type: ignore[arg-type]
 
+    def _check_hooks(self, weight: Tensor) -> None:
+        if has_hooks(weight):
+            raise RuntimeError(
+                f"{self.owner}: expected no hook on the head's weight, whose gradient never exists, got one"
+            )
+
     def begin(self, weight: Tensor) -> updates.Update | None:
         optimizer = self.optimizer()
-        if optimizer is None:
+        if optimizer is None:  # gone since the forward
             return None
+        self._check_hooks(weight)  # one may have come since
         if torch.is_grad_enabled():
             raise RuntimeError(
                 f"{self.owner}: expected a backward without create_graph, got one that would differentiate a"
@@ -172,6 +180,14 @@ class FusedOptimizer(Optimizer):
                 )
         return super()._init_group(group, *lists)  # type: ignore[misc]
 
+    def _check_capture(self, weight: Tensor) -> None:
+        """Where this step's numbers are of no other step."""
+        if checks.capturing(weight):
+            raise RuntimeError(
+                f"{type(self).__name__}: expected a backward that no CUDA graph captures, since a replay"
+                " would repeat the numbers of this very step, got one that is captured"
+            )
+
     def update_of(self, weight: Tensor, group: dict[str, Any]) -> updates.Update:
         """The step that a backward makes now."""
         raise NotImplementedError
@@ -208,7 +224,8 @@ class FusedSGD(FusedOptimizer, SGD):
     passes per step, ``create_graph``, hooks on the weight, a weight that another module has as well,
     DistributedDataParallel around it, sampled heads, two labels per row, float16 weights.
     ``torch.autograd.grad`` gives gradients and moves nothing. In a compiled step the head runs outside the
-    graph.
+    graph. Nor can a CUDA graph capture what is of one step alone: the first step of a momentum, every step
+    of Adam.
 
     Raises:
         TypeError, ValueError: arguments.
@@ -245,6 +262,8 @@ class FusedSGD(FusedOptimizer, SGD):
     def update_of(self, weight: Tensor, group: dict[str, Any]) -> updates.Update:
         momentum = float(group["momentum"])
         before = self.state[weight].get("momentum_buffer") if momentum else None
+        if momentum and before is None:
+            self._check_capture(weight)
         state = torch.empty_like(weight) if momentum and before is None else before
         numbers = updates.Numbers(
             lr=float(group["lr"]),
@@ -266,6 +285,7 @@ class _Adam(FusedOptimizer):
     def update_of(self, weight: Tensor, group: dict[str, Any]) -> updates.Update:
         if group["amsgrad"]:
             raise RuntimeError(f"{type(self).__name__}: expected amsgrad=False, got a group with it")
+        self._check_capture(weight)
         state = self.state[weight]
         if state:
             first, second, count = state["exp_avg"], state["exp_avg_sq"], float(state["step"]) + 1
@@ -291,6 +311,15 @@ class _Adam(FusedOptimizer):
         # On the host, whatever torch's own did: nothing waits for a device to know it.
         state["step"] = torch.tensor(1.0 if before is None else float(before) + 1, dtype=torch.float32)
         state["exp_avg"], state["exp_avg_sq"] = update.state1, update.state2
+
+    def release(self) -> None:
+        super().release()
+        for group in self.param_groups:
+            if group["fused"] or group["capturable"]:  # kernels of torch's, which count on the device
+                for weight in group["params"]:
+                    state = self.state.get(weight, {})
+                    if "step" in state:
+                        state["step"] = state["step"].to(weight.device)
 
 
 class FusedAdam(_Adam, Adam):
