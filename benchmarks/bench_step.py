@@ -1,5 +1,5 @@
-"""Measures the whole step, head and optimizer: ours and eager PyTorch with torch.optim, and ours with the step
-of the weight inside backward (normface_ext.optim).
+"""Measures the whole step, head and optimizer: ours and eager PyTorch with torch.optim, and ours with the
+step of the weight inside backward (normface_ext.optim).
 
     python benchmarks/bench_step.py                 three sizes, SGD with momentum and AdamW
     python benchmarks/bench_step.py --case 64x512x200000 --optimizer sgd

@@ -11,7 +11,7 @@
 #include "engine/cosine_arguments.h"
 #include "engine/distance_arguments.h"
 #include "engine/head_arguments.h"
-#include "engine/softmax_loss.h"
+#include "engine/softmax_loss_arguments.h"
 #include "engine/update_arguments.h"
 
 namespace nf {

@@ -41,8 +41,8 @@ def test_few_classes_are_a_tile_or_more_and_none_is_empty(classes, count):
     assert (plan.chunks - 1) * plan.class_chunk < classes <= plan.chunks * plan.class_chunk
 
 
-#: (powers of two of rows of W, of the upstream gradient): the gradients of the tiniest rows are numbers, and those
-#: of plain ones normal.
+#: (powers of two of rows of W, of the upstream gradient): the gradients of the tiniest rows are numbers, and
+#: those of plain ones normal.
 POWERS = {
     torch.float32: ((-140, -100, 64, 120), -25),
     torch.bfloat16: ((-120, -100, 64, 120), -20),

@@ -12,6 +12,13 @@ namespace {
 constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
 [[maybe_unused]] constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which older headers do not know
 
+#if defined(__linux__)
+bool is_absent(uintptr_t address, uintptr_t page) {
+  unsigned char there = 1;
+  return mincore(reinterpret_cast<void*>(address), page, &there) == 0 && (there & 1) == 0;
+}
+#endif
+
 void ask_for_huge_pages([[maybe_unused]] const Tensor& t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
@@ -42,15 +49,21 @@ void allocate(Block& block) {
 
 NewPages::NewPages([[maybe_unused]] const Tensor& t) {
 #if defined(__linux__)
-  const int64_t bytes = t.numel() * int64_t(t.element_size());
-  if (bytes < int64_t(kHugePage)) return;
+  const uintptr_t bytes = uintptr_t(t.numel()) * uintptr_t(t.element_size());
+  if (bytes < 2 * kHugePage) return;
   page_ = uintptr_t(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  constexpr int kLooks = 8;
-  for (int k = 0; k < kLooks && !any_; ++k) {
-    unsigned char there = 1;
-    const uintptr_t address = (begin + uintptr_t(bytes / kLooks * k + bytes / kLooks / 2)) & ~(page_ - 1);
-    any_ = mincore(reinterpret_cast<void*>(address), page_, &there) == 0 && (there & 1) == 0;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr()), end = begin + bytes;
+  constexpr uintptr_t kLooks = 8;
+  for (uintptr_t k = 0; k < kLooks && !any_; ++k) {
+    const uintptr_t address = (begin + bytes / kLooks * k + bytes / kLooks / 2) & ~(page_ - 1);
+    any_ = is_absent(address, page_);
+    // One huge page is one trap already. Whether the system gives them shows in the other half of this one.
+    const uintptr_t huge = address & ~(kHugePage - 1);
+    if (any_ && huge >= begin && huge + kHugePage <= end) {
+      madvise(reinterpret_cast<void*>(address), page_, kPopulateWrite);
+      any_ = is_absent(address ^ (kHugePage / 2), page_);
+      return;
+    }
   }
 #endif
 }

@@ -60,6 +60,7 @@ class Taker(ABC):
 
 _takers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _count = 0  # how many there are, a plain number for torch.compile to guard on
+_apply_eagerly: Any = None  # made with the first taker: torch.compiler.disable imports what torch.compile is
 
 
 def _counted() -> None:
@@ -69,6 +70,10 @@ def _counted() -> None:
 
 def put(weight: Tensor, taker: Taker) -> None:
     """From now on the gradient of ``weight`` goes to ``taker``."""
+    global _apply_eagerly
+    if _apply_eagerly is None:
+        why = "normface_ext: a weight is updated in backward, which no compiled graph can do"
+        _apply_eagerly = torch.compiler.disable(_apply, reason=why)
     _takers[weight] = taker
     _counted()
 
@@ -102,11 +107,6 @@ def of(weight: Tensor, needed: bool) -> Taker | None:
 
 def _apply(apply: Callable[..., Any], *arguments: Any) -> Any:
     return apply(*arguments)
-
-
-_apply_eagerly = torch.compiler.disable(
-    _apply, reason="normface_ext: a weight is updated in backward, which no compiled graph can do"
-)
 
 
 def apply(function: Any, *arguments: Any) -> Any:

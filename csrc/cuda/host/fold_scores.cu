@@ -18,9 +18,9 @@ NF_HD int64_t columns_per_block(int64_t centers) {
 }
 
 // O is the type of the coefficients. kSeveral: a class has several centres. kLargest: the largest cosine as well.
-// Blocks: rows x splits.
+// Blocks: rows x splits. Without a number of blocks the compiler spills for more of them than memory needs.
 template <class T, class O, class Term, bool kSeveral, bool kLargest>
-NF_KERNEL(kThreads)
+NF_KERNEL_RESIDENT(kThreads, (sizeof(T) == 8 ? 3 : 4))
 fold_scores_kernel(FoldScores<T> task) {
   SharedMemory shared;
   double* scratch = shared.take<double>(SweepSums::kScratch * kThreads);
