@@ -169,11 +169,16 @@ def test_a_failed_cuda_compilation_names_the_file_and_the_architecture(tmp_path)
 
 def test_wheels_of_one_version_are_told_apart_by_their_kernels(tmp_path, monkeypatch):
     monkeypatch.delenv("NORMFACE_LOCAL_VERSION", raising=False)
+    monkeypatch.chdir(tmp_path)
     nvcc = tmp_path / "nvcc"
     nvcc.write_text('#!/bin/sh\necho "Cuda compilation tools, release 13.0, V13.0.88"\n')
     nvcc.chmod(0o755)
     assert SETUP["local_version"](None) == "+cpu"
     assert SETUP["local_version"](str(nvcc)) == "+cu130"
+    Path("PKG-INFO").touch()  # out of an sdist pip wants the version that it chose it by
+    assert SETUP["local_version"](None) == SETUP["local_version"](str(nvcc)) == ""
+    monkeypatch.setenv("NORMFACE_LOCAL_VERSION", "cpu")
+    assert SETUP["local_version"](None) == "+cpu"
 
 
 @pytest.mark.parametrize(("name", "version"), [("", ""), ("cu130.h100", "+cu130.h100")])
