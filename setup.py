@@ -315,8 +315,10 @@ class AnyPythonWheel(bdist_wheel):
 
 def local_version(nvcc: str | None) -> str:
     """What tells wheels of one version apart, as torch's do: "+cpu", or "+cu130" with kernels by CUDA 13.0.
-    NORMFACE_LOCAL_VERSION names another, or none if it is empty, which is what PyPI takes."""
+    NORMFACE_LOCAL_VERSION names another, or none if it is empty, which is what PyPI takes. Out of an sdist
+    there is none: pip, which chose it by its version, refuses to make another of it."""
     usual = "cpu" if nvcc is None else "cu" + nvcc_version(nvcc).replace(".", "")
+    usual = "" if Path("PKG-INFO").exists() else usual  # only an sdist has it
     chosen = os.environ.get("NORMFACE_LOCAL_VERSION", usual)
     if not re.fullmatch(r"([a-z0-9]+(\.[a-z0-9]+)*)?", chosen):
         raise stop(f"expected NORMFACE_LOCAL_VERSION like 'cpu' or 'cu130', got {chosen!r}")

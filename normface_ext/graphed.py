@@ -42,6 +42,12 @@ def _autocast() -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
 
 
+def _is_plain(value: object) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return type(value) in (bool, int, float, str)
+
+
 @contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
     """State that forward passes move, as a running mean is, is afterwards what it was."""
@@ -62,6 +68,7 @@ class Graphed:
         self._inputs = _Input.of(x), _Input.of(labels)
         self._training, self._cast = head.training, _autocast()
         self._captured, self._options = self._tensors(), getattr(head, "options", None)
+        self._constants = self._numbers()
         self._calls = 0
         given = x.detach().clone().requires_grad_(x.requires_grad), labels.clone()
         enabled, dtype = self._cast
@@ -76,6 +83,11 @@ class Graphed:
         tensors = [*self.head.parameters(), *self.head.buffers()]
         return [(t.data_ptr(), t.shape, t.requires_grad) for t in tensors]
 
+    def _numbers(self) -> list[tuple[str, object]]:
+        """The head's and its margin's, such as a fixed scale, which are constants in a graph."""
+        held = (item for module in self.head.modules() for item in vars(module).items())
+        return [(name, value) for name, value in held if _is_plain(value)]
+
     def _places_of_gradients(self, x: Tensor, labels: Tensor) -> frozenset[int]:
         """Where the graph writes them."""
         loss = self._step(x, labels)
@@ -88,10 +100,11 @@ class Graphed:
             plain: Tensor = self.head(x, labels)
             return plain
         same_options = getattr(self.head, "options", None) is self._options
-        if not same_options or self._tensors() != self._captured:
+        same_tensors = self._tensors() == self._captured
+        if not (same_options and same_tensors and self._numbers() == self._constants):
             raise RuntimeError(
-                "graphed: expected the head as it was captured, got one whose parameters, buffers or options"
-                " have been replaced; call graphed again"
+                "graphed: expected the head as it was captured, got one whose parameters, buffers, numbers or"
+                " options have been replaced; call graphed again"
             )
         self._calls += 1
         if x.requires_grad:  # whatever gets the features' gradient may keep it
@@ -140,9 +153,9 @@ def graphed(head: nn.Module, x: Tensor, labels: Tensor) -> Graphed:
     made this way: a batch of another size or dtype, labels of another dtype, features that ask for a gradient
     where the sample's did not, ``eval()``, ``torch.no_grad()``, another autocast. Tensors are read at every
     call: the weight, a learned scale, class weights, margins that are tensors or have a state. Numbers, a
-    fixed scale above all, are those of the capture; setting an option raises afterwards, as does a head that
-    was moved or resized. Gradients are accumulated as ever; what ``torch.autograd.grad`` gives for a
-    parameter is the graph's memory, which the next backward pass writes. Hooks of the head do not run.
+    fixed scale above all, are those of the capture; setting one or an option raises afterwards, as does a
+    head that was moved or resized. Gradients are accumulated as ever; what ``torch.autograd.grad`` gives for
+    a parameter is the graph's memory, which the next backward pass writes. Hooks of the head do not run.
 
     Args:
         head: a layer called (features, labels) -> loss, on a CUDA device. Its state and its gradients stay as

@@ -216,7 +216,25 @@ CHANGES = {
     "an option": lambda head: setattr(head, "label_smoothing", 0.1),
     "a margin": lambda head: setattr(head, "margin", nf.CosFace(0.2)),
     "frozen": lambda head: head.weight.requires_grad_(False),
+    "a fixed scale": lambda head: setattr(head, "scale", 30.0),
 }
+#: Of a head whose scale is learned and whose margin is a module.
+CHANGES_WITH_A_STATE = {
+    "a bound of the scale": lambda head: setattr(head, "max_scale", 5.0),
+    "a number of the margin": lambda head: setattr(head.margin, "m", 0.1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_WITH_A_STATE.values(), ids=CHANGES_WITH_A_STATE)
+def test_numbers_of_a_head_with_a_state_raise_too(double, change):
+    head = nf.NormFaceLoss(8, 11, learn_scale=True, margin=nf.AdaFace())
+    loss_of = nf.graphed(head, *batch(0))
+    loss_of(*batch(1))
+    head.scale = 12.0  # a tensor, which is read at every call
+    loss_of(*batch(2))
+    change(head)
+    with pytest.raises(RuntimeError, match="graphed: expected the head as it was captured"):
+        loss_of(*batch(1))
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import normface_ext as nf
 from normface_ext.engine import native
@@ -93,6 +94,21 @@ def test_few_plans_are_remembered(lane, monkeypatch):
     for step in range(arguments._MOST_PLANNED + 10):
         arguments.loss_options(float(step), nf.softmax.options.HeadOptions(), x, weight, *SHAPE[::2])
     assert 0 < len(arguments._planned) <= arguments._MOST_PLANNED
+
+
+def test_a_plan_of_symbolic_sizes_is_not_remembered(monkeypatch):
+    """What make_fx traces has sizes that no key of a dict can be."""
+    monkeypatch.setattr(arguments, "_planned", {})
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(6, 8, generator=draw), torch.randn(5, 8, generator=draw)
+    labels = torch.tensor([0, 1, 2, 3, 4, -100])
+
+    def step(*given):
+        return nf.functional.normface_loss(*given, 20.0, margin=nf.ArcFace(0.3))
+
+    traced = make_fx(step, tracing_mode="symbolic")(x, weight, labels)
+    assert not arguments._planned
+    torch.testing.assert_close(traced(x, weight, labels), step(x, weight, labels))
 
 
 @pytest.mark.parametrize(

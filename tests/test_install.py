@@ -169,11 +169,16 @@ def test_a_failed_cuda_compilation_names_the_file_and_the_architecture(tmp_path)
 
 def test_wheels_of_one_version_are_told_apart_by_their_kernels(tmp_path, monkeypatch):
     monkeypatch.delenv("NORMFACE_LOCAL_VERSION", raising=False)
+    monkeypatch.chdir(tmp_path)
     nvcc = tmp_path / "nvcc"
     nvcc.write_text('#!/bin/sh\necho "Cuda compilation tools, release 13.0, V13.0.88"\n')
     nvcc.chmod(0o755)
     assert SETUP["local_version"](None) == "+cpu"
     assert SETUP["local_version"](str(nvcc)) == "+cu130"
+    Path("PKG-INFO").touch()  # out of an sdist pip wants the version that it chose it by
+    assert SETUP["local_version"](None) == SETUP["local_version"](str(nvcc)) == ""
+    monkeypatch.setenv("NORMFACE_LOCAL_VERSION", "cpu")
+    assert SETUP["local_version"](None) == "+cpu"
 
 
 @pytest.mark.parametrize(("name", "version"), [("", ""), ("cu130.h100", "+cu130.h100")])
@@ -190,7 +195,9 @@ def test_a_local_version_that_is_none_is_refused(name, monkeypatch):
 
 
 def test_the_installed_wheel_is_for_every_python():
-    wheel = importlib.metadata.distribution("normface_ext").read_text("WHEEL")
+    # Where the sources are on sys.path, the egg-info that a build leaves there has no such file.
+    found = (each.read_text("WHEEL") for each in importlib.metadata.distributions(name="normface_ext"))
+    wheel = next(text for text in found if text is not None)
     assert re.findall(r"^Tag: (\S+?-\S+?)-", wheel, re.MULTILINE) == ["py3-none"]
 
 

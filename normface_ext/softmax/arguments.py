@@ -166,12 +166,14 @@ def loss_options(
 ) -> LossOptions:
     """What the kernels are told of a head of `classes` classes."""
     precision = product_dtype(x, weight)
-    if torch.compiler.is_compiling() or asked_for():
+    sizes = batch, x.shape[1], classes
+    traced = torch.compiler.is_compiling() or any(type(size) is not int for size in sizes)  # SymInts
+    if traced or asked_for():
         return _planned_anew(scale_value, options, x, batch, classes, precision, margin, term)
     device = plan_device(x)
     told = options.eps, options.workspace, options.sub_centers, options.ignore_index, options.label_smoothing
     of_term = term.number, term.lowest, term.highest
-    of_step = scale_value, batch, x.shape[1], classes, precision, device, torch.get_num_threads()
+    of_step = scale_value, *sizes, precision, device, torch.get_num_threads()
     key = (*of_step, *margin, options.reduction, *told, *of_term)
     found = _planned.get(key)
     if found is None:
