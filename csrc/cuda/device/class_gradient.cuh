@@ -77,7 +77,7 @@ NF_DEVICE void add_targets(const ClassGradient& task, int64_t label, int count, 
       }
       if (found >= 0) {
         const double* sum = task.hot.sums + found * task.dim;
-#pragma unroll 4
+#pragma unroll 1
         for (int64_t d = lane_id(); d < task.dim; d += kWarp) g[d] = T(double(g[d]) + sum[d]);
         count -= task.hot.rows[found];
         continue;

@@ -108,12 +108,12 @@ struct WeightGradients {
     const int64_t N = head.batch, D = head.dim;
     if constexpr (std::is_same_v<T, float>) {
       if (head.kernels == kTensorCores)
-        return weight_gradient(queue, {static_cast<const BFloat16*>(e), stride,
+        return weight_gradient(queue, {static_cast<const BFloat16*>(e), stride, of.stride(),
                                        data_of<const BFloat16>(factors.weighted), classes(of)});
     }
     if (head.plain_products())
-      return plain_gradient<T>(
-          queue, {static_cast<const T*>(e), stride, data_of<const T>(factors.weighted), classes(of)});
+      return plain_gradient<T>(queue, {static_cast<const T*>(e), stride, of.stride(),
+                                       data_of<const T>(factors.weighted), classes(of)});
     T* g = product.count() > 0 ? data_of<T>(product) : data_of<T>(dw) + (of.first - dw_first) * D;
     multiply(head.in.x, Matrix{e, head.other, N, of.width, stride}.transposed(),
              {factors.weighted.data(), head.other, N, D, D}, {g, head.wide, of.width, D, D});

@@ -175,7 +175,7 @@ plain_gradient_kernel(PlainGradient<T> task) {
   const auto fetch = [&](int64_t row, int stage) {
     if (row < batch) {
       T* e = stages + stage * S::kStage;
-      fetch_block<S::kDepth, Tile::kClasses, S::kThreads>(task.e, row, batch, tile, task.stride, task.stride,
+      fetch_block<S::kDepth, Tile::kClasses, S::kThreads>(task.e, row, batch, tile, task.columns, task.stride,
                                                           e, Tile::kClasses, KeyNone());
       fetch_block<S::kDepth, Tile::kColumns, S::kThreads>(
           task.weighted, row, batch, 0, dim, dim, e + S::kDepth * Tile::kClasses, Tile::kColumns, KeyNone());

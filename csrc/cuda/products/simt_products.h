@@ -36,6 +36,7 @@ template <class T>
 struct PlainGradient {
   const T* e;  // [batch, stride], by plain_scores
   int64_t stride;
+  int64_t columns;    // from a row's begin on, of these classes: a multiple of 8
   const T* weighted;  // [batch, dim]
   ClassGradient classes;
 };

@@ -37,7 +37,7 @@ weight_gradient_kernel(WeightGradient task) {
     if (row < batch) {
       BFloat16* e = stages + stage * S::kStage;
       BFloat16* v = e + kDepth * S::kClasses;
-      fetch_block<kDepth, S::kClasses, S::kThreads>(task.e, row, batch, tile, task.stride, task.stride, e,
+      fetch_block<kDepth, S::kClasses, S::kThreads>(task.e, row, batch, tile, task.columns, task.stride, e,
                                                     S::kClasses, KeyInOrder());
       fetch_block<kDepth, S::kColumns, S::kThreads>(task.weighted, row, batch, 0, task.classes.dim,
                                                     task.classes.dim, v, S::kColumns, KeyInOrder());

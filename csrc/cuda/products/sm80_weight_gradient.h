@@ -11,6 +11,7 @@ namespace nf {
 struct WeightGradient {
   const BFloat16* e;         // [batch, stride], stored by sm80_scores.cu
   int64_t stride;            // a multiple of 8
+  int64_t columns;           // from a row's begin on, of these classes: a multiple of 8
   const BFloat16* weighted;  // [batch, dim], dim a multiple of 8 and at most kMostColumns
   ClassGradient classes;
 };
