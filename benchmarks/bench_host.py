@@ -4,8 +4,9 @@
 
 Whole calls are timed as `host.py` times them. The causes are timed one by one, each in a loop of its own, so
 they are hot and add up to a little less than the call: "checks" of the arguments, "plan" (remembered, as in
-every step but the first), "op" as the dispatcher is given it from Python, arithmetic and launches included,
-and "of it allocation": three small tensors as Python makes them, which is more than the kernels pay.
+every step but the first), and "op" as the dispatcher is given it from Python. Of that, "dispatch" is the op
+on no rows and one class: all of its arguments through the dispatcher, and their checks; "allocation" three
+small tensors as Python makes them, which is more than the kernels pay; "launch and arithmetic" what is left.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from cases import CASIA, SCALE, Case, head, make_inputs
 from competitors import EAGER, OURS
 from host import calls_of, microseconds
+from torch import Tensor
 
 from normface_ext.softmax import arguments, ops
 from normface_ext.softmax.options import HeadOptions
@@ -34,15 +36,16 @@ def causes(case: Case, device: str) -> dict[str, Callable[[], object]]:
     rows, classes = x.shape[0], weight.shape[0]
     told = arguments.loss_options(SCALE, options, x, weight, rows, classes)
 
-    def op() -> object:
-        return ops.softmax_loss(
-            x, weight, None, ops.NUMBERS, labels, None, None, ops.NO_INPUTS, told, (False,) * 6, False
-        )
+    def op_on(*tensors: Tensor) -> Callable[[], object]:
+        x, weight, labels = tensors
+        given = x, weight, None, ops.NUMBERS, labels, None, None, ops.NO_INPUTS, told, (False,) * 6, False
+        return lambda: ops.softmax_loss(*given)
 
     return {
         "checks": lambda: arguments.checked_inputs("host", x, weight, labels, SCALE, None, None, options),
         "plan": lambda: arguments.loss_options(SCALE, options, x, weight, rows, classes),
-        "op": op,
+        "op": op_on(x, weight, labels),
+        "of it dispatch": op_on(x[:0], weight[:1], labels[:0]),
         "of it allocation": lambda: [torch.empty(64, device=device) for _ in range(3)],
     }
 
@@ -58,14 +61,16 @@ def measured(case: Case, device: str) -> dict[str, dict[str, float]]:
     with torch.no_grad():
         for name, call in causes(case, device).items():
             table[name] = {OURS: microseconds(call, device)}
+    left = table["op"][OURS] - table["of it dispatch"][OURS] - table["of it allocation"][OURS]
+    table["of it launch and arithmetic"] = {OURS: left}
     return table
 
 
 def shown(case: Case, table: dict[str, dict[str, float]]) -> str:
-    lines = [f"{case.name}", f"{'':22}{'ours':>9}{'eager':>9}{'ratio':>8}"]
+    lines = [f"{case.name}", f"{'':28}{'ours':>9}{'eager':>9}{'ratio':>8}"]
     for name, of in table.items():
         eager = f"{of[EAGER]:9.1f}{of[OURS] / of[EAGER]:8.2f}" if EAGER in of else ""
-        lines.append(f"{name:22}{of[OURS]:9.1f}{eager}")
+        lines.append(f"{name:28}{of[OURS]:9.1f}{eager}")
     return "\n".join(lines)
 
 
