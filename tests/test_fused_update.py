@@ -505,3 +505,22 @@ def test_the_registry_lets_go():
     gc.collect()
     nf.optim.accumulate_in_place(nf.NormFaceLoss(4, 5)).remove()
     assert updates._count == len(updates._takers) == 0
+
+
+def test_a_head_that_nobody_takes_compiles_whole_beside_one_that_is_taken():
+    taken, free = (nf.NormFaceLoss(16, 50, scale=8.0) for _ in range(2))
+    optimizer = nf.optim.FusedSGD(taken, lr=0.1)
+    x, labels = torch.randn(8, 16), torch.randint(50, (8,))
+    compiled = torch.compile(free, fullgraph=True, backend="aot_eager")
+    compiled(x, labels).backward()
+    gradient = free.weight.grad
+    free.weight.grad = None
+    free(x, labels).backward()
+    torch.testing.assert_close(gradient, free.weight.grad)
+    # A weight that is taken later is moved all the same.
+    optimizer.release()
+    later = nf.optim.FusedSGD(free, lr=0.1)
+    free.weight.grad, before = None, free.weight.detach().clone()
+    torch.compile(free, backend="aot_eager")(x, labels).backward()
+    torch.testing.assert_close(free.weight.detach(), before - 0.1 * gradient)
+    later.release()

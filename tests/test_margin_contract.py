@@ -170,7 +170,9 @@ def test_a_function_of_the_cosines_returns_a_number_per_row(given, error, got, g
     )
     with pytest.raises(error, match=rf"{sentence}.*, got {got}$"):
         loss_with(Says(lambda cosine: given), margin_gradient=gradient)
-    assert loss_with(Says(lambda cosine: cosine - 0.3)) == loss_with(nf.CosFace(0.3))
+    # Torch finishes the one, the kernels the other: the same but for the last digit of a float64.
+    right = loss_with(nf.CosFace(0.3))
+    torch.testing.assert_close(loss_with(Says(lambda cosine: cosine - 0.3)), right, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

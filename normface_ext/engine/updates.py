@@ -64,6 +64,7 @@ class Taker(ABC):
 
 _takers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _count = 0  # how many there are, a plain number for torch.compile to guard on
+_MARK = "_normface_taken"  # of a taken weight: torch.compile follows no table of weak references
 _apply_eagerly: Any = None  # made with the first taker: torch.compiler.disable imports what torch.compile is
 
 
@@ -79,6 +80,7 @@ def put(weight: Tensor, taker: Taker) -> None:
         why = "normface_ext: a weight is updated in backward, which no compiled graph can do"
         _apply_eagerly = torch.compiler.disable(_apply, reason=why)
     _takers[weight] = taker
+    setattr(weight, _MARK, True)
     _counted()
 
 
@@ -89,19 +91,22 @@ def taken_by(weight: Tensor) -> Taker | None:
 
 def takes(weight: Tensor) -> bool:
     """Whether somebody takes the gradient of ``weight``."""
-    return _count > 0 and taken_by(weight) is not None
+    if _count == 0 or not hasattr(weight, _MARK):
+        return False
+    return torch.compiler.is_compiling() or taken_by(weight) is not None
 
 
 def remove(weight: Tensor, taker: Taker) -> None:
     """No longer to this one."""
     if _takers.get(weight) is taker:
         del _takers[weight]
+        delattr(weight, _MARK)
     _counted()
 
 
 def of(weight: Tensor, needed: bool) -> Taker | None:
     """In the forward of a Function: who takes the gradient, if somebody does."""
-    if _count == 0 or not needed:
+    if _count == 0 or not needed or torch.compiler.is_compiling():  # then nobody does: see `apply`
         return None
     taker = taken_by(weight)
     if taker is not None:
@@ -113,11 +118,11 @@ def _apply(apply: Callable[..., Any], *arguments: Any) -> Any:
     return apply(*arguments)
 
 
-def apply(function: Any, *arguments: Any) -> Any:
-    """``function.apply``; where a weight may be updated in backward, not as a part of a compiled graph."""
-    if _count > 0 and torch.compiler.is_compiling():
-        return _apply_eagerly(function.apply, *arguments)
-    return function.apply(*arguments)
+def apply(function: Any, x: Tensor, weight: Tensor, *arguments: Any) -> Any:
+    """``function.apply``; where the weight may be updated in backward, not as a part of a compiled graph."""
+    if _count > 0 and torch.compiler.is_compiling() and hasattr(weight, _MARK):
+        return _apply_eagerly(function.apply, x, weight, *arguments)
+    return function.apply(x, weight, *arguments)
 
 
 class Taking(NamedTuple):
