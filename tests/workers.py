@@ -35,6 +35,7 @@ WITH_PROCESSES = (
     "test_sphereface",
     "test_compile",
     "test_every_head",
+    "test_fused_shards",
 )
 
 
