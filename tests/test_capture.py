@@ -126,6 +126,10 @@ def test_every_op_only_launches(capturing, table, dtype):
     for case in TABLES[table](dtype):
         if "active_limit" in case.name:  # the length of a list is read, which is off in a capture
             continue
+        if " in backward by " in case.name:  # refused: a replay would repeat this very step's numbers
+            with pytest.raises(RuntimeError, match="expected a backward that no CUDA graph captures"):
+                case.ours(*case.inputs)
+            continue
         asked, launched, _ = second_call(lambda case=case: case.ours(*case.inputs))
         assert asked == [] and launched, (case.name, asked)
 
