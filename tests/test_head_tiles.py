@@ -1,24 +1,14 @@
 """Tiles of classes on the CPU: how wide they are, and the second sweep over those that were kept."""
 
 import math
-from contextlib import contextmanager
 
 import pytest
 import torch
+from thread_count import threads
 
 import normface_ext as nf
 
 LINE = 16  # floats of a cache line
-
-
-@contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from kernel_cases.engine_ops import arguments, backward, sweep
 from kernel_cases.plain_terms import CASES
 from lanes import LANES
+from thread_count import threads
 
 N, D, C = 24, 32, 700
-
-
-@contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])

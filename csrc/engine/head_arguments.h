@@ -64,6 +64,17 @@ struct SweepOptions : HeadOptions {
 struct HeadInputs : SweepOptions {
   Tensor x, weight, labels;
   std::optional<Tensor> scale, threshold, numbers, class_weight;
+
+  // What every one of them begins with; where the class weights stand is the op's.
+  template <class F>
+  void each_input(F&& f) {
+    f("x", x);
+    f("weight", weight);
+    f("labels", labels);
+    f("scale", scale);
+    f("threshold", threshold);
+    f("numbers", numbers);
+  }
 };
 
 // rows [kRowFields, N] float64, inverse_norm [C] that of the weight, x_sum [N, D] = sum over the other classes
@@ -85,12 +96,7 @@ struct HeadSweepArguments : HeadInputs {
 
   template <class F>
   void each(F&& f) {
-    f("x", x);
-    f("weight", weight);
-    f("labels", labels);
-    f("scale", scale);
-    f("threshold", threshold);
-    f("numbers", numbers);
+    each_input(f);
     f("sample_weight", sample_weight);
     f("class_weight", class_weight);
     f("shift", shift);
@@ -115,12 +121,7 @@ struct HeadShiftArguments : HeadInputs {
 
   template <class F>
   void each(F&& f) {
-    f("x", x);
-    f("weight", weight);
-    f("labels", labels);
-    f("scale", scale);
-    f("threshold", threshold);
-    f("numbers", numbers);
+    each_input(f);
     f("ignore_index", ignore_index);
     SweepOptions::each(f);
   }
@@ -186,12 +187,7 @@ struct HeadBackwardTensors : HeadInputs {
   void each(F&& f) {
     f("grad_loss", grad_loss);
     f("slopes", slopes);
-    f("x", x);
-    f("weight", weight);
-    f("labels", labels);
-    f("scale", scale);
-    f("threshold", threshold);
-    f("numbers", numbers);
+    each_input(f);
     f("class_weight", class_weight);
     f("rows", rows);
     f("inverse_norm", inverse_norm);

@@ -34,12 +34,7 @@ struct SoftmaxLossArguments : HeadInputs, LossOptions {
 
   template <class F>
   void each(F&& f) {
-    f("x", x);
-    f("weight", weight);
-    f("labels", labels);
-    f("scale", scale);
-    f("threshold", threshold);
-    f("numbers", numbers);
+    each_input(f);
     f("m1", m1);
     f("m2", m2);
     f("m3", m3);
@@ -65,12 +60,7 @@ struct SoftmaxLossBackwardArguments : HeadInputs {
   void each(F&& f) {
     f("grad_loss", grad_loss);
     f("saved", saved);
-    f("x", x);
-    f("weight", weight);
-    f("labels", labels);
-    f("scale", scale);
-    f("threshold", threshold);
-    f("numbers", numbers);
+    each_input(f);
     f("class_weight", class_weight);
     parts.each(f);
     f("need_x", need_x);
