@@ -74,11 +74,19 @@ def parse(report: str, arch: str, file: str) -> list[Kernel]:
     return kernels
 
 
+def target_of(build: dict[str, Any], source: Path, arch: str) -> str | None:
+    """What a source is compiled for where `arch` is wanted; None if its kernels are for another."""
+    prefix, only = build["SM90A"]
+    if not source.name.startswith(prefix):
+        return arch
+    return "sm_90a" if arch.removeprefix("sm_").rstrip("a") == only.replace(".", "").rstrip("a") else None
+
+
 def compile_for(arch: str, source: Path, command: list[str]) -> list[Kernel]:
     with tempfile.TemporaryDirectory() as folder:
         full = [
             *command,
-            f"-arch={arch}",
+            f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}",
             "-cubin",
             "-Xptxas=-v",
             "-o",
@@ -139,7 +147,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     budget: dict[str, Any] = json.loads(BUDGET.read_text())
     archs = options.arch or budget["architectures"]
-    work = [(arch, source) for arch in archs for source in sorted((ROOT / "csrc" / "cuda").glob("*/*.cu"))]
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*/*.cu"))
+    work = [
+        (target, source) for arch in archs for source in sources if (target := target_of(build, source, arch))
+    ]
     if not work:
         raise SystemExit("ptxas_report: no .cu file in csrc/cuda")
     with ThreadPoolExecutor(options.jobs) as pool:
