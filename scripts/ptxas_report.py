@@ -11,8 +11,8 @@ kernel is named with its template arguments, or without them for all of its inst
 
 Kernels that only compute capability 9.0 has (sm90_*.cu) are in the budget one by one, under "sm_90a": the
 most registers a thread has at the launch, and the instructions that must stand in the machine code, which
-nvdisasm reads (`pip install nvidia-cuda-nvdisasm`). A remark of ptxas that products wait for each other, or that
-a change of registers was left out (C75..), is a complaint.
+nvdisasm reads (`pip install nvidia-cuda-nvdisasm`). A remark of ptxas that products wait for each other, or
+that a change of registers was left out (C75..), is a complaint.
 """
 
 from __future__ import annotations
