@@ -67,12 +67,13 @@ struct Sm80Scores {
 
 // sm90_scores.cu: a producer of boxes, and consumers that take the tiles of a block in turn.
 struct Sm90Scores {
-  static constexpr int kTile = 128, kClasses = 128;       // rows and classes
-  static constexpr int kMostColumns = 512;                // x_hat's rows stay in shared memory
-  static constexpr int kBox = 128 * kBlock;               // values of x_hat's rows, or of the classes, of 64 columns
-  static constexpr int kStages = 5;                       // of classes
-  static constexpr int kConsumers = 2;                    // warpgroups
-  static constexpr int kStoreRows = 16, kStore = kStoreRows * kBlock;  // of E, of each of a consumer's four warps
+  static constexpr int kTile = 128, kClasses = 128;  // rows and classes
+  static constexpr int kMostColumns = 512;           // x_hat's rows stay in shared memory
+  static constexpr int kBox = 128 * kBlock;  // values of x_hat's rows, or of the classes, of 64 columns
+  static constexpr int kStages = 5;          // of classes
+  static constexpr int kConsumers = 2;       // warpgroups
+  static constexpr int kStoreRows = 16,
+                       kStore = kStoreRows * kBlock;  // of E, of each of a consumer's four warps
   static constexpr int kBarriers = kMostColumns / kBlock + 2 * kStages;
   static constexpr int64_t kMostTiles = 256;  // as above
   static constexpr int kMostPerRow = Sm80Scores::kMostPerRow, kMostNumbers = Sm80Scores::kMostNumbers;

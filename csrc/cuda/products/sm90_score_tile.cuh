@@ -24,9 +24,7 @@ constexpr int kHalves = 2, kHalfRows = 64, kRegisters = kHalfRows * Tiles::kClas
 constexpr int kHeldRows = 2 * kHalves;
 constexpr int kPairs = kBlock / 8;  // of 64 classes
 
-NF_DEVICE int held_row(int r) {
-  return r / 2 * kHalfRows + warp_id() % 4 * 16 + r % 2 * 8 + lane_id() / 4;
-}
+NF_DEVICE int held_row(int r) { return r / 2 * kHalfRows + warp_id() % 4 * 16 + r % 2 * 8 + lane_id() / 4; }
 
 // The consumers, without the producer.
 struct Consumers {

@@ -32,8 +32,8 @@ constexpr int numbers_per_row(bool scale_per_row) {
 // row's own. kLargest: the largest cosine as well.
 template <class Term, bool kLargestOnly, bool kPerRow, bool kLargest>
 NF_KERNEL_RESIDENT(kThreads, 1)
-wgmma_score_kernel(NF_TENSOR_MAP x_map, NF_TENSOR_MAP w_map, NF_TENSOR_MAP e_map, ScoreTask task,
-                   int64_t tiles_per_block) {
+sm90_score_kernel(NF_TENSOR_MAP x_map, NF_TENSOR_MAP w_map, NF_TENSOR_MAP e_map, ScoreTask task,
+                  int64_t tiles_per_block) {
   const double s = kPerRow ? 0.0 : task.rows.scale.at(0);
   if (kLargestOnly && !kPerRow && task.window.serves(s)) return;
 
@@ -93,8 +93,7 @@ wgmma_score_kernel(NF_TENSOR_MAP x_map, NF_TENSOR_MAP w_map, NF_TENSOR_MAP e_map
       const bool exists = i < task.batch;
       target[team.me()] = exists ? int(target_place(task.rows.labels[i], task.first, task.width)) : -1;
       if constexpr (Term::kSoftmax) shifts[team.me()] = exists ? float(task.rows.shift[i] * kUnit) : 0.0f;
-      if constexpr (Term::kThreshold)
-        thresholds[team.me()] = exists ? float(task.rows.threshold[i]) : 0.0f;
+      if constexpr (Term::kThreshold) thresholds[team.me()] = exists ? float(task.rows.threshold[i]) : 0.0f;
       if constexpr (kPerRow) scales[team.me()] = exists ? float(task.rows.scale.at(i) * kUnit) : 0.0f;
     }
     if (team.me() < Term::kNumbers) numbers[team.me()] = float(task.rows.numbers[team.me()]);
@@ -122,8 +121,8 @@ wgmma_score_kernel(NF_TENSOR_MAP x_map, NF_TENSOR_MAP w_map, NF_TENSOR_MAP e_map
       multiply_tile(x, w, pipeline, steps, tile - first_tile == me, at, acc);
 
       const int64_t tile_class = tile * Tiles::kClasses;
-      const int exist = int(task.width - tile_class < Tiles::kClasses ? task.width - tile_class
-                                                                      : int64_t(Tiles::kClasses));
+      const int exist =
+          int(task.width - tile_class < Tiles::kClasses ? task.width - tile_class : int64_t(Tiles::kClasses));
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         float part[2] = {}, part_second[2] = {};  // of this tile
@@ -229,14 +228,15 @@ int64_t tiles_per_block(const Queue& queue, int64_t batch, int64_t width) {
 
 template <bool kLargestOnly, class Term>
 void run(Queue& queue, const ScoreTask& task) {
-  static_assert(numbers_per_row<Term>(Term::kSoftmax) <= Tiles::kMostPerRow &&
-                    Term::kNumbers <= Tiles::kMostNumbers,
-                "a term says more than engine/tiles.h has shared memory for");
+  static_assert(
+      numbers_per_row<Term>(Term::kSoftmax) <= Tiles::kMostPerRow && Term::kNumbers <= Tiles::kMostNumbers,
+      "a term says more than engine/tiles.h has shared memory for");
   STD_TORCH_CHECK(task.width <= INT32_MAX - 256,
                   "sm90_scores: expected at most 2^31 - 257 classes at once, got ",
                   task.width);  // a lane counts them in 32 bits
   if (task.batch == 0 || task.width == 0) return;
-  const TensorMap x = tensor_map("x_hat", task.x_hat, ScalarType::Half, task.batch, task.dim, task.dim, kTile),
+  const TensorMap x = tensor_map("x_hat", task.x_hat, ScalarType::Half, task.batch, task.dim, task.dim,
+                                 kTile),
                   w = tensor_map("w_hat", task.w_hat, ScalarType::Half, task.width, task.dim, task.dim,
                                  Tiles::kClasses);
   const TensorMap e = task.e == nullptr ? TensorMap{}
@@ -245,10 +245,9 @@ void run(Queue& queue, const ScoreTask& task) {
   const Grid grid{Tiles::row_blocks(task.batch) * sm90_score_splits(queue, task.batch, task.width)};
   const auto with = [&]<bool kPerRow>() {
     const int64_t shared = Tiles::shared(task.dim, numbers_per_row<Term>(kPerRow), Term::kNumbers);
-    launch(kLargestOnly ? "wgmma_score_largest" : "wgmma_score_fold", queue,
-           !kLargestOnly && task.sums.largest
-               ? wgmma_score_kernel<Term, kLargestOnly, kPerRow, !kLargestOnly>
-               : wgmma_score_kernel<Term, kLargestOnly, kPerRow, false>,
+    launch(kLargestOnly ? "sm90_score_largest" : "sm90_score_fold", queue,
+           !kLargestOnly && task.sums.largest ? sm90_score_kernel<Term, kLargestOnly, kPerRow, !kLargestOnly>
+                                              : sm90_score_kernel<Term, kLargestOnly, kPerRow, false>,
            grid, kThreads, size_t(shared), x, w, e, task, tiles_per_block(queue, task.batch, task.width));
   };
   if constexpr (Term::kSoftmax)  // the others have no scale
