@@ -28,6 +28,11 @@ constexpr int numbers_per_row(bool scale_per_row) {
   return int(Term::kSoftmax) + int(Term::kThreshold) + int(scale_per_row);
 }
 
+// Sigmoids are so long that a second way through them, for cells that all count, would be dearer to fetch than what it
+// leaves out.
+template <class Term>
+constexpr bool kOneWay = !Term::kSoftmax && Term::kNumbers > 0;
+
 // kLargestOnly: the first of two passes, for scales outside the fixed shift's window. kPerRow: the scale is a
 // row's own. kLargest: the largest cosine as well.
 template <class Term, bool kLargestOnly, bool kPerRow, bool kLargest>
@@ -158,7 +163,7 @@ sm90_score_kernel(NF_TENSOR_MAP x_map, NF_TENSOR_MAP w_map, NF_TENSOR_MAP e_map,
                 }
               }
             };
-            if (warp_any(here < kBlock - pair || unsigned(own + pair) < kBlock))
+            if (kOneWay<Term> || warp_any(here < kBlock - pair || unsigned(own + pair) < kBlock))
               fold.template operator()<true>();
             else
               fold.template operator()<false>();
