@@ -66,7 +66,11 @@ sm90_score_kernel(NF_TENSOR_MAP x_map, NF_TENSOR_MAP w_map, NF_TENSOR_MAP e_map,
   const int64_t end_tile =
       first_tile + tiles_per_block < all_tiles ? first_tile + tiles_per_block : all_tiles;
 
+  const bool stores = !kLargestOnly && task.e != nullptr;
   if (thread_id() == 0) {
+    prefetch_map(x_map);
+    prefetch_map(w_map);
+    if (stores) prefetch_map(e_map);
     for (int k = 0; k < Tiles::kBarriers; ++k) barrier_init(barriers + k, 1);
     fence_barriers();
   }
@@ -114,7 +118,6 @@ sm90_score_kernel(NF_TENSOR_MAP x_map, NF_TENSOR_MAP w_map, NF_TENSOR_MAP e_map,
     }
 
     const int me = team.me() / kWarpgroup, pair = 2 * (lane_id() % 4), key = lane_id() / 4;
-    const bool stores = !kLargestOnly && task.e != nullptr;
     BFloat16* box = e + team.me() / kWarp * Tiles::kStore;  // this warp's
     RingPlace<kStages> at(0);
     for (int64_t tile = first_tile; tile < end_tile; ++tile) {
