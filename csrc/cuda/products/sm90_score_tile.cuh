@@ -26,12 +26,15 @@ constexpr int kPairs = kBlock / 8;  // of 64 classes
 
 NF_DEVICE int held_row(int r) { return r / 2 * kHalfRows + warp_id() % 4 * 16 + r % 2 * 8 + lane_id() / 4; }
 
+// Barriers of some warps: that of all consumers, and for each the one of its turn to multiply.
+constexpr int kAllConsumers = 1, kTurns = 2;
+
 // The consumers, without the producer.
 struct Consumers {
-  static constexpr int kBarrier = 1, kCount = Tiles::kConsumers * kWarpgroup;
+  static constexpr int kCount = Tiles::kConsumers * kWarpgroup;
   NF_DEVICE int threads() const { return kCount; }
   NF_DEVICE int me() const { return thread_id() - kWarpgroup; }
-  NF_DEVICE void sync() const { sync_threads(kBarrier, kCount); }
+  NF_DEVICE void sync() const { sync_threads(kAllConsumers, kCount); }
 };
 
 // Which stages are there, and which may be filled again.
@@ -41,9 +44,12 @@ struct Pipeline {
   Barrier* empty;  // [kStages]
 };
 
-// acc = x_hat w_hat^T of a tile, whose boxes of classes are the next `steps` of the ring.
+// acc = x_hat w_hat^T of a tile, whose boxes of classes are the next `steps` of the ring. `all_there` is called when
+// the last of them has come.
+template <class AllThere>
 NF_DEVICE void multiply_tile(const Half* x, const Half* w, const Pipeline& pipeline, int steps,
-                             bool first_tile, RingPlace<kStages>& at, float (&acc)[kHalves][kRegisters]) {
+                             bool first_tile, const AllThere& all_there, RingPlace<kStages>& at,
+                             float (&acc)[kHalves][kRegisters]) {
   const bool frees = thread_id() % kWarpgroup == 0;  // for its warpgroup, whose products end together
   Barrier* before = nullptr;
   for (int step = 0; step < steps; ++step) {
@@ -63,6 +69,7 @@ NF_DEVICE void multiply_tile(const Half* x, const Half* w, const Pipeline& pipel
     before = pipeline.empty + at.stage;
     at.advance();
   }
+  all_there();
   wgmma_wait<0>(acc[0], acc[1]);
   if (frees) barrier_arrive(before);
 }

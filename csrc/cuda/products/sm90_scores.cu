@@ -2,8 +2,9 @@
 //
 // A block owns kTile rows of x_hat, which stay in shared memory, and walks over some tiles of classes. One warpgroup,
 // the producer, fetches: x_hat once, w_hat in boxes of 64 columns through a ring of stages that knows no tiles. Two
-// others, the consumers, take the tiles in turn, so that one makes coefficients while the other multiplies: which of
-// them a box is for decides its place in the ring, and no other order is needed. A consumer's warp puts 16 rows x 64
+// others, the consumers, take the tiles in turn, so that one makes coefficients while the other multiplies. A consumer
+// turns to the ring when the other's last box has come: a phase of a stage can be told from the one before it, not from
+// the one before that. A consumer's warp puts 16 rows x 64
 // classes of E into a box of its own, from which a bulk copy takes them to memory. Rows and classes beyond the edge are
 // zero, and left out of sums and stores.
 //
@@ -125,8 +126,14 @@ sm90_score_kernel(NF_TENSOR_MAP x_map, NF_TENSOR_MAP w_map, NF_TENSOR_MAP e_map,
         for (int step = 0; step < steps; ++step) at.advance();
         continue;
       }
+      // All boxes of the tile before have come, before this one's are waited for.
+      if (tile > first_tile) sync_threads(kTurns + me, Consumers::kCount);
       float acc[kHalves][kRegisters];
-      multiply_tile(x, w, pipeline, steps, tile - first_tile == me, at, acc);
+      static_assert(Tiles::kConsumers == 2, "the next turn is the other consumer's");
+      const auto next_turn = [&] {
+        if (tile + 1 < end_tile) arrive_threads(kTurns + 1 - me, Consumers::kCount);
+      };
+      multiply_tile(x, w, pipeline, steps, tile - first_tile == me, next_turn, at, acc);
 
       const int64_t tile_class = tile * Tiles::kClasses;
       const int exist =
