@@ -24,7 +24,6 @@ CHOICES = {
     "tensor cores again": ("sm80_weight_gradient", False),
     "single sweep": ("sm80_single_sweep", False),
     "wgmma scores": ("sm90_scores", True),
-    "wgmma scores again": ("sm90_scores", False),
 }
 #: The same for wider operands.
 PLAIN = {
