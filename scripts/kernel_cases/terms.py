@@ -13,12 +13,13 @@ from normface_ext.engine.row_state import LARGEST, SECOND_SUM, SHIFT, SINKS, SUM
 
 from . import engine_ops, plain_terms
 from .case import Case, Results, labels, randn
+from .softmax import is_here
 
 BATCH, DIM, CLASSES, CHUNK = 17, 40, 101, 37
 CAPACITY = 5
 #: Products (csrc/engine/products.h) that know every term, for 16-bit operands and for wider ones; others
 #: have the softmax's alone.
-NARROW = ["cublas", "sm80_scores", "sm80_weight_gradient", "sm90_scores"]
+NARROW = list(filter(is_here, ["cublas", "sm80_scores", "sm80_weight_gradient", "sm90_scores"]))
 WIDE = ["cublas"]
 #: x_sum made in the first sweep and the coefficients in the second, or the other way round.
 WAYS = {"again": (True, False), "stored": (False, True)}
