@@ -28,7 +28,7 @@ def swept(x, weight, labels, product, **options):
     ],
 )
 def test_many_tiles_of_a_block(cuda_lane, monkeypatch, batch, dim, classes):  # noqa: F811
-    """The ring begins anew at every place of a tile, the last tile has few classes; in any order of threads."""
+    """The ring begins anew at every place of a tile, the last tile has few classes; any order of threads."""
     if not is_here("sm90_scores"):
         pytest.skip("a GPU of another architecture")
     x, weight = (cuda_lane.randn(n, dim, dtype=torch.float16, seed=n) for n in (batch, classes))
