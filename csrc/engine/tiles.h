@@ -102,6 +102,8 @@ struct Sm90WeightGradient {
   }
 };
 
+constexpr int64_t kSm90GradientColumns = 512;
+
 // f.template operator()<S>() with the one for these columns.
 template <class F>
 constexpr auto dispatch_sm90_gradient(int64_t dim, const F& f) {
@@ -191,6 +193,10 @@ constexpr int64_t sm80_scores_shared(int64_t dim) {
 constexpr int64_t sm80_weight_gradient_shared(int64_t dim) {
   const int64_t gradient =
       dispatch_gradient(dim, [&]<int kAcross>() { return Sm80WeightGradient<kAcross>::shared(); });
+  return most(sm80_scores_shared(dim), gradient);
+}
+constexpr int64_t sm90_weight_gradient_shared(int64_t dim) {
+  const int64_t gradient = dispatch_sm90_gradient(dim, [&]<class S>() { return S::shared(); });
   return most(sm80_scores_shared(dim), gradient);
 }
 constexpr int64_t sm80_single_sweep_shared(int64_t dim) {

@@ -23,6 +23,8 @@ CHOICES = {
     "tensor cores": ("sm80_weight_gradient", True),
     "tensor cores again": ("sm80_weight_gradient", False),
     "single sweep": ("sm80_single_sweep", False),
+    "wgmma gradient": ("sm90_weight_gradient", True),
+    "wgmma gradient again": ("sm90_weight_gradient", False),
 }
 #: The same for wider operands.
 PLAIN = {

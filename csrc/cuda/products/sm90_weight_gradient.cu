@@ -138,6 +138,15 @@ class Multiplier {
   NF_DEVICE void release(int stage) const {
     if (lane_id() == 0) barrier_arrive(room_.empty + stage);
   }
+  // A stage whose rows are being copied away is given back when the warp has begun something else: the ring is longer
+  // than a tile's parts, so what it begins is there by then.
+  NF_DEVICE void release_copied() {
+    static_assert(S::kParts < S::kStages);
+    if (copied_ < 0) return;
+    if (lane_id() == 0) wait_stores_read<0>();
+    release(copied_);
+    copied_ = -1;
+  }
 
   NF_DEVICE void multiply(float (&g)[S::kDown][kValues]) {
     int last = -1;
@@ -161,6 +170,7 @@ class Multiplier {
                                                           rows_of_k(v + k * kBoxBytes, S::kBox), true);
       wgmma_commit();
       wgmma_wait<1>();  // the stage before this one has been read
+      release_copied();
       if (last >= 0) release(last);
       last = at_.stage;
     }
@@ -225,6 +235,10 @@ class Multiplier {
     constexpr int kStrips = S::kPartClasses / kStrip, kWide = kBoxBytes / int(sizeof(W));
 #pragma unroll 1
     for (int part = 0; part < S::kParts; ++part, at_.advance()) {
+      bool own = false;
+#pragma unroll
+      for (int m = 0; m < S::kDown; ++m) own |= strip(m) / kStrips == part;
+      if (own) release_copied();
       barrier_wait(room_.full + at_.stage, at_.parity);
 #pragma unroll
       for (int m = 0; m < S::kDown; ++m) {
@@ -240,10 +254,10 @@ class Multiplier {
           for (int box = 0; box < S::kWide / kWide; ++box)
             store_box(dw, first, first_column() + box * kWide, rows + box * S::kWBox);
           commit_stores();
-          wait_stores_read<0>();
         }
+        copied_ = at_.stage;
       }
-      release(at_.stage);
+      if (!own) release(at_.stage);
     }
   }
 
@@ -268,6 +282,7 @@ class Multiplier {
   const ClassGradient& task_;
   const int warp_, group_;
   RingPlace<S::kStages> at_{0};
+  int copied_ = -1;
 };
 
 template <class Tile, class W>
@@ -302,9 +317,10 @@ sm90_weight_gradient_kernel(NF_TENSOR_MAP e, NF_TENSOR_MAP weighted, NF_TENSOR_M
 
 void sm90_weight_gradient(Queue& queue, const WeightGradient& task) {
   const ClassGradient& of = task.classes;
-  STD_TORCH_CHECK(of.dim % 8 == 0 && of.dim <= kMostColumns && takes_sm90_weight_gradient(task),
-                  "sm90_weight_gradient: expected rows, and a multiple of 8 columns, at most 512, got [",
-                  of.batch, ", ", of.dim, "]");
+  STD_TORCH_CHECK(
+      of.dim % 8 == 0 && of.dim <= tiles::kSm90GradientColumns && takes_sm90_weight_gradient(task),
+      "sm90_weight_gradient: expected rows, and a multiple of 8 columns, at most 512, got [", of.batch, ", ",
+      of.dim, "]");
   if (of.width == 0) return;
   constexpr const char* kName = "sm90_weight_gradient";
   tiles::dispatch_sm90_gradient(of.dim, [&]<class Tile>() {
