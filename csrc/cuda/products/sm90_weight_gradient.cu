@@ -174,8 +174,10 @@ class Multiplier {
       if (last >= 0) release(last);
       last = at_.stage;
     }
-#pragma unroll
-    for (int m = 0; m < S::kDown; ++m) wgmma_wait<0>(g[m]);
+    if constexpr (S::kDown == 1)
+      wgmma_wait<0>(g[0]);
+    else
+      wgmma_wait<0>(g[0], g[1]);
     release(last);
   }
 
