@@ -95,7 +95,8 @@ NF_DEVICE void count_tiles(const Room<Tile>& room, const ClassGradient& task) {
 #pragma unroll 4
     for (int64_t i = lane_id(); i < task.batch; i += kWarp)
       count_target<S::kClasses>(task, tile, i, room.counts);
-    barrier_arrive(room.counted);
+    sync_warp();  // all lanes' counts, before they are announced
+    if (lane_id() == 0) barrier_arrive(room.counted);
   }
 }
 
@@ -299,7 +300,7 @@ sm90_weight_gradient_kernel(NF_TENSOR_MAP e, NF_TENSOR_MAP weighted, NF_TENSOR_M
       barrier_init(room.full + stage, 1);
       barrier_init(room.empty + stage, S::kWarps);
     }
-    barrier_init(room.counted, kWarp);
+    barrier_init(room.counted, 1);
     barrier_init(room.taken, S::kWarps);
     fence_barriers();
   }
