@@ -112,6 +112,16 @@ constexpr Cost sm90_scores_again(const ProductShape& s, const DeviceFacts& d) {
   return unit_rows(s, *d.rates, 1) + overlapped_scores(s, *d.rates, d.rates->sm90_scores.value);
 }
 
+// Arithmetic, E and what a block reads of the weighted features, once for each of its tiles, run beside each other.
+constexpr Cost sm90_backward(const ProductShape& s, const DeviceFacts& d) {
+  const Rates& r = *d.rates;
+  const double reads = double(s.dim * s.item) /
+                       tiles::dispatch_sm90_gradient(s.dim, [&]<class S>() { return double(S::kClasses); });
+  const double product = larger(flops(s) / r.sm90_weight_gradient.value, reads / r.cache_bandwidth.value);
+  return {larger(product, double(s.item) / r.bandwidth.value),
+          2 * double(s.dim * s.wide()) / r.bandwidth.value, 1};
+}
+
 // Two products a pass, and E nowhere in memory.
 constexpr Cost sweep_pass(const ProductShape& s, const Rates& r, double rate) {
   return {2 * flops(s) / rate + 1 / r.exponentials.value, 0, 1};
@@ -208,6 +218,9 @@ constexpr int64_t sm80_gradient_shared(const ProductShape& s) {
   return tiles::sm80_weight_gradient_shared(s.dim);
 }
 constexpr int64_t sm90_scores_shared(const ProductShape& s) { return tiles::sm90_scores_shared(s.dim); }
+constexpr int64_t sm90_gradient_shared(const ProductShape& s) {
+  return tiles::most(tiles::sm90_scores_shared(s.dim), tiles::sm90_weight_gradient_shared(s.dim));
+}
 constexpr int64_t sm80_sweep_shared(const ProductShape& s) { return tiles::sm80_single_sweep_shared(s.dim); }
 constexpr int64_t simt_shared(const ProductShape& s) {
   return s.item == 4 ? tiles::simt_shared<4>(s.dim) : tiles::simt_shared<8>(s.dim);

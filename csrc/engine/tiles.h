@@ -112,6 +112,41 @@ struct Sm80WeightGradient {
   static constexpr int64_t shared() { return array_bytes(kStages * kStage, 2) + array_bytes(kClasses, 4); }
 };
 
+// sm90_weight_gradient.cu. Two warpgroups multiply; each has kDown_ tiles of 64 classes x kWide_ columns, and they stand
+// along the classes or, with kAcross_ = 2, along the columns.
+template <int kAcross_, int kDown_, int kWide_>
+struct Sm90WeightGradient {
+  static constexpr int kAcross = kAcross_, kDown = kDown_, kWide = kWide_;
+  static constexpr int kMultipliers = 2;  // warpgroups
+  static constexpr int kClasses = 64 * kDown * kMultipliers / kAcross;
+  static constexpr int kColumns = kWide * kAcross;
+  static constexpr int kDepth = 32;  // rows of the batch per stage
+  static constexpr int kStageBytes = 2 * kDepth * (kClasses + kColumns);
+  static constexpr int kStages = 216 * 1024 / kStageBytes;
+  // After a tile's product its rows of W pass through the stages, so many classes each.
+  static constexpr int kStrip = 16;  // classes of a warp
+  static constexpr int kPartClasses = kStrip * (kStageBytes >= 2 * kStrip * 4 * kColumns ? 2 : 1);
+  static constexpr int kParts = kClasses / kPartClasses;
+  static_assert(kStageBytes >= 4 * kPartClasses * kColumns);
+  static constexpr int kTargetRows = 4;  // of classes that rows have as their target, finished at a time
+
+  static constexpr int64_t shared() {
+    return int64_t(kStages) * kStageBytes + array_bytes(kTargetRows * kColumns, 4) +
+           array_bytes(kClasses, 4) + array_bytes(2 * kAcross * kClasses, 4) + 2 * array_bytes(kStages, 8) +
+           2 * array_bytes(1, 8);
+  }
+};
+
+constexpr int64_t kSm90GradientColumns = 512;
+
+// f.template operator()<S>() with the one for these columns.
+template <class F>
+constexpr auto dispatch_sm90_gradient(int64_t dim, const F& f) {
+  if (dim <= 128) return f.template operator()<Sm90WeightGradient<1, 2, 128>>();
+  if (dim <= 256) return f.template operator()<Sm90WeightGradient<1, 1, 256>>();
+  return f.template operator()<Sm90WeightGradient<2, 1, 256>>();
+}
+
 // sm80_single_sweep.cu, for rows of kColumns.
 template <int kColumns>
 struct Sm80SingleSweep {
@@ -196,6 +231,10 @@ constexpr int64_t sm90_scores_shared(int64_t dim) {
 constexpr int64_t sm80_weight_gradient_shared(int64_t dim) {
   const int64_t gradient =
       dispatch_gradient(dim, [&]<int kAcross>() { return Sm80WeightGradient<kAcross>::shared(); });
+  return most(sm80_scores_shared(dim), gradient);
+}
+constexpr int64_t sm90_weight_gradient_shared(int64_t dim) {
+  const int64_t gradient = dispatch_sm90_gradient(dim, [&]<class S>() { return S::shared(); });
   return most(sm80_scores_shared(dim), gradient);
 }
 constexpr int64_t sm80_single_sweep_shared(int64_t dim) {

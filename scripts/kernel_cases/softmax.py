@@ -25,6 +25,8 @@ CHOICES = {
     "single sweep": ("sm80_single_sweep", False),
     "wgmma scores": ("sm90_scores", True),
     "wgmma scores again": ("sm90_scores", False),
+    "wgmma gradient": ("sm90_weight_gradient", True),
+    "wgmma gradient again": ("sm90_weight_gradient", False),
 }
 #: The same for wider operands.
 PLAIN = {

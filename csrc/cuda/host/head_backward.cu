@@ -7,7 +7,7 @@
 #include "cuda/host/head_stages.h"
 #include "cuda/host/outputs.h"
 #include "cuda/host/update_rows.h"
-#include "cuda/products/sm80_weight_gradient.h"
+#include "cuda/products/sm90_weight_gradient.h"
 
 namespace nf {
 namespace {
@@ -106,9 +106,12 @@ struct WeightGradients {
   void from_e(Queue& queue, const Chunk& of, void* e, int64_t stride, const Array& product) const {
     const int64_t N = head.batch, D = head.dim;
     if constexpr (std::is_same_v<T, float>) {
-      if (head.makers.gradient == Maker::kSm80)
-        return weight_gradient(queue, {static_cast<const BFloat16*>(e), stride, of.stride(),
-                                       data_of<const BFloat16>(factors.weighted), classes(of)});
+      if (head.makers.gradient == Maker::kSm80 || head.makers.gradient == Maker::kSm90) {
+        const WeightGradient task{static_cast<const BFloat16*>(e), stride, of.stride(),
+                                  data_of<const BFloat16>(factors.weighted), classes(of)};
+        const bool wgmma = head.makers.gradient == Maker::kSm90 && takes_sm90_weight_gradient(task);
+        return wgmma ? sm90_weight_gradient(queue, task) : weight_gradient(queue, task);
+      }
     }
     if (head.plain_products())
       return plain_gradient<T>(queue, {static_cast<const T*>(e), stride, of.stride(),
