@@ -70,7 +70,7 @@ NF_DEVICE void finish_held_classes(const ClassGradient& task, int64_t first, con
   const auto* uniform = static_cast<const float*>(task.uniform);
   const auto* class_weights = static_cast<const float*>(task.class_weights);
   const int first_column = lane_id() % 4 * 2;
-#pragma unroll
+#pragma unroll 1  // one body for both, with the second's values moved to where the first's were
   for (int h = 0; h < 2; ++h) {
     const int64_t place = first + 8 * h + lane_id() / 4, j = task.first + place;
     const bool exists = place < task.width;
@@ -81,7 +81,7 @@ NF_DEVICE void finish_held_classes(const ClassGradient& task, int64_t first, con
       for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
         for (int k = 0; k < 2; ++k)
-          if (8 * n < task.dim) g[4 * n + 2 * h + k] += of_class * uniform[8 * n + first_column + k];
+          if (8 * n < task.dim) g[4 * n + k] += of_class * uniform[8 * n + first_column + k];
     }
     task.weight.visit<float>([&]<class S>(const S* weight) {
       const S* from = weight + j * task.dim + first_column;
@@ -95,8 +95,7 @@ NF_DEVICE void finish_held_classes(const ClassGradient& task, int64_t first, con
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
-        for (int k = 0; k < 2; ++k)
-          radial += float(w[n].at[k]) * scale.outer * scale.inner * g[4 * n + 2 * h + k];
+        for (int k = 0; k < 2; ++k) radial += float(w[n].at[k]) * scale.outer * scale.inner * g[4 * n + k];
       radial += shuffle_xor(radial, 1);
       radial += shuffle_xor(radial, 2);
       if (!exists) return;
@@ -109,12 +108,14 @@ NF_DEVICE void finish_held_classes(const ClassGradient& task, int64_t first, con
         for (int k = 0; k < 2; ++k) {
           const float y = float(w[n].at[k]) * scale.outer * scale.inner;
           const float dw =
-              math::normalize_vjp<float>(g[4 * n + 2 * h + k], y, radial, scale.outer, scale.inner, 0.0f);
+              math::normalize_vjp<float>(g[4 * n + k], y, radial, scale.outer, scale.inner, 0.0f);
           out.at[k] = S(held_finite<S>(dw, scale.norm, float(task.eps), 2));
         }
         store_pair(to + 8 * n, out, task.vectors);
       }
     });
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) g[4 * n] = g[4 * n + 2], g[4 * n + 1] = g[4 * n + 3];
   }
 }
 

@@ -156,7 +156,7 @@ sm90_sweep_gradient_kernel(SweepGradient task, NF_TENSOR_MAP w_map, NF_TENSOR_MA
   int* counts = shared.take<int>(2 * kTile);  // of two tiles: rows that have the class for a target
   float* target_rows = shared.take<float>(S::kWarps * kColumns);
   const int batch = int(task.classes.batch), steps = (batch + S::kKeys - 1) / S::kKeys;
-  const int64_t first_tile = block_id() * kTile, apart = block_count() * kTile, width = task.classes.width;
+  const int tiles = int((task.classes.width + kTile - 1) / kTile);
 
   if (warpgroup_id() == kCopier) {
     registers_down<kBackwardCopier>();
@@ -164,16 +164,16 @@ sm90_sweep_gradient_kernel(SweepGradient task, NF_TENSOR_MAP w_map, NF_TENSOR_MA
     if (warp == 0 && lane_id() == 0) {
       RingPlace<1> q(1);
       typename S::Place at(1);
-      for (int64_t tile = first_tile; tile < width; tile += apart, q.advance()) {
+      for (int tile = int(block_id()); tile < tiles; tile += int(block_count()), q.advance()) {
         barrier_wait(b.q_free, q.parity);
-        load_rows<kTile, kColumns>(b.q, w_map, tile, b.q_full);
+        load_rows<kTile, kColumns>(b.q, w_map, int64_t(tile) * kTile, b.q_full);
         feed<kColumns>(b, x_map, weighted_map, 0, batch, at);
       }
     } else if (warp == 1) {
       RingPlace<2> place(1);
       typename S::Place at(1);
-      for (int64_t tile = first_tile; tile < width; tile += apart, place.advance()) {
-        const int first_class = int(task.classes.first + tile);
+      for (int tile = int(block_id()); tile < tiles; tile += int(block_count()), place.advance()) {
+        const int first_class = int(task.classes.first) + tile * kTile;
         int* own_rows = counts + place.stage * kTile;
         barrier_wait(b.counts_free + place.stage, place.parity);
         for (int c = lane_id(); c < kTile; c += kWarp) own_rows[c] = 0;
@@ -181,18 +181,19 @@ sm90_sweep_gradient_kernel(SweepGradient task, NF_TENSOR_MAP w_map, NF_TENSOR_MA
         for (int key = 0; key < batch; key += S::kKeys, at.advance()) {
           barrier_wait(b.rows_free + at.stage, at.parity);
           const SweepRow first = task.rows[key];
-          bool mixed = false, own = false;
+          int mine = 0;  // of this lane's keys
           for (int r = lane_id(); r < S::kKeys; r += kWarp) {
             // Beyond the batch they have a finite E, which meets weighted features of 0.
             const SweepRow row = key + r < batch ? task.rows[key + r] : SweepRow{0, 0, -1};
             rows[at.stage * S::kKeys + r] = row;
-            mixed |= row.slope != first.slope || row.offset != first.offset;
+            if (row.slope != first.slope || row.offset != first.offset) mine |= kMixed;
             const int c = row.label - first_class;
-            if (unsigned(c) >= kTile) continue;
-            own = true;
-            if (task.classes.target[key + r] != 0.0) atomic_add(own_rows + c, 1);
+            if (unsigned(c) < kTile) {
+              mine |= kOwn;
+              if (task.classes.target[key + r] != 0.0) atomic_add(own_rows + c, 1);
+            }
           }
-          const int kind = (warp_any(mixed) ? kMixed : 0) | (warp_any(own) ? kOwn : 0);
+          const int kind = (warp_any(mine & kMixed) ? kMixed : 0) | (warp_any(mine & kOwn) ? kOwn : 0);
           if (lane_id() == 0) kinds[at.stage] = kind;
           sync_warp();  // what all lanes wrote, before one of them says so
           if (lane_id() == 0) barrier_arrive(b.rows_full + at.stage);
@@ -205,8 +206,8 @@ sm90_sweep_gradient_kernel(SweepGradient task, NF_TENSOR_MAP w_map, NF_TENSOR_MA
     RingPlace<1> q(0);
     RingPlace<2> place(0);
     typename S::Place at(0);
-    for (int64_t tile = first_tile; tile < width; tile += apart, q.advance(), place.advance()) {
-      const int first_class = int(task.classes.first + tile);
+    for (int tile = int(block_id()); tile < tiles; tile += int(block_count()), q.advance(), place.advance()) {
+      const int first_class = int(task.classes.first) + tile * kTile;
       const auto weigh = [&](int, const typename S::Place& of, float (&scores)[S::kScores]) {
         barrier_wait(b.rows_full + of.stage, of.parity);
         const int kind = kinds[of.stage];
@@ -249,7 +250,7 @@ sm90_sweep_gradient_kernel(SweepGradient task, NF_TENSOR_MAP w_map, NF_TENSOR_MA
       barrier_wait(b.q_full, q.parity);
       if (steps > 0) sweep<kColumns>(b, steps, at, weigh, out);
       if (thread_id() % kWarpgroup == 0) barrier_arrive(b.q_free);
-      finish_held_classes<kColumns>(task.classes, tile + warp_id() * kWarpClasses,
+      finish_held_classes<kColumns>(task.classes, int64_t(tile) * kTile + warp_id() * kWarpClasses,
                                     counts + place.stage * kTile + warp_id() * kWarpClasses,
                                     target_rows + warp_id() * kColumns, out);
       sync_warp();  // the reads of all lanes, before one of them says so
