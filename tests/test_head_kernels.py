@@ -17,7 +17,7 @@ import normface_ext as nf
 from normface_ext import testing
 from normface_ext.engine import native
 
-SWEEP_COLUMNS = 256
+SWEEPS, SWEEP_COLUMNS = ("single sweep", "wgmma sweep"), 256
 planning = importlib.import_module("normface_ext.engine.plan")  # the package has a function of that name
 
 
@@ -42,7 +42,7 @@ def choose(monkeypatch, choice, chunk, *, again=False):
 )
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.float16)], ids=str)
 def test_every_choice(cuda_lane, monkeypatch, choice, batch, dim, classes, chunk, dtypes):
-    if choice == "single sweep":
+    if choice in SWEEPS:
         dim = min(dim, SWEEP_COLUMNS)
     choose(monkeypatch, choice, chunk)
     x, weight, labels = sample(cuda_lane, batch, dim, classes, *dtypes)
@@ -190,12 +190,13 @@ def test_shards_add_up_to_the_whole(cuda_lane, monkeypatch, choice, scale):
         assert error < 1e-2, f"{name}: {error:.2e}"
 
 
-def test_the_single_sweep_keeps_its_word(cuda_lane, monkeypatch):
+@pytest.mark.parametrize("choice", SWEEPS)
+def test_the_single_sweep_keeps_its_word(cuda_lane, monkeypatch, choice):
     """Peak memory beyond inputs and gradients."""
     if cuda_lane.device.type == "cuda":
         pytest.skip("test_gpu.py measures the card's memory")
     batch, dim, classes = 20, 40, 700
-    choose(monkeypatch, "single sweep", classes)
+    choose(monkeypatch, choice, classes)
     name, *_ = planning._asked
     said = native.workspace_bytes(name, native.Step(batch, dim, classes, 2), planning.EMULATED, classes)
     x, weight, labels = sample(cuda_lane, batch, dim, classes, torch.bfloat16)
@@ -229,6 +230,7 @@ def launches(function) -> list[str]:
     [
         (torch.bfloat16, None, 6),
         (torch.bfloat16, "single sweep", 6),
+        (torch.bfloat16, "wgmma sweep", 7),
         (torch.float32, None, 6),
         (torch.float64, None, 6),
     ],

@@ -66,56 +66,70 @@ NF_DEVICE math::RowScale<float> held_scale(const ClassGradient& task, int64_t pl
 template <int kColumns>
 NF_DEVICE void finish_held_classes(const ClassGradient& task, int64_t first, const int* counts, float* row,
                                    float (&g)[kColumns / 2]) {
-  add_held_targets<kColumns>(task, first, counts, row, g);
+  if (task.batch > 0) add_held_targets<kColumns>(task, first, counts, row, g);
   const auto* uniform = static_cast<const float*>(task.uniform);
   const auto* class_weights = static_cast<const float*>(task.class_weights);
   const int first_column = lane_id() % 4 * 2;
-#pragma unroll 1  // one body for both, with the second's values moved to where the first's were
-  for (int h = 0; h < 2; ++h) {
-    const int64_t place = first + 8 * h + lane_id() / 4, j = task.first + place;
-    const bool exists = place < task.width;
-    const math::RowScale<float> scale = held_scale(task, place);
-    if (uniform != nullptr) {
-      const float of_class = exists && class_weights != nullptr ? class_weights[j] : 1.0f;
+  // Of the lane's two classes both at once, where registers have room for their rows of W; else one after the other,
+  // by the same code, with the second's values moved to where the first's were.
+  constexpr int kAtOnce = kColumns <= 128 ? 2 : 1;
+#pragma unroll 1
+  for (int round = 0; round < 2 / kAtOnce; ++round) {
+    int64_t j[kAtOnce];
+    bool exists[kAtOnce];
+    math::RowScale<float> scale[kAtOnce];
+#pragma unroll
+    for (int h = 0; h < kAtOnce; ++h) {
+      const int64_t place = first + 8 * (round + h) + lane_id() / 4;
+      j[h] = task.first + place, exists[h] = place < task.width;
+      scale[h] = held_scale(task, place);
+      if (uniform == nullptr) continue;
+      const float of_class = exists[h] && class_weights != nullptr ? class_weights[j[h]] : 1.0f;
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
         for (int k = 0; k < 2; ++k)
-          if (8 * n < task.dim) g[4 * n + k] += of_class * uniform[8 * n + first_column + k];
+          if (8 * n < task.dim) g[4 * n + 2 * h + k] += of_class * uniform[8 * n + first_column + k];
     }
     task.weight.visit<float>([&]<class S>(const S* weight) {
-      const S* from = weight + j * task.dim + first_column;
-      Vector<S, 2> w[kColumns / 8];
+      Vector<S, 2> w[kAtOnce][kColumns / 8];
 #pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n) {
-        w[n] = {};
-        if (exists && 8 * n < task.dim) w[n] = load_pair(from + 8 * n, task.vectors);
-      }
-      float radial = 0;
+      for (int h = 0; h < kAtOnce; ++h)
 #pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n)
-#pragma unroll
-        for (int k = 0; k < 2; ++k) radial += float(w[n].at[k]) * scale.outer * scale.inner * g[4 * n + k];
-      radial += shuffle_xor(radial, 1);
-      radial += shuffle_xor(radial, 2);
-      if (!exists) return;
-      S* to = static_cast<S*>(task.dw.data) + (j - task.dw_first) * task.dim + first_column;
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n) {
-        if (8 * n >= task.dim) continue;
-        Vector<S, 2> out;
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const float y = float(w[n].at[k]) * scale.outer * scale.inner;
-          const float dw =
-              math::normalize_vjp<float>(g[4 * n + k], y, radial, scale.outer, scale.inner, 0.0f);
-          out.at[k] = S(held_finite<S>(dw, scale.norm, float(task.eps), 2));
+        for (int n = 0; n < kColumns / 8; ++n) {
+          w[h][n] = {};
+          if (exists[h] && 8 * n < task.dim)
+            w[h][n] = load_pair(weight + j[h] * task.dim + 8 * n + first_column, task.vectors);
         }
-        store_pair(to + 8 * n, out, task.vectors);
+#pragma unroll
+      for (int h = 0; h < kAtOnce; ++h) {
+        const float outer = scale[h].outer, inner = scale[h].inner;
+        float radial = 0;
+#pragma unroll
+        for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+          for (int k = 0; k < 2; ++k) radial += float(w[h][n].at[k]) * outer * inner * g[4 * n + 2 * h + k];
+        radial += shuffle_xor(radial, 1);
+        radial += shuffle_xor(radial, 2);
+        if (!exists[h]) continue;
+        S* to = static_cast<S*>(task.dw.data) + (j[h] - task.dw_first) * task.dim + first_column;
+#pragma unroll
+        for (int n = 0; n < kColumns / 8; ++n) {
+          if (8 * n >= task.dim) continue;
+          Vector<S, 2> out;
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            const float y = float(w[h][n].at[k]) * outer * inner;
+            const float dw = math::normalize_vjp<float>(g[4 * n + 2 * h + k], y, radial, outer, inner, 0.0f);
+            out.at[k] = S(held_finite<S>(dw, scale[h].norm, float(task.eps), 2));
+          }
+          store_pair(to + 8 * n, out, task.vectors);
+        }
       }
     });
+    if constexpr (kAtOnce == 1)
 #pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) g[4 * n] = g[4 * n + 2], g[4 * n + 1] = g[4 * n + 3];
+      for (int n = 0; n < kColumns / 8; ++n) g[4 * n] = g[4 * n + 2], g[4 * n + 1] = g[4 * n + 3];
   }
 }
 

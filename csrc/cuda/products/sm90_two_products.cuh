@@ -181,5 +181,20 @@ NF_DEVICE void sweep(const Buffers<kColumns>& b, int steps, typename Shape<kColu
   at.advance();
 }
 
+// f.template operator()<kColumns>()
+template <class F>
+auto dispatch_columns(int64_t dim, const F& f) {
+  STD_TORCH_CHECK(dim % 8 == 0 && dim <= tiles::kSm90SweepColumns,
+                  "single_sweep: expected a multiple of 8 columns, at most 256, got ", dim);
+  return tiles::dispatch_sweep(dim, f);
+}
+
+// Rows and classes are counted in 32 bits inside the kernels.
+void check_counts(const char* name, int64_t batch, int64_t classes) {
+  constexpr int64_t kMost = INT32_MAX - 256;
+  STD_TORCH_CHECK(batch <= kMost && classes <= kMost, name, ": expected at most ", kMost,
+                  " rows and classes, got ", batch, " and ", classes);
+}
+
 }  // namespace
 }  // namespace nf
