@@ -13,7 +13,7 @@ from normface_ext.engine.row_state import LARGEST, ROW_FIELDS, SINKS
 
 N, D, C = 9, 16, 45
 #: Every product but the single sweep, which has no room for it: (name, operands of 16 bits).
-PRODUCTS = [("cublas", True), ("cublas", False), ("simt", False), ("sm80_scores", True)]
+PRODUCTS = [("cublas", True), ("cublas", False), ("simt", False), ("sm80_scores", True), ("sm90_scores", True)]
 ROOM = {torch.float64: 1e-13, torch.float32: 1e-6}
 
 

@@ -36,6 +36,12 @@ constexpr Cost own_scores(const ProductShape& s, const Rates& r, double rate) {
   return operand(s, r) +
          Cost{flops(s) / rate + double(s.item) / r.bandwidth.value + 1 / r.exponentials.value, 0, 1};
 }
+// Arithmetic, traffic of E and exponentials go on side by side.
+constexpr Cost overlapped_scores(const ProductShape& s, const Rates& r, double rate) {
+  return operand(s, r) +
+         Cost{larger(larger(flops(s) / rate, double(s.item) / r.bandwidth.value), 1 / r.exponentials.value),
+              0, 1};
+}
 constexpr Cost class_sums(const ProductShape& s, const Rates& r) {
   return operand(s, r) + Cost{library_cell(s, r, s.item), 0, 1};
 }
@@ -96,6 +102,14 @@ constexpr Cost sm80_backward(const ProductShape& s, const DeviceFacts& d) {
 }
 constexpr Cost sm80_again(const ProductShape& s, const DeviceFacts& d) {
   return unit_rows(s, *d.rates, 1) + own_scores(s, *d.rates, d.rates->sm80_scores.value);
+}
+
+constexpr Cost sm90_scores_forward(const ProductShape& s, const DeviceFacts& d) {
+  const Rates& r = *d.rates;
+  return unit_rows(s, r, 2) + overlapped_scores(s, r, r.sm90_scores.value) + class_sums(s, r);
+}
+constexpr Cost sm90_scores_again(const ProductShape& s, const DeviceFacts& d) {
+  return unit_rows(s, *d.rates, 1) + overlapped_scores(s, *d.rates, d.rates->sm90_scores.value);
 }
 
 // Two products a pass, and E nowhere in memory.
@@ -174,15 +188,23 @@ constexpr Workspace wide_workspace(const ProductShape& s, const DeviceFacts&, in
 // Partial sums of a row: a pair of every block that it has, perhaps its largest cosine, and of the first pass its
 // largest logit. A row has no more blocks than tiles of classes, nor more than fill the device some times over, as
 // long as those are enough.
-constexpr Workspace sm80_workspace(const ProductShape& s, const DeviceFacts& d, int64_t) {
-  using Tiles = tiles::Sm80Scores;
-  constexpr int64_t kPartial = 28 * kParts, kColumns = 2 * Tiles::kWarpColumns;
+template <class Tiles>
+constexpr Workspace split_workspace(const ProductShape& s, int64_t columns, int64_t blocks) {
+  constexpr int64_t kPartial = 28 * kParts;
   Workspace w = chunk_workspace(s, 0, 0);
   w.count = 2;
-  w.fixed[1] = w.fixed[0] + Polynomial{kPartial / (kColumns * Tiles::kMostTiles), 0, 2 * kPartial,
-                                       kPartial * Tiles::kTile * Tiles::blocks(2, d.multiprocessors)};
-  w.fixed[0] = w.fixed[0] + Polynomial{kPartial / kColumns, 0, kPartial, 0};
+  w.fixed[1] = w.fixed[0] + Polynomial{kPartial / (columns * Tiles::kMostTiles), 0, 2 * kPartial,
+                                       kPartial * Tiles::kTile * blocks};
+  w.fixed[0] = w.fixed[0] + Polynomial{kPartial / columns, 0, kPartial, 0};
   return w;
+}
+constexpr Workspace sm80_workspace(const ProductShape& s, const DeviceFacts& d, int64_t) {
+  using Tiles = tiles::Sm80Scores;
+  return split_workspace<Tiles>(s, 2 * Tiles::kWarpColumns, Tiles::blocks(2, d.multiprocessors));
+}
+constexpr Workspace sm90_scores_workspace(const ProductShape& s, const DeviceFacts& d, int64_t) {
+  using Tiles = tiles::Sm90Scores;
+  return split_workspace<Tiles>(s, Tiles::kClasses, Tiles::kMostRounds * d.multiprocessors);
 }
 
 constexpr Workspace single_sweep_workspace(const ProductShape& s, int64_t splits) {
@@ -205,6 +227,7 @@ constexpr int64_t sm80_scores_shared(const ProductShape& s) { return tiles::sm80
 constexpr int64_t sm80_gradient_shared(const ProductShape& s) {
   return tiles::sm80_weight_gradient_shared(s.dim);
 }
+constexpr int64_t sm90_scores_shared(const ProductShape& s) { return tiles::sm90_scores_shared(s.dim); }
 constexpr int64_t sm80_sweep_shared(const ProductShape& s) { return tiles::sm80_single_sweep_shared(s.dim); }
 constexpr int64_t sm90_sweep_shared(const ProductShape& s) { return tiles::sm90_single_sweep_shared(s.dim); }
 constexpr int64_t simt_shared(const ProductShape& s) {

@@ -23,6 +23,8 @@ CHOICES = {
     "tensor cores": ("sm80_weight_gradient", True),
     "tensor cores again": ("sm80_weight_gradient", False),
     "single sweep": ("sm80_single_sweep", False),
+    "wgmma scores": ("sm90_scores", True),
+    "wgmma scores again": ("sm90_scores", False),
     "wgmma sweep": ("sm90_single_sweep", False),
 }
 #: The same for wider operands.

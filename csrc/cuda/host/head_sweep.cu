@@ -114,7 +114,7 @@ struct Sweep : SweepScratch {
       const Tensor largest = head.buffer(splits, head.batch, ScalarType::Float);
       ScoreTask task = head.score_task(of, x_hat, w_hat, terms, {rows, nullptr, nullptr});
       task.largest = data_of<float>(largest);
-      score_largest(queue, task);
+      (head.makers.scores == Maker::kSm90 ? sm90_score_largest : score_largest)(queue, task);
       update_shift(queue, {task.largest, splits, 1, head.batch, false, 0, 1}, x_sum);
     }
   }
