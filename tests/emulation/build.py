@@ -38,8 +38,13 @@ SANITIZED = os.environ.get("NORMFACE_SANITIZE") == "1"
 # GCC's sanitizers report to hooks.cpp; other compilers call theirs differently.
 CXX = os.environ.get("CXX", "g++") if "clang" not in os.environ.get("CXX", "") else "g++"
 
-ENGINE = [HERE / name for name in ("block.cpp", "fibre.cpp", "runtime.cpp", "shared.cpp", "watch.cpp")]
-NAMESPACES = {"emulation": "normface_emulation", "faults": "normface_faults", "cpu": "normface_sanitized"}
+ENGINE = [path for path in sorted(HERE.glob("*.cpp")) if path.name not in ("hooks.cpp", "library.cpp")]
+NAMESPACES = {
+    "emulation": "normface_emulation",
+    "faults": "normface_faults",
+    "faults_hopper": "normface_faults_hopper",
+    "cpu": "normface_sanitized",
+}
 
 COMMON = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra"]
 COMMON += ["-DNF_SM90A", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{HERE}", f"-I{CSRC}"]
@@ -60,8 +65,8 @@ def unavailable() -> str | None:
 
 
 def sources_of(library: str) -> list[Path]:
-    if library == "faults":
-        return [HERE / "faults.cu"]
+    if library.startswith("faults"):
+        return [HERE / f"{library}.cu"]
     folder = sorted(
         (CSRC / "cuda").glob("*/*.cu") if library == "emulation" else (CSRC / "cpu").glob("*.cpp")
     )
@@ -88,8 +93,9 @@ def ninja_file(library: str, sanitize: bool) -> str:
     ]
     sources = sources_of(library)
     if library != "cpu":
-        # The sanitizers' own libraries take the place of the hooks.
-        sources += ENGINE + ([] if sanitize else [HERE / "hooks.cpp"])
+        # The sanitizers' own libraries take the place of the hooks. First, since of a template of the standard library
+        # that both use the linker takes the first, and the engine's own accesses are nobody's to watch.
+        sources = ENGINE + ([] if sanitize else [HERE / "hooks.cpp"]) + sources
     objects = [f"{source.name}.o" for source in sources]
     for source, built in zip(sources, objects, strict=True):
         escaped = str(source).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
