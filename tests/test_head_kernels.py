@@ -51,6 +51,19 @@ def test_every_choice(cuda_lane, monkeypatch, choice, batch, dim, classes, chunk
     check(cuda_lane, x, weight, labels, cuda_lane.tensor(30.0, grad=True), margin=nf.CosFace(0.2))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [16, 72, 256])
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+def test_a_ring_of_stages_goes_round(cuda_lane, monkeypatch, dim, order):
+    """Blocks of many steps in both directions, and in backward of more than one tile."""
+    monkeypatch.setenv("NORMFACE_EMULATION_ORDER", order)
+    choose(monkeypatch, "wgmma sweep", 800)
+    x, weight, labels = sample(cuda_lane, 300, dim, 800, torch.bfloat16, torch.float32)
+    each = torch.linspace(20.0, 30.0, 300)  # stages of rows that are not alike
+    each[:128] = 25.0
+    assert_options_hold(x, weight, labels, {"margin": nf.CosFace(0.2)}, 5e-3, cuda_lane.tensor(each))
+
+
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("choice", PLAIN)
 @pytest.mark.parametrize(
@@ -112,12 +125,12 @@ def test_smoothing_and_class_weights(cuda_lane, monkeypatch, choice):
     assert_options_hold(x, weight, labels, options, 1e-2)
 
 
-def assert_options_hold(x, weight, labels, options, bound):
+def assert_options_hold(x, weight, labels, options, bound, scale=20.0):
     """Loss and gradients against the reference in float64, by the norm of the difference."""
     results = []
     for function, dtype in ((nf.functional, None), (nf.reference, torch.float64)):
         leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, weight)]
-        loss = function.normface_loss(*leaves, labels, 20.0, **options)
+        loss = function.normface_loss(*leaves, labels, scale, **options)
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     for name, got, truth in zip(("loss", "dx", "dw"), *results, strict=True):
         error = float((got.double() - truth).norm() / truth.norm())

@@ -162,7 +162,7 @@ NF_DEVICE void sweep(const Buffers<kColumns>& b, int steps, typename Shape<kColu
     barrier_wait(b.keys_full + at.stage, at.parity);
     barrier_wait(b.values_full + before.stage, before.parity);
     if (kTurns) sync_threads(kTurn + me, kWaiting);
-    wgmma_fence(scores, out);
+    wgmma_fence(scores, out, factor);
     start_scores();
     start_sums(before.stage);
     if (kTurns && (me == 0 || step < steps - 1)) arrive_threads(kTurn + other, kWaiting);
@@ -174,7 +174,7 @@ NF_DEVICE void sweep(const Buffers<kColumns>& b, int steps, typename Shape<kColu
     pack();
   }
   barrier_wait(b.values_full + at.stage, at.parity);
-  wgmma_fence(out);
+  wgmma_fence(out, factor);
   start_sums(at.stage);
   wgmma_wait<0>(out);
   if (speaks) barrier_arrive(b.values_free + at.stage);
