@@ -135,6 +135,21 @@ constexpr Cost sweep_backward(const ProductShape& s, const DeviceFacts& d) {
   const Cost write{0, 2 * double(s.dim * s.wide()) / r.epilogue.value, 0};
   return unit_rows(s, r, 1) + operand(s, r) + sweep_pass(s, r, r.sm80_sweep_gradient.value) + write;
 }
+// By wgmma exponentials hide behind the products, and so does the reading of W, of which E's columns are made again
+// while the next ones are multiplied.
+constexpr Cost overlapped_pass(const ProductShape& s, const Rates& r, double rate) {
+  return {larger(2 * flops(s) / rate, 1 / r.exponentials.value), 0, 1};
+}
+constexpr Cost sm90_sweep_forward(const ProductShape& s, const DeviceFacts& d) {
+  const Rates& r = *d.rates;
+  const Cost adds_splits{0, 0, 1};
+  return unit_rows(s, r, 2) + overlapped_pass(s, r, r.sm90_single_sweep.value) + adds_splits;
+}
+constexpr Cost sm90_sweep_backward(const ProductShape& s, const DeviceFacts& d) {
+  const Rates& r = *d.rates;
+  const Cost finish{0, 2 * double(s.dim * s.wide()) / r.bandwidth.value, 0};  // W read and dW written
+  return unit_rows(s, r, 1) + overlapped_pass(s, r, r.sm90_sweep_gradient.value) + finish;
+}
 constexpr Cost nothing(const ProductShape&, const DeviceFacts&) { return {0, 0, 0}; }
 
 // Bytes of a row's state, its slopes (row_state.h) and its gradients (cuda/device/backward_kernels.cuh), its
@@ -202,8 +217,7 @@ constexpr Workspace sm90_scores_workspace(const ProductShape& s, const DeviceFac
   return split_workspace<Tiles>(s, Tiles::kClasses, Tiles::kMostRounds * d.multiprocessors);
 }
 
-constexpr Workspace sweep_workspace(const ProductShape& s, const DeviceFacts& d, int64_t) {
-  const int64_t splits = tiles::sweep_splits(d.multiprocessors, s.dim, s.batch);
+constexpr Workspace single_sweep_workspace(const ProductShape& s, int64_t splits) {
   // x_hat, weighted features, x_sum and its parts; the rows' state and partial sums; norms of W. Per class unit
   // weights in two types.
   const int64_t row = (8 + 4 * splits) * s.dim + kRowBytes + hot_bytes(s) + 16 * splits;
@@ -211,6 +225,12 @@ constexpr Workspace sweep_workspace(const ProductShape& s, const DeviceFacts& d,
           .count = 1,
           .per_class = {0, 0, 0, kParts * 4 * s.dim},
           .stored = 0};
+}
+constexpr Workspace sweep_workspace(const ProductShape& s, const DeviceFacts& d, int64_t) {
+  return single_sweep_workspace(s, tiles::sweep_splits(d.multiprocessors, s.dim, s.batch));
+}
+constexpr Workspace sm90_sweep_workspace(const ProductShape& s, const DeviceFacts& d, int64_t) {
+  return single_sweep_workspace(s, tiles::sm90_sweep_splits(d.multiprocessors, s.batch));
 }
 
 constexpr int64_t sm80_scores_shared(const ProductShape& s) { return tiles::sm80_scores_shared(s.dim); }
@@ -222,6 +242,7 @@ constexpr int64_t sm90_gradient_shared(const ProductShape& s) {
   return tiles::most(tiles::sm90_scores_shared(s.dim), tiles::sm90_weight_gradient_shared(s.dim));
 }
 constexpr int64_t sm80_sweep_shared(const ProductShape& s) { return tiles::sm80_single_sweep_shared(s.dim); }
+constexpr int64_t sm90_sweep_shared(const ProductShape& s) { return tiles::sm90_single_sweep_shared(s.dim); }
 constexpr int64_t simt_shared(const ProductShape& s) {
   return s.item == 4 ? tiles::simt_shared<4>(s.dim) : tiles::simt_shared<8>(s.dim);
 }

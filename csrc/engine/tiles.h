@@ -162,7 +162,25 @@ struct Sm80SingleSweep {
   static constexpr int64_t shared() { return array_bytes(kFactors, 2) + array_bytes(kRows, 16); }
 };
 
-constexpr int64_t kSm80SweepColumns = 256;  // most of a row
+// sm90_single_sweep.cu, for rows of kColumns: two warpgroups that multiply, of 64 rows each, and one that copies.
+template <int kColumns>
+struct Sm90SingleSweep {
+  static constexpr int kTile = 128, kThreads = 3 * 128, kWarps = 8;  // that multiply
+  // The scores' factors both come from shared memory: for 64 keys as slowly as they are multiplied, for 128 at 3/4 of
+  // that. At 256 columns there are no registers for so many.
+  static constexpr int kKeys = kColumns <= 128 ? 128 : 64;
+  static constexpr int kStages = kColumns <= 64 ? 4 : 2;
+  static constexpr int kPart = kKeys * kColumns;                           // values of a stage of K, or of V
+  static constexpr int kFactors = kTile * kColumns + 2 * kStages * kPart;  // values of Q and all stages
+  static constexpr int kBarriers = 4 + 6 * kStages;
+  static constexpr int64_t forward_shared() { return array_bytes(kFactors, 2) + array_bytes(kBarriers, 8); }
+  static constexpr int64_t backward_shared() {
+    return forward_shared() + array_bytes(kStages * kKeys, 16) + array_bytes(kStages, 4) +
+           array_bytes(2 * kTile, 4) + array_bytes(kWarps * kColumns, 4);
+  }
+};
+
+constexpr int64_t kSm80SweepColumns = 256, kSm90SweepColumns = 256;  // most of a row
 constexpr int64_t kSm80GradientColumns =
     512;  // a block owns all columns of its classes: the radial part sums
 
@@ -188,6 +206,10 @@ constexpr int64_t sweep_splits(int64_t multiprocessors, int64_t dim, int64_t bat
     using S = Sm80SingleSweep<kColumns>;
     return at_least_one(S::kResident * multiprocessors / at_least_one(ceil_div(batch, S::kTile)));
   });
+}
+
+constexpr int64_t sm90_sweep_splits(int64_t multiprocessors, int64_t batch) {
+  return at_least_one(multiprocessors / at_least_one(ceil_div(batch, Sm90SingleSweep<64>::kTile)));
 }
 
 // simt_products.cu, on values of kItem bytes. Of rows of eight a thread has a value in each; float64 has half as
@@ -239,6 +261,9 @@ constexpr int64_t sm90_weight_gradient_shared(int64_t dim) {
 }
 constexpr int64_t sm80_single_sweep_shared(int64_t dim) {
   return dispatch_sweep(dim, [&]<int kColumns>() { return Sm80SingleSweep<kColumns>::shared(); });
+}
+constexpr int64_t sm90_single_sweep_shared(int64_t dim) {
+  return dispatch_sweep(dim, [&]<int kColumns>() { return Sm90SingleSweep<kColumns>::backward_shared(); });
 }
 template <int kItem>
 constexpr int64_t simt_shared(int64_t dim) {

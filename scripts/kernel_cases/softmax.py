@@ -27,6 +27,7 @@ CHOICES = {
     "wgmma scores again": ("sm90_scores", False),
     "wgmma gradient": ("sm90_weight_gradient", True),
     "wgmma gradient again": ("sm90_weight_gradient", False),
+    "wgmma sweep": ("sm90_single_sweep", False),
 }
 #: The same for wider operands.
 PLAIN = {
