@@ -98,6 +98,17 @@ constexpr Cost sm80_again(const ProductShape& s, const DeviceFacts& d) {
   return unit_rows(s, *d.rates, 1) + own_scores(s, *d.rates, d.rates->sm80_scores.value);
 }
 
+constexpr Cost tf32_forward(const ProductShape& s, const DeviceFacts& d) {
+  const Rates& r = *d.rates;
+  return unit_rows(s, r, 1) + own_scores(s, r, r.tf32x3_scores.value) + class_sums(s, r);
+}
+constexpr Cost tf32_backward(const ProductShape& s, const DeviceFacts& d) {
+  return own_gradient(s, *d.rates, d.rates->tf32x3_gradient.value);
+}
+constexpr Cost tf32_again(const ProductShape& s, const DeviceFacts& d) {
+  return unit_rows(s, *d.rates, 1) + own_scores(s, *d.rates, d.rates->tf32x3_scores.value);
+}
+
 // Two products a pass, and E nowhere in memory.
 constexpr Cost sweep_pass(const ProductShape& s, const Rates& r, double rate) {
   return {2 * flops(s) / rate + 1 / r.exponentials.value, 0, 1};
@@ -170,6 +181,11 @@ constexpr Workspace sm80_workspace(const ProductShape& s, const DeviceFacts& d, 
   return w;
 }
 
+// Partial sums of a row as of sm80_workspace, at most one for each tile of classes.
+constexpr Workspace tf32_workspace(const ProductShape& s, const DeviceFacts&, int64_t) {
+  return chunk_workspace(s, 0, kParts * 28 / tiles::Sm80Tf32Scores::kClasses);
+}
+
 constexpr Workspace sweep_workspace(const ProductShape& s, const DeviceFacts& d, int64_t) {
   const int64_t splits = tiles::sweep_splits(d.multiprocessors, s.dim, s.batch);
   // x_hat, weighted features, x_sum and its parts; the rows' state and partial sums; norms of W. Per class unit
@@ -186,6 +202,7 @@ constexpr int64_t sm80_gradient_shared(const ProductShape& s) {
   return tiles::sm80_weight_gradient_shared(s.dim);
 }
 constexpr int64_t sm80_sweep_shared(const ProductShape& s) { return tiles::sm80_single_sweep_shared(s.dim); }
+constexpr int64_t tf32_shared(const ProductShape& s) { return tiles::sm80_tf32x3_shared(s.dim); }
 constexpr int64_t simt_shared(const ProductShape& s) {
   return s.item == 4 ? tiles::simt_shared<4>(s.dim) : tiles::simt_shared<8>(s.dim);
 }

@@ -29,6 +29,8 @@ PLAIN = {
     "library": ("cublas", True),
     "plain": ("simt", True),
     "plain again": ("simt", False),
+    "tf32x3": ("sm80_tf32x3", True),
+    "tf32x3 again": ("sm80_tf32x3", False),
 }
 
 

@@ -19,7 +19,7 @@ CAPACITY = 5
 #: Products (csrc/engine/products.h) that know every term, for 16-bit operands and for wider ones; others
 #: have the softmax's alone.
 NARROW = ["cublas", "sm80_scores", "sm80_weight_gradient"]
-WIDE = ["cublas"]
+WIDE = ["cublas", "sm80_tf32x3"]
 #: x_sum made in the first sweep and the coefficients in the second, or the other way round.
 WAYS = {"again": (True, False), "stored": (False, True)}
 

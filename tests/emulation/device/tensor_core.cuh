@@ -2,12 +2,15 @@
 // whole matrices, works on those, and deals the result out again; where each element lies is the
 // table in the real header (PTX ISA, "Matrix Fragments for mma.m16n8k16").
 //
-// A tensor core adds in float, in an order of its own; here the order is that of the columns.
+// A tensor core adds in float, in an order of its own; here the order is that of the columns, but for tf32, whose
+// kernels promise more than one rounding of their factors: there it is the hardware's.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <device/launch.cuh>
 
@@ -52,6 +55,60 @@ void complete_mma(void* const* offers, unsigned) {
       const int row = lane / 4 + 8 * (i / 2);
       const int column = 2 * (lane % 4) + i % 2;
       for (int k = 0; k < 16; ++k) to.d[i] += a[row][k] * b[k][column];
+    }
+  }
+}
+
+// tf32 factors: the upper 19 bits of a float.
+inline float tf32_of(uint32_t word) {
+  word &= 0xffffe000u;
+  float value;
+  memcpy(&value, &word, sizeof(value));
+  return value;
+}
+
+// c + a · b of four columns in one step of the hardware: the products are exact, all five terms are cut off below
+// 2^-24 of the largest exponent (of a product, the sum of its factors'), and the sum is cut off to float. That is
+// compute capability 8.x, the coarsest that has tf32: 9.0 takes eight columns a step and cuts off one bit later.
+// After P. Xie et al., "MMA-Sim: Bit-Accurate Reference Model of Tensor Cores and Matrix Cores", arXiv:2511.10909;
+// M. Fasi et al., "Numerical behavior of NVIDIA tensor cores", PeerJ Computer Science 7 (2021) e330.
+inline float fused_step(const float* a, const float* b, float c) {
+  double exact = c;
+  for (int k = 0; k < 4; ++k) exact += double(a[k]) * double(b[k]);
+  if (!std::isfinite(exact)) return float(exact);
+  const auto exponent = [](float x) { return x == 0 ? -126 : std::max(std::ilogb(x), -126); };
+  int largest = exponent(c);
+  for (int k = 0; k < 4; ++k) largest = std::max(largest, exponent(a[k]) + exponent(b[k]));
+  const auto cut_off = [&](double term) { return std::trunc(std::ldexp(term, 24 - largest)); };
+  double sum = cut_off(c);
+  for (int k = 0; k < 4; ++k) sum += cut_off(double(a[k]) * double(b[k]));
+  sum = std::ldexp(sum, largest - 24);
+  const float nearest = float(sum);
+  return std::fabs(double(nearest)) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
+struct Tf32Fragments {
+  float* d;           // [4]
+  const uint32_t* a;  // [4]
+  const uint32_t* b;  // [2]
+  const float* c;     // [4]
+};
+
+inline void complete_mma_tf32(void* const* offers, unsigned) {
+  float a[16][8], b[8][8];  // b by columns
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto& from = *static_cast<Tf32Fragments*>(offers[lane]);
+    const int g = lane / 4;
+    const int t = lane % 4;
+    for (int part = 0; part < 4; ++part) a[g + part % 2 * 8][t + part / 2 * 4] = tf32_of(from.a[part]);
+    for (int part = 0; part < 2; ++part) b[g][t + part * 4] = tf32_of(from.b[part]);
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto& to = *static_cast<Tf32Fragments*>(offers[lane]);
+    for (int i = 0; i < 4; ++i) {
+      const float* row = a[lane / 4 + 8 * (i / 2)];
+      const float* column = b[2 * (lane % 4) + i % 2];
+      to.d[i] = fused_step(row + 4, column + 4, fused_step(row, column, to.c[i]));
     }
   }
 }
@@ -102,6 +159,12 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   emulation::Fragments offer{d, a, b};
   emulation::meet_warp("mma_bf16", kFullMask, where, &offer,
                        emulation::complete_mma<torch::headeronly::BFloat16>);
+}
+
+inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
+                     emulation::Where where = emulation::Where::current()) {
+  emulation::Tf32Fragments offer{d, a, b, c};
+  emulation::meet_warp("mma_tf32", kFullMask, where, &offer, emulation::complete_mma_tf32);
 }
 
 inline void load_matrix_x4(uint32_t (&r)[4], const void* shared_row,
