@@ -132,7 +132,7 @@ struct Sm80Tf32Scores {
   static constexpr int kSums = 3 * kAcross * kRows;
   // Of a row its TermRow and its target's place.
   static constexpr int64_t shared() {
-    return array_bytes(kStages * kStage, 4) + array_bytes(kSums, 8) + array_bytes(kRows, 12) +
+    return array_bytes(kStages * kStage, 4) + array_bytes(kSums, 8) + array_bytes(3 * kRows, 4) +
            array_bytes(kRows, 4) + array_bytes(Sm80Scores::kMostNumbers, 4);
   }
   static constexpr int64_t row_blocks(int64_t batch) { return ceil_div(batch, kRows); }

@@ -77,8 +77,8 @@ tf32_score_kernel(Tf32Scores task, int64_t tiles_per_block) {
   float* stages = shared.take<float>(S::kStages * S::kStage);
   // Two sums and the largest cosine, or the largest logit: [3, kAcross, kRows], each a lane's own while it adds.
   double* sums = shared.take<double>(S::kSums);
-  auto* of_rows = shared.take<math::TermRow<float>>(S::kRows);
-  int* target = shared.take<int>(S::kRows);  // the target's place among the classes
+  float* of_rows = shared.take<float>(3 * S::kRows);  // TermRow's numbers
+  int* target = shared.take<int>(S::kRows);           // the target's place among the classes
   float* numbers = Term::kNumbers > 0 ? shared.take<float>(Term::kNumbers) : nullptr;
 
   const int64_t row_blocks = S::row_blocks(task.batch), splits = block_count() / row_blocks;
@@ -121,7 +121,10 @@ tf32_score_kernel(Tf32Scores task, int64_t tiles_per_block) {
   if (thread_id() < S::kRows) {  // visible after the first step's barrier
     const int64_t i = first_row + thread_id();
     const bool exists = i < task.batch;
-    of_rows[thread_id()] = exists ? task.rows.at<float>(i) : math::TermRow<float>{};
+    const auto of_row = exists ? task.rows.at<float>(i) : math::TermRow<float>{};
+    of_rows[thread_id()] = of_row.scale;
+    of_rows[S::kRows + thread_id()] = of_row.shift;
+    of_rows[2 * S::kRows + thread_id()] = of_row.threshold;
     target[thread_id()] = exists ? int(target_place(task.rows.labels[i], task.first, task.width)) : -1;
   }
   if (thread_id() < Term::kNumbers) numbers[thread_id()] = float(task.rows.numbers[thread_id()]);
@@ -143,7 +146,8 @@ tf32_score_kernel(Tf32Scores task, int64_t tiles_per_block) {
 #pragma unroll
     for (int r = 0; r < kHeldRows; ++r) {
       const int row = held_row + 8 * r;
-      const Term term(of_rows[row], numbers);
+      const math::TermRow<float> of_row{of_rows[row], of_rows[S::kRows + row], of_rows[2 * S::kRows + row]};
+      const Term term(of_row, numbers);
       const int own_of_row = target[row] - tile_first - held_class;
       float* e = task.e + (first_row + row) * task.stride + tile_first + held_class;
       float value = 0, second = 0, largest = -INFINITY;
@@ -156,7 +160,7 @@ tf32_score_kernel(Tf32Scores task, int64_t tiles_per_block) {
           const float cosine = product[q][k / 2][r / 2][r % 2 * 2 + k % 2];
           const bool counts = k < exist && k != own;
           if constexpr (kLargestOnly) {
-            const float logit = of_rows[row].scale * term.logit(cosine);
+            const float logit = of_row.scale * term.logit(cosine);
             if (counts && logit > largest) largest = logit;
           } else {
             if constexpr (kLargest)

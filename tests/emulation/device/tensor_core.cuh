@@ -59,6 +59,12 @@ void complete_mma(void* const* offers, unsigned) {
   }
 }
 
+inline uint32_t bits_of(float value) {
+  uint32_t word;
+  memcpy(&word, &value, sizeof(word));
+  return word;
+}
+
 // tf32 factors: the upper 19 bits of a float.
 inline float tf32_of(uint32_t word) {
   word &= 0xffffe000u;
@@ -73,18 +79,19 @@ inline float tf32_of(uint32_t word) {
 // After P. Xie et al., "MMA-Sim: Bit-Accurate Reference Model of Tensor Cores and Matrix Cores", arXiv:2511.10909;
 // M. Fasi et al., "Numerical behavior of NVIDIA tensor cores", PeerJ Computer Science 7 (2021) e330.
 inline float fused_step(const float* a, const float* b, float c) {
-  double exact = c;
-  for (int k = 0; k < 4; ++k) exact += double(a[k]) * double(b[k]);
+  const double terms[] = {c, double(a[0]) * b[0], double(a[1]) * b[1], double(a[2]) * b[2],
+                          double(a[3]) * b[3]};
+  const double exact = terms[0] + terms[1] + terms[2] + terms[3] + terms[4];
   if (!std::isfinite(exact)) return float(exact);
-  const auto exponent = [](float x) { return x == 0 ? -126 : std::max(std::ilogb(x), -126); };
+  const auto exponent = [](float x) { return std::max(int(bits_of(x) >> 23 & 255), 1) - 127; };
   int largest = exponent(c);
   for (int k = 0; k < 4; ++k) largest = std::max(largest, exponent(a[k]) + exponent(b[k]));
-  const auto cut_off = [&](double term) { return std::trunc(std::ldexp(term, 24 - largest)); };
-  double sum = cut_off(c);
-  for (int k = 0; k < 4; ++k) sum += cut_off(double(a[k]) * double(b[k]));
-  sum = std::ldexp(sum, largest - 24);
-  const float nearest = float(sum);
-  return std::fabs(double(nearest)) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
+  const double units = std::ldexp(1.0, 24 - largest);
+  int64_t sum = 0;
+  for (const double term : terms) sum += int64_t(term * units);
+  const double cut_off = double(sum) / units;
+  const float nearest = float(cut_off);
+  return std::fabs(double(nearest)) > std::fabs(cut_off) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
 struct Tf32Fragments {
@@ -95,20 +102,28 @@ struct Tf32Fragments {
 };
 
 inline void complete_mma_tf32(void* const* offers, unsigned) {
-  float a[16][8], b[8][8];  // b by columns
+  float a[16][8], b[8][8];                          // b by columns
+  bool row_counts[16] = {}, column_counts[8] = {};  // whether one of its values is not 0
   for (int lane = 0; lane < kWarp; ++lane) {
     const auto& from = *static_cast<Tf32Fragments*>(offers[lane]);
     const int g = lane / 4;
     const int t = lane % 4;
-    for (int part = 0; part < 4; ++part) a[g + part % 2 * 8][t + part / 2 * 4] = tf32_of(from.a[part]);
-    for (int part = 0; part < 2; ++part) b[g][t + part * 4] = tf32_of(from.b[part]);
+    for (int part = 0; part < 4; ++part) {
+      const float value = a[g + part % 2 * 8][t + part / 2 * 4] = tf32_of(from.a[part]);
+      row_counts[g + part % 2 * 8] |= value != 0;
+    }
+    for (int part = 0; part < 2; ++part) {
+      const float value = b[g][t + part * 4] = tf32_of(from.b[part]);
+      column_counts[g] |= value != 0;
+    }
   }
   for (int lane = 0; lane < kWarp; ++lane) {
     const auto& to = *static_cast<Tf32Fragments*>(offers[lane]);
     for (int i = 0; i < 4; ++i) {
-      const float* row = a[lane / 4 + 8 * (i / 2)];
-      const float* column = b[2 * (lane % 4) + i % 2];
-      to.d[i] = fused_step(row + 4, column + 4, fused_step(row, column, to.c[i]));
+      const int m = lane / 4 + 8 * (i / 2), n = 2 * (lane % 4) + i % 2;
+      // Padding, for the emulation's speed: zeros leave c as it is.
+      const bool counts = row_counts[m] && column_counts[n];
+      to.d[i] = counts ? fused_step(a[m] + 4, b[n] + 4, fused_step(a[m], b[n], to.c[i])) : to.c[i];
     }
   }
 }
