@@ -122,6 +122,17 @@ constexpr Cost sm90_backward(const ProductShape& s, const DeviceFacts& d) {
           2 * double(s.dim * s.wide()) / r.bandwidth.value, 1};
 }
 
+constexpr Cost tf32_forward(const ProductShape& s, const DeviceFacts& d) {
+  const Rates& r = *d.rates;
+  return unit_rows(s, r, 1) + own_scores(s, r, r.tf32x3_scores.value) + class_sums(s, r);
+}
+constexpr Cost tf32_backward(const ProductShape& s, const DeviceFacts& d) {
+  return own_gradient(s, *d.rates, d.rates->tf32x3_gradient.value);
+}
+constexpr Cost tf32_again(const ProductShape& s, const DeviceFacts& d) {
+  return unit_rows(s, *d.rates, 1) + own_scores(s, *d.rates, d.rates->tf32x3_scores.value);
+}
+
 // Two products a pass, and E nowhere in memory.
 constexpr Cost sweep_pass(const ProductShape& s, const Rates& r, double rate) {
   return {2 * flops(s) / rate + 1 / r.exponentials.value, 0, 1};
@@ -217,6 +228,11 @@ constexpr Workspace sm90_scores_workspace(const ProductShape& s, const DeviceFac
   return split_workspace<Tiles>(s, Tiles::kClasses, Tiles::kMostRounds * d.multiprocessors);
 }
 
+// Partial sums of a row as of sm80_workspace, at most one for each tile of classes.
+constexpr Workspace tf32_workspace(const ProductShape& s, const DeviceFacts&, int64_t) {
+  return chunk_workspace(s, 0, kParts * 28 / tiles::Sm80Tf32Scores::kClasses);
+}
+
 constexpr Workspace single_sweep_workspace(const ProductShape& s, int64_t splits) {
   // x_hat, weighted features, x_sum and its parts; the rows' state and partial sums; norms of W. Per class unit
   // weights in two types.
@@ -243,6 +259,7 @@ constexpr int64_t sm90_gradient_shared(const ProductShape& s) {
 }
 constexpr int64_t sm80_sweep_shared(const ProductShape& s) { return tiles::sm80_single_sweep_shared(s.dim); }
 constexpr int64_t sm90_sweep_shared(const ProductShape& s) { return tiles::sm90_single_sweep_shared(s.dim); }
+constexpr int64_t tf32_shared(const ProductShape& s) { return tiles::sm80_tf32x3_shared(s.dim); }
 constexpr int64_t simt_shared(const ProductShape& s) {
   return s.item == 4 ? tiles::simt_shared<4>(s.dim) : tiles::simt_shared<8>(s.dim);
 }

@@ -211,6 +211,44 @@ constexpr int64_t sweep_splits(int64_t multiprocessors, int64_t dim, int64_t bat
 constexpr int64_t sm90_sweep_splits(int64_t multiprocessors, int64_t batch) {
   return at_least_one(multiprocessors / at_least_one(ceil_div(batch, Sm90SingleSweep<64>::kTile)));
 }
+// sm80_tf32x3_scores.cu: four warps, two along the rows and two along the classes. Three blocks share a
+// multiprocessor, so that one takes exponentials while others multiply.
+struct Sm80Tf32Scores {
+  static constexpr int kThreads = 128, kResident = 3;
+  static constexpr int kAcross = 2, kWarpRows = 32, kWarpClasses = 64;
+  static constexpr int kRows = kThreads / 32 / kAcross * kWarpRows, kClasses = kAcross * kWarpClasses;
+  static constexpr int kDepth = 32;  // columns per stage: all banks
+  static constexpr int kStages = 2;
+  static constexpr int kStage = (kRows + kClasses) * kDepth;
+  static constexpr int kSums = 3 * kAcross * kRows;
+  // Of a row its TermRow and its target's place.
+  static constexpr int64_t shared() {
+    return array_bytes(kStages * kStage, 4) + array_bytes(kSums, 8) + array_bytes(3 * kRows, 4) +
+           array_bytes(kRows, 4) + array_bytes(Sm80Scores::kMostNumbers, 4);
+  }
+  static constexpr int64_t row_blocks(int64_t batch) { return ceil_div(batch, kRows); }
+  // Enough blocks for a few rounds over the multiprocessors, so that the last round's idle ones cost little.
+  static constexpr int64_t tiles_per_block(int64_t multiprocessors, int64_t batch, int64_t width) {
+    const int64_t blocks = 4 * kResident * multiprocessors;
+    return at_least_one(
+        ceil_div(ceil_div(width, kClasses), at_least_one(blocks / at_least_one(row_blocks(batch)))));
+  }
+};
+
+// sm80_tf32x3_gradient.cu. kAcross warps along the columns, 64 each.
+template <int kAcross>
+struct Sm80Tf32Gradient {
+  static constexpr int kDown = kAcross < 8 ? 8 / kAcross : 2;
+  static constexpr int kClasses = 32 * kDown, kColumns = 64 * kAcross;
+  // Of a row in shared memory: with 8 more, four rows lie in different banks.
+  static constexpr int kClassStride = kClasses + 8, kColumnStride = kColumns + 8;
+  static constexpr int kDepth = 16;  // rows of the batch per stage
+  static constexpr int kStages = 3;
+  static constexpr int kStage = kDepth * (kClassStride + kColumnStride);
+  static constexpr int64_t shared() { return array_bytes(kStages * kStage, 4) + array_bytes(kClasses, 4); }
+};
+
+constexpr int64_t kTf32GradientColumns = 512;  // dW needs all columns in one block
 
 // simt_products.cu, on values of kItem bytes. Of rows of eight a thread has a value in each; float64 has half as
 // many, for its registers.
@@ -270,6 +308,12 @@ constexpr int64_t simt_shared(int64_t dim) {
   const int64_t gradient =
       dispatch_gradient(dim, [&]<int kAcross>() { return SimtWeightGradient<kItem, kAcross>::shared(); });
   return most(SimtScores<kItem>::shared(), gradient);
+}
+
+constexpr int64_t sm80_tf32x3_shared(int64_t dim) {
+  const int64_t gradient =
+      dispatch_gradient(dim, [&]<int kAcross>() { return Sm80Tf32Gradient<kAcross>::shared(); });
+  return most(Sm80Tf32Scores::shared(), gradient);
 }
 
 }  // namespace nf::tiles

@@ -56,9 +56,9 @@ struct BackwardScratch {
     w_hat = block.array(again || (make_sum && !copy) ? head.chunk * D : 0, head.score);
     w_copy = block.array(copy ? head.chunk * D : 0, head.other);
     scores = block.array(again && !head.tensor_cores() ? cells : 0, head.wide);
-    e = in.stored.numel() > 0 ? Array(in.stored)
-        : head.is_16_bit      ? block.array(again && !at_once ? cells : 0, head.other)
-                              : scores;
+    e = in.stored.numel() > 0                   ? Array(in.stored)
+        : head.is_16_bit || head.tensor_cores() ? block.array(again && !at_once ? cells : 0, head.other)
+                                                : scores;
     x_sum = block.array(make_sum ? N * D : 0, head.wide);
     x_part = block.array(make_sum && head.chunk < head.classes ? N * D : 0, head.wide);
     const bool direct = !wanted.weight || in.weight.scalar_type() == head.wide || head.own_gradient();
@@ -113,6 +113,9 @@ struct WeightGradients {
         const bool wgmma = head.makers.gradient == Maker::kSm90 && takes_sm90_weight_gradient(task);
         return wgmma ? sm90_weight_gradient(queue, task) : weight_gradient(queue, task);
       }
+      if (head.makers.gradient == Maker::kTf32)
+        return tf32_gradient(queue, {static_cast<const float*>(e), stride, of.stride(),
+                                     data_of<const float>(factors.weighted), classes(of)});
     }
     if (head.plain_products())
       return plain_gradient<T>(queue, {static_cast<const T*>(e), stride, of.stride(),
