@@ -167,6 +167,10 @@ static_assert(named("sm90_scores").refusal({1024, 512, 1000, 2}, kNewer) == Refu
 static_assert(named("sm90_scores").refusal({1024, 512, 1000, 2}, kNotBuilt) == Refusal::kCapability);
 static_assert(named("sm90_scores").refusal({1024, 520, 1000, 2}, kCard) == Refusal::kColumns);
 static_assert(named("sm90_scores").refusal({1024, 500, 1000, 2}, kCard) == Refusal::kAlignment);
+static_assert(named("sm90_single_sweep").takes({1024, 256, 1000, 2}, kCard));
+static_assert(named("sm90_single_sweep").refusal({1024, 264, 1000, 2}, kCard) == Refusal::kColumns);
+static_assert(named("sm90_single_sweep").refusal({1024, 256, 1000, 2}, kNewer) == Refusal::kCapability);
+static_assert(named("sm90_single_sweep").refusal({1024, 256, 1000, 2, false}, kCard) == Refusal::kTerm);
 
 // A block has a multiprocessor for itself: whole rounds over all of them, no more tiles than a float sums.
 constexpr auto tiles_of = tiles::Sm90Scores::tiles_per_block;
