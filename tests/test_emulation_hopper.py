@@ -29,7 +29,13 @@ def check(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, turned=(False, Fa
 
 @pytest.mark.parametrize(
     ("dtype", "columns"),
-    [(torch.bfloat16, 64), (torch.bfloat16, 192), (torch.bfloat16, 256), (torch.float16, 128), (torch.float32, 64)],
+    [
+        (torch.bfloat16, 64),
+        (torch.bfloat16, 192),
+        (torch.bfloat16, 256),
+        (torch.float16, 128),
+        (torch.float32, 64),
+    ],
 )
 @pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("in_registers", [False, True])
