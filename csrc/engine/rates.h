@@ -33,7 +33,7 @@ struct Rates {
   Rate library16, library32, library64;  // products by cuBLAS, or by BLAS per thread
   Rate simt32, simt64;
   Rate sm80_scores, sm80_weight_gradient, sm80_single_sweep, sm80_sweep_gradient;
-  Rate sm90_weight_gradient;
+  Rate sm90_scores, sm90_weight_gradient, sm90_single_sweep, sm90_sweep_gradient;
   int64_t cache;  // bytes of E that stay in the L2 cache from kernel to kernel
 
   template <class F>
@@ -53,7 +53,10 @@ struct Rates {
     f("sm80_weight_gradient", sm80_weight_gradient);
     f("sm80_single_sweep", sm80_single_sweep);
     f("sm80_sweep_gradient", sm80_sweep_gradient);
+    f("sm90_scores", sm90_scores);
     f("sm90_weight_gradient", sm90_weight_gradient);
+    f("sm90_single_sweep", sm90_single_sweep);
+    f("sm90_sweep_gradient", sm90_sweep_gradient);
   }
 };
 
@@ -83,7 +86,10 @@ constexpr Rates kCpuRates = {
     .sm80_weight_gradient = {},
     .sm80_single_sweep = {},
     .sm80_sweep_gradient = {},
+    .sm90_scores = {},
     .sm90_weight_gradient = {},
+    .sm90_single_sweep = {},
+    .sm90_sweep_gradient = {},
     .cache = 0,
 };
 
@@ -105,7 +111,10 @@ constexpr Rates kH100Rates = {
     .sm80_weight_gradient = {407e12, results::kH100},
     .sm80_single_sweep = {388e12, results::kH100},
     .sm80_sweep_gradient = {400e12, results::kH100},
-    .sm90_weight_gradient = {700e12, results::kPredicted},
+    .sm90_scores = {766e12, results::kPredicted},           // as cuBLAS
+    .sm90_weight_gradient = {700e12, results::kPredicted},  // nine tenths of it
+    .sm90_single_sweep = {700e12, results::kPredicted},
+    .sm90_sweep_gradient = {700e12, results::kPredicted},
     .cache = 32 << 20,
 };
 
@@ -131,7 +140,10 @@ constexpr Rates predicted(const char* kind, double memory) {
       .sm80_weight_gradient = guess(h100.sm80_weight_gradient, 1),
       .sm80_single_sweep = guess(h100.sm80_single_sweep, 1),
       .sm80_sweep_gradient = guess(h100.sm80_sweep_gradient, 1),
+      .sm90_scores = guess(h100.sm90_scores, 1),
       .sm90_weight_gradient = guess(h100.sm90_weight_gradient, 1),
+      .sm90_single_sweep = guess(h100.sm90_single_sweep, 1),
+      .sm90_sweep_gradient = guess(h100.sm90_sweep_gradient, 1),
       .cache = h100.cache,
   };
 }

@@ -65,6 +65,41 @@ struct Sm80Scores {
   }
 };
 
+// sm90_scores.cu: a producer of boxes, and consumers that take the tiles of a block in turn.
+struct Sm90Scores {
+  static constexpr int kTile = 128, kClasses = 128;  // rows and classes
+  static constexpr int kMostColumns = 512;           // x_hat's rows stay in shared memory
+  static constexpr int kBox = 128 * kBlock;  // values of x_hat's rows, or of the classes, of 64 columns
+  static constexpr int kStages = 5;          // of classes
+  static constexpr int kConsumers = 2;       // warpgroups
+  static constexpr int kStoreRows = 16,
+                       kStore = kStoreRows * kBlock;  // of E, of each of a consumer's four warps
+  static constexpr int kBarriers = kMostColumns / kBlock + 2 * kStages;
+  static constexpr int64_t kMostTiles = 256;  // as above
+  static constexpr int kMostPerRow = Sm80Scores::kMostPerRow, kMostNumbers = Sm80Scores::kMostNumbers;
+
+  static constexpr int64_t shared(int64_t dim, int per_row, int numbers) {
+    return array_bytes((padded_columns(dim) / kBlock + kStages) * kBox + kConsumers * 4 * kStore, 2) +
+           array_bytes(kBarriers, 8) + array_bytes(1, 4) + (1 + per_row) * array_bytes(kTile, 4) +
+           array_bytes(numbers, 4);
+  }
+  static constexpr int64_t row_blocks(int64_t batch) { return ceil_div(batch, kTile); }
+  // One block has a multiprocessor for itself. Of some rounds over all of them, those that leave the fewest tiles
+  // idle; a block begins and ends in the time of some two tiles.
+  static constexpr int kMostRounds = 8;
+  static constexpr int64_t tiles_per_block(int64_t multiprocessors, int64_t batch, int64_t width) {
+    const int64_t rows = at_least_one(row_blocks(batch)), all = at_least_one(ceil_div(width, kClasses));
+    int64_t best = 0, least = 0;
+    for (int64_t rounds = 1; rounds <= kMostRounds; ++rounds) {
+      const int64_t wanted = ceil_div(all, at_least_one(rounds * multiprocessors / rows));
+      const int64_t tiles = wanted < kMostTiles ? wanted : kMostTiles;
+      const int64_t time = ceil_div(rows * ceil_div(all, tiles), multiprocessors) * (tiles + 2);
+      if (best == 0 || time < least) best = tiles, least = time;
+    }
+    return best;
+  }
+};
+
 // sm80_weight_gradient.cu. kAcross warps along the columns, 64 each.
 template <int kAcross>
 struct Sm80WeightGradient {
@@ -127,7 +162,25 @@ struct Sm80SingleSweep {
   static constexpr int64_t shared() { return array_bytes(kFactors, 2) + array_bytes(kRows, 16); }
 };
 
-constexpr int64_t kSm80SweepColumns = 256;  // most of a row
+// sm90_single_sweep.cu, for rows of kColumns: two warpgroups that multiply, of 64 rows each, and one that copies.
+template <int kColumns>
+struct Sm90SingleSweep {
+  static constexpr int kTile = 128, kThreads = 3 * 128, kWarps = 8;  // that multiply
+  // The scores' factors both come from shared memory: for 64 keys as slowly as they are multiplied, for 128 at 3/4 of
+  // that. At 256 columns there are no registers for so many.
+  static constexpr int kKeys = kColumns <= 128 ? 128 : 64;
+  static constexpr int kStages = kColumns <= 64 ? 4 : 2;
+  static constexpr int kPart = kKeys * kColumns;                           // values of a stage of K, or of V
+  static constexpr int kFactors = kTile * kColumns + 2 * kStages * kPart;  // values of Q and all stages
+  static constexpr int kBarriers = 4 + 6 * kStages;
+  static constexpr int64_t forward_shared() { return array_bytes(kFactors, 2) + array_bytes(kBarriers, 8); }
+  static constexpr int64_t backward_shared() {
+    return forward_shared() + array_bytes(kStages * kKeys, 16) + array_bytes(kStages, 4) +
+           array_bytes(2 * kTile, 4) + array_bytes(kWarps * kColumns, 4);
+  }
+};
+
+constexpr int64_t kSm80SweepColumns = 256, kSm90SweepColumns = 256;  // most of a row
 constexpr int64_t kSm80GradientColumns =
     512;  // a block owns all columns of its classes: the radial part sums
 
@@ -153,6 +206,10 @@ constexpr int64_t sweep_splits(int64_t multiprocessors, int64_t dim, int64_t bat
     using S = Sm80SingleSweep<kColumns>;
     return at_least_one(S::kResident * multiprocessors / at_least_one(ceil_div(batch, S::kTile)));
   });
+}
+
+constexpr int64_t sm90_sweep_splits(int64_t multiprocessors, int64_t batch) {
+  return at_least_one(multiprocessors / at_least_one(ceil_div(batch, Sm90SingleSweep<64>::kTile)));
 }
 
 // simt_products.cu, on values of kItem bytes. Of rows of eight a thread has a value in each; float64 has half as
@@ -190,6 +247,9 @@ constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t sm80_scores_shared(int64_t dim) {
   return Sm80Scores::shared(2, dim, Sm80Scores::kMostPerRow, Sm80Scores::kMostNumbers);
 }
+constexpr int64_t sm90_scores_shared(int64_t dim) {
+  return Sm90Scores::shared(dim, Sm90Scores::kMostPerRow, Sm90Scores::kMostNumbers);
+}
 constexpr int64_t sm80_weight_gradient_shared(int64_t dim) {
   const int64_t gradient =
       dispatch_gradient(dim, [&]<int kAcross>() { return Sm80WeightGradient<kAcross>::shared(); });
@@ -201,6 +261,9 @@ constexpr int64_t sm90_weight_gradient_shared(int64_t dim) {
 }
 constexpr int64_t sm80_single_sweep_shared(int64_t dim) {
   return dispatch_sweep(dim, [&]<int kColumns>() { return Sm80SingleSweep<kColumns>::shared(); });
+}
+constexpr int64_t sm90_single_sweep_shared(int64_t dim) {
+  return dispatch_sweep(dim, [&]<int kColumns>() { return Sm90SingleSweep<kColumns>::backward_shared(); });
 }
 template <int kItem>
 constexpr int64_t simt_shared(int64_t dim) {

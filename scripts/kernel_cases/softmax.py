@@ -23,8 +23,11 @@ CHOICES = {
     "tensor cores": ("sm80_weight_gradient", True),
     "tensor cores again": ("sm80_weight_gradient", False),
     "single sweep": ("sm80_single_sweep", False),
+    "wgmma scores": ("sm90_scores", True),
+    "wgmma scores again": ("sm90_scores", False),
     "wgmma gradient": ("sm90_weight_gradient", True),
     "wgmma gradient again": ("sm90_weight_gradient", False),
+    "wgmma sweep": ("sm90_single_sweep", False),
 }
 #: The same for wider operands.
 PLAIN = {

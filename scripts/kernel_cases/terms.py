@@ -18,7 +18,7 @@ BATCH, DIM, CLASSES, CHUNK = 17, 40, 101, 37
 CAPACITY = 5
 #: Products (csrc/engine/products.h) that know every term, for 16-bit operands and for wider ones; others
 #: have the softmax's alone.
-NARROW = ["cublas", "sm80_scores", "sm80_weight_gradient", "sm90_weight_gradient"]
+NARROW = ["cublas", "sm80_scores", "sm80_weight_gradient", "sm90_scores", "sm90_weight_gradient"]
 WIDE = ["cublas"]
 #: x_sum made in the first sweep and the coefficients in the second, or the other way round.
 WAYS = {"again": (True, False), "stored": (False, True)}

@@ -7,6 +7,7 @@
 #include "cuda/host/head_stages.h"
 #include "cuda/host/outputs.h"
 #include "cuda/host/update_rows.h"
+#include "cuda/products/sm90_single_sweep.h"
 #include "cuda/products/sm90_weight_gradient.h"
 
 namespace nf {
@@ -126,9 +127,10 @@ struct WeightGradients {
 
   // From unit rows of the classes, without E.
   void at_once(Queue& queue, const Chunk& of, const Array& w_hat) const {
-    sweep_gradient(queue, {data_of<const Half>(w_hat), data_of<const Half>(factors.x_hat),
-                           data_of<const BFloat16>(factors.weighted),
-                           data_of<const SweepRow>(factors.sweep_rows), classes(of)});
+    const auto run = head.makers.gradient == Maker::kSm90 ? sm90_sweep_gradient : sweep_gradient;
+    run(queue, {data_of<const Half>(w_hat), data_of<const Half>(factors.x_hat),
+                data_of<const BFloat16>(factors.weighted), data_of<const SweepRow>(factors.sweep_rows),
+                classes(of)});
   }
 };
 

@@ -7,7 +7,7 @@
 #include "cuda/host/add_product.cuh"
 #include "cuda/host/head_stages.h"
 #include "cuda/host/sinks.h"
-#include "cuda/products/sm80_single_sweep.h"
+#include "cuda/products/sm90_single_sweep.h"
 
 namespace nf {
 namespace {
@@ -114,7 +114,7 @@ struct Sweep : SweepScratch {
       const Tensor largest = head.buffer(splits, head.batch, ScalarType::Float);
       ScoreTask task = head.score_task(of, x_hat, w_hat, terms, {rows, nullptr, nullptr});
       task.largest = data_of<float>(largest);
-      score_largest(queue, task);
+      (head.makers.scores == Maker::kSm90 ? sm90_score_largest : score_largest)(queue, task);
       update_shift(queue, {task.largest, splits, 1, head.batch, false, 0, 1}, x_sum);
     }
   }
@@ -126,9 +126,10 @@ struct Sweep : SweepScratch {
 
   // The sums and x_sum in one kernel, without E.
   void fold_at_once(Queue& queue, const Chunk& of, const Array& x_sum) const {
-    single_sweep(queue, {data_of<const Half>(x_hat), data_of<const Half>(w_hat),
-                         data_of<const BFloat16>(w_copy), head.batch, head.dim, of.width, of.first, terms,
-                         sums(), data_of<float>(x_partial), data_of<float>(x_sum), of.first > 0});
+    const auto run = head.makers.scores == Maker::kSm90 ? sm90_single_sweep : single_sweep;
+    run(queue, {data_of<const Half>(x_hat), data_of<const Half>(w_hat), data_of<const BFloat16>(w_copy),
+                head.batch, head.dim, of.width, of.first, terms, sums(), data_of<float>(x_partial),
+                data_of<float>(x_sum), of.first > 0});
   }
 
   SinkChunk sink_chunk(const Chunk& of) const { return {of.first, of.width, of.stride(), head.classes}; }
@@ -256,7 +257,9 @@ void run_sweep(Queue& queue, const HeadSweepArguments& in, const SweepResult& ou
       of.counts = block.array<int>(splits > 1 ? splits * N : 0);
     }
     const int64_t parts = head.most_of_chunks([&](const Chunk& chunk) {
-      return at_once ? sweep_splits(queue, N, D, chunk.width) : head.splits(queue, chunk);
+      if (!at_once) return head.splits(queue, chunk);
+      return (head.makers.scores == Maker::kSm90 ? sm90_sweep_splits : sweep_splits)(queue, N, D,
+                                                                                     chunk.width);
     });
     of.partial = block.array<double>((in.need_largest ? 3 : 2) * parts * N);
     of.x_partial = block.array<float>(at_once ? parts * N * D : 0);
