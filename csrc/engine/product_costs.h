@@ -255,7 +255,7 @@ constexpr int64_t sm80_gradient_shared(const ProductShape& s) {
 }
 constexpr int64_t sm90_scores_shared(const ProductShape& s) { return tiles::sm90_scores_shared(s.dim); }
 constexpr int64_t sm90_gradient_shared(const ProductShape& s) {
-  return tiles::most(tiles::sm90_scores_shared(s.dim), tiles::sm90_weight_gradient_shared(s.dim));
+  return tiles::sm90_weight_gradient_shared(s.dim);
 }
 constexpr int64_t sm80_sweep_shared(const ProductShape& s) { return tiles::sm80_single_sweep_shared(s.dim); }
 constexpr int64_t sm90_sweep_shared(const ProductShape& s) { return tiles::sm90_single_sweep_shared(s.dim); }

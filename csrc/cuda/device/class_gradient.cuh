@@ -163,19 +163,15 @@ NF_DEVICE void finish_class(const ClassGradient& task, int64_t within, int targe
   });
 }
 
-// One more of counts[c] if row i has class c of the tile as its target.
-template <int kClasses>
-NF_DEVICE void count_target(const ClassGradient& task, int64_t tile, int64_t i, int* counts) {
-  const int64_t place = target_place(task.labels[i], task.first + tile, kClasses);
-  if (place >= 0 && task.target[i] != 0.0) atomic_add(counts + place, 1);
-}
-
 // counts[c] = rows whose target is class c of the tile. All threads of the block.
 template <int kThreads, int kClasses>
 NF_DEVICE void count_targets(const ClassGradient& task, int64_t tile, int* counts) {
   for (int c = thread_id(); c < kClasses; c += kThreads) counts[c] = 0;
   sync_block();  // the zeros, before anyone counts
-  for (int64_t i = thread_id(); i < task.batch; i += kThreads) count_target<kClasses>(task, tile, i, counts);
+  for (int64_t i = thread_id(); i < task.batch; i += kThreads) {
+    const int64_t place = target_place(task.labels[i], task.first + tile, kClasses);
+    if (place >= 0 && task.target[i] != 0.0) atomic_add(counts + place, 1);
+  }
   sync_block();  // the counts, before they are read
 }
 
