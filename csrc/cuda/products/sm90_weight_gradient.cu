@@ -94,7 +94,7 @@ NF_DEVICE void count_tiles(const Room<Tile>& room, const ClassGradient& task) {
     sync_warp();  // the zeros, before anyone counts
 #pragma unroll 4
     for (int64_t i = lane_id(); i < task.batch; i += kWarp)
-      count_target<S::kClasses>(task, tile, i, room.counts);
+      count_target(task, tile, S::kClasses, i, task.labels[i], room.counts);
     sync_warp();  // all lanes' counts, before they are announced
     if (lane_id() == 0) barrier_arrive(room.counted);
   }
