@@ -93,10 +93,8 @@ NF_DEVICE void count_tiles(const Room<Tile>& room, const ClassGradient& task) {
     for (int c = lane_id(); c < S::kClasses; c += kWarp) room.counts[c] = 0;
     sync_warp();  // the zeros, before anyone counts
 #pragma unroll 4
-    for (int64_t i = lane_id(); i < task.batch; i += kWarp) {
-      const int64_t place = target_place(task.labels[i], task.first + tile, S::kClasses);
-      if (place >= 0 && task.target[i] != 0.0) atomic_add(room.counts + place, 1);
-    }
+    for (int64_t i = lane_id(); i < task.batch; i += kWarp)
+      count_target(task, tile, S::kClasses, i, task.labels[i], room.counts);
     sync_warp();  // all lanes' counts, before they are announced
     if (lane_id() == 0) barrier_arrive(room.counted);
   }
