@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cpu/pairs.h"
 #include "cpu/stored.h"
 #include "engine/terms.h"
 #include "math/normalize.h"
@@ -97,6 +98,7 @@ struct RowTable {
   StoredRows<float> float16;
   StoredRows<float> bfloat16;
   StoredRows<double> float64;
+  const PairKernels* pairs = nullptr;
 };
 
 // The best the machine has; NORMFACE_SIMD=portable|avx2|avx512 asks for less.
