@@ -42,7 +42,7 @@ ENGINE = [HERE / name for name in ("block.cpp", "fibre.cpp", "runtime.cpp", "sha
 NAMESPACES = {"emulation": "normface_emulation", "faults": "normface_faults", "cpu": "normface_sanitized"}
 
 COMMON = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra"]
-COMMON += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{HERE}", f"-I{CSRC}"]
+COMMON += ["-DNF_SM90A", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{HERE}", f"-I{CSRC}"]
 COMMON += [flag for path in include_paths() for flag in ("-isystem", path)]
 # Kernels read memory through vector types, as CUDA allows; and `#pragma unroll` is for nvcc.
 KERNELS = ["-O1", "-x", "c++", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]

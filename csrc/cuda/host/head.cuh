@@ -58,7 +58,7 @@ struct Head {
   math::FixedShift window;  // made here for the device too
   bool fixed_shift;         // known here and now; where the scale is a tensor, the device decides
   bool is_16_bit;           // 16-bit operands
-  HeadKernels kernels;
+  Makers makers;
   ScalarType wide;   // sums, scores
   ScalarType score;  // operands of the scores
   ScalarType other;  // E and the operands it meets
@@ -72,15 +72,20 @@ struct Head {
         window(window_of<T>(in)),
         fixed_shift(window.largest_scale == INFINITY || (!in.scale && window.serves(in.scale_value))),
         is_16_bit(is_16_bit_product(in)),
-        kernels(launch.kernels),
+        makers(launch.makers),
         wide(accumulator(in.x.scalar_type())),
         score(is_16_bit ? ScalarType::Half : wide),
         other(is_16_bit ? ScalarType::BFloat16 : wide) {}
 
-  bool tensor_cores() const { return kernels != kLibraryKernels && kernels != kPlainProducts; }
+  // Scores that never reach memory, of 16-bit operands.
+  bool tensor_cores() const { return makers.scores == Maker::kSm80 || makers.scores == Maker::kSm90; }
   // kappa from scores would need them in memory.
-  bool plain_products() const { return kernels == kPlainProducts && fixed_shift; }
-  bool single_sweep() const { return kernels == kSingleSweep; }
+  bool plain_products() const { return makers.scores == Maker::kSimt && fixed_shift; }
+  bool single_sweep() const { return makers.at_once; }
+  // dW leaves its kernel finished: its product never reaches memory.
+  bool own_gradient() const {
+    return makers.gradient == Maker::kSimt ? fixed_shift : makers.gradient != Maker::kLibrary;
+  }
 
   Chunk at(int64_t first) const { return {first, std::min(chunk, classes - first)}; }
   Chunk largest_chunk() const { return {0, chunk}; }

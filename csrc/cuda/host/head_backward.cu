@@ -60,8 +60,7 @@ struct BackwardScratch {
                               : scores;
     x_sum = block.array(make_sum ? N * D : 0, head.wide);
     x_part = block.array(make_sum && head.chunk < head.classes ? N * D : 0, head.wide);
-    const bool direct = !wanted.weight || in.weight.scalar_type() == head.wide ||
-                        head.kernels == kTensorCores || at_once || head.plain_products();
+    const bool direct = !wanted.weight || in.weight.scalar_type() == head.wide || head.own_gradient();
     product = block.array(direct ? 0 : head.chunk * D, head.wide);
     if (wanted.weight) hot = HotRoom(block, N, D);
     update_dw = block.array(wanted.update != nullptr ? head.chunk * D : 0, in.weight.scalar_type());
@@ -107,7 +106,7 @@ struct WeightGradients {
   void from_e(Queue& queue, const Chunk& of, void* e, int64_t stride, const Array& product) const {
     const int64_t N = head.batch, D = head.dim;
     if constexpr (std::is_same_v<T, float>) {
-      if (head.kernels == kTensorCores)
+      if (head.makers.gradient == Maker::kSm80)
         return weight_gradient(queue, {static_cast<const BFloat16*>(e), stride, of.stride(),
                                        data_of<const BFloat16>(factors.weighted), classes(of)});
     }

@@ -1,5 +1,5 @@
 // The sweep of the engine over the classes on CUDA, in chunks: products by cuBLAS or, for 16-bit operands
-// where device and shape allow it, by the kernels for tensor cores (row_state.h: HeadKernels), everything
+// where device and shape allow it, by the kernels for tensor cores (row_state.h: Makers), everything
 // else in forward_kernels.cuh, fold_scores.cu and sinks.cu. See math/terms and math/softmax.h for the formulas
 // and row_state.h for what is kept per row.
 #include "cuda/device/add_runs.cuh"
