@@ -32,20 +32,18 @@ struct PairKernels {
   // pack_across.
   void (*rows_by_rows)(const uint32_t* a, const float* a_factor, int64_t a_rows, const uint32_t* b,
                        const float* b_factor, int64_t b_rows, int64_t n, float* out);
-  // out[i][d] += sum over j < columns of e_ij factor[j] b_jd, e [rows, columns], out [rows, n]; b by pack_down.
-  void (*add_weighted_rows)(const float* e, const float* factor, int64_t rows, int64_t columns,
-                            const uint32_t* b, int64_t n, float* out);
+  // out[i][d] += sum over j < columns of e_ij factor[j] b_jd, e [rows, columns], out [rows, n]; b by pack_down. With
+  // limits, only of those e_ij factor[j] whose size is above limit[i] the lower part is added.
+  void (*add_weighted_rows)(const float* e, const float* factor, const float* limit, int64_t rows,
+                            int64_t columns, const uint32_t* b, int64_t n, float* out);
   // out[j][d] = sum over i < rows of e_ij factor[i] b_id, e [rows, columns], out [columns, n]; b by pack_down.
   void (*weighted_sums)(const float* e, const float* factor, int64_t rows, int64_t columns, const uint32_t* b,
                         int64_t n, float* out);
 };
 
-// Null where the processor has no such instructions, or is none of AMD's: elsewhere they may be no faster than
-// float32's, and were not measured. NORMFACE_SIMD=avx512 and less go without.
-const PairKernels* pair_kernels();
-
 namespace avx512bf16 {
+// Null from a compiler that does not know the instructions.
 const PairKernels* make_pair_kernels();
-}
+}  // namespace avx512bf16
 
 }  // namespace nf::cpu

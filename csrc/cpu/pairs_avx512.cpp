@@ -156,9 +156,7 @@ void rows_by_rows(const uint32_t* a, const float* a_factor, int64_t a_rows, cons
 struct Parts {
   __m512i high, low;
 };
-__m512 wide(__m256i half) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
+__m512 wide(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
 Parts parts_of(__m512 first, __m512 second) {
   const __m512i high = as_bits(_mm512_cvtne2ps_pbh(second, first));
   const __m512 rest_of_first = _mm512_sub_ps(first, wide(_mm512_castsi512_si256(high))),
@@ -166,9 +164,16 @@ Parts parts_of(__m512 first, __m512 second) {
   return {high, as_bits(_mm512_cvtne2ps_pbh(rest_of_second, rest_of_first))};
 }
 
-void add_weighted_rows(const float* e, const float* factor, int64_t rows, int64_t columns, const uint32_t* b,
-                       int64_t n, float* out) {
+// Pair k of a row joins its sum again by the lower parts.
+void add_low(const uint32_t* low, int64_t k, const uint32_t* b, int64_t all_pairs, int64_t n, float* out) {
+  for (int64_t number = 0; number * kPanel < n; ++number)
+    rows_of_panel<1>({low, 0, 1, 0}, 1, Panel(b, number, n, all_pairs), k, 1, out, n, true);
+}
+
+void add_weighted_rows(const float* e, const float* factor, const float* limit, int64_t rows, int64_t columns,
+                       const uint32_t* b, int64_t n, float* out) {
   alignas(64) uint32_t pairs[2][kRows][kChain];
+  uint32_t beyond[kRows][kChain / kLanes];  // a bit for each number of those pairs
   const int64_t all = ceil_div(columns, 2);
   for (int64_t k = 0; k < all; k += kChain) {
     const int64_t count = at_most(kChain, all - k);
@@ -181,15 +186,32 @@ void add_weighted_rows(const float* e, const float* factor, int64_t rows, int64_
                      factor1 = _mm512_maskz_loadu_ps(mask1, factor + first + kLanes);
         for (int64_t r = 0; r < held; ++r) {
           const float* row = e + (i + r) * columns + first;
-          const Parts of = parts_of(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask0, row), factor0),
-                                    _mm512_mul_ps(_mm512_maskz_loadu_ps(mask1, row + kLanes), factor1));
+          const __m512 value0 = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask0, row), factor0),
+                       value1 = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask1, row + kLanes), factor1);
+          const Parts of = parts_of(value0, value1);
           _mm512_store_si512(&pairs[0][r][q], of.high);
           _mm512_store_si512(&pairs[1][r][q], of.low);
+          if (limit == nullptr) continue;
+          const __m512 most = _mm512_set1_ps(limit[i + r]);
+          beyond[r][q / kLanes] = _mm512_cmp_ps_mask(_mm512_abs_ps(value0), most, _CMP_GT_OQ) |
+                                  uint32_t(_mm512_cmp_ps_mask(_mm512_abs_ps(value1), most, _CMP_GT_OQ)) << 16;
         }
       }
-      for (int64_t number = 0; number * kPanel < n; ++number)
-        rows_of_panel<2>({&pairs[0][0][0], kChain, 1, kRows * kChain}, held, Panel(b, number, n, all), k,
-                         count, out + i * n, n, true);
+      const Factor a{&pairs[0][0][0], kChain, 1, kRows * kChain};
+      for (int64_t number = 0; number * kPanel < n; ++number) {
+        const Panel panel(b, number, n, all);
+        if (limit == nullptr)
+          rows_of_panel<2>(a, held, panel, k, count, out + i * n, n, true);
+        else
+          rows_of_panel<1>(a, held, panel, k, count, out + i * n, n, true);
+      }
+      for (int64_t r = 0; limit != nullptr && r < held; ++r)
+        for (int64_t q = 0; q < count; q += kLanes)
+          for (uint32_t left = beyond[r][q / kLanes]; left != 0;) {
+            const int pair = __builtin_ctz(left) / 2;
+            left &= ~(uint32_t(3) << (2 * pair));
+            add_low(&pairs[1][r][q + pair], k + q + pair, b, all, n, out + (i + r) * n);
+          }
     }
   }
 }

@@ -79,13 +79,13 @@ class TileProducts {
       for (int64_t r = 0; r < tile.width; ++r)
         inverse[r] =
             w_.kernel.normalize_wide(w_.row(tile.first + r), shape_.dim, 2, eps_, spare_row(slot)).inverse();
-    held = {tile, inverse, {}, false};
+    held = {tile, inverse, {}, false, {}};
     if (!pair(held)) unit_rows(w_, tile, eps_, units(slot), inverse);
   }
   // The same of known inverse norms.
   void begin_again(int64_t slot, const Tile& tile, const T* inverse) {
     Held& held = tiles_[size_t(slot)];
-    held = {tile, inverse, {}, false};
+    held = {tile, inverse, {}, false, {}};
     if (pair(held)) return;
     for (int64_t r = 0; r < tile.width; ++r)
       unit_row_again(w_, tile.first + r, inverse[r], eps_, units(slot) + tile.column(r) * shape_.dim);
@@ -103,15 +103,19 @@ class TileProducts {
     }
   }
 
-  // sum [N, D] += e w_hat, e [N, width].
-  void add_weighted(int64_t slot, T* e, T* sum) const {
-    const Held& held = tiles_[size_t(slot)];
+  // sum [N, D] += e w_hat, e [N, width]. Of a softmax `sums` [N] are those of E over this tile and others: an error
+  // in what is below kMuch of its row's sum is lost in the row's gradient.
+  void add_weighted(int64_t slot, T* e, const double* sums, T* sum) {
+    Held& held = tiles_[size_t(slot)];
     const int64_t N = shape_.batch, D = shape_.dim, width = held.tile.width;
     if (!held.paired)
       return multiply<T>({e, N, width, width}, {units(slot), width, D, D}, {sum, N, D, D}, true);
     if constexpr (std::is_same_v<T, float>) {
+      held.limits.resize(size_t(sums != nullptr ? N : 0));
+      for (size_t i = 0; i < held.limits.size(); ++i) held.limits[i] = float(kMuch * sums[i]);
       kernels_->pack_down(held.rows.rows(), width, D, packed_tile(slot));
-      kernels_->add_weighted_rows(e, held.rows.factors(), N, width, packed_tile(slot), D, sum);
+      kernels_->add_weighted_rows(e, held.rows.factors(), sums != nullptr ? held.limits.data() : nullptr, N,
+                                  width, packed_tile(slot), D, sum);
     }
   }
 
@@ -123,12 +127,18 @@ class TileProducts {
     return spare_row(slot);
   }
 
+  // A row of scratch, for when the tile's products are made.
+  T* spare_row(int64_t slot) const { return units(slot) + (shape_.chunk - 1) * shape_.dim; }
+
  private:
+  static constexpr double kMuch = 0x1p-6;
+
   struct Held {
     Tile tile;
     const T* inverse;
     PairedRows rows;  // in the order of the tile's columns
     bool paired;
+    std::vector<float> limits;
   };
 
   bool pair(Held& held) const {
@@ -141,7 +151,6 @@ class TileProducts {
   }
 
   T* units(int64_t slot) const { return data_of<T>(units_) + slot * shape_.chunk * shape_.dim; }
-  T* spare_row(int64_t slot) const { return units(slot) + (shape_.chunk - 1) * shape_.dim; }
   uint32_t* packed_tile(int64_t slot) const { return reinterpret_cast<uint32_t*>(units(slot)); }
   uint32_t* packed_features() const { return reinterpret_cast<uint32_t*>(data_of<int>(packed_)); }
 
@@ -153,6 +162,55 @@ class TileProducts {
   Array units_, packed_;
   PairedRows features_;
   T* x_hat_ = nullptr;
+};
+
+// The product of dW: a tile's coefficients, transposed, with the features times a factor of every row.
+template <class T>
+class GradientProduct {
+ public:
+  GradientProduct(Block& scratch, const HeadShape& shape, const Tensor& x, const Tensor& weight, bool wanted)
+      : shape_(shape), x_(x, shape.dim), kernels_(pairs_for(shape, x, weight)) {
+    // The features packed take half of it.
+    weighted_ = scratch.array<T>(wanted ? shape.batch * shape.dim : 0);
+  }
+
+  // As TileProducts, and factor_of(i).
+  template <class Inverse, class Factor>
+  void take_features(const T* x_hat, const Inverse& inverse_of, const Factor& factor_of) {
+    const int64_t N = shape_.batch, D = shape_.dim;
+    PairedRows features;
+    for (int64_t i = 0; kernels_ != nullptr && i < N; ++i)
+      if (!features.add(x_.row(i), float(inverse_of(i)))) kernels_ = nullptr;
+    T* weighted = data_of<T>(weighted_);
+    if (kernels_ == nullptr) {
+      for_rows(N, D, [&](int64_t i) {
+        for (int64_t d = 0; d < D; ++d) weighted[i * D + d] = T(factor_of(i)) * x_hat[i * D + d];
+      });
+      return;
+    }
+    kernels_->pack_down(features.rows(), N, D, packed());
+    factors_.assign(features.factors(), features.factors() + N);
+    for (int64_t i = 0; i < N; ++i) factors_[size_t(i)] *= float(factor_of(i));
+  }
+
+  // out [width, D] = e^T times the weighted features, e [N, width].
+  void operator()(T* e, int64_t width, T* out) const {
+    const int64_t N = shape_.batch, D = shape_.dim;
+    if (kernels_ == nullptr)
+      return multiply<T>(Matrix<T>{e, N, width, width}.transposed(), {data_of<T>(weighted_), N, D, D},
+                         {out, width, D, D});
+    if constexpr (std::is_same_v<T, float>)
+      kernels_->weighted_sums(e, factors_.data(), N, width, packed(), D, out);
+  }
+
+ private:
+  uint32_t* packed() const { return reinterpret_cast<uint32_t*>(data_of<T>(weighted_)); }
+
+  const HeadShape& shape_;
+  Rows<T> x_;
+  const PairKernels* kernels_;
+  Array weighted_;
+  std::vector<float> factors_;  // of rows packed
 };
 
 }  // namespace nf::cpu

@@ -30,6 +30,7 @@ struct Rates {
   Rate exponentials;
   Rate launch;                           // seconds of a launch, its kernel's first and last wave included
   Rate library16, library32, library64;  // products by cuBLAS, or by BLAS per thread
+  Rate pairs16;                          // of a CPU's threads, by instructions for pairs of bfloat16
   Rate simt32, simt64;
   Rate sm80_scores, sm80_weight_gradient, sm80_single_sweep, sm80_sweep_gradient;
   int64_t cache;  // bytes of E that stay in the L2 cache from kernel to kernel
@@ -44,6 +45,7 @@ struct Rates {
     f("library16", library16);
     f("library32", library32);
     f("library64", library64);
+    f("pairs16", pairs16);
     f("simt32", simt32);
     f("simt64", simt64);
     f("sm80_scores", sm80_scores);
@@ -57,6 +59,7 @@ namespace results {
 constexpr const char* kH100 = "benchmarks/results/README.md";
 constexpr const char* kH100Steps = "benchmarks/results/h100/kernels.jsonl";
 constexpr const char* kCpu = "benchmarks/results/cpu-epyc-zen3-2vcpu/kernels_amortised.jsonl";
+constexpr const char* kPairs = "benchmarks/results/cpu-epyc-zen4-2vcpu/pairs.md";
 constexpr const char* kPredicted = nullptr;
 }  // namespace results
 
@@ -72,6 +75,7 @@ constexpr Rates kCpuRates = {
     .library16 = {72e9, results::kCpu},
     .library32 = {72e9, results::kCpu},
     .library64 = {36e9, results::kPredicted},
+    .pairs16 = {200e9, results::kPairs},
     .simt32 = {},
     .simt64 = {},
     .sm80_scores = {},
