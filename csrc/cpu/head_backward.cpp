@@ -154,27 +154,30 @@ struct Backward {
     const std::vector<T> uniform = uniform_part(gradients, x_hat, D, wanted.weight && smooth);
     T *product = data_of<T>(scratch.product), *scores = data_of<T>(scratch.scores);
     const auto inverse_of = [&](int64_t i) { return gradients[size_t(i)].any ? rows[kInverseNorm][i] : 0.0; };
-    if (scratch.units) scratch.units->take_features(x_hat, inverse_of);
+    if (scratch.units) scratch.units->take_features(x_hat, inverse_of, [](int64_t) { return 1.0; });
     if (wanted.weight)
-      scratch.gradient.take_features(x_hat, inverse_of,
-                                     [&](int64_t i) { return gradients[size_t(i)].others; });
+      scratch.gradient.take_features(
+          x_hat, inverse_of, [](int64_t) { return 1.0; },
+          [&](int64_t i) { return gradients[size_t(i)].others; });
     const SlotSum<T> into(x_sum, scratch.x_sums, shape.slots, N * D);
     shape.for_tiles([&](int64_t slot, const Tile& tile) {
       T* e = scores + slot * N * shape.chunk;
+      const Matrix<T> cells{e, N, tile.width, tile.width};
       if (scratch.units) scratch.units->begin_again(slot, tile, inverse_norm + tile.first);
       if (stored == nullptr) {
-        scratch.units->scores(slot, e);
+        scratch.units->scores(slot, cells);
         fold_tile(labels, terms, tile, e, [](int64_t, const auto&) {});
       } else {
         // Read in order it comes from memory far faster than column by column, as the product would.
         std::copy_n(stored + N * tile.first, N * tile.width, e);
       }
       if (into)
-        scratch.units->add_weighted(slot, e, terms.largest != nullptr ? rows[kSum] : nullptr, into.of(slot));
+        scratch.units->add_weighted(slot, cells, terms.largest != nullptr ? rows[kSum] : nullptr,
+                                    into.of(slot));
       if (!wanted.weight) return;
       // Not where dW will be: that memory is cold, and is to be written once.
       T* g = product + slot * shape.chunk * D;
-      scratch.gradient(e, tile.width, g);
+      scratch.gradient(cells, g);
       add_targets(order, tile, g);
       const Rows<T> out(dw, D);
       T* unit = scratch.units ? scratch.units->spare_row(slot) : data_of<T>(scratch.unit_row) + slot * D;

@@ -70,13 +70,13 @@ void largest_logits(const HeadShape& shape, const HeadInputs& in, const RowTerms
               cells = scratch.array<T>(shape.slots * N * shape.chunk),
               best_logits = scratch.array<T>(shape.slots * N);
   allocate(scratch);
-  products.take_features(x_hat, [&](int64_t i) { return x_inverse[i]; });
+  products.take_features(x_hat, [&](int64_t i) { return x_inverse[i]; }, [](int64_t) { return 1.0; });
   T *inverse = data_of<T>(inverses), *scores = data_of<T>(cells), *largest = data_of<T>(best_logits);
   std::fill_n(largest, shape.slots * N, -T(INFINITY));
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
     T* tile_scores = scores + slot * N * shape.chunk;
     products.begin(slot, tile, inverse + slot * shape.chunk);
-    products.scores(slot, tile_scores);
+    products.scores(slot, {tile_scores, N, tile.width, tile.width});
     PooledRow<T> pooled(tile);
     for (int64_t i = 0; i < N; ++i) {
       T& best = largest[slot * N + i];
@@ -159,7 +159,7 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
         sum[D] += factor;
       }
     }
-    scratch.products.scores(slot, e);
+    scratch.products.scores(slot, {e, N, tile.width, tile.width});
     if (hardest) hardest->take(slot, labels, tile, rows, e);
     if (in.sink == kHardest) return;
     double* sum = sums + slot * 2 * N;
@@ -169,7 +169,8 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
     });
     if (active) active->take(slot, tile, rows, e);
     if (x_sum)
-      scratch.products.add_weighted(slot, e, terms.largest != nullptr ? sum : nullptr, x_sum.of(slot));
+      scratch.products.add_weighted(slot, {e, N, tile.width, tile.width},
+                                    terms.largest != nullptr ? sum : nullptr, x_sum.of(slot));
   });
   int64_t* listed = data_of<int64_t>(out.listed);
   T* found = data_of<T>(out.found);
@@ -205,7 +206,8 @@ void run_sweep(const HeadSweepArguments& in, const SweepResult& out) {
       Labels(in.labels).data, in.ignore_index,
       in.sample_weight ? static_cast<const T*>(in.sample_weight->const_data_ptr()) : nullptr};
   prepare_rows(in, counting, class_weight, x_hat, rows);
-  scratch.products.take_features(x_hat, [&](int64_t i) { return rows[kInverseNorm][i]; });
+  scratch.products.take_features(
+      x_hat, [&](int64_t i) { return rows[kInverseNorm][i]; }, [](int64_t) { return 1.0; });
   RowTerms<T> terms(
       in, scale, [&](int64_t i) { return rows[kRowWeight][i] != 0; }, [](int64_t) { return 0.0; });
   if (in.shift)

@@ -28,17 +28,18 @@ struct PairKernels {
   void (*pack_rows)(const PairRow* rows, int64_t count, int64_t n, uint32_t* packed);
   void (*pack_across)(const PairRow* rows, int64_t count, int64_t n, uint32_t* packed);
   void (*pack_down)(const PairRow* rows, int64_t count, int64_t n, uint32_t* packed);
-  // out[i][j] = a_factor[i] b_factor[j] sum over d < n of a_id b_jd, out [a_rows, b_rows]; a by pack_rows, b by
-  // pack_across.
+  // out[i][j] = a_factor[i] b_factor[j] sum over d < n of a_id b_jd, out [a_rows, b_rows] in rows of `stride`; a by
+  // pack_rows, b by pack_across.
   void (*rows_by_rows)(const uint32_t* a, const float* a_factor, int64_t a_rows, const uint32_t* b,
-                       const float* b_factor, int64_t b_rows, int64_t n, float* out);
-  // out[i][d] += sum over j < columns of e_ij factor[j] b_jd, e [rows, columns], out [rows, n]; b by pack_down. With
-  // limits, only of those e_ij factor[j] whose size is above limit[i] the lower part is added.
-  void (*add_weighted_rows)(const float* e, const float* factor, const float* limit, int64_t rows,
-                            int64_t columns, const uint32_t* b, int64_t n, float* out);
-  // out[j][d] = sum over i < rows of e_ij factor[i] b_id, e [rows, columns], out [columns, n]; b by pack_down.
-  void (*weighted_sums)(const float* e, const float* factor, int64_t rows, int64_t columns, const uint32_t* b,
-                        int64_t n, float* out);
+                       const float* b_factor, int64_t b_rows, int64_t n, float* out, int64_t stride);
+  // out[i][d] += sum over j < columns of e_ij factor[j] b_jd, e [rows, columns] in rows of `stride`, out [rows, n];
+  // b by pack_down. With limits, only of those e_ij factor[j] whose size is above limit[i] the lower part is added.
+  void (*add_weighted_rows)(const float* e, int64_t stride, const float* factor, const float* limit,
+                            int64_t rows, int64_t columns, const uint32_t* b, int64_t n, float* out);
+  // out[j][d] = sum over i < rows of e_ij factor[i] b_id, e [rows, columns] in rows of `stride`, out [columns, n];
+  // b by pack_down.
+  void (*weighted_sums)(const float* e, int64_t stride, const float* factor, int64_t rows, int64_t columns,
+                        const uint32_t* b, int64_t n, float* out);
 };
 
 namespace avx512bf16 {

@@ -131,20 +131,20 @@ void rows_of_panel(const Factor& a, int64_t rows, const Panel& b, int64_t first_
 }
 
 void rows_by_rows(const uint32_t* a, const float* a_factor, int64_t a_rows, const uint32_t* b,
-                  const float* b_factor, int64_t b_rows, int64_t n, float* out) {
+                  const float* b_factor, int64_t b_rows, int64_t n, float* out, int64_t stride) {
   const int64_t all = ceil_div(n, 2);
   for (int64_t number = 0; number * kPanel < b_rows; ++number) {
     const Panel panel(b, number, b_rows, all);
     for (int64_t k = 0; k < all; k += kChain)
       for (int64_t i = 0; i < a_rows; i += kRows)
         rows_of_panel<1>({a + i * all + k, all, 1, 0}, at_most(kRows, a_rows - i), panel, k,
-                         at_most(kChain, all - k), out + i * b_rows, b_rows, k > 0);
+                         at_most(kChain, all - k), out + i * stride, stride, k > 0);
     for (int64_t v = 0; v < panel.vectors; ++v) {
       const int64_t first = panel.first + v * kLanes;
       const __mmask16 mask = first_lanes(b_rows - first);
       const __m512 factor = _mm512_maskz_loadu_ps(mask, b_factor + first);
       for (int64_t i = 0; i < a_rows; ++i) {
-        float* to = out + i * b_rows + first;
+        float* to = out + i * stride + first;
         const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, to), _mm512_set1_ps(a_factor[i]));
         _mm512_mask_storeu_ps(to, mask, _mm512_mul_ps(scaled, factor));
       }
@@ -170,8 +170,8 @@ void add_low(const uint32_t* low, int64_t k, const uint32_t* b, int64_t all_pair
     rows_of_panel<1>({low, 0, 1, 0}, 1, Panel(b, number, n, all_pairs), k, 1, out, n, true);
 }
 
-void add_weighted_rows(const float* e, const float* factor, const float* limit, int64_t rows, int64_t columns,
-                       const uint32_t* b, int64_t n, float* out) {
+void add_weighted_rows(const float* e, int64_t stride, const float* factor, const float* limit, int64_t rows,
+                       int64_t columns, const uint32_t* b, int64_t n, float* out) {
   alignas(64) uint32_t pairs[2][kRows][kChain];
   uint32_t beyond[kRows][kChain / kLanes];  // a bit for each number of those pairs
   const int64_t all = ceil_div(columns, 2);
@@ -185,7 +185,7 @@ void add_weighted_rows(const float* e, const float* factor, const float* limit, 
         const __m512 factor0 = _mm512_maskz_loadu_ps(mask0, factor + first),
                      factor1 = _mm512_maskz_loadu_ps(mask1, factor + first + kLanes);
         for (int64_t r = 0; r < held; ++r) {
-          const float* row = e + (i + r) * columns + first;
+          const float* row = e + (i + r) * stride + first;
           const __m512 value0 = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask0, row), factor0),
                        value1 = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask1, row + kLanes), factor1);
           const Parts of = parts_of(value0, value1);
@@ -216,8 +216,8 @@ void add_weighted_rows(const float* e, const float* factor, const float* limit, 
   }
 }
 
-void weighted_sums(const float* e, const float* factor, int64_t rows, int64_t columns, const uint32_t* b,
-                   int64_t n, float* out) {
+void weighted_sums(const float* e, int64_t stride, const float* factor, int64_t rows, int64_t columns,
+                   const uint32_t* b, int64_t n, float* out) {
   alignas(64) uint32_t pairs[2][kChain][kLanes];
   // Where numbers of two rows are neighbours.
   const int64_t all = ceil_div(rows, 2);
@@ -228,7 +228,7 @@ void weighted_sums(const float* e, const float* factor, int64_t rows, int64_t co
       for (int64_t q = 0; q < count; ++q) {
         const int64_t i = 2 * (k + q);
         const auto weighted = [&](int64_t row) {
-          return row < rows ? _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, e + row * columns + j),
+          return row < rows ? _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, e + row * stride + j),
                                             _mm512_set1_ps(factor[row]))
                             : _mm512_setzero_ps();
         };

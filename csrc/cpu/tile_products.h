@@ -14,8 +14,9 @@ namespace nf::cpu {
 class PairedRows {
  public:
   void clear() { rows_.clear(), factors_.clear(); }
-  // A row and 1 / ||.|| of it, or 0 for one that is taken as zero; false if it has to be left to float.
-  bool add(const void* row, float inverse) {
+  // `factor` times the unit row, from a row and 1 / ||.|| of it, or 0 for one that is taken as zero; false if it has
+  // to be left to float.
+  bool add(const void* row, float inverse, float factor = 1) {
     if (inverse == 0) {
       rows_.push_back({nullptr, 0});
       factors_.push_back(0);
@@ -25,7 +26,7 @@ class PairedRows {
     if (!math::norm_is_moderate(norm)) return false;
     const int exponent = std::ilogb(norm);
     rows_.push_back({static_cast<const BFloat16*>(row), exponent});
-    factors_.push_back(std::ldexp(inverse, exponent));
+    factors_.push_back(std::ldexp(inverse, exponent) * factor);
     return true;
   }
   int64_t count() const { return int64_t(rows_.size()); }
@@ -61,13 +62,13 @@ class TileProducts {
     packed_ = scratch.array<int>(kernels_ != nullptr ? kernels_->room_of_rows(shape.batch, shape.dim) : 0);
   }
 
-  // The unit rows of the features, and inverse_of(i) = 1 / ||x_i||, 0 for a row that was made zero. Scratch has its
-  // memory by now.
-  template <class Inverse>
-  void take_features(T* x_hat, const Inverse& inverse_of) {
+  // The unit rows of the features times factor_of(i), and inverse_of(i) = 1 / ||x_i||, 0 for a row that was made zero.
+  // Scratch has its memory by now.
+  template <class Inverse, class Factor>
+  void take_features(T* x_hat, const Inverse& inverse_of, const Factor& factor_of) {
     x_hat_ = x_hat;
     for (int64_t i = 0; kernels_ != nullptr && i < shape_.batch; ++i)
-      if (!features_.add(x_.row(i), float(inverse_of(i)))) kernels_ = nullptr;
+      if (!features_.add(x_.row(i), float(inverse_of(i)), float(factor_of(i)))) kernels_ = nullptr;
     if (kernels_ != nullptr)
       kernels_->pack_rows(features_.rows(), shape_.batch, shape_.dim, packed_features());
   }
@@ -92,35 +93,35 @@ class TileProducts {
   }
 
   // S of the tile, [N, width].
-  void scores(int64_t slot, T* out) const {
+  void scores(int64_t slot, const Matrix<T>& out) const {
     const Held& held = tiles_[size_t(slot)];
     if (!held.paired) return score_tile(shape_, x_hat_, units(slot), held.tile, out);
     if constexpr (std::is_same_v<T, float>) {
       const int64_t D = shape_.dim;
       kernels_->pack_across(held.rows.rows(), held.rows.count(), D, packed_tile(slot));
       kernels_->rows_by_rows(packed_features(), features_.factors(), shape_.batch, packed_tile(slot),
-                             held.rows.factors(), held.rows.count(), D, out);
+                             held.rows.factors(), held.rows.count(), D, out.data, out.row_stride);
     }
   }
 
   // sum [N, D] += e w_hat, e [N, width]. Of a softmax `sums` [N] are those of E over this tile and others: an error
   // in what is below kMuch of its row's sum is lost in the row's gradient.
-  void add_weighted(int64_t slot, T* e, const double* sums, T* sum) {
+  void add_weighted(int64_t slot, const Matrix<T>& e, const double* sums, T* sum) {
     Held& held = tiles_[size_t(slot)];
     const int64_t N = shape_.batch, D = shape_.dim, width = held.tile.width;
-    if (!held.paired)
-      return multiply<T>({e, N, width, width}, {units(slot), width, D, D}, {sum, N, D, D}, true);
+    if (!held.paired) return multiply<T>(e, {units(slot), width, D, D}, {sum, N, D, D}, true);
     if constexpr (std::is_same_v<T, float>) {
       held.limits.resize(size_t(sums != nullptr ? N : 0));
       for (size_t i = 0; i < held.limits.size(); ++i) held.limits[i] = float(kMuch * sums[i]);
       kernels_->pack_down(held.rows.rows(), width, D, packed_tile(slot));
-      kernels_->add_weighted_rows(e, held.rows.factors(), sums != nullptr ? held.limits.data() : nullptr, N,
-                                  width, packed_tile(slot), D, sum);
+      kernels_->add_weighted_rows(e.data, e.row_stride, held.rows.factors(),
+                                  sums != nullptr ? held.limits.data() : nullptr, N, width, packed_tile(slot),
+                                  D, sum);
     }
   }
 
   // Unit row r of the tile; the next one may take its place.
-  const T* unit_row(int64_t slot, int64_t r) const {
+  T* unit_row(int64_t slot, int64_t r) const {
     const Held& held = tiles_[size_t(slot)];
     if (!held.paired) return units(slot) + held.tile.column(r) * shape_.dim;
     unit_row_again(w_, held.tile.first + r, held.inverse[r], eps_, spare_row(slot));
@@ -174,33 +175,33 @@ class GradientProduct {
     weighted_ = scratch.array<T>(wanted ? shape.batch * shape.dim : 0);
   }
 
-  // As TileProducts, and factor_of(i).
-  template <class Inverse, class Factor>
-  void take_features(const T* x_hat, const Inverse& inverse_of, const Factor& factor_of) {
+  // As TileProducts, and what weight each row has.
+  template <class Inverse, class Factor, class Weight>
+  void take_features(const T* x_hat, const Inverse& inverse_of, const Factor& factor_of,
+                     const Weight& weight_of) {
     const int64_t N = shape_.batch, D = shape_.dim;
     PairedRows features;
     for (int64_t i = 0; kernels_ != nullptr && i < N; ++i)
-      if (!features.add(x_.row(i), float(inverse_of(i)))) kernels_ = nullptr;
+      if (!features.add(x_.row(i), float(inverse_of(i)), float(factor_of(i)))) kernels_ = nullptr;
     T* weighted = data_of<T>(weighted_);
     if (kernels_ == nullptr) {
       for_rows(N, D, [&](int64_t i) {
-        for (int64_t d = 0; d < D; ++d) weighted[i * D + d] = T(factor_of(i)) * x_hat[i * D + d];
+        for (int64_t d = 0; d < D; ++d) weighted[i * D + d] = T(weight_of(i)) * x_hat[i * D + d];
       });
       return;
     }
     kernels_->pack_down(features.rows(), N, D, packed());
     factors_.assign(features.factors(), features.factors() + N);
-    for (int64_t i = 0; i < N; ++i) factors_[size_t(i)] *= float(factor_of(i));
+    for (int64_t i = 0; i < N; ++i) factors_[size_t(i)] *= float(weight_of(i));
   }
 
   // out [width, D] = e^T times the weighted features, e [N, width].
-  void operator()(T* e, int64_t width, T* out) const {
+  void operator()(const Matrix<T>& e, T* out) const {
     const int64_t N = shape_.batch, D = shape_.dim;
     if (kernels_ == nullptr)
-      return multiply<T>(Matrix<T>{e, N, width, width}.transposed(), {data_of<T>(weighted_), N, D, D},
-                         {out, width, D, D});
+      return multiply<T>(e.transposed(), {data_of<T>(weighted_), N, D, D}, {out, e.columns, D, D});
     if constexpr (std::is_same_v<T, float>)
-      kernels_->weighted_sums(e, factors_.data(), N, width, packed(), D, out);
+      kernels_->weighted_sums(e.data, e.row_stride, factors_.data(), N, e.columns, packed(), D, out);
   }
 
  private:

@@ -96,6 +96,7 @@ constexpr Rates kH100Rates = {
     .library16 = {766e12, results::kH100},
     .library32 = {50e12, results::kH100Steps},  // 256 x 512 x 85,742 in float32: 2.21 ms
     .library64 = {50e12, results::kPredicted},
+    .pairs16 = {},
     .simt32 = {39e12, results::kPredicted},  // as long as cuBLAS at 6e9 operations
     .simt64 = {20e12, results::kPredicted},
     .sm80_scores = {441e12, results::kH100},
@@ -120,6 +121,7 @@ constexpr Rates predicted(const char* kind, double memory) {
       .library16 = guess(h100.library16, 1),
       .library32 = guess(h100.library32, 1),
       .library64 = guess(h100.library64, 1),
+      .pairs16 = {},
       .simt32 = guess(h100.simt32, 1),
       .simt64 = guess(h100.simt64, 1),
       .sm80_scores = guess(h100.sm80_scores, 1),
