@@ -72,6 +72,9 @@ constexpr Cost blas_forward(const ProductShape& s, const DeviceFacts& d) { retur
 constexpr Cost blas_backward(const ProductShape& s, const DeviceFacts& d) { return blas_pass(s, d, 1, 0, 3); }
 constexpr Cost blas_again(const ProductShape& s, const DeviceFacts& d) { return blas_pass(s, d, 1, 1, 0); }
 
+// Where features and weight are bfloat16: scores take one product of pairs, sums with E two, for its 16 bits.
+constexpr bool pairs_pay(const Rates& r) { return r.pairs16.value >= 2 * r.library32.value; }
+
 constexpr Cost cublas_forward(const ProductShape& s, const DeviceFacts& d) {
   return unit_rows(s, *d.rates, copies_of(s)) + library_scores(s, *d.rates) + class_sums(s, *d.rates);
 }
