@@ -2,6 +2,7 @@
 // one did not make it; the products are made as in head_sweep.cu.
 #include "cuda/device/add_runs.cuh"
 #include "cuda/device/backward_kernels.cuh"
+#include "cuda/device/class_rows.cuh"
 #include "cuda/device/hot_targets.cuh"
 #include "cuda/host/add_product.cuh"
 #include "cuda/host/head_stages.h"
@@ -103,6 +104,20 @@ struct WeightGradients {
             hot};
   }
 
+  // From the product of a chunk, which lies in memory.
+  void finish_product(Queue& queue, const ClassGradient& task, T* g) const {
+    dispatch_stored(head.in.weight.scalar_type(), [&]<class S>() {
+      if constexpr (std::is_same_v<accum_t<S>, T>)
+        dispatch_rows<kVectorOf<T>>(task.vectors && aligned16(g), task.dim, [&]<class Shape>() {
+          const int64_t of_block =
+              classes_of_block(queue, task.batch, task.width, kRowsPerBlock * Shape::kRows);
+          launch("class_gradients", queue, class_gradients_kernel<S, Shape>,
+                 Grid{(task.width + of_block - 1) / of_block}, kThreads, shared_bytes<int>(of_block), task, g,
+                 of_block);
+        });
+    });
+  }
+
   // From E of a chunk, whose rows are `stride` long.
   void from_e(Queue& queue, const Chunk& of, void* e, int64_t stride, const Array& product) const {
     const int64_t N = head.batch, D = head.dim;
@@ -123,9 +138,7 @@ struct WeightGradients {
     T* g = product.count() > 0 ? data_of<T>(product) : data_of<T>(dw) + (of.first - dw_first) * D;
     multiply(head.in.x, Matrix{e, head.other, N, of.width, stride}.transposed(),
              {factors.weighted.data(), head.other, N, D, D}, {g, head.wide, of.width, D, D});
-    launch("class_gradients", queue, class_gradients_kernel<T>,
-           Grid{(of.width + kClassesPerBlock - 1) / kClassesPerBlock}, kThreads,
-           shared_bytes<int>(kClassesPerBlock), classes(of), g);
+    finish_product(queue, classes(of), g);
   }
 
   // From unit rows of the classes, without E.

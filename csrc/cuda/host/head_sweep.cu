@@ -87,9 +87,11 @@ struct Sweep : SweepScratch {
     const int64_t row_blocks = warp_per_row(head.batch).x;
     dispatch_stored(in.weight.scalar_type(), [&]<class S>() {
       if constexpr (std::is_same_v<accum_t<S>, T>)
-        launch("prepare", queue,
-               rows_are_aligned<S>(classes) ? prepare_kernel<T, S, kVectorOf<S>> : prepare_kernel<T, S, 1>,
-               Grid{row_blocks + warp_per_row(classes.rows).x}, kThreads, 0, task, classes, row_blocks);
+        dispatch_rows<kVectorOf<S>>(rows_are_aligned<S>(classes), classes.length, [&]<class Shape>() {
+          launch("prepare", queue, prepare_kernel<T, S, Shape>,
+                 Grid{row_blocks + warp_per_rows(classes.rows, Shape::kRows).x}, kThreads, 0, task, classes,
+                 row_blocks);
+        });
     });
   }
 

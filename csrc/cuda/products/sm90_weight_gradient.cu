@@ -94,7 +94,7 @@ NF_DEVICE void count_tiles(const Room<Tile>& room, const ClassGradient& task) {
     sync_warp();  // the zeros, before anyone counts
 #pragma unroll 4
     for (int64_t i = lane_id(); i < task.batch; i += kWarp)
-      count_target<S::kClasses>(task, tile, i, room.counts);
+      count_target(task, tile, S::kClasses, i, task.labels[i], room.counts);
     sync_warp();  // all lanes' counts, before they are announced
     if (lane_id() == 0) barrier_arrive(room.counted);
   }
@@ -342,7 +342,7 @@ void sm90_weight_gradient(Queue& queue, const WeightGradient& task) {
     const int64_t tiles = (of.width + S::kClasses - 1) / S::kClasses;
     dispatch_stored(ScalarType(of.weight.type), [&]<class W>() {
       if constexpr (sizeof(W) < 8)
-        launch(kName, queue, sm90_weight_gradient_kernel<Tile, W>,
+        launch("sm90_weight_gradient", queue, sm90_weight_gradient_kernel<Tile, W>,
                Grid{std::min<int64_t>(tiles, queue.multiprocessors())}, S::kThreads, size_t(S::shared()), e,
                weighted, w, dw, of);
     });
