@@ -262,7 +262,7 @@ needs_nvcc = pytest.mark.skipif(build.nvcc() is None, reason="nvcc not found")
 @pytest.mark.slow
 @needs_nvcc
 def test_nvcc_compiles_the_same_source_to_the_instructions_meant() -> None:
-    ptx = build.build_faults_with_nvcc().read_bytes()
+    ptx = build.build_faults_with_nvcc()[0].read_bytes()
     for instruction in [
         b"ld.global.v4.",
         b"st.global.v4.",

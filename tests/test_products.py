@@ -172,10 +172,10 @@ static_assert(named("sm90_single_sweep").refusal({1024, 264, 1000, 2}, kCard) ==
 static_assert(named("sm90_single_sweep").refusal({1024, 256, 1000, 2}, kNewer) == Refusal::kCapability);
 static_assert(named("sm90_single_sweep").refusal({1024, 256, 1000, 2, false}, kCard) == Refusal::kTerm);
 
-// A block has a multiprocessor for itself: in whole rounds over all of them, and no more tiles than a float sums.
+// A block has a multiprocessor for itself: whole rounds over all of them, no more tiles than a float sums.
 constexpr auto tiles_of = tiles::Sm90Scores::tiles_per_block;
-static_assert(tiles_of(132, 1024, 1000000) == 237);  // 33 blocks a row block, 264 in two rounds; one would be of 489
-static_assert(tiles_of(132, 256, 85742) == 11);      // 122 blocks at once
+static_assert(tiles_of(132, 1024, 1000000) == 237);  // 264 blocks in two rounds; one would be of 489
+static_assert(tiles_of(132, 256, 85742) == 11);  // 122 blocks at once
 static_assert(tiles_of(132, 17024, 128) == 1 && tiles_of(132, 1, 1) == 1);
 static_assert(tiles_of(1, 128, 1 << 30) == tiles::Sm90Scores::kMostTiles);
 

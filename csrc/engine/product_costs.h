@@ -72,6 +72,9 @@ constexpr Cost blas_forward(const ProductShape& s, const DeviceFacts& d) { retur
 constexpr Cost blas_backward(const ProductShape& s, const DeviceFacts& d) { return blas_pass(s, d, 1, 0, 3); }
 constexpr Cost blas_again(const ProductShape& s, const DeviceFacts& d) { return blas_pass(s, d, 1, 1, 0); }
 
+// Where features and weight are bfloat16: scores take one product of pairs, sums with E two, for its 16 bits.
+constexpr bool pairs_pay(const Rates& r) { return r.pairs16.value >= 2 * r.library32.value; }
+
 constexpr Cost cublas_forward(const ProductShape& s, const DeviceFacts& d) {
   return unit_rows(s, *d.rates, copies_of(s)) + library_scores(s, *d.rates) + class_sums(s, *d.rates);
 }
@@ -255,7 +258,7 @@ constexpr int64_t sm80_gradient_shared(const ProductShape& s) {
 }
 constexpr int64_t sm90_scores_shared(const ProductShape& s) { return tiles::sm90_scores_shared(s.dim); }
 constexpr int64_t sm90_gradient_shared(const ProductShape& s) {
-  return tiles::most(tiles::sm90_scores_shared(s.dim), tiles::sm90_weight_gradient_shared(s.dim));
+  return tiles::sm90_weight_gradient_shared(s.dim);
 }
 constexpr int64_t sm80_sweep_shared(const ProductShape& s) { return tiles::sm80_single_sweep_shared(s.dim); }
 constexpr int64_t sm90_sweep_shared(const ProductShape& s) { return tiles::sm90_single_sweep_shared(s.dim); }

@@ -31,6 +31,7 @@ struct Rates {
   Rate exponentials;
   Rate launch;                           // seconds of a launch, its kernel's first and last wave included
   Rate library16, library32, library64;  // products by cuBLAS, or by BLAS per thread
+  Rate pairs16;                          // of a CPU's threads, by instructions for pairs of bfloat16
   Rate simt32, simt64;
   Rate sm80_scores, sm80_weight_gradient, sm80_single_sweep, sm80_sweep_gradient;
   Rate sm90_scores, sm90_weight_gradient, sm90_single_sweep, sm90_sweep_gradient;
@@ -48,6 +49,7 @@ struct Rates {
     f("library16", library16);
     f("library32", library32);
     f("library64", library64);
+    f("pairs16", pairs16);
     f("simt32", simt32);
     f("simt64", simt64);
     f("sm80_scores", sm80_scores);
@@ -67,6 +69,7 @@ namespace results {
 constexpr const char* kH100 = "benchmarks/results/README.md";
 constexpr const char* kH100Steps = "benchmarks/results/h100/kernels.jsonl";
 constexpr const char* kCpu = "benchmarks/results/cpu-epyc-zen3-2vcpu/kernels_amortised.jsonl";
+constexpr const char* kPairs = "benchmarks/results/cpu-epyc-zen4-2vcpu/pairs.md";
 constexpr const char* kPredicted = nullptr;
 }  // namespace results
 
@@ -83,6 +86,7 @@ constexpr Rates kCpuRates = {
     .library16 = {72e9, results::kCpu},
     .library32 = {72e9, results::kCpu},
     .library64 = {36e9, results::kPredicted},
+    .pairs16 = {200e9, results::kPairs},
     .simt32 = {},
     .simt64 = {},
     .sm80_scores = {},
@@ -110,6 +114,7 @@ constexpr Rates kH100Rates = {
     .library16 = {766e12, results::kH100},
     .library32 = {50e12, results::kH100Steps},  // 256 x 512 x 85,742 in float32: 2.21 ms
     .library64 = {50e12, results::kPredicted},
+    .pairs16 = {},
     .simt32 = {39e12, results::kPredicted},  // as long as cuBLAS at 6e9 operations
     .simt64 = {20e12, results::kPredicted},
     .sm80_scores = {441e12, results::kH100},
@@ -142,6 +147,7 @@ constexpr Rates predicted(const char* kind, double memory) {
       .library16 = guess(h100.library16, 1),
       .library32 = guess(h100.library32, 1),
       .library64 = guess(h100.library64, 1),
+      .pairs16 = {},
       .simt32 = guess(h100.simt32, 1),
       .simt64 = guess(h100.simt64, 1),
       .sm80_scores = guess(h100.sm80_scores, 1),

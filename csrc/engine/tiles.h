@@ -295,7 +295,7 @@ constexpr int64_t sm80_weight_gradient_shared(int64_t dim) {
 }
 constexpr int64_t sm90_weight_gradient_shared(int64_t dim) {
   const int64_t gradient = dispatch_sm90_gradient(dim, [&]<class S>() { return S::shared(); });
-  return most(sm80_scores_shared(dim), gradient);
+  return most(sm90_scores_shared(dim), gradient);
 }
 constexpr int64_t sm80_single_sweep_shared(int64_t dim) {
   return dispatch_sweep(dim, [&]<int kColumns>() { return Sm80SingleSweep<kColumns>::shared(); });

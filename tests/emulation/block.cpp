@@ -134,6 +134,7 @@ class Order {
 
 void run_thread() {
   (*kernel)();
+  barriers_end();
   stores_end();
   products_end();
   current().state = Thread::kExited;

@@ -52,8 +52,8 @@ void change(void* const* offers) {
 }
 
 std::string wanted_of(const void* wanted) {
-  return std::to_string(*static_cast<const int*>(wanted)) + " registers a thread, of which " +
-         std::to_string(budget.left / kWarpgroup) + " more are free";
+  return std::to_string(*static_cast<const int*>(wanted)) + " registers a thread, with " +
+         std::to_string(budget.left / kWarpgroup) + " more to be had";
 }
 
 }  // namespace

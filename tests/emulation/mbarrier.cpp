@@ -1,6 +1,7 @@
 #include "mbarrier.h"
 
 #include <algorithm>
+#include <bitset>
 #include <map>
 #include <string>
 #include <utility>
@@ -42,6 +43,7 @@ struct Barrier {
   std::vector<int> woken;  // by the last phase, and not yet running
 };
 std::map<const void*, Barrier> barriers;
+std::bitset<kMaxThreads> unheard;  // who has waited and not asked since how it went
 
 Barrier& barrier_at(const char* what, const void* at) {
   const auto found = barriers.find(at);
@@ -132,6 +134,7 @@ void arrive_at_barrier(void* at, unsigned bytes) {
 void wait_at_barrier(void* at, unsigned parity, Where where) {
   Barrier& barrier = barrier_at("barrier_wait", at);
   if (parity > 1) fail("barrier_wait for parity %u", parity);
+  unheard[place.thread] = true;
   if (is_over(barrier, parity)) {
     land(barrier);
     barrier.done.acquire(place.thread);
@@ -155,6 +158,15 @@ void load_to_barrier(void* at, const Load& load) {
   end_phase_if_complete(barrier);
 }
 
-void barriers_begin() { barriers.clear(); }
+void hear_of_waits() { unheard[place.thread] = false; }
+
+void barriers_begin() {
+  barriers.clear();
+  unheard.reset();
+}
+
+void barriers_end() {
+  if (unheard[place.thread]) fail("exits after a barrier_wait with no barriers_held");
+}
 
 }  // namespace nf::emulation

@@ -16,6 +16,10 @@ void wait_at_barrier(void* at, unsigned parity, Where where);
 // The bytes of `load`, which begins now, are counted there.
 void load_to_barrier(void* at, const Load& load);
 
+// On a GPU a wait may give up: each thread that waits has to ask afterwards whether one did.
+void hear_of_waits();
+
 void barriers_begin();
+void barriers_end();  // for the running thread, which exits
 
 }  // namespace nf::emulation

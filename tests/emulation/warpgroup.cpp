@@ -218,7 +218,10 @@ void deliver(Chain& chain, std::initializer_list<Registers> named) {
   const int thread = place.thread - first_thread();
   float* const d = chain.d[thread];
   check_untouched(chain, thread);
-  const bool is_named = std::ranges::any_of(named, [&](const Registers& r) { return r.at == d; });
+  const bool is_named = std::ranges::any_of(named, [&](const Registers& r) {
+    const auto* const first = static_cast<const float*>(r.at);
+    return d >= first && d + chain.registers <= first + r.bytes / sizeof(float);
+  });
   if (!is_named) fail("wgmma_wait for products into registers that it does not name");
   for (int i = 0; i < chain.registers; ++i) d[i] = chain.values[place_in(2 * chain.registers, thread, i)];
   chain.delivered.set(thread);

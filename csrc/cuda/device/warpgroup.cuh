@@ -205,8 +205,8 @@ NF_DEVICE void wgmma_commit() {
 #endif
 }
 
-template <int kPending, int... kCounts>
-NF_DEVICE void wgmma_wait(float (&... d)[kCounts]) {
+template <int kPending, class... Arrays>
+NF_DEVICE void wgmma_wait(Arrays&... d) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(kPending) : "memory");
   (detail::hold(d), ...);

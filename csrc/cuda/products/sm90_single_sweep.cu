@@ -14,20 +14,22 @@
 namespace nf {
 namespace {
 
-constexpr int kStretch = 1024;  // classes, a multiple of those of a step
+// Multiples of a step's classes: kStretch as in sm80_single_sweep.cu; and those over which the tensor cores add up
+// x_sum, whose float sums are cut off rather than rounded, so that a long one of like terms falls short.
+constexpr int kStretch = 1024, kSegment = 1 << 14;
 
 template <class Term, int kColumns>
 NF_KERNEL_RESIDENT(Shape<kColumns>::kThreads, 1)
 sm90_single_sweep_kernel(SingleSweep task, NF_TENSOR_MAP x_map, NF_TENSOR_MAP w_map, NF_TENSOR_MAP copy_map,
-                         int64_t keys_per_block) {
+                         int keys_per_block) {
   using S = Shape<kColumns>;
   SharedMemory shared;
   const Buffers<kColumns> b(shared);
-  const int64_t row_blocks = (task.batch + kTile - 1) / kTile, splits = block_count() / row_blocks;
+  const int row_blocks = int((task.batch + kTile - 1) / kTile), splits = int(block_count()) / row_blocks;
   // Neighbouring blocks share their classes, which then come from the L2 cache.
-  const int64_t first_row = block_id() % row_blocks * kTile, split = block_id() / row_blocks;
-  const int begin = int(split * keys_per_block);
-  const int end = int(begin + keys_per_block < task.width ? begin + keys_per_block : task.width);
+  const int first_row = int(block_id()) % row_blocks * kTile, split = int(block_id()) / row_blocks;
+  const int begin = split * keys_per_block, width = int(task.width);
+  const int end = width - begin < keys_per_block ? width : begin + keys_per_block;
 
   if (warpgroup_id() == kCopier) {
     registers_down<kForwardCopier>();
@@ -39,13 +41,13 @@ sm90_single_sweep_kernel(SingleSweep task, NF_TENSOR_MAP x_map, NF_TENSOR_MAP w_
   } else {
     registers_up<kForwardMultiplier>();
     // What this lane holds: rows first_held + 8 h, and columns 8 n + first_column + {0, 1}.
-    const int64_t first_held = first_row + warp_id() * 16 + lane_id() / 4;
+    const int first_held = first_row + warp_id() * 16 + lane_id() / 4;
     const int first_column = lane_id() % 4 * 2;
     math::TermRow<float> rows[2];
     int label[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t i = first_held + 8 * h;
+      const int i = first_held + 8 * h;
       const bool exists = i < task.batch;
       rows[h] = exists ? math::TermRow<float>{float(task.rows.scale.at(i) * math::kLog2E),
                                               float(task.rows.shift[i] * math::kLog2E), 0.0f}
@@ -61,39 +63,58 @@ sm90_single_sweep_kernel(SingleSweep task, NF_TENSOR_MAP x_map, NF_TENSOR_MAP w_
         sum[h] = second[h] = 0;
       }
     };
-    const auto weigh = [&](int step, const typename S::Place&, float (&scores)[S::kScores]) {
-      if (step % (kStretch / S::kKeys) == 0) end_stretch();
-      const int key = begin + step * S::kKeys;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const Term term(rows[h], static_cast<const float*>(nullptr));
-        const int exist = end - key - first_column, own = label[h] - key - first_column;
-        float part = 0, part_second = 0;       // of this step
-        const auto fold = [&]<bool kSome>() {  // kSome: not all of them count
-#pragma unroll
-          for (int n = 0; n < S::kKeys / 8; ++n)
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-              float& value = scores[4 * n + 2 * h + k];
-              math::Cell<float> cell = term.at(value, PowerExp());
-              if (kSome && (8 * n + k >= exist || 8 * n + k == own)) cell = {};
-              part += cell.value;
-              part_second += cell.second;
-              value = cell.coefficient;
-            }
-        };
-        if (end - key < S::kKeys || unsigned(label[h] - key) < S::kKeys)
-          fold.template operator()<true>();
-        else
-          fold.template operator()<false>();
-        sum[h] += part;
-        second[h] += part_second;
-      }
-    };
-    float out[S::kSums] = {};
     typename S::Place at(0);
     barrier_wait(b.q_full, 0);
-    sweep<kColumns>(b, (end - begin + S::kKeys - 1) / S::kKeys, at, weigh, out);
+    for (int first = begin; first < end; first += kSegment) {
+      const auto weigh = [&](int step, const typename S::Place&, float (&scores)[S::kScores]) {
+        if (step % (kStretch / S::kKeys) == 0) end_stretch();
+        const int key = first + step * S::kKeys;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const Term term(rows[h], static_cast<const float*>(nullptr));
+          const int exist = end - key - first_column, own = label[h] - key - first_column;
+          float part = 0, part_second = 0;       // of this step
+          const auto fold = [&]<bool kSome>() {  // kSome: not all of them count
+#pragma unroll
+            for (int n = 0; n < S::kKeys / 8; ++n)
+#pragma unroll
+              for (int k = 0; k < 2; ++k) {
+                float& value = scores[4 * n + 2 * h + k];
+                math::Cell<float> cell = term.at(value, PowerExp());
+                if (kSome && (8 * n + k >= exist || 8 * n + k == own)) cell = {};
+                part += cell.value;
+                part_second += cell.second;
+                value = cell.coefficient;
+              }
+          };
+          if (end - key < S::kKeys || unsigned(label[h] - key) < S::kKeys)
+            fold.template operator()<true>();
+          else
+            fold.template operator()<false>();
+          sum[h] += part;
+          second[h] += part_second;
+        }
+      };
+      const int classes = end - first < kSegment ? end - first : kSegment;
+      float out[S::kSums] = {};
+      sweep<kColumns>(b, (classes + S::kKeys - 1) / S::kKeys, at, weigh, out);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int i = first_held + 8 * h;
+        if (i >= task.batch) continue;
+        float* to = task.x_partial + (int64_t(split) * task.batch + i) * task.dim + first_column;
+#pragma unroll
+        for (int n = 0; n < kColumns / 8; ++n) {
+          if (8 * n >= task.dim) continue;
+          Vector<float, 2> pair{{out[4 * n + 2 * h], out[4 * n + 2 * h + 1]}};
+          if (first > begin) {
+            const auto before = load_vector<2>(to + 8 * n);
+            pair = {{before.at[0] + pair.at[0], before.at[1] + pair.at[1]}};
+          }
+          store_vector_global<2>(to + 8 * n, pair);
+        }
+      }
+    }
 
     end_stretch();
 #pragma unroll
@@ -102,17 +123,10 @@ sm90_single_sweep_kernel(SingleSweep task, NF_TENSOR_MAP x_map, NF_TENSOR_MAP w_
       total[h] += shuffle_xor(total[h], 2);
       total_second[h] += shuffle_xor(total_second[h], 1);
       total_second[h] += shuffle_xor(total_second[h], 2);
-      const int64_t i = first_held + 8 * h;
-      if (i >= task.batch) continue;
-      if (lane_id() % 4 == 0) {
-        task.sums.value(split, i) = total[h];
-        task.sums.second(split, splits, i) = total_second[h];
-      }
-      float* to = task.x_partial + (split * task.batch + i) * task.dim + first_column;
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n)
-        if (8 * n < task.dim)
-          store_vector_global<2>(to + 8 * n, Vector<float, 2>{{out[4 * n + 2 * h], out[4 * n + 2 * h + 1]}});
+      const int i = first_held + 8 * h;
+      if (i >= task.batch || lane_id() % 4 != 0) continue;
+      task.sums.value(split, i) = total[h];
+      task.sums.second(split, splits, i) = total_second[h];
     }
   }
   barriers_held();
@@ -129,7 +143,7 @@ add_splits_kernel(SingleSweep task, int64_t splits) {
   for (int64_t at4 = first * task.dim + 4 * thread_id(); at4 < end * task.dim; at4 += 4 * kAddThreads) {
     Vector<float, 4> total = {};
     if (task.add) total = load_vector<4>(task.x_sum + at4);
-#pragma unroll 8
+#pragma unroll 16
     for (int64_t k = 0; k < splits; ++k) {
       const auto part = load_vector<4>(task.x_partial + k * task.batch * task.dim + at4);
       for (int e = 0; e < 4; ++e) total.at[e] += part.at[e];

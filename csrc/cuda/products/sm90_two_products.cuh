@@ -191,7 +191,7 @@ auto dispatch_columns(int64_t dim, const F& f) {
 
 // Rows and classes are counted in 32 bits inside the kernels.
 void check_counts(const char* name, int64_t batch, int64_t classes) {
-  constexpr int64_t kMost = INT32_MAX - 256;
+  constexpr int64_t kMost = INT32_MAX - (1 << 15);  // and some more
   STD_TORCH_CHECK(batch <= kMost && classes <= kMost, name, ": expected at most ", kMost,
                   " rows and classes, got ", batch, " and ", classes);
 }

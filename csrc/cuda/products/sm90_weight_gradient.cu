@@ -342,7 +342,7 @@ void sm90_weight_gradient(Queue& queue, const WeightGradient& task) {
     const int64_t tiles = (of.width + S::kClasses - 1) / S::kClasses;
     dispatch_stored(ScalarType(of.weight.type), [&]<class W>() {
       if constexpr (sizeof(W) < 8)
-        launch(kName, queue, sm90_weight_gradient_kernel<Tile, W>,
+        launch("sm90_weight_gradient", queue, sm90_weight_gradient_kernel<Tile, W>,
                Grid{std::min<int64_t>(tiles, queue.multiprocessors())}, S::kThreads, size_t(S::shared()), e,
                weighted, w, dw, of);
     });

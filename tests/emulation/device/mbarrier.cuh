@@ -22,7 +22,7 @@ inline void barrier_wait(Barrier* barrier, unsigned parity,
                          emulation::Where where = emulation::Where::current()) {
   emulation::wait_at_barrier(barrier, parity, where);
 }
-inline void barriers_held() {}
+inline void barriers_held() { emulation::hear_of_waits(); }
 
 template <int kStages>
 struct RingPlace {

@@ -75,8 +75,8 @@ void wgmma(float (&d)[kRegisters], const uint32_t (&a)[4], Factor b, bool add,
 
 inline void wgmma_commit() { emulation::commit_products(); }
 
-template <int kPending, int... kCounts>
-void wgmma_wait(float (&... d)[kCounts]) {
+template <int kPending, class... Arrays>
+void wgmma_wait(Arrays&... d) {
   emulation::wait_products(kPending, {{d, sizeof(d)}...});
 }
 
