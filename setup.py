@@ -52,7 +52,10 @@ TWO_VERSIONS = ["exp", "exp2", "log", "log2"]
 LINK_FLAGS = [f"-Wl,--wrap={name}" for name in TWO_VERSIONS] if sys.platform == "linux" else []
 OLDER_LINUX = "csrc/older_linux.cpp"  # in both libraries
 #: Sources whose kernels are empty below a compute capability (mma.sync on bfloat16, cp.async).
-LEAST_CAPABILITY = {"sm80_scores.cu": "8.0", "sm80_single_sweep.cu": "8.0", "sm80_weight_gradient.cu": "8.0"}
+LEAST_CAPABILITY = {
+    f"sm80_{name}.cu": "8.0"
+    for name in ("scores", "single_sweep", "tf32x3_gradient", "tf32x3_scores", "weight_gradient")
+}
 
 #: What the names of sources begin with whose instructions no other architecture has (wgmma): compiled for this one
 #: alone, where 9.0 is among the wanted, with or without the "a".

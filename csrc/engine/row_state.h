@@ -64,6 +64,7 @@ enum class Maker {
   kSimt,     // simt_products.cu, where the host knows that the shift is fixed; cuBLAS elsewhere
   kSm80,     // sm80_*.cu: mma.sync
   kSm90,     // sm90_*.cu: wgmma
+  kTf32,     // sm80_tf32x3_*.cu: mma.sync, float32
 };
 
 // Of a step. products.h says which shapes each way takes.
