@@ -21,9 +21,20 @@ struct ColumnBlock {
   int64_t offset;
 };
 
+// Whether `tensors` like `out`, all that a call touches, have no room in the last caches together: whoever reads
+// `out` next would hardly find it there.
+bool goes_past_caches(const Tensor& out, int64_t tensors, const NewPages& pages) {
+  constexpr int64_t kSmallest = int64_t(1) << 22;  // below, nobody needs to know the machine
+  const int64_t bytes = tensors * out.numel() * int64_t(out.element_size());
+  return bytes > kSmallest && bytes > last_cache_bytes() && !pages.found();
+}
+
+// Calls body(block, past_caches) for blocks of columns of a channel axis, whose part of `out`, one of `tensors` in
+// the call, has its pages by then.
 template <class Body>
-void for_column_blocks(const RowLayout& layout, const Tensor& out, const Body& body) {
+void for_column_blocks(const RowLayout& layout, int64_t tensors, const Tensor& out, const Body& body) {
   const NewPages pages(out);
+  const bool past_caches = goes_past_caches(out, tensors, pages);
   char* place = static_cast<char*>(out.mutable_data_ptr());
   const int64_t item = int64_t(out.element_size());
   const int64_t blocks = (layout.inner + kColumns - 1) / kColumns;
@@ -33,7 +44,7 @@ void for_column_blocks(const RowLayout& layout, const Tensor& out, const Body& b
                             outer * layout.length * layout.inner + first};
     if (blocks == 1)  // else its pages are its neighbours' as well
       pages.ask_for(place + block.offset * item, layout.length * layout.inner * item);
-    body(block);
+    body(block, past_caches);
   });
 }
 
@@ -62,7 +73,7 @@ struct Joined {
 template <class T>
 void sum_columns(const StoredRows<T>& kernel, const Joined& joined, const char* x, const char* g,
                  int64_t stride, int64_t columns, int p, T* sums) {
-  T long_sums[kColumns];
+  alignas(64) T long_sums[kColumns];
   kernel.column_sums(x, g, joined.channels, joined.join * stride, joined.join * columns, p, long_sums);
   std::copy_n(long_sums, columns, sums);
   for (int64_t k = 1; k < joined.join; ++k)
@@ -89,25 +100,20 @@ void copy_strided(const char* from, int64_t from_stride, char* to, int64_t to_st
 
 const char* bytes(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
 
-// Where `out` has no room in the last cache. Rows of 16-bit numbers, whose conversions cost more than their traffic,
-// were faster with plain stores everywhere.
-bool goes_past_caches(const Tensor& out, int64_t tensors) {
-  const int64_t item = int64_t(out.element_size());
-  return item >= 4 && tensors * out.numel() * item > last_cache_bytes();
-}
-
-// Calls body(first, rows) for blocks of contiguous rows, whose part of `out` has its pages by then.
+// Calls body(first, rows, past_caches) for blocks of contiguous rows, likewise.
 template <class Body>
-void for_row_blocks(const RowLayout& layout, int64_t row_bytes, const Tensor& out, const Body& body) {
+void for_row_blocks(const RowLayout& layout, int64_t row_bytes, int64_t tensors, const Tensor& out,
+                    const Body& body) {
   constexpr int64_t kBlockBytes = int64_t(1) << 18;  // new pages are still in L2 when their rows come
   const NewPages pages(out);
+  const bool past_caches = goes_past_caches(out, tensors, pages);
   char* place = static_cast<char*>(out.mutable_data_ptr());
   const int64_t block = std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(1, row_bytes));
   for_row_runs(layout.outer, layout.length, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += block) {
       const int64_t rows = std::min(block, end - first);
       pages.ask_for(place + first * row_bytes, rows * row_bytes);
-      body(first, rows);
+      body(first, rows, past_caches);
     }
   });
 }
@@ -118,11 +124,10 @@ void forward_channels(const StoredRows<T>& kernel, const char* x, const RowLayou
   const int64_t n = layout.length, item = kernel.item;
   char* y = static_cast<char*>(out.mutable_data_ptr());
   const Joined joined(layout);
-  const bool past_caches = goes_past_caches(out, 2);
-  for_column_blocks(layout, out, [&](const ColumnBlock& block) {
+  for_column_blocks(layout, 2, out, [&](const ColumnBlock& block, bool past_caches) {
     const char* from = x + block.offset * item;
     char* to = y + block.offset * item;
-    T sums[kColumns], factor[kColumns];
+    alignas(64) T sums[kColumns], factor[kColumns];
     sum_columns<T>(kernel, joined, from, nullptr, layout.inner, block.columns, p, sums);
     for (int64_t c = 0; c < block.columns; ++c) {
       norms[block.row + c] = math::norm_value(p, sums[c], eps);
@@ -150,8 +155,7 @@ void forward(const Tensor& x, const RowLayout& layout, int64_t p, double eps, Te
   if (layout.inner != 1) return forward_channels<T>(kernel, bytes(x), layout, int(p), T(eps), y, norms);
   char* out = static_cast<char*>(y.mutable_data_ptr());
   const int64_t row_bytes = layout.length * kernel.item;
-  const bool past_caches = goes_past_caches(y, 2);
-  for_row_blocks(layout, row_bytes, y, [&](int64_t first, int64_t rows) {
+  for_row_blocks(layout, row_bytes, 2, y, [&](int64_t first, int64_t rows, bool past_caches) {
     kernel.normalize(bytes(x) + first * row_bytes, rows, layout.length, int(p), T(eps),
                      out + first * row_bytes, norms + first, past_caches);
   });
@@ -163,8 +167,7 @@ void backward_channels(const StoredRows<T>& kernel, const char* grad_y, const T*
   const int64_t n = layout.length, item = kernel.item;
   char* dx = static_cast<char*>(out.mutable_data_ptr());
   const Joined joined(layout);
-  const bool past_caches = goes_past_caches(out, 3);
-  for_column_blocks(layout, out, [&](const ColumnBlock& block) {
+  for_column_blocks(layout, 3, out, [&](const ColumnBlock& block, bool past_caches) {
     const char* from = x + block.offset * item;
     const char* g = grad_y != nullptr ? grad_y + block.offset * item : nullptr;
     ColumnNumbers<T> of;
@@ -210,8 +213,7 @@ void backward(const std::optional<Tensor>& grad_y, const std::optional<Tensor>& 
     return backward_channels<T>(kernel, g, grad_norms, bytes(x), norms, layout, int(p), T(eps), dx);
   char* out = static_cast<char*>(dx.mutable_data_ptr());
   const int64_t row_bytes = layout.length * kernel.item;
-  const bool past_caches = goes_past_caches(dx, 3);
-  for_row_blocks(layout, row_bytes, dx, [&](int64_t first, int64_t rows) {
+  for_row_blocks(layout, row_bytes, 3, dx, [&](int64_t first, int64_t rows, bool past_caches) {
     kernel.vjp(bytes(x) + first * row_bytes, g != nullptr ? g + first * row_bytes : nullptr, rows,
                layout.length, int(p), T(eps), norms + first,
                grad_norms != nullptr ? grad_norms + first : nullptr, out + first * row_bytes, past_caches);

@@ -244,89 +244,12 @@ void weighted_sums(const float* e, int64_t stride, const float* factor, int64_t 
   }
 }
 
-// The numbers first .. first + 31 of a row; zero beyond its end. The exponent of each is changed as an integer.
-__m512i load_scaled(const PairRow& row, int64_t first, int64_t n) {
-  if (row.data == nullptr || first >= n) return _mm512_setzero_si512();
-  const __mmask32 there = n - first >= 32 ? ~__mmask32(0) : (__mmask32(1) << (n - first)) - 1;
-  const __m512i bits = _mm512_maskz_loadu_epi16(there, row.data + first);
-  constexpr int kOne = 1 << 7;  // in the exponent
-  const int shift = int(row.exponent) * kOne;
-  const __m512i least = _mm512_set1_epi16(int16_t((shift > 0 ? shift : 0) + kOne));
-  const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi16(0x7FFF));
-  return _mm512_maskz_sub_epi16(_mm512_cmpge_epu16_mask(magnitude, least), bits,
-                                _mm512_set1_epi16(int16_t(shift)));
-}
-
-int64_t room_of_rows(int64_t rows, int64_t n) { return rows * ceil_div(n, 2); }
-int64_t room_across(int64_t rows, int64_t n) { return ceil_div(rows, kLanes) * kLanes * ceil_div(n, 2); }
-int64_t room_down(int64_t rows, int64_t n) { return ceil_div(n, kLanes) * kLanes * ceil_div(rows, 2); }
-
-void pack_rows(const PairRow* rows, int64_t count, int64_t n, uint32_t* packed) {
-  const int64_t all = ceil_div(n, 2);
-  for (int64_t r = 0; r < count; ++r)
-    for (int64_t k = 0; k < all; k += kLanes)
-      _mm512_mask_storeu_epi32(packed + r * all + k, first_lanes(all - k), load_scaled(rows[r], 2 * k, n));
-}
-
-// Rows become columns.
-void transpose(__m512i (&v)[kLanes]) {
-  __m512i t[kLanes];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int half = 0; half < 2; ++half) {
-      v[i + 2 * half] = _mm512_unpacklo_epi64(t[i + half], t[i + 2 + half]);
-      v[i + 2 * half + 1] = _mm512_unpackhi_epi64(t[i + half], t[i + 2 + half]);
-    }
-  for (int i = 0; i < 4; ++i)
-    for (int half = 0; half < 16; half += 8) {
-      t[half + i] = _mm512_shuffle_i32x4(v[half + i], v[half + 4 + i], 0x88);
-      t[half + 4 + i] = _mm512_shuffle_i32x4(v[half + i], v[half + 4 + i], 0xDD);
-    }
-  for (int i = 0; i < 4; ++i)
-    for (int odd = 0; odd < 8; odd += 4) {
-      v[odd + i] = _mm512_shuffle_i32x4(t[odd + i], t[8 + odd + i], 0x88);
-      v[8 + odd + i] = _mm512_shuffle_i32x4(t[odd + i], t[8 + odd + i], 0xDD);
-    }
-}
-
-void pack_across(const PairRow* rows, int64_t count, int64_t n, uint32_t* packed) {
-  const int64_t all = ceil_div(n, 2);
-  for (int64_t r = 0; r < count; r += kLanes) {
-    const Panel panel(packed, r / kPanel, count, all);
-    uint32_t* to = packed + r / kPanel * kPanel * all + r % kPanel;
-    for (int64_t k = 0; k < all; k += kLanes) {
-      __m512i v[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i)
-        v[i] = r + i < count ? load_scaled(rows[r + i], 2 * k, n) : _mm512_setzero_si512();
-      transpose(v);
-      for (int64_t i = 0; i < kLanes && k + i < all; ++i)
-        _mm512_storeu_si512(to + (k + i) * panel.vectors * kLanes, v[i]);
-    }
-  }
-}
-
-void pack_down(const PairRow* rows, int64_t count, int64_t n, uint32_t* packed) {
-  const int64_t all = ceil_div(count, 2);
-  for (int64_t k = 0; k < all; ++k)
-    for (int64_t d = 0; d < n; d += 2 * kLanes) {
-      const __m512i first = load_scaled(rows[2 * k], d, n),
-                    second = 2 * k + 1 < count ? load_scaled(rows[2 * k + 1], d, n) : _mm512_setzero_si512();
-      const __m512i halves[2] = {_mm512_permutex2var_epi16(first, kLowHalves.load(), second),
-                                 _mm512_permutex2var_epi16(first, kHighHalves.load(), second)};
-      for (int64_t h = 0; h < 2 && d + h * kLanes < n; ++h) {
-        const int64_t column = d + h * kLanes;
-        const Panel panel(packed, column / kPanel, n, all);
-        _mm512_storeu_si512(
-            packed + column / kPanel * kPanel * all + k * panel.vectors * kLanes + column % kPanel,
-            halves[h]);
-      }
-    }
-}
-
 }  // namespace
+}  // namespace nf::cpu::avx512bf16
+
+#include "cpu/pairs_pack.inc"
+
+namespace nf::cpu::avx512bf16 {
 
 const PairKernels* make_pair_kernels() {
   static const PairKernels kernels = {room_of_rows, room_across,       room_down,

@@ -54,7 +54,10 @@ constexpr int64_t kColumns = 1024;
 // What the elements of a column have in common in vjp: 1 / ||x||, <y, g>, dL/dn, and what a gradient is held within.
 template <class T>
 struct ColumnNumbers {
-  T inverse_norm[kColumns], along[kColumns], g_norm[kColumns], bound[kColumns];
+  alignas(64) T inverse_norm[kColumns];
+  alignas(64) T along[kColumns];
+  alignas(64) T g_norm[kColumns];
+  alignas(64) T bound[kColumns];
 };
 
 // Rows in storage, computed in T: float for float32, float16 and bfloat16, double for float64. The

@@ -30,8 +30,10 @@ RowTable choose() {
     if (!at_most_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       RowTable table = avx512::make_row_table();
-      if (asked == nullptr && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd"))
+      if (asked == nullptr && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd")) {
+        table.isa = "avx512bf16";
         table.pairs = avx512bf16::make_pair_kernels();
+      }
       return table;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())

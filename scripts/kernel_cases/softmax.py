@@ -108,6 +108,6 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             f"three centres s={s:g}", "library", [*leaves, number(s, dtype)], labels(17, 33), **options
         )
     # Rows that no kernel of ours takes: not of whole 16 bytes, and too long.
-    for dim in (41, 520):
+    for dim in (41, 520, 1100):
         leaves = [randn(17, dim, dtype=dtype), randn(101, dim, dtype=dtype, seed=1)]
         yield head(f"D={dim}", "library", leaves, labels(17, 101), scale=10.0)

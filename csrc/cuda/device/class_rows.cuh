@@ -1,6 +1,8 @@
 // dW of classes whose product a library has left in memory.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/device/class_gradient.cuh"
 #include "cuda/device/per_row.cuh"
 #include "cuda/device/rows.cuh"
