@@ -43,6 +43,7 @@ NAMESPACES = {
     "emulation": "normface_emulation",
     "faults": "normface_faults",
     "faults_hopper": "normface_faults_hopper",
+    "faults_cluster": "normface_faults_cluster",
     "cpu": "normface_sanitized",
 }
 
