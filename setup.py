@@ -52,7 +52,14 @@ TWO_VERSIONS = ["exp", "exp2", "log", "log2"]
 LINK_FLAGS = [f"-Wl,--wrap={name}" for name in TWO_VERSIONS] if sys.platform == "linux" else []
 OLDER_LINUX = "csrc/older_linux.cpp"  # in both libraries
 #: Sources whose kernels are empty below a compute capability (mma.sync on bfloat16, cp.async).
-LEAST_CAPABILITY = {"sm80_scores.cu": "8.0", "sm80_single_sweep.cu": "8.0", "sm80_weight_gradient.cu": "8.0"}
+LEAST_CAPABILITY = {
+    f"sm80_{name}.cu": "8.0"
+    for name in ("scores", "single_sweep", "tf32x3_gradient", "tf32x3_scores", "weight_gradient")
+}
+
+#: What the names of sources begin with whose instructions no other architecture has (wgmma): compiled for this one
+#: alone, where 9.0 is among the wanted, with or without the "a".
+SM90A = ("sm90_", "9.0a")
 
 
 def stop(sentence: str) -> "SystemExit":
@@ -117,8 +124,14 @@ def gencode(arch: str) -> list[str]:
     return [f"-gencode=arch=compute_{ptx},code={code}" for code in codes]
 
 
+def has_sm90(archs: list[str]) -> bool:
+    return any(version_key(arch) == version_key(SM90A[1]) for arch in archs)
+
+
 def archs_for(source: str, archs: list[str]) -> list[str]:
     """Those of `archs` that can run the kernels of a source; all of them if none can, for its host code."""
+    if Path(source).name.startswith(SM90A[0]) and has_sm90(archs):
+        return [SM90A[1]]
     least = version_key(LEAST_CAPABILITY.get(Path(source).name, "0.0"))
     return [arch for arch in archs if version_key(arch) >= least] or archs
 
@@ -214,7 +227,8 @@ def cuda_toolchain(build: build_ext, nvcc: str, archs: list[str], threads: int) 
     libraries = [*LINK_FLAGS, *cuda_folders(nvcc), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     # libtorch is kept though it looks unused: at run time it brings libtorch_cuda, the stream's home.
     libraries += [*torch_libraries(), "-Wl,--no-as-needed", "-ltorch"]
-    compile_command = [nvcc, *host, *NVCC_FLAGS, f"--threads={threads}", *includes]
+    built = ["-DNF_SM90A"] * has_sm90(archs)
+    compile_command = [nvcc, *host, *NVCC_FLAGS, *built, f"--threads={threads}", *includes]
     return Toolchain(compile_command, cxx_commands(build.compiler)[1], libraries, archs)
 
 

@@ -52,7 +52,7 @@ std::string sentence(Refusal refusal, const Product& p, const ProductShape& s, c
       return dim + ": at most " + std::to_string(p.most_columns);
     case Refusal::kCapability:
       return "needs compute capability " + std::to_string(p.capability / 10) + "." +
-             std::to_string(p.capability % 10);
+             std::to_string(p.capability % 10) + (p.wgmma ? " itself, and a build for it" : "");
     case Refusal::kSharedMemory:
       return dim + ": it needs " + std::to_string(p.shared(s)) + " bytes of shared memory, a block has " +
              std::to_string(d.shared_limit);

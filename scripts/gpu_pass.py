@@ -1,6 +1,6 @@
 """Everything a machine with a GPU should run, without network, the most telling first.
 
-    scripts/gpu_pass.sh OUT              all steps; with an installed package under 36 minutes
+    scripts/gpu_pass.sh OUT              all steps; with an installed package under 38 minutes
     scripts/gpu_pass.sh OUT --quick      under 5 minutes with an installed package; builds if there is none
     scripts/gpu_pass.sh OUT --only ops   that step, and again even if it passed
 

@@ -109,6 +109,10 @@ def bench(options: Options) -> list[str]:
     return command + (["--quick"] if options.quick or options.device != "cuda" else [])
 
 
+def hopper(options: Options) -> list[str]:
+    return [sys.executable, "scripts/hopper.py", "--device", options.device, "--out", str(options.out)]
+
+
 def sanitizer() -> str:
     """NORMFACE_SANITIZER stands in for compute-sanitizer, in tests."""
     standard = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -133,6 +137,7 @@ STEPS = [
     Step("kernels", 120, 40, kernels, AGREED),
     Step("ops", 480, 70, ops, PASSED, TESTS),
     Step("gpu", 240, 40, gpu, PASSED, TESTS, needs_gpu=True),
+    Step("hopper", 120, None, hopper, r"hopper: ([1-9]\d* choices, all right|.* another architecture)"),
     Step("bench", 420, 60, bench, r"normface_ext"),
     Step("memcheck", 180, 55, sanitized("memcheck"), AGREED),
     Step("racecheck", 240, None, sanitized("racecheck"), AGREED),

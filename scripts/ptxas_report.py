@@ -8,6 +8,11 @@ No kernel may spill or keep a stack frame, unless the budget's "local_memory" na
 are fine and why. Registers have no numbers there: how many blocks share a multiprocessor is in a kernel's
 launch bounds (NF_KERNEL_RESIDENT), to which the compiler keeps; what then finds no register is a spill. A
 kernel is named with its template arguments, or without them for all of its instances. Needs no GPU.
+
+Kernels that only compute capability 9.0 has (sm90_*.cu) are in the budget one by one, under "sm_90a": the
+most registers a thread has at the launch, and the instructions that must stand in the machine code, which
+nvdisasm reads (`pip install nvidia-cuda-nvdisasm`). A remark of ptxas that products wait for each other, or
+that a change of registers was left out (C75..), is a complaint.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +44,11 @@ class Kernel:
     shared: int  # static, bytes
     stack: int  # bytes of local frame
     spill: int  # bytes stored and loaded
+    instructions: frozenset[str] = frozenset()  # of sm_90a, those of WATCHED
+
+
+#: Products of a warpgroup, bulk copies each way, waits for their bytes, registers given to another warpgroup.
+WATCHED = ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS", "USETMAXREG")
 
 
 def short_name(demangled: str) -> str:
@@ -74,11 +84,43 @@ def parse(report: str, arch: str, file: str) -> list[Kernel]:
     return kernels
 
 
-def compile_for(arch: str, source: Path, command: list[str]) -> list[Kernel]:
+def target_of(build: dict[str, Any], source: Path, arch: str) -> str | None:
+    """What a source is compiled for where `arch` is wanted; None if its kernels are for another."""
+    prefix, only = build["SM90A"]
+    if not source.name.startswith(prefix):
+        return arch
+    return "sm_90a" if arch.removeprefix("sm_").rstrip("a") == only.replace(".", "").rstrip("a") else None
+
+
+def find_nvdisasm() -> str:
+    """On the PATH, or where NVIDIA's wheel puts it, which is not."""
+    found = shutil.which("nvdisasm")
+    places = [path for folder in sys.path for path in Path(folder).glob("nvidia/*/bin/nvdisasm")]
+    if found is None and not places:
+        raise SystemExit("ptxas_report: nvdisasm not found: pip install nvidia-cuda-nvdisasm")
+    return found or str(places[-1])
+
+
+def demangled(text: str) -> str:
+    return subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
+
+
+def instructions(listing: str) -> dict[str, frozenset[str]]:
+    """Of WATCHED, those of each kernel of a listing by nvdisasm, by its name as ptxas says it."""
+    sections = re.split(r"^\s*\.section\s+\.text\.(\w+)\b.*$", listing, flags=re.MULTILINE)[1:]
+    names = demangled("\n".join(sections[::2])).splitlines()
+    return {
+        short_name(name): frozenset(word for word in WATCHED if re.search(rf"\b{word}\b", body))
+        for name, body in zip(names, sections[1::2], strict=True)
+    }
+
+
+def compile_for(arch: str, source: Path, command: list[str]) -> tuple[list[Kernel], list[str]]:
+    """The kernels, and what ptxas remarked."""
     with tempfile.TemporaryDirectory() as folder:
         full = [
             *command,
-            f"-arch={arch}",
+            f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}",
             "-cubin",
             "-Xptxas=-v",
             "-o",
@@ -86,12 +128,20 @@ def compile_for(arch: str, source: Path, command: list[str]) -> list[Kernel]:
             str(source),
         ]
         done = subprocess.run(full, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(
-            f"ptxas_report: {source.name} does not compile for {arch}:\n{done.stdout}{done.stderr}"
-        )
-    plain = subprocess.run(["c++filt"], input=done.stderr, capture_output=True, text=True, check=True)
-    return parse(plain.stdout, arch, source.name)
+        if done.returncode:
+            raise SystemExit(
+                f"ptxas_report: {source.name} does not compile for {arch}:\n{done.stdout}{done.stderr}"
+            )
+        report = demangled(done.stderr)
+        kernels = parse(report, arch, source.name)
+        if arch == "sm_90a" and kernels:
+            listing = subprocess.run(
+                [find_nvdisasm(), "-c", f"{folder}/out.cubin"], capture_output=True, text=True, check=True
+            )
+            found = instructions(listing.stdout)
+            kernels = [replace(kernel, instructions=found[kernel.name]) for kernel in kernels]
+    remarks = [line for line in report.splitlines() if re.search(r"\(C75\d\d\)", line)]
+    return kernels, [f"{arch} {source.name}: {remark}" for remark in remarks]
 
 
 def allowed(name: str, limits: dict[str, Any]) -> dict[str, Any]:
@@ -110,9 +160,26 @@ def complaints(kernels: list[Kernel], budget: dict[str, Any]) -> list[str]:
             if used > most[cost]:
                 where = f"{kernel.arch} {kernel.file} {kernel.name}"
                 said.append(f"{where}: {cost} expected at most {most[cost]}, got {used}")
+        if kernel.arch == "sm_90a":
+            said += hopper_complaints(kernel, budget["sm_90a"])
     names = {kernel.name for kernel in kernels} | {kernel.name.partition("<")[0] for kernel in kernels}
-    gone = [name for name in budget["local_memory"] if name not in names]
+    wanted = list(budget["local_memory"])
+    if any(kernel.arch == "sm_90a" for kernel in kernels):
+        wanted += budget["sm_90a"]
+    gone = [name for name in wanted if name not in names]
     return said + [f"{name}: in the budget, but no such kernel" for name in gone]
+
+
+def hopper_complaints(kernel: Kernel, limits: dict[str, Any]) -> list[str]:
+    entry, where = allowed(kernel.name, limits), f"{kernel.arch} {kernel.file} {kernel.name}"
+    if not entry:
+        return [f"{where}: expected it in the budget's sm_90a, and it is not"]
+    said = []
+    if kernel.registers > entry["registers"]:
+        said.append(f"{where}: registers expected at most {entry['registers']}, got {kernel.registers}")
+    if missing := [word for word in entry["instructions"] if word not in kernel.instructions]:
+        said.append(f"{where}: expected {', '.join(missing)} in its machine code, got none")
+    return said
 
 
 def print_table(kernels: list[Kernel]) -> None:
@@ -139,19 +206,24 @@ def main(arguments: list[str] | None = None) -> int:
 
     budget: dict[str, Any] = json.loads(BUDGET.read_text())
     archs = options.arch or budget["architectures"]
-    work = [(arch, source) for arch in archs for source in sorted((ROOT / "csrc" / "cuda").glob("*/*.cu"))]
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*/*.cu"))
+    work = [
+        (target, source) for arch in archs for source in sources if (target := target_of(build, source, arch))
+    ]
     if not work:
         raise SystemExit("ptxas_report: no .cu file in csrc/cuda")
     with ThreadPoolExecutor(options.jobs) as pool:
         compiled = pool.map(lambda pair: compile_for(*pair, command), work)
-        kernels = [kernel for group in compiled for kernel in group]
+        groups = list(compiled)
+    kernels = [kernel for group, _ in groups for kernel in group]
     print_table(kernels)
     if options.csv and kernels:
         with options.csv.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, asdict(kernels[0]))
             writer.writeheader()
-            writer.writerows(map(asdict, kernels))
-    said = complaints(kernels, budget)
+            for kernel in kernels:
+                writer.writerow(asdict(kernel) | {"instructions": " ".join(sorted(kernel.instructions))})
+    said = [remark for _, remarks in groups for remark in remarks] + complaints(kernels, budget)
     print("\n".join(said) or f"{len(kernels)} kernels within the budget")
     return 1 if said else 0
 

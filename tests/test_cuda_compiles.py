@@ -61,6 +61,45 @@ def test_the_budget_can_say_no(kernel, budget, expected):
     assert all(sentence.endswith(end) for sentence, end in zip(said, expected, strict=True))
 
 
+LISTING = """\
+	.section	.text._ZN2nf12_GLOBAL__N_15scoreIfEEvPf,"ax",@progbits
+.text._ZN2nf12_GLOBAL__N_15scoreIfEEvPf:
+        /*0610*/                   HGMMA.64x256x16.F32 R24, gdesc[UR12], R24, UP0 ;
+        /*1490*/                   UTMALDG.2D [UR4], [UR8] ;
+	.section	.text._ZN2nf5plainEi,"ax",@progbits
+        /*0000*/                   EXIT ;
+"""
+
+
+def test_machine_code_is_read():
+    found = ptxas_report.instructions(LISTING)
+    assert found == {"nf::score<float>": {"HGMMA", "UTMALDG"}, "nf::plain": set()}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "ends"),
+    [
+        ({}, []),
+        ({"registers": 200}, ["registers expected at most 168, got 200"]),
+        ({"instructions": {"HGMMA"}}, ["expected UTMALDG in its machine code, got none"]),
+        (
+            {"name": "nf::other<float>"},
+            [
+                "expected it in the budget's sm_90a, and it is not",
+                "nf::score: in the budget, but no such kernel",
+            ],
+        ),
+    ],
+)
+def test_kernels_of_warpgroups_are_held_one_by_one(kernel, ends):
+    budget = FREE | {"sm_90a": {"nf::score": {"registers": 168, "instructions": ["HGMMA", "UTMALDG"]}}}
+    values = {"arch": "sm_90a", "file": "a.cu", "name": "nf::score<float>", "registers": 168}
+    values |= {"shared": 0, "stack": 0, "spill": 0, "instructions": {"HGMMA", "UTMALDG", "SYNCS"}}
+    said = ptxas_report.complaints([ptxas_report.Kernel(**values | kernel)], budget)
+    assert len(said) == len(ends)
+    assert all(sentence.endswith(end) for sentence, end in zip(said, ends, strict=True))
+
+
 def test_every_exception_has_a_reason():
     budget = json.loads(ptxas_report.BUDGET.read_text())
     for name, limits in budget["local_memory"].items():
@@ -69,7 +108,7 @@ def test_every_exception_has_a_reason():
 
 @pytest.mark.slow
 @pytest.mark.skipif(build.nvcc() is None, reason="nvcc not found")
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])  # the latter with sm_90a
 def test_kernels_keep_within_the_budget(arch, capsys):
     status = ptxas_report.main(["--arch", arch, "--jobs", str(os.cpu_count())])
     assert status == 0, capsys.readouterr().out

@@ -380,6 +380,19 @@ def test_who_may_have_the_weight(lane):
         FusedSGD(head)
 
 
+def test_the_last_to_take_a_weight_has_it():
+    """Whoever had it before says so at its step, and not that it has moved what it has not."""
+    head = nf.NormFaceLoss(DIM, CLASSES)
+    first, second = FusedSGD(head), FusedAdam(head)
+    before = head.weight.detach().clone()
+    head(torch.randn(BATCH, DIM), torch.zeros(BATCH, dtype=torch.long)).backward()
+    with pytest.raises(RuntimeError, match=r"FusedSGD: .* that a later optimizer has taken"):
+        first.step()
+    first.release()
+    second.step()
+    assert not torch.equal(head.weight, before)
+
+
 def test_groups_and_a_backbone(lane):
     """Everything else is moved by step(), and lr is read when backward runs."""
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cpu/pairs.h"
 #include "cpu/stored.h"
 #include "engine/terms.h"
 #include "math/normalize.h"
@@ -108,9 +109,12 @@ struct RowTable {
   StoredRows<float> float16;
   StoredRows<float> bfloat16;
   StoredRows<double> float64;
+  // Null where the processor has no such instructions, or is none of AMD's: on others they were not measured, and
+  // need not be faster than float32's.
+  const PairKernels* pairs = nullptr;
 };
 
-// The best the machine has; NORMFACE_SIMD=portable|avx2|avx512 asks for less.
+// The best the machine has; NORMFACE_SIMD=portable|avx2|avx512 asks for less, avx512 for no products of pairs.
 const RowTable& row_table();
 
 template <class T>

@@ -8,7 +8,7 @@
 namespace nf {
 
 struct HeadLaunch {
-  HeadKernels kernels;
+  Makers makers;
   int64_t chunk;  // classes at once
 };
 
@@ -28,7 +28,7 @@ inline HeadLaunch launch_of(const char* op, const HeadInputs& in, int64_t item, 
          in.product, "\"");
   if (way.chunk == 0)
     fail(op, ": expected `workspace` of at least ", way.bytes, " bytes, got ", in.workspace);
-  return {way.product->kernels, way.chunk};
+  return {way.product->makers, way.chunk};
 }
 
 }  // namespace nf

@@ -32,6 +32,7 @@ struct DeviceFacts {
   int64_t shared_limit;     // bytes of shared memory that a block may have
   int64_t capability;       // 80 for compute capability 8.0
   const Rates* rates;
+  bool wgmma = cuda && capability == 90;  // sm_90a's instructions, which no other architecture has
 };
 
 // cell N C + klass C + row N + fixed, whole numbers throughout, so that Python and C++ find the same.
@@ -108,13 +109,14 @@ struct Product {
   const char* name;             // by which a choice travels
   const char* scores;           // what makes the scores, as nf.plan() calls it
   const char* weight_gradient;  // what makes dW
-  HeadKernels kernels;
+  Makers makers;
   bool cuda;
   bool softmax_only;              // until another term is worth its registers there
   int64_t least_item, most_item;  // bytes of operands
   bool aligned;                   // rows begin at multiples of 16 bytes
   int64_t most_columns;           // of a row; 0: any
   int64_t capability;
+  bool wgmma;                              // needs sm_90a
   int64_t (*shared)(const ProductShape&);  // bytes of a block; null: nothing to ask for
   Held leaves;                             // in memory; E may be kept for backward then
   const char* results;  // where it was measured on a device; null: not yet, and then only chosen by name
@@ -132,7 +134,7 @@ struct Product {
     if (shape.item < least_item || shape.item > most_item) return Refusal::kType;
     if (aligned && shape.dim * shape.item % 16 != 0) return Refusal::kAlignment;
     if (most_columns != 0 && shape.dim > most_columns) return Refusal::kColumns;
-    if (device.capability < capability) return Refusal::kCapability;
+    if (device.capability < capability || (wgmma && !device.wgmma)) return Refusal::kCapability;
     if (shared != nullptr && shared(shape) > device.shared_limit) return Refusal::kSharedMemory;
     return Refusal::kNone;
   }

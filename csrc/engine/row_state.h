@@ -58,13 +58,19 @@ NF_HD int64_t target_place(int64_t label, int64_t first, int64_t width) {
   return label >= first && label - first < width ? label - first : -1;
 }
 
-// What makes the products on CUDA: products.h says which shapes each takes.
-enum HeadKernels {
-  kLibraryKernels = 0,    // cuBLAS
-  kTensorCoreScores = 1,  // the scores by sm80_scores.cu, the others by cuBLAS
-  kTensorCores = 2,       // dW by sm80_weight_gradient.cu as well
-  kSingleSweep = 3,       // sm80_single_sweep.cu
-  kPlainProducts = 4,     // simt_products.cu, where the host knows that the shift is fixed
+// What makes a product: a family of kernels in cuda/products, or the device's library.
+enum class Maker {
+  kLibrary,  // cuBLAS, BLAS
+  kSimt,     // simt_products.cu, where the host knows that the shift is fixed; cuBLAS elsewhere
+  kSm80,     // sm80_*.cu: mma.sync
+  kSm90,     // sm90_*.cu: wgmma
+  kTf32,     // sm80_tf32x3_*.cu: mma.sync, float32
+};
+
+// Of a step. products.h says which shapes each way takes.
+struct Makers {
+  Maker scores, gradient;  // X W^T and what the term makes of it; E^T X
+  bool at_once = false;    // each in one kernel with its second product, and E nowhere in memory
 };
 
 enum Reduction { kNone = 0, kMean = 1, kSumAll = 2 };

@@ -30,7 +30,7 @@ DEFAULT_WORKSPACE = {"cpu": 2 * GIB, "cuda": 8 * GIB}
 #: capability 8.6), and the multiprocessors are many.
 ASSUMED: Facts = (True, 1, 148, 101_376, 80, "")
 #: Of the kernels' emulation on a CPU (tests/emulation/device/launch.cuh).
-EMULATED: Facts = (True, 1, 3, 227 << 10, 80, "emulated")
+EMULATED: Facts = (True, 1, 3, 227 << 10, 90, "emulated")
 
 
 class Loser(NamedTuple):

@@ -153,7 +153,8 @@ class FusedOptimizer(Optimizer):
         """From now on the weights have gradients again, and ``step()`` is torch's for them too. The state of
         the optimizer stays as it is."""
         for weight, taker in self._taken:
-            self._take_away(weight)
+            if updates.taken_by(weight) is taker:
+                self._take_away(weight)
             updates.remove(weight, taker)
         self._taken = ()
 
@@ -171,7 +172,12 @@ class FusedOptimizer(Optimizer):
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
         """torch's, which lists the parameters that ``step()`` moves: those with a gradient."""
-        for weight, _ in self._taken:
+        for weight, taker in self._taken:
+            if updates.taken_by(weight) is not taker:
+                raise RuntimeError(
+                    f"{type(self).__name__}: expected to move the head's weight alone, got"
+                    " one that a later optimizer has taken: `release()` the earlier one"
+                )
             self._take_away(weight)
             if weight.grad is not None and any(each is weight for each in group["params"]):
                 raise RuntimeError(

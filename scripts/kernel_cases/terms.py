@@ -13,13 +13,19 @@ from normface_ext.engine.row_state import LARGEST, SECOND_SUM, SHIFT, SINKS, SUM
 
 from . import engine_ops, plain_terms
 from .case import Case, Results, labels, randn
+from .softmax import is_here
 
 BATCH, DIM, CLASSES, CHUNK = 17, 40, 101, 37
 CAPACITY = 5
-#: Products (csrc/engine/products.h) that know every term, for 16-bit operands and for wider ones; others
-#: have the softmax's alone.
-NARROW = ["cublas", "sm80_scores", "sm80_weight_gradient"]
-WIDE = ["cublas"]
+#: Products (csrc/engine/products.h) that know every term, by their operands; others have the softmax's alone.
+NARROW = ["cublas", "sm80_scores", "sm80_weight_gradient", "sm90_scores", "sm90_weight_gradient"]
+NARROW = [product for product in NARROW if is_here(product)]
+KNOWING = {
+    torch.float16: NARROW,
+    torch.bfloat16: NARROW,
+    torch.float32: ["cublas", "sm80_tf32x3"],
+    torch.float64: ["cublas"],
+}
 #: x_sum made in the first sweep and the coefficients in the second, or the other way round.
 WAYS = {"again": (True, False), "stored": (False, True)}
 
@@ -185,7 +191,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     x, weight, y = problem(dtype)
     for name, term in plain_terms.CASES.items():
         given = [x, weight, y, thresholds(term, x, weight)]
-        for product in NARROW if dtype.itemsize == 2 else WIDE:
+        for product in KNOWING[dtype]:
             for way in WAYS:
                 ours = partial(swept, term, product, way)
                 yield Case(f"{name} by {product}, {way}", ours, partial(swept_truth, term), given)

@@ -12,7 +12,7 @@ import normface_ext as nf
 from normface_ext import reference
 
 from .case import Case, Results, accumulator, labels, randn
-from .softmax import CHOICES, PLAIN, asked
+from .softmax import asked, choices
 
 SCALE, STEPS = 8.0, 2
 OPTIMIZERS = {
@@ -74,7 +74,7 @@ def added(choice: str, x: Tensor, weight: Tensor, y: Tensor) -> Case:
 
 
 def cases(dtype: torch.dtype) -> Iterator[Case]:
-    for choice in CHOICES if dtype.itemsize == 2 else PLAIN:
+    for choice in choices(dtype):
         x, weight, y = randn(17, 40, dtype=dtype), randn(101, 40, dtype=dtype, seed=1), labels(17, 101)
         yield added(choice, x, weight, y)
         # float16 weights are not moved in backward: features alone are narrow, as under autocast.

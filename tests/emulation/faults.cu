@@ -256,7 +256,7 @@ misaligned_vector(float* out, const float* x, int64_t n) {
   auto four = load_vector<4>(x + at);
   if (kFaulty) four = load_vector<4>(x + at + 1);
   if (block_id() % 3 == 0) {
-    store_vector(out + at, four);
+    store_vector(out + at, as_stored(four));
   } else if (block_id() % 3 == 1) {
     store_vector_global(out + at, four);
   } else {
@@ -507,6 +507,29 @@ Tensor matrix_product_op(const Tensor& a, const Tensor& b, bool half) {
   return d;
 }
 
+// d = a · b + c, a [16, 8], b [8, 8] and c [16, 8] of floats by rows, of which a and b are taken as tf32.
+NF_KERNEL(kWarp)
+tf32_product(float* d, const uint32_t* a, const uint32_t* b, const float* c) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+  uint32_t of_a[4], of_b[2];
+  float sum[4];
+  for (int r = 0; r < 4; ++r) of_a[r] = a[8 * (g + r % 2 * 8) + t + r / 2 * 4];
+  for (int r = 0; r < 2; ++r) of_b[r] = b[8 * (t + r * 4) + g];
+  const auto place = [&](int r) { return 8 * (g + r / 2 * 8) + 2 * t + r % 2; };
+  for (int r = 0; r < 4; ++r) sum[r] = c[place(r)];
+  mma_tf32(sum, of_a, of_b, sum);
+  for (int r = 0; r < 4; ++r) d[place(r)] = sum[r];
+}
+
+Tensor tf32_product_op(const Tensor& a, const Tensor& b, const Tensor& c) {
+  Queue queue(a);
+  Tensor d = torch::stable::new_empty(a, {16, 8}, torch::headeronly::ScalarType::Float);
+  launch("tf32_product", queue, tf32_product, {1}, kWarp, 0, static_cast<float*>(d.mutable_data_ptr()),
+         static_cast<const uint32_t*>(a.const_data_ptr()), static_cast<const uint32_t*>(b.const_data_ptr()),
+         static_cast<const float*>(c.const_data_ptr()));
+  return d;
+}
+
 // Each exchange of a warp once, on values that are the lanes' numbers: out [16, 32].
 NF_KERNEL(kWarp)
 exchanges(int64_t* out, int* count, unsigned* unsigned_count, int64_t* wide_count) {
@@ -586,6 +609,7 @@ STABLE_TORCH_LIBRARY(NF_NAMESPACE, m) {
 #define DEFINE(name) m.def(#name "(Tensor x, bool faulty) -> Tensor");
   FOR_EACH_FAULT(DEFINE)
   m.def("matrix_product(Tensor a, Tensor b, bool half) -> Tensor");
+  m.def("tf32_product(Tensor a, Tensor b, Tensor c) -> Tensor");
   m.def("arrivals(Tensor x) -> Tensor");
   m.def("powers(Tensor x) -> Tensor");
   m.def("exchanges(Tensor x) -> Tensor");
@@ -596,6 +620,7 @@ NF_CUDA_LIBRARY(m) {
 #define IMPLEMENT(name) m.impl(#name, TORCH_BOX(&name##_op));
   FOR_EACH_FAULT(IMPLEMENT)
   m.impl("matrix_product", TORCH_BOX(&matrix_product_op));
+  m.impl("tf32_product", TORCH_BOX(&tf32_product_op));
   m.impl("arrivals", TORCH_BOX(&arrivals_op));
   m.impl("powers", TORCH_BOX(&powers_op));
   m.impl("exchanges", TORCH_BOX(&exchanges_op));

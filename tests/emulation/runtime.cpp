@@ -24,7 +24,7 @@ void note(const char* name) {
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* card, int) {
   note("cudaGetDeviceProperties");
-  *card = {"emulated", 3, nf::emulation::kSharedLimit, 8, 0};
+  *card = {"emulated", 3, nf::emulation::kSharedLimit, 9, 0};
   return cudaSuccess;
 }
 

@@ -27,6 +27,9 @@ NF_DEVICE int swizzled(int column, int key) {
 }
 
 // Keys of a row: for eight rows in sequence, and for the eight that `dealt_row` puts side by side.
+struct KeyNone {  // of rows that are not read eight at a time
+  NF_DEVICE int operator()(int) const { return 0; }
+};
 struct KeyInOrder {
   NF_DEVICE int operator()(int row) const { return row % 8; }
 };

@@ -18,11 +18,18 @@ class SharedMemory {
  public:
   template <class T>
   NF_DEVICE T* take(int64_t count) {
-    // 128 bytes: all 32 banks in line, and what bulk copies ask of their target.
-    extern __shared__ __align__(128) unsigned char nf_shared[];
+    // 1024 bytes: where boxes begin (tensor_map.cuh).
+    extern __shared__ __align__(1024) unsigned char nf_shared[];
     T* const array = reinterpret_cast<T*>(nf_shared + taken_);
     taken_ += static_cast<unsigned>(shared_bytes<T>(count));
     return array;
+  }
+
+  // Boxes of tensor_map.cuh, `count` a multiple of 1024 bytes. Before any other array: each begins at a multiple of
+  // 1024 bytes then.
+  template <class T>
+  NF_DEVICE T* take_boxes(int64_t count) {
+    return take<T>(count);
   }
 
  private:

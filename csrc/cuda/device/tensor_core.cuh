@@ -38,9 +38,32 @@ NF_DEVICE void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
 #endif
 }
 
+// d[16, 8] = a[16, 8] · b[8, 8] + c[16, 8]: factors of tf32, whose 19 bits are the upper ones of a float; the lower 13
+// of a register are not read. d and c lie as above, and may be the same. The factors:
+//
+//   a[0]  row g      column t        a[2]  row g      column t+4
+//   a[1]  row g + 8  column t        a[3]  row g + 8  column t+4
+//   b[0]  row t      column g        b[1]  row t+4    column g
+//
+// Products are exact; they and c are cut off, not rounded, where the largest of them has its 24th bit after the
+// leading one, and so is the sum (tests/emulation/device/tensor_core.cuh).
+NF_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+        "f"(c[3]));
+#else
+  __trap();
+#endif
+}
+
 // Four 8 x 8 matrices of 16-bit values from shared memory into one register each, laid out as the
 // fragments above: register m of a lane holds row g, columns 2t and 2t+1 of matrix m. Lane 8m + i
-// passes the address of row i of matrix m: 16 bytes, at a multiple of 16.
+// passes the address of row i of matrix m: 16 bytes, at a multiple of 16. Of 32-bit values a row has
+// four, and register m of a lane holds row g, column t.
 NF_DEVICE void load_matrix_x4(uint32_t (&r)[4], const void* shared_row) {
 #if __CUDA_ARCH__ >= 750
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));

@@ -1,7 +1,7 @@
 // What the stages of the engine share on CUDA: shapes, the types of the operands, and a chunk of scores turned
 // into coefficients.
 //
-// Operands. float32 and float64 stay what they are. With a 16-bit input the scores come from float16
+// Operands. float32 and float64 stay what they are, whatever torch is told of TF32 (sm80_tf32x3.h splits them). With a 16-bit input the scores come from float16
 // unit rows (their entries are bounded, so its 11 bits beat bfloat16's 8) and float32 sums; the coefficients E,
 // which span e^-87 to e^88, are bfloat16 and meet bfloat16 unit rows.
 //
@@ -20,6 +20,8 @@
 #include "cuda/products/cublas.h"
 #include "cuda/products/simt_products.h"
 #include "cuda/products/sm80_scores.h"
+#include "cuda/products/sm80_tf32x3.h"
+#include "cuda/products/sm90_scores.h"
 #include "engine/head_arguments.h"
 #include "math/softmax.h"
 
@@ -58,7 +60,7 @@ struct Head {
   math::FixedShift window;  // made here for the device too
   bool fixed_shift;         // known here and now; where the scale is a tensor, the device decides
   bool is_16_bit;           // 16-bit operands
-  HeadKernels kernels;
+  Makers makers;
   ScalarType wide;   // sums, scores
   ScalarType score;  // operands of the scores
   ScalarType other;  // E and the operands it meets
@@ -72,15 +74,25 @@ struct Head {
         window(window_of<T>(in)),
         fixed_shift(window.largest_scale == INFINITY || (!in.scale && window.serves(in.scale_value))),
         is_16_bit(is_16_bit_product(in)),
-        kernels(launch.kernels),
+        makers(launch.makers),
         wide(accumulator(in.x.scalar_type())),
         score(is_16_bit ? ScalarType::Half : wide),
         other(is_16_bit ? ScalarType::BFloat16 : wide) {}
 
-  bool tensor_cores() const { return kernels != kLibraryKernels && kernels != kPlainProducts; }
+  // Scores that never reach memory.
+  bool tensor_cores() const {
+    return makers.scores == Maker::kSm80 || makers.scores == Maker::kSm90 || tf32();
+  }
+  bool tf32() const {
+    return makers.scores == Maker::kTf32;
+  }  // of float32 operands; the others are of 16 bits
   // kappa from scores would need them in memory.
-  bool plain_products() const { return kernels == kPlainProducts && fixed_shift; }
-  bool single_sweep() const { return kernels == kSingleSweep; }
+  bool plain_products() const { return makers.scores == Maker::kSimt && fixed_shift; }
+  bool single_sweep() const { return makers.at_once; }
+  // dW leaves its kernel finished: its product never reaches memory.
+  bool own_gradient() const {
+    return makers.gradient == Maker::kSimt ? fixed_shift : makers.gradient != Maker::kLibrary;
+  }
 
   Chunk at(int64_t first) const { return {first, std::min(chunk, classes - first)}; }
   Chunk largest_chunk() const { return {0, chunk}; }
@@ -125,20 +137,28 @@ struct Head {
 
   // Of the partial sums that `coefficients` leaves.
   int64_t splits(const Queue& queue, const Chunk& of) const {
-    return tensor_cores()     ? score_splits(queue, batch, dim, of.width)
-           : plain_products() ? plain_splits<T>(of.width)
-                              : fold_splits(of.width, in.centers);
+    return makers.scores == Maker::kSm90 ? sm90_score_splits(queue, batch, of.width)
+           : tf32()                      ? tf32_score_splits(queue, batch, of.width)
+           : tensor_cores()              ? score_splits(queue, batch, dim, of.width)
+           : plain_products()            ? plain_splits<T>(of.width)
+                                         : fold_splits(of.width, in.centers);
   }
 
   // E of some classes into `e`, unless that is empty, and its sums. Those of cuBLAS have been made already.
   void coefficients(Queue& queue, const Chunk& of, const Array& x_hat, const Array& w_hat,
                     const Array& scores, const TermRows& rows, const SweepSums& sums, const Array& e) const {
-    if constexpr (std::is_same_v<T, float>)
+    if constexpr (std::is_same_v<T, float>) {
+      if (tf32()) {
+        Tf32Scores task = tf32_scores(of, x_hat, w_hat, rows, sums);
+        task.e = data_of<float>(e);
+        return tf32_score_fold(queue, task);
+      }
       if (tensor_cores()) {
         ScoreTask task = score_task(of, x_hat, w_hat, rows, sums);
         task.e = data_of<BFloat16>(e);
-        return score_fold(queue, task);
+        return (makers.scores == Maker::kSm90 ? sm90_score_fold : score_fold)(queue, task);
       }
+    }
     if (plain_products())
       return plain_scores<T>(queue, {data_of<const T>(x_hat), data_of<const T>(w_hat), batch, dim, of.width,
                                      of.first, rows, sums, data_of<T>(e), of.stride()});
@@ -150,6 +170,22 @@ struct Head {
                        const SweepSums& sums) const {
     return {data_of<const Half>(x_hat),
             data_of<const Half>(w_hat),
+            batch,
+            dim,
+            of.width,
+            of.first,
+            window,
+            rows,
+            sums,
+            nullptr,
+            of.stride(),
+            nullptr};
+  }
+
+  Tf32Scores tf32_scores(const Chunk& of, const Array& x_hat, const Array& w_hat, const TermRows& rows,
+                         const SweepSums& sums) const {
+    return {data_of<const float>(x_hat),
+            data_of<const float>(w_hat),
             batch,
             dim,
             of.width,

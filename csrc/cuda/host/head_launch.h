@@ -7,6 +7,13 @@
 
 namespace nf {
 
+// Whether sm90_*.cu were compiled for the one architecture that has their instructions.
+#ifdef NF_SM90A
+constexpr bool kBuiltForSm90a = true;
+#else
+constexpr bool kBuiltForSm90a = false;
+#endif
+
 // Of the queue's device. Its name takes long to ask for, and a thread seldom changes devices.
 inline const DeviceFacts& facts_of(const Queue& queue) {
   thread_local int known = -1;
@@ -17,7 +24,8 @@ inline const DeviceFacts& facts_of(const Queue& queue) {
              .multiprocessors = queue.multiprocessors(),
              .shared_limit = queue.shared_limit(),
              .capability = queue.architecture(),
-             .rates = &rates_of(true, queue.name())};
+             .rates = &rates_of(true, queue.name()),
+             .wgmma = kBuiltForSm90a && queue.architecture() == 90};
     known = queue.device();
   }
   return facts;

@@ -14,9 +14,6 @@ namespace {
 template <class T>
 constexpr int kRounds = tiles::kSimtRounds<sizeof(T)>;
 
-struct KeyNone {
-  NF_DEVICE int operator()(int) const { return 0; }
-};
 // For rows 4 t + {0 … 3}, t < 4, of which a warp reads four at a time, four apart.
 struct KeyByFour {
   NF_DEVICE int operator()(int row) const { return row / 4 % 8; }

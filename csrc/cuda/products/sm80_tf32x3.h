@@ -1,0 +1,44 @@
+// Scores and dW of float32 operands on tensor cores, as exact as float32 products (device/tf32x3.cuh), each in one
+// kernel with what follows it. Definitions: sm80_tf32x3_scores.cu, sm80_tf32x3_gradient.cu.
+#pragma once
+
+#include "cuda/device/class_gradient.cuh"
+#include "cuda/device/row_state.cuh"
+#include "cuda/device/term_rows.cuh"
+#include "math/softmax.h"
+
+namespace nf {
+
+struct Tf32Scores {
+  const float* x_hat;  // [batch, dim]
+  const float* w_hat;  // [width, dim]
+  int64_t batch;
+  int64_t dim;  // a multiple of 4, so that rows begin at multiples of 16 bytes
+  int64_t width;
+  int64_t first;  // class of w_hat's row 0
+  math::FixedShift window;
+  TermRows rows;
+  SweepSums sums;  // arrivals: one per 64 rows
+  float* e;        // [batch, stride] or null: only the sums
+  int64_t stride;  // a multiple of 8
+  float* largest;  // [splits, batch], for tf32_score_largest
+};
+
+// Blocks along the classes, each with its own partial sums.
+int64_t tf32_score_splits(const Queue& queue, int64_t batch, int64_t width);
+
+// As score_largest and score_fold (sm80_scores.h).
+void tf32_score_largest(Queue& queue, const Tf32Scores& task);
+void tf32_score_fold(Queue& queue, const Tf32Scores& task);
+
+struct Tf32Gradient {
+  const float* e;  // [batch, stride], by tf32_score_fold
+  int64_t stride;
+  int64_t columns;        // from a row's begin on, of these classes: a multiple of 8
+  const float* weighted;  // [batch, dim]
+  ClassGradient classes;  // dim a multiple of 4 and at most tiles::kTf32GradientColumns
+};
+
+void tf32_gradient(Queue& queue, const Tf32Gradient& task);
+
+}  // namespace nf
