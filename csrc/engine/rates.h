@@ -32,8 +32,8 @@ struct Rates {
   Rate library16, library32, library64;  // products by cuBLAS, or by BLAS per thread
   Rate simt32, simt64;
   Rate sm80_scores, sm80_weight_gradient, sm80_single_sweep, sm80_sweep_gradient;
-  Rate tf32x3_scores, tf32x3_gradient;  // a product counted once
-  int64_t cache;                        // bytes of E that stay in the L2 cache from kernel to kernel
+  Rate tf32x3_scores, tf32x3_sums, tf32x3_gradient;  // a product counted once
+  int64_t cache;  // bytes of E that stay in the L2 cache from kernel to kernel
 
   template <class F>
   void each(F&& f) const {
@@ -52,6 +52,7 @@ struct Rates {
     f("sm80_single_sweep", sm80_single_sweep);
     f("sm80_sweep_gradient", sm80_sweep_gradient);
     f("tf32x3_scores", tf32x3_scores);
+    f("tf32x3_sums", tf32x3_sums);
     f("tf32x3_gradient", tf32x3_gradient);
   }
 };
@@ -82,6 +83,7 @@ constexpr Rates kCpuRates = {
     .sm80_single_sweep = {},
     .sm80_sweep_gradient = {},
     .tf32x3_scores = {},
+    .tf32x3_sums = {},
     .tf32x3_gradient = {},
     .cache = 0,
 };
@@ -105,6 +107,7 @@ constexpr Rates kH100Rates = {
     .sm80_sweep_gradient = {400e12, results::kH100},
     // A third of what mma.sync gives (62 % of 495e12 by wgmma), at 70 and 60 % of the time.
     .tf32x3_scores = {72e12, results::kPredicted},
+    .tf32x3_sums = {68e12, results::kPredicted},
     .tf32x3_gradient = {62e12, results::kPredicted},
     .cache = 32 << 20,
 };
@@ -131,6 +134,7 @@ constexpr Rates predicted(const char* kind, double memory) {
       .sm80_single_sweep = guess(h100.sm80_single_sweep, 1),
       .sm80_sweep_gradient = guess(h100.sm80_sweep_gradient, 1),
       .tf32x3_scores = guess(h100.tf32x3_scores, 1),
+      .tf32x3_sums = guess(h100.tf32x3_sums, 1),
       .tf32x3_gradient = guess(h100.tf32x3_gradient, 1),
       .cache = h100.cache,
   };
