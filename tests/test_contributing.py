@@ -32,7 +32,7 @@ def test_clang_format_is_run_on_what_the_check_looks_at():
 def test_ci_runs_the_readme_s_command_for_every_test():
     program = re.search(r"test_command=\$\(awk '(.*)' README\.md\)", (ROOT / ".ci" / "run").read_text())[1]
     found = subprocess.run(["awk", program, ROOT / "README.md"], check=True, capture_output=True, text=True)
-    assert found.stdout == 'pip install ".[test]" && pytest --all\n'
+    assert found.stdout == 'pip install ".[test]" && pytest --all -n 2\n'
     fences = re.findall(r"```bash\n(.*?)```", README, re.S)
     assert ['pip install ".[test]" && pytest\n', found.stdout] == [f for f in fences if "[test]" in f]
 

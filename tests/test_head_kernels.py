@@ -17,7 +17,7 @@ import normface_ext as nf
 from normface_ext import testing
 from normface_ext.engine import native
 
-SWEEP_COLUMNS = 256
+SWEEPS, SWEEP_COLUMNS = ("single sweep", "wgmma sweep"), 256
 planning = importlib.import_module("normface_ext.engine.plan")  # the package has a function of that name
 
 
@@ -42,13 +42,26 @@ def choose(monkeypatch, choice, chunk, *, again=False):
 )
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.float16)], ids=str)
 def test_every_choice(cuda_lane, monkeypatch, choice, batch, dim, classes, chunk, dtypes):
-    if choice == "single sweep":
+    if choice in SWEEPS:
         dim = min(dim, SWEEP_COLUMNS)
     choose(monkeypatch, choice, chunk)
     x, weight, labels = sample(cuda_lane, batch, dim, classes, *dtypes)
     labels[batch // 2] = IGNORE
     labels[: batch // 3] = classes - 1  # many rows of one class
     check(cuda_lane, x, weight, labels, cuda_lane.tensor(30.0, grad=True), margin=nf.CosFace(0.2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [16, 72, 256])
+@pytest.mark.parametrize("order", ["forward", "reverse"])
+def test_a_ring_of_stages_goes_round(cuda_lane, monkeypatch, dim, order):
+    """Blocks of many steps in both directions, and in backward of more than one tile."""
+    monkeypatch.setenv("NORMFACE_EMULATION_ORDER", order)
+    choose(monkeypatch, "wgmma sweep", 800)
+    x, weight, labels = sample(cuda_lane, 300, dim, 800, torch.bfloat16, torch.float32)
+    each = torch.linspace(20.0, 30.0, 300)  # stages of rows that are not alike
+    each[:128] = 25.0
+    assert_options_hold(x, weight, labels, {"margin": nf.CosFace(0.2)}, 3e-3, cuda_lane.tensor(each))
 
 
 @pytest.mark.covering(1)
@@ -115,12 +128,12 @@ def test_smoothing_and_class_weights(cuda_lane, monkeypatch, choice):
     assert_options_hold(x, weight, labels, options, 1e-2)
 
 
-def assert_options_hold(x, weight, labels, options, bound):
+def assert_options_hold(x, weight, labels, options, bound, scale=20.0):
     """Loss and gradients against the reference in float64, by the norm of the difference."""
     results = []
     for function, dtype in ((nf.functional, None), (nf.reference, torch.float64)):
         leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, weight)]
-        loss = function.normface_loss(*leaves, labels, 20.0, **options)
+        loss = function.normface_loss(*leaves, labels, scale, **options)
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     for name, got, truth in zip(("loss", "dx", "dw"), *results, strict=True):
         error = float((got.double() - truth).norm() / truth.norm())
@@ -193,12 +206,13 @@ def test_shards_add_up_to_the_whole(cuda_lane, monkeypatch, choice, scale):
         assert error < 1e-2, f"{name}: {error:.2e}"
 
 
-def test_the_single_sweep_keeps_its_word(cuda_lane, monkeypatch):
+@pytest.mark.parametrize("choice", SWEEPS)
+def test_the_single_sweep_keeps_its_word(cuda_lane, monkeypatch, choice):
     """Peak memory beyond inputs and gradients."""
     if cuda_lane.device.type == "cuda":
         pytest.skip("test_gpu.py measures the card's memory")
     batch, dim, classes = 20, 40, 700
-    choose(monkeypatch, "single sweep", classes)
+    choose(monkeypatch, choice, classes)
     name, *_ = planning._asked
     said = native.workspace_bytes(name, native.Step(batch, dim, classes, 2), planning.EMULATED, classes)
     x, weight, labels = sample(cuda_lane, batch, dim, classes, torch.bfloat16)
@@ -232,6 +246,7 @@ def launches(function) -> list[str]:
     [
         (torch.bfloat16, None, 6),
         (torch.bfloat16, "single sweep", 6),
+        (torch.bfloat16, "wgmma sweep", 7),
         (torch.float32, None, 6),
         (torch.float32, "tf32x3", 7),
         (torch.float64, None, 6),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernel_cases.engine_ops import arguments, sweep, wide
 from kernel_cases.plain_terms import CASES, IGNORED, unit
+from kernel_cases.softmax import is_here
 from lanes import DTYPES
 
 from normface_ext.engine.calls import plan_device
@@ -14,6 +15,7 @@ from normface_ext.engine.row_state import LARGEST, ROW_FIELDS, SINKS
 N, D, C = 9, 16, 45
 #: Every product but the single sweep, which has no room for it: (name, operands of 16 bits).
 PRODUCTS = [("cublas", True), ("cublas", False), ("simt", False), ("sm80_scores", True)]
+PRODUCTS += [("sm90_scores", True)] * is_here("sm90_scores")
 ROOM = {torch.float64: 1e-13, torch.float32: 1e-6}
 
 
@@ -84,12 +86,13 @@ def test_with_a_sink(lane, sink):
     assert torch.equal(listed, listed_before) and torch.equal(values, values_before)
 
 
-def test_the_single_sweep_leaves_it_to_another(lane):
+@pytest.mark.parametrize("asked", ["sm80_single_sweep", "sm90_single_sweep"])
+def test_the_single_sweep_leaves_it_to_another(lane, asked):
     """Asked for by name, too: it would have to keep one more number per row in registers."""
     x, weight, labels = problem(lane, torch.bfloat16)
     if plan_device(x).type != "cuda":
         weight, x = weight.float(), x.float()
-    product = "sm80_single_sweep" if plan_device(x).type == "cuda" else "blas"
+    product = asked if plan_device(x).type == "cuda" else "blas"
     _, largest, _, _ = found(x, weight, labels, product=product, workspace=1 << 20)
     assert (largest - others(x, weight, labels)).abs().max() < 2e-3
 

@@ -333,13 +333,18 @@ def test_an_agent_with_a_long_list(cuda_lane):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_row_of_many_classes(cuda_lane):  # noqa: F811
+@pytest.mark.parametrize(("product", "classes"), [("sm80_single_sweep", 12_480), ("sm90_single_sweep", 52_000)])
+def test_a_row_of_many_classes(cuda_lane, product, classes):  # noqa: F811
     """Equal terms, thousands to a block of the single sweep, so that any drift is systematic."""
-    lane, classes = cuda_lane, 12_480
-    x, weight = lane.randn(4, 8, dtype=torch.bfloat16), lane.randn(classes, 8, seed=1)
+    lane = cuda_lane
+    x, weight = lane.randn(4, 8, dtype=torch.bfloat16), lane.randn(classes, 8, seed=1).abs()
     shift = lane.tensor(torch.tensor([0.4, 0.9, 1.3, -0.2], dtype=torch.float64))
-    given = engine_ops.arguments(x, weight, lane.labels(4, classes), shift=shift)
+    labels = lane.labels(4, classes)
+    given = engine_ops.arguments(x, weight, labels, shift=shift)
     scale = {"scale_value": 0.0}  # E is exp(-shift), whatever the cosines are
-    swept, _, _ = engine_ops.sweep({**given, **scale, "workspace": 1 << 30, "product": "sm80_single_sweep"})
+    swept, _, _ = engine_ops.sweep({**given, **scale, "workspace": 1 << 30, "product": product})
     rows = swept.rows
     close(rows[0] / (classes - 1), (-shift).exp(), 1e-6)
+    unit = torch.nn.functional.normalize(weight.double(), dim=1)
+    e = (-shift).exp().bfloat16().double()[:, None]
+    close(swept.x_sum, e * (unit.sum(0) - unit[labels]), 1e-4)

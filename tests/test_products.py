@@ -156,6 +156,29 @@ static_assert(kProducts[3].takes({1024, 512, 1000, 2}, kCard));
 static_assert(!kProducts[3].takes({1024, 512, 1000, 4}, kCard));
 static_assert(kProducts[5].refusal({1024, 264, 1000, 2}, kCard) == Refusal::kColumns);
 
+constexpr const Product& named(std::string_view name) {
+  return *std::find_if(std::begin(kProducts), std::end(kProducts), [&](auto& p) { return name == p.name; });
+}
+// wgmma is an instruction of 9.0 itself, and of a build for it.
+constexpr DeviceFacts kNewer{true, 1, 148, 232448, 100, &kOtherRates};
+constexpr DeviceFacts kNotBuilt{true, 1, 132, 232448, 90, &kH100Rates, false};
+static_assert(named("sm90_scores").takes({1024, 512, 1000, 2}, kCard));
+static_assert(named("sm90_scores").refusal({1024, 512, 1000, 2}, kNewer) == Refusal::kCapability);
+static_assert(named("sm90_scores").refusal({1024, 512, 1000, 2}, kNotBuilt) == Refusal::kCapability);
+static_assert(named("sm90_scores").refusal({1024, 520, 1000, 2}, kCard) == Refusal::kColumns);
+static_assert(named("sm90_scores").refusal({1024, 500, 1000, 2}, kCard) == Refusal::kAlignment);
+static_assert(named("sm90_single_sweep").takes({1024, 256, 1000, 2}, kCard));
+static_assert(named("sm90_single_sweep").refusal({1024, 264, 1000, 2}, kCard) == Refusal::kColumns);
+static_assert(named("sm90_single_sweep").refusal({1024, 256, 1000, 2}, kNewer) == Refusal::kCapability);
+static_assert(named("sm90_single_sweep").refusal({1024, 256, 1000, 2, false}, kCard) == Refusal::kTerm);
+
+// A block has a multiprocessor for itself: whole rounds over all of them, no more tiles than a float sums.
+constexpr auto tiles_of = tiles::Sm90Scores::tiles_per_block;
+static_assert(tiles_of(132, 1024, 1000000) == 237);  // 264 blocks in two rounds; one would be of 489
+static_assert(tiles_of(132, 256, 85742) == 11);  // 122 blocks at once
+static_assert(tiles_of(132, 17024, 128) == 1 && tiles_of(132, 1, 1) == 1);
+static_assert(tiles_of(1, 128, 1 << 30) == tiles::Sm90Scores::kMostTiles);
+
 int main() {
   Product table[std::size(kProducts)];
   std::copy(std::begin(kProducts), std::end(kProducts), table);

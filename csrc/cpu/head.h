@@ -78,12 +78,12 @@ struct Labels {
 // Scores of one tile, [N, width] = x_hat w_hat^T. Centre by centre, so that equal centres of a class have equal
 // cosines: what a library does with a column may depend on its place in the product.
 template <class T>
-void score_tile(const HeadShape& shape, T* x_hat, T* w_hat, const Tile& tile, T* scores) {
+void score_tile(const HeadShape& shape, T* x_hat, T* w_hat, const Tile& tile, const Matrix<T>& scores) {
   const int64_t classes = tile.classes();
   for (int64_t k = 0; k < tile.centers; ++k)
     multiply<T>({x_hat, shape.batch, shape.dim, shape.dim},
                 Matrix<T>{w_hat + k * classes * shape.dim, classes, shape.dim, shape.dim}.transposed(),
-                {scores + k * classes, shape.batch, classes, tile.width});
+                {scores.data + k * classes, shape.batch, classes, scores.row_stride});
 }
 
 // Calls part(begin, end) for the classes of a tile other than the row's own target.

@@ -5,6 +5,7 @@
 #include "cpu/head_launch.h"
 #include "cpu/head_stages.h"
 #include "cpu/row_terms.h"
+#include "cpu/tile_products.h"
 #include "engine/update_arguments.h"
 
 namespace nf::cpu {
@@ -76,15 +77,6 @@ std::vector<int64_t> rows_by_label(const Labels& labels, const std::vector<RowGr
   return order;
 }
 
-// What meets the coefficients: the rows of x_hat times their factor.
-template <class T>
-void weigh_rows(const std::vector<RowGradient>& gradients, const T* x_hat, int64_t dim, T* weighted) {
-  for_rows(int64_t(gradients.size()), dim, [&](int64_t i) {
-    for (int64_t d = 0; d < dim; ++d)
-      weighted[i * dim + d] = T(gradients[size_t(i)].others) * x_hat[i * dim + d];
-  });
-}
-
 // What every class of weight 1 gets from label smoothing; empty without.
 template <class T>
 std::vector<T> uniform_part(const std::vector<RowGradient>& gradients, const T* x_hat, int64_t dim,
@@ -102,23 +94,26 @@ struct Wanted {
   const HeadUpdateArguments* update;  // or null: what the weight's gradient goes into, instead of dW
 };
 
-// Unit rows of the features, and what the second sweep needs: weighted ones, unit rows of a tile if it meets them
+// Unit rows of the features, and what the second sweep needs: products of a tile, with its unit rows if it meets them
 // (a row else), their gradient, a tile's cells, and the sum over the classes where the first sweep did not make it.
 template <class T>
 struct BackwardScratch {
   Block block;
-  bool make_sum;    // x_sum
-  bool make_units;  // of W
-  Array x_hat, weighted, w_hat, product, scores, x_sum, x_sums;
+  bool make_sum;  // x_sum
+  std::optional<TileProducts<T>> units;
+  GradientProduct<T> gradient;
+  Array x_hat, unit_row, product, scores, x_sum, x_sums;
   Array class_row;  // of dW, a class of every slot, where there is no dW
 
   BackwardScratch(const HeadShape& shape, const HeadBackwardTensors& in, const Wanted& wanted)
-      : make_sum(wanted.x && in.x_sum.numel() == 0), make_units(make_sum || in.stored.numel() == 0) {
+      : make_sum(wanted.x && in.x_sum.numel() == 0), gradient(block, shape, in.x, in.weight, wanted.weight) {
     const int64_t rows = shape.batch * shape.dim, tiles = shape.slots * shape.chunk;
     const bool sweeps = wanted.weight || make_sum;
     x_hat = block.array<T>(rows);
-    weighted = block.array<T>(wanted.weight ? rows : 0);
-    w_hat = block.array<T>(!sweeps ? 0 : make_units ? tiles * shape.dim : shape.slots * shape.dim);
+    if (sweeps && (make_sum || in.stored.numel() == 0))
+      units.emplace(block, shape, in.x, in.weight, T(in.eps));
+    else
+      unit_row = block.array<T>(sweeps ? shape.slots * shape.dim : 0);
     product = block.array<T>(wanted.weight ? tiles * shape.dim : 0);
     scores = block.array<T>(sweeps ? tiles * shape.batch : 0);
     x_sum = block.array<T>(make_sum ? rows : 0);
@@ -145,6 +140,7 @@ struct Backward {
   const Labels& labels;
   const RowTerms<T>& terms;
   const std::vector<RowGradient>& gradients;
+  const RowState& rows;
   const T* inverse_norm;
   const ClassWeights<T>& class_weight;
   T eps;
@@ -152,36 +148,39 @@ struct Backward {
   T* stored;  // or null: the coefficients are made again
   bool smooth;
 
-  void sweep(const BackwardScratch<T>& scratch, const Wanted& wanted, const Tensor& dw, T* x_sum) const {
-    const int64_t N = shape.batch, D = shape.dim, units = scratch.make_units ? shape.chunk : 1;
+  void sweep(BackwardScratch<T>& scratch, const Wanted& wanted, const Tensor& dw, T* x_sum) const {
+    const int64_t N = shape.batch, D = shape.dim;
     const std::vector<int64_t> order = rows_by_label(labels, gradients);
     const std::vector<T> uniform = uniform_part(gradients, x_hat, D, wanted.weight && smooth);
-    T *weighted = data_of<T>(scratch.weighted), *w_hat = data_of<T>(scratch.w_hat),
-      *product = data_of<T>(scratch.product), *scores = data_of<T>(scratch.scores);
-    if (wanted.weight) weigh_rows(gradients, x_hat, D, weighted);
+    T *product = data_of<T>(scratch.product), *scores = data_of<T>(scratch.scores);
+    const auto inverse_of = [&](int64_t i) { return gradients[size_t(i)].any ? rows[kInverseNorm][i] : 0.0; };
+    if (scratch.units) scratch.units->take_features(x_hat, inverse_of, [](int64_t) { return 1.0; });
+    if (wanted.weight)
+      scratch.gradient.take_features(
+          x_hat, inverse_of, [](int64_t) { return 1.0; },
+          [&](int64_t i) { return gradients[size_t(i)].others; });
     const SlotSum<T> into(x_sum, scratch.x_sums, shape.slots, N * D);
     shape.for_tiles([&](int64_t slot, const Tile& tile) {
-      T *unit = w_hat + slot * units * D, *e = scores + slot * N * shape.chunk;
-      if (scratch.make_units)
-        for (int64_t j = 0; j < tile.width; ++j)
-          unit_row_again(weight, tile.first + j, inverse_norm[tile.first + j], eps,
-                         unit + tile.column(j) * D);
+      T* e = scores + slot * N * shape.chunk;
+      const Matrix<T> cells{e, N, tile.width, tile.width};
+      if (scratch.units) scratch.units->begin_again(slot, tile, inverse_norm + tile.first);
       if (stored == nullptr) {
-        score_tile(shape, x_hat, unit, tile, e);
+        scratch.units->scores(slot, cells);
         fold_tile(labels, terms, tile, e, [](int64_t, const auto&) {});
       } else {
         // Read in order it comes from memory far faster than column by column, as the product would.
         std::copy_n(stored + N * tile.first, N * tile.width, e);
       }
       if (into)
-        multiply<T>({e, N, tile.width, tile.width}, {unit, tile.width, D, D}, {into.of(slot), N, D, D}, true);
+        scratch.units->add_weighted(slot, cells, terms.largest != nullptr ? rows[kSum] : nullptr,
+                                    into.of(slot));
       if (!wanted.weight) return;
       // Not where dW will be: that memory is cold, and is to be written once.
       T* g = product + slot * shape.chunk * D;
-      multiply<T>(Matrix<T>{e, N, tile.width, tile.width}.transposed(), {weighted, N, D, D},
-                  {g, tile.width, D, D});
+      scratch.gradient(cells, g);
       add_targets(order, tile, g);
       const Rows<T> out(dw, D);
+      T* unit = scratch.units ? scratch.units->spare_row(slot) : data_of<T>(scratch.unit_row) + slot * D;
       for (int64_t j = 0; j < tile.width; ++j) {
         T* gradient = g + tile.column(j) * D;
         if (!uniform.empty())
@@ -232,7 +231,7 @@ void backward(const char* op, const HeadBackwardTensors& in, const Wanted& wante
   const T* inverse = data_of<const T>(in.inverse_norm);
   const std::vector<RowGradient> gradients = row_gradients<T>(RowSlopes(in.slopes), in.grad_loss);
   check_targets(op, in, labels, gradients);
-  const BackwardScratch<T> scratch(shape, in, wanted);
+  BackwardScratch<T> scratch(shape, in, wanted);
   T* x_hat = data_of<T>(scratch.x_hat);
   for_rows(N, D, [&](int64_t i) {
     if (gradients[size_t(i)].any)
@@ -255,6 +254,7 @@ void backward(const char* op, const HeadBackwardTensors& in, const Wanted& wante
                            labels,
                            terms,
                            gradients,
+                           rows,
                            inverse,
                            class_weight,
                            T(in.eps),

@@ -5,6 +5,7 @@
 #include "cpu/row_cosine.h"
 #include "cpu/row_terms.h"
 #include "cpu/sinks.h"
+#include "cpu/tile_products.h"
 
 namespace nf::cpu {
 namespace {
@@ -60,24 +61,22 @@ void prepare_rows(const HeadInputs& in, const Counting<T>& counting, const Class
 // The row's largest logit among the classes other than its label, -inf where there is none.
 template <class T>
 void largest_logits(const HeadShape& shape, const HeadInputs& in, const RowTerms<T>& terms, T* x_hat,
-                    double* result) {
-  const int64_t N = shape.batch, D = shape.dim;
-  const Rows<T> w(in.weight, D);
+                    const double* x_inverse, double* result) {
+  const int64_t N = shape.batch;
   const Labels labels(in.labels);
   Block scratch;
-  const Array units = scratch.array<T>(shape.slots * shape.chunk * D),
-              inverses = scratch.array<T>(shape.slots * shape.chunk),
+  TileProducts<T> products(scratch, shape, in.x, in.weight, T(in.eps));
+  const Array inverses = scratch.array<T>(shape.slots * shape.chunk),
               cells = scratch.array<T>(shape.slots * N * shape.chunk),
               best_logits = scratch.array<T>(shape.slots * N);
   allocate(scratch);
-  T *w_hat = data_of<T>(units), *inverse = data_of<T>(inverses), *scores = data_of<T>(cells),
-    *largest = data_of<T>(best_logits);
+  products.take_features(x_hat, [&](int64_t i) { return x_inverse[i]; }, [](int64_t) { return 1.0; });
+  T *inverse = data_of<T>(inverses), *scores = data_of<T>(cells), *largest = data_of<T>(best_logits);
   std::fill_n(largest, shape.slots * N, -T(INFINITY));
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
-    T* unit = w_hat + slot * shape.chunk * D;
     T* tile_scores = scores + slot * N * shape.chunk;
-    unit_rows(w, tile, T(in.eps), unit, inverse + slot * shape.chunk);
-    score_tile(shape, x_hat, unit, tile, tile_scores);
+    products.begin(slot, tile, inverse + slot * shape.chunk);
+    products.scores(slot, {tile_scores, N, tile.width, tile.width});
     PooledRow<T> pooled(tile);
     for (int64_t i = 0; i < N; ++i) {
       T& best = largest[slot * N + i];
@@ -98,7 +97,7 @@ void largest_logits(const HeadShape& shape, const HeadInputs& in, const RowTerms
 // else the row's largest logit, which costs a sweep of its own. Without a softmax there is none.
 template <class T>
 void choose_shift(const HeadShape& shape, const HeadInputs& in, const RowNumbers& scale,
-                  const RowTerms<T>& terms, T* x_hat, double* shift) {
+                  const RowTerms<T>& terms, T* x_hat, const double* x_inverse, double* shift) {
   if (terms.largest == nullptr) {
     std::fill_n(shift, shape.batch, 0.0);
     return;
@@ -106,20 +105,22 @@ void choose_shift(const HeadShape& shape, const HeadInputs& in, const RowNumbers
   const auto window = math::fixed_shift_of<T>(double(in.total_classes), in.lowest, in.highest);
   bool all = true;
   for (int64_t i = 0; i < shape.batch; ++i) all = all && window.serves(scale[i]);
-  if (!all) largest_logits(shape, in, terms, x_hat, shift);
+  if (!all) largest_logits(shape, in, terms, x_hat, x_inverse, shift);
   for (int64_t i = 0; i < shape.batch; ++i)
     if (window.serves(scale[i])) shift[i] = window.kappa(scale[i]);
 }
 
-// What a sweep needs besides: unit rows of the features and of a tile, its cells, and every thread's sums.
+// What a sweep needs besides: unit rows of the features, products of a tile, its cells, and every thread's sums.
 template <class T>
 struct SweepScratch {
   Block block;
-  Array x_hat, w_hat, scores, sums, x_sums, class_sums;
+  Array x_hat;
+  TileProducts<T> products;
+  Array scores, sums, x_sums, class_sums;
 
   SweepScratch(const HeadShape& shape, const HeadSweepArguments& in)
       : x_hat(block.array<T>(shape.batch * shape.dim)),
-        w_hat(block.array<T>(shape.slots * shape.chunk * shape.dim)),
+        products(block, shape, in.x, in.weight, T(in.eps)),
         scores(block.array<T>(in.store ? 0 : shape.slots * shape.batch * shape.chunk)),
         sums(block.array<double>(shape.slots * 2 * shape.batch)),
         x_sums(SlotSum<T>::room(block, in.need_x, shape.slots, shape.batch * shape.dim)),
@@ -131,16 +132,14 @@ struct SweepScratch {
 // The sums, x_sum, class_sum (U), the stored coefficients, and what the sink collects.
 template <class T>
 void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<T>& terms,
-           const ClassWeights<T>& class_weight, const SweepScratch<T>& scratch, const RowState& rows,
+           const ClassWeights<T>& class_weight, SweepScratch<T>& scratch, const RowState& rows,
            const SweepResult& out) {
   const int64_t N = shape.batch, D = shape.dim;
-  const Rows<T> w(in.weight, D);
   const Labels labels(in.labels);
   T* class_sum = data_of<T>(out.class_sum);  // U and, last, the sum of the class weights
   T* stored = data_of<T>(out.stored);
   T* inverse_norm = data_of<T>(out.inverse_norm);
-  T *x_hat = data_of<T>(scratch.x_hat), *w_hat = data_of<T>(scratch.w_hat),
-    *scores = data_of<T>(scratch.scores), *class_sums = data_of<T>(scratch.class_sums);
+  T *scores = data_of<T>(scratch.scores), *class_sums = data_of<T>(scratch.class_sums);
   double* sums = data_of<double>(scratch.sums);
   const SlotSum<T> x_sum(data_of<T>(out.x_sum), scratch.x_sums, shape.slots, N * D);
   std::fill_n(sums, shape.slots * 2 * N, 0.0);
@@ -150,18 +149,17 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
   if (in.sink == kActiveList) active.emplace(shape, in.capacity);
   if (in.sink == kHardest || in.need_largest) hardest.emplace(shape);
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
-    T* unit = w_hat + slot * shape.chunk * D;
     T* e = stored != nullptr ? stored + N * tile.first : scores + slot * N * shape.chunk;
-    unit_rows(w, tile, T(in.eps), unit, inverse_norm + tile.first);
+    scratch.products.begin(slot, tile, inverse_norm + tile.first);
     if (class_sum != nullptr) {
       T* sum = class_sums + slot * (D + 1);
       for (int64_t j = 0; j < tile.width; ++j) {
         const T factor = T(class_weight[tile.first + j]);
-        accum_rows<T>().axpy(factor, unit + j * D, sum, D);
+        accum_rows<T>().axpy(factor, scratch.products.unit_row(slot, j), sum, D);
         sum[D] += factor;
       }
     }
-    score_tile(shape, x_hat, unit, tile, e);
+    scratch.products.scores(slot, {e, N, tile.width, tile.width});
     if (hardest) hardest->take(slot, labels, tile, rows, e);
     if (in.sink == kHardest) return;
     double* sum = sums + slot * 2 * N;
@@ -171,7 +169,8 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
     });
     if (active) active->take(slot, tile, rows, e);
     if (x_sum)
-      multiply<T>({e, N, tile.width, tile.width}, {unit, tile.width, D, D}, {x_sum.of(slot), N, D, D}, true);
+      scratch.products.add_weighted(slot, {e, N, tile.width, tile.width},
+                                    terms.largest != nullptr ? sum : nullptr, x_sum.of(slot));
   });
   int64_t* listed = data_of<int64_t>(out.listed);
   T* found = data_of<T>(out.found);
@@ -201,18 +200,20 @@ void run_sweep(const HeadSweepArguments& in, const SweepResult& out) {
   const RowState rows(out.rows, N);
   const RowNumbers scale(in.scale, in.scale_value);
   const ClassWeights<T> class_weight(in.class_weight);
-  const SweepScratch<T> scratch(shape, in);
+  SweepScratch<T> scratch(shape, in);
   T* x_hat = data_of<T>(scratch.x_hat);
   const Counting<T> counting{
       Labels(in.labels).data, in.ignore_index,
       in.sample_weight ? static_cast<const T*>(in.sample_weight->const_data_ptr()) : nullptr};
   prepare_rows(in, counting, class_weight, x_hat, rows);
+  scratch.products.take_features(
+      x_hat, [&](int64_t i) { return rows[kInverseNorm][i]; }, [](int64_t) { return 1.0; });
   RowTerms<T> terms(
       in, scale, [&](int64_t i) { return rows[kRowWeight][i] != 0; }, [](int64_t) { return 0.0; });
   if (in.shift)
     std::copy_n(static_cast<const double*>(in.shift->const_data_ptr()), N, rows[kShift]);
   else
-    choose_shift(shape, in, scale, terms, x_hat, rows[kShift]);
+    choose_shift(shape, in, scale, terms, x_hat, rows[kInverseNorm], rows[kShift]);
   for (int64_t i = 0; i < N; ++i) {
     if (rows[kRowWeight][i] == 0) rows[kShift][i] = 0;  // a row that became zero has scores of 0
     terms.rows[size_t(i)].shift = T(rows[kShift][i]);
@@ -259,7 +260,8 @@ Tensor head_shift(const HeadShiftArguments& in) {
     unit_features(in, counting, x_hat, data_of<double>(inverse));
     const RowTerms<T> terms(
         in, scale, [&](int64_t i) { return counting.weight(i) != 0; }, [](int64_t) { return 0.0; });
-    choose_shift(shape, in, scale, terms, x_hat, static_cast<double*>(shift.mutable_data_ptr()));
+    choose_shift(shape, in, scale, terms, x_hat, data_of<double>(inverse),
+                 static_cast<double*>(shift.mutable_data_ptr()));
   };
   accumulator(in.x.scalar_type()) == ScalarType::Double ? run(double()) : run(float());
   return shift;

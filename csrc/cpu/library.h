@@ -91,13 +91,16 @@ class NewPages {
  public:
   explicit NewPages(const Tensor& t);
   void ask_for(void* begin, int64_t bytes) const;
+  // Whether there are any. The system zeroes them shortly before they are written, so they are in the caches by then.
+  bool found() const { return found_; }
 
  private:
-  bool any_ = false;
+  bool found_ = false;
+  bool any_ = false;  // that have to be asked for
   uintptr_t page_ = 0;
 };
 
-// The size of the last cache.
+// The last caches of the processors that torch's threads take, together.
 int64_t last_cache_bytes();
 
 // Where a gradient will be written: like `t`, or empty where it was not asked for.

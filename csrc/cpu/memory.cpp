@@ -1,4 +1,8 @@
 // Fresh tensors, in huge pages where the system offers them; what the machine's memory is like.
+#include <cstdlib>
+#include <fstream>
+#include <string>
+
 #include "cpu/library.h"
 
 #if defined(__linux__)
@@ -29,6 +33,42 @@ void ask_for_huge_pages([[maybe_unused]] const Tensor& t) {
 #endif
 }
 
+struct CacheLevel {
+  int64_t bytes;
+  int64_t processors;  // that share one
+};
+
+// The number of processors in a list such as "0-7,64-71", 0 where there is none.
+int64_t count_listed(const char* list) {
+  int64_t count = 0;
+  for (char* end = nullptr; *list != '\0'; list = end) {
+    const long first = std::strtol(list, &end, 10);
+    if (end == list) break;
+    const long last = *end == '-' ? std::strtol(end + 1, &end, 10) : first;
+    count += last - first + 1;
+    end += *end == ',';
+  }
+  return count;
+}
+
+// The system's own description: what sysconf says of an AMD's last cache is the sum over the whole package, whose
+// greater part belongs to other processors.
+CacheLevel last_cache() {
+  CacheLevel found{int64_t(1) << 25, int64_t(1) << 20};  // where the machine does not say
+#if defined(__linux__)
+  for (int index = 0; index < 8; ++index) {  // the last one described is the last level
+    const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/";
+    std::string kib, sharers;
+    std::getline(std::ifstream(folder + "size"), kib);
+    std::getline(std::ifstream(folder + "shared_cpu_list"), sharers);
+    const int64_t bytes = 1024 * std::strtoll(kib.c_str(), nullptr, 10),
+                  count = count_listed(sharers.c_str());
+    if (bytes > 0 && count > 0) found = {bytes, count};
+  }
+#endif
+  return found;
+}
+
 }  // namespace
 
 Tensor fresh(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
@@ -56,7 +96,7 @@ NewPages::NewPages([[maybe_unused]] const Tensor& t) {
   constexpr uintptr_t kLooks = 8;
   for (uintptr_t k = 0; k < kLooks && !any_; ++k) {
     const uintptr_t address = (begin + bytes / kLooks * k + bytes / kLooks / 2) & ~(page_ - 1);
-    any_ = is_absent(address, page_);
+    any_ = found_ = is_absent(address, page_);
     // One huge page is one trap already. Whether the system gives them shows in the other half of this one.
     const uintptr_t huge = address & ~(kHugePage - 1);
     if (any_ && huge >= begin && huge + kHugePage <= end) {
@@ -80,15 +120,9 @@ void NewPages::ask_for([[maybe_unused]] void* begin, [[maybe_unused]] int64_t by
 }
 
 int64_t last_cache_bytes() {
-  static const int64_t known = [] {
-    int64_t bytes = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (bytes <= 0) bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-#endif
-    return bytes > 0 ? bytes : int64_t(1) << 25;  // where the machine does not say
-  }();
-  return known;
+  static const CacheLevel known = last_cache();
+  const int64_t instances = (thread_count() + known.processors - 1) / known.processors;
+  return known.bytes * std::max<int64_t>(1, instances);
 }
 
 }  // namespace nf::cpu

@@ -1,6 +1,6 @@
 // norm_linear, s * cos(x_i, w_j), and its backward on the CPU. Unit rows of the weight exist only as
 // one tile per thread.
-#include "cpu/head.h"
+#include "cpu/tile_products.h"
 #include "engine/cosine_arguments.h"
 #include "math/normalize.h"
 
@@ -21,16 +21,13 @@ void* cell(const Rows<T>& matrix, int64_t row, int64_t column) {
   return static_cast<char*>(matrix.row(row)) + column * matrix.kernel.item;
 }
 
-// x_hat[i] = factor x_i / ||x_i|| (or factor x_i), and 1 / ||x_i|| (or 1).
+// x_hat[i] = x_i / ||x_i|| (or x_i), and 1 / ||x_i||.
 template <class T>
 void unit_features(const Rows<T>& x, int64_t batch, bool normalize_input, T eps, T* x_hat, T* inverse) {
   for_rows(batch, x.length, [&](int64_t i) {
     T* row = x_hat + i * x.length;
-    inverse[i] = T(1);
-    if (normalize_input)
-      unit_rows(x, Tile{i, 1}, eps, row, inverse + i);
-    else
-      x.kernel.widen(x.row(i), x.length, T(1), row);
+    unit_rows(x, Tile{i, 1}, eps, row, inverse + i);
+    if (!normalize_input) x.kernel.widen(x.row(i), x.length, T(1), row);
   });
 }
 
@@ -44,25 +41,27 @@ void forward(const Tensor& x, const Tensor& weight, double scale, bool normalize
              Tensor& out) {
   const HeadShape shape(x, weight, chunk_for(weight));
   const int64_t N = shape.batch, D = shape.dim;
-  const Rows<T> xs(x, D), ws(weight, D), outs(out, shape.classes);
+  const Rows<T> xs(x, D), outs(out, shape.classes);
   const bool direct = out.element_size() == sizeof(T);
   Block scratch;
   const Array features = scratch.array<T>(N * D), x_norms = scratch.array<T>(N),
-              units = scratch.array<T>(shape.slots * shape.chunk * D),
               w_norms = scratch.array<T>(shape.slots * shape.chunk),
               wide = scratch.array<T>(direct ? 0 : shape.slots * N * shape.chunk);
+  TileProducts<T> products(scratch, shape, x, weight, T(eps));
   allocate(scratch);
-  T *x_hat = data_of<T>(features), *w_hat = data_of<T>(units), *w_inverse = data_of<T>(w_norms),
+  T *x_hat = data_of<T>(features), *x_inverse = data_of<T>(x_norms), *w_inverse = data_of<T>(w_norms),
     *cells = data_of<T>(wide);
-  unit_features(xs, N, normalize_input, T(eps), x_hat, data_of<T>(x_norms));
+  unit_features(xs, N, normalize_input, T(eps), x_hat, x_inverse);
   for_rows(N, D, [&](int64_t i) {  // the scale goes onto the smaller operand
     for (int64_t d = 0; d < D; ++d) x_hat[i * D + d] *= T(scale);
   });
+  products.take_features(
+      x_hat, [&](int64_t i) { return x_inverse[i]; },
+      [&](int64_t i) { return T(scale) * (normalize_input ? T(1) : T(1) / x_inverse[i]); });
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
-    T* unit = w_hat + slot * shape.chunk * D;
-    unit_rows(ws, tile, T(eps), unit, w_inverse + slot * shape.chunk);
+    products.begin(slot, tile, w_inverse + slot * shape.chunk);
     const Matrix<T> result = columns(outs, N, tile, direct ? nullptr : cells + slot * N * shape.chunk);
-    multiply<T>({x_hat, N, D, D}, Matrix<T>{unit, tile.width, D, D}.transposed(), result);
+    products.scores(slot, result);
     if (!direct)
       for (int64_t i = 0; i < N; ++i)
         outs.kernel.store_as(result.data + i * tile.width, tile.width, T(1), cell(outs, i, tile.first));
@@ -79,34 +78,40 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, double 
   const int64_t tile_values = shape.slots * shape.chunk * D;
   Block scratch;
   const Array features = scratch.array<T>(N * D), x_norms = scratch.array<T>(N),
-              w_norms = scratch.array<T>(shape.slots * shape.chunk), units = scratch.array<T>(tile_values),
-              products = scratch.array<T>(dw != nullptr ? tile_values : 0),
+              w_norms = scratch.array<T>(shape.slots * shape.chunk),
+              gradients = scratch.array<T>(dw != nullptr ? tile_values : 0),
               wide = scratch.array<T>(direct ? 0 : shape.slots * N * shape.chunk),
               sums = scratch.array<T>(need_rows ? shape.slots * N * D : 0);
+  TileProducts<T> products(scratch, shape, x, weight, T(eps));
+  GradientProduct<T> gradient(scratch, shape, x, weight, dw != nullptr);
   allocate(scratch);
   T *x_hat = data_of<T>(features), *x_inverse = data_of<T>(x_norms), *w_inverse = data_of<T>(w_norms),
-    *w_hat = data_of<T>(units), *dw_hat = data_of<T>(products), *cells = data_of<T>(wide),
+    *dw_hat = data_of<T>(gradients), *cells = data_of<T>(wide),
     *dx_hat = data_of<T>(sums);  // sum over j of G_ij w_hat_j, without s
   unit_features(xs, N, normalize_input, T(eps), x_hat, x_inverse);
+  const auto inverse_of = [&](int64_t i) { return x_inverse[i]; };
+  const auto factor_of = [&](int64_t i) { return normalize_input ? T(1) : T(1) / x_inverse[i]; };
+  products.take_features(x_hat, inverse_of, factor_of);
+  if (dw != nullptr) gradient.take_features(x_hat, inverse_of, factor_of, [](int64_t) { return T(1); });
   std::fill_n(dx_hat, sums.count(), T(0));
   shape.for_tiles([&](int64_t slot, const Tile& tile) {
-    T* unit = w_hat + slot * shape.chunk * D;
     T* inverse = w_inverse + slot * shape.chunk;
-    unit_rows(ws, tile, T(eps), unit, inverse);
+    products.begin(slot, tile, inverse);
     const Matrix<T> g = columns(grads, N, tile, direct ? nullptr : cells + slot * N * shape.chunk);
     if (!direct)
       for (int64_t i = 0; i < N; ++i)
         grads.kernel.widen(cell(grads, i, tile.first), tile.width, T(1), g.data + i * tile.width);
-    const Matrix<T> w{unit, tile.width, D, D};
-    if (need_rows) multiply<T>(g, w, {dx_hat + slot * N * D, N, D, D}, true);
+    if (need_rows) products.add_weighted(slot, g, nullptr, dx_hat + slot * N * D);
     if (dw == nullptr) return;
     const Rows<T> out(*dw, D);
     T* product = dw_hat + slot * shape.chunk * D;
-    multiply<T>(g.transposed(), {x_hat, N, D, D}, {product, tile.width, D, D});
-    for (int64_t j = 0; j < tile.width; ++j)
-      ws.kernel.project(unit + j * D, product + j * D, D, T(scale),
-                        scale_again(ws, tile.first + j, inverse[j], T(eps), unit + j * D), T(eps),
+    gradient(g, product);
+    for (int64_t j = 0; j < tile.width; ++j) {
+      T* unit = products.unit_row(slot, j);
+      ws.kernel.project(unit, product + j * D, D, T(scale),
+                        scale_again(ws, tile.first + j, inverse[j], T(eps), unit), T(eps),
                         out.row(tile.first + j));
+    }
   });
   if (need_rows) add_slots(dx_hat, shape.slots, N * D);
   if (dscale != nullptr) {

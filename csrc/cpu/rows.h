@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cpu/pairs.h"
 #include "cpu/stored.h"
 #include "engine/terms.h"
 #include "math/normalize.h"
@@ -47,6 +48,18 @@ struct AccumRows {
   void (*add_distance_slope)(T factor, const T* a, const T* b, T* y, int64_t n, int p);
 };
 
+// The most columns of a channel axis that are worked on at once.
+constexpr int64_t kColumns = 1024;
+
+// What the elements of a column have in common in vjp: 1 / ||x||, <y, g>, dL/dn, and what a gradient is held within.
+template <class T>
+struct ColumnNumbers {
+  alignas(64) T inverse_norm[kColumns];
+  alignas(64) T along[kColumns];
+  alignas(64) T g_norm[kColumns];
+  alignas(64) T bound[kColumns];
+};
+
 // Rows in storage, computed in T: float for float32, float16 and bfloat16, double for float64. The
 // storage type is erased, so that what is built on these is compiled once per T.
 template <class T>
@@ -70,11 +83,12 @@ struct StoredRows {
   // sums[c] = the p-norm's terms of column c, or sum of x g where g is given. columns <= kColumns.
   void (*column_sums)(const void* x, const void* g, int64_t n, int64_t stride, int64_t columns, int p,
                       T* sums);
-  // y = x factor[c]
-  void (*column_scale)(const void* x, int64_t n, int64_t stride, int64_t columns, const T* factor, void* y);
-  // vjp of every column; along[c] = <y, g>, bound[c] as in vjp.
+  // y = x factor[c], past the caches if so asked.
+  void (*column_scale)(const void* x, int64_t n, int64_t stride, int64_t columns, const T* factor, void* y,
+                       bool past_caches);
+  // vjp of every column.
   void (*column_vjp)(const void* x, const void* g, int64_t n, int64_t stride, int64_t columns, int p,
-                     const T* inverse_norm, const T* along, const T* g_norm, const T* bound, void* dx);
+                     const ColumnNumbers<T>& of, void* dx, bool past_caches);
   // The largest gradient an eps-ruled row may get; infinite but for float16.
   T largest_gradient;
   // y += the sum over k < count of factors[k] times the row of n elements at places[k].
@@ -87,8 +101,6 @@ struct StoredRows {
                  void* state2, int64_t n);
 };
 
-constexpr int64_t kColumns = 256;
-
 struct RowTable {
   const char* isa;
   AccumRows<float> accum_float;
@@ -97,9 +109,12 @@ struct RowTable {
   StoredRows<float> float16;
   StoredRows<float> bfloat16;
   StoredRows<double> float64;
+  // Null where the processor has no such instructions, or is none of AMD's: on others they were not measured, and
+  // need not be faster than float32's.
+  const PairKernels* pairs = nullptr;
 };
 
-// The best the machine has; NORMFACE_SIMD=portable|avx2|avx512 asks for less.
+// The best the machine has; NORMFACE_SIMD=portable|avx2|avx512 asks for less, avx512 for no products of pairs.
 const RowTable& row_table();
 
 template <class T>

@@ -28,8 +28,14 @@ RowTable choose() {
 #if defined(__x86_64__) && defined(__GNUC__)
   if (!at_most_portable) {
     if (!at_most_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      return avx512::make_row_table();
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      RowTable table = avx512::make_row_table();
+      if (asked == nullptr && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd")) {
+        table.isa = "avx512bf16";
+        table.pairs = avx512bf16::make_pair_kernels();
+      }
+      return table;
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
       return avx2::make_row_table();
   }

@@ -95,6 +95,7 @@ struct Lane {  // float, double
     std::memcpy(&v, p, sizeof v);
     return v;
   }
+  static NF_HD Vec<T> stored(Vec<T> v) { return v; }
   static NF_HD void store_vector(S* p, Vec<T> v) { std::memcpy(p, &v, sizeof v); }
 };
 
@@ -138,8 +139,9 @@ struct Lane16 {
     std::memcpy(&bits, p, sizeof bits);
     return widen(bits);
   }
+  static NF_HD Shorts stored(Vec<float> v) { return narrow(v); }
   static NF_HD void store_vector(S* p, Vec<float> v) {
-    const Shorts bits = narrow(v);
+    const Shorts bits = stored(v);
     std::memcpy(p, &bits, sizeof bits);
   }
 };

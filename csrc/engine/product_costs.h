@@ -36,6 +36,12 @@ constexpr Cost own_scores(const ProductShape& s, const Rates& r, double rate) {
   return operand(s, r) +
          Cost{flops(s) / rate + double(s.item) / r.bandwidth.value + 1 / r.exponentials.value, 0, 1};
 }
+// Arithmetic, traffic of E and exponentials go on side by side.
+constexpr Cost overlapped_scores(const ProductShape& s, const Rates& r, double rate) {
+  return operand(s, r) +
+         Cost{larger(larger(flops(s) / rate, double(s.item) / r.bandwidth.value), 1 / r.exponentials.value),
+              0, 1};
+}
 constexpr Cost class_sums(const ProductShape& s, const Rates& r) {
   return operand(s, r) + Cost{library_cell(s, r, s.item), 0, 1};
 }
@@ -65,6 +71,9 @@ constexpr Cost blas_pass(const ProductShape& s, const DeviceFacts& d, double pro
 constexpr Cost blas_forward(const ProductShape& s, const DeviceFacts& d) { return blas_pass(s, d, 2, 1, 1); }
 constexpr Cost blas_backward(const ProductShape& s, const DeviceFacts& d) { return blas_pass(s, d, 1, 0, 3); }
 constexpr Cost blas_again(const ProductShape& s, const DeviceFacts& d) { return blas_pass(s, d, 1, 1, 0); }
+
+// Where features and weight are bfloat16: scores take one product of pairs, sums with E two, for its 16 bits.
+constexpr bool pairs_pay(const Rates& r) { return r.pairs16.value >= 2 * r.library32.value; }
 
 constexpr Cost cublas_forward(const ProductShape& s, const DeviceFacts& d) {
   return unit_rows(s, *d.rates, copies_of(s)) + library_scores(s, *d.rates) + class_sums(s, *d.rates);
@@ -98,6 +107,24 @@ constexpr Cost sm80_again(const ProductShape& s, const DeviceFacts& d) {
   return unit_rows(s, *d.rates, 1) + own_scores(s, *d.rates, d.rates->sm80_scores.value);
 }
 
+constexpr Cost sm90_scores_forward(const ProductShape& s, const DeviceFacts& d) {
+  const Rates& r = *d.rates;
+  return unit_rows(s, r, 2) + overlapped_scores(s, r, r.sm90_scores.value) + class_sums(s, r);
+}
+constexpr Cost sm90_scores_again(const ProductShape& s, const DeviceFacts& d) {
+  return unit_rows(s, *d.rates, 1) + overlapped_scores(s, *d.rates, d.rates->sm90_scores.value);
+}
+
+// Arithmetic, E and what a block reads of the weighted features, once for each of its tiles, run beside each other.
+constexpr Cost sm90_backward(const ProductShape& s, const DeviceFacts& d) {
+  const Rates& r = *d.rates;
+  const double reads = double(s.dim * s.item) /
+                       tiles::dispatch_sm90_gradient(s.dim, [&]<class S>() { return double(S::kClasses); });
+  const double product = larger(flops(s) / r.sm90_weight_gradient.value, reads / r.cache_bandwidth.value);
+  return {larger(product, double(s.item) / r.bandwidth.value),
+          2 * double(s.dim * s.wide()) / r.bandwidth.value, 1};
+}
+
 constexpr Cost tf32_forward(const ProductShape& s, const DeviceFacts& d) {
   const Rates& r = *d.rates;
   const Cost sums{flops(s) / r.tf32x3_sums.value, 0, 2};
@@ -122,6 +149,21 @@ constexpr Cost sweep_backward(const ProductShape& s, const DeviceFacts& d) {
   const Rates& r = *d.rates;
   const Cost write{0, 2 * double(s.dim * s.wide()) / r.epilogue.value, 0};
   return unit_rows(s, r, 1) + operand(s, r) + sweep_pass(s, r, r.sm80_sweep_gradient.value) + write;
+}
+// By wgmma exponentials hide behind the products, and so does the reading of W, of which E's columns are made again
+// while the next ones are multiplied.
+constexpr Cost overlapped_pass(const ProductShape& s, const Rates& r, double rate) {
+  return {larger(2 * flops(s) / rate, 1 / r.exponentials.value), 0, 1};
+}
+constexpr Cost sm90_sweep_forward(const ProductShape& s, const DeviceFacts& d) {
+  const Rates& r = *d.rates;
+  const Cost adds_splits{0, 0, 1};
+  return unit_rows(s, r, 2) + overlapped_pass(s, r, r.sm90_single_sweep.value) + adds_splits;
+}
+constexpr Cost sm90_sweep_backward(const ProductShape& s, const DeviceFacts& d) {
+  const Rates& r = *d.rates;
+  const Cost finish{0, 2 * double(s.dim * s.wide()) / r.bandwidth.value, 0};  // W read and dW written
+  return unit_rows(s, r, 1) + overlapped_pass(s, r, r.sm90_sweep_gradient.value) + finish;
 }
 constexpr Cost nothing(const ProductShape&, const DeviceFacts&) { return {0, 0, 0}; }
 
@@ -171,15 +213,23 @@ constexpr Workspace wide_workspace(const ProductShape& s, const DeviceFacts&, in
 // Partial sums of a row: a pair of every block that it has, perhaps its largest cosine, and of the first pass its
 // largest logit. A row has no more blocks than tiles of classes, nor more than fill the device some times over, as
 // long as those are enough.
-constexpr Workspace sm80_workspace(const ProductShape& s, const DeviceFacts& d, int64_t) {
-  using Tiles = tiles::Sm80Scores;
-  constexpr int64_t kPartial = 28 * kParts, kColumns = 2 * Tiles::kWarpColumns;
+template <class Tiles>
+constexpr Workspace split_workspace(const ProductShape& s, int64_t columns, int64_t blocks) {
+  constexpr int64_t kPartial = 28 * kParts;
   Workspace w = chunk_workspace(s, 0, 0);
   w.count = 2;
-  w.fixed[1] = w.fixed[0] + Polynomial{kPartial / (kColumns * Tiles::kMostTiles), 0, 2 * kPartial,
-                                       kPartial * Tiles::kTile * Tiles::blocks(2, d.multiprocessors)};
-  w.fixed[0] = w.fixed[0] + Polynomial{kPartial / kColumns, 0, kPartial, 0};
+  w.fixed[1] = w.fixed[0] + Polynomial{kPartial / (columns * Tiles::kMostTiles), 0, 2 * kPartial,
+                                       kPartial * Tiles::kTile * blocks};
+  w.fixed[0] = w.fixed[0] + Polynomial{kPartial / columns, 0, kPartial, 0};
   return w;
+}
+constexpr Workspace sm80_workspace(const ProductShape& s, const DeviceFacts& d, int64_t) {
+  using Tiles = tiles::Sm80Scores;
+  return split_workspace<Tiles>(s, 2 * Tiles::kWarpColumns, Tiles::blocks(2, d.multiprocessors));
+}
+constexpr Workspace sm90_scores_workspace(const ProductShape& s, const DeviceFacts& d, int64_t) {
+  using Tiles = tiles::Sm90Scores;
+  return split_workspace<Tiles>(s, Tiles::kClasses, Tiles::kMostRounds * d.multiprocessors);
 }
 
 // Partial sums of a row as of sm80_workspace, at most one for each tile of classes; and those of x_sum, of so many
@@ -195,8 +245,7 @@ constexpr Workspace tf32_workspace(const ProductShape& s, const DeviceFacts& d, 
   return w;
 }
 
-constexpr Workspace sweep_workspace(const ProductShape& s, const DeviceFacts& d, int64_t) {
-  const int64_t splits = tiles::sweep_splits(d.multiprocessors, s.dim, s.batch);
+constexpr Workspace single_sweep_workspace(const ProductShape& s, int64_t splits) {
   // x_hat, weighted features, x_sum and its parts; the rows' state and partial sums; norms of W. Per class unit
   // weights in two types.
   const int64_t row = (8 + 4 * splits) * s.dim + kRowBytes + hot_bytes(s) + 16 * splits;
@@ -205,12 +254,23 @@ constexpr Workspace sweep_workspace(const ProductShape& s, const DeviceFacts& d,
           .per_class = {0, 0, 0, kParts * 4 * s.dim},
           .stored = 0};
 }
+constexpr Workspace sweep_workspace(const ProductShape& s, const DeviceFacts& d, int64_t) {
+  return single_sweep_workspace(s, tiles::sweep_splits(d.multiprocessors, s.dim, s.batch));
+}
+constexpr Workspace sm90_sweep_workspace(const ProductShape& s, const DeviceFacts& d, int64_t) {
+  return single_sweep_workspace(s, tiles::sm90_sweep_splits(d.multiprocessors, s.batch));
+}
 
 constexpr int64_t sm80_scores_shared(const ProductShape& s) { return tiles::sm80_scores_shared(s.dim); }
 constexpr int64_t sm80_gradient_shared(const ProductShape& s) {
   return tiles::sm80_weight_gradient_shared(s.dim);
 }
+constexpr int64_t sm90_scores_shared(const ProductShape& s) { return tiles::sm90_scores_shared(s.dim); }
+constexpr int64_t sm90_gradient_shared(const ProductShape& s) {
+  return tiles::sm90_weight_gradient_shared(s.dim);
+}
 constexpr int64_t sm80_sweep_shared(const ProductShape& s) { return tiles::sm80_single_sweep_shared(s.dim); }
+constexpr int64_t sm90_sweep_shared(const ProductShape& s) { return tiles::sm90_single_sweep_shared(s.dim); }
 constexpr int64_t tf32_shared(const ProductShape& s) { return tiles::sm80_tf32x3_shared(s.dim); }
 constexpr int64_t simt_shared(const ProductShape& s) {
   return s.item == 4 ? tiles::simt_shared<4>(s.dim) : tiles::simt_shared<8>(s.dim);

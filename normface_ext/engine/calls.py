@@ -32,7 +32,8 @@ def plan_device(x: Tensor) -> torch.device:
 
 def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """dtype of the operands of a head's products: the autocast dtype on CUDA inside autocast, else the
-    narrower of the two inputs'. CPU kernels widen 16-bit operands to float32 whatever this says."""
+    narrower of the two inputs'. CPU kernels widen 16-bit operands to float32 whatever this says, or multiply
+    those that are bfloat16 in storage as they are (csrc/cpu/tile_products.h)."""
     lowered = autocast_dtype(x, "cuda") if plan_device(x).type == "cuda" else None
     if lowered is not None:
         return lowered

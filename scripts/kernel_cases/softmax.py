@@ -23,7 +23,20 @@ CHOICES = {
     "tensor cores": ("sm80_weight_gradient", True),
     "tensor cores again": ("sm80_weight_gradient", False),
     "single sweep": ("sm80_single_sweep", False),
+    "wgmma scores": ("sm90_scores", True),
+    "wgmma gradient": ("sm90_weight_gradient", True),
+    "wgmma gradient again": ("sm90_weight_gradient", False),
+    "wgmma sweep": ("sm90_single_sweep", False),
 }
+
+
+def is_here(product: str) -> bool:
+    """Whether this machine runs it: wgmma is of compute capability 9.0 itself, or emulated without a GPU."""
+    wanted = (9, 0) if product.startswith("sm90_") else None
+    return wanted is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() == wanted
+
+
+CHOICES = {name: choice for name, choice in CHOICES.items() if is_here(choice[0])}
 #: The same for wider operands; tf32x3 takes float32 alone.
 PLAIN = {
     "library": ("cublas", True),
@@ -95,6 +108,6 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             f"three centres s={s:g}", "library", [*leaves, number(s, dtype)], labels(17, 33), **options
         )
     # Rows that no kernel of ours takes: not of whole 16 bytes, and too long.
-    for dim in (41, 520):
+    for dim in (41, 520, 1100):
         leaves = [randn(17, dim, dtype=dtype), randn(101, dim, dtype=dtype, seed=1)]
         yield head(f"D={dim}", "library", leaves, labels(17, 101), scale=10.0)

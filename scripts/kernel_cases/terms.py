@@ -13,11 +13,13 @@ from normface_ext.engine.row_state import LARGEST, SECOND_SUM, SHIFT, SINKS, SUM
 
 from . import engine_ops, plain_terms
 from .case import Case, Results, labels, randn
+from .softmax import is_here
 
 BATCH, DIM, CLASSES, CHUNK = 17, 40, 101, 37
 CAPACITY = 5
 #: Products (csrc/engine/products.h) that know every term, by their operands; others have the softmax's alone.
-NARROW = ["cublas", "sm80_scores", "sm80_weight_gradient"]
+NARROW = ["cublas", "sm80_scores", "sm80_weight_gradient", "sm90_scores", "sm90_weight_gradient"]
+NARROW = [product for product in NARROW if is_here(product)]
 KNOWING = {
     torch.float16: NARROW,
     torch.bfloat16: NARROW,

@@ -15,8 +15,12 @@
 #include <utility>
 #include <vector>
 
+#include "bulk.h"
 #include "fibre.h"
+#include "mbarrier.h"
 #include "shared.h"
+#include "threads.h"
+#include "warpgroup.h"
 #include "watch.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -27,6 +31,8 @@ namespace nf::emulation {
 
 Place place;
 thread_local bool in_kernel = false;
+std::vector<std::unique_ptr<Thread>> threads;
+std::vector<Warp> warps;
 
 int thread_id() { return place.thread; }
 int threads_per_block() { return place.threads; }
@@ -34,42 +40,6 @@ int64_t block_id() { return place.block_x; }
 int64_t block_count() { return place.blocks_x; }
 int64_t block_y() { return place.block_y; }
 int64_t block_count_y() { return place.blocks_y; }
-
-namespace {
-
-struct Thread {
-  enum State { kReady, kInBlockMeeting, kInWarpMeeting, kExited };
-
-  Fibre fibre;
-  State state;
-  // While it waits: for what, and what it brought.
-  const char* kind;
-  Where where;
-  unsigned mask;
-  void* offer;
-};
-
-struct Warp {
-  unsigned present;  // lanes that exist: the last warp of a block need not be full
-  unsigned ready;    // lanes that can go on
-  unsigned waiting;  // lanes in a meeting of the warp
-  unsigned exited;
-};
-
-// One launch at a time has the whole of what follows to itself.
-std::mutex one_at_a_time;
-
-std::vector<std::unique_ptr<Thread>> threads;  // kept from launch to launch, for their stacks
-std::vector<Warp> warps;
-int waiting_in_block = 0;
-int first_in_block = 0;  // the first of those who wait
-int exited = 0;
-const std::function<void()>* kernel = nullptr;
-std::string kernel_name;
-std::string failure;
-std::string launched;  // names of kernels since somebody asked, a line each
-
-Thread& current() { return *threads[place.thread]; }
 
 std::string text_of(Where where) {
   const char* slash = strrchr(where.file_name(), '/');
@@ -80,6 +50,39 @@ bool same(Where a, Where b) {
   return a.line() == b.line() && a.column() == b.column() &&
          (a.file_name() == b.file_name() || strcmp(a.file_name(), b.file_name()) == 0);
 }
+
+void stop(Thread::State state, const char* kind, Where where) {
+  Thread& self = current();
+  self.state = state;
+  self.kind = kind;
+  self.where = where;
+  current_warp().ready &= ~current_bit();
+  Fibre::suspend();
+}
+
+void wait_for(const char* kind, Where where, const void* on, Describe describe) {
+  current().on = on;
+  current().describe = describe;
+  stop(Thread::kWaiting, kind, where);
+  current().on = nullptr;
+  current().describe = nullptr;
+}
+
+void set_ready(int thread) {
+  threads[thread]->state = Thread::kReady;
+  warps[thread / kWarp].ready |= 1u << thread % kWarp;
+}
+
+namespace {
+
+// One launch at a time has the whole of what follows to itself.
+std::mutex one_at_a_time;
+
+int exited = 0;
+const std::function<void()>* kernel = nullptr;
+std::string kernel_name;
+std::string failure;
+std::string launched;  // names of kernels since somebody asked, a line each
 
 std::string block_name() {
   return kernel_name + ": block (" + std::to_string(place.block_x) + ", " + std::to_string(place.block_y) +
@@ -129,20 +132,11 @@ class Order {
   std::mt19937 random_;
 };
 
-Warp& current_warp() { return warps[place.thread / kWarp]; }
-unsigned current_bit() { return 1u << place.thread % kWarp; }
-
-void wait_in(Thread::State state, const char* kind, Where where) {
-  Thread& self = current();
-  self.state = state;
-  self.kind = kind;
-  self.where = where;
-  current_warp().ready &= ~current_bit();
-  Fibre::suspend();
-}
-
 void run_thread() {
   (*kernel)();
+  barriers_end();
+  stores_end();
+  products_end();
   current().state = Thread::kExited;
   current_warp().ready &= ~current_bit();
   current_warp().exited |= current_bit();
@@ -157,7 +151,7 @@ std::string who_waits_where() {
     if (a.state != b.state || a.state == Thread::kExited) return a.state == b.state;
     // The mask of threads that wait for the block is that of a meeting long past.
     const bool masks = a.state != Thread::kInWarpMeeting || a.mask == b.mask;
-    return a.kind == b.kind && masks && same(a.where, b.where);
+    return a.kind == b.kind && masks && a.on == b.on && same(a.where, b.where);
   };
   for (int first = 0, next; first < place.threads; first = next) {
     const Thread& thread = *threads[first];
@@ -170,6 +164,7 @@ std::string who_waits_where() {
       text += " exited";
     } else {
       text += std::string(" wait in ") + thread.kind + " (" + text_of(thread.where) + ")";
+      if (thread.describe != nullptr) text += " for " + thread.describe(thread.on);
     }
   }
   return text;
@@ -179,16 +174,23 @@ std::string who_waits_where() {
 // as warps can drift between two barriers of the block.
 void run_block(int count, size_t shared_bytes, Order& order) {
   place.threads = count;
-  waiting_in_block = exited = 0;
+  exited = 0;
   warps.assign((count + kWarp - 1) / kWarp, Warp{});
   for (int thread = 0; thread < count; ++thread) {
     threads[thread]->fibre.start(run_thread);
     threads[thread]->state = Thread::kReady;
+    threads[thread]->on = nullptr;
+    threads[thread]->describe = nullptr;
     warps[thread / kWarp].present |= 1u << thread % kWarp;
   }
   for (Warp& warp : warps) warp.ready = warp.present;
   block_begins();
   begin_shared(shared_bytes, count);
+  meetings_begin();
+  barriers_begin();
+  stores_begin();
+  products_begin();
+  budget_begins();
 
   const std::vector<int64_t> warp_order = order.arrange(static_cast<int64_t>(warps.size()));
   for (bool progress = true; progress;) {
@@ -258,79 +260,6 @@ void run(const char* name, int64_t blocks_x, int64_t blocks_y, int threads_per_b
   } catch (...) {
     for (const auto& thread : threads) thread->fibre.abandon();
     throw;
-  }
-}
-
-void meet_block(Where where) {
-  if (waiting_in_block == 0) first_in_block = place.thread;
-  const Where expected = waiting_in_block == 0 ? where : threads[first_in_block]->where;
-  if (!same(where, expected)) {
-    fail("sync_block at %s, while thread %d waits in the one at %s", text_of(where).c_str(), first_in_block,
-         text_of(expected).c_str());
-  }
-  waiting_in_block += 1;
-  if (waiting_in_block < place.threads) {
-    return wait_in(Thread::kInBlockMeeting, "sync_block", where);
-  }
-  waiting_in_block = 0;
-  for (int thread = 0; thread < place.threads; ++thread) threads[thread]->state = Thread::kReady;
-  for (Warp& warp : warps) warp.ready = warp.present;
-  met_in_block();
-}
-
-namespace {
-
-void check_same_meeting(const char* kind, unsigned mask, Where where, int other_thread) {
-  const Thread& other = *threads[other_thread];
-  if (other.mask == mask && strcmp(other.kind, kind) == 0 && same(other.where, where)) return;
-  fail("%s at %s with mask %08x, while thread %d waits in %s at %s with mask %08x", kind,
-       text_of(where).c_str(), mask, other_thread, other.kind, text_of(other.where).c_str(), other.mask);
-}
-
-void check_meeting(const char* kind, unsigned mask, Where where) {
-  const Warp& warp = current_warp();
-  const int first = place.thread / kWarp * kWarp;
-  if (!(mask & current_bit())) fail("%s with mask %08x, which leaves out this lane", kind, mask);
-  if (mask & ~warp.present) fail("%s with mask %08x names lanes the block has not", kind, mask);
-  if (mask & warp.exited) {
-    fail("%s at %s with mask %08x waits for thread %d, which exited", kind, text_of(where).c_str(), mask,
-         first + std::countr_zero(mask & warp.exited));
-  }
-  // Those who wait inside the mask have been compared with one another, so any one of them will do.
-  if (warp.waiting & mask) {
-    check_same_meeting(kind, mask, where, first + std::countr_zero(warp.waiting & mask));
-  }
-  for (unsigned others = warp.waiting & ~mask; others != 0; others &= others - 1) {
-    const int other = first + std::countr_zero(others);
-    if (threads[other]->mask & current_bit()) check_same_meeting(kind, mask, where, other);
-  }
-}
-
-}  // namespace
-
-void meet_warp(const char* kind, unsigned mask, Where where, void* offer, Complete complete) {
-  check_meeting(kind, mask, where);
-  Warp& warp = current_warp();
-  current().mask = mask;
-  current().offer = offer;
-  warp.waiting |= current_bit();
-  if ((warp.waiting & mask) != mask) return wait_in(Thread::kInWarpMeeting, kind, where);
-
-  void* offers[kWarp] = {};
-  for (int lane = 0; lane < kWarp; ++lane) {
-    if (!(mask >> lane & 1)) continue;
-    Thread& thread = *threads[place.thread / kWarp * kWarp + lane];
-    offers[lane] = thread.offer;
-    thread.state = Thread::kReady;
-  }
-  warp.waiting &= ~mask;
-  warp.ready |= mask;
-  // Only a barrier makes what its lanes wrote visible to one another; an exchange of values is no
-  // barrier, though on most hardware it looks like one.
-  if (complete == nullptr) {
-    met_in_warp(place.thread / kWarp, mask);
-  } else {
-    complete(offers, mask);
   }
 }
 

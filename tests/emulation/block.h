@@ -18,12 +18,14 @@
 #include <cstdint>
 #include <functional>
 #include <source_location>
+#include <string>
 
 namespace nf::emulation {
 
 using Where = std::source_location;
 
 constexpr int kWarp = 32;
+constexpr int kWarpgroup = 128;
 constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kSharedLimit = 227 * 1024;  // bytes per block on compute capability 9.0
@@ -65,5 +67,16 @@ void meet_block(Where where);
 using Complete = void (*)(void* const* offers, unsigned mask);
 void meet_warp(const char* kind, unsigned mask, Where where, void* offer = nullptr,
                Complete complete = nullptr);
+
+// Waits for the 128 threads of the warpgroup, who must come for the same kind of meeting from the same line.
+void meet_warpgroup(const char* kind, Where where, void* offer, void (*complete)(void* const* offers));
+
+// The barriers 1 ... 15 of some warps: waits for, or only counts as one of, `expected` threads.
+void sync_threads(int number, int expected, Where where);
+void arrive_threads(int number, int expected);
+
+// Waits until somebody calls set_ready (threads.h); describe(on) says what for, should nobody.
+using Describe = std::string (*)(const void* on);
+void wait_for(const char* kind, Where where, const void* on, Describe describe);
 
 }  // namespace nf::emulation

@@ -38,8 +38,13 @@ SANITIZED = os.environ.get("NORMFACE_SANITIZE") == "1"
 # GCC's sanitizers report to hooks.cpp; other compilers call theirs differently.
 CXX = os.environ.get("CXX", "g++") if "clang" not in os.environ.get("CXX", "") else "g++"
 
-ENGINE = [HERE / name for name in ("block.cpp", "fibre.cpp", "runtime.cpp", "shared.cpp", "watch.cpp")]
-NAMESPACES = {"emulation": "normface_emulation", "faults": "normface_faults", "cpu": "normface_sanitized"}
+ENGINE = [path for path in sorted(HERE.glob("*.cpp")) if path.name not in ("hooks.cpp", "library.cpp")]
+NAMESPACES = {
+    "emulation": "normface_emulation",
+    "faults": "normface_faults",
+    "faults_hopper": "normface_faults_hopper",
+    "cpu": "normface_sanitized",
+}
 
 COMMON = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra"]
 COMMON += ["-DNF_SM90A", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{HERE}", f"-I{CSRC}"]
@@ -60,8 +65,8 @@ def unavailable() -> str | None:
 
 
 def sources_of(library: str) -> list[Path]:
-    if library == "faults":
-        return [HERE / "faults.cu"]
+    if library.startswith("faults"):
+        return [HERE / f"{library}.cu"]
     folder = sorted(
         (CSRC / "cuda").glob("*/*.cu") if library == "emulation" else (CSRC / "cpu").glob("*.cpp")
     )
@@ -88,8 +93,9 @@ def ninja_file(library: str, sanitize: bool) -> str:
     ]
     sources = sources_of(library)
     if library != "cpu":
-        # The sanitizers' own libraries take the place of the hooks.
-        sources += ENGINE + ([] if sanitize else [HERE / "hooks.cpp"])
+        # The sanitizers' own libraries take the place of the hooks. Before the kernels: of a template of the
+        # standard library that both use the linker takes the first, and nobody is to watch the engine's own.
+        sources = ENGINE + ([] if sanitize else [HERE / "hooks.cpp"]) + sources
     objects = [f"{source.name}.o" for source in sources]
     for source, built in zip(sources, objects, strict=True):
         escaped = str(source).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -155,25 +161,33 @@ def nvcc() -> str | None:
     return runpy.run_path(str(ROOT / "setup.py"))["find_nvcc"]()
 
 
-def build_faults_with_nvcc() -> Path:
-    """The faults against the real headers, as PTX for two generations: any GPU since can run it."""
+def build_faults_with_nvcc(name: str = "faults") -> tuple[Path, str]:
+    """The faults against the real headers, and what the compiler said.
+
+    faults is PTX for two generations, which any GPU since can run; faults_hopper is for Hopper alone.
+    """
     real = runpy.run_path(str(ROOT / "setup.py"))
-    library = OUTPUT / "nvcc" / "faults.so"
+    library = OUTPUT / "nvcc" / f"{name}.so"
     library.parent.mkdir(parents=True, exist_ok=True)
     command = [
         nvcc(),
         *real["NVCC_FLAGS"],
-        f"-DNF_NAMESPACE={NAMESPACES['faults']}",
+        f"-DNF_NAMESPACE={NAMESPACES[name]}",
         f"-I{CSRC}",
         f"-I{CSRC / 'cuda'}",
     ]
     command += [flag for path in include_paths() for flag in ("-isystem", path)]
-    command += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in (75, 80)]
+    if name == "faults":
+        command += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in (75, 80)]
+    else:
+        command += ["-gencode=arch=compute_90a,code=[compute_90a,sm_90a]"]
     command += ["--no-compress"]  # so that the PTX can be read in the library
     command += ["-shared", "-cudart=static", "-Xlinker=--no-as-needed"]
     command += [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu"]
-    subprocess.run([*command, HERE / "faults.cu", "-o", library], check=True)
-    return library
+    ran = subprocess.run([*command, HERE / f"{name}.cu", "-o", library], capture_output=True, text=True)
+    if ran.returncode != 0:
+        raise RuntimeError(f"{name}.cu does not compile against the real headers:\n{ran.stdout}{ran.stderr}")
+    return library, ran.stdout + ran.stderr
 
 
 def sanitizer_environment() -> dict[str, str]:

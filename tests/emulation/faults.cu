@@ -256,7 +256,7 @@ misaligned_vector(float* out, const float* x, int64_t n) {
   auto four = load_vector<4>(x + at);
   if (kFaulty) four = load_vector<4>(x + at + 1);
   if (block_id() % 3 == 0) {
-    store_vector(out + at, four);
+    store_vector(out + at, as_stored(four));
   } else if (block_id() % 3 == 1) {
     store_vector_global(out + at, four);
   } else {

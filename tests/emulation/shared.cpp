@@ -16,9 +16,10 @@
 namespace nf::emulation {
 namespace {
 
-constexpr size_t kGap = 128;  // between two arrays; a multiple of it keeps every alignment
-constexpr int kMaxArrays = 32;
+constexpr size_t kGap = 1024;  // between two arrays; a multiple of it keeps every alignment
+constexpr int kMaxArrays = 28;
 constexpr size_t kArena = kSharedLimit + kMaxArrays * kGap;
+static_assert(kArena < 1 << 18, "a descriptor has 18 bits for an address");
 
 struct Array {
   size_t offset, bytes;
@@ -83,6 +84,12 @@ unsigned char* take_shared(int index, size_t offset, size_t bytes, Where where) 
   }
   return array.begin;
 }
+
+uint32_t shared_address(const void* address) {
+  if (!is_shared(address)) fail("%p is not in shared memory", address);
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(address) - arena);
+}
+unsigned char* at_shared_address(uint32_t address) { return arena + address; }
 
 bool is_shared(const void* address) { return address >= arena && address < arena + kArena; }
 

@@ -14,10 +14,13 @@ namespace nf::emulation {
 void begin_shared(size_t bytes, int threads);
 
 // The block's array number `index`, `offset` bytes from the start. All threads of the block must ask
-// for the same arrays.
+// for the same arrays. It begins at a multiple of 1024 bytes if the offset is one.
 unsigned char* take_shared(int index, size_t offset, size_t bytes, Where where);
 
 bool is_shared(const void* address);
+// What a descriptor of wgmma calls an address, 18 bits, and back.
+uint32_t shared_address(const void* address);
+unsigned char* at_shared_address(uint32_t address);
 bool is_in_one_array(const void* address, size_t bytes);
 // "byte 12 of the shared array taken at reduce.cuh:30" or "global memory at 0x…"
 std::string name_of(uintptr_t address);

@@ -24,4 +24,20 @@ NF_DEVICE bool last_to_arrive(unsigned* counter, unsigned blocks) {
   return __syncthreads_or(last);
 }
 
+// The same where a team (team.cuh) of the block's threads stands for it, and no other writes to global memory. `told`:
+// a word of shared memory.
+template <class Team>
+NF_DEVICE bool last_to_arrive(unsigned* counter, unsigned blocks, const Team& team, unsigned* told) {
+  team.sync();  // what all of the team wrote, before its first thread tells that the block has come
+  if (team.me() == 0) {
+    __threadfence();
+    const bool last = atomicAdd(counter, 1u) == blocks - 1;
+    __threadfence();
+    if (last) *counter = 0;
+    *told = last;
+  }
+  team.sync();  // the word, before it is read
+  return *told != 0;
+}
+
 }  // namespace nf

@@ -196,17 +196,5 @@ uniform_gradient_kernel(StoredArray x, int64_t batch, int64_t dim, const double*
   partial[block_id() * dim + d] = total;
 }
 
-// dW of classes whose product lies in memory: g, [width, D], which may be dW itself.
-template <class T>
-NF_KERNEL(kThreads)
-class_gradients_kernel(ClassGradient task, T* g) {
-  SharedMemory shared;
-  int* counts = shared.take<int>(kClassesPerBlock);
-  const int64_t tile = block_id() * kClassesPerBlock;
-  count_targets<kThreads, kClassesPerBlock>(task, tile, counts);
-  for (int place = warp_id(); place < kClassesPerBlock && tile + place < task.width; place += kRowsPerBlock)
-    finish_class(task, tile + place, counts[place], g + (tile + place) * task.dim);
-}
-
 }  // namespace
 }  // namespace nf

@@ -45,9 +45,6 @@ struct ClassGradient {
 
 namespace {
 
-// Classes of a block that finishes a product in memory.
-constexpr int kClassesPerBlock = 32;
-
 using tiles::kRoundRows;
 
 // How a block's warps hold its tile [kClasses, columns]: kDown warps along the classes, kAcross along the
@@ -58,7 +55,7 @@ struct HeldTile : tiles::Held<kDown_, kAcross_, kRounds_, kPairs_> {
   static constexpr int kThreads = kDown_ * kAcross_ * kWarp;
 };
 
-// g[d] += target_i x_hat_di for the rows of the class, in their order. One warp; g is shared memory.
+// g[d] += target_i x_hat_di for the rows of the class, in their order. One warp; its earlier accesses to g are over.
 //
 // Rows are looked through kHotRows at a time, and what is found there is summed in double before it meets
 // g: a class may own the whole batch, and a float sum over all of it would drift. Double, too, is what
@@ -117,38 +114,52 @@ NF_DEVICE void add_targets(const ClassGradient& task, int64_t label, int count, 
   sync_warp();  // these sums, before other lanes read them
 }
 
+// The gradient of a class's unit row from its product and its targets: with what smoothing gives to every class.
+template <class T>
+struct UnitGradient {
+  const T* uniform;  // [dim] or null
+  T weight;
+
+  NF_DEVICE UnitGradient(const ClassGradient& task, int64_t j)
+      : uniform(static_cast<const T*>(task.uniform)),
+        weight(task.class_weights != nullptr ? static_cast<const T*>(task.class_weights)[j] : T(1)) {}
+  NF_DEVICE T operator()(T g, int64_t d) const {
+    return g + (uniform != nullptr ? weight * uniform[d] : T(0));
+  }
+};
+
+// dW at one place of a row, from the gradient of its unit row there.
+template <class S, class T>
+NF_DEVICE S weight_gradient_at(T g, S w, T radial, const math::RowScale<T>& scale, T eps) {
+  const T y = T(w) * scale.outer * scale.inner;
+  const T dw = math::normalize_vjp<T>(g, y, radial, scale.outer, scale.inner, T(0));
+  return S(held_finite<S>(dw, scale.norm, eps, 2));
+}
+
 // dW of one class from g, in shared memory. One warp; kVec divides dim.
 template <int kVec, class T, class S>
 NF_DEVICE void write_class(const ClassGradient& task, const S* weight, const math::RowScale<T>& scale,
                            int64_t j, const T* g) {
-  const T* uniform = static_cast<const T*>(task.uniform);
-  const T* weights = static_cast<const T*>(task.class_weights);
-  const T of_class = weights != nullptr ? weights[j] : T(1);
-  const auto gradient = [&](int64_t d) -> T {
-    return g[d] + (uniform != nullptr ? of_class * uniform[d] : T(0));
-  };
+  const UnitGradient<T> gradient(task, j);
   T radial = 0;
-  // Every lane reads its own places of g before it writes the same of dW, which may be the same memory.
 #pragma unroll 1  // a few rounds: one body is enough, in each of many copies of this code
   for (int64_t d = lane_id() * kVec; d < task.dim; d += kWarp * kVec) {
     const auto w = load_vector<kVec>(weight + j * task.dim + d);
-    for (int e = 0; e < kVec; ++e) radial += T(w.at[e]) * scale.outer * scale.inner * gradient(d + e);
+    for (int e = 0; e < kVec; ++e)
+      radial += T(w.at[e]) * scale.outer * scale.inner * gradient(g[d + e], d + e);
   }
   radial = warp_sum(radial);
 #pragma unroll 1
   for (int64_t d = lane_id() * kVec; d < task.dim; d += kWarp * kVec) {
     const auto w = load_vector<kVec>(weight + j * task.dim + d);
     Vector<S, kVec> out;
-    for (int e = 0; e < kVec; ++e) {
-      const T y = T(w.at[e]) * scale.outer * scale.inner;
-      const T dw = math::normalize_vjp<T>(gradient(d + e), y, radial, scale.outer, scale.inner, T(0));
-      out.at[e] = S(held_finite<S>(dw, scale.norm, T(task.eps), 2));
-    }
+    for (int e = 0; e < kVec; ++e)
+      out.at[e] = weight_gradient_at(gradient(g[d + e], d + e), w.at[e], radial, scale, T(task.eps));
     store_vector_global<kVec>(static_cast<S*>(task.dw.data) + (j - task.dw_first) * task.dim + d, out);
   }
 }
 
-// dW of the class first + within, whose product is g (in shared memory, or in global). One warp.
+// dW of the class first + within, whose product is g, in shared memory. One warp.
 template <class T>
 NF_DEVICE void finish_class(const ClassGradient& task, int64_t within, int targets, T* g) {
   const int64_t j = task.first + within;
@@ -163,14 +174,28 @@ NF_DEVICE void finish_class(const ClassGradient& task, int64_t within, int targe
   });
 }
 
-// counts[c] = rows whose target is class c of the tile. All threads of the block.
-template <int kThreads, int kClasses>
-NF_DEVICE void count_targets(const ClassGradient& task, int64_t tile, int* counts) {
-  for (int c = thread_id(); c < kClasses; c += kThreads) counts[c] = 0;
+// One more of counts[c] if row i, of this label, has class c of the `classes` from `tile` on as its target.
+NF_DEVICE void count_target(const ClassGradient& task, int64_t tile, int64_t classes, int64_t i,
+                            int64_t label, int* counts) {
+  const int64_t place = target_place(label, task.first + tile, classes);
+  if (place >= 0 && task.target[i] != 0.0) atomic_add(counts + place, 1);
+}
+
+// counts[c] = rows whose target is class c of those. All threads of the block, which read kAtOnce labels at a time.
+template <int kThreads, int kAtOnce>
+NF_DEVICE void count_targets(const ClassGradient& task, int64_t tile, int64_t classes, int* counts) {
+  for (int c = thread_id(); c < classes; c += kThreads) counts[c] = 0;
   sync_block();  // the zeros, before anyone counts
-  for (int64_t i = thread_id(); i < task.batch; i += kThreads) {
-    const int64_t place = target_place(task.labels[i], task.first + tile, kClasses);
-    if (place >= 0 && task.target[i] != 0.0) atomic_add(counts + place, 1);
+  for (int64_t first = thread_id(); first < task.batch; first += kThreads * kAtOnce) {
+    int64_t labels[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int64_t i = first + u * kThreads;
+      labels[u] = i < task.batch ? task.labels[i] : kElsewhere;
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u)
+      count_target(task, tile, classes, first + u * kThreads, labels[u], counts);
   }
   sync_block();  // the counts, before they are read
 }
@@ -182,7 +207,7 @@ template <class Tile, class T, class Value>
 NF_DEVICE void finish_class_gradient(const ClassGradient& task, int64_t tile, const Value& value, T* scratch,
                                      int* counts) {
   sync_block();  // whatever scratch and counts were before
-  count_targets<Tile::kThreads, Tile::kClasses>(task, tile, counts);
+  count_targets<Tile::kThreads, 1>(task, tile, Tile::kClasses, counts);
 
   const int down = warp_id() / Tile::kAcross, across = warp_id() % Tile::kAcross;
   T* mine = scratch + down * kRoundRows * Tile::kStride;

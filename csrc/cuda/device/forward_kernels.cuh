@@ -70,16 +70,17 @@ NF_DEVICE void prepare_row(const PrepareRows<T>& task, int64_t i) {
   rows.at(kTargetWeight, i) = !task.class_weight.given ? 1.0 : here ? task.class_weight[label] : 0.0;
 }
 
-// The rows, and the unit rows of the first classes: S is the type of the classes. One warp per row.
-template <class T, class S, int kVec>
-NF_KERNEL(kThreads)
+// The rows, one warp each, and the unit rows of the first classes, of type S.
+template <class T, class S, class Shape>
+NF_KERNEL_RESIDENT(kThreads, (kResidentOf<Shape, kThreads, 1>))
 prepare_kernel(PrepareRows<T> rows, UnitRows classes, int64_t row_blocks) {
   if (block_id() < row_blocks) {
     const int64_t i = block_id() * kRowsPerBlock + warp_id();
     if (i < rows.rows.batch) prepare_row(rows, i);
   } else {
-    const int64_t j = (block_id() - row_blocks) * kRowsPerBlock + warp_id();
-    if (j < classes.rows) unit_row<S, kVec>(classes, j, accum_t<S>(1));
+    const int64_t warp = (block_id() - row_blocks) * kRowsPerBlock + warp_id();
+    const WarpPlace<Shape> place(warp * Shape::kRows, classes.rows);
+    if (place.has(0)) unit_rows_of_warp<S>(classes, place, accum_t<S>(1));
   }
 }
 

@@ -16,6 +16,15 @@ NF_DEVICE T warp_sum(T value) {
   return value;
 }
 
+// Several sums at once: the shuffles of one are under way while those of the others are.
+template <class T, int kCount>
+NF_DEVICE void warp_sums(T (&values)[kCount]) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2)
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) values[k] += shuffle_xor(values[k], mask);
+}
+
 template <class T>
 NF_DEVICE T warp_largest(T value) {
   for (int mask = kWarp / 2; mask > 0; mask /= 2) value = math::larger(value, shuffle_xor(value, mask));

@@ -4,6 +4,7 @@
 #include <device/launch.cuh>
 
 #include "checks.h"
+#include "cuda/device/team.cuh"
 #include "engine/block.h"
 #include "engine/row_state.h"
 #include "math/larger.h"
@@ -40,12 +41,13 @@ struct SweepSums {
     return partial[(2 * splits + split) * rows.batch + i];
   }
   // The sums of the rows [first, end) += the partial ones: a thread takes every so-manieth split of a row, then what
-  // the threads of a row have is added pair by pair. All threads of the block, whose number is a power of two no
-  // smaller than that of the rows; scratch holds kScratch for each of them.
+  // the threads of a row have is added pair by pair. By all of the team, whose number is a power of two no smaller
+  // than that of the rows; scratch holds kScratch for each of them.
   static constexpr int kScratch = 3;
-  template <bool kWithLargest>
-  NF_DEVICE void add(int64_t splits, int64_t first, int64_t end, double* scratch) const {
-    const int threads = threads_per_block(), me = thread_id();
+  template <bool kWithLargest, class Team = WholeBlock>
+  NF_DEVICE void add(int64_t splits, int64_t first, int64_t end, double* scratch,
+                     const Team& team = Team()) const {
+    const int threads = team.threads(), me = team.me();
     int across = 1;
     while (across < end - first) across *= 2;
     const int groups = threads / across, group = me / across;
@@ -62,7 +64,7 @@ struct SweepSums {
     scratch[me] = of_value, scratch[threads + me] = of_second;
     if constexpr (kWithLargest) scratch[2 * threads + me] = best;
     for (int left = groups / 2; left > 0; left /= 2) {
-      sync_block();  // what the threads above `left` groups have, before it is read
+      team.sync();  // what the threads above `left` groups have, before it is read
       if (group >= left) continue;
       const int other = me + left * across;
       scratch[me] += scratch[other], scratch[threads + me] += scratch[threads + other];

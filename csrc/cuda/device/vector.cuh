@@ -48,6 +48,23 @@ NF_DEVICE Vector<T, N> load_vector(const T* from) {
   return vector;
 }
 
+// The same vector. Of 16-bit values the compiler forgets what it has made of them: where they are needed again, it
+// would else keep each as a float, in twice the registers.
+template <int N, class T>
+NF_DEVICE Vector<T, N> as_stored(const Vector<T, N>& vector) {
+  if constexpr (sizeof(T) == 2 && N >= 2) {
+    unsigned words[N / 2];
+    memcpy(words, &vector, sizeof(words));
+#pragma unroll
+    for (int k = 0; k < N / 2; ++k) asm volatile("" : "+r"(words[k]));
+    Vector<T, N> same;
+    memcpy(&same, words, sizeof(words));
+    return same;
+  } else {
+    return vector;
+  }
+}
+
 template <int N, class T>
 NF_DEVICE void store_vector(T* to, const Vector<T, N>& vector) {
   using Word = typename detail::Word<sizeof(T) * N>::type;

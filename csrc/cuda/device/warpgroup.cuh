@@ -1,7 +1,7 @@
 // Matrix products of a warpgroup, four warps that stand together, on Hopper's tensor cores (wgmma, compute capability
 // 9.0, built as sm_90a), and what else warpgroups do.
 //
-//   wgmma_fence(d);                 before the first product of a chain, and after registers of d (or a) were written
+//   wgmma_fence(d);                 before the first product of a chain, and after registers of d (or a) were touched
 //   wgmma<…>(d, a, b, add); …       start products d[64, kN] = (add ? d : 0) + a[64, k] b[k, kN]
 //   wgmma_commit();                 close them into a group
 //   wgmma_wait<kPending>(d);        until all but the latest kPending groups are done; d may be read then
@@ -149,20 +149,30 @@ NF_WGMMA_OF(128, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 NF_WGMMA_OF(192, "%96", "%97", "%98", "%99", "%100", "%101", "%102")
 NF_WGMMA_OF(256, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 #endif
+#undef NF_WGMMA_OF
+#undef NF_WGMMA_8
+#undef NF_WGMMA_32
+#undef NF_WGMMA_DATA_64
+#undef NF_WGMMA_DATA_128
+#undef NF_WGMMA_DATA_192
+#undef NF_WGMMA_DATA_256
 
-// No register of d is read or written across this line.
-template <int kCount>
-NF_DEVICE void hold(float (&d)[kCount]) {
+// No register is read or written across this line.
+NF_DEVICE void hold(float& of_d) { asm volatile("" : "+f"(of_d)::"memory"); }
+NF_DEVICE void hold(uint32_t& of_a) { asm volatile("" : "+r"(of_a)::"memory"); }
+template <class T, int kCount>
+NF_DEVICE void hold(T (&registers)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < kCount; ++i) hold(registers[i]);
 }
 
 }  // namespace detail
 
-template <int... kCounts>
-NF_DEVICE void wgmma_fence(float (&... d)[kCounts]) {
+// Names every array of d and, where a is in registers, of a: also arrays of such arrays.
+template <class... Arrays>
+NF_DEVICE void wgmma_fence(Arrays&... registers) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  (detail::hold(d), ...);
+  (detail::hold(registers), ...);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
@@ -195,8 +205,8 @@ NF_DEVICE void wgmma_commit() {
 #endif
 }
 
-template <int kPending, int... kCounts>
-NF_DEVICE void wgmma_wait(float (&... d)[kCounts]) {
+template <int kPending, class... Arrays>
+NF_DEVICE void wgmma_wait(Arrays&... d) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(kPending) : "memory");
   (detail::hold(d), ...);

@@ -21,6 +21,7 @@
 #include "cuda/products/simt_products.h"
 #include "cuda/products/sm80_scores.h"
 #include "cuda/products/sm80_tf32x3.h"
+#include "cuda/products/sm90_scores.h"
 #include "engine/head_arguments.h"
 #include "math/softmax.h"
 
@@ -144,10 +145,11 @@ struct Head {
 
   // Of the partial sums that `coefficients` leaves.
   int64_t splits(const Queue& queue, const Chunk& of) const {
-    return tf32()             ? tf32_score_splits(queue, batch, of.width)
-           : tensor_cores()   ? score_splits(queue, batch, dim, of.width)
-           : plain_products() ? plain_splits<T>(of.width)
-                              : fold_splits(of.width, in.centers);
+    return makers.scores == Maker::kSm90 ? sm90_score_splits(queue, batch, of.width)
+           : tf32()                      ? tf32_score_splits(queue, batch, of.width)
+           : tensor_cores()              ? score_splits(queue, batch, dim, of.width)
+           : plain_products()            ? plain_splits<T>(of.width)
+                                         : fold_splits(of.width, in.centers);
   }
 
   // E of some classes into `e`, unless that is empty, and its sums. Those of cuBLAS have been made already.
@@ -162,7 +164,7 @@ struct Head {
       if (tensor_cores()) {
         ScoreTask task = score_task(of, x_hat, w_hat, rows, sums);
         task.e = data_of<BFloat16>(e);
-        return score_fold(queue, task);
+        return (makers.scores == Maker::kSm90 ? sm90_score_fold : score_fold)(queue, task);
       }
     }
     if (plain_products())

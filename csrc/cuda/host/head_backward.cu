@@ -2,12 +2,14 @@
 // one did not make it; the products are made as in head_sweep.cu.
 #include "cuda/device/add_runs.cuh"
 #include "cuda/device/backward_kernels.cuh"
+#include "cuda/device/class_rows.cuh"
 #include "cuda/device/hot_targets.cuh"
 #include "cuda/host/add_product.cuh"
 #include "cuda/host/head_stages.h"
 #include "cuda/host/outputs.h"
 #include "cuda/host/update_rows.h"
-#include "cuda/products/sm80_weight_gradient.h"
+#include "cuda/products/sm90_single_sweep.h"
+#include "cuda/products/sm90_weight_gradient.h"
 
 namespace nf {
 namespace {
@@ -109,13 +111,30 @@ struct WeightGradients {
             hot};
   }
 
+  // From the product of a chunk, which lies in memory.
+  void finish_product(Queue& queue, const ClassGradient& task, T* g) const {
+    dispatch_stored(head.in.weight.scalar_type(), [&]<class S>() {
+      if constexpr (std::is_same_v<accum_t<S>, T>)
+        dispatch_rows<kVectorOf<T>>(task.vectors && aligned16(g), task.dim, [&]<class Shape>() {
+          const int64_t of_block =
+              classes_of_block(queue, task.batch, task.width, kRowsPerBlock * Shape::kRows);
+          launch("class_gradients", queue, class_gradients_kernel<S, Shape>,
+                 Grid{(task.width + of_block - 1) / of_block}, kThreads, shared_bytes<int>(of_block), task, g,
+                 of_block);
+        });
+    });
+  }
+
   // From E of a chunk, whose rows are `stride` long.
   void from_e(Queue& queue, const Chunk& of, void* e, int64_t stride, const Array& product) const {
     const int64_t N = head.batch, D = head.dim;
     if constexpr (std::is_same_v<T, float>) {
-      if (head.makers.gradient == Maker::kSm80)
-        return weight_gradient(queue, {static_cast<const BFloat16*>(e), stride, of.stride(),
-                                       data_of<const BFloat16>(factors.weighted), classes(of)});
+      if (head.makers.gradient == Maker::kSm80 || head.makers.gradient == Maker::kSm90) {
+        const WeightGradient task{static_cast<const BFloat16*>(e), stride, of.stride(),
+                                  data_of<const BFloat16>(factors.weighted), classes(of)};
+        const bool wgmma = head.makers.gradient == Maker::kSm90 && takes_sm90_weight_gradient(task);
+        return wgmma ? sm90_weight_gradient(queue, task) : weight_gradient(queue, task);
+      }
       if (head.makers.gradient == Maker::kTf32)
         return tf32_gradient(
             queue, {static_cast<const float*>(e), stride, of.stride(), data_of<const float>(factors.weighted),
@@ -127,16 +146,15 @@ struct WeightGradients {
     T* g = product.count() > 0 ? data_of<T>(product) : data_of<T>(dw) + (of.first - dw_first) * D;
     multiply(head.in.x, Matrix{e, head.other, N, of.width, stride}.transposed(),
              {factors.weighted.data(), head.other, N, D, D}, {g, head.wide, of.width, D, D});
-    launch("class_gradients", queue, class_gradients_kernel<T>,
-           Grid{(of.width + kClassesPerBlock - 1) / kClassesPerBlock}, kThreads,
-           shared_bytes<int>(kClassesPerBlock), classes(of), g);
+    finish_product(queue, classes(of), g);
   }
 
   // From unit rows of the classes, without E.
   void at_once(Queue& queue, const Chunk& of, const Array& w_hat) const {
-    sweep_gradient(queue, {data_of<const Half>(w_hat), data_of<const Half>(factors.x_hat),
-                           data_of<const BFloat16>(factors.weighted),
-                           data_of<const SweepRow>(factors.sweep_rows), classes(of)});
+    const auto run = head.makers.gradient == Maker::kSm90 ? sm90_sweep_gradient : sweep_gradient;
+    run(queue, {data_of<const Half>(w_hat), data_of<const Half>(factors.x_hat),
+                data_of<const BFloat16>(factors.weighted), data_of<const SweepRow>(factors.sweep_rows),
+                classes(of)});
   }
 };
 

@@ -7,7 +7,7 @@
 #include "cuda/host/add_product.cuh"
 #include "cuda/host/head_stages.h"
 #include "cuda/host/sinks.h"
-#include "cuda/products/sm80_single_sweep.h"
+#include "cuda/products/sm90_single_sweep.h"
 
 namespace nf {
 namespace {
@@ -87,9 +87,11 @@ struct Sweep : SweepScratch {
     const int64_t row_blocks = warp_per_row(head.batch).x;
     dispatch_stored(in.weight.scalar_type(), [&]<class S>() {
       if constexpr (std::is_same_v<accum_t<S>, T>)
-        launch("prepare", queue,
-               rows_are_aligned<S>(classes) ? prepare_kernel<T, S, kVectorOf<S>> : prepare_kernel<T, S, 1>,
-               Grid{row_blocks + warp_per_row(classes.rows).x}, kThreads, 0, task, classes, row_blocks);
+        dispatch_rows<kVectorOf<S>>(rows_are_aligned<S>(classes), classes.length, [&]<class Shape>() {
+          launch("prepare", queue, prepare_kernel<T, S, Shape>,
+                 Grid{row_blocks + warp_per_rows(classes.rows, Shape::kRows).x}, kThreads, 0, task, classes,
+                 row_blocks);
+        });
     });
   }
 
@@ -120,7 +122,8 @@ struct Sweep : SweepScratch {
       if (head.tf32())
         find(head.tf32_scores(of, x_hat, w_hat, terms, none), tf32_score_largest);
       else
-        find(head.score_task(of, x_hat, w_hat, terms, none), score_largest);
+        find(head.score_task(of, x_hat, w_hat, terms, none),
+             head.makers.scores == Maker::kSm90 ? sm90_score_largest : score_largest);
       update_shift(queue, {data_of<float>(largest), splits, 1, head.batch, false, 0, 1}, x_sum);
     }
   }
@@ -132,9 +135,10 @@ struct Sweep : SweepScratch {
 
   // The sums and x_sum in one kernel, without E.
   void fold_at_once(Queue& queue, const Chunk& of, const Array& x_sum) const {
-    single_sweep(queue, {data_of<const Half>(x_hat), data_of<const Half>(w_hat),
-                         data_of<const BFloat16>(w_copy), head.batch, head.dim, of.width, of.first, terms,
-                         sums(), data_of<float>(x_partial), data_of<float>(x_sum), of.first > 0});
+    const auto run = head.makers.scores == Maker::kSm90 ? sm90_single_sweep : single_sweep;
+    run(queue, {data_of<const Half>(x_hat), data_of<const Half>(w_hat), data_of<const BFloat16>(w_copy),
+                head.batch, head.dim, of.width, of.first, terms, sums(), data_of<float>(x_partial),
+                data_of<float>(x_sum), of.first > 0});
   }
 
   SinkChunk sink_chunk(const Chunk& of) const { return {of.first, of.width, of.stride(), head.classes}; }
@@ -262,7 +266,9 @@ void run_sweep(Queue& queue, const HeadSweepArguments& in, const SweepResult& ou
       of.counts = block.array<int>(splits > 1 ? splits * N : 0);
     }
     const int64_t parts = head.most_of_chunks([&](const Chunk& chunk) {
-      return at_once ? sweep_splits(queue, N, D, chunk.width) : head.splits(queue, chunk);
+      if (!at_once) return head.splits(queue, chunk);
+      return (head.makers.scores == Maker::kSm90 ? sm90_sweep_splits : sweep_splits)(queue, N, D,
+                                                                                     chunk.width);
     });
     of.partial = block.array<double>((in.need_largest ? 3 : 2) * parts * N);
     of.x_partial = block.array<float>(at_once ? parts * N * D : 0);

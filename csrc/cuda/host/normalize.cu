@@ -1,4 +1,4 @@
-// normalize and its backward on CUDA. Contiguous rows: one warp each (rows.cu and below). A channel
+// normalize and its backward on CUDA. Contiguous rows: some to a warp (rows.cu and below). A channel
 // axis: a block owns kColumns neighbouring positions of one outer index, 32 to a warp so that every
 // access is coalesced, and its warps share the channels.
 #include <torch/csrc/stable/ops.h>
@@ -14,13 +14,13 @@ namespace nf {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kRowsPerBlock = kThreads / kWarp;
+constexpr int kWarps = kThreads / kWarp;
 constexpr int kColumns = kWarp;
 constexpr int kGroups = 8;  // warps that share the channels of a block's columns
 constexpr int kChannelThreads = kColumns * kGroups;
 
-template <class S, int kVec>
-NF_KERNEL(kThreads)
+template <class S, class Shape>
+NF_KERNEL_RESIDENT(kThreads, (kResidentOf<Shape, kThreads, 2>))
 normalize_rows_backward_kernel(const S* __restrict__ grad_y,              // [rows, length] or null
                                const accum_t<S>* __restrict__ grad_norm,  // [rows] or null
                                const S* __restrict__ x,                   // [rows, length]
@@ -29,30 +29,49 @@ normalize_rows_backward_kernel(const S* __restrict__ grad_y,              // [ro
                                S* __restrict__ dx)  // [rows, length]
 {
   using T = accum_t<S>;
-  const int64_t r = block_id() * kRowsPerBlock + warp_id();
-  if (r >= rows) return;  // the whole warp leaves
-  const T row_norm = norm[r];
-  const T g_norm = grad_norm != nullptr ? grad_norm[r] : T(0);
-  const WarpRow<S, kVec> row(x + r * length, length);
-  const math::RowScale<T> scale = scale_again(row, p, eps, T(1) / row_norm);
-  T dot = 0;
-  if (grad_y != nullptr) {
-    row.each([&](int64_t at, const Vector<S, kVec>& v) {
-      const Vector<S, kVec> g = load_vector<kVec>(grad_y + r * length + at);
-      for (int e = 0; e < kVec; ++e) dot += T(v.at[e]) * scale.outer * scale.inner * T(g.at[e]);
-    });
-    dot = warp_sum(dot);
+  constexpr int kRows = Shape::kRows;
+  using Held = Vector<S, Shape::kVec>;
+  const WarpPlace<Shape> place((block_id() * kWarps + warp_id()) * kRows, rows);
+  if (!place.has(0)) return;  // the whole warp leaves
+  const int64_t first = place.first * length;
+  T row_norm[kRows], g_norm[kRows], dot[kRows];
+  math::RowScale<T> scale[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t row = place.first + (place.has(r) ? r : 0);
+    row_norm[r] = norm[row];
+    g_norm[r] = grad_norm != nullptr ? grad_norm[row] : T(0);
   }
-  row.each([&](int64_t at, const Vector<S, kVec>& v) {
-    Vector<S, kVec> g{}, d;
-    if (grad_y != nullptr) g = load_vector<kVec>(grad_y + r * length + at);
-    for (int e = 0; e < kVec; ++e) {
-      const T value = T(v.at[e]);
-      const T slope = math::norm_slope<T>(p, value, value * scale.outer * scale.inner);
-      const T plain = math::normalize_vjp<T>(T(g.at[e]), slope, dot, scale.outer, scale.inner, g_norm);
-      d.at[e] = S(held_finite<S>(plain, row_norm, eps, p));
-    }
-    store_vector<kVec>(dx + r * length + at, d);
+  const WarpRows<S, Shape> own(x + first, length, place);
+  // Where y has no gradient something is read all the same, and taken for zero.
+  const WarpRows<S, Shape> upstream((grad_y != nullptr ? grad_y : x) + first, length, place);
+  const auto taken = [&](S g) { return grad_y != nullptr ? T(g) : T(0); };
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    scale[r] = scale_again(own, r, p, eps, T(1) / row_norm[r]);
+    dot[r] = 0;
+    own.each_with(r, upstream, [&](int64_t, const Held& v, const Held& g) {
+#pragma unroll
+      for (int e = 0; e < Shape::kVec; ++e)
+        dot[r] += T(v.at[e]) * scale[r].outer * scale[r].inner * taken(g.at[e]);
+    });
+  }
+  warp_sums(dot);
+  with_power(p, [&](auto power) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      own.each_with(r, upstream, [&](int64_t at, const Held& v, const Held& g) {
+        Held d;
+#pragma unroll
+        for (int e = 0; e < Shape::kVec; ++e) {
+          const T value = T(v.at[e]);
+          const T slope = math::norm_slope<T>(power, value, value * scale[r].outer * scale[r].inner);
+          const T plain = math::normalize_vjp<T>(taken(g.at[e]), slope, dot[r], scale[r].outer,
+                                                 scale[r].inner, g_norm[r]);
+          d.at[e] = S(held_finite<S>(plain, row_norm[r], eps, power));
+        }
+        store_vector<Shape::kVec>(dx + first + r * length + at, d);
+      });
   });
 }
 
@@ -206,12 +225,14 @@ Tensor normalize_backward(const NormalizeBackwardArguments& in) {
     const T* norms = static_cast<const T*>(in.norm.const_data_ptr());
     S* to = static_cast<S*>(dx.mutable_data_ptr());
     if (layout.inner == 1) {
-      const bool vector =
+      const bool aligned =
           layout.length % kVectorOf<S> == 0 && aligned16(g) && aligned16(from) && aligned16(to);
-      launch("normalize_rows_backward", queue,
-             vector ? normalize_rows_backward_kernel<S, kVectorOf<S>> : normalize_rows_backward_kernel<S, 1>,
-             Grid{(layout.outer + kRowsPerBlock - 1) / kRowsPerBlock}, kThreads, 0, g, g_norm, from, norms,
-             layout.outer, layout.length, int(in.p), T(in.eps), to);
+      dispatch_rows<kVectorOf<S>>(aligned, layout.length, [&]<class Shape>() {
+        constexpr int kRowsPerBlock = kWarps * Shape::kRows;
+        launch("normalize_rows_backward", queue, normalize_rows_backward_kernel<S, Shape>,
+               Grid{(layout.outer + kRowsPerBlock - 1) / kRowsPerBlock}, kThreads, 0, g, g_norm, from, norms,
+               layout.outer, layout.length, int(in.p), T(in.eps), to);
+      });
     } else {
       launch("normalize_channels_backward", queue, normalize_channels_backward_kernel<S>,
              channel_grid(layout), kChannelThreads, shared_bytes<T>(kChannelThreads), g, g_norm, from, norms,

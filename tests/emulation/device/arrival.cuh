@@ -14,4 +14,12 @@ inline bool last_to_arrive(unsigned* counter, unsigned blocks,
   return emulation::arrived_last();
 }
 
+template <class Team>
+inline bool last_to_arrive(unsigned* counter, unsigned blocks, const Team& team, unsigned*) {
+  team.sync();
+  if (team.me() == 0) emulation::arrive(counter, blocks);
+  team.sync();
+  return emulation::arrived_last();
+}
+
 }  // namespace nf

@@ -23,6 +23,15 @@ class SharedMemory {
     return reinterpret_cast<T*>(array);
   }
 
+  // Of a multiple of 1024 bytes, at one; later than other arrays it may be at none.
+  template <class T>
+  T* take_boxes(int64_t count, emulation::Where where = emulation::Where::current()) {
+    if (taken_ % 1024 != 0 || static_cast<size_t>(count) * sizeof(T) % 1024 != 0)
+      emulation::fail("take_boxes of %zu bytes after %zu: both must be multiples of 1024",
+                      static_cast<size_t>(count) * sizeof(T), taken_);
+    return take<T>(count, where);
+  }
+
  private:
   size_t taken_ = 0;
   int arrays_ = 0;

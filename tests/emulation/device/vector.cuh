@@ -31,6 +31,11 @@ Vector<T, N> load_vector(const T* from) {
 }
 
 template <int N, class T>
+const Vector<T, N>& as_stored(const Vector<T, N>& vector) {
+  return vector;
+}
+
+template <int N, class T>
 void store_vector(T* to, const Vector<T, N>& vector) {
   emulation::check_vector<N>("store_vector", to);
   *reinterpret_cast<Vector<T, N>*>(to) = vector;
