@@ -54,7 +54,7 @@ OLDER_LINUX = "csrc/older_linux.cpp"  # in both libraries
 #: Sources whose kernels are empty below a compute capability (mma.sync on bfloat16, cp.async).
 LEAST_CAPABILITY = {
     f"sm80_{name}.cu": "8.0"
-    for name in ("scores", "single_sweep", "tf32x3_gradient", "tf32x3_scores", "weight_gradient")
+    for name in ("scores", "single_sweep", "tf32x3_gradient", "tf32x3_scores", "tf32x3_sums", "weight_gradient")
 }
 
 #: What the names of sources begin with whose instructions no other architecture has (wgmma): compiled for this one

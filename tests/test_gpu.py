@@ -130,13 +130,13 @@ def test_tensors_on_a_second_device() -> None:
 
 
 @pytest.mark.slow  # 35 GiB are written and read for each
-@pytest.mark.parametrize("choice", [*CHOICES, "plain"])
+@pytest.mark.parametrize("choice", [*CHOICES, "plain", "tf32x3"])
 def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch, choice: str) -> None:
     """N * C > 2**32, stored in one piece or in chunks of that size: all kernels agree with small chunks."""
     rows, classes, dim = 4200, 1_050_000, 16
     if torch.cuda.mem_get_info()[0] < 60 * 2**30:
         pytest.skip("needs 60 GiB of free GPU memory")
-    dtype = torch.float32 if choice == "plain" else torch.bfloat16
+    dtype = torch.bfloat16 if choice in CHOICES else torch.float32
     x = torch.randn(rows, dim, device=CUDA, dtype=dtype, requires_grad=True)
     w = torch.randn(classes, dim, device=CUDA, dtype=dtype, requires_grad=True)
     labels = torch.randint(classes, (rows,), device=CUDA)

@@ -248,6 +248,7 @@ def launches(function) -> list[str]:
         (torch.bfloat16, "single sweep", 6),
         (torch.bfloat16, "wgmma sweep", 7),
         (torch.float32, None, 6),
+        (torch.float32, "tf32x3", 7),
         (torch.float64, None, 6),
     ],
     ids=str,

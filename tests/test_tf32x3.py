@@ -109,6 +109,21 @@ def test_scores_are_those_of_float32(cuda_lane, dim, positive):
     assert rms(swept.rows[LARGEST].cpu() - truth) < rms(plain - truth)
 
 
+def test_sums_over_the_classes_are_those_of_float32(cuda_lane):
+    """Over several stretches of them, from E as it was kept."""
+    lane, classes = cuda_lane, 900
+    weight, x = (
+        lane.randn(classes, 40, dtype=torch.float32).abs(),
+        lane.randn(6, 40, dtype=torch.float32, seed=1),
+    )
+    given = arguments(x, weight, lane.labels(6, classes), store=True, scale_value=1.0)
+    swept, _, _ = sweep({**given, "product": PRODUCT, "workspace": 1 << 30})
+    e, w = swept.stored.view(6, -1)[:, :classes].cpu(), unit(weight.cpu().double())
+    truth = e.double() @ w
+    plain = torch.stack([in_order(e, column.float().expand_as(e)) for column in w.T], 1)
+    assert rms(swept.x_sum.cpu() - truth) < rms(plain - truth)
+
+
 def test_gradients_are_those_of_float32(cuda_lane):
     """Of many rows, whose coefficients all have one sign."""
     lane = cuda_lane
@@ -125,6 +140,23 @@ def test_gradients_are_those_of_float32(cuda_lane):
         with asking(product, store=True):
             errors[product] = rms(gradient(weight) - truth)
     assert errors[PRODUCT] < errors["simt"]
+
+
+def test_the_gradient_of_rows_that_are_wrong_at_a_large_scale(cuda_lane):
+    """Their E is e^79 and their factor e^-79, which no second part of tf32 could tell from 0."""
+    lane, rows = cuda_lane, 19
+    weight = lane.randn(40, 16, dtype=torch.float32, seed=1)
+    x = weight[:rows] + 0.05 * lane.randn(rows, 16, dtype=torch.float32)
+    labels = lane.tensor((torch.arange(rows) + 20) % 40)
+
+    def gradient(w):
+        return torch.autograd.grad(1e-3 * nf.functional.normface_loss(x.to(w.dtype), w, labels, 80.0), w)[0]
+
+    with asking(PRODUCT, store=True):
+        got = gradient(weight.clone().requires_grad_())
+    torch.testing.assert_close(
+        got.double(), gradient(weight.double().requires_grad_()), rtol=0, atol=1e-6 * 1e-3
+    )
 
 
 def test_a_step_is_the_same_every_time(cuda_lane):

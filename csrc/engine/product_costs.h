@@ -129,7 +129,8 @@ constexpr Cost sm90_backward(const ProductShape& s, const DeviceFacts& d) {
 
 constexpr Cost tf32_forward(const ProductShape& s, const DeviceFacts& d) {
   const Rates& r = *d.rates;
-  return unit_rows(s, r, 1) + own_scores(s, r, r.tf32x3_scores.value) + class_sums(s, r);
+  const Cost sums{flops(s) / r.tf32x3_sums.value, 0, 2};
+  return unit_rows(s, r, 1) + own_scores(s, r, r.tf32x3_scores.value) + operand(s, r) + sums;
 }
 constexpr Cost tf32_backward(const ProductShape& s, const DeviceFacts& d) {
   return own_gradient(s, *d.rates, d.rates->tf32x3_gradient.value);
@@ -233,9 +234,17 @@ constexpr Workspace sm90_scores_workspace(const ProductShape& s, const DeviceFac
   return split_workspace<Tiles>(s, Tiles::kClasses, Tiles::kMostRounds * d.multiprocessors);
 }
 
-// Partial sums of a row as of sm80_workspace, at most one for each tile of classes.
-constexpr Workspace tf32_workspace(const ProductShape& s, const DeviceFacts&, int64_t) {
-  return chunk_workspace(s, 0, kParts * 28 / tiles::Sm80Tf32Scores::kClasses);
+// Partial sums of a row as of sm80_workspace, at most one for each tile of classes; and those of x_sum, of so many
+// stretches as the classes have or fill the device.
+constexpr Workspace tf32_workspace(const ProductShape& s, const DeviceFacts& d, int64_t) {
+  using Sums = tiles::Sm80Tf32Sums;
+  Workspace w = chunk_workspace(s, 0, kParts * 28 / tiles::Sm80Tf32Scores::kClasses);
+  w.count = 2;
+  w.fixed[1] =
+      w.fixed[0] +
+      Polynomial{0, 0, 0, kParts * 4 * Sums::kRows * Sums::kColumns * Sums::blocks(d.multiprocessors)};
+  w.fixed[0] = w.fixed[0] + Polynomial{kParts * 4 * s.dim / Sums::kLeastStretch, 0, 0, 0};
+  return w;
 }
 
 constexpr Workspace single_sweep_workspace(const ProductShape& s, int64_t splits) {

@@ -35,8 +35,8 @@ struct Rates {
   Rate simt32, simt64;
   Rate sm80_scores, sm80_weight_gradient, sm80_single_sweep, sm80_sweep_gradient;
   Rate sm90_scores, sm90_weight_gradient, sm90_single_sweep, sm90_sweep_gradient;
-  Rate tf32x3_scores, tf32x3_gradient;  // a product counted once
-  int64_t cache;                        // bytes of E that stay in the L2 cache from kernel to kernel
+  Rate tf32x3_scores, tf32x3_sums, tf32x3_gradient;  // a product counted once
+  int64_t cache;  // bytes of E that stay in the L2 cache from kernel to kernel
 
   template <class F>
   void each(F&& f) const {
@@ -61,6 +61,7 @@ struct Rates {
     f("sm90_single_sweep", sm90_single_sweep);
     f("sm90_sweep_gradient", sm90_sweep_gradient);
     f("tf32x3_scores", tf32x3_scores);
+    f("tf32x3_sums", tf32x3_sums);
     f("tf32x3_gradient", tf32x3_gradient);
   }
 };
@@ -98,6 +99,7 @@ constexpr Rates kCpuRates = {
     .sm90_single_sweep = {},
     .sm90_sweep_gradient = {},
     .tf32x3_scores = {},
+    .tf32x3_sums = {},
     .tf32x3_gradient = {},
     .cache = 0,
 };
@@ -127,6 +129,7 @@ constexpr Rates kH100Rates = {
     .sm90_sweep_gradient = {700e12, results::kPredicted},
     // A third of what mma.sync gives (62 % of 495e12 by wgmma), at 70 and 60 % of the time.
     .tf32x3_scores = {72e12, results::kPredicted},
+    .tf32x3_sums = {68e12, results::kPredicted},
     .tf32x3_gradient = {62e12, results::kPredicted},
     .cache = 32 << 20,
 };
@@ -159,6 +162,7 @@ constexpr Rates predicted(const char* kind, double memory) {
       .sm90_single_sweep = guess(h100.sm90_single_sweep, 1),
       .sm90_sweep_gradient = guess(h100.sm90_sweep_gradient, 1),
       .tf32x3_scores = guess(h100.tf32x3_scores, 1),
+      .tf32x3_sums = guess(h100.tf32x3_sums, 1),
       .tf32x3_gradient = guess(h100.tf32x3_gradient, 1),
       .cache = h100.cache,
   };

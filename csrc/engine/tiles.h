@@ -9,6 +9,7 @@ namespace nf::tiles {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t at_least_one(int64_t a) { return a > 1 ? a : 1; }
+constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Of `count` values; arrays begin at multiples of 16 bytes.
 constexpr int64_t array_bytes(int64_t count, int64_t item) { return ceil_div(count * item, 16) * 16; }
@@ -236,6 +237,27 @@ struct Sm80Tf32Scores {
   }
 };
 
+// sm80_tf32x3_sums.cu: four warps, two along the rows and two along the columns.
+struct Sm80Tf32Sums {
+  static constexpr int kThreads = 128, kResident = 3;
+  static constexpr int kAcross = 2, kWarpRows = 32, kWarpColumns = 64;
+  static constexpr int kRows = kThreads / 32 / kAcross * kWarpRows, kColumns = kAcross * kWarpColumns;
+  static constexpr int kColumnStride = kColumns + 8;  // as in Sm80Tf32Gradient
+  static constexpr int kDepth = 32;                   // classes per stage: all banks
+  static constexpr int kStages = 2;
+  static constexpr int kStage = kRows * kDepth + kDepth * kColumnStride;
+  static constexpr int kLeastStretch = 8 * kDepth;  // classes of a block
+  static constexpr int64_t shared() { return array_bytes(kStages * kStage, 4); }
+  static constexpr int64_t row_blocks(int64_t batch) { return ceil_div(batch, kRows); }
+  static constexpr int64_t column_blocks(int64_t dim) { return ceil_div(dim, kColumns); }
+  static constexpr int64_t blocks(int64_t multiprocessors) { return 2 * kResident * multiprocessors; }
+  static constexpr int64_t stretch(int64_t multiprocessors, int64_t batch, int64_t dim, int64_t width) {
+    const int64_t tiles = at_least_one(row_blocks(batch) * column_blocks(dim));
+    const int64_t splits = at_least_one(blocks(multiprocessors) / tiles);
+    return most(ceil_div(ceil_div(width, splits), kDepth) * kDepth, kLeastStretch);
+  }
+};
+
 // sm80_tf32x3_gradient.cu. kAcross warps along the columns, 64 each.
 template <int kAcross>
 struct Sm80Tf32Gradient {
@@ -245,7 +267,8 @@ struct Sm80Tf32Gradient {
   static constexpr int kClassStride = kClasses + 8, kColumnStride = kColumns + 8;
   static constexpr int kDepth = 16;  // rows of the batch per stage
   static constexpr int kStages = 3;
-  static constexpr int kStage = kDepth * (kClassStride + kColumnStride);
+  // Of a stage: E, the weighted features, and the rows' powers from kPowers on.
+  static constexpr int kPowers = kDepth * (kClassStride + kColumnStride), kStage = kPowers + kDepth;
   static constexpr int64_t shared() { return array_bytes(kStages * kStage, 4) + array_bytes(kClasses, 4); }
 };
 
@@ -281,7 +304,6 @@ struct SimtWeightGradient {
 constexpr int64_t kSimtColumns = 512;  // dW needs all columns in one block
 
 // The most shared memory that a family asks for: what products.h holds against the device.
-constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 constexpr int64_t sm80_scores_shared(int64_t dim) {
   return Sm80Scores::shared(2, dim, Sm80Scores::kMostPerRow, Sm80Scores::kMostNumbers);
@@ -314,7 +336,7 @@ constexpr int64_t simt_shared(int64_t dim) {
 constexpr int64_t sm80_tf32x3_shared(int64_t dim) {
   const int64_t gradient =
       dispatch_gradient(dim, [&]<int kAcross>() { return Sm80Tf32Gradient<kAcross>::shared(); });
-  return most(Sm80Tf32Scores::shared(), gradient);
+  return most(most(Sm80Tf32Scores::shared(), Sm80Tf32Sums::shared()), gradient);
 }
 
 }  // namespace nf::tiles

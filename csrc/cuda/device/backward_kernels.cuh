@@ -90,7 +90,16 @@ struct RowGradients {
   StoredArray x_hat;     // [N, D], operand type, or null: unit features once more, for scores
   StoredArray weighted;  // [N, D], type of what meets E, or null: times the factor of the row
   SweepRow* sweep_rows;  // [N] or null
+  float*
+      powers;  // [N, up to a multiple of 4], or null: of the factor, powers of two that `weighted` is without
 };
+
+// The power of two below the size of x, within the normal range of float; 1 where x has none.
+NF_DEVICE double power_of_two_below(double x) {
+  if (x == 0.0 || !std::isfinite(x)) return 1.0;
+  const int exponent = std::ilogb(x);
+  return std::ldexp(1.0, exponent < -126 ? -126 : exponent > 127 ? 127 : exponent);
+}
 
 // Everything that is made of one row. A row without a slope is taken as zero: nothing it holds, NaN included,
 // reaches a class. One warp per row.
@@ -133,6 +142,12 @@ row_gradients_kernel(RowGradients<T> task) {
       task.sweep_rows[i] = {power.slope, power.offset, int(ignored ? kElsewhere : features.labels[i])};
     }
   }
+  const double power = task.powers != nullptr ? power_of_two_below(others) : 1.0;
+  if (task.powers != nullptr && lane_id() == 0) {
+    task.powers[i] = float(power);
+    if (i + 1 == rows.batch)
+      for (int64_t j = rows.batch; j % 4 != 0; ++j) task.powers[j] = 0.0f;
+  }
   if (features.dx.data != nullptr) write_grad_features(features, i, ignored, of_row, others, target, uniform);
   if (task.weighted.data == nullptr && task.x_hat.data == nullptr) return;
   for (int64_t d = lane_id(); d < features.dim; d += kWarp) {
@@ -140,7 +155,7 @@ row_gradients_kernel(RowGradients<T> task) {
     const double unit = x * of_row.outer * of_row.inner;
     if (task.x_hat.data != nullptr) task.x_hat.template store<T>(i * features.dim + d, T(unit));
     if (task.weighted.data != nullptr)
-      task.weighted.template store<T>(i * features.dim + d, T(others * unit));
+      task.weighted.template store<T>(i * features.dim + d, T(others / power * unit));
   }
 }
 

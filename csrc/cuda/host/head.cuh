@@ -135,6 +135,14 @@ struct Head {
              {scores.data(), wide, batch, of.width, of.stride()});
   }
 
+  // What a chunk adds to x_sum, before it is added.
+  int64_t part_cells(const Queue& queue) const {
+    const int64_t parts =
+        tf32() ? most_of_chunks([&](const Chunk& of) { return tf32_sum_splits(queue, batch, dim, of.width); })
+               : int64_t(chunk < classes);
+    return parts * batch * dim;
+  }
+
   // Of the partial sums that `coefficients` leaves.
   int64_t splits(const Queue& queue, const Chunk& of) const {
     return makers.scores == Maker::kSm90 ? sm90_score_splits(queue, batch, of.width)

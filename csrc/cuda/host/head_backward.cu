@@ -27,6 +27,7 @@ struct RowFactors {
   Array x_hat;       // [N, D], operand type, where scores are made again
   Array weighted;    // [N, D], type of what meets E, with dW
   Array sweep_rows;  // [N] of SweepRow, as int64, for the single sweep
+  Array powers;      // [N, up to a multiple of 4], of sm80_tf32x3.h's dW
 
   const double* of(GradientField field) const { return data_of<const double>(gradients) + field * batch; }
 };
@@ -38,18 +39,24 @@ struct BackwardScratch {
   Array uniform, uniform_partial;  // [D], and [runs, D] of it, with label smoothing
   Array w_hat, w_copy;             // [chunk, D], as score operands and as what meets E
   Array scores, e;                 // [N, stride of a chunk]
-  Array x_sum, x_part;             // [N, D], where the first sweep did not make it, and of a chunk
+  Array x_sum, x_part;             // [N, D], where the first sweep did not make it, and part_cells of it
   Array product;                   // [chunk, D], where the product cannot go where the result will be
   Array update_dw;                 // [chunk, D], as the weight: rows of the gradient where there is no dW
   HotRoom hot;                     // with dW
 
   template <class T>
-  BackwardScratch(const Head<T>& head, const HeadBackwardTensors& in, const Wanted& wanted, bool make_sum) {
+  BackwardScratch(const Queue& queue, const Head<T>& head, const HeadBackwardTensors& in,
+                  const Wanted& wanted, bool make_sum) {
     const int64_t N = head.batch, D = head.dim, cells = N * head.largest_chunk().stride();
     const bool again = (wanted.weight || make_sum) && in.stored.numel() == 0;
     const bool at_once = head.single_sweep(), copy = make_sum && head.is_16_bit;
-    factors = {N, block.array<double>(kGradientFields * N), block.array(again ? N * D : 0, head.score),
-               block.array(wanted.weight ? N * D : 0, head.other), block.array<int64_t>(at_once ? 2 * N : 0)};
+    factors = {
+        N,
+        block.array<double>(kGradientFields * N),
+        block.array(again ? N * D : 0, head.score),
+        block.array(wanted.weight ? N * D : 0, head.other),
+        block.array<int64_t>(at_once ? 2 * N : 0),
+        block.array<float>(wanted.weight && head.makers.gradient == Maker::kTf32 ? (N + 3) / 4 * 4 : 0)};
     if (wanted.weight && in.class_sum.numel() > 0) {
       uniform = block.array(D, head.wide);
       uniform_partial = block.array<double>(uniform_runs(N) * D);
@@ -61,7 +68,7 @@ struct BackwardScratch {
         : head.is_16_bit || head.tensor_cores() ? block.array(again && !at_once ? cells : 0, head.other)
                                                 : scores;
     x_sum = block.array(make_sum ? N * D : 0, head.wide);
-    x_part = block.array(make_sum && head.chunk < head.classes ? N * D : 0, head.wide);
+    x_part = block.array(make_sum ? head.part_cells(queue) : 0, head.wide);
     const bool direct = !wanted.weight || in.weight.scalar_type() == head.wide || head.own_gradient();
     product = block.array(direct ? 0 : head.chunk * D, head.wide);
     if (wanted.weight) hot = HotRoom(block, N, D);
@@ -129,8 +136,9 @@ struct WeightGradients {
         return wgmma ? sm90_weight_gradient(queue, task) : weight_gradient(queue, task);
       }
       if (head.makers.gradient == Maker::kTf32)
-        return tf32_gradient(queue, {static_cast<const float*>(e), stride, of.stride(),
-                                     data_of<const float>(factors.weighted), classes(of)});
+        return tf32_gradient(
+            queue, {static_cast<const float*>(e), stride, of.stride(), data_of<const float>(factors.weighted),
+                    data_of<const float>(factors.powers), classes(of)});
     }
     if (head.plain_products())
       return plain_gradient<T>(queue, {static_cast<const T*>(e), stride, of.stride(),
@@ -215,7 +223,7 @@ void backward(Queue& queue, const char* op, const HeadBackwardTensors& in, const
   check_stored(op, in, head.other, N * Chunk{0, head.classes}.stride());
   if (wanted.update != nullptr) head.chunk = std::min(head.chunk, classes_of_update(in));
   const bool again = (wanted.weight || make_sum) && in.stored.numel() == 0;
-  const BackwardScratch scratch(head, in, wanted, make_sum);
+  const BackwardScratch scratch(queue, head, in, wanted, make_sum);
   const RowFactors& factors = scratch.factors;
   const auto or_null = [](const Array& a, bool wanted) { return wanted ? StoredArray(a) : StoredArray(); };
   double* gradients = data_of<double>(factors.gradients);
@@ -239,7 +247,7 @@ void backward(Queue& queue, const char* op, const HeadBackwardTensors& in, const
                          in.grad_loss.dim() == 1, gradients,
                          of_rows ? data_of<double>(dscale) : gradients + kScale * N, features,
                          or_null(factors.x_hat, again), or_null(factors.weighted, wanted.weight),
-                         data_of<SweepRow>(factors.sweep_rows)});
+                         data_of<SweepRow>(factors.sweep_rows), data_of<float>(factors.powers)});
   if (wanted.scale && !of_rows)
     launch("scale_gradient", queue, scale_gradient_kernel, Grid{1}, kThreads,
            shared_bytes<double>(kThreads / kWarp), gradients, N, data_of<double>(dscale));

@@ -25,7 +25,7 @@ struct SweepScratch {
   Array e;                // [N, stride of a chunk]
   Array partial;          // [2 or 3, splits, N], of the sums
   Array x_partial;        // [splits, N, D], of the single sweep
-  Array x_part;           // [N, D], of x_sum of a chunk
+  Array x_part;           // part_cells of x_sum
   Array placed, counts;   // of the active list (sinks.h)
   Array cosines, places;  // of the hardest
   Array class_partial;    // [runs, D + 1], of the class sum
@@ -272,7 +272,7 @@ void run_sweep(Queue& queue, const HeadSweepArguments& in, const SweepResult& ou
     });
     of.partial = block.array<double>((in.need_largest ? 3 : 2) * parts * N);
     of.x_partial = block.array<float>(at_once ? parts * N * D : 0);
-    of.x_part = block.array(in.need_x && !at_once && head.chunk < head.classes ? N * D : 0, head.wide);
+    of.x_part = block.array(in.need_x && !at_once ? head.part_cells(queue) : 0, head.wide);
   };
   const Sweep<T> sweep(head, RowState(out.rows, N), in.shift.has_value(), in.need_x, in.need_largest, claim);
   sweep.prepare(queue, in.ignore_index, data_or_null<double>(in.shift), Factors<T>(in.sample_weight),

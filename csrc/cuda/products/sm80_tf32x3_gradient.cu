@@ -6,6 +6,10 @@
 // what is summed over, and a lane reads its values one by one: rows are 8 values longer than they are, so that the
 // four rows of a load lie in different banks.
 //
+// E and the factor of a row may be large and small where their product is neither: at a scale of 80, E reaches e^80 and
+// the factor e^-80, of which tf32, whose second part ends at 2^-136, would have nothing left. So E gets the factor's power
+// of two before it is split.
+//
 // These kernels have only been compiled and emulated so far.
 #include <device/shared_memory.cuh>
 
@@ -42,6 +46,11 @@ tf32_gradient_kernel(Tf32Gradient task) {
       fetch_block<S::kDepth, S::kColumns, S::kThreads>(task.weighted, row, batch, 0, dim, dim,
                                                        e + S::kDepth * S::kClassStride, S::kColumnStride,
                                                        KeyNone());
+      if (thread_id() < S::kDepth / 4) {
+        const bool valid = row + thread_id() * 4 < batch;
+        copy_async_16(e + S::kPowers + thread_id() * 4, task.powers + (valid ? row + thread_id() * 4 : 0),
+                      valid);
+      }
     }
     copy_async_commit();  // also when empty: a wait counts groups
   };
@@ -59,6 +68,7 @@ tf32_gradient_kernel(Tf32Gradient task) {
     fetch(row + (S::kStages - 1) * S::kDepth, (stage + S::kStages - 1) % S::kStages);
     const float* e = stages + stage * S::kStage + of_e;
     const float* v = stages + stage * S::kStage + of_v;
+    const float* powers = stages + stage * S::kStage + S::kPowers + t;
 #pragma unroll 1
     for (int k = 0; k < S::kDepth; k += 8) {
       Tf32Left a[2][1];
@@ -66,7 +76,7 @@ tf32_gradient_kernel(Tf32Gradient task) {
       for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int r = 0; r < 4; ++r)
-          a[m][0].split(r, e[(k + r / 2 * 4) * S::kClassStride + m * 16 + r % 2 * 8]);
+          a[m][0].split(r, e[(k + r / 2 * 4) * S::kClassStride + m * 16 + r % 2 * 8] * powers[k + r / 2 * 4]);
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
         Tf32Right b[1];

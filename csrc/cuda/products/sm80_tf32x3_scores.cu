@@ -118,7 +118,7 @@ tf32_score_kernel(Tf32Scores task, int64_t tiles_per_block) {
       sum_of(1, held_row + 8 * r) = 0.0;
       sum_of(2, held_row + 8 * r) = -INFINITY;
     }
-  if (thread_id() < S::kRows) {  // visible after the first step's barrier
+  if (thread_id() < S::kRows) {
     const int64_t i = first_row + thread_id();
     const bool exists = i < task.batch;
     const auto of_row = exists ? task.rows.at<float>(i) : math::TermRow<float>{};
@@ -130,6 +130,7 @@ tf32_score_kernel(Tf32Scores task, int64_t tiles_per_block) {
   if (thread_id() < Term::kNumbers) numbers[thread_id()] = float(task.rows.numbers[thread_id()]);
 
   fetch(0);
+  sync_block();  // what is known of the rows, before it is read
   int stage = 0;
   for (int tile_first = first_class; tile_first < end_class; tile_first += S::kClasses) {
     Sums product = {};
