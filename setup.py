@@ -54,11 +54,14 @@ OLDER_LINUX = "csrc/older_linux.cpp"  # in both libraries
 #: Sources whose kernels are empty below a compute capability (mma.sync on bfloat16, cp.async).
 LEAST_CAPABILITY = {
     f"sm80_{name}.cu": "8.0"
-    for name in ("scores", "single_sweep", "tf32x3_gradient", "tf32x3_scores", "tf32x3_sums", "weight_gradient")
+    for name in [
+        *("scores", "single_sweep", "weight_gradient"),
+        *("tf32x3_gradient", "tf32x3_scores", "tf32x3_sums"),
+    ]
 }
 
-#: What the names of sources begin with whose instructions no other architecture has (wgmma): compiled for this one
-#: alone, where 9.0 is among the wanted, with or without the "a".
+#: What the names of sources begin with whose instructions no other architecture has (wgmma): compiled for this
+#: one alone, where 9.0 is among the wanted, with or without the "a".
 SM90A = ("sm90_", "9.0a")
 
 

@@ -70,6 +70,10 @@ def _of_scores(s: Shape) -> Work:
     return Work(2 * cells * s.dim, item * (s.classes * s.dim + cells), cells)
 
 
+def _of_sums(s: Shape) -> Work:
+    return _of_scores(s)._replace(exponentials=0.0)
+
+
 def _of_gradient(s: Shape) -> Work:
     cells = s.batch * s.classes
     return Work(2 * cells * s.dim, s.features.itemsize * cells + 8 * s.classes * s.dim)
@@ -98,6 +102,7 @@ KERNELS: dict[str, Callable[[Shape], Work]] = {
     r"\bclass_gradients_kernel\b": _of_class_gradients,
     r"\bprepare_kernel\b": _of_prepare,
     r"\b(sm90_|tf32_)?scores?_kernel\b": _of_scores,
+    r"\btf32_sums_kernel\b": _of_sums,
     r"\b(sm90_|tf32_)?(weight_)?gradient_kernel\b": _of_gradient,
     r"\b(sm90_)?single_sweep_kernel\b": _of_sweep,
     r"\b(sm90_)?sweep_gradient_kernel\b": _of_sweep_gradient,

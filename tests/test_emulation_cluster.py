@@ -41,3 +41,19 @@ def test_a_fault_is_told_from_its_twin(faults, monkeypatch, name, order):
 def test_whole_clusters(faults):
     with pytest.raises(RuntimeError, match="blocks beyond whole clusters"):
         faults.no_sync_before(torch.randn(8, 64), 3, False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(build.nvcc() is None, reason="nvcc not found")
+def test_nvcc_compiles_the_same_source_to_the_instructions_meant():
+    library, said = build.build_faults_with_nvcc("faults_cluster")
+    ptx = library.read_bytes()
+    for instruction in [
+        b"mbarrier::complete_tx::bytes.multicast::cluster ",
+        b"mapa.shared::cluster.u32 ",
+        b"mbarrier.arrive.release.cluster.shared::cluster.b64 ",
+        b"barrier.cluster.arrive.release;",
+        b"barrier.cluster.wait.acquire;",
+    ]:
+        assert instruction in ptx, instruction
+    assert "C75" not in said

@@ -7,8 +7,6 @@
 #include <device/shared_memory.cuh>
 #include <device/warpgroup.cuh>
 
-#include "cuda/products/cublas.h"
-
 namespace {
 
 using namespace nf;

@@ -22,8 +22,7 @@ NF_DEVICE int cluster_rank() {
 // A barrier of all threads of the cluster.
 NF_DEVICE void sync_cluster() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
