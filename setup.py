@@ -51,7 +51,7 @@ BUILD_REQUIREMENTS = {"torch": "torch>=2.11", "ninja": "ninja"}
 TWO_VERSIONS = ["exp", "exp2", "log", "log2"]
 LINK_FLAGS = [f"-Wl,--wrap={name}" for name in TWO_VERSIONS] if sys.platform == "linux" else []
 OLDER_LINUX = "csrc/older_linux.cpp"  # in both libraries
-#: What names of sources begin with, and the compute capability below which their kernels are empty (mma.sync).
+#: How names of sources begin, and the compute capability below which their kernels are empty (mma.sync).
 LEAST_CAPABILITY = ("sm80_", "8.0")
 #: The same of those whose instructions no other architecture has (wgmma): compiled for this one alone, where 9.0
 #: is among the wanted, with or without the "a".
