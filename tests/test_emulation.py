@@ -292,7 +292,9 @@ def test_faults_use_every_name_of_the_real_headers() -> None:
     macros = set(re.findall(r"#define (NF_\w+)\(", text)) - gone
     names = [*re.findall(r"NF_DEVICE [^;{}()]*?(\w+)\(", text), *macros]
     assert len(names) > 25
-    used = "".join((build.HERE / name).read_text() for name in ("faults.cu", "faults_hopper.cu"))
+    used = "".join(
+        (build.HERE / name).read_text() for name in ("faults.cu", "faults_hopper.cu", "faults_cluster.cu")
+    )
     assert [name for name in names if not re.search(rf"\b{name}\b", used)] == []
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -33,6 +35,7 @@ FAULTS = {
     "freed_before_wgmma_wait": FREED,
     "freed_one_too_early": FREED,
     "freed_by_one_of_many": f"{COPY} .* writes .*, which thread .* read with no barrier between",
+    "factor_overwritten": f"writes .*, which (wgmma of threads .* read, {WAIT}|{COPY} .* wrote)",
     "read_before_wgmma_wait": f"register 0 of d {TOUCHED}",
     "written_before_wgmma_wait": f"register 31 of d {TOUCHED}",
     "no_wgmma_wait": f"{FREED}|register 0 of d {TOUCHED}",
@@ -96,6 +99,7 @@ def is_product(
     return bool(((out[:, :n].double() - a @ b.T).abs() <= bound).all() and out[:, n:].isnan().all())
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_reported_and_its_twin_is_right(name: str, order: str) -> None:
     turned = (False, name == "strides_exchanged")
@@ -105,9 +109,10 @@ def test_a_fault_is_reported_and_its_twin_is_right(name: str, order: str) -> Non
     check_twin(name, a, b, turned)
 
 
-def check_twin(name: str, a: torch.Tensor, b: torch.Tensor, turned: tuple[bool, bool]) -> None:
-    out = getattr(faults(), name)(a, b, False).cpu()
-    a, b = a.cpu(), b.cpu()
+def check_twin(
+    name: str, a: torch.Tensor, b: torch.Tensor, turned: tuple[bool, bool], device: str = "cpu"
+) -> None:
+    out = getattr(faults(), name)(a.to(device), b.to(device), False).cpu()
     if (
         name == "factor_not_fenced"
     ):  # which changes the signs of the first 256 of each 4096 values, as they lie
@@ -132,23 +137,32 @@ def test_every_fault_has_its_test() -> None:
     assert listed.count(" DO(") == len(FAULTS) + len(WRONG_NUMBERS)
 
 
+#: dtype, columns of a tile
+TILES = [
+    (torch.bfloat16, 64),
+    (torch.bfloat16, 192),
+    (torch.bfloat16, 256),
+    (torch.float16, 128),
+    (torch.float32, 64),
+]
+
+
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("in_registers", [False, True])
 @pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize(
-    ("dtype", "columns"),
-    [
-        (torch.bfloat16, 64),
-        (torch.bfloat16, 192),
-        (torch.bfloat16, 256),
-        (torch.float16, 128),
-        (torch.float32, 64),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "columns"), TILES)
 def test_products(dtype: torch.dtype, columns: int, turned: tuple[bool, bool], in_registers: bool) -> None:
+    check_product(dtype, columns, turned, in_registers, "cpu")
+
+
+def check_product(
+    dtype: torch.dtype, columns: int, turned: tuple[bool, bool], in_registers: bool, device: str
+) -> None:
     if (dtype == torch.float32 and any(turned)) or (in_registers and turned[0]):
         return  # no such instruction
     a, b = factors(136, columns + 8, 200, dtype, turned)
-    assert is_product(faults().product(a, b, *turned, in_registers, columns), a, b, turned)
+    out = faults().product(a.to(device), b.to(device), *turned, in_registers, columns)
+    assert is_product(out.cpu(), a, b, turned)
 
 
 def test_what_lies_beyond_a_matrix_is_zeros() -> None:
@@ -193,3 +207,33 @@ def test_nvcc_compiles_the_same_source_to_the_instructions_meant() -> None:
     # What the compiler mends by itself, at a price: only where a fault (number 0 is none) left something out.
     for function in re.findall(r"\(C75\d\d\).*function '(\w+)'", said):
         assert "ELi0EEEv" not in function, said
+
+
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.skipif(not ON_HOPPER, reason="no GPU of compute capability 9.0")
+def test_the_twins_are_right_on_a_gpu() -> None:
+    """In a process of its own: there the names belong to CUDA's kernels."""
+    build.build_faults_with_nvcc("faults_hopper")
+    ran = subprocess.run(
+        [sys.executable, "-c", "import test_emulation_hopper as t; t.check_on_gpu()"],
+        capture_output=True,
+        text=True,
+        cwd=build.HERE.parent,
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+def check_on_gpu() -> None:
+    torch.ops.load_library(build.OUTPUT / "nvcc" / "faults_hopper.so")
+    build.load = lambda library: getattr(torch.ops, build.NAMESPACES[library])
+    for name in FAULTS:
+        turned = (False, name == "strides_exchanged")
+        check_twin(name, *factors(128, 64, 256, turned=turned), turned, "cuda")
+    for dtype, columns in TILES:
+        for turned in ((False, False), (True, False), (False, True), (True, True)):
+            for in_registers in (False, True):
+                check_product(dtype, columns, turned, in_registers, "cuda")

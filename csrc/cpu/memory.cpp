@@ -39,7 +39,7 @@ struct CacheLevel {
 };
 
 // The number of processors in a list such as "0-7,64-71", 0 where there is none.
-int64_t count_listed(const char* list) {
+[[maybe_unused]] int64_t count_listed(const char* list) {
   int64_t count = 0;
   for (char* end = nullptr; *list != '\0'; list = end) {
     const long first = std::strtol(list, &end, 10);

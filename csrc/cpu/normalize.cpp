@@ -22,11 +22,12 @@ struct ColumnBlock {
 };
 
 // Whether `tensors` like `out`, all that a call touches, have no room in the last caches together: whoever reads
-// `out` next would hardly find it there.
+// `out` next would hardly find it there. Rows of 16-bit numbers, whose conversions cost more than their traffic, were
+// not faster so.
 bool goes_past_caches(const Tensor& out, int64_t tensors, const NewPages& pages) {
   constexpr int64_t kSmallest = int64_t(1) << 22;  // below, nobody needs to know the machine
-  const int64_t bytes = tensors * out.numel() * int64_t(out.element_size());
-  return bytes > kSmallest && bytes > last_cache_bytes() && !pages.found();
+  const int64_t item = int64_t(out.element_size()), bytes = tensors * out.numel() * item;
+  return item >= 4 && bytes > kSmallest && bytes > last_cache_bytes() && !pages.found();
 }
 
 // Calls body(block, past_caches) for blocks of columns of a channel axis, whose part of `out`, one of `tensors` in

@@ -115,11 +115,13 @@ constexpr Cost sm90_scores_again(const ProductShape& s, const DeviceFacts& d) {
   return unit_rows(s, *d.rates, 1) + overlapped_scores(s, *d.rates, d.rates->sm90_scores.value);
 }
 
-// Arithmetic, E and what a block reads of the weighted features, once for each of its tiles, run beside each other.
+// Arithmetic, E and what a block reads of the weighted features, once for each of its
+// tiles (or its cluster's), run beside each other.
 constexpr Cost sm90_backward(const ProductShape& s, const DeviceFacts& d) {
   const Rates& r = *d.rates;
-  const double reads = double(s.dim * s.item) /
-                       tiles::dispatch_sm90_gradient(s.dim, [&]<class S>() { return double(S::kClasses); });
+  const double reads = double(s.dim * s.item) / tiles::dispatch_sm90_gradient(s.dim, [&]<class S>() {
+                         return double(S::kClasses * S::kCluster);
+                       });
   const double product = larger(flops(s) / r.sm90_weight_gradient.value, reads / r.cache_bandwidth.value);
   return {larger(product, double(s.item) / r.bandwidth.value),
           2 * double(s.dim * s.wide()) / r.bandwidth.value, 1};

@@ -114,9 +114,10 @@ struct Sm80WeightGradient {
 };
 
 // sm90_weight_gradient.cu. Two warpgroups multiply; each has kDown_ tiles of 64 classes x kWide_ columns, and they stand
-// along the classes or, with kAcross_ = 2, along the columns.
-template <int kAcross_, int kDown_, int kWide_>
+// along the classes or, with kAcross_ = 2, along the columns. kCluster_ blocks share what they read of the features.
+template <int kAcross_, int kDown_, int kWide_, int kCluster_>
 struct Sm90WeightGradient {
+  static constexpr int kCluster = kCluster_;
   static constexpr int kAcross = kAcross_, kDown = kDown_, kWide = kWide_;
   static constexpr int kMultipliers = 2;  // warpgroups
   static constexpr int kClasses = 64 * kDown * kMultipliers / kAcross;
@@ -143,9 +144,9 @@ constexpr int64_t kSm90GradientColumns = 512;
 // f.template operator()<S>() with the one for these columns.
 template <class F>
 constexpr auto dispatch_sm90_gradient(int64_t dim, const F& f) {
-  if (dim <= 128) return f.template operator()<Sm90WeightGradient<1, 2, 128>>();
-  if (dim <= 256) return f.template operator()<Sm90WeightGradient<1, 1, 256>>();
-  return f.template operator()<Sm90WeightGradient<2, 1, 256>>();
+  if (dim <= 128) return f.template operator()<Sm90WeightGradient<1, 2, 128, 1>>();
+  if (dim <= 256) return f.template operator()<Sm90WeightGradient<1, 1, 256, 2>>();
+  return f.template operator()<Sm90WeightGradient<2, 1, 256, 2>>();
 }
 
 // sm80_single_sweep.cu, for rows of kColumns.

@@ -11,7 +11,7 @@ from normface_ext import functional, reference
 
 from .case import Case, case, number, randn
 
-# Rows that a warp takes four, two and one at a time (by their bytes), those of which it keeps a part, and those
+# Rows that a warp takes four, two and one at a time, by their bytes, rows of which it keeps a part, and those
 # of no whole vectors; the channel axis of NCHW; an axis that needs a copy.
 ROWS = [((33, 40), 1), ((5, 31), 1), ((7, 120), 1), ((3, 256), 1), ((3, 1104), 1), ((2, 2200), 1)]
 ROWS += [((2, 7, 3, 35), 1), ((6, 9), 0)]

@@ -34,9 +34,9 @@ thread_local bool in_kernel = false;
 std::vector<std::unique_ptr<Thread>> threads;
 std::vector<Warp> warps;
 
-int thread_id() { return place.thread; }
-int threads_per_block() { return place.threads; }
-int64_t block_id() { return place.block_x; }
+int thread_id() { return place.thread % place.of_block; }
+int threads_per_block() { return place.of_block; }
+int64_t block_id() { return place.block_x + rank(); }
 int64_t block_count() { return place.blocks_x; }
 int64_t block_y() { return place.block_y; }
 int64_t block_count_y() { return place.blocks_y; }
@@ -85,8 +85,7 @@ std::string failure;
 std::string launched;  // names of kernels since somebody asked, a line each
 
 std::string block_name() {
-  return kernel_name + ": block (" + std::to_string(place.block_x) + ", " + std::to_string(place.block_y) +
-         ")";
+  return kernel_name + ": block (" + std::to_string(block_id()) + ", " + std::to_string(place.block_y) + ")";
 }
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -172,8 +171,8 @@ std::string who_waits_where() {
 
 // A warp runs until none of its lanes can go on before the next has its turn. That is as far apart
 // as warps can drift between two barriers of the block.
-void run_block(int count, size_t shared_bytes, Order& order) {
-  place.threads = count;
+void run_block(size_t shared_bytes, Order& order) {
+  const int count = place.threads;
   exited = 0;
   warps.assign((count + kWarp - 1) / kWarp, Warp{});
   for (int thread = 0; thread < count; ++thread) {
@@ -211,7 +210,7 @@ void run_block(int count, size_t shared_bytes, Order& order) {
   }
 }
 
-void check_limits(const char* name, int64_t blocks_x, int64_t blocks_y, int threads_per_block,
+void check_limits(const char* name, int64_t blocks_x, int64_t blocks_y, int cluster, int threads_per_block,
                   size_t shared_bytes) {
   const auto check = [&](const char* what, int64_t least, int64_t most, int64_t got) {
     if (got >= least && got <= most) return;
@@ -220,7 +219,11 @@ void check_limits(const char* name, int64_t blocks_x, int64_t blocks_y, int thre
   };
   check("blocks along x", 0, INT32_MAX, blocks_x);
   check("blocks along y", 0, 65535, blocks_y);
-  check("threads per block", 1, kMaxThreads, threads_per_block);
+  check("blocks of a cluster", 1, kMostBlocks, cluster);
+  check("blocks beyond whole clusters", 0, 0, blocks_x % cluster);
+  check("threads per block", 1, kMaxThreads / cluster, threads_per_block);
+  check("threads beyond whole warpgroups in a cluster", 0, 0,
+        cluster > 1 ? threads_per_block % kWarpgroup : 0);
   check("bytes of shared memory", 0, kSharedLimit, static_cast<int64_t>(shared_bytes));
 }
 
@@ -236,26 +239,29 @@ void fail(const char* format, ...) {
   for (;;) Fibre::suspend();
 }
 
-void run(const char* name, int64_t blocks_x, int64_t blocks_y, int threads_per_block, size_t shared_bytes,
-         const std::function<void()>& kernel_of_thread) {
+void run(const char* name, int64_t blocks_x, int64_t blocks_y, int cluster, int threads_per_block,
+         size_t shared_bytes, const std::function<void()>& kernel_of_thread) {
   const std::lock_guard<std::mutex> lock(one_at_a_time);
-  check_limits(name, blocks_x, blocks_y, threads_per_block, shared_bytes);
+  check_limits(name, blocks_x, blocks_y, cluster, threads_per_block, shared_bytes);
   kernel = &kernel_of_thread;
   kernel_name = name;
   launched += kernel_name + "\n";
   failure.clear();
-  while (threads.size() < static_cast<size_t>(threads_per_block)) {
+  place.of_block = threads_per_block;
+  place.threads = cluster * threads_per_block;
+  while (threads.size() < static_cast<size_t>(place.threads)) {
     threads.push_back(std::make_unique<Thread>());
   }
   launch_begins();
   Order order;
   try {
-    for (const int64_t block : order.arrange(blocks_x * blocks_y)) {
-      place.block_x = block % blocks_x;
-      place.block_y = block / blocks_x;
+    const int64_t clusters_x = blocks_x / cluster;
+    for (const int64_t block : order.arrange(clusters_x * blocks_y)) {
+      place.block_x = block % clusters_x * cluster;
+      place.block_y = block / clusters_x;
       place.blocks_x = blocks_x;
       place.blocks_y = blocks_y;
-      run_block(threads_per_block, shared_bytes, order);
+      run_block(shared_bytes, order);
     }
   } catch (...) {
     for (const auto& thread : threads) thread->fibre.abandon();

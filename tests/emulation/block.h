@@ -30,13 +30,18 @@ constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kSharedLimit = 227 * 1024;  // bytes per block on compute capability 9.0
 
-// Where the running thread stands.
+constexpr int kMostBlocks = 2;  // of a cluster
+
+// Where the running thread stands. The blocks of a cluster run together, as one: its threads are those of the first
+// block, then those of the second. block_x is the first one's.
 struct Place {
-  int thread, threads;
+  int thread, threads, of_block;
   int64_t block_x, blocks_x;
   int64_t block_y, blocks_y;
 };
 extern Place place;
+inline int rank_of(int thread) { return thread / place.of_block; }
+inline int rank() { return rank_of(place.thread); }
 // The same for kernels, whose own accesses to memory are watched and so cost more.
 int thread_id();
 int threads_per_block();
@@ -45,10 +50,10 @@ int64_t block_count();
 int64_t block_y();
 int64_t block_count_y();
 
-// Runs `kernel` once for every thread of every block, and throws std::runtime_error if any of them
+// Runs `kernel` once for every thread of every block, `cluster` neighbours along x together, and throws std::runtime_error if any of them
 // breaks a rule. NORMFACE_EMULATION_ORDER decides who goes first: "forward" (the default),
 // "reverse", or a number, the seed of a shuffle of blocks, of warps and of lanes.
-void run(const char* name, int64_t blocks_x, int64_t blocks_y, int threads, size_t shared_bytes,
+void run(const char* name, int64_t blocks_x, int64_t blocks_y, int cluster, int threads, size_t shared_bytes,
          const std::function<void()>& kernel);
 
 // Whether this operating-system thread is inside a kernel, and not in the code around a launch.
@@ -59,8 +64,9 @@ extern thread_local bool in_kernel [[gnu::tls_model("initial-exec")]];
 // sanitizer's hook. Kernels hold nothing that needs a destructor.
 [[noreturn]] [[gnu::format(printf, 1, 2)]] void fail(const char* format, ...);
 
-// Waits for every thread of the block.
+// Waits for every thread of the block, or of the cluster.
 void meet_block(Where where);
+void meet_cluster(Where where);
 
 // Waits for the lanes of `mask`, who must come for the same `kind` of meeting with the same mask
 // and from the same line. The last to come calls complete() with what each lane brought, by lane.

@@ -14,7 +14,7 @@ constexpr int kRegisters = 64 * 1024;  // of a multiprocessor
 constexpr int kMostOfAThread = 248;
 
 struct Budget {
-  int left;                                 // of what the block was launched with
+  int left[kMostBlocks];                    // of what each block was launched with
   int of_thread[kMaxThreads / kWarpgroup];  // of each warpgroup
   int wanted[kMaxThreads / kWarpgroup];     // 0 for nothing
 };
@@ -27,8 +27,9 @@ struct Asked {
 
 bool take(int group) {
   const int more = (budget.wanted[group] - budget.of_thread[group]) * kWarpgroup;
-  if (more > budget.left) return false;
-  budget.left -= more;
+  int& left = budget.left[rank_of(group * kWarpgroup)];
+  if (more > left) return false;
+  left -= more;
   budget.of_thread[group] = std::exchange(budget.wanted[group], 0);
   return true;
 }
@@ -45,7 +46,8 @@ void change(void* const* offers) {
   budget.wanted[group] = asked.count;
   take(group);
   for (int other = 0; other < place.threads / kWarpgroup; ++other) {
-    if (budget.wanted[other] == 0 || other == group || !take(other)) continue;
+    if (budget.wanted[other] == 0 || other == group) continue;
+    if (rank_of(other * kWarpgroup) != rank() || !take(other)) continue;
     for (int thread = other * kWarpgroup; thread < (other + 1) * kWarpgroup; ++thread)
       if (threads[thread]->on == &budget.wanted[other]) set_ready(thread);
   }
@@ -53,7 +55,7 @@ void change(void* const* offers) {
 
 std::string wanted_of(const void* wanted) {
   return std::to_string(*static_cast<const int*>(wanted)) + " registers a thread, with " +
-         std::to_string(budget.left / kWarpgroup) + " more to be had";
+         std::to_string(budget.left[rank()] / kWarpgroup) + " more to be had";
 }
 
 }  // namespace
@@ -66,7 +68,7 @@ void set_registers(bool up, int count, Where where) {
 }
 
 void budget_begins() {
-  const int each = std::min(kRegisters / place.threads / 8 * 8, kMostOfAThread);
+  const int each = std::min(kRegisters / place.of_block / 8 * 8, kMostOfAThread);
   budget = {};
   std::ranges::fill(budget.of_thread, each);
 }

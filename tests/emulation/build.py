@@ -43,6 +43,7 @@ NAMESPACES = {
     "emulation": "normface_emulation",
     "faults": "normface_faults",
     "faults_hopper": "normface_faults_hopper",
+    "faults_cluster": "normface_faults_cluster",
     "cpu": "normface_sanitized",
 }
 
@@ -164,7 +165,7 @@ def nvcc() -> str | None:
 def build_faults_with_nvcc(name: str = "faults") -> tuple[Path, str]:
     """The faults against the real headers, and what the compiler said.
 
-    faults is PTX for two generations, which any GPU since can run; faults_hopper is for Hopper alone.
+    faults is PTX for two generations, which any GPU since can run; the others are for Hopper alone.
     """
     real = runpy.run_path(str(ROOT / "setup.py"))
     library = OUTPUT / "nvcc" / f"{name}.so"

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kWarps = kMaxThreads / kWarp;
 
-uint64_t block_synced = 1;                    // the last sync_block
+uint64_t block_synced[kMostBlocks];           // the last sync_block
 uint64_t warp_synced[kWarps];                 // the last sync_warp of all lanes
 uint64_t lanes_synced[kWarps][kWarp][kWarp];  // the last of fewer, for each pair of lanes
 
@@ -28,11 +28,16 @@ uint64_t joined[kWarps];                // when a warp's rows were made one
 
 std::vector<std::string> agents;
 
+// The last sync_block of both.
+uint64_t blocks_met(int me, int other) {
+  return rank_of(me) == rank_of(other) ? block_synced[rank_of(me)] : 0;
+}
+
 int warp_of(int thread) { return thread / kWarp; }
 int lane_of(int thread) { return thread % kWarp; }
 
 uint64_t knows_until(int me, int other) {
-  uint64_t until = std::max(block_synced, known[me][other]);
+  uint64_t until = std::max(blocks_met(me, other), known[me][other]);
   if (warp_of(me) != warp_of(other)) return until;
   return std::max({until, warp_synced[warp_of(me)], lanes_synced[warp_of(me)][lane_of(me)][lane_of(other)]});
 }
@@ -46,9 +51,10 @@ Touch touch_by(int actor) {
 }
 
 bool knows(int thread, const Touch& touch) {
-  if (touch.warp >= kSeveralBlocks) return touch.warp == kSeveralWarps && touch.time < block_synced;
+  if (touch.warp >= kSeveralBlocks)
+    return touch.warp == kSeveralWarps && touch.time < block_synced[rank_of(thread)];
   const bool of_agent = is_of_agent(touch);
-  if (!of_agent && touch.time < block_synced) return true;
+  if (!of_agent && touch.time < blocks_met(thread, touch.warp * kWarp)) return true;
   if (!of_agent && touch.warp == warp_of(thread) && touch.time < warp_synced[touch.warp]) return true;
   for (unsigned lanes = touch.lanes; lanes != 0; lanes &= lanes - 1) {
     const int actor = touch.warp * kWarp + std::countr_zero(lanes);
@@ -62,7 +68,8 @@ bool sees_fenced(int thread, const Touch& store) {
   if (store.warp >= kSeveralBlocks) return false;
   for (unsigned lanes = store.lanes; lanes != 0; lanes &= lanes - 1) {
     const int actor = store.warp * kWarp + std::countr_zero(lanes);
-    if (store.time >= std::max(fenced[thread][actor], fenced_in_block[actor])) return false;
+    const uint64_t in_block = rank_of(thread) == rank_of(actor) ? fenced_in_block[actor] : 0;
+    if (store.time >= std::max(fenced[thread][actor], in_block)) return false;
   }
   return true;
 }
@@ -113,8 +120,9 @@ void Clock::release() {
   fenced.resize(place.threads);
   // Whole warps first: what a barrier of the block told is told of all.
   for (int other = 0; other < place.threads; ++other) {
-    raise(known[other], std::max(block_synced, emulation::known[me][other]));
-    raise(fenced[other], std::max(fenced_in_block[other], emulation::fenced[me][other]));
+    const bool same_block = rank_of(me) == rank_of(other);
+    raise(known[other], std::max(blocks_met(me, other), emulation::known[me][other]));
+    raise(fenced[other], std::max(same_block ? fenced_in_block[other] : 0, emulation::fenced[me][other]));
   }
   for (int other = warp_of(me) * kWarp; other < std::min((warp_of(me) + 1) * kWarp, place.threads); ++other)
     raise(known[other], knows_until(me, other));
@@ -133,21 +141,25 @@ void Clock::acquire(int me) const {
 }
 
 void clocks_begin() {
-  block_began = block_synced = ++now;
+  block_began = ++now;
+  std::ranges::fill(block_synced, now);
   clocks_run = false;
   agents.clear();
 }
 
 void met_in_block() {
-  block_synced = ++now;
+  block_synced[rank()] = ++now;
   if (!clocks_run) return;
-  for (int thread = 0; thread < place.threads; ++thread)
-    raise(fenced_in_block[thread], fenced[thread][thread]);
-  for (size_t agent = kMaxThreads; agent < kMaxThreads + agents.size(); ++agent) {
+  const int first = rank() * place.of_block, end = first + place.of_block;
+  for (int thread = first; thread < end; ++thread) raise(fenced_in_block[thread], fenced[thread][thread]);
+  const auto tell_all = [&](int actor) {
     uint64_t all = 0;
-    for (int thread = 0; thread < place.threads; ++thread) raise(all, known[thread][agent]);
-    for (int thread = 0; thread < place.threads; ++thread) known[thread][agent] = all;
-  }
+    for (int thread = first; thread < end; ++thread) raise(all, known[thread][actor]);
+    for (int thread = first; thread < end; ++thread) known[thread][actor] = all;
+  };
+  for (int other = 0; other < place.threads; ++other)
+    if (rank_of(other) != rank()) tell_all(other);
+  for (size_t agent = kMaxThreads; agent < kMaxThreads + agents.size(); ++agent) tell_all(int(agent));
 }
 
 // What lanes have from clocks they tell one another.

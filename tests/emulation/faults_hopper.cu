@@ -19,6 +19,7 @@ using namespace nf;
   DO(no_wait_for_loads) DO(wrong_parity_of_consumers) DO(wrong_parity_of_producer) \
   DO(too_few_bytes) DO(too_many_bytes) DO(loaded_twice) \
   DO(freed_before_wgmma_wait) DO(freed_one_too_early) DO(freed_by_one_of_many) \
+  DO(factor_overwritten) \
   DO(read_before_wgmma_wait) DO(written_before_wgmma_wait) DO(no_wgmma_wait) \
   DO(no_wgmma_commit) DO(no_wgmma_fence) DO(no_wgmma_fence_of_a) \
   DO(strides_exchanged) DO(lies_otherwise) DO(begins_between) \
@@ -173,6 +174,7 @@ product(NF_TENSOR_MAP of_out, NF_TENSOR_MAP of_a, NF_TENSOR_MAP of_b, int64_t de
       if (kFault != no_wgmma_commit) wgmma_commit();
       Barrier* const stage = empty + place.stage;
       if (kFault == freed_before_wgmma_wait) free(stage);
+      if (kFault == factor_overwritten) *reinterpret_cast<uint32_t*>(a) = 0;
       if (kFault == written_before_wgmma_wait) d[kN / 2 - 1] = 0;
       if (kFault == read_before_wgmma_wait && d[0] > 1e30f) return;
       if (kInFlight) {

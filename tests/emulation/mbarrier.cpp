@@ -145,17 +145,39 @@ void wait_at_barrier(void* at, unsigned parity, Where where) {
   std::erase(barrier.woken, place.thread);
 }
 
-void load_to_barrier(void* at, const Load& load) {
-  Barrier& barrier = barrier_at("load_box", at);
+void arrive_at_barrier_of(void* at, int of_rank) {
+  const int first = of_rank * place.of_block;
+  void* const there = in_block(at, of_rank);
+  const auto exited = [](const auto& thread) { return thread->state == Thread::kExited; };
+  if (std::all_of(threads.begin() + first, threads.begin() + first + place.of_block, exited))
+    fail("barrier_arrive_of block %d of the cluster, which has exited", of_rank);
+  arrive_at_barrier(there, 0);
+}
+
+namespace {
+
+// Bytes may come from another block before they are expected here, within the phase.
+void load(const char* kind, void* at, const Load& load, bool from_elsewhere) {
+  Barrier& barrier = barrier_at(kind, at);
   if (!barrier.fenced) fail("load_box to a barrier that was made with no fence_barriers after");
   const int64_t bytes = bytes_of(load);
-  if (barrier.expected - barrier.issued < bytes)
+  if (barrier.expected - barrier.issued < bytes && !from_elsewhere)
     fail("load_box of %ld bytes to the barrier at %s, which expects %ld more in this phase", long(bytes),
          name_of(reinterpret_cast<uintptr_t>(at)).c_str(), long(barrier.expected - barrier.issued));
   begin_load(load, barrier.agent);
   barrier.issued += bytes;
   barrier.loads.push_back({load, barrier.phase});
   end_phase_if_complete(barrier);
+}
+
+}  // namespace
+
+void load_to_barrier(void* at, const Load& one) { load("load_box", at, one, false); }
+
+void load_to_barriers(void* at, const Load& one) {
+  for (int block = 0; block * place.of_block < place.threads; ++block)
+    load("load_box_to_all", in_block(at, block), {one.from, one.row, one.column, in_block(one.to, block)},
+         block != rank());
 }
 
 void hear_of_waits() { unheard[place.thread] = false; }

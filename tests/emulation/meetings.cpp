@@ -12,8 +12,13 @@
 namespace nf::emulation {
 namespace {
 
-int waiting_in_block = 0;
-int first_in_block = 0;  // the first of those who wait
+// Of a block, and of the cluster.
+struct All {
+  int waiting;
+  int first;  // of those who wait
+};
+All blocks[kMostBlocks], cluster;
+Clock of_cluster;
 
 // Of a warpgroup.
 struct Meeting {
@@ -29,35 +34,56 @@ struct Numbered {
   Clock clock;
 };
 constexpr int kNumbered = 16;
-Numbered numbered[kNumbered];  // 0 is sync_block's
+Numbered numbered[kMostBlocks][kNumbered];  // 0 is sync_block's
 
 }  // namespace
 
 void meetings_begin() {
-  waiting_in_block = 0;
+  for (All& block : blocks) block.waiting = 0;
+  cluster.waiting = 0;
+  of_cluster.clear();
   for (Meeting& meeting : meetings) meeting.waiting = 0;
-  for (Numbered& barrier : numbered) {
-    barrier.came = 0;
-    barrier.waiting.clear();
-    barrier.clock.clear();
+  for (auto& of_block : numbered)
+    for (Numbered& barrier : of_block) {
+      barrier.came = 0;
+      barrier.waiting.clear();
+      barrier.clock.clear();
+    }
+}
+
+// Whether the running thread is the last of `count` to come; else it has waited.
+static bool come_to(All& all, const char* kind, int count, Where where) {
+  if (all.waiting == 0) all.first = place.thread;
+  const Where expected = all.waiting == 0 ? where : threads[all.first]->where;
+  if (!same(where, expected)) {
+    fail("%s at %s, while thread %d waits in the one at %s", kind, text_of(where).c_str(), all.first,
+         text_of(expected).c_str());
   }
+  all.waiting += 1;
+  if (all.waiting < count) {
+    stop(Thread::kInBlockMeeting, kind, where);
+    return false;
+  }
+  all.waiting = 0;
+  return true;
 }
 
 void meet_block(Where where) {
-  if (waiting_in_block == 0) first_in_block = place.thread;
-  const Where expected = waiting_in_block == 0 ? where : threads[first_in_block]->where;
-  if (!same(where, expected)) {
-    fail("sync_block at %s, while thread %d waits in the one at %s", text_of(where).c_str(), first_in_block,
-         text_of(expected).c_str());
-  }
-  waiting_in_block += 1;
-  if (waiting_in_block < place.threads) {
-    return stop(Thread::kInBlockMeeting, "sync_block", where);
-  }
-  waiting_in_block = 0;
-  for (int thread = 0; thread < place.threads; ++thread) threads[thread]->state = Thread::kReady;
-  for (Warp& warp : warps) warp.ready = warp.present;
+  if (!come_to(blocks[rank()], "sync_block", place.of_block, where)) return;
+  const int first = rank() * place.of_block;
+  for (int thread = first; thread < first + place.of_block; ++thread) set_ready(thread);
   met_in_block();
+}
+
+void meet_cluster(Where where) {
+  of_cluster.release();
+  if (come_to(cluster, "sync_cluster", place.threads, where)) {
+    for (int thread = 0; thread < place.threads; ++thread) {
+      of_cluster.acquire(thread);
+      set_ready(thread);
+    }
+    of_cluster.clear();
+  }
 }
 
 namespace {
@@ -144,9 +170,9 @@ namespace {
 // The running thread comes to a numbered barrier; whether it is the last.
 bool come_to(const char* kind, int number, int expected) {
   if (number < 1 || number >= kNumbered) fail("%s with barrier %d, expected 1 ... 15", kind, number);
-  if (expected <= 0 || expected % kWarp != 0 || expected > place.threads)
+  if (expected <= 0 || expected % kWarp != 0 || expected > place.of_block)
     fail("%s with %d threads, expected a multiple of 32, at most those of the block", kind, expected);
-  Numbered& barrier = numbered[number];
+  Numbered& barrier = numbered[rank()][number];
   if (barrier.came == 0) barrier.expected = expected;
   if (barrier.expected != expected)
     fail("%s with %d threads at barrier %d, where others expect %d", kind, expected, number,
@@ -165,13 +191,13 @@ bool come_to(const char* kind, int number, int expected) {
 std::string missing_at(const void* at) {
   const auto& barrier = *static_cast<const Numbered*>(at);
   return std::to_string(barrier.expected - barrier.came) + " more threads at barrier " +
-         std::to_string(&barrier - numbered);
+         std::to_string((&barrier - numbered[0]) % kNumbered);
 }
 
 }  // namespace
 
 void sync_threads(int number, int expected, Where where) {
-  Numbered& barrier = numbered[number % kNumbered];
+  Numbered& barrier = numbered[rank()][number % kNumbered];
   if (!come_to("sync_threads", number, expected)) {
     barrier.waiting.push_back(place.thread);
     return wait_for("sync_threads", where, &barrier, missing_at);
@@ -181,7 +207,7 @@ void sync_threads(int number, int expected, Where where) {
 }
 
 void arrive_threads(int number, int expected) {
-  if (come_to("arrive_threads", number, expected)) numbered[number].clock.clear();
+  if (come_to("arrive_threads", number, expected)) numbered[rank()][number].clock.clear();
 }
 
 }  // namespace nf::emulation

@@ -38,16 +38,17 @@ struct Copies {
   std::vector<Copy> in_flight;
 };
 
-alignas(kGap) unsigned char arena[kArena];
-std::vector<Array> arrays;
+alignas(kGap) unsigned char arenas[kMostBlocks][kArena];
+static_assert(kArena % kGap == 0);
+std::vector<Array> arrays_of[kMostBlocks];
 size_t bytes_given = 0;
 Copies copies_of[kMaxThreads];
 
 const Array* array_of(const void* address, size_t bytes) {
   const auto* first = static_cast<const unsigned char*>(address);
-  for (const Array& array : arrays) {
-    if (first >= array.begin && first + bytes <= array.begin + array.bytes) return &array;
-  }
+  for (const std::vector<Array>& arrays : arrays_of)
+    for (const Array& array : arrays)
+      if (first >= array.begin && first + bytes <= array.begin + array.bytes) return &array;
   return nullptr;
 }
 
@@ -59,12 +60,15 @@ void begin_shared(size_t bytes, int threads) {
     copies_of[thread].in_flight.clear();
   }
   bytes_given = bytes;
-  arrays.clear();
-  if (bytes > 0) {
-    ASAN_UNPOISON_MEMORY_REGION(arena, kArena);
-    memset(arena, 0xff, bytes + kMaxArrays * kGap);
+  for (int block = 0; block < kMostBlocks; ++block) {
+    unsigned char* const arena = arenas[block];
+    arrays_of[block].clear();
+    if (bytes > 0 && block * place.of_block < threads) {
+      ASAN_UNPOISON_MEMORY_REGION(arena, kArena);
+      memset(arena, 0xff, bytes + kMaxArrays * kGap);
+    }
+    ASAN_POISON_MEMORY_REGION(arena, kArena);  // until it is taken
   }
-  ASAN_POISON_MEMORY_REGION(arena, kArena);  // until it is taken
 }
 
 unsigned char* take_shared(int index, size_t offset, size_t bytes, Where where) {
@@ -72,8 +76,9 @@ unsigned char* take_shared(int index, size_t offset, size_t bytes, Where where) 
     fail("takes %zu bytes of shared memory after %zu, but the launch gave %zu", bytes, offset, bytes_given);
   }
   if (index == kMaxArrays) fail("takes more than %d shared arrays", kMaxArrays);
+  std::vector<Array>& arrays = arrays_of[rank()];
   if (index == static_cast<int>(arrays.size())) {
-    unsigned char* const begin = arena + offset + kGap * index;
+    unsigned char* const begin = arenas[rank()] + offset + kGap * index;
     ASAN_UNPOISON_MEMORY_REGION(begin, bytes);
     arrays.push_back({offset, bytes, begin, where});
   }
@@ -85,13 +90,23 @@ unsigned char* take_shared(int index, size_t offset, size_t bytes, Where where) 
   return array.begin;
 }
 
-uint32_t shared_address(const void* address) {
-  if (!is_shared(address)) fail("%p is not in shared memory", address);
-  return static_cast<uint32_t>(static_cast<const unsigned char*>(address) - arena);
+unsigned char* in_block(const void* address, int of_rank) {
+  if (of_rank < 0 || of_rank * place.of_block >= place.threads)
+    fail("block %d of a cluster has none", of_rank);
+  return arenas[of_rank] + (static_cast<const unsigned char*>(address) - arenas[rank()]);
 }
-unsigned char* at_shared_address(uint32_t address) { return arena + address; }
 
-bool is_shared(const void* address) { return address >= arena && address < arena + kArena; }
+uint32_t shared_address(const void* address) {
+  const auto* at = static_cast<const unsigned char*>(address);
+  if (at < arenas[rank()] || at >= arenas[rank()] + kArena)
+    fail("%p is not in shared memory of this block", address);
+  return static_cast<uint32_t>(at - arenas[rank()]);
+}
+unsigned char* at_shared_address(uint32_t address) { return arenas[rank()] + address; }
+
+bool is_shared(const void* address) {
+  return address >= arenas[0] && address < arenas[0] + kMostBlocks * kArena;
+}
 
 bool is_in_one_array(const void* address, size_t bytes) { return array_of(address, bytes); }
 

@@ -1,4 +1,4 @@
-// The shared memory of the block that is running.
+// The shared memory of the block that is running, or of each block of a cluster.
 //
 // Its bytes are 0xFF before each block, which reads as NaN in every floating type: what a kernel
 // forgets to write cannot pass for a zero.
@@ -18,6 +18,8 @@ void begin_shared(size_t bytes, int threads);
 unsigned char* take_shared(int index, size_t offset, size_t bytes, Where where);
 
 bool is_shared(const void* address);
+// The same place of another block of the cluster.
+unsigned char* in_block(const void* address, int of_rank);
 // What a descriptor of wgmma calls an address, 18 bits, and back.
 uint32_t shared_address(const void* address);
 unsigned char* at_shared_address(uint32_t address);

@@ -73,6 +73,7 @@ NF_DEVICE int64_t atomic_add(int64_t* at, int64_t value) {
 struct Grid {
   int64_t x;
   int64_t y = 1;
+  int cluster = 1;  // neighbours along x that run together (cluster.cuh): x is a multiple of it
 };
 
 // The device a tensor lives on, made current for as long as this object lives, and the stream
@@ -116,9 +117,22 @@ void launch(const char* name, Queue& queue, void (*kernel)(Parameters...), Grid 
 
   allow_shared(reinterpret_cast<const void*>(kernel), queue.device(), shared_bytes, name);
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
-  kernel<<<blocks, static_cast<unsigned>(threads), shared_bytes, queue.stream()>>>(
-      static_cast<Parameters>(arguments)...);
-  check_cuda(cudaGetLastError(), name);
+  if (grid.cluster == 1) {
+    kernel<<<blocks, static_cast<unsigned>(threads), shared_bytes, queue.stream()>>>(
+        static_cast<Parameters>(arguments)...);
+    return check_cuda(cudaGetLastError(), name);
+  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = queue.stream();
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
 }
 
 }  // namespace nf

@@ -60,7 +60,8 @@ NF_DEVICE void prefetch_map(const TensorMap& map) {
 #endif
 }
 
-// The box whose first value is (row, column), into `shared`; its bytes arrive at `barrier`. One thread.
+// The box whose first value is (row, column), into `shared`; its bytes arrive at `barrier`, which expects them already.
+// One thread.
 NF_DEVICE void load_box(void* shared, const TensorMap& map, int64_t row, int64_t column, Barrier* barrier) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile(

@@ -4,7 +4,8 @@
 //   wgmma_fence(d);                 before the first product of a chain, and after registers of d (or a) were touched
 //   wgmma<…>(d, a, b, add); …       start products d[64, kN] = (add ? d : 0) + a[64, k] b[k, kN]
 //   wgmma_commit();                 close them into a group
-//   wgmma_wait<kPending>(d);        until all but the latest kPending groups are done; d may be read then
+//   wgmma_wait<kPending>(d);        until all but the latest kPending groups are done; d may be read then. Names every
+//                                   array that this gives back
 //
 // Until the wait neither d nor the factors may be touched. k is 16 for 16-bit factors, 8 for tf32.
 //

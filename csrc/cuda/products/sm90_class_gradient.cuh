@@ -67,8 +67,6 @@ template <int kColumns>
 NF_DEVICE void finish_held_classes(const ClassGradient& task, int64_t first, const int* counts, float* row,
                                    float (&g)[kColumns / 2]) {
   if (task.batch > 0) add_held_targets<kColumns>(task, first, counts, row, g);
-  const auto* uniform = static_cast<const float*>(task.uniform);
-  const auto* class_weights = static_cast<const float*>(task.class_weights);
   const int first_column = lane_id() % 4 * 2;
   // Of the lane's two classes both at once, where registers have room for their rows of W; else one after the other,
   // by the same code, with the second's values moved to where the first's were.
@@ -83,13 +81,15 @@ NF_DEVICE void finish_held_classes(const ClassGradient& task, int64_t first, con
       const int64_t place = first + 8 * (round + h) + lane_id() / 4;
       j[h] = task.first + place, exists[h] = place < task.width;
       scale[h] = held_scale(task, place);
-      if (uniform == nullptr) continue;
-      const float of_class = exists[h] && class_weights != nullptr ? class_weights[j[h]] : 1.0f;
+      if (task.uniform == nullptr) continue;
+      const UnitGradient<float> gradient(task, exists[h] ? j[h] : task.first);
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
-        for (int k = 0; k < 2; ++k)
-          if (8 * n < task.dim) g[4 * n + 2 * h + k] += of_class * uniform[8 * n + first_column + k];
+        for (int k = 0; k < 2; ++k) {
+          float& value = g[4 * n + 2 * h + k];
+          if (8 * n < task.dim) value = gradient(value, 8 * n + first_column + k);
+        }
     }
     task.weight.visit<float>([&]<class S>(const S* weight) {
       Vector<S, 2> w[kAtOnce][kColumns / 8];
@@ -103,12 +103,12 @@ NF_DEVICE void finish_held_classes(const ClassGradient& task, int64_t first, con
         }
 #pragma unroll
       for (int h = 0; h < kAtOnce; ++h) {
-        const float outer = scale[h].outer, inner = scale[h].inner;
         float radial = 0;
 #pragma unroll
         for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
-          for (int k = 0; k < 2; ++k) radial += float(w[h][n].at[k]) * outer * inner * g[4 * n + 2 * h + k];
+          for (int k = 0; k < 2; ++k)
+            radial += float(w[h][n].at[k]) * scale[h].outer * scale[h].inner * g[4 * n + 2 * h + k];
         radial += shuffle_xor(radial, 1);
         radial += shuffle_xor(radial, 2);
         if (!exists[h]) continue;
@@ -118,11 +118,9 @@ NF_DEVICE void finish_held_classes(const ClassGradient& task, int64_t first, con
           if (8 * n >= task.dim) continue;
           Vector<S, 2> out;
 #pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            const float y = float(w[h][n].at[k]) * outer * inner;
-            const float dw = math::normalize_vjp<float>(g[4 * n + 2 * h + k], y, radial, outer, inner, 0.0f);
-            out.at[k] = S(held_finite<S>(dw, scale[h].norm, float(task.eps), 2));
-          }
+          for (int k = 0; k < 2; ++k)
+            out.at[k] =
+                weight_gradient_at(g[4 * n + 2 * h + k], w[h][n].at[k], radial, scale[h], float(task.eps));
           store_pair(to + 8 * n, out, task.vectors);
         }
       }

@@ -146,12 +146,8 @@ NF_DEVICE void finish_strip(const ClassGradient& task, int64_t first, int first_
       const auto w = load_vector<2>(rows.pair(j, h));
       Vector<S, 2> out;
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float y = float(w.at[e]) * scale[h].outer * scale[h].inner;
-        const float dw = math::normalize_vjp<float>(g[4 * j + 2 * h + e], y, radial[h], scale[h].outer,
-                                                    scale[h].inner, 0.0f);
-        out.at[e] = S(held_finite<S>(dw, scale[h].norm, float(task.eps), 2));
-      }
+      for (int e = 0; e < 2; ++e)
+        out.at[e] = weight_gradient_at(g[4 * j + 2 * h + e], w.at[e], radial[h], scale[h], float(task.eps));
       store_vector(rows.pair(j, h), out);
     }
 }

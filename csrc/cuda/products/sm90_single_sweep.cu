@@ -34,6 +34,8 @@ sm90_single_sweep_kernel(SingleSweep task, NF_TENSOR_MAP x_map, NF_TENSOR_MAP w_
   if (warpgroup_id() == kCopier) {
     registers_down<kForwardCopier>();
     if (thread_id() == kCopier * kWarpgroup) {
+      prefetch_map(w_map);
+      prefetch_map(copy_map);
       load_rows<kTile, kColumns>(b.q, x_map, first_row, b.q_full);
       typename S::Place at(1);
       feed<kColumns>(b, w_map, copy_map, begin, end, at);

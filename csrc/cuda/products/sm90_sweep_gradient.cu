@@ -34,6 +34,8 @@ sm90_sweep_gradient_kernel(SweepGradient task, NF_TENSOR_MAP w_map, NF_TENSOR_MA
     registers_down<kBackwardCopier>();
     const int warp = warp_id() % (kWarpgroup / kWarp);
     if (warp == 0 && lane_id() == 0) {
+      prefetch_map(x_map);
+      prefetch_map(weighted_map);
       RingPlace<1> q(1);
       typename S::Place at(1);
       for (int tile = int(block_id()); tile < tiles; tile += int(block_count()), q.advance()) {

@@ -93,18 +93,24 @@ NF_DEVICE void load_rows(T* shared, const TensorMap& map, int64_t first, Barrier
   for (int c = 0; c < kColumns; c += kBoxColumns) load_box(shared + c * kRows, map, first, c, full);
 }
 
-// The keys [begin, end) and their values, in steps. One thread.
+// The keys [begin, end) and their values, in steps, as they are needed and given back: values a step behind. One thread.
 template <int kColumns>
 NF_DEVICE void feed(const Buffers<kColumns>& b, const TensorMap& keys, const TensorMap& values, int begin,
                     int end, typename Shape<kColumns>::Place& at) {
   using S = Shape<kColumns>;
-  for (int key = begin; key < end; key += S::kKeys, at.advance()) {
-    const int place = at.stage * S::kPart;
+  const auto load_values = [&](int key, const typename S::Place& of) {
+    barrier_wait(b.values_free + of.stage, of.parity);
+    load_rows<S::kKeys, kColumns>(b.values + of.stage * S::kPart, values, key, b.values_full + of.stage);
+  };
+  auto before = at;
+  for (int key = begin; key < end; key += S::kKeys) {
     barrier_wait(b.keys_free + at.stage, at.parity);
-    load_rows<S::kKeys, kColumns>(b.keys + place, keys, key, b.keys_full + at.stage);
-    barrier_wait(b.values_free + at.stage, at.parity);
-    load_rows<S::kKeys, kColumns>(b.values + place, values, key, b.values_full + at.stage);
+    load_rows<S::kKeys, kColumns>(b.keys + at.stage * S::kPart, keys, key, b.keys_full + at.stage);
+    if (key > begin) load_values(key - S::kKeys, before);
+    before = at;
+    at.advance();
   }
+  if (begin < end) load_values(begin + (end - begin - 1) / S::kKeys * S::kKeys, before);
 }
 
 // out += f(Q K^T) V over `steps` > 0 stages from `at` on, of the calling warpgroup's rows; Q has come.

@@ -5,9 +5,11 @@
 // rows of W through the same ring. So while a tile is finished the next one's product is already being fetched. Two
 // warpgroups multiply; then each warp turns the rows of W in its stage into dW (sm90_class_strip.cuh), where they
 // lie, and a bulk copy takes them away. A second warp of the first warpgroup counts meanwhile which classes are
-// targets. Nothing is summed across blocks.
+// targets. Nothing is summed across blocks. Those of a cluster go in step: each copies its share of the weighted
+// features into all of them, which halves what comes from the L2 cache.
 //
 // It has been compiled and emulated, and not run on a GPU yet.
+#include <device/cluster.cuh>
 #include <device/warpgroup.cuh>
 
 #include "cuda/products/sm90_class_strip.cuh"
@@ -29,6 +31,14 @@ struct Shape : Tile {
   static constexpr int kFactorA = T::kClasses / 64 * kBox;  // bytes of E in a stage
   static constexpr int kWBox = T::kPartClasses * kBoxBytes;
 };
+
+// f(the block's next tile), as often in each block of a cluster: the last ones may have no class.
+template <class Tile, class F>
+NF_DEVICE void each_tile(int64_t width, const F& f) {
+  const int64_t classes = Tile::kClasses, rank = block_id() % Tile::kCluster;
+  for (int64_t tile = block_id() * classes; tile - rank * classes < width; tile += block_count() * classes)
+    f(tile);
+}
 
 // What the roles share.
 template <class Tile>
@@ -65,13 +75,18 @@ NF_DEVICE void fetch_tiles(const Room<Tile>& room, const TensorMap& e, const Ten
     barrier_arrive_expect(room.full + at.stage, bytes);
     return room.stage(at.stage);
   };
-  for (int64_t tile = block_id() * S::kClasses; tile < task.width; tile += block_count() * S::kClasses) {
+  each_tile<Tile>(task.width, [&](int64_t tile) {
     for (int64_t row = 0; row < task.batch; row += S::kDepth, at.advance()) {
       char* stage = next(S::kStageBytes);
       for (int box = 0; box < S::kClasses / 64; ++box)
         load_box(stage + box * S::kBox, e, row, tile + box * 64, room.full + at.stage);
-      for (int box = 0; box < S::kColumns / 64; ++box)
-        load_box(stage + S::kFactorA + box * S::kBox, weighted, row, box * 64, room.full + at.stage);
+      for (int box = int(block_id() % S::kCluster); box < S::kColumns / 64; box += S::kCluster) {
+        char* to = stage + S::kFactorA + box * S::kBox;
+        if constexpr (S::kCluster == 1)
+          load_box(to, weighted, row, box * 64, room.full + at.stage);
+        else
+          load_box_to_all<S::kCluster>(to, weighted, row, box * 64, room.full + at.stage);
+      }
     }
     constexpr int kWide = kBoxBytes / int(sizeof(W));
     for (int part = 0; part < S::kParts; ++part, at.advance()) {
@@ -79,7 +94,7 @@ NF_DEVICE void fetch_tiles(const Room<Tile>& room, const TensorMap& e, const Ten
       for (int box = 0; box < S::kColumns / kWide; ++box)
         load_box(stage + box * S::kWBox, w, tile + part * S::kPartClasses, box * kWide, room.full + at.stage);
     }
-  }
+  });
 }
 
 // How many rows have each class of a tile as their target. One warp.
@@ -87,8 +102,7 @@ template <class Tile>
 NF_DEVICE void count_tiles(const Room<Tile>& room, const ClassGradient& task) {
   using S = Shape<Tile>;
   RingPlace<1> at(1);
-  for (int64_t tile = block_id() * S::kClasses; tile < task.width;
-       tile += block_count() * S::kClasses, at.advance()) {
+  each_tile<Tile>(task.width, [&](int64_t tile) {
     barrier_wait(room.taken, at.parity);
     for (int c = lane_id(); c < S::kClasses; c += kWarp) room.counts[c] = 0;
     sync_warp();  // the zeros, before anyone counts
@@ -97,7 +111,8 @@ NF_DEVICE void count_tiles(const Room<Tile>& room, const ClassGradient& task) {
       count_target(task, tile, S::kClasses, i, task.labels[i], room.counts);
     sync_warp();  // all lanes' counts, before they are announced
     if (lane_id() == 0) barrier_arrive(room.counted);
-  }
+    at.advance();
+  });
 }
 
 // A warp of those that multiply.
@@ -113,8 +128,7 @@ class Multiplier {
   NF_DEVICE void run(const TensorMap& dw) {
     RingPlace<1> counts(0);
     unsigned buffer = 0;
-    for (int64_t tile = block_id() * S::kClasses; tile < task_.width;
-         tile += block_count() * S::kClasses, counts.advance(), buffer ^= 1) {
+    each_tile<Tile>(task_.width, [&](int64_t tile) {
       float g[S::kDown][kValues];
       multiply(g);
 #pragma unroll
@@ -124,7 +138,9 @@ class Multiplier {
       sync_warp();  // all lanes' reads of the counts
       if (lane_id() == 0) barrier_arrive(room_.taken);
       finish(tile, g, dw, room_.radial + buffer * S::kAcross * S::kClasses);
-    }
+      counts.advance();
+      buffer ^= 1;
+    });
     wait_stores<0>();
   }
 
@@ -136,8 +152,13 @@ class Multiplier {
   }
   NF_DEVICE int first_column() const { return S::kAcross == 1 ? 0 : group_ * S::kWide; }
 
+  // Every block of the cluster copies into the stage.
   NF_DEVICE void release(int stage) const {
-    if (lane_id() == 0) barrier_arrive(room_.empty + stage);
+    if constexpr (S::kCluster == 1) {
+      if (lane_id() == 0) barrier_arrive(room_.empty + stage);
+    } else {
+      if (lane_id() < S::kCluster) barrier_arrive_of(room_.empty + stage, lane_id());
+    }
   }
   // A stage whose rows are being copied away is given back when the warp has begun something else: the ring is longer
   // than a tile's parts, so what it begins is there by then.
@@ -145,6 +166,7 @@ class Multiplier {
     static_assert(S::kParts < S::kStages);
     if (copied_ < 0) return;
     if (lane_id() == 0) wait_stores_read<0>();
+    sync_warp();  // that wait, before the stage is given to others
     release(copied_);
     copied_ = -1;
   }
@@ -298,21 +320,28 @@ sm90_weight_gradient_kernel(NF_TENSOR_MAP e, NF_TENSOR_MAP weighted, NF_TENSOR_M
   if (thread_id() == 0) {
     for (int stage = 0; stage < S::kStages; ++stage) {
       barrier_init(room.full + stage, 1);
-      barrier_init(room.empty + stage, S::kWarps);
+      barrier_init(room.empty + stage, S::kWarps * S::kCluster);
     }
     barrier_init(room.counted, 1);
     barrier_init(room.taken, S::kWarps);
     fence_barriers();
   }
-  sync_block();  // the barriers, before anyone uses them
+  const auto meet = [] {
+    if constexpr (S::kCluster == 1)
+      sync_block();
+    else
+      sync_cluster();
+  };
+  meet();  // the barriers, before anyone uses them
   if (warpgroup_id() == 0) {
-    registers_down<40>();
+    registers_down<56>();
     if (thread_id() == 0) fetch_tiles<Tile, W>(room, e, weighted, w, task);
     if (warp_id() == 1) count_tiles(room, task);
   } else {
-    registers_up<232>();
+    registers_up<224>();
     Multiplier<Tile, W>(room, task).run(dw);
   }
+  if constexpr (S::kCluster > 1) meet();  // no block ends that another one still tells of a stage
   barriers_held();
 }
 
@@ -339,12 +368,13 @@ void sm90_weight_gradient(Queue& queue, const WeightGradient& task) {
     const TensorMap weighted =
         tensor_map(kName, task.weighted, ScalarType::BFloat16, of.batch, of.dim, of.dim, S::kDepth);
     const TensorMap w = classes(of.weight, 0, S::kPartClasses), dw = classes(of.dw, of.dw_first, kStrip);
-    const int64_t tiles = (of.width + S::kClasses - 1) / S::kClasses;
+    const int64_t clusters = tiles::ceil_div(of.width, S::kClasses * S::kCluster);
+    const int64_t most = tiles::at_least_one(queue.multiprocessors() / S::kCluster);
+    const Grid grid{.x = S::kCluster * std::min(clusters, most), .cluster = S::kCluster};
     dispatch_stored(ScalarType(of.weight.type), [&]<class W>() {
       if constexpr (sizeof(W) < 8)
-        launch("sm90_weight_gradient", queue, sm90_weight_gradient_kernel<Tile, W>,
-               Grid{std::min<int64_t>(tiles, queue.multiprocessors())}, S::kThreads, size_t(S::shared()), e,
-               weighted, w, dw, of);
+        launch("sm90_weight_gradient", queue, sm90_weight_gradient_kernel<Tile, W>, grid, S::kThreads,
+               size_t(S::shared()), e, weighted, w, dw, of);
     });
   });
 }

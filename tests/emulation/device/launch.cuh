@@ -58,6 +58,7 @@ inline int64_t atomic_add(int64_t* at, int64_t value) { return emulation::fetch_
 struct Grid {
   int64_t x;
   int64_t y = 1;
+  int cluster = 1;
 };
 
 // A device of three multiprocessors, so that grid-stride loops go round and splits split even in
@@ -85,7 +86,7 @@ void launch(const char* name, Queue& queue, void (*kernel)(Parameters...), Grid 
     allow_shared(of_kernel, queue.device(), shared_bytes, name);
     emulation::check_granted(name, of_kernel, shared_bytes);
   }
-  emulation::run(name, grid.x, grid.y, threads, shared_bytes,
+  emulation::run(name, grid.x, grid.y, grid.cluster, threads, shared_bytes,
                  // The arguments are no memory of the device: nobody watches who reads them.
                  [&]()
                      __attribute__((no_sanitize_thread)) { kernel(static_cast<Parameters>(arguments)...); });
