@@ -333,7 +333,9 @@ def test_an_agent_with_a_long_list(cuda_lane):  # noqa: F811
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("product", "classes"), [("sm80_single_sweep", 12_480), ("sm90_single_sweep", 52_000)])
+@pytest.mark.parametrize(
+    ("product", "classes"), [("sm80_single_sweep", 12_480), ("sm90_single_sweep", 52_000)]
+)
 def test_a_row_of_many_classes(cuda_lane, product, classes):  # noqa: F811
     """Equal terms, thousands to a block of the single sweep, so that any drift is systematic."""
     lane = cuda_lane
