@@ -51,17 +51,10 @@ BUILD_REQUIREMENTS = {"torch": "torch>=2.11", "ninja": "ninja"}
 TWO_VERSIONS = ["exp", "exp2", "log", "log2"]
 LINK_FLAGS = [f"-Wl,--wrap={name}" for name in TWO_VERSIONS] if sys.platform == "linux" else []
 OLDER_LINUX = "csrc/older_linux.cpp"  # in both libraries
-#: Sources whose kernels are empty below a compute capability (mma.sync on bfloat16, cp.async).
-LEAST_CAPABILITY = {
-    f"sm80_{name}.cu": "8.0"
-    for name in [
-        *("scores", "single_sweep", "weight_gradient"),
-        *("tf32x3_gradient", "tf32x3_scores", "tf32x3_sums"),
-    ]
-}
-
-#: What the names of sources begin with whose instructions no other architecture has (wgmma): compiled for this
-#: one alone, where 9.0 is among the wanted, with or without the "a".
+#: How names of sources begin, and the compute capability below which their kernels are empty (mma.sync).
+LEAST_CAPABILITY = ("sm80_", "8.0")
+#: The same of instructions that no other architecture has (wgmma): compiled for this one alone, where 9.0
+#: is among the wanted, with or without the "a".
 SM90A = ("sm90_", "9.0a")
 
 
@@ -133,10 +126,11 @@ def has_sm90(archs: list[str]) -> bool:
 
 def archs_for(source: str, archs: list[str]) -> list[str]:
     """Those of `archs` that can run the kernels of a source; all of them if none can, for its host code."""
-    if Path(source).name.startswith(SM90A[0]) and has_sm90(archs):
+    name, (prefix, least) = Path(source).name, LEAST_CAPABILITY
+    if name.startswith(SM90A[0]) and has_sm90(archs):
         return [SM90A[1]]
-    least = version_key(LEAST_CAPABILITY.get(Path(source).name, "0.0"))
-    return [arch for arch in archs if version_key(arch) >= least] or archs
+    able = [arch for arch in archs if version_key(arch) >= version_key(least)]
+    return able if name.startswith(prefix) and able else archs
 
 
 def package_dir(name: str) -> Path:

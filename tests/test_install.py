@@ -140,10 +140,14 @@ def test_kernels_are_compiled_only_for_architectures_that_run_them():
     archs = ["7.5", "8.0", "9.0a", "12.0+PTX"]
     assert SETUP["archs_for"]("csrc/cuda/host/normalize.cu", archs) == archs
     assert SETUP["archs_for"]("csrc/cuda/products/sm80_scores.cu", archs) == archs[1:]
-    assert SETUP["archs_for"]("csrc/cuda/products/sm80_scores.cu", ["7.5"]) == [
-        "7.5"
-    ]  # its host code is still asked for
-    assert all((ROOT / "csrc" / "cuda" / "products" / name).exists() for name in SETUP["LEAST_CAPABILITY"])
+    # Its host code is asked for all the same.
+    assert SETUP["archs_for"]("csrc/cuda/products/sm80_scores.cu", ["7.5"]) == ["7.5"]
+    for asked in (archs, ["9.0"], ["8.0", "9.0+PTX"]):
+        assert SETUP["archs_for"]("csrc/cuda/products/sm90_scores.cu", asked) == ["9.0a"]
+    assert SETUP["archs_for"]("csrc/cuda/products/sm90_scores.cu", ["8.0", "10.0"]) == ["8.0", "10.0"]
+    kinds = {path.name.partition("_")[0] for path in (ROOT / "csrc" / "cuda" / "products").glob("*.cu")}
+    prefixes = {SETUP[name][0].rstrip("_") for name in ("LEAST_CAPABILITY", "SM90A")}
+    assert kinds == prefixes | {"simt"}
 
 
 def toolchain(**parts):
