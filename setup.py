@@ -53,8 +53,8 @@ LINK_FLAGS = [f"-Wl,--wrap={name}" for name in TWO_VERSIONS] if sys.platform == 
 OLDER_LINUX = "csrc/older_linux.cpp"  # in both libraries
 #: How names of sources begin, and the compute capability below which their kernels are empty (mma.sync).
 LEAST_CAPABILITY = ("sm80_", "8.0")
-#: The same of those whose instructions no other architecture has (wgmma): compiled for this one alone, where
-#: 9.0 is among the wanted, with or without the "a".
+#: The same of instructions that no other architecture has (wgmma): compiled for this one alone, where 9.0
+#: is among the wanted, with or without the "a".
 SM90A = ("sm90_", "9.0a")
 
 

@@ -1,6 +1,8 @@
 // The kernels of the head's backward other than its products: per row, and per class.
 #pragma once
 
+#include <cstring>
+
 #include "cuda/device/class_gradient.cuh"
 #include "cuda/device/project_row.cuh"
 #include "cuda/host/head.cuh"
@@ -90,15 +92,21 @@ struct RowGradients {
   StoredArray x_hat;     // [N, D], operand type, or null: unit features once more, for scores
   StoredArray weighted;  // [N, D], type of what meets E, or null: times the factor of the row
   SweepRow* sweep_rows;  // [N] or null
-  float*
-      powers;  // [N, up to a multiple of 4], or null: of the factor, powers of two that `weighted` is without
+  float* powers;         // [N, up to a multiple of 4], or null: the powers of two that weighted is without
 };
 
-// The power of two below the size of x, within the normal range of float; 1 where x has none.
-NF_DEVICE double power_of_two_below(double x) {
-  if (x == 0.0 || !std::isfinite(x)) return 1.0;
-  const int exponent = std::ilogb(x);
-  return std::ldexp(1.0, exponent < -126 ? -126 : exponent > 127 ? 127 : exponent);
+// The exponent of x as a power of two may have it that is a normal float, and whose inverse is.
+NF_DEVICE int exponent_of(double x) {
+  uint64_t word;
+  memcpy(&word, &x, sizeof(word));
+  const int exponent = int(word >> 52 & 2047) - 1023;  // far out where x is 0 or no number
+  return exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
+}
+NF_DEVICE double power_of_two(int exponent) {
+  const uint64_t word = uint64_t(exponent + 1023) << 52;
+  double power;
+  memcpy(&power, &word, sizeof(power));
+  return power;
 }
 
 // Everything that is made of one row. A row without a slope is taken as zero: nothing it holds, NaN included,
@@ -142,20 +150,23 @@ row_gradients_kernel(RowGradients<T> task) {
       task.sweep_rows[i] = {power.slope, power.offset, int(ignored ? kElsewhere : features.labels[i])};
     }
   }
-  const double power = task.powers != nullptr ? power_of_two_below(others) : 1.0;
-  if (task.powers != nullptr && lane_id() == 0) {
-    task.powers[i] = float(power);
-    if (i + 1 == rows.batch)
-      for (int64_t j = rows.batch; j % 4 != 0; ++j) task.powers[j] = 0.0f;
-  }
   if (features.dx.data != nullptr) write_grad_features(features, i, ignored, of_row, others, target, uniform);
   if (task.weighted.data == nullptr && task.x_hat.data == nullptr) return;
+  if (task.powers != nullptr) {
+    const int exponent = exponent_of(others);
+    others *= power_of_two(-exponent);
+    if (lane_id() == 0) {
+      task.powers[i] = float(power_of_two(exponent));
+      if (i + 1 == rows.batch)
+        for (int64_t j = rows.batch; j % 4 != 0; ++j) task.powers[j] = 0.0f;
+    }
+  }
   for (int64_t d = lane_id(); d < features.dim; d += kWarp) {
     const double x = ignored ? 0.0 : features.x.template load<double>(i * features.dim + d);
     const double unit = x * of_row.outer * of_row.inner;
     if (task.x_hat.data != nullptr) task.x_hat.template store<T>(i * features.dim + d, T(unit));
     if (task.weighted.data != nullptr)
-      task.weighted.template store<T>(i * features.dim + d, T(others / power * unit));
+      task.weighted.template store<T>(i * features.dim + d, T(others * unit));
   }
 }
 
