@@ -235,6 +235,8 @@ def test_every_file_of_op_tests_is_in_it() -> None:
     assert files >= {f"test_{name}.py" for name in ("loss_weights", "class_shards", "agent_shards")}
     assert not files & {"test_theory.py", "test_gpu_pass.py", "test_caffe_loader.py"}
     assert all((TESTS / name).exists() for name in gpu_steps.GPU_FILES)
+    twins = {path.name for path in TESTS.glob("test_emulation*.py") if "_on_a_gpu(" in path.read_text()}
+    assert "test_emulation_hopper.py" in twins and twins <= set(gpu_steps.GPU_FILES)
 
 
 @pytest.mark.parametrize(
