@@ -45,7 +45,7 @@ class Shape(NamedTuple):
 
     def __str__(self) -> str:
         kind = str(self.features).removeprefix("torch.")
-        return f"{self.batch} x {self.dim}, {self.classes:,} classes, {kind}"
+        return f"{self.batch} x {self.dim}, {f'{self.classes:,} classes' if self.classes else 'rows'}, {kind}"
 
 
 SHAPES = [
@@ -56,6 +56,10 @@ SHAPES = [
     Shape(256, 512, 10_572),
     Shape(256, 512, 85_742, torch.float32),
 ]
+
+
+#: Of nf.functional.normalize.
+ROWS = [Shape(100_000, 512, 0, torch.float32), Shape(100_000, 512, 0), Shape(1_000_000, 128, 0)]
 
 
 class Work(NamedTuple):
@@ -91,18 +95,28 @@ def _of_sweep_gradient(s: Shape) -> Work:
 
 
 def _of_prepare(s: Shape) -> Work:
-    """Unit rows of 16 bits are written twice, as float16 and bfloat16."""
-    return Work(0, (4 + 4) * s.classes * s.dim)
+    item = s.features.itemsize
+    return Work(0, (4 + (2 * item if item == 2 else item)) * s.classes * s.dim)  # 16 bits: for S, and for E
 
 
 def _of_class_gradients(s: Shape) -> Work:
     return Work(0, 12 * s.classes * s.dim)
 
 
+def _of_normalize(s: Shape) -> Work:
+    return Work(0, 2 * s.features.itemsize * s.batch * s.dim)
+
+
+def _of_normalize_backward(s: Shape) -> Work:
+    return Work(0, 3 * s.features.itemsize * s.batch * s.dim)
+
+
 #: What kernels do, by a pattern of their names. The weight is of float32.
 KERNELS: dict[str, Callable[[Shape], Work]] = {
     r"\bclass_gradients_kernel\b": _of_class_gradients,
     r"\bprepare_kernel\b": _of_prepare,
+    r"\bunit_rows_kernel\b": _of_normalize,
+    r"\bnormalize_rows_backward_kernel\b": _of_normalize_backward,
     r"\b(sm90_|tf32_)?scores?_kernel\b": _of_scores,
     r"\btf32_sums_kernel\b": _of_sums,
     r"\b(sm90_|tf32_)?(weight_)?gradient_kernel\b": _of_gradient,
@@ -182,6 +196,14 @@ def step_of(shape: Shape, device: str) -> Callable[[], None]:
         return torch.randn(size, generator=generator, device=device)
 
     x = randn(shape.batch, shape.dim).to(shape.features).requires_grad_()
+    if shape.classes == 0:
+        upstream = randn(shape.batch, shape.dim).to(shape.features)
+
+        def normalize() -> None:
+            x.grad = None
+            nf.functional.normalize(x).backward(upstream)
+
+        return normalize
     w = randn(shape.classes, shape.dim).requires_grad_()
     y = torch.randint(shape.classes, (shape.batch,), generator=generator, device=device)
 
@@ -197,7 +219,7 @@ def products_for(shape: Shape) -> Iterator[tuple[str, bool | None]]:
     """("auto", None) and what is new for such features, with E kept or not."""
     yield "auto", None
     wide = shape.features == torch.float32
-    for choice, (product, store) in new_choices().items():
+    for choice, (product, store) in new_choices().items() if shape.classes else ():
         if (choice in PLAIN) == wide:
             yield product, store
 
@@ -274,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.device != "cuda":
         return 0 if good else 1
     name = torch.cuda.get_device_name()
-    for shape in SHAPES:
+    for shape in [*ROWS, *SHAPES]:
         for found in measure(shape, name):
             print(found, flush=True)
             if options.out:

@@ -48,6 +48,12 @@ def test_a_kernel_beside_its_floor():
     wide = hopper.Shape(256, 512, 85_742, torch.float32)
     scores = hopper.row(H100, wide, "sm80_tf32x3", "nf::tf32_score_kernel<nf::X>", 0.352)
     assert scores.tflops == pytest.approx(63.85, abs=0.01) and scores.of_floor == pytest.approx(0.5, abs=1e-3)
+    # 307.2e6 bytes at 3.0 TB/s take 102.4 us.
+    rows = hopper.ROWS[1]
+    backward = hopper.row(H100, rows, "auto", "nf::normalize_rows_backward_kernel<c10::BFloat16>", 0.128)
+    assert backward.of_floor == pytest.approx(0.8, abs=1e-3) and "100000 x 512, rows, bfloat16" in str(
+        backward
+    )
     other = hopper.row("NVIDIA H100 80GB HBM3", SHAPE, "auto", "nvjet_hsh_128x256", 1.7)
     assert other.of_floor is None and "of the floor" not in str(other)
 

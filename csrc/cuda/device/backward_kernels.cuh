@@ -92,7 +92,7 @@ struct RowGradients {
   StoredArray x_hat;     // [N, D], operand type, or null: unit features once more, for scores
   StoredArray weighted;  // [N, D], type of what meets E, or null: times the factor of the row
   SweepRow* sweep_rows;  // [N] or null
-  float* powers;         // [N, up to a multiple of 4], or null: the powers of two that weighted is without
+  float* powers;  // [N, up to a multiple of 4]: the powers of two that weighted is without, with kPowers
 };
 
 // The exponent of x as a power of two may have it that is a normal float, and whose inverse is.
@@ -110,8 +110,8 @@ NF_DEVICE double power_of_two(int exponent) {
 }
 
 // Everything that is made of one row. A row without a slope is taken as zero: nothing it holds, NaN included,
-// reaches a class. One warp per row.
-template <class T>
+// reaches a class. kPowers: `powers` are wanted. One warp per row.
+template <class T, bool kPowers>
 NF_KERNEL(kThreads)
 row_gradients_kernel(RowGradients<T> task) {
   const int64_t i = block_id() * kRowsPerBlock + warp_id();
@@ -152,7 +152,7 @@ row_gradients_kernel(RowGradients<T> task) {
   }
   if (features.dx.data != nullptr) write_grad_features(features, i, ignored, of_row, others, target, uniform);
   if (task.weighted.data == nullptr && task.x_hat.data == nullptr) return;
-  if (task.powers != nullptr) {
+  if constexpr (kPowers) {
     const int exponent = exponent_of(others);
     others *= power_of_two(-exponent);
     if (lane_id() == 0) {

@@ -241,13 +241,17 @@ void backward(Queue& queue, const char* op, const HeadBackwardTensors& in, const
                                in.eps,
                                or_null(dx, wanted.x && !make_sum)};
   const bool of_rows = wanted.scale && in.scale && in.scale->dim() == 1;  // the scale's gradient, as it is
-  launch("row_gradients", queue, row_gradients_kernel<T>, warp_per_row(N), kThreads, 0,
-         RowGradients<T>{RowState(in.rows), RowSlopes(in.slopes), RowNumbers(in.scale, in.scale_value),
-                         data_or_null<double>(in.threshold), data_of<const T>(in.grad_loss),
-                         in.grad_loss.dim() == 1, gradients,
-                         of_rows ? data_of<double>(dscale) : gradients + kScale * N, features,
-                         or_null(factors.x_hat, again), or_null(factors.weighted, wanted.weight),
-                         data_of<SweepRow>(factors.sweep_rows), data_of<float>(factors.powers)});
+  constexpr bool kMayHavePowers = std::is_same_v<T, float>;
+  launch(
+      "row_gradients", queue,
+      factors.powers.count() > 0 ? row_gradients_kernel<T, kMayHavePowers> : row_gradients_kernel<T, false>,
+      warp_per_row(N), kThreads, 0,
+      RowGradients<T>{RowState(in.rows), RowSlopes(in.slopes), RowNumbers(in.scale, in.scale_value),
+                      data_or_null<double>(in.threshold), data_of<const T>(in.grad_loss),
+                      in.grad_loss.dim() == 1, gradients,
+                      of_rows ? data_of<double>(dscale) : gradients + kScale * N, features,
+                      or_null(factors.x_hat, again), or_null(factors.weighted, wanted.weight),
+                      data_of<SweepRow>(factors.sweep_rows), data_of<float>(factors.powers)});
   if (wanted.scale && !of_rows)
     launch("scale_gradient", queue, scale_gradient_kernel, Grid{1}, kThreads,
            shared_bytes<double>(kThreads / kWarp), gradients, N, data_of<double>(dscale));
