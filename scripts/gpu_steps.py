@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"  # pytest runs there, on the files by their names
-GPU_FILES = ["test_gpu.py", "test_gpu_graphs.py", "test_train_distributed.py", "test_emulation.py"]
+GPU_FILES = ["test_gpu.py", "test_gpu_graphs.py", "test_train_distributed.py"]
+GPU_FILES += ["test_emulation.py", "test_emulation_hopper.py", "test_emulation_cluster.py"]
 
 
 @dataclass(frozen=True)

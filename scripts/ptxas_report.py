@@ -11,8 +11,9 @@ kernel is named with its template arguments, or without them for all of its inst
 
 Kernels that only compute capability 9.0 has (sm90_*.cu) are in the budget one by one, under "sm_90a": the
 most registers a thread has at the launch, and the instructions that must stand in the machine code, which
-nvdisasm reads (`pip install nvidia-cuda-nvdisasm`). A remark of ptxas that products wait for each other, or
-that a change of registers was left out (C75..), is a complaint.
+nvdisasm reads (`pip install nvidia-cuda-nvdisasm`). Warpgroups that exchange registers (USETMAXREG) must have
+exactly so many: with fewer, who asks for more would wait for ever. A remark of ptxas that products wait for
+each other, or that a change of registers was left out (C75..), is a complaint.
 """
 
 from __future__ import annotations
@@ -175,8 +176,10 @@ def hopper_complaints(kernel: Kernel, limits: dict[str, Any]) -> list[str]:
     if not entry:
         return [f"{where}: expected it in the budget's sm_90a, and it is not"]
     said = []
-    if kernel.registers > entry["registers"]:
-        said.append(f"{where}: registers expected at most {entry['registers']}, got {kernel.registers}")
+    exchanged = "USETMAXREG" in entry["instructions"]
+    if kernel.registers > entry["registers"] or (exchanged and kernel.registers < entry["registers"]):
+        most = "" if exchanged else "at most "
+        said.append(f"{where}: registers expected {most}{entry['registers']}, got {kernel.registers}")
     if missing := [word for word in entry["instructions"] if word not in kernel.instructions]:
         said.append(f"{where}: expected {', '.join(missing)} in its machine code, got none")
     return said

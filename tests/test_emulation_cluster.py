@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from emulation import build
+from test_emulation_hopper import ON_HOPPER, needs_nvcc
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=f"{build.unavailable()}")
 
@@ -44,7 +48,7 @@ def test_whole_clusters(faults):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(build.nvcc() is None, reason="nvcc not found")
+@needs_nvcc
 def test_nvcc_compiles_the_same_source_to_the_instructions_meant():
     library, said = build.build_faults_with_nvcc("faults_cluster")
     ptx = library.read_bytes()
@@ -57,3 +61,27 @@ def test_nvcc_compiles_the_same_source_to_the_instructions_meant():
     ]:
         assert instruction in ptx, instruction
     assert "C75" not in said
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.skipif(not ON_HOPPER, reason="no GPU of compute capability 9.0")
+def test_the_twin_is_right_on_a_gpu():
+    """In a process of its own: there the names belong to CUDA's kernels."""
+    build.build_faults_with_nvcc("faults_cluster")
+    ran = subprocess.run(
+        [sys.executable, "-c", "import test_emulation_cluster as t; t.check_on_gpu()"],
+        capture_output=True,
+        text=True,
+        cwd=build.HERE.parent,
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+def check_on_gpu():
+    torch.ops.load_library(build.OUTPUT / "nvcc" / "faults_cluster.so")
+    sums = getattr(torch.ops, build.NAMESPACES["faults_cluster"]).no_sync_before
+    x = torch.randn(70, 64)
+    for blocks in (4, 264):
+        out = sums(x.cuda(), blocks, False).cpu()
+        torch.testing.assert_close(out, x.sum(0).expand(blocks, 64), rtol=1e-5, atol=1e-5)

@@ -223,8 +223,8 @@ gpu_pass.main()
 
 def test_the_steps_come_in_the_order_of_their_worth_and_quick_ends_in_time() -> None:
     names = [step.name for step in STEPS]
-    assert names == ["machine", "library", "kernels", "ops", "gpu", "bench", *names[6:]]
-    assert sorted(names[6:]) == ["initcheck", "memcheck", "racecheck", "synccheck"]
+    assert names == ["machine", "library", "kernels", "ops", "gpu", "hopper", "bench", *names[7:]]
+    assert sorted(names[7:]) == ["initcheck", "memcheck", "racecheck", "synccheck"]
     built = 10  # what `library` takes when there is nothing to build
     assert built + sum(s.quick_seconds for s in STEPS if s.quick_seconds and s.name != "library") <= 300
 
@@ -235,6 +235,8 @@ def test_every_file_of_op_tests_is_in_it() -> None:
     assert files >= {f"test_{name}.py" for name in ("loss_weights", "class_shards", "agent_shards")}
     assert not files & {"test_theory.py", "test_gpu_pass.py", "test_caffe_loader.py"}
     assert all((TESTS / name).exists() for name in gpu_steps.GPU_FILES)
+    twins = {path.name for path in TESTS.glob("test_emulation*.py") if "_on_a_gpu(" in path.read_text()}
+    assert "test_emulation_hopper.py" in twins and twins <= set(gpu_steps.GPU_FILES)
 
 
 @pytest.mark.parametrize(

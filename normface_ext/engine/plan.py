@@ -57,7 +57,9 @@ class Plan:
         algorithm: "stored", "recompute" or "single sweep".
         scores: what makes the scores: "blas" (CPU), "cublas", or the library's own kernels, which never write
             them: "tensor cores" for 16-bit operands on compute capability 8.0 and newer, "cuda cores" for
-            wider ones where a step is so small that launches are what it costs.
+            wider ones where a step is so small that launches are what it costs. By name only (``asking``),
+            since no GPU has run them: "wgmma" for 16-bit operands on compute capability 9.0, and "tensor
+            cores" for float32.
         weight_gradient: what makes the product E^T X of dW: "blas", "cublas", or the library's own, from
             which dW comes in its final form.
         class_chunk: classes per chunk.
