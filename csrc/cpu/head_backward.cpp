@@ -172,7 +172,7 @@ struct Backward {
         std::copy_n(stored + N * tile.first, N * tile.width, e);
       }
       if (into)
-        scratch.units->add_weighted(slot, cells, terms.largest != nullptr ? rows[kSum] : nullptr,
+        scratch.units->add_weighted(slot, cells, terms.largest != nullptr ? rows[kSum] : nullptr, terms.rows,
                                     into.of(slot));
       if (!wanted.weight) return;
       // Not where dW will be: that memory is cold, and is to be written once.

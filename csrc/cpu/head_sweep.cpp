@@ -170,7 +170,7 @@ void sweep(const HeadShape& shape, const HeadSweepArguments& in, const RowTerms<
     if (active) active->take(slot, tile, rows, e);
     if (x_sum)
       scratch.products.add_weighted(slot, {e, N, tile.width, tile.width},
-                                    terms.largest != nullptr ? sum : nullptr, x_sum.of(slot));
+                                    terms.largest != nullptr ? sum : nullptr, terms.rows, x_sum.of(slot));
   });
   int64_t* listed = data_of<int64_t>(out.listed);
   T* found = data_of<T>(out.found);

@@ -101,7 +101,7 @@ void backward(const Tensor& grad, const Tensor& x, const Tensor& weight, double 
     if (!direct)
       for (int64_t i = 0; i < N; ++i)
         grads.kernel.widen(cell(grads, i, tile.first), tile.width, T(1), g.data + i * tile.width);
-    if (need_rows) products.add_weighted(slot, g, nullptr, dx_hat + slot * N * D);
+    if (need_rows) products.add_weighted(slot, g, nullptr, {}, dx_hat + slot * N * D);
     if (dw == nullptr) return;
     const Rows<T> out(*dw, D);
     T* product = dw_hat + slot * shape.chunk * D;

@@ -104,14 +104,17 @@ class TileProducts {
   }
 
   // sum [N, D] += e w_hat, e [N, width]. Of a softmax `sums` [N] are those of E over this tile and others: an error
-  // in what is below kMuch of its row's sum is lost in the row's gradient.
-  void add_weighted(int64_t slot, const Matrix<T>& e, const double* sums, T* sum) {
+  // in what is below kMuch of its row's sum is lost in the row's gradient, unless the scale is so small that no cell
+  // is large; of other terms they are null.
+  void add_weighted(int64_t slot, const Matrix<T>& e, const double* sums,
+                    const std::vector<math::TermRow<T>>& rows, T* sum) {
     Held& held = tiles_[size_t(slot)];
     const int64_t N = shape_.batch, D = shape_.dim, width = held.tile.width;
     if (!held.paired) return multiply<T>(e, {units(slot), width, D, D}, {sum, N, D, D}, true);
     if constexpr (std::is_same_v<T, float>) {
       held.limits.resize(size_t(sums != nullptr ? N : 0));
-      for (size_t i = 0; i < held.limits.size(); ++i) held.limits[i] = float(kMuch * sums[i]);
+      for (size_t i = 0; i < held.limits.size(); ++i)
+        held.limits[i] = rows[i].scale < kSmallScale ? 0.0f : float(kMuch * sums[i]);
       kernels_->pack_down(held.rows.rows(), width, D, packed_tile(slot));
       kernels_->add_weighted_rows(e.data, e.row_stride, held.rows.factors(),
                                   sums != nullptr ? held.limits.data() : nullptr, N, width, packed_tile(slot),
@@ -131,7 +134,7 @@ class TileProducts {
   T* spare_row(int64_t slot) const { return units(slot) + (shape_.chunk - 1) * shape_.dim; }
 
  private:
-  static constexpr double kMuch = 0x1p-6;
+  static constexpr double kMuch = 0x1p-6, kSmallScale = 32;
 
   struct Held {
     Tile tile;
