@@ -20,7 +20,10 @@ from pathlib import Path
 
 import torch
 from kernel_cases import DTYPES, TABLES, Case
+from kernel_cases.softmax import CHOICES, PLAIN
 from torch import Tensor
+
+from normface_ext.engine import native
 
 #: By the norm of the difference; a 16-bit operand is good for its own rounding.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -82,18 +85,29 @@ def on_host(result: Tensor, by_library: bool) -> Tensor:
     return (result if by_library else result.detach() + 0).cpu()
 
 
+def unseen() -> list[str]:
+    """What cases call the products that no GPU has run yet."""
+    names = {product.name for product in native.PRODUCTS if product.results is None}
+    return sorted(names) + [choice for choice, (product, _) in (CHOICES | PLAIN).items() if product in names]
+
+
 def run(device: str, dtypes: list[torch.dtype], select: str = "") -> tuple[int, int]:
-    """(cases, of them wrong) on a device that `kernels_of` has made ready; a line for each wrong one."""
+    """(cases, of them wrong) on a device that `kernels_of` has made ready; a line for each wrong one.
+    Products that no GPU has run come last: a kernel that traps ends the process's use of the device."""
     count = wrong = 0
-    for dtype in dtypes:
-        for table in TABLES.values():
-            for case in table(dtype):
-                if select not in case.name:
-                    continue
-                count += 1
-                if found := complaint(case, device, TOLERANCE[dtype]):
-                    wrong += 1
-                    print(f"WRONG {case.name}, {dtype}: {found}", flush=True)
+    new = unseen()
+    for last in (False, True):
+        if last and count:
+            print(f"{count} cases, {wrong} of them wrong; then what no GPU has run", flush=True)
+        for dtype in dtypes:
+            for table in TABLES.values():
+                for case in table(dtype):
+                    if select not in case.name or any(f"by {name}" in case.name for name in new) != last:
+                        continue
+                    count += 1
+                    if found := complaint(case, device, TOLERANCE[dtype]):
+                        wrong += 1
+                        print(f"WRONG {case.name}, {dtype}: {found}", flush=True)
     return count, wrong
 
 

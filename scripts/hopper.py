@@ -125,6 +125,14 @@ KERNELS: dict[str, Callable[[Shape], Work]] = {
 }
 
 
+#: Three products of tf32 for one of float32, each at half of the rate of 16 bits.
+TF32X3 = 6.0
+
+
+def kernel_is_tf32x3(kernel: str) -> bool:
+    return re.search(r"\btf32_\w+_kernel\b", kernel) is not None
+
+
 def work_of(kernel: str, shape: Shape) -> Work | None:
     return next((work(shape) for pattern, work in KERNELS.items() if re.search(pattern, kernel)), None)
 
@@ -154,8 +162,8 @@ def row(device: str, shape: Shape, product: str, kernel: str, ms: float) -> Row:
     if work is None:
         return Row(device, str(shape), product, kernel, ms)
     rates, seconds = native.rates(True, device), ms * 1e-3
-    products = 3 * 2 if shape.features == torch.float32 else 1
     at = {name: rates[name][0] for name in ("library16", "bandwidth", "exponentials")}
+    products = TF32X3 if kernel_is_tf32x3(kernel) else 1.0
     floor = max(
         products * work.flops / at["library16"],
         work.bytes / at["bandwidth"],

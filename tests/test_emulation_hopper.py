@@ -192,6 +192,7 @@ def test_nvcc_compiles_the_same_source_to_the_instructions_meant() -> None:
         b"mbarrier.init.shared::cta.b64 ",
         b"mbarrier.arrive.expect_tx.shared::cta.b64 ",
         b"mbarrier.try_wait.parity.shared::cta.b64 ",
+        b", %globaltimer_hi;",  # by which a wait gives up: a try may end sooner than it was told
         b"cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes ",
         b"cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group ",
         b"fence.proxy.async.shared::cta;",

@@ -83,6 +83,16 @@ def test_a_wrong_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert re.search(r"WRONG norm_linear .*result 0: relative error 1\.0\de-03", capsys.readouterr().out)
 
 
+def test_what_no_gpu_has_run_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that traps takes the process's GPU with it: the others have been seen by then."""
+    came: list[str] = []
+    monkeypatch.setattr(every_kernel, "complaint", lambda case, *_: came.append(case.name))
+    assert every_kernel.run("cpu", FLOATS) == (len(came), 0)
+    assert sorted(came) == sorted(case.name for case in all_cases(FLOATS))
+    new = [any(word in name for word in every_kernel.unseen()) for name in came]
+    assert new == sorted(new) and any(new) == bool(every_kernel.unseen())
+
+
 def fills_its_memory(x: torch.Tensor, weight: torch.Tensor) -> bool:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         functional.norm_linear(x, weight, 2.0)

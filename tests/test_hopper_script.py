@@ -44,10 +44,10 @@ def test_a_kernel_beside_its_floor():
     assert classes.gbytes == pytest.approx(1994.8, abs=0.1) and classes.of_floor == pytest.approx(
         0.665, abs=1e-3
     )
-    # float32 by tf32x3: 2.25e10 operations, three products at 766 / 2 TFLOP/s, take 0.176 ms.
+    # 256 x 512 x 85,742: 2.247e10 operations, as three products of tf32 at 383 TFLOP/s 0.176 ms.
     wide = hopper.Shape(256, 512, 85_742, torch.float32)
-    scores = hopper.row(H100, wide, "sm80_tf32x3", "nf::tf32_score_kernel<nf::X>", 0.352)
-    assert scores.tflops == pytest.approx(63.85, abs=0.01) and scores.of_floor == pytest.approx(0.5, abs=1e-3)
+    plain = hopper.row(H100, wide, "sm80_tf32x3", "nf::tf32_score_kernel<nf::X>", 0.352)
+    assert plain.tflops == pytest.approx(63.85, abs=0.1) and plain.of_floor == pytest.approx(0.5, abs=1e-3)
     # 307.2e6 bytes at 3.0 TB/s take 102.4 us.
     rows = hopper.ROWS[1]
     backward = hopper.row(H100, rows, "auto", "nf::normalize_rows_backward_kernel<c10::BFloat16>", 0.128)

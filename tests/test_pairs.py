@@ -134,6 +134,38 @@ def test_rows_that_do_not_count_and_rows_of_zeros():
     assert (narrow[1][2] == 0).all()
 
 
+UNUSUAL = {
+    "not a number": lambda row: torch.full_like(row, torch.nan),
+    "one infinity": lambda row: torch.cat((row[:1] * torch.inf, row[1:])),
+    "a norm beyond float32": lambda row: row.sign() * 3e38,
+    "denormal numbers": lambda row: row.sign() * 1e-39,
+}
+
+
+@pytest.mark.parametrize("place", ["features", "weight"])
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_an_unusual_row_reaches_what_it_reaches_in_float32(kind, place):
+    """Infinities and NaN stand where they do there, and all else is as near as ever."""
+    x, weight, labels = sample(16, 48, 150)
+    rows = x if place == "features" else weight
+    rows[3] = UNUSUAL[kind](rows[3])
+    labels[:2] = 3
+    functions = (
+        lambda x, w: F.normface_loss(x, w, labels, 16.0, eps=0.0, reduction="none"),
+        lambda x, w: F.norm_linear(x, w, 30.0, eps=0.0),
+        lambda x, w: F.norm_linear(x, w, 30.0, normalize_input=False, eps=0.0),
+    )
+    for function in functions:
+        narrow = step(function, x, weight)
+        wide = step(function, x.float(), weight.float())
+        for got, rounded in zip(narrow, (t.bfloat16() for t in wide), strict=True):
+            finite = rounded.isfinite() & got.isfinite()
+            assert torch.equal(got.bfloat16().isfinite(), rounded.isfinite())
+            difference = (got.float() - rounded.float()).abs()[finite]
+            size = rounded.float().where(finite, 0.0).abs().amax(-1, keepdim=True).expand_as(rounded)[finite]
+            assert (difference <= 2.0**-7 * rounded.float().abs()[finite] + 2.0**-10 * size).all()
+
+
 PROGRAM = """
 import json, sys
 sys.path.insert(0, sys.argv[1])

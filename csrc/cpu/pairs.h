@@ -4,7 +4,7 @@
 // bits, which is as fast as float32's product by the library and leaves 17 bits.
 //
 // The instructions take numbers below 2^-126 as zero. Rows are scaled to norms in [1, 2) first, so that nothing of
-// a row is lost but what is 2^-90 of it.
+// a row is lost but what is 2^-90 of it, or of the eps in its norm.
 #pragma once
 
 #include <cstdint>

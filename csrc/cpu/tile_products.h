@@ -13,7 +13,6 @@ namespace nf::cpu {
 // Rows as operands of pairs: each scaled by a power of two to a norm in [1, 2), and what makes it a unit row then.
 class PairedRows {
  public:
-  void clear() { rows_.clear(), factors_.clear(); }
   // `factor` times the unit row, from a row and 1 / ||.|| of it, or 0 for one that is taken as zero; false if it has
   // to be left to float.
   bool add(const void* row, float inverse, float factor = 1) {

@@ -7,7 +7,7 @@
 
 #include "engine/rates.h"
 #include "engine/row_state.h"
-#include "engine/tiles.h"
+#include "engine/tiles_sm90.h"
 
 namespace nf {
 

@@ -67,13 +67,15 @@ NF_DEVICE void barrier_arrive_expect(Barrier* barrier, unsigned bytes) {
 }
 
 // A wait of some seconds means a fault in the kernel. A trap inside the loop would cost registers in every kernel, and
-// a loop without an end the device: so the wait gives up, what it was for is wrong, and `barriers_held` says so.
+// a loop without an end the device: so the wait gives up, what it was for is wrong, and `barriers_held` says so. By the
+// clock, in its steps of 2^32 ns, after 4 to 9 seconds: a try may end sooner than it was told.
 NF_DEVICE void barrier_wait(Barrier* barrier, unsigned parity) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const uint32_t address = detail::shared_address(barrier);
-  constexpr unsigned kNanoseconds = 10'000'000, kTries = 400;
-  for (unsigned tries = 0; tries < kTries; ++tries) {
-    uint32_t over;
+  constexpr unsigned kNanoseconds = 10'000'000;
+  unsigned last = 0;  // when to give up, known once a try has failed
+  while (true) {
+    uint32_t over, now;
     asm volatile(
         "{\n\t.reg .pred p;\n\t"
         "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3;\n\t"
@@ -82,6 +84,9 @@ NF_DEVICE void barrier_wait(Barrier* barrier, unsigned parity) {
         : "r"(address), "r"(parity), "r"(kNanoseconds)
         : "memory");
     if (over != 0) return;
+    asm volatile("mov.u32 %0, %%globaltimer_hi;" : "=r"(now));
+    if (last == 0) last = now + 2;
+    if (int(now - last) >= 0) break;
     if (*const_cast<volatile unsigned*>(&nf_barrier_failures) != 0) break;  // another has given up before
   }
   atomicAdd(&nf_barrier_failures, 1u);

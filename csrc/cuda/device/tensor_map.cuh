@@ -31,9 +31,14 @@ inline TensorMap tensor_map(const char* name, const void* data, ScalarType type,
   static const auto encode = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found;
-    check_cuda(
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
-        "cudaGetDriverEntryPointByVersion");
+    constexpr const char* kName = "cuTensorMapEncodeTiled";
+#if CUDART_VERSION >= 12050
+    const cudaError_t asked =
+        cudaGetDriverEntryPointByVersion(kName, &entry, 12000, cudaEnableDefault, &found);
+#else  // has no other, and CUDA 13 no longer has this one
+    const cudaError_t asked = cudaGetDriverEntryPoint(kName, &entry, cudaEnableDefault, &found);
+#endif
+    check_cuda(asked, kName);
     STD_TORCH_CHECK(found == cudaDriverEntryPointSuccess, "cuTensorMapEncodeTiled: not in this driver");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
   }();

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "cuda/device/class_gradient.cuh"
-#include "engine/tiles.h"
+#include "engine/tiles_sm90.h"
 
 namespace nf {
 namespace {

@@ -6,7 +6,7 @@
 #include <device/warp.cuh>
 #include <device/warpgroup.cuh>
 
-#include "engine/tiles.h"
+#include "engine/tiles_sm90.h"
 
 namespace nf {
 namespace {

@@ -245,7 +245,7 @@ template <bool kLargestOnly, class Term>
 void run(Queue& queue, const ScoreTask& task) {
   static_assert(
       numbers_per_row<Term>(Term::kSoftmax) <= Tiles::kMostPerRow && Term::kNumbers <= Tiles::kMostNumbers,
-      "a term says more than engine/tiles.h has shared memory for");
+      "a term says more than engine/tiles_sm90.h has shared memory for");
   STD_TORCH_CHECK(task.width <= INT32_MAX - 256,
                   "sm90_scores: expected at most 2^31 - 257 classes at once, got ",
                   task.width);  // a lane counts them in 32 bits

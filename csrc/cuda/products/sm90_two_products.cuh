@@ -15,7 +15,7 @@
 
 #include "cuda/device/mma_tile.cuh"
 #include "cuda/products/sm90_single_sweep.h"
-#include "engine/tiles.h"
+#include "engine/tiles_sm90.h"
 
 namespace nf {
 namespace {
