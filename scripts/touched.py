@@ -32,6 +32,7 @@ TESTS_OF_OPS = {
     "inner_distance": ["test_inner_distance"],
     "pair_distance": ["test_inner_distance"],
 }
+EMULATION = ["test_emulation", "test_emulation_hopper", "test_emulation_cluster"]
 #: What no import says, by the beginning of the path.
 TESTS_OF_FILES = {
     "normface_ext/__init__.py": [ALWAYS, "test_contract"],
@@ -43,8 +44,8 @@ TESTS_OF_FILES = {
     "csrc/schemas.h": ["test_contract"],
     "csrc/engine/op.h": [ALWAYS, "test_contract"],
     "csrc/math/": ["test_math"],
-    "csrc/cuda/device/": ["test_emulation"],
-    "tests/emulation/": ["test_emulation", "test_emulation_cache", ALWAYS],
+    "csrc/cuda/device/": EMULATION,
+    "tests/emulation/": [*EMULATION, "test_emulation_cache", ALWAYS],
     "tests/cuda_budget.json": ["test_cuda_compiles"],
     "tests/prototxt/": ["test_caffe_loader"],
     "tests/lanes.py": [ALWAYS],

@@ -68,7 +68,8 @@ def test_a_re_export_is_followed_to_where_the_name_is_defined():
         ("csrc/math/softmax.h", ["test_math", "test_normface_loss"], "test_normalize", None),
         ("csrc/cuda/device/warp.cuh", ["test_emulation", "test_normalize"], "test_theory", "cuda"),
         ("csrc/schemas.h", ["test_contract"], "test_theory", None),
-        ("tests/emulation/watch.cpp", ["test_emulation"], "test_theory", None),
+        ("tests/emulation/watch.cpp", ["test_emulation", "test_emulation_hopper"], "test_theory", None),
+        ("csrc/cuda/device/cluster.cuh", ["test_emulation_cluster"], "test_theory", "cuda"),
     ],
 )
 def test_kernels(file, tests, never, lane):
