@@ -216,3 +216,22 @@ def test_results_do_not_depend_on_where_a_class_lies():
     if cpu_has_pairs():
         assert (cosines == cosines[:, :1]).all()
     rounded_once(cosines, F.norm_linear(x.float(), weight.float(), 1.0))
+
+
+@pytest.mark.parametrize("scale", [4.0, 16.0, 31.0, 64.0])
+def test_features_on_their_own_class_lose_nothing_but_the_rounding(scale):
+    """The projection takes the target's part away, and of a small scale nothing large is left."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1500, 64, generator=generator).bfloat16()
+    labels = torch.randint(len(weight), (16,), generator=generator)
+    x = weight[labels].clone()
+
+    def grad(dtype):
+        given = x.to(dtype).requires_grad_()
+        F.normface_loss(given, weight.to(dtype), labels, scale).backward()
+        return given.grad
+
+    truth = grad(torch.float64)
+    error = float((grad(torch.bfloat16).double() - truth).norm() / truth.norm())
+    rounding = float((truth.bfloat16().double() - truth).norm() / truth.norm())
+    assert error < 1.02 * rounding
