@@ -6,6 +6,7 @@
 #include <device/warpgroup.cuh>
 
 #include "cuda/device/class_gradient.cuh"
+#include "engine/tiles_sm90.h"
 
 namespace nf {
 namespace {
