@@ -174,6 +174,23 @@ NF_DEVICE void finish_class(const ClassGradient& task, int64_t within, int targe
   });
 }
 
+// How the class `place` of the task was scaled, whose quad of lanes has it; the whole warp comes.
+NF_DEVICE math::RowScale<float> quad_scale(const ClassGradient& task, int64_t place) {
+  const bool exists = place < task.width;
+  const int64_t j = task.first + place;
+  const float inverse = exists ? static_cast<const float*>(task.inverse)[j] : 1.0f;
+  math::RowScale<float> scale{inverse, 1.0f, 1.0f / inverse};
+  // Rows of extreme norms are summed anew, by all lanes.
+  for (unsigned left = warp_ballot(lane_id() % 4 == 0 && !math::inverse_serves(inverse)); left != 0;
+       left &= left - 1) {
+    const int of = lowest_bit(left);
+    const auto again =
+        scale_again(task.weight, shuffle(j, of), task.dim, float(task.eps), shuffle(inverse, of));
+    if (lane_id() / 4 == of / 4) scale = again;
+  }
+  return scale;
+}
+
 // One more of counts[c] if row i, of this label, has class c of the `classes` from `tile` on as its target.
 NF_DEVICE void count_target(const ClassGradient& task, int64_t tile, int64_t classes, int64_t i,
                             int64_t label, int* counts) {

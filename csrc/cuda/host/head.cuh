@@ -156,16 +156,13 @@ struct Head {
   void coefficients(Queue& queue, const Chunk& of, const Array& x_hat, const Array& w_hat,
                     const Array& scores, const TermRows& rows, const SweepSums& sums, const Array& e) const {
     if constexpr (std::is_same_v<T, float>) {
-      if (tf32()) {
-        Tf32Scores task = tf32_scores(of, x_hat, w_hat, rows, sums);
-        task.e = data_of<float>(e);
-        return tf32_score_fold(queue, task);
-      }
-      if (tensor_cores()) {
-        ScoreTask task = score_task(of, x_hat, w_hat, rows, sums);
-        task.e = data_of<BFloat16>(e);
-        return (makers.scores == Maker::kSm90 ? sm90_score_fold : score_fold)(queue, task);
-      }
+      const auto fold = [&]<class Task>(void (*run)(Queue&, const Task&)) {
+        Task task = score_task<Task>(of, x_hat, w_hat, rows, sums);
+        task.e = data_of<typename Task::Stored>(e);
+        run(queue, task);
+      };
+      if (tf32()) return fold(tf32_score_fold);
+      if (tensor_cores()) return fold(makers.scores == Maker::kSm90 ? sm90_score_fold : score_fold);
     }
     if (plain_products())
       return plain_scores<T>(queue, {data_of<const T>(x_hat), data_of<const T>(w_hat), batch, dim, of.width,
@@ -174,26 +171,12 @@ struct Head {
                            sums, data_of<void>(e), is_16_bit});
   }
 
-  ScoreTask score_task(const Chunk& of, const Array& x_hat, const Array& w_hat, const TermRows& rows,
-                       const SweepSums& sums) const {
-    return {data_of<const Half>(x_hat),
-            data_of<const Half>(w_hat),
-            batch,
-            dim,
-            of.width,
-            of.first,
-            window,
-            rows,
-            sums,
-            nullptr,
-            of.stride(),
-            nullptr};
-  }
-
-  Tf32Scores tf32_scores(const Chunk& of, const Array& x_hat, const Array& w_hat, const TermRows& rows,
-                         const SweepSums& sums) const {
-    return {data_of<const float>(x_hat),
-            data_of<const float>(w_hat),
+  template <class Task>
+  Task score_task(const Chunk& of, const Array& x_hat, const Array& w_hat, const TermRows& rows,
+                  const SweepSums& sums) const {
+    using Factor = typename Task::Factor;
+    return {data_of<const Factor>(x_hat),
+            data_of<const Factor>(w_hat),
             batch,
             dim,
             of.width,

@@ -114,16 +114,15 @@ struct Sweep : SweepScratch {
       if (final_shift) return;
       const int64_t splits = head.splits(queue, of);
       const Tensor largest = head.buffer(splits, head.batch, ScalarType::Float);
-      const auto find = [&](auto task, const auto& find_in) {
+      const auto find = [&]<class Task>(void (*run)(Queue&, const Task&)) {
+        Task task = head.template score_task<Task>(of, x_hat, w_hat, terms, {rows, nullptr, nullptr});
         task.largest = data_of<float>(largest);
-        find_in(queue, task);
+        run(queue, task);
       };
-      const SweepSums none{rows, nullptr, nullptr};
       if (head.tf32())
-        find(head.tf32_scores(of, x_hat, w_hat, terms, none), tf32_score_largest);
+        find(tf32_score_largest);
       else
-        find(head.score_task(of, x_hat, w_hat, terms, none),
-             head.makers.scores == Maker::kSm90 ? sm90_score_largest : score_largest);
+        find(head.makers.scores == Maker::kSm90 ? sm90_score_largest : score_largest);
       update_shift(queue, {data_of<float>(largest), splits, 1, head.batch, false, 0, 1}, x_sum);
     }
   }

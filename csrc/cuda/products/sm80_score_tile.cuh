@@ -64,26 +64,5 @@ NF_DEVICE void multiply_stage(const Half* x, int x_stride, const Half* w,
   }
 }
 
-// Sums (or the maximum) of a row over the lanes and warps that share it, in a fixed order; scratch is
-// [kAcross, kTile]. `combine` of two values, `put(row, value)` once per row of the block.
-template <class S, class Combine, class Put>
-NF_DEVICE void over_row(float (&mine)[kHeldRows], float* scratch, const Combine& combine, const Put& put) {
-#pragma unroll
-  for (int r = 0; r < kHeldRows; ++r) {
-    mine[r] = combine(mine[r], shuffle_xor(mine[r], 1));
-    mine[r] = combine(mine[r], shuffle_xor(mine[r], 2));
-  }
-  sync_block();  // an earlier use of scratch, before these writes
-  if (lane_id() % 4 == 0)
-#pragma unroll
-    for (int r = 0; r < kHeldRows; ++r) scratch[warp_id() % S::kAcross * kTile + held_row<S>(r)] = mine[r];
-  sync_block();  // the writes above, before the reads below
-  if (thread_id() < kTile) {
-    float value = scratch[thread_id()];
-    for (int w = 1; w < S::kAcross; ++w) value = combine(value, scratch[w * kTile + thread_id()]);
-    put(thread_id(), value);
-  }
-}
-
 }  // namespace
 }  // namespace nf

@@ -14,19 +14,13 @@
 #include <device/vector.cuh>
 
 #include "cuda/device/power_exp.cuh"
+#include "cuda/products/score_sums.cuh"
 #include "cuda/products/sm80_score_tile.cuh"
 #include "cuda/products/sm80_scores.h"
 #include "math/softmax.h"
 
 namespace nf {
 namespace {
-
-// What is kept of every row beside its target's place. At 256 columns the shared memory of two blocks has room for
-// one number, which serves the softmax with one scale and the hinges.
-template <class Term>
-constexpr int numbers_per_row(bool scale_per_row) {
-  return int(Term::kSoftmax) + int(Term::kThreshold) + int(scale_per_row);
-}
 
 // Blocks that share a multiprocessor. With the largest cosines the six numbers of a term (hard negatives, sigmoids
 // of angles) leave no register to the second.
@@ -163,29 +157,15 @@ score_kernel(ScoreTask task, int64_t tiles_per_block) {
   }
   copy_async_wait<0>();  // no copy may be under way when its stage becomes scratch, or the block ends
 
-  float* scratch = reinterpret_cast<float*>(w);
-  const auto in_batch = [&](int row) { return first_row + row < task.batch; };
-  if constexpr (kLargestOnly) {
-    over_row<S>(
-        sum, scratch, [](float a, float b) { return a > b ? a : b; },
-        [&](int row, float value) {
-          if (in_batch(row)) task.largest[split * task.batch + first_row + row] = value;
-        });
-  } else if (task.sums.partial != nullptr) {
+  const auto over = [&](float (&mine)[kHeldRows], const auto& combine, const auto& put) {
+    over_row<kTile, S::kAcross>(WholeBlock(), warp_id() % S::kAcross, held_row<S>, mine,
+                                reinterpret_cast<float*>(w), combine, put);
+  };
+  if (kLargestOnly || task.sums.partial != nullptr)
+    put_row_sums<kLargestOnly, kLargest>(task, split, splits, first_row, sum, second, largest, over);
+  if constexpr (!kLargestOnly) {
     const SweepSums& sums = task.sums;
-    const auto add = [](float a, float b) { return a + b; };
-    over_row<S>(sum, scratch, add, [&](int row, float value) {
-      if (in_batch(row)) sums.value(split, first_row + row) = value;
-    });
-    over_row<S>(second, scratch, add, [&](int row, float value) {
-      if (in_batch(row)) sums.second(split, splits, first_row + row) = value;
-    });
-    if constexpr (kLargest)
-      over_row<S>(
-          largest, scratch, [](float a, float b) { return math::larger(a, b); },
-          [&](int row, float value) {
-            if (in_batch(row)) sums.largest_cosine(split, splits, first_row + row) = value;
-          });
+    if (sums.partial == nullptr) return;
     if (!last_to_arrive(sums.arrivals + block_id() % row_blocks, unsigned(splits))) return;
     const int64_t end_row = first_row + kTile < task.batch ? first_row + kTile : task.batch;
     sums.template add<kLargest>(splits, first_row, end_row, reinterpret_cast<double*>(w));

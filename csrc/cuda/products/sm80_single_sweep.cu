@@ -13,6 +13,7 @@
 #include <device/exp2.cuh>
 
 #include "cuda/products/sm80_two_products.cuh"
+#include "cuda/products/sweep_sums.cuh"
 #include "math/softmax.h"
 
 namespace nf {
@@ -122,17 +123,7 @@ single_sweep_kernel(SingleSweep task, int64_t keys_per_block) {
 
   // In the order of the splits, whoever came last.
   const int64_t end_row = first_row + kTile < task.batch ? first_row + kTile : task.batch;
-  for (int64_t at4 = first_row * task.dim + 4 * thread_id(); at4 < end_row * task.dim;
-       at4 += 4 * S::kThreads) {
-    Vector<float, 4> total = {};
-    if (task.add) total = load_vector<4>(task.x_sum + at4);
-#pragma unroll 8
-    for (int64_t k = 0; k < splits; ++k) {
-      const auto part = load_vector<4>(task.x_partial + k * task.batch * task.dim + at4);
-      for (int e = 0; e < 4; ++e) total.at[e] += part.at[e];
-    }
-    store_vector_global<4>(task.x_sum + at4, total);
-  }
+  add_x_parts<S::kThreads, 8>(task, splits, first_row, end_row);
   task.sums.template add<false>(splits, first_row, end_row, reinterpret_cast<double*>(buffers.q));
 }
 

@@ -3,26 +3,9 @@
 #pragma once
 
 #include "cuda/device/class_gradient.cuh"
-#include "cuda/device/row_state.cuh"
-#include "cuda/device/term_rows.cuh"
-#include "math/softmax.h"
+#include "cuda/products/score_task.h"
 
 namespace nf {
-
-struct Tf32Scores {
-  const float* x_hat;  // [batch, dim]
-  const float* w_hat;  // [width, dim]
-  int64_t batch;
-  int64_t dim;  // a multiple of 4, so that rows begin at multiples of 16 bytes
-  int64_t width;
-  int64_t first;  // class of w_hat's row 0
-  math::FixedShift window;
-  TermRows rows;
-  SweepSums sums;  // arrivals: one per 64 rows
-  float* e;        // [batch, stride] or null: only the sums
-  int64_t stride;  // a multiple of 8
-  float* largest;  // [splits, batch], for tf32_score_largest
-};
 
 // Blocks along the classes, each with its own partial sums.
 int64_t tf32_score_splits(const Queue& queue, int64_t batch, int64_t width);

@@ -45,23 +45,6 @@ NF_DEVICE void add_held_targets(const ClassGradient& task, int64_t first, const 
   }
 }
 
-// How the class `place` was scaled, whose quad of lanes has it; the whole warp comes.
-NF_DEVICE math::RowScale<float> held_scale(const ClassGradient& task, int64_t place) {
-  const bool exists = place < task.width;
-  const int64_t j = task.first + place;
-  const float inverse = exists ? static_cast<const float*>(task.inverse)[j] : 1.0f;
-  math::RowScale<float> scale{inverse, 1.0f, 1.0f / inverse};
-  // Rows of extreme norms are summed anew, by all lanes.
-  for (unsigned left = warp_ballot(lane_id() % 4 == 0 && !math::inverse_serves(inverse)); left != 0;
-       left &= left - 1) {
-    const int of = lowest_bit(left);
-    const auto again =
-        scale_again(task.weight, shuffle(j, of), task.dim, float(task.eps), shuffle(inverse, of));
-    if (lane_id() / 4 == of / 4) scale = again;
-  }
-  return scale;
-}
-
 // dW of the classes [first, first + kWarpClasses) of the task from g, which is spent. One warp.
 template <int kColumns>
 NF_DEVICE void finish_held_classes(const ClassGradient& task, int64_t first, const int* counts, float* row,
@@ -80,7 +63,7 @@ NF_DEVICE void finish_held_classes(const ClassGradient& task, int64_t first, con
     for (int h = 0; h < kAtOnce; ++h) {
       const int64_t place = first + 8 * (round + h) + lane_id() / 4;
       j[h] = task.first + place, exists[h] = place < task.width;
-      scale[h] = held_scale(task, place);
+      scale[h] = quad_scale(task, place);
       if (task.uniform == nullptr) continue;
       const UnitGradient<float> gradient(task, exists[h] ? j[h] : task.first);
 #pragma unroll

@@ -70,31 +70,6 @@ class StripRows {
   int box_bytes_, own_;
 };
 
-// How rows of W were scaled, of the lane's two classes of the strip that begins with class `first` of the task's.
-NF_DEVICE void strip_scales(const ClassGradient& task, int64_t first, math::RowScale<float> (&scale)[2]) {
-  float inverse[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int64_t within = first + strip_class(h);
-    inverse[h] = within < task.width ? static_cast<const float*>(task.inverse)[task.first + within] : 1.0f;
-    const bool serves = math::inverse_serves(inverse[h]);
-    scale[h] = {serves ? inverse[h] : 1.0f, 1.0f, 1.0f / (serves ? inverse[h] : 1.0f)};
-  }
-  if (warp_all(math::inverse_serves(inverse[0]) && math::inverse_serves(inverse[1]))) return;
-#pragma unroll 1
-  for (int r = 0; r < kStrip; ++r) {
-    const float of_row = shuffle(r < 8 ? inverse[0] : inverse[1], r % 8 * 4);
-    if (math::inverse_serves(of_row)) continue;  // the whole warp
-    const math::RowScale<float> again =
-        scale_again(task.weight, task.first + first + r, task.dim, float(task.eps), of_row);
-    if (lane_id() / 4 != r % 8) continue;
-    if (r < 8)
-      scale[0] = again;
-    else
-      scale[1] = again;
-  }
-}
-
 // dW of a turned strip's classes, from column `first_column` on, in the place of W. One warp. `over_columns(h, sum)`:
 // the sum over all columns of what the lane's four have in common.
 template <class S, int kValues, class OverColumns>
@@ -102,7 +77,8 @@ NF_DEVICE void finish_strip(const ClassGradient& task, int64_t first, int first_
                             const StripRows<S>& rows, const OverColumns& over_columns) {
   constexpr int kPairs = kValues / 4;
   math::RowScale<float> scale[2];
-  strip_scales(task, first, scale);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) scale[h] = quad_scale(task, first + strip_class(h));
 
   if (task.uniform != nullptr) {
     const float* uniform = static_cast<const float*>(task.uniform) + first_column;

@@ -74,27 +74,5 @@ NF_DEVICE void multiply_tile(const Half* x, const Half* w, const Pipeline& pipel
   if (frees) barrier_arrive(before);
 }
 
-// Sums (or the maximum) of a row over the lanes and consumers that share it, in a fixed order; scratch is
-// [kConsumers, kTile]. `combine` of two values, `put(row, value)` once per row of the block.
-template <class Combine, class Put>
-NF_DEVICE void over_row(float (&mine)[kHeldRows], float* scratch, const Combine& combine, const Put& put) {
-  const Consumers team;
-#pragma unroll
-  for (int r = 0; r < kHeldRows; ++r) {
-    mine[r] = combine(mine[r], shuffle_xor(mine[r], 1));
-    mine[r] = combine(mine[r], shuffle_xor(mine[r], 2));
-  }
-  team.sync();  // the last products' reads of the stages, and an earlier use of scratch, before these writes
-  if (lane_id() % 4 == 0)
-#pragma unroll
-    for (int r = 0; r < kHeldRows; ++r) scratch[team.me() / kWarpgroup * kTile + held_row(r)] = mine[r];
-  team.sync();  // the writes above, before the reads below
-  if (team.me() < kTile) {
-    float value = scratch[team.me()];
-    for (int c = 1; c < Tiles::kConsumers; ++c) value = combine(value, scratch[c * kTile + team.me()]);
-    put(team.me(), value);
-  }
-}
-
 }  // namespace
 }  // namespace nf

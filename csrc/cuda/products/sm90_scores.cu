@@ -14,6 +14,7 @@
 #include <device/vector.cuh>
 
 #include "cuda/device/power_exp.cuh"
+#include "cuda/products/score_sums.cuh"
 #include "cuda/products/sm90_score_tile.cuh"
 #include "cuda/products/sm90_scores.h"
 #include "math/softmax.h"
@@ -23,11 +24,6 @@ namespace {
 
 // Registers of a producer's and of a consumer's thread: 128 of those and 256 of these have 64,512 of 65,536.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-
-template <class Term>
-constexpr int numbers_per_row(bool scale_per_row) {
-  return int(Term::kSoftmax) + int(Term::kThreshold) + int(scale_per_row);
-}
 
 // Sigmoids are so long that a second way through them, for cells that all count, would be dearer to fetch than what it
 // leaves out.
@@ -204,30 +200,15 @@ sm90_score_kernel(NF_TENSOR_MAP x_map, NF_TENSOR_MAP w_map, NF_TENSOR_MAP e_map,
       }
     }
 
-    float* scratch = reinterpret_cast<float*>(w);
-    const auto in_batch = [&](int row) { return first_row + row < task.batch; };
-    if constexpr (kLargestOnly) {
-      over_row(
-          sum, scratch, [](float a, float b) { return a > b ? a : b; },
-          [&](int row, float value) {
-            if (in_batch(row)) task.largest[split * task.batch + first_row + row] = value;
-          });
-    } else if (task.sums.partial != nullptr) {
+    const auto over = [&](float (&mine)[kHeldRows], const auto& combine, const auto& put) {
+      over_row<kTile, Tiles::kConsumers>(team, me, held_row, mine, reinterpret_cast<float*>(w), combine, put);
+    };
+    if (kLargestOnly || task.sums.partial != nullptr)
+      put_row_sums<kLargestOnly, kLargest>(task, split, splits, first_row, sum, second, largest, over);
+    if constexpr (!kLargestOnly) {
       const SweepSums& sums = task.sums;
-      const auto add = [](float a, float b) { return a + b; };
-      over_row(sum, scratch, add, [&](int row, float value) {
-        if (in_batch(row)) sums.value(split, first_row + row) = value;
-      });
-      over_row(second, scratch, add, [&](int row, float value) {
-        if (in_batch(row)) sums.second(split, splits, first_row + row) = value;
-      });
-      if constexpr (kLargest)
-        over_row(
-            largest, scratch, [](float a, float b) { return math::larger(a, b); },
-            [&](int row, float value) {
-              if (in_batch(row)) sums.largest_cosine(split, splits, first_row + row) = value;
-            });
-      if (last_to_arrive(sums.arrivals + block_id() % row_blocks, unsigned(splits), team, told)) {
+      if (sums.partial != nullptr &&
+          last_to_arrive(sums.arrivals + block_id() % row_blocks, unsigned(splits), team, told)) {
         const int64_t end_row = first_row + kTile < task.batch ? first_row + kTile : task.batch;
         sums.template add<kLargest>(splits, first_row, end_row, reinterpret_cast<double*>(w), team);
       }

@@ -10,6 +10,7 @@
 // Compiled and emulated so far, and never run on a GPU.
 #include "cuda/device/power_exp.cuh"
 #include "cuda/products/sm90_two_products.cuh"
+#include "cuda/products/sweep_sums.cuh"
 
 namespace nf {
 namespace {
@@ -142,16 +143,7 @@ add_splits_kernel(SingleSweep task, int64_t splits) {
   double* scratch = shared.take<double>(SweepSums::kScratch * kAddThreads);
   const int64_t first = block_id() * kAddRows,
                 end = first + kAddRows < task.batch ? first + kAddRows : task.batch;
-  for (int64_t at4 = first * task.dim + 4 * thread_id(); at4 < end * task.dim; at4 += 4 * kAddThreads) {
-    Vector<float, 4> total = {};
-    if (task.add) total = load_vector<4>(task.x_sum + at4);
-#pragma unroll 16
-    for (int64_t k = 0; k < splits; ++k) {
-      const auto part = load_vector<4>(task.x_partial + k * task.batch * task.dim + at4);
-      for (int e = 0; e < 4; ++e) total.at[e] += part.at[e];
-    }
-    store_vector_global<4>(task.x_sum + at4, total);
-  }
+  add_x_parts<kAddThreads, 16>(task, splits, first, end);
   task.sums.template add<false>(splits, first, end, scratch);
 }
 
