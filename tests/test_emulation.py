@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import gpu_twins
 import pytest
 import torch
 from emulation import build
+from gpu_twins import needs_nvcc
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=f"{build.unavailable()}")
 
@@ -177,6 +179,7 @@ def test_the_sanitizers_watch_the_kernels(name: str, n: int, message: str) -> No
     code = f"""
 import torch
 from emulation import build
+from gpu_twins import needs_nvcc
 op = build.load("faults").{name}
 op(torch.ones({n}), False)
 print("the twin passed", flush=True)
@@ -256,8 +259,6 @@ def check_exchanges(device: str) -> None:
 
 # Against the real headers
 
-needs_nvcc = pytest.mark.skipif(build.nvcc() is None, reason="nvcc not found")
-
 
 @pytest.mark.slow
 @needs_nvcc
@@ -302,20 +303,11 @@ def test_faults_use_every_name_of_the_real_headers() -> None:
 @needs_nvcc
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_twins_are_right_on_a_gpu() -> None:
-    """In a process of its own: there the names belong to CUDA's kernels."""
-    build.build_faults_with_nvcc()
-    ran = subprocess.run(
-        [sys.executable, "-c", "import test_emulation; test_emulation.check_on_gpu()"],
-        capture_output=True,
-        text=True,
-        cwd=build.HERE.parent,
-    )
-    assert ran.returncode == 0, ran.stderr
+    gpu_twins.check_alone("faults", "test_emulation")
 
 
 def check_on_gpu() -> None:
-    torch.ops.load_library(build.OUTPUT / "nvcc" / "faults.so")
-    build.load = lambda library: getattr(torch.ops, build.NAMESPACES[library])
+    gpu_twins.load("faults")
     for name, (n, meaning, _) in FAULTS.items():
         x = counting(n, "cuda")
         torch.testing.assert_close(getattr(faults(), name)(x, False), meaning(x), rtol=0, atol=0)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
+import gpu_twins
 import pytest
 import torch
 from emulation import build
-from test_emulation_hopper import ON_HOPPER, needs_nvcc
+from gpu_twins import ON_HOPPER, needs_nvcc
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=f"{build.unavailable()}")
 
@@ -67,20 +65,12 @@ def test_nvcc_compiles_the_same_source_to_the_instructions_meant():
 @needs_nvcc
 @pytest.mark.skipif(not ON_HOPPER, reason="no GPU of compute capability 9.0")
 def test_the_twin_is_right_on_a_gpu():
-    """In a process of its own: there the names belong to CUDA's kernels."""
-    build.build_faults_with_nvcc("faults_cluster")
-    ran = subprocess.run(
-        [sys.executable, "-c", "import test_emulation_cluster as t; t.check_on_gpu()"],
-        capture_output=True,
-        text=True,
-        cwd=build.HERE.parent,
-    )
-    assert ran.returncode == 0, ran.stderr
+    gpu_twins.check_alone("faults_cluster", "test_emulation_cluster")
 
 
 def check_on_gpu():
-    torch.ops.load_library(build.OUTPUT / "nvcc" / "faults_cluster.so")
-    sums = getattr(torch.ops, build.NAMESPACES["faults_cluster"]).no_sync_before
+    gpu_twins.load("faults_cluster")
+    sums = build.load("faults_cluster").no_sync_before
     x = torch.randn(70, 64)
     for blocks in (4, 264):
         out = sums(x.cuda(), blocks, False).cpu()

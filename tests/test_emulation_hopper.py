@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 
+import gpu_twins
 import pytest
 import torch
 from emulation import build
+from gpu_twins import ON_HOPPER, needs_nvcc
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=f"{build.unavailable()}")
 
@@ -180,9 +180,6 @@ def test_matrices_that_the_driver_refuses(k: int) -> None:
         faults().product(*factors(128, 64, k), False, False, False, 64)
 
 
-needs_nvcc = pytest.mark.skipif(build.nvcc() is None, reason="nvcc not found")
-
-
 @pytest.mark.slow
 @needs_nvcc
 def test_nvcc_compiles_the_same_source_to_the_instructions_meant() -> None:
@@ -210,27 +207,15 @@ def test_nvcc_compiles_the_same_source_to_the_instructions_meant() -> None:
         assert "ELi0EEEv" not in function, said
 
 
-ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-
-
 @pytest.mark.slow
 @needs_nvcc
 @pytest.mark.skipif(not ON_HOPPER, reason="no GPU of compute capability 9.0")
 def test_the_twins_are_right_on_a_gpu() -> None:
-    """In a process of its own: there the names belong to CUDA's kernels."""
-    build.build_faults_with_nvcc("faults_hopper")
-    ran = subprocess.run(
-        [sys.executable, "-c", "import test_emulation_hopper as t; t.check_on_gpu()"],
-        capture_output=True,
-        text=True,
-        cwd=build.HERE.parent,
-    )
-    assert ran.returncode == 0, ran.stderr
+    gpu_twins.check_alone("faults_hopper", "test_emulation_hopper")
 
 
 def check_on_gpu() -> None:
-    torch.ops.load_library(build.OUTPUT / "nvcc" / "faults_hopper.so")
-    build.load = lambda library: getattr(torch.ops, build.NAMESPACES[library])
+    gpu_twins.load("faults_hopper")
     for name in FAULTS:
         turned = (False, name == "strides_exchanged")
         check_twin(name, *factors(128, 64, 256, turned=turned), turned, "cuda")
